@@ -1,0 +1,86 @@
+"""The records that pass between layers: a condition, a batch, and what a role is."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Callable, Iterator, Protocol
+
+import torch
+from torch import Tensor
+
+from .prediction import Prediction
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told beside x_t and t. Every tensor has the batch as its first axis.
+
+    text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64,
+    w (B,) the guidance scale told to a student (1 is conditional only), r (B,) the time to land on, in [0, 1];
+    null is the unconditional counterpart that guidance subtracts.
+    """
+
+    text: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    label: Tensor | None = None
+    w: Tensor | None = None
+    r: Tensor | None = None
+    null: Condition | None = None
+
+    def replace(self, **changes: Any) -> Condition:
+        return replace(self, **changes)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
+        """The same record with f applied to every tensor, those of `null` too."""
+        return Condition(**{name: f(value) if isinstance(value, Tensor) else value.map(f) for name, value in self._items()})
+
+    def __getitem__(self, index: Any) -> Condition:
+        return self.map(lambda tensor: tensor[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> Condition:
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def __len__(self) -> int:
+        return len(next(value for _, value in self._items() if isinstance(value, Tensor)))
+
+    @staticmethod
+    def cat(parts: list[Condition]) -> Condition:
+        """Joins along the batch. All parts must hold the same fields; `null` is joined where every part has one."""
+        names = [{name for name, _ in part._items() if name != "null"} for part in parts]
+        if any(n != names[0] for n in names):
+            raise ValueError(f"conditions of different make cannot be joined: {[sorted(n) for n in names]}")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names[0]}
+        nulls = [part.null for part in parts if part.null is not None]
+        return Condition(**joined, null=Condition.cat(nulls) if len(nulls) == len(parts) else None)
+
+    def _items(self) -> Iterator[tuple[str, Any]]:
+        return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A slice of one joined batch.
+
+    ids (B,) int64, distinct within the joined batch: the key of every per-sample draw.
+    x0 (B, ...) scaled latents, or None where the data are prompts only. cond: the batch's conditions.
+    """
+
+    ids: Tensor
+    cond: Condition
+    x0: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Role(Protocol):
+    """A network, an adapter on one, or a closed form: role(x_t, t, cond) -> Prediction. Nothing else is public.
+
+    x_t: (B, ...); t: (B,) float64 in [0, 1], from data to noise.
+    """
+
+    schedule: Schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction: ...
