@@ -26,7 +26,8 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0, sample_size: 
                         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
                         sample_size=2 * sample_size)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=True, prediction_type=prediction_type, timestep_spacing="trailing")
+                              set_alpha_to_one=True, steps_offset=1, prediction_type=prediction_type,
+                              timestep_spacing="trailing")
     pipeline = StableDiffusionPipeline(vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(),
                                        scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                        requires_safety_checker=False)
