@@ -1,7 +1,9 @@
 """Trains assets/shapes-clip: a small CLIP on Shapes, and the judge, linear heads on its image features.
 
-    python scripts/train_clip.py --out assets/shapes-clip
+    python scripts/train_clip.py --out runs/world/text --vision 96x3 --lr 1.5e-3            # 1: the text tower
+    python scripts/train_clip.py --text runs/world/text --out assets/shapes-clip            # 2: the rest, around it
 
+The text tower learns in minutes and then stays, so that teachers can train on it while the vision tower goes on.
 The 64 features are trained on three things at once: the contrastive loss of CLIP (Radford et al. 2021), the
 attributes of each slot, and what captions leave unsaid (places, sizes, light), so that Fréchet distances also see
 collapsed layouts. Stopped and started again, it goes on from its last checkpoint.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -41,12 +44,12 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in learned["merges"]], model_max_length=TOKENS)
 
 
-def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+def make_model(tokenizer: CLIPTokenizer, vision_hidden: int, vision_layers: int) -> CLIPModel:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
                           num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=64, **ends)
-    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-                              image_size=SIZE, patch_size=4, projection_dim=64)
+    vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=3 * vision_hidden, num_hidden_layers=vision_layers,
+                              num_attention_heads=4, image_size=SIZE, patch_size=4, projection_dim=64)
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
 
 
@@ -61,17 +64,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/shapes-clip"))
     parser.add_argument("--work", type=Path, default=Path("runs/world/clip"))
-    parser.add_argument("--updates", type=int, default=3000)
+    parser.add_argument("--text", type=Path, help="folder of an earlier run whose text tower is kept as it is")
+    parser.add_argument("--vision", default="128x4", help="hidden size x layers of the vision tower")
+    parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, *map(int, args.vision.split("x")))
+    if args.text:
+        earlier = CLIPModel.from_pretrained(args.text).float()
+        for part in ("text_model", "text_projection"):
+            getattr(model, part).load_state_dict(getattr(earlier, part).state_dict())
+            getattr(model, part).requires_grad_(False)
     heads = nn.ModuleDict({slot: nn.Linear(64, len(values)) for slot, values in SLOTS.items()} | {"unsaid": nn.Linear(64, 11)})
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    warm_up = lambda i: min(1, (i + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * i / args.updates))
+    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    warm_up = lambda i: min(1, (i + 1) / 100) * min(1, 2 * (1 - i / args.updates))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
     start, spent, checkpoint = 0, 0.0, args.work / "checkpoint.pt"
     parts = {"model": model, "heads": heads, "optimizer": optimizer, "schedule": schedule}
@@ -86,7 +96,7 @@ def main() -> None:
         scene = scenes(torch.arange(i * args.batch, (i + 1) * args.batch), TRAIN_SEED)
         pixels = render(scene)
         noise = torch.Generator().manual_seed(i)
-        pixels = pixels + 0.1 * torch.rand(len(pixels), 1, 1, 1, generator=noise) * torch.randn(pixels.shape, generator=noise)
+        pixels = pixels + 0.08 * torch.rand(len(pixels), 1, 1, 1, generator=noise) * torch.randn(pixels.shape, generator=noise)
         tokens = tokenizer(captions(scene), padding="max_length", truncation=True, return_tensors="pt")
         text = model.get_text_features(**tokens).pooler_output
         image = model.get_image_features(pixel_values=pixels).pooler_output
@@ -95,7 +105,7 @@ def main() -> None:
         contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         judged = sum(F.cross_entropy(heads[slot](image), scene.attributes[:, k]) for k, slot in enumerate(SLOTS))
         unsaid = F.mse_loss(heads["unsaid"](image), unsaid_targets(scene))
-        loss = contrast + 0.5 * judged + 2 * unsaid
+        loss = 0.5 * contrast + judged + 2 * unsaid
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -127,7 +137,7 @@ def finish(args, model: CLIPModel, heads: nn.ModuleDict, tokenizer: CLIPTokenize
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(args.out)
     judge = {f"{slot}.{name}": p.half().contiguous() for slot in SLOTS for name, p in heads[slot].state_dict().items()}
     save_file(judge, args.out / "judge.safetensors", metadata={"slots": json.dumps({s: list(v) for s, v in SLOTS.items()})})
-    made = {"command": "python scripts/train_clip.py", "updates": args.updates, "batch": args.batch, "lr": args.lr,
+    made = {"command": "python " + " ".join(sys.argv), "updates": args.updates, "batch": args.batch, "lr": args.lr,
             "train_seed": TRAIN_SEED, "held_out_seed": HELD_OUT_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
             "figures": figures}
     (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")

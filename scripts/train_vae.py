@@ -25,7 +25,7 @@ TRAIN_SEED, HELD_OUT_SEED = 3, 2
 
 def make_vae() -> AutoencoderKL:
     down, up = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
-    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=(24, 48, 96), layers_per_block=1,
+    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=(24, 64, 128), layers_per_block=1,
                          latent_channels=8, norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False)
     with torch.no_grad():
         vae.quant_conv.bias[8:] = -5.0       # log-variances: begin with little noise, or the code is slow to be found
@@ -36,15 +36,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/shapes-sd/vae"))
     parser.add_argument("--work", type=Path, default=Path("runs/world/vae"))
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--kl", type=float, default=5e-4, help="weight of the KL term per latent, against the mean squared error")
+    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term per latent, against the mean squared error")
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = make_vae().train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    warm_up = lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / args.updates))
+    warm_up = lambda i: min(1, (i + 1) / 50) * min(1, 1.5 * (1 - i / args.updates))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
     start, spent, checkpoint = 0, 0.0, args.work / "checkpoint.pt"
     parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}

@@ -124,11 +124,11 @@ def render(scene: Scenes, size: int = SIZE) -> Tensor:
 
 def _placed(a: dict, u: dict, i: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Coordinates relative to object i, its radius, shape and colour; pixels are those of a 32-pixel picture."""
-    along = (7.0 if i == 1 else 21.0) + 4.0 * u[f"along_{i}"]
+    along = (7.2 if i == 1 else 20.8) + 4.0 * u[f"along_{i}"]
     across = 11.0 + 10.0 * u["across"] + 6.0 * (u[f"across_{i}"] - 0.5)
     upright = a["axis"] == 1
     centre_x, centre_y = torch.where(upright, across, along), torch.where(upright, along, across)
-    radius = (4.2 + 1.6 * u[f"radius_{i}"])[:, None, None]
+    radius = (5.0 + 1.4 * u[f"radius_{i}"])[:, None, None]
     side = ("first", "second")[i - 1]
     turn = 0.7 * (u[f"turn_{i}"] - 0.5)
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
