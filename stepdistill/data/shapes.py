@@ -44,7 +44,7 @@ class Scenes:
         return len(self.attributes)
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
+def scatter(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser: a bijection of 64-bit words that scatters neighbours (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -55,9 +55,9 @@ def _uniforms(ids: np.ndarray, seed: int, count: int) -> np.ndarray:
     """(B, count) float64 in [0, 1), a function of (seed, id, column) alone."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
-        key = _hash(np.uint64(seed) * golden + golden)
-        row = _hash(ids.astype(np.uint64) * golden + key)[:, None]
-        bits = _hash(row + (np.arange(count, dtype=np.uint64)[None] + np.uint64(1)) * golden)
+        key = scatter(np.uint64(seed) * golden + golden)
+        row = scatter(ids.astype(np.uint64) * golden + key)[:, None]
+        bits = scatter(row + (np.arange(count, dtype=np.uint64)[None] + np.uint64(1)) * golden)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

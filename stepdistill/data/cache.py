@@ -1,0 +1,176 @@
+"""What is made once and read ever after: rows of tensors, a text each, in safetensors files on disk.
+
+A store is a folder named after a hash of all that made it, so that whatever changes leads to another store. Its files
+hold a fixed number of rows; each is written aside, synced and renamed, so that a file is there whole or not at all, and
+work that was interrupted goes on from the files that it finished. Rows are mapped into memory, never loaded.
+"""
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import RequestError
+
+FORMAT = 1                        # raise it when the files of old can no longer be read
+ABANDONED = 3600.0                # seconds: no file takes that long to write, so one aside for longer was left by a killed run
+log = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int], None]                             # (what is made, rows done, rows in all)
+Make = Callable[[Tensor], tuple[Mapping[str, Tensor], list[str]]]    # indices (B,) -> tensors (B, ...), B texts
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The report of those who do not watch."""
+
+
+def default_root() -> Path:
+    """$STEPDISTILL_CACHE, or ~/.cache/stepdistill."""
+    return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
+
+
+def fingerprint(source: str | Path) -> str:
+    """Changes when a file under the folder `source` does: its name, size or time of change. Another text is its own print."""
+    folder = Path(source)
+    if not folder.exists():
+        return str(source)
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return _hash(stats)
+
+
+def _hash(identity: object) -> str:
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """Rows 0 .. count - 1, memory-mapped, `per_file` in each of `files` but perhaps the last. texts: one a row."""
+
+    files: tuple[Mapping[str, Tensor], ...]
+    texts: tuple[str, ...]
+    per_file: int
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.files[0])
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """indices: (B,) int64, on the CPU. Returns (B, ...), on the CPU; numbers stored in half precision come in float32."""
+        rows = torch.stack([self.files[i // self.per_file][name][i % self.per_file] for i in indices.tolist()])
+        return rows.float() if rows.is_floating_point() else rows
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Opens stores under `root`, and makes what is missing in them.
+
+    dtype: of the floating-point numbers on disk. batch: how many rows are made at once. report: is told of progress.
+    """
+
+    root: Path = field(default_factory=default_root)
+    dtype: torch.dtype = torch.float32
+    batch: int = 64
+    report: Report = silent
+
+    def store(self, name: str, identity: Mapping[str, object], count: int, make: Make, per_file: int = 2000) -> Store:
+        """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on."""
+        about = {"format": FORMAT, "name": name, "count": count, "dtype": str(self.dtype), "per_file": per_file, **identity}
+        folder = self.root / f"{name}-{_hash(about)}"
+        ranges = [range(low, min(low + per_file, count)) for low in range(0, count, per_file)]
+        paths = [folder / f"{i:05d}.safetensors" for i in range(len(ranges))]
+        files = {path: _open(path, len(rows)) for path, rows in zip(paths, ranges)}
+        missing = [(path, rows) for path, rows in zip(paths, ranges) if files[path] is None]
+        if missing:
+            self._prepare(folder, about)
+        for i, (path, rows) in enumerate(missing):
+            tensors, texts = self._make(name, rows, count, make)
+            _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=len(missing) - i)
+            files[path] = _open(path, len(rows))
+        parts = [files[path] for path in paths]
+        return Store(tuple(tensors for tensors, _ in parts), tuple(text for _, texts in parts for text in texts), per_file)
+
+    @torch.no_grad()
+    def _make(self, name: str, rows: range, count: int, make: Make) -> tuple[dict[str, Tensor], list[str]]:
+        chunks: list[Mapping[str, Tensor]] = []
+        texts: list[str] = []
+        for low in range(rows.start, rows.stop, self.batch):
+            indices = torch.arange(low, min(low + self.batch, rows.stop))
+            made, said = make(indices)
+            chunks.append({key: self._narrow(name, key, value, low) for key, value in made.items()})
+            texts.extend(said)
+            self.report(name, int(indices[-1]) + 1, count)
+        return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}, texts
+
+    def _narrow(self, name: str, key: str, value: Tensor, low: int) -> Tensor:
+        if not value.is_floating_point():
+            return value.cpu()
+        value = value.to(device="cpu", dtype=self.dtype)
+        if not value.isfinite().all():
+            raise RequestError(f"cache: {name} from row {low} on: '{key}' holds numbers that are not finite in {self.dtype}. "
+                               "Some autoencoders overflow in half precision: load the teacher in float32 and cache in float32.")
+        return value
+
+    def _prepare(self, folder: Path, about: Mapping[str, object]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"cache: cannot write into '{folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or `cache` in the "
+                               "recipe, to a folder that can be written, on a disk with room.") from None
+        for path in folder.glob("*.aside"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def _open(path: Path, rows: int) -> tuple[dict[str, Tensor], list[str]] | None:
+    """The tensors and texts of a file, mapped; None if it is not there, or (which is said) damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            texts = json.loads(opened.metadata()["texts"])
+        if len(texts) == rows and all(len(tensor) == rows for tensor in tensors.values()):
+            return tensors, texts
+        problem = f"it should hold {rows} rows"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error)
+    log.warning("cache: '%s' is damaged (%s) and will be made again", path, problem)
+    return None
+
+
+def _write(path: Path, blob: bytes, files_to_come: int) -> None:
+    """Writes aside, syncs, renames. A disk without room for this and the files to come is refused before it is filled."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+    try:
+        if shutil.disk_usage(path.parent).free < len(blob) * files_to_come:
+            raise OSError(errno.ENOSPC, "no space left")
+        with open(aside, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise RequestError(f"cache: '{path.parent}' needs {len(blob) * files_to_come / 2**20:,.0f} MiB more, and its disk has "
+                           f"{free / 2**20:,.0f} MiB free. Make room, ask for fewer samples or a half-precision cache, or set "
+                           "STEPDISTILL_CACHE to a folder on another disk. What is finished is kept.") from None

@@ -1,0 +1,108 @@
+"""What a batch can come from: prompts alone, images encoded as they come, cached latents, the teacher's own samples."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Mapping, Protocol
+
+import torch
+from torch import Tensor
+
+from ..diffusion.contracts import Condition
+from ..errors import RequestError
+from .cache import Cache, Store
+from .images import Images
+from .prompts import Captions, all_captions
+from .text import Encode, LiveText, Text, stored_text
+
+SAMPLES_PER_FILE = 250            # a teacher's sample is dear: an interruption loses no more of them than this
+
+Latents = Callable[[Tensor], Tensor]                      # indices (B,) -> scaled latents (B, C, H, W)
+Generate = Callable[[Tensor, list[str]], Tensor]          # sample numbers (B,), their prompts -> scaled latents (B, C, H, W)
+
+
+class Dataset(Protocol):
+    """Numbered samples. count: how many, or None where they never end."""
+
+    @property
+    def count(self) -> int | None: ...
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor | None, Condition]:
+        """indices: (B,) int64 on the CPU, below count. Returns x0 (B, ...), or None for prompts only, and the conditions."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A dataset of two functions of the sample's number."""
+
+    count: int | None
+    text: Text
+    latents: Latents | None = None
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor | None, Condition]:
+        return None if self.latents is None else self.latents(indices), self.text(indices)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """A family's encoders. identity: what their results depend on, in JSON: source, revision, fingerprint of the weights.
+
+    images: pixels (B, 3, H, W) in [-1, 1] -> scaled latents. device: where cached samples are handed out.
+    """
+
+    text: Encode
+    images: Callable[[Tensor], Tensor]
+    identity: object
+    device: torch.device | str = "cpu"
+
+
+def prompts_only(source: Captions, encoders: Encoders, cache: Cache) -> Samples:
+    """No latents. The embeddings of finite prompts are cached; endless ones are encoded as they come."""
+    return Samples(source.count, _text(source, encoders, cache))
+
+
+def live_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
+    """Pictures are rendered or read, and encoded, whenever they are asked for."""
+
+    @torch.no_grad()
+    def latents(indices: Tensor) -> Tensor:
+        return encoders.images(images.pixels(indices))
+
+    return Samples(images.count, _text(images, encoders, cache), latents)
+
+
+def cached_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
+    """Every picture is encoded once. RequestError for endless images."""
+    if images.count is None:
+        raise RequestError("data: a cache of images needs to know how many. Give Shapes a count, such as 20000, or switch "
+                           "the cache off.")
+    identity = {"source": images.identity, "codec": encoders.identity}
+    make = lambda indices: ({"latents": encoders.images(images.pixels(indices))}, images.captions(indices))
+    return _stored(cache.store("images", identity, images.count, make), encoders, cache)
+
+
+def teacher_samples(source: Captions, count: int, generate: Generate, made_by: Mapping[str, object], encoders: Encoders,
+                    cache: Cache) -> Samples:
+    """`count` samples of the teacher, made once. Sample i has prompt i, or i modulo the number of prompts.
+
+    generate must be a function of the sample numbers alone, so that an interrupted cache goes on as it began; made_by
+    says all that it depends on beside the teacher: seed, steps, guidance, solver.
+    """
+    if count < 1:
+        raise RequestError(f"data: samples.count must be at least 1; found {count}")
+
+    def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:
+        prompts = source.captions(indices if source.count is None else indices % source.count)
+        return {"latents": generate(indices, prompts)}, prompts
+
+    identity = {"source": source.identity, "made_by": dict(made_by), "teacher": encoders.identity}
+    return _stored(cache.store("samples", identity, count, make, SAMPLES_PER_FILE), encoders, cache)
+
+
+def _stored(store: Store, encoders: Encoders, cache: Cache) -> Samples:
+    text = stored_text(store.texts, encoders.text, encoders.identity, cache, encoders.device)
+    return Samples(len(store), text, lambda indices: store.rows("latents", indices).to(encoders.device))
+
+
+def _text(source: Captions, encoders: Encoders, cache: Cache) -> Text:
+    if source.count is None:
+        return LiveText(source, encoders.text)
+    return stored_text(all_captions(source), encoders.text, encoders.identity, cache, encoders.device)

@@ -1,0 +1,163 @@
+"""Captioned pictures: Shapes, or a folder of images."""
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Iterator, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import RequestError
+from . import shapes
+from .prompts import Captions
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
+
+
+class Images(Captions, Protocol):
+    """Numbered pictures with a caption each."""
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """indices: (B,) int64. Returns (B, 3, size, size) float32 in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class ShapesImages:
+    """Pictures of scene (seed, i), a pure function of both; count None never ends."""
+
+    size: int = shapes.SIZE
+    seed: int = 0
+    count: int | None = None
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"images": "shapes", "seed": self.seed, "size": self.size}
+
+    def captions(self, indices: Tensor) -> list[str]:
+        return shapes.captions(shapes.scenes(indices, self.seed))
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        return shapes.render(shapes.scenes(indices, self.seed), self.size)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """A folder of png, jpg or webp files. They are resized on their shorter side and cropped about the centre to size x size.
+
+    Captions stand in metadata.jsonl ({"file_name": ..., "text": ...} a line), or else in a .txt file beside each image.
+    """
+
+    folder: Path
+    size: int
+    files: tuple[Path, ...]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path, size: int) -> FolderImages:
+        """Reads all captions and every image's header, so that what is missing or damaged is told before training."""
+        if not folder.is_dir():
+            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp files.")
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not files:
+            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg or webp files there, each with a caption.")
+        table = folder / "metadata.jsonl"
+        captions = _from_table(table, files) if table.is_file() else [_beside(path) for path in files]
+        for path in files:
+            with _named(path), Image.open(path):
+                pass
+        return cls(folder, size, tuple(files), tuple(captions))
+
+    @property
+    def count(self) -> int:
+        return len(self.files)
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """Changes with any file's name, size, time of change or caption, and with the pixel size."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path, text in zip(self.files, self.texts):
+            stat = path.stat()
+            digest.update(json.dumps([path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime_ns, text]).encode())
+        return {"images": self.folder.name, "files": self.count, "digest": digest.hexdigest(), "size": self.size}
+
+    def captions(self, indices: Tensor) -> list[str]:
+        return [self.texts[i] for i in indices.tolist()]
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        return torch.stack([_read(self.files[i], self.size) for i in indices.tolist()])
+
+
+def open_images(spec: str | Path, size: int, seed: int = 0, count: int | None = None) -> Images:
+    """spec: "shapes" or a folder. size: pixels a side. seed and count are those of Shapes."""
+    return ShapesImages(size, seed, count) if spec == "shapes" else FolderImages.open(Path(spec), size)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what PIL raises into a request error that names the file."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise RequestError(f"images: '{path}' cannot be read as an image ({error}). Replace or remove it.") from None
+
+
+def _read(path: Path, size: int) -> Tensor:
+    """(3, size, size) float32 in [-1, 1]; what is transparent becomes white."""
+    with _named(path), Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise ValueError(f"its pixels are of mode {image.mode}, and only 8 bits a channel are read")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _beside(path: Path) -> str:
+    caption = path.with_suffix(".txt")
+    if not caption.is_file():
+        raise RequestError(f"images: '{path}' has no caption. Write it into '{caption}', or list all images in "
+                           f"'metadata.jsonl' with {{\"file_name\": ..., \"text\": ...}} on each line.")
+    return _text(caption.read_text(encoding="utf-8-sig"), path, caption.name)
+
+
+def _from_table(table: Path, files: list[Path]) -> list[str]:
+    """One caption for each of `files`, which metadata.jsonl must list one and all, and nothing else."""
+    found: dict[Path, str] = {}
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.strip():
+            path, text = _row(line, table, number)
+            found[path] = _text(text, path, f"{table.name}, line {number}")
+    missing = [path for path in files if path not in found]
+    if missing:
+        raise RequestError(f"images: '{missing[0]}' has no caption: '{table}' does not list it (images that it does not list: "
+                           f"{len(missing)}). Add a line for each, or move them elsewhere.")
+    return [found[path] for path in files]
+
+
+def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
+    try:
+        row = json.loads(line)
+        path, text = table.parent / row["file_name"], row["text"]
+    except (ValueError, KeyError, TypeError):
+        raise RequestError(f"images: line {number} of '{table}' should read {{\"file_name\": ..., \"text\": ...}}; "
+                           f"found {line[:80]}") from None
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg or webp "
+                           "file of that folder.")
+    return path, text
+
+
+def _text(text: object, path: Path, place: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise RequestError(f"images: the caption of '{path}' is empty ({place}). Write what the image shows, or remove the image.")
+    return text.strip()

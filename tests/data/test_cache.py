@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stepdistill.data import cache as module
+from stepdistill.data.cache import Cache, default_root, fingerprint
+from stepdistill.errors import RequestError
+
+
+class Maker:
+    """Rows that are a function of their number, and a record of what was asked for."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.fail_at = fail_at
+
+    def __call__(self, indices):
+        if self.fail_at in indices.tolist():
+            raise KeyboardInterrupt
+        self.asked += indices.tolist()
+        return {"x": indices[:, None, None] + torch.arange(6.0).reshape(2, 3) / 7, "n": indices * 2}, [f"row {i}" for i in indices.tolist()]
+
+
+def make(root, maker=None, count=25, per_file=10, identity=(("source", 1),), **settings):
+    return Cache(root, batch=4, **settings).store("rows", dict(identity), count, maker or Maker(), per_file)
+
+
+def check(store):
+    indices = torch.tensor([24, 0, 9, 10, 3, 3])
+    want, texts = Maker()(indices)
+    assert len(store) == 25 and [store.texts[i] for i in indices] == texts
+    assert all(torch.equal(store.rows(name, indices), want[name]) for name in store.names) and set(store.names) == {"x", "n"}
+
+
+def files(root):
+    return sorted(root.rglob("*.safetensors"))
+
+
+def test_rows_come_back_and_are_made_once(tmp_path):
+    check(make(tmp_path))
+    assert [path.name for path in files(tmp_path)] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    again = Maker()
+    check(make(tmp_path, again))
+    assert not again.asked
+    assert json.loads(next(tmp_path.rglob("about.json")).read_text())["source"] == 1
+
+
+def test_an_interrupted_cache_goes_on_from_its_finished_files(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Maker(fail_at=17))
+    assert len(files(tmp_path)) == 1
+    again = Maker()
+    check(make(tmp_path, again))
+    assert again.asked == list(range(10, 25))
+
+
+def test_a_lost_file_alone_is_made_again_and_leftovers_are_swept(tmp_path):
+    make(tmp_path)
+    files(tmp_path)[1].unlink()
+    old, fresh = (files(tmp_path)[0].with_name(f"00001.safetensors.{i}.aside") for i in (1, 2))
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    again = Maker()
+    check(make(tmp_path, again))
+    assert again.asked == list(range(10, 20)) and not old.exists() and fresh.exists()      # fresh: another run's, at work
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b)])
+def test_a_damaged_file_is_named_and_made_again(tmp_path, caplog, damage):
+    make(tmp_path)
+    path = files(tmp_path)[1]
+    path.write_bytes(damage(path.read_bytes()))
+    again = Maker()
+    check(make(tmp_path, again))
+    assert again.asked == list(range(10, 20)) and str(path) in caplog.text and "damaged" in caplog.text
+
+
+def test_a_file_of_another_length_is_no_file_of_this_store(tmp_path, caplog):
+    make(tmp_path)
+    paths = files(tmp_path)
+    paths[0].write_bytes(paths[2].read_bytes())
+    check(make(tmp_path))
+    assert "10 rows" in caplog.text
+
+
+def test_every_change_leads_to_another_store(tmp_path):
+    make(tmp_path)
+    for change in ({"count": 24}, {"identity": (("source", 2),)}, {"identity": (("source", 1), ("seed", 0))}, {"per_file": 11},
+                   {"dtype": torch.float16}):
+        maker = Maker()
+        make(tmp_path, maker, **change)
+        assert maker.asked == list(range(change.get("count", 25)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_stored_and_float32_handed_out(tmp_path, dtype):
+    store = make(tmp_path, dtype=dtype)
+    assert store.files[0]["x"].dtype == dtype and store.files[0]["n"].dtype == torch.int64
+    rows = store.rows("x", torch.tensor([3]))
+    assert rows.dtype == torch.float32 and torch.equal(rows, Maker()(torch.tensor([3]))[0]["x"].to(dtype).float())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_rows_are_mapped_not_loaded(tmp_path):
+    store = make(tmp_path)
+    with open("/proc/self/maps") as maps:
+        assert str(files(tmp_path)[0]) in maps.read()
+    check(store)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    overflow = lambda indices: ({"latents": torch.full((len(indices), 2), 1e6)}, [""] * len(indices))
+    with pytest.raises(RequestError, match="'latents'.*not finite.*float32"):
+        Cache(tmp_path, dtype=torch.float16).store("rows", {}, 3, overflow)
+    assert not files(tmp_path)
+
+
+def test_progress_is_told(tmp_path):
+    told = []
+    make(tmp_path, report=lambda *row: told.append(row))
+    assert told[0] == ("rows", 4, 25) and told[-1] == ("rows", 25, 25) and [row[1] for row in told] == sorted(row[1] for row in told)
+
+
+def test_a_disk_without_room_is_refused_with_the_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(RequestError, match="needs .* MiB more.*STEPDISTILL_CACHE"):
+        make(tmp_path)
+    assert not list(tmp_path.rglob("*.aside")) and not files(tmp_path)
+
+
+def test_a_disk_that_fills_up_while_writing_keeps_what_is_finished(tmp_path, monkeypatch):
+    calls = []
+
+    def sync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", sync)
+    with pytest.raises(RequestError, match="needs"):
+        make(tmp_path)
+    assert len(files(tmp_path)) == 1 and not list(tmp_path.rglob("*.aside"))
+    again = Maker()
+    check(make(tmp_path, again))
+    assert again.asked == list(range(10, 25))
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot write into.*STEPDISTILL_CACHE"):
+        make(tmp_path / "file")
+
+
+def test_the_default_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    assert default_root() == tmp_path == Cache().root
+    monkeypatch.delenv("STEPDISTILL_CACHE")
+    assert default_root().parts[-2:] == (".cache", "stepdistill")
+
+
+def test_a_fingerprint_changes_with_its_files(tmp_path):
+    (tmp_path / "a").write_text("1")
+    seen = [fingerprint(tmp_path)]
+    (tmp_path / "a").write_text("12")
+    seen.append(fingerprint(tmp_path))
+    os.utime(tmp_path / "a", ns=(1, 1))
+    seen.append(fingerprint(tmp_path))
+    (tmp_path / "a").rename(tmp_path / "b")
+    seen.append(fingerprint(tmp_path))
+    assert len(set(seen)) == 4 and fingerprint(tmp_path) == seen[-1]
+    assert fingerprint("runwayml/stable-diffusion-v1-5") == "runwayml/stable-diffusion-v1-5"

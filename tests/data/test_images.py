@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.data import shapes
+from stepdistill.data.images import open_images
+from stepdistill.errors import RequestError
+
+ALL = torch.arange
+
+
+def save(path, colour=(255, 0, 0), size=(20, 12), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in (("b.png", (0, 255, 0)), ("a.jpg", (255, 0, 0)), ("deep/c.webp", (0, 0, 255))):
+        save(tmp_path / name, colour).with_suffix(".txt").write_text(f"picture {name[0] if '/' not in name else 'c'}\n")
+    return tmp_path
+
+
+def table(folder, rows):
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_shapes_are_rendered_by_seed_and_number():
+    images, ids = open_images("shapes", 32, seed=5), torch.tensor([9, 4])
+    scene = shapes.scenes(ids, 5)
+    assert images.count is None and open_images("shapes", 32, count=7).count == 7
+    assert torch.equal(images.pixels(ids), shapes.render(scene)) and images.captions(ids) == shapes.captions(scene)
+    assert open_images("shapes", 64).pixels(ids).shape == (2, 3, 64, 64)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(folder):
+    images = open_images(folder, 8)
+    assert images.count == 3 and images.captions(ALL(3)) == ["picture a", "picture b", "picture c"]
+    pixels = images.pixels(torch.tensor([2, 1]))
+    assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.float32
+    assert pixels[1].mean((1, 2)).tolist() == [-1, 1, -1]           # png is exact
+    assert (pixels[0].mean((1, 2)) - torch.tensor([-1.0, -1, 1])).abs().max() < 0.1
+
+
+def test_metadata_wins_over_text_files(folder):
+    table(folder, [{"file_name": name, "text": name.upper()} for name in ("deep/c.webp", "a.jpg", "b.png")])
+    assert open_images(folder, 8).captions(ALL(3)) == ["A.JPG", "B.PNG", "DEEP/C.WEBP"]
+
+
+def test_the_centre_is_cropped_and_nothing_is_squeezed(tmp_path):
+    picture = np.zeros((10, 30, 3), np.uint8)
+    picture[:, 10:20] = 255                                         # white is the central square
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    Image.fromarray(picture.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    for name in ("wide", "tall"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert (open_images(tmp_path, 10).pixels(ALL(2)) == 1).all()
+
+
+def test_what_is_transparent_is_white_and_grey_has_three_channels(tmp_path):
+    save(tmp_path / "a.png", (255, 0, 0, 0), mode="RGBA").with_suffix(".txt").write_text("clear")
+    save(tmp_path / "b.png", 128, mode="L").with_suffix(".txt").write_text("grey")
+    pixels = open_images(tmp_path, 4).pixels(ALL(2))
+    assert (pixels[0] == 1).all() and (pixels[1] - (128 / 127.5 - 1)).abs().max() < 1e-6
+
+
+def test_rotation_in_the_camera_s_tag_is_obeyed(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                # upside down
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "a.txt").write_text("turned")
+    assert open_images(tmp_path, 8).pixels(ALL(1))[0, 0, :, 0].tolist() == [-1.0] * 4 + [1.0] * 4
+
+
+def test_the_identity_changes_with_whatever_changes_the_data(folder):
+    seen = [open_images(folder, 8).identity, open_images(folder, 16).identity]
+    (folder / "b.txt").write_text("another caption")
+    seen.append(open_images(folder, 8).identity)
+    os.utime(folder / "b.png", ns=(1, 1))
+    seen.append(open_images(folder, 8).identity)
+    save(folder / "d.png").with_suffix(".txt").write_text("more")
+    seen.append(open_images(folder, 8).identity)
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+    assert open_images(folder, 8).identity == seen[-1]
+
+
+def test_no_folder_and_no_images(tmp_path):
+    with pytest.raises(RequestError, match="missing' is not a folder"):
+        open_images(tmp_path / "missing", 8)
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(RequestError, match="holds no image"):
+        open_images(tmp_path, 8)
+
+
+def test_missing_and_empty_captions_are_named(folder):
+    (folder / "a.txt").write_text(" \n")
+    with pytest.raises(RequestError, match="a.jpg' is empty"):
+        open_images(folder, 8)
+    (folder / "a.txt").unlink()
+    with pytest.raises(RequestError, match="a.jpg' has no caption"):
+        open_images(folder, 8)
+    table(folder, [{"file_name": "a.jpg", "text": "a"}])
+    with pytest.raises(RequestError, match="b.png' has no caption.*not list: 2"):
+        open_images(folder, 8)
+
+
+@pytest.mark.parametrize("row", [{"file": "a.jpg", "text": "a"}, {"file_name": "z.jpg", "text": "a"}, "a.jpg", {"file_name": "a.jpg"},
+                                 {"file_name": "a.jpg", "text": 3}])
+def test_bad_lines_are_numbered(folder, row):
+    table(folder, [{"file_name": "b.png", "text": "b"}, row])
+    with pytest.raises(RequestError, match="line 2"):
+        open_images(folder, 8)
+
+
+def test_damaged_images_are_named_before_anything_is_trained(folder):
+    (folder / "b.png").write_bytes(b"<html>not found</html>")
+    with pytest.raises(RequestError, match="b.png' cannot be read"):
+        open_images(folder, 8)
+
+
+def test_truncated_images_are_named_when_they_are_decoded(folder):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "b.png")
+    whole = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(RequestError, match="b.png' cannot be read"):
+        open_images(folder, 8).pixels(ALL(3))
+
+
+def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("deep")
+    with pytest.raises(RequestError, match="a.png.*8 bits"):
+        open_images(tmp_path, 8).pixels(ALL(1))
