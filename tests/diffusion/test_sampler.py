@@ -25,7 +25,7 @@ def compare(scheduler, k: int, kind: str, **call) -> None:
     stochastic = torch.Generator().manual_seed(7) if sampler.stochastic else None
     theirs = stock_loop(scheduler, noise, stochastic, **({"num_inference_steps": k} if not call else call))
     assert torch.isfinite(theirs).all()
-    assert (ours - theirs).abs().max() <= 3e-6 * max(1.0, theirs.abs().max()) * sampler.nfe ** 0.5
+    assert (ours - theirs).abs().max() <= 3e-5 * max(1.0, theirs.abs().max())     # the stock state grows to 45 in float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
