@@ -11,6 +11,10 @@ from .prediction import Prediction
 from .schedule import Schedule, like
 
 
+def _scales(w: float | Tensor, batch: int) -> Tensor:
+    return (w if isinstance(w, Tensor) else torch.tensor(w, dtype=torch.float64)).expand(batch)
+
+
 @dataclass(frozen=True)
 class Guided:
     """See `guided`."""
@@ -26,7 +30,7 @@ class Guided:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None or cond.null is None:
             raise ValueError("guidance needs the unconditional counterpart of the condition: set cond.null, or guide with w = 1")
-        w = torch.as_tensor(self.w, dtype=torch.float64).expand(len(t))
+        w = _scales(self.w, len(t))
         if self.interval is not None:
             low, high = self.interval
             inside = (low <= t) & (t <= high)
@@ -62,7 +66,7 @@ class Autoguided:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         good, bad = self.role(x_t, t, cond), self.bad(x_t, t, cond)
-        w = like(torch.as_tensor(self.w, dtype=torch.float64).expand(len(t)), x_t)
+        w = like(_scales(self.w, len(t)), x_t)
         away = bad.view(good.kind)
         return replace(good, raw=away + w * (good.raw - away))
 

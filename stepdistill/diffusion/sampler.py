@@ -16,7 +16,7 @@ from torch import Tensor
 from .contracts import Condition, Role
 from .flow_map import ddim_step
 from .prediction import Prediction
-from .schedule import RectifiedFlow, Schedule, VariancePreserving, like
+from .schedule import RectifiedFlow, Schedule, VariancePreserving
 from .solvers import dpmpp_2m_step, heun_step
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ def _vp_told(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
         raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
                          "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
     told = scheduler.timesteps.double()
-    if told.max() > scheduler.config["num_train_timesteps"] - 1:
-        raise ValueError(f"{type(scheduler).__name__} tells the network time {told.max():g} of a schedule whose last is "
-                         f"{scheduler.config['num_train_timesteps'] - 1}: fewer steps or another steps_offset are needed")
+    last = scheduler.config["num_train_timesteps"] - 1
+    if told.max() > last or told.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
+        raise ValueError(f"{type(scheduler).__name__} would tell the network times from {told.min():g} to {told.max():g}, where "
+                         f"0 to {last} exist: take another number of steps, or another steps_offset")
     return ((told + 1) / schedule.nodes).tolist()
 
 

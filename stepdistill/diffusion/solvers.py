@@ -5,6 +5,7 @@ descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for 
 """
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Callable, Iterator
 
 import torch
@@ -21,7 +22,7 @@ Solver = Callable[..., Tensor]
 
 def _steps(times: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(t, r) of each step, each (B,)."""
-    return ((t.expand(batch), r.expand(batch)) for t, r in zip(times[:-1], times[1:]))
+    return ((t.expand(batch), r.expand(batch)) for t, r in pairwise(times))
 
 
 def ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
@@ -82,4 +83,47 @@ def dpmpp_2m(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None
     return x
 
 
-SOLVERS: dict[str, Solver] = {"ddim": ddim, "euler": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}
+def sde_ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
+             eta: float = 1.0) -> Tensor:
+    """Song et al. 2021, arXiv:2010.02502, eq. 12 and 16: a share of each step's noise is fresh; eta = 1 is DDPM, 0 is `ddim`."""
+    if noise is None:
+        raise ValueError("sde_ddim is stochastic: pass noise(i, shape), which gives the normal noise of step i")
+    schedule = role.schedule
+    for i, (t, r) in enumerate(_steps(times, len(x))):
+        p = role(x, t, cond)
+        kept, sigma_r = schedule.alpha(t) / schedule.alpha(r), schedule.sigma(r)
+        fresh = eta * sigma_r / schedule.sigma(t) * (schedule.sigma(t) ** 2 - (kept * sigma_r) ** 2).sqrt()
+        old = (sigma_r**2 - fresh**2).sqrt()
+        x = like(schedule.alpha(r), x) * p.x0 + like(old, x) * p.eps + like(fresh, x) * noise(i, x.shape).to(x)
+    return x
+
+
+def addim_step(p: Prediction, r: Tensor, x_var: Tensor) -> Tensor:
+    """DDIM that restores the variance which x_0's mean lacks. x_var (B,): the variance of x_0 per dimension given x_t.
+
+    Heek et al. 2024, arXiv:2403.06807 (aDDIM): x_r = alpha_r x_0 + sqrt(sigma_r^2 + (d / |eps|^2) z_var) eps, with
+    z_var = (alpha_r - alpha_t sigma_r / sigma_t)^2 x_var.
+    """
+    schedule, t, x = p.schedule, p.t, p.x_t
+    z_var = (schedule.alpha(r) - schedule.alpha(t) * schedule.sigma(r) / schedule.sigma(t)) ** 2 * x_var.to(r)
+    mean_square = like((p.eps.flatten(1) ** 2).mean(1), x)
+    return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + like(z_var, x) / mean_square).sqrt() * p.eps
+
+
+def addim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+    """aDDIM as a sampler, with the paper's guess x_var = 0.1 / (2 + SNR) for data of unit variance."""
+    for t, r in _steps(times, len(x)):
+        p = role(x, t, cond)
+        snr = (role.schedule.alpha(t) / role.schedule.sigma(t)) ** 2
+        x = addim_step(p, r, 0.1 / (2 + snr))
+    return x
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": ddim,
+    "euler": ddim,                # the same step: the stock schedulers differ in their grid and in how they start
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "sde_ddim": sde_ddim,
+    "addim": addim,
+}
