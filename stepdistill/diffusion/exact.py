@@ -132,7 +132,7 @@ class GaussianMixture:
     def flow(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """In one dimension the ODE keeps quantiles: CDF_r^-1(CDF_t(x_t)), by bisection. x_t: (B, 1)."""
         if x_t.shape[1:] != (1,):
-            raise ValueError(f"the flow of a mixture is closed in one dimension only, found samples of shape {tuple(x_t.shape[1:])}")
+            raise ValueError(f"the flow of a mixture is closed in one dimension only, found shape {tuple(x_t.shape[1:])}")
         wanted, reach = self._cdf(x_t, t), 1e3
         low, high = torch.full_like(x_t, -reach), torch.full_like(x_t, reach)
         for _ in range(80):
