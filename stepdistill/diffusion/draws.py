@@ -23,7 +23,7 @@ class Step:
     """What a loss may ask of its moment in training.
 
     index counts training steps from 0; progress = index / total is in [0, 1). ids (B,) int64 name the samples of the
-    slice at hand. Draws come on the CPU in float32 (uniform: float64) and move to `device`.
+    slice at hand. All draws are made on the CPU; noise moves to `device`, and what becomes a time stays, as times do.
     """
 
     seed: int
@@ -35,16 +35,16 @@ class Step:
     device: torch.device | str = "cpu"
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal, (B, *shape): `shape` is that of one sample."""
+        """Standard normal, (B, *shape) float32 on `device`: `shape` is that of one sample."""
         return self._each(name, lambda g: torch.randn(shape, generator=g)).to(self.device)
 
     def uniform(self, name: str) -> Tensor:
-        """Uniform in [0, 1), (B,) float64."""
-        return self._each(name, lambda g: torch.rand((), generator=g, dtype=torch.float64)).to(self.device)
+        """Uniform in [0, 1), (B,) float64 on the CPU."""
+        return self._each(name, lambda g: torch.rand((), generator=g, dtype=torch.float64))
 
     def integers(self, name: str, high: int) -> Tensor:
-        """Uniform on 0 .. high - 1, (B,) int64."""
-        return self._each(name, lambda g: torch.randint(high, (), generator=g)).to(self.device)
+        """Uniform on 0 .. high - 1, (B,) int64 on the CPU."""
+        return self._each(name, lambda g: torch.randint(high, (), generator=g))
 
     def shared(self, name: str) -> float:
         """Uniform in [0, 1), one number for the whole joined batch: equal on all ranks and micro-batches."""

@@ -1,0 +1,76 @@
+"""Guidance as a role made of a role: whatever takes a teacher takes a guided one."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .contracts import Condition, Role
+from .prediction import Prediction
+from .schedule import Schedule, like
+
+
+def _scales(w: float | Tensor, batch: int) -> Tensor:
+    return (w if isinstance(w, Tensor) else torch.tensor(w, dtype=torch.float64)).expand(batch)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """See `guided`."""
+
+    role: Role
+    w: float | Tensor
+    interval: tuple[float, float] | None
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.role.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        if cond is None or cond.null is None:
+            raise ValueError("guidance needs the unconditional counterpart of the condition: set cond.null, or guide with w = 1")
+        w = _scales(self.w, len(t))
+        if self.interval is not None:
+            low, high = self.interval
+            inside = (low <= t) & (t <= high)
+            if not inside.any():
+                return self.role(x_t, t, cond)
+            w = torch.where(inside.to(w.device), w, 1.0)
+        both = self.role(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat([cond.null, replace(cond, null=None)]))
+        without, given = both.raw.chunk(2)
+        return replace(both, raw=without + like(w, given) * (given - without), x_t=x_t, t=t)
+
+
+def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null).
+
+    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives `role` itself. Outside the interval of t
+    (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing raw
+    outputs mixes every view alike, since views are linear at one x_t and t.
+    """
+    return role if isinstance(w, (int, float)) and w == 1 else Guided(role, w, interval)
+
+
+@dataclass(frozen=True)
+class Autoguided:
+    """See `autoguided`."""
+
+    role: Role
+    bad: Role
+    w: float | Tensor
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.role.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        good, bad = self.role(x_t, t, cond), self.bad(x_t, t, cond)
+        w = like(_scales(self.w, len(t)), x_t)
+        away = bad.view(good.kind)
+        return replace(good, raw=away + w * (good.raw - away))
+
+
+def autoguided(role: Role, bad: Role, w: float | Tensor) -> Role:
+    """Karras et al. 2024, arXiv:2406.02507: away from a worse network `bad` of the same schedule. w = 1 is `role` alone."""
+    return Autoguided(role, bad, w)

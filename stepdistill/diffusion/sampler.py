@@ -1,0 +1,227 @@
+"""The few-step sampler, read off a stock diffusers scheduler, so that what is trained is what is exported.
+
+The scheduler is asked for its grid once (`set_timesteps`); then every evaluation of the network is a row of four: the
+time the network is told, the noise level its state really has, the level it lands on, and the rule that takes it there.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .contracts import Condition, Role
+from .flow_map import ddim_step
+from .prediction import Prediction
+from .schedule import RectifiedFlow, Schedule, VariancePreserving
+from .solvers import dpmpp_2m_step, heun_step
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+Draw = Callable[[int], Tensor]
+# (the last two predictions, the landing (B,), fresh noise or None) -> the next state
+Rule = Callable[[list[Prediction], Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the network. told, level and landing are times in [0, 1]; `noisy`: the rule takes fresh noise.
+
+    `level` differs from `told` where a scheduler rounds what it tells (Karras sigmas) or interpolates in its own way.
+    """
+
+    told: float
+    level: float
+    landing: float
+    rule: Rule
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A stock scheduler's way from noise to x_0 in `steps` steps: sampler(role, noise, cond, draw) -> x_0.
+
+    The state is ours, alpha x_0 + sigma eps; `start` scales unit noise to the state that the stock pipeline starts from.
+    """
+
+    steps: int
+    start: float
+    evaluations: tuple[Evaluation, ...]
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, k: int, schedule: Schedule, *, num_inference_steps: int | None = None,
+           timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None, **grid: Any) -> Sampler:
+        """Reads `scheduler`, which is left as it is, for `k` steps of roles under `schedule`.
+
+        The keywords are those of the pipeline call that shape the grid; `grid` goes to set_timesteps as it is
+        (original_inference_steps, mu). ValueError for a scheduler, a config or a k that is not served.
+        """
+        name = type(scheduler).__name__
+        if name not in READERS:
+            raise ValueError(f"no sampler reads a {name}; the schedulers that can be read are {', '.join(sorted(READERS))}")
+        counts = {"k": k, "num_inference_steps": num_inference_steps, "len(timesteps)": timesteps and len(timesteps),
+                  "len(sigmas)": sigmas and len(sigmas)}
+        found = {key: value for key, value in counts.items() if value is not None}
+        if k < 1 or len(set(found.values())) > 1:
+            raise ValueError(f"a sampler takes at least 1 step, and one number of them, found {found}")
+        scheduler = copy.deepcopy(scheduler)
+        asked = {"timesteps": timesteps} if timesteps is not None else {"sigmas": sigmas, "num_inference_steps": k}
+        asked = {key: value for key, value in {**asked, **grid}.items() if value is not None}
+        try:
+            scheduler.set_timesteps(**asked)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name} does not serve {asked}: {error}") from error
+        start, evaluations = READERS[name](scheduler, schedule)
+        return cls(k, start, tuple(evaluations))
+
+    @property
+    def times(self) -> Tensor:
+        """What the network is told at each evaluation, as t: (nfe,) float64."""
+        return torch.tensor([e.told for e in self.evaluations], dtype=torch.float64)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one sample, a guided one counted once."""
+        return len(self.evaluations)
+
+    @property
+    def stochastic(self) -> bool:
+        return any(e.noisy for e in self.evaluations)
+
+    def __call__(self, role: Role, noise: Tensor, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+        """noise: (B, ...) unit normal; draw(i): fresh noise of that shape after evaluation i, asked for in order."""
+        return self.rollout(role, noise, self.nfe, cond, draw)
+
+    def rollout(self, role: Role, noise: Tensor, until: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+        """The state that evaluation `until` would be given, at times[until]; until = nfe is the sample."""
+        if self.stochastic and draw is None:
+            raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
+        x, history = self.start * noise, []
+        for i, e in enumerate(self.evaluations[:until]):
+            told, level, landing = torch.tensor([e.told, e.level, e.landing], dtype=torch.float64)[:, None].expand(3, len(x))
+            history = [*history[-1:], replace(role(x, told, cond), t=level)]
+            x = e.rule(history, landing, draw(i) if e.noisy else None)
+        return x
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+def _ddim(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
+    return ddim_step(history[-1], r)
+
+
+def _heun(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
+    return heun_step(history[-2], history[-1])
+
+
+def _dpmpp_2m(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
+    return dpmpp_2m_step(history[-2], history[-1], r)
+
+
+def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_skip: float, c_out: float) -> Tensor:
+    """Luo et al. 2023, arXiv:2310.04378, eq. 9: the scaled x_0, re-noised to the landing unless it is the last."""
+    p = history[-1]
+    x0 = c_out * p.x0 + c_skip * p.x_t
+    return x0 if noise is None else p.schedule.add_noise(x0, noise, r)
+
+
+# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) ----------------------------------------
+def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
+    for key, value in wanted.items():
+        if scheduler.config[key] != value:
+            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by the "
+                             f"sampler: use a scheduler config with {key}={value!r}")
+
+
+def _vp_told(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
+    """The times told to the network on a schedule of N nodes, as t = (told + 1) / N."""
+    if not isinstance(schedule, VariancePreserving):
+        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
+                         "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
+    told = scheduler.timesteps.double()
+    last = scheduler.config["num_train_timesteps"] - 1
+    if told.max() > last or told.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
+        raise ValueError(f"{type(scheduler).__name__} would tell the network times from {told.min():g} to {told.max():g}, where "
+                         f"0 to {last} exist: take another number of steps, or another steps_offset")
+    return ((told + 1) / schedule.nodes).tolist()
+
+
+def _level(alphas_cumprod: Tensor, schedule: Schedule) -> list[float]:
+    squares = alphas_cumprod.double()
+    return schedule.time_at(torch.atan2((1 - squares).sqrt(), squares.sqrt())).tolist()
+
+
+def _lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, clip_sample=False, thresholding=False)
+    told = _vp_told(scheduler, schedule)
+    levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
+    scalings = (scheduler.get_scalings_for_boundary_condition_discrete(t) for t in scheduler.timesteps.tolist())
+    rules = [partial(_consistency, c_skip=c_skip, c_out=c_out) for c_skip, c_out in scalings]
+    noisy = [True] * (len(told) - 1) + [False]
+    return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:] + [0.0], rules, noisy)]
+
+
+def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, clip_sample=False, thresholding=False)
+    told = _vp_told(scheduler, schedule)
+    # The stock landing is a fixed stride below, which is the next told time only where the steps divide the nodes.
+    after = scheduler.timesteps - scheduler.config["num_train_timesteps"] // len(told)
+    landings = torch.where(after >= 0, scheduler.alphas_cumprod[after.clamp(min=0)], scheduler.final_alpha_cumprod)
+    levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
+    return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, _level(landings, schedule))]
+
+
+def _sigma_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
+    """Levels of a scheduler that keeps sigma / alpha: one more than it has evaluations."""
+    return schedule.time_at(torch.atan(scheduler.sigmas.double())).tolist()
+
+
+def _euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, timestep_type="discrete")
+    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    return _start(scheduler), [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
+
+
+def _start(scheduler: SchedulerMixin) -> float:
+    """Of a scheduler whose state is x / alpha: its first state, brought back to alpha x_0 + sigma eps."""
+    return float(scheduler.init_noise_sigma / (scheduler.sigmas[0].double() ** 2 + 1).sqrt())
+
+
+def _heun_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, clip_sample=False)
+    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    rules = [_heun if i % 2 else _ddim for i in range(len(told))]        # the stock grid holds every inner node twice
+    return _start(scheduler), [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
+
+
+def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False,
+            use_flow_sigmas=False, final_sigmas_type="zero", variance_type=None)
+    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    rules = [_ddim, *[_dpmpp_2m] * (len(told) - 2), _ddim][-len(told):]
+    return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
+
+
+def _flow_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, invert_sigmas=False)
+    if not isinstance(schedule, RectifiedFlow):
+        raise ValueError(f"{type(scheduler).__name__} serves rectified flows, found {type(schedule).__name__}")
+    sigmas, told = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]
+    levels, told = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (sigmas, told))
+    if not scheduler.config["stochastic_sampling"]:
+        return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
+    rule = partial(_consistency, c_skip=0.0, c_out=1.0)
+    return 1.0, [Evaluation(*row, rule, noisy=True) for row in zip(told, levels, levels[1:])]
+
+
+READERS: dict[str, Callable[[SchedulerMixin, Schedule], tuple[float, list[Evaluation]]]] = {
+    "LCMScheduler": _lcm,
+    "DDIMScheduler": _ddim_reader,
+    "EulerDiscreteScheduler": _euler,
+    "HeunDiscreteScheduler": _heun_reader,
+    "DPMSolverMultistepScheduler": _dpmpp_2m_reader,
+    "FlowMatchEulerDiscreteScheduler": _flow_euler,
+}

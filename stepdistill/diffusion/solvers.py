@@ -1,0 +1,129 @@
+"""Solvers of the probability-flow ODE (and its SDE) down a grid of times: one algorithm, one short function.
+
+solver(role, x, times, cond, noise) -> x at times[-1]. x: (B, ...), the state at times[0]; times: (K + 1,) float64,
+descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for those that want it.
+"""
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .contracts import Condition, Role
+from .flow_map import ddim_step, toward
+from .prediction import Prediction
+from .schedule import RectifiedFlow, Schedule, like
+
+Noise = Callable[[int, torch.Size], Tensor]
+Solver = Callable[..., Tensor]
+
+
+def _steps(times: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(t, r) of each step, each (B,)."""
+    return ((t.expand(batch), r.expand(batch)) for t, r in pairwise(times))
+
+
+def ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+    """Song et al. 2021, arXiv:2010.02502: order 1, K evaluations. It is also Euler's rule, in the `_straight` coordinates."""
+    for t, r in _steps(times, len(x)):
+        x = ddim_step(role(x, t, cond), r)
+    return x
+
+
+def _straight(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, u), such that x_t / m is a straight line in u for a fixed (x_0, eps): where the stock schedulers integrate.
+
+    Karras et al. 2022 divide by alpha and step in sigma / alpha; a flow, whose alpha vanishes at t = 1, is straight in sigma.
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return (alpha + sigma, sigma) if isinstance(schedule, RectifiedFlow) else (alpha, sigma / alpha)
+
+
+def _slope(p: Prediction) -> Tensor:
+    """d(x_t / m) / du of `_straight`."""
+    return p.eps - p.x0 if isinstance(p.schedule, RectifiedFlow) else p.eps
+
+
+def heun_step(here: Prediction, there: Prediction) -> Tensor:
+    """The trapezoidal step from here.x_t to there.t, where `there` was evaluated at the end of an Euler step."""
+    x, ((m_t, u_t), (m_r, u_r)) = here.x_t, (_straight(p.schedule, p.t) for p in (here, there))
+    return like(m_r / m_t, x) * x + like(m_r * (u_r - u_t) / 2, x) * (_slope(here) + _slope(there))
+
+
+def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: order 2, 2K evaluations; a last step to t = 0 is Euler's."""
+    for t, r in _steps(times, len(x)):
+        here = role(x, t, cond)
+        x = ddim_step(here, r)
+        if r[0] > 0:
+            x = heun_step(here, role(x, r, cond))
+    return x
+
+
+def dpmpp_2m_step(before: Prediction, here: Prediction, r: Tensor) -> Tensor:
+    """From here.t to r, extrapolating x_0 along lambda = log(alpha / sigma) through the previous evaluation."""
+    schedule, t = here.schedule, here.t
+    past, now, next = (schedule.log_snr(s) / 2 for s in (before.t, t, r))
+    weight = like((next - now) / (now - past) / 2, here.x_t)
+    return toward(here.x0 + weight * (here.x0 - before.x0), here.x_t, t, r, schedule)
+
+
+def dpmpp_2m(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095, algorithm 2: order 2, K evaluations.
+
+    The first step, and one that ends at t = 0 (where lambda is infinite), are DDIM's.
+    """
+    before = None
+    for t, r in _steps(times, len(x)):
+        here = role(x, t, cond)
+        x = ddim_step(here, r) if before is None or r[0] == 0 else dpmpp_2m_step(before, here, r)
+        before = here
+    return x
+
+
+def sde_ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
+             eta: float = 1.0) -> Tensor:
+    """Song et al. 2021, arXiv:2010.02502, eq. 12 and 16: a share of each step's noise is fresh; eta = 1 is DDPM, 0 is `ddim`."""
+    if noise is None:
+        raise ValueError("sde_ddim is stochastic: pass noise(i, shape), which gives the normal noise of step i")
+    schedule = role.schedule
+    for i, (t, r) in enumerate(_steps(times, len(x))):
+        p = role(x, t, cond)
+        kept, sigma_r = schedule.alpha(t) / schedule.alpha(r), schedule.sigma(r)
+        fresh = eta * sigma_r / schedule.sigma(t) * (schedule.sigma(t) ** 2 - (kept * sigma_r) ** 2).sqrt()
+        old = (sigma_r**2 - fresh**2).sqrt()
+        x = like(schedule.alpha(r), x) * p.x0 + like(old, x) * p.eps + like(fresh, x) * noise(i, x.shape).to(x)
+    return x
+
+
+def addim_step(p: Prediction, r: Tensor, x_var: Tensor) -> Tensor:
+    """DDIM that restores the variance which x_0's mean lacks. x_var (B,): the variance of x_0 per dimension given x_t.
+
+    Heek et al. 2024, arXiv:2403.06807 (aDDIM): x_r = alpha_r x_0 + sqrt(sigma_r^2 + (d / |eps|^2) z_var) eps, with
+    z_var = (alpha_r - alpha_t sigma_r / sigma_t)^2 x_var.
+    """
+    schedule, t, x = p.schedule, p.t, p.x_t
+    z_var = (schedule.alpha(r) - schedule.alpha(t) * schedule.sigma(r) / schedule.sigma(t)) ** 2 * x_var.to(r)
+    mean_square = like((p.eps.flatten(1) ** 2).mean(1), x)
+    return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + like(z_var, x) / mean_square).sqrt() * p.eps
+
+
+def addim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+    """aDDIM as a sampler, with the paper's guess x_var = 0.1 / (2 + SNR) for data of unit variance."""
+    for t, r in _steps(times, len(x)):
+        p = role(x, t, cond)
+        snr = (role.schedule.alpha(t) / role.schedule.sigma(t)) ** 2
+        x = addim_step(p, r, 0.1 / (2 + snr))
+    return x
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": ddim,
+    "euler": ddim,                # the same step: the stock schedulers differ in their grid and in how they start
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "sde_ddim": sde_ddim,
+    "addim": addim,
+}

@@ -1,0 +1,60 @@
+"""Laws by which t is drawn: a law maps u (B,) float64, uniform in [0, 1), to t (B,) float64 in [0, 1]."""
+from __future__ import annotations
+
+from math import atan
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule
+
+Law = Callable[[Tensor], Tensor]
+
+
+def uniform(low: float = 0.0, high: float = 1.0) -> Law:
+    return lambda u: low + (high - low) * u
+
+
+def log_normal(schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Law:
+    """ln(sigma / alpha) ~ N(mean, std^2): Karras et al. 2022, arXiv:2206.00364, table 1, for any schedule."""
+    return lambda u: schedule.time_at((mean + std * _normal(u)).exp().atan())
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
+    """logit t ~ N(mean, std^2): Esser et al. 2024, arXiv:2403.03206, eq. 19."""
+    return lambda u: (mean + std * _normal(u)).sigmoid()
+
+
+def shifted(law: Law, shift: float) -> Law:
+    """Towards noise for shift > 1: s t / (1 + (s - 1) t), Esser et al. 2024, eq. 23."""
+    def shifted_law(u: Tensor) -> Tensor:
+        t = law(u)
+        return shift * t / (1 + (shift - 1) * t)
+    return shifted_law
+
+
+def discrete(grid: Tensor) -> Law:
+    """Every node of the grid, (N,) float64, equally likely."""
+    return lambda u: grid[(u * len(grid)).long()]
+
+
+def nodes(n: int) -> Tensor:
+    """The ends of n equal segments of [0, 1], ascending from 1 / n to 1: with n = N, the nodes of a discrete schedule."""
+    return torch.arange(1, n + 1, dtype=torch.float64) / n
+
+
+def karras(schedule: Schedule, n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """n nodes, descending: Karras et al. 2022, eq. 5, with sigma / alpha for their sigma."""
+    low, high = schedule.angle(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    if not low <= atan(sigma_min) < atan(sigma_max) <= high + 1e-12:
+        raise ValueError(f"sigma / alpha from {sigma_min} to {sigma_max} leaves the schedule, which ends at "
+                         f"{torch.tensor(high, dtype=torch.float64).tan().item():.6g}")
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    ratio = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return schedule.time_at(ratio.atan())
+
+
+def _normal(u: Tensor) -> Tensor:
+    """The standard normal quantile; u = 0, which a uniform draw may give, counts as half its resolution."""
+    return torch.special.ndtri(u.clamp(min=2.0**-54))

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepdistill.diffusion.contracts import Condition
+from stepdistill.diffusion.exact import Gaussian
+from stepdistill.diffusion.guidance import autoguided, guided
+from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.views import viewed
+
+from .schedules import SCHEDULES
+
+F64 = torch.float64
+
+
+class Told:
+    """Answers with its condition's text and counts its calls."""
+
+    schedule = SCHEDULES["vp"]
+
+    def __init__(self):
+        self.batches: list[int] = []
+
+    def __call__(self, x_t, t, cond=None):
+        self.batches.append(len(x_t))
+        return Prediction(cond.text * x_t, x_t, t, self.schedule, "eps")
+
+
+def case():
+    cond = Condition(text=torch.full((3, 1), 2.0), null=Condition(text=torch.full((3, 1), 0.5)))
+    return Told(), torch.ones(3, 1), torch.tensor([0.1, 0.5, 0.9], dtype=F64), cond
+
+
+def test_guidance_mixes_raw_outputs_in_one_doubled_call():
+    role, x, t, cond = case()
+    p = guided(role, 3.0)(x, t, cond)
+    assert p.raw.flatten().tolist() == [0.5 + 3 * 1.5] * 3 and role.batches == [6]
+    assert p.kind == "eps" and torch.equal(p.x_t, x) and torch.equal(p.t, t)
+
+
+def test_guidance_takes_a_scale_for_each_sample():
+    role, x, t, cond = case()
+    assert guided(role, torch.tensor([0.0, 1.0, 2.0]))(x, t, cond).raw.flatten().tolist() == [0.5, 2.0, 3.5]
+
+
+def test_a_scale_of_one_is_the_role_itself_and_needs_no_null():
+    role, x, t, cond = case()
+    assert guided(role, 1) is role and guided(role, 1.0) is role
+    with pytest.raises(ValueError, match="null"):
+        guided(role, 2.0)(x, t, cond.replace(null=None))
+
+
+def test_outside_the_interval_the_condition_stands_alone():
+    role, x, t, cond = case()
+    p = guided(role, 3.0, interval=(0.4, 0.6))(x, t, cond)
+    assert p.raw.flatten().tolist() == [2.0, 5.0, 2.0]
+    guided(role, 3.0, interval=(0.95, 1.0))(x, t, cond)
+    assert role.batches == [6, 3]                                     # nobody inside: no doubled call
+
+
+def test_autoguidance_moves_away_from_the_worse_network_whatever_it_predicts():
+    s = SCHEDULES["flow"]
+    good = Gaussian(s, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), kind="velocity")
+    bad = Gaussian(s, torch.ones(2, dtype=F64), torch.full((2,), 3.0, dtype=F64), kind="eps")
+    x, t = torch.tensor([[0.3, -2.0]], dtype=F64), torch.tensor([0.4], dtype=F64)
+    expected = bad(x, t).x0 + 2.5 * (good(x, t).x0 - bad(x, t).x0)
+    assert torch.allclose(autoguided(good, bad, 2.5)(x, t).x0, expected)
+
+
+@pytest.mark.parametrize("trained", ["vp-zero", "flow", "flow-3", "trig"])
+@pytest.mark.parametrize("shown", SCHEDULES)
+@pytest.mark.parametrize("kind", ["eps", "v", "velocity"])
+def test_a_viewed_gaussian_is_the_gaussian_of_that_schedule(trained, shown, kind):
+    mean, variances = torch.tensor([0.7, -1.0], dtype=F64), torch.tensor([0.36, 2.0], dtype=F64)
+    t = torch.tensor([0.01, 0.3, 0.72, 0.99], dtype=F64)
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    seen = viewed(Gaussian(SCHEDULES[trained], mean, variances, kind), SCHEDULES[shown])(x, t)
+    own = Gaussian(SCHEDULES[shown], mean, variances)(x, t)
+    assert torch.allclose(seen.x0, own.x0, atol=1e-9) and torch.allclose(seen.eps, own.eps, atol=1e-9)
+    assert torch.allclose(seen.velocity, own.velocity, atol=1e-7)
+
+
+@pytest.mark.parametrize("trained", ["vp", "vp-zero", "trig"])
+def test_a_view_is_regular_at_both_ends_and_keeps_x0_beyond_the_networks_last_noise(trained):
+    role = Gaussian(SCHEDULES[trained], torch.tensor([0.7], dtype=F64), torch.tensor([0.36], dtype=F64))
+    x, t = torch.tensor([[0.4], [0.4]], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+    seen = viewed(role, SCHEDULES["flow"])(x, t)
+    assert torch.allclose(seen.x0[0], x[0])
+    assert torch.allclose(seen.x0[1], role(x[1:], t[1:]).x0) and torch.allclose(seen.eps[1], x[1])
+
+
+def test_a_role_under_its_own_schedule_is_itself():
+    role = Gaussian(SCHEDULES["trig"], torch.zeros(1), torch.ones(1))
+    assert viewed(role, SCHEDULES["trig"]) is role
