@@ -1,9 +1,10 @@
 """Trains assets/shapes-clip: a small CLIP on Shapes, and the judge, linear heads on its image features.
 
-    python scripts/train_clip.py --out runs/world/text --vision 96x3 --lr 1.5e-3            # 1: the text tower
-    python scripts/train_clip.py --text runs/world/text --out assets/shapes-clip            # 2: the rest, around it
+    python scripts/train_clip.py --updates 3000 --lr 1.5e-3 --work runs/world/clip-1 --out runs/world/text
+    python scripts/train_clip.py --updates 4000 --init runs/world/text --out assets/shapes-clip
 
-The text tower learns in minutes and then stays, so that teachers can train on it while the vision tower goes on.
+The text tower learns in minutes and then stays, so that teachers can train on it while the vision tower, which has
+shapes to learn, goes on.
 The 64 features are trained on three things at once: the contrastive loss of CLIP (Radford et al. 2021), the
 attributes of each slot, and what captions leave unsaid (places, sizes, light), so that Fréchet distances also see
 collapsed layouts. Stopped and started again, it goes on from its last checkpoint.
@@ -19,7 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
@@ -44,41 +46,50 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in learned["merges"]], model_max_length=TOKENS)
 
 
-def make_model(tokenizer: CLIPTokenizer, vision_hidden: int, vision_layers: int) -> CLIPModel:
+def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
                           num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=64, **ends)
-    vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=3 * vision_hidden, num_hidden_layers=vision_layers,
-                              num_attention_heads=4, image_size=SIZE, patch_size=4, projection_dim=64)
+    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                              image_size=SIZE, patch_size=4, projection_dim=64)
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
 
 
 def unsaid_targets(scene) -> Tensor:
-    """(B, 11): what the auxiliary regression is asked for: layout and sizes in [-0.5, 0.5], light and stripes on circles."""
+    """(B, 9): what the auxiliary regression is asked for: layout and sizes in [-0.5, 0.5], the light on a circle."""
     u = scene.unsaid.float()
-    light, angle = 2 * math.pi * u[:, 9], 2 * math.pi * u[:, 13]
-    return torch.cat([u[:, :7] - 0.5, torch.stack([light.cos(), light.sin(), angle.cos(), angle.sin()], 1) / 2], 1)
+    light = 2 * math.pi * u[:, 9]
+    return torch.cat([u[:, :7] - 0.5, torch.stack([light.cos(), light.sin()], 1) / 2], 1)
+
+
+@torch.no_grad()
+def restored(codec: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Through the autoencoder and back, with noise of up to a third of their spread on the latents."""
+    latents = codec.encode(pixels).latent_dist.mode()
+    level = 0.3 * torch.rand(len(latents), 1, 1, 1) / codec.config.scaling_factor
+    return codec.decode(latents + level * torch.randn_like(latents)).sample.clamp(-1, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/shapes-clip"))
     parser.add_argument("--work", type=Path, default=Path("runs/world/clip"))
-    parser.add_argument("--text", type=Path, help="folder of an earlier run whose text tower is kept as it is")
-    parser.add_argument("--vision", default="128x4", help="hidden size x layers of the vision tower")
-    parser.add_argument("--updates", type=int, default=6000)
+    parser.add_argument("--init", type=Path, help="folder of an earlier run to go on from; its text tower is kept as it is")
+    parser.add_argument("--codec", type=Path, help="folder of an autoencoder: half of the pictures pass through it")
+    parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
+    codec = AutoencoderKL.from_pretrained(args.codec).float().eval() if args.codec else None
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, *map(int, args.vision.split("x")))
-    if args.text:
-        earlier = CLIPModel.from_pretrained(args.text).float()
-        for part in ("text_model", "text_projection"):
-            getattr(model, part).load_state_dict(getattr(earlier, part).state_dict())
-            getattr(model, part).requires_grad_(False)
-    heads = nn.ModuleDict({slot: nn.Linear(64, len(values)) for slot, values in SLOTS.items()} | {"unsaid": nn.Linear(64, 11)})
+    model = make_model(tokenizer)
+    heads = nn.ModuleDict({slot: nn.Linear(64, len(values)) for slot, values in SLOTS.items()} | {"unsaid": nn.Linear(64, 9)})
+    if args.init:
+        model.load_state_dict(CLIPModel.from_pretrained(args.init).float().state_dict())
+        heads.load_state_dict(load_file(args.init / "judge.safetensors"), strict=False)
+        for part in (model.text_model, model.text_projection):
+            part.requires_grad_(False)
     parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     warm_up = lambda i: min(1, (i + 1) / 100) * min(1, 2 * (1 - i / args.updates))
@@ -93,9 +104,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     begin = time.time() - spent
     for i in range(start, args.updates):
-        scene = scenes(torch.arange(i * args.batch, (i + 1) * args.batch), TRAIN_SEED)
+        scene = scenes(torch.arange(i * args.batch, (i + 1) * args.batch) + (10**8 if args.init else 0), TRAIN_SEED)   # fresh pictures
         pixels = render(scene)
         noise = torch.Generator().manual_seed(i)
+        if args.codec:                     # the judge also sees pictures as a teacher's autoencoder would return them
+            half = args.batch // 2
+            pixels[:half] = restored(codec, pixels[:half])
         pixels = pixels + 0.08 * torch.rand(len(pixels), 1, 1, 1, generator=noise) * torch.randn(pixels.shape, generator=noise)
         tokens = tokenizer(captions(scene), padding="max_length", truncation=True, return_tensors="pt")
         text = model.get_text_features(**tokens).pooler_output
@@ -105,7 +119,7 @@ def main() -> None:
         contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         judged = sum(F.cross_entropy(heads[slot](image), scene.attributes[:, k]) for k, slot in enumerate(SLOTS))
         unsaid = F.mse_loss(heads["unsaid"](image), unsaid_targets(scene))
-        loss = 0.5 * contrast + judged + 2 * unsaid
+        loss = 0.25 * contrast + judged + 0.5 * unsaid
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -124,13 +124,13 @@ def render(scene: Scenes, size: int = SIZE) -> Tensor:
 
 def _placed(a: dict, u: dict, i: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Coordinates relative to object i, its radius, shape and colour; pixels are those of a 32-pixel picture."""
-    along = (7.2 if i == 1 else 20.8) + 4.0 * u[f"along_{i}"]
-    across = 11.0 + 10.0 * u["across"] + 6.0 * (u[f"across_{i}"] - 0.5)
+    along = (7.8 if i == 1 else 21.8) + 2.4 * u[f"along_{i}"]
+    across = 12.0 + 8.0 * u["across"] + 3.0 * (u[f"across_{i}"] - 0.5)
     upright = a["axis"] == 1
     centre_x, centre_y = torch.where(upright, across, along), torch.where(upright, along, across)
-    radius = (5.0 + 1.4 * u[f"radius_{i}"])[:, None, None]
+    radius = (5.6 + 0.8 * u[f"radius_{i}"])[:, None, None]
     side = ("first", "second")[i - 1]
-    turn = 0.7 * (u[f"turn_{i}"] - 0.5)
+    turn = 0.3 * (u[f"turn_{i}"] - 0.5)
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
     dx, dy = x - centre_x[:, None, None], y - centre_y[:, None, None]
     colour = torch.tensor(list(COLOURS.values()))[a[f"{side}_colour"]]
@@ -154,8 +154,9 @@ def _cover(distance: Tensor, softness: float) -> Tensor:
 
 def _ground(a: dict, u: dict, x: Tensor, y: Tensor) -> Tensor:
     """The background, (B, 3, H, W) in [0, 1]: its colour, brightened where the pattern is."""
-    angle = math.pi * (u["angle"] - 0.5)[:, None, None]
-    frequency = (2 * math.pi / (5.5 + 2.5 * u["period"]))[:, None, None]
+    direction = (4 * u["angle"]).floor()                # one of four, and a little off it
+    angle = (math.pi / 4 * (direction + 0.2 * (4 * u["angle"] - direction - 0.5)))[:, None, None]
+    frequency = (2 * math.pi / (5.8 + 1.2 * u["period"]))[:, None, None]
     px, py = (2 * math.pi * u[f"phase_{axis}"][:, None, None] for axis in "xy")
     across = ((x * angle.cos() + y * angle.sin()) * frequency + px).sin()
     along = ((y * angle.cos() - x * angle.sin()) * frequency + py).sin()
