@@ -169,7 +169,12 @@ def test_damaged_weights_are_named_before_anything_is_loaded(copy, monkeypatch, 
 
 def test_a_missing_part_is_reported(copy):
     shutil.rmtree(copy / "vae")
-    refused(copy, "cannot be loaded", "vae")
+    refused(copy, "not complete", "lists vae")
+
+
+def test_missing_weights_are_reported(copy):
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    refused(copy, "cannot be loaded", "unet")
 
 
 def test_teachers_that_this_family_does_not_translate(copy):

@@ -84,9 +84,16 @@ def _class_of_folder(folder: Path) -> str:
         raise RequestError(f"{folder} is no diffusers pipeline: it has no model_index.json (it holds {held}). "
                            "A teacher is a folder that `pipeline.save_pretrained` wrote")
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        class_name = parts["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher anew") from error
+    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
+               and name != "safety_checker" and not (folder / name).is_dir()]
+    if missing:
+        raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is no such "
+                           "folder beside it; save or download the teacher anew")
+    return class_name
 
 
 def _class_of_file(file: Path) -> str:
