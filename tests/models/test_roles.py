@@ -5,6 +5,7 @@ import torch
 
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Follows, Frozen, Trained
+from stepdistill.models.families import load_teacher
 from stepdistill.models.families.unet2d_condition import w_embedding
 from stepdistill.models.roles import Full, Lora, build_roles
 
@@ -77,7 +78,6 @@ def test_only_the_student_gets_gradients(family, inputs, perturb, setting):
 
 @SETTINGS
 def test_checkpointing_changes_no_gradient(folders, perturb, setting, inputs):
-    from stepdistill.models.families import load_teacher
     found = []
     for checkpointing in (False, True):
         roles = build_roles(load_teacher(folders["epsilon"]), NEEDS, {"student": setting}, gradient_checkpointing=checkpointing)
@@ -91,7 +91,6 @@ def test_checkpointing_changes_no_gradient(folders, perturb, setting, inputs):
 
 @SETTINGS
 def test_states_round_trip(folders, inputs, perturb, setting):
-    from stepdistill.models.families import load_teacher
     one, two = (build_roles(load_teacher(folders["epsilon"]), NEEDS, {"student": setting}, told_w=("student",)) for _ in range(2))
     for seed, name in enumerate(("student", "target", "ema")):
         perturb(one.parameters(name), seed)
@@ -167,7 +166,6 @@ def test_a_lora_and_a_full_role_side_by_side(family, inputs, perturb):
 
 
 def test_full_roles_are_float32_on_a_bfloat16_teacher(folders, inputs):
-    from stepdistill.models.families import load_teacher
     roles = build_roles(load_teacher(folders["epsilon"], dtype=torch.bfloat16), NEEDS, {"student": Full()})
     assert {parameter.dtype for parameter in roles.parameters("student")} == {torch.float32}
     assert roles["student"](*inputs).raw.isfinite().all()
