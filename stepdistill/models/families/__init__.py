@@ -1,0 +1,130 @@
+"""Network families: what diffusers' pipelines have in common, and how a teacher is loaded.
+
+A family is the quarantine for one kind of network: told times, conditions, latents and targets are translated in its
+file, and nothing outside knows them.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...diffusion.contracts import Condition
+from ...diffusion.schedule import Schedule
+from ...errors import RequestError
+
+FAMILIES = {                                       # pipeline class -> module of this package
+    "StableDiffusionPipeline": "unet2d_condition",
+    "StableDiffusionXLPipeline": "unet2d_condition",
+}
+
+
+class Family(Protocol):
+    """A loaded teacher and the conventions of its kind. The network is frozen and in evaluation mode."""
+
+    name: str                                      # the module of this package
+    source: str                                    # where the teacher was loaded from: folder, file or Hub id
+    revision: str | None
+    network: nn.Module
+    schedule: Schedule
+    kind: str                                      # what the network predicts, a key of PARAMETERISATIONS
+    schedule_name: str                             # "vp" or "flow"
+    scheduler: Any                                 # the teacher's own diffusers scheduler
+    latent_shape: tuple[int, ...]                  # of one sample
+    null_prompt: str
+    default_targets: tuple[str, ...]               # LoRA targets
+    w_path: str                                    # where a student told w has one more linear layer
+    w_features: tuple[int, int]                    # that layer's input and output width
+
+    def encode(self, prompts: list[str]) -> Condition: ...
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def told_time(self, t: Tensor) -> Tensor: ...
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor: ...
+    def fresh_network(self, state: Mapping[str, Tensor], told_w: bool = False) -> nn.Module: ...
+    def pipeline(self, network: nn.Module | None = None, scheduler: Any = None) -> Any: ...
+    def to(self, device: torch.device | str) -> Family: ...
+
+
+def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Family:
+    """Loads a diffusers pipeline: a folder, a Hub id (revision: branch, tag or commit), or one .safetensors file.
+
+    dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. RequestError, before any
+    weights are read, for what is missing, damaged or of an unsupported class.
+    """
+    source = str(source)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise RequestError(f"a teacher is loaded in float32 or bfloat16, not in {dtype}: codecs overflow in float16")
+    path = Path(source)
+    if path.is_file():
+        class_name = _class_of_file(path)
+    elif path.is_dir():
+        class_name = _class_of_folder(path)
+    else:
+        class_name = _class_on_hub(source, revision)
+    if class_name not in FAMILIES:
+        raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(FAMILIES)}")
+    if path.is_dir():
+        for file in sorted(path.rglob("*.safetensors")):
+            _check_safetensors(file)
+    return import_module(f".{FAMILIES[class_name]}", __package__).load(source, class_name, revision, dtype)
+
+
+def _class_of_folder(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise RequestError(f"{folder} is no diffusers pipeline: it has no model_index.json (it holds {held}). "
+                           "A teacher is a folder that `pipeline.save_pretrained` wrote")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        class_name = parts["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher anew") from error
+    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
+               and name != "safety_checker" and not (folder / name).is_dir()]
+    if missing:
+        raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is no such "
+                           "folder beside it; save or download the teacher anew")
+    return class_name
+
+
+def _class_of_file(file: Path) -> str:
+    """Of the checkpoints in one file, SDXL's hold a second text encoder under this name."""
+    if file.suffix != ".safetensors":
+        raise RequestError(f"{file} is no .safetensors file: a teacher is a folder, a Hub id or one .safetensors file")
+    keys = _check_safetensors(file)
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise RequestError(f"{file} holds no whole Stable Diffusion checkpoint: no tensor's name begins with "
+                           f"model.diffusion_model. (the first is {keys[0] if keys else 'missing'})")
+    xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+
+
+def _class_on_hub(source: str, revision: str | None) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or Path(source).parent.is_dir():
+        raise RequestError(f"there is no folder or file {source} (looked in {Path.cwd()}): a teacher is a pipeline folder, "
+                           "a Hub id such as owner/name, or one .safetensors file")
+    from diffusers import DiffusionPipeline
+    try:
+        return DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
+
+
+def _check_safetensors(file: Path) -> list[str]:
+    """The names of its tensors. Reads the header only, which also tells how long the file must be."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise RequestError(f"{file} is damaged or cut short ({error}; it has {file.stat().st_size:,} bytes): "
+                           "copy or download it anew") from error

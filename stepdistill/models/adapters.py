@@ -1,0 +1,207 @@
+"""Many roles on one frozen network: named LoRA adapters of which at most one is active.
+
+Three traps are handled here and nowhere else:
+- peft's own `set_adapter` also switches `requires_grad` off for every other adapter: only the active name changes here;
+- plain activation checkpointing recomputes under whichever adapter is active during backward, and the gradients are
+  wrong without an error: `AdapterBank.checkpoint` re-enters the adapter of the forward pass;
+- an adapter takes its base's dtype, and 16-bit weights lose small updates: adapters are float32 on any base.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..diffusion.draws import key
+from ..errors import RequestError
+
+
+def lora_config(rank: int, targets: Sequence[str], alpha: float | None = None) -> LoraConfig:
+    """targets: ends of module names, such as "to_q" or "ff.net.2". alpha: rank unless given; the adapter counts
+    alpha / rank times. A starts as N(0, 1 / rank^2), B as zero, so that a new adapter changes nothing."""
+    if rank < 1:
+        raise RequestError(f"the rank of a LoRA is at least 1, found {rank}")
+    if not targets:
+        raise RequestError("a LoRA without targets trains nothing: name modules, or leave `targets` out for the usual ones")
+    return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets),
+                      init_lora_weights="gaussian")
+
+
+def matching(network: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
+    """Those of `targets` that name at least one linear layer or convolution of the network."""
+    names = _layers(network)
+    return tuple(target for target in targets if any(_matches(name, target) for name in names))
+
+
+class AdapterLinear(nn.Module):
+    """A linear layer without bias that each adapter has of its own and the base has not: x (B, I) -> (B, O).
+
+    All start at zero. `active` is the bank's list of active adapters.
+    """
+
+    def __init__(self, names: Sequence[str], in_features: int, out_features: int, active: list[str]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({name: torch.zeros(out_features, in_features) for name in names})
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active or self.active[0] not in self.weights:
+            raise ValueError(f"only {list(self.weights)} have this layer; active is {self.active or 'the base'}")
+        return F.linear(x, self.weights[self.active[0]].to(x.dtype))
+
+
+class _Use:
+    """Makes an adapter active; can be entered again, as backward does on a graph that is kept."""
+
+    def __init__(self, active: list[str], wanted: list[str]) -> None:
+        self.active, self.wanted, self.before = active, wanted, []
+
+    def __enter__(self) -> None:
+        self.before.append(self.active[:])
+        self.active[:] = self.wanted
+
+    def __exit__(self, *_) -> None:
+        self.active[:] = self.before.pop()
+
+
+class AdapterBank:
+    """Owns a network's adapters. Outside `use` none is active, and the network is exactly the base.
+
+    All LoRA layers share one list of active names, so switching costs the same for ten layers as for a thousand.
+    seed: the adapters' first values are a function of (seed, name, layer), not of the global generator.
+    """
+
+    def __init__(self, network: nn.Module, configs: Mapping[str, LoraConfig], seed: int = 0) -> None:
+        if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+            raise ValueError("this network carries adapters already: make one bank with all roles, or load the network anew")
+        for config in configs.values():
+            _check_targets(network, config.target_modules)
+        self.network, self.configs = network.requires_grad_(False), dict(configs)
+        self._active: list[str] = []
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            for name, config in self.configs.items():
+                inject_adapter_in_model(config, network, adapter_name=name)
+        self._layers = {path: m for path, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
+        for layer in self._layers.values():
+            layer._active_adapter = self._active
+        self._parameters = {name: self._collect(name) for name in self.configs}
+        self._initialise(seed)
+
+    def _collect(self, name: str) -> dict[str, nn.Parameter]:
+        """peft's names, without the adapter's: "mid_block.attentions.0.proj_in.lora_A.weight"."""
+        found = {}
+        for path, layer in self._layers.items():
+            for inner, parameter in layer.named_parameters():
+                kind, owner, *leaf = inner.split(".")
+                if kind in layer.adapter_layer_names and owner == name:
+                    found[".".join((path, kind, *leaf))] = parameter
+        return found
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        for name, parameters in self._parameters.items():
+            for path, parameter in parameters.items():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                if ".lora_A." in path:
+                    generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / self.configs[name].r)
+
+    def add_linear(self, path: str, names: Sequence[str], in_features: int, out_features: int) -> None:
+        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of those adapters."""
+        parent, _, leaf = path.rpartition(".")
+        layer = AdapterLinear(names, in_features, out_features, self._active).to(next(self.network.parameters()).device)
+        setattr(self.network.get_submodule(parent), leaf, layer)
+        for name in names:
+            self._parameters[name][f"{path}.weight"] = layer.weights[name]
+
+    @property
+    def active(self) -> str | None:
+        return self._active[0] if self._active else None
+
+    def use(self, name: str | None) -> _Use:
+        """`with bank.use("student"): network(...)`; None is the base. What was active before returns afterwards."""
+        if name is not None and name not in self.configs:
+            raise ValueError(f"no adapter {name!r} in this bank, which has {list(self.configs)}")
+        return _Use(self._active, [] if name is None else [name])
+
+    def checkpoint(self, module: nn.Module, *args):
+        """For `network.enable_gradient_checkpointing(bank.checkpoint)`: recomputes under the forward's adapter."""
+        name = self.active
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(name)))
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """Float32, in a fixed order."""
+        return list(self._parameters[name].values())
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        return {path: parameter.detach() for path, parameter in self._parameters[name].items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """ValueError unless the names and shapes are exactly this adapter's."""
+        own = self._parameters[name]
+        wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
+        if wrong:
+            raise ValueError(f"these are not the weights of adapter {name!r} (rank {self.configs[name].r}): {len(wrong)} of "
+                             f"{len(own)} tensors are missing, unknown or of another shape, the first is {wrong[0]}")
+        for path, parameter in own.items():
+            parameter.copy_(state[path])
+
+    def copy(self, src: str, dst: str) -> None:
+        """Gives `dst` the weights of `src`."""
+        self.load_state_dict(dst, self.state_dict(src))
+
+    def lora_state_dict(self, name: str) -> dict[str, Tensor]:
+        """What `save_lora_weights(unet_lora_layers=...)` takes: the LoRA weights alone, without `add_linear`'s."""
+        return {path: value for path, value in self.state_dict(name).items() if ".lora_" in path}
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """The adapter's LoraConfig as plain values, sets as sorted lists."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in self.configs[name].to_dict().items()}
+
+    @torch.no_grad()
+    def merged(self, name: str | None) -> dict[str, Tensor]:
+        """The float32 state dict of a plain network that computes what the base does with this adapter (None: the base).
+
+        W + (alpha / rank) B A takes the place of W. The tensors are copies.
+        """
+        own = {id(parameter) for layer in self.network.modules() if isinstance(layer, (BaseTunerLayer, AdapterLinear))
+               for path, parameter in layer.named_parameters() if not path.startswith("base_layer.")}
+        plain = {path.replace(".base_layer.", "."): value.detach().float().clone()
+                 for path, value in self.network.state_dict(keep_vars=True).items() if id(value) not in own}
+        if name is not None:
+            for path, layer in self._layers.items():
+                if name in layer.lora_A:
+                    plain[f"{path}.weight"] += layer.get_delta_weight(name).float()
+            plain |= {path: value.clone() for path, value in self.state_dict(name).items() if ".lora_" not in path}
+        return plain
+
+
+def _layers(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    names = _layers(network)
+    ends = {".".join(parts[-count:]) for parts in (name.split(".") for name in names) for count in (1, 2, 3)}
+    for target in sorted(targets):
+        if not any(_matches(name, target) for name in names):
+            near = get_close_matches(target, sorted(ends), n=5, cutoff=0.5)
+            known = f"near names: {', '.join(near)}" if near else f"names that exist: {', '.join(sorted(ends)[:12])} ..."
+            raise RequestError(f"the LoRA target {target!r} matches no linear layer or convolution of this "
+                               f"{type(network).__name__}; {known}")

@@ -1,0 +1,187 @@
+"""The roles that a method needs, made from one teacher: adapters on its network, or networks of their own."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Follows, Frozen, Need, Trained
+from .adapters import AdapterBank, lora_config
+from .denoiser import Denoiser
+from .ema import Ema
+from .families import Family
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A role as an adapter. alpha: rank unless given. targets: ends of module names, the family's own unless given."""
+
+    rank: int = 32
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Full:
+    """A role as a float32 network of its own."""
+
+
+Setting = Lora | Full
+
+
+class Roles(Mapping[str, Denoiser]):
+    """roles["student"](x_t, t, cond) -> Prediction. Made by `build_roles`.
+
+    bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen teacher.
+    """
+
+    def __init__(self, family: Family, needs: Mapping[str, Need], told_w: frozenset[str], bank: AdapterBank | None,
+                 networks: Mapping[str, nn.Module]) -> None:
+        self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
+        self._denoisers = {name: self._denoiser(name) for name in needs}
+        self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
+                          for name, need in needs.items() if isinstance(need, Follows)]
+
+    def _denoiser(self, name: str) -> Denoiser:
+        if name in self.networks:
+            return Denoiser(self.family, self.networks[name], told_w=name in self.told_w)
+        context = nullcontext if self.bank is None else partial(self.bank.use, name if self.is_lora(name) else None)
+        return Denoiser(self.family, self.family.network, context, name in self.told_w)
+
+    def __getitem__(self, name: str) -> Denoiser:
+        return self._denoisers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._denoisers)
+
+    def __len__(self) -> int:
+        return len(self._denoisers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._denoisers)
+
+    def is_lora(self, name: str) -> bool:
+        return self.bank is not None and name in self.bank.configs
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Float32, in a fixed order; none for the teacher."""
+        if self.is_lora(name):
+            return self.bank.parameters_of(name)
+        return list(self.networks[name].parameters()) if name in self.networks else []
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """What a checkpoint holds of a role: its adapter or its network (with the layer that reads w, if it has one), or
+        nothing for the teacher. The tensors are the living ones."""
+        if self.is_lora(name):
+            return self.bank.state_dict(name)
+        return dict(self.networks[name].state_dict()) if name in self.networks else {}
+
+    def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """ValueError unless the names and shapes are exactly the role's."""
+        if self.is_lora(name):
+            self.bank.load_state_dict(name, state)
+            return
+        own = self.state_dict(name)
+        wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            raise ValueError(f"these are not the weights of role {name!r}: {len(wrong)} of {len(own)} tensors are missing, "
+                             f"unknown or of another shape, the first is {wrong[0]}")
+        if name in self.networks:
+            self.networks[name].load_state_dict(state)
+
+    def follow(self, leader: str) -> None:
+        """After an update of `leader`: steps the roles that follow it, and those that follow them."""
+        for led_by, name, average in self._averages:
+            if led_by == leader:
+                average.update()
+                self.follow(name)
+
+    def to(self, device: torch.device | str) -> Roles:
+        """Moves the family and every role; parameters stay the same objects."""
+        self.family.to(device)
+        for network in self.networks.values():
+            network.to(device)
+        return self
+
+    def network(self, name: str) -> nn.Module:
+        """The role as a new stock float32 network, an adapter merged into it: for `network.save_pretrained`."""
+        told_w = name in self.told_w
+        if name in self.networks:
+            return self.family.fresh_network(self.networks[name].state_dict(), told_w)
+        if self.bank is None:
+            return self.family.fresh_network(self.family.network.state_dict(), told_w)
+        return self.family.fresh_network(self.bank.merged(name if self.is_lora(name) else None), told_w)
+
+    def lora_state_dict(self, name: str) -> dict[str, Tensor]:
+        """For `save_lora_weights(unet_lora_layers=...)`; pass `lora_metadata` with it, or alpha is lost."""
+        return self.bank.lora_state_dict(name)
+
+    def lora_metadata(self, name: str) -> dict[str, Any]:
+        """For `save_lora_weights(unet_lora_adapter_metadata=...)`: the adapter's LoraConfig as plain values."""
+        return self.bank.metadata(name)
+
+
+def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting], *, told_w: tuple[str, ...] = (),
+                gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
+    """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
+    trained role that is not in `settings` what its `start` is.
+
+    told_w: roles that read the guidance scale cond.w, and with them their followers; the layer that reads it starts at
+    zero. Every role equals its start at first. seed: of the adapters' first values.
+    """
+    trained = [name for name, need in needs.items() if isinstance(need, Trained)]
+    if unknown := sorted({*settings, *told_w} - set(trained)):
+        raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains {', '.join(trained)}")
+    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, Frozen)}
+    told = frozenset(name for name in made if _leader(name, needs) in told_w)
+    networks = {name: family.fresh_network(family.network.state_dict(), name in told)
+                for name, setting in made.items() if isinstance(setting, Full)}
+    configs = {name: lora_config(setting.rank, family.default_targets if setting.targets is None else setting.targets,
+                                 setting.alpha) for name, setting in made.items() if isinstance(setting, Lora)}
+    bank = AdapterBank(family.network, configs, seed) if configs else None
+    if bank is not None and (readers := [name for name in configs if name in told]):
+        bank.add_linear(family.w_path, readers, *family.w_features)
+    roles = Roles(family, needs, told, bank, networks)
+    for name, need in needs.items():
+        _start(roles, name, need)
+    if gradient_checkpointing:
+        for network in networks.values():
+            network.enable_gradient_checkpointing()
+        if bank is not None:
+            bank.network.enable_gradient_checkpointing(bank.checkpoint)
+    return roles
+
+
+def _start(roles: Roles, name: str, need: Need) -> None:
+    """Gives a role its first weights, and its parameters their requires_grad."""
+    start = need.leader if isinstance(need, Follows) else need.start if isinstance(need, Trained) else None
+    if start is not None and roles.state_dict(start):
+        roles.load_state_dict(name, roles.state_dict(start))
+    for parameter in roles.parameters(name):
+        parameter.requires_grad_(isinstance(need, Trained))
+
+
+def _leader(name: str, needs: Mapping[str, Need]) -> str:
+    """The trained role at the head of a line of followers."""
+    seen = [name]
+    while isinstance(need := needs[seen[-1]], Follows):
+        if need.leader not in needs or need.leader in seen:
+            raise ValueError(f"role {seen[-1]!r} follows {need.leader!r}, which is no role that can lead it: {', '.join(needs)}")
+        seen.append(need.leader)
+    return seen[-1]
+
+
+def _setting(name: str, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> Setting:
+    name = _leader(name, needs)
+    need = needs[name]
+    if name in settings:
+        return settings[name]
+    if not isinstance(need, Trained) or need.start not in needs or isinstance(needs[need.start], Frozen):
+        raise ValueError(f"role {name!r} is trained, but nothing says how: settings has {', '.join(settings) or 'no role'}")
+    return _setting(need.start, needs, settings)
