@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
@@ -23,20 +24,24 @@ def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None
 def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
     call = "".join(f", {key}={value!r}" for key, value in said["call"].items())
-    revision = "" if said["revision"] is None else f", revision={said['revision']!r}"
+    revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
     names = said["pipeline"] if said["format"] == "pipeline" else f"{said['pipeline']}, {said['scheduler']}"
-    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {folder!r}          # where this card lies"]
+    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
     if said["format"] == "pipeline":
         lines += [f"pipe = {said['pipeline']}.from_pretrained(folder)"]
     else:
-        name = "" if said["format"] == "lora" else f", weight_name={said['weights']!r}"
+        name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
         loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
-        lines += [f"pipe = {said['pipeline']}.{loader}({said['teacher']!r}{revision})",
+        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision})",
                   f"pipe.load_lora_weights(folder{name})",
                   f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
-    lines += [f"image = pipe({prompt!r}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
+    lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _front_matter(said: Mapping[str, Any]) -> str:
@@ -56,11 +61,11 @@ def _what(said: Mapping[str, Any]) -> str:
 def _facts(said: Mapping[str, Any]) -> str:
     call = said["call"]
     settings = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
-    rows = [f"- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`",
-            f"- call: {settings}", f"- guidance at inference: {_guidance(said)}",
-            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {said['proof']['difference']:.1e} "
-            f"on [0, 1] pixels (at most {said['proof']['tolerance']:.0e}; float32, CPU, {said['proof']['images']} images)"]
-    return "## Settings\n\n" + "\n".join(rows)
+    proof = said["proof"]
+    return (f"## Settings\n\n- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {settings}\n"
+            f"- guidance at inference: {_guidance(said)}\n"
+            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
+            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)")
 
 
 def _guidance(said: Mapping[str, Any]) -> str:

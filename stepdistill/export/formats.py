@@ -1,8 +1,8 @@
 """The three forms in which a student leaves. Each writer fills a folder and returns the name of its weights file."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from diffusers import DiffusionPipeline

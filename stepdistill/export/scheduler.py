@@ -1,7 +1,8 @@
 """The stock scheduler that a student leaves with: the teacher's noise schedule, the method's way through it."""
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
 from diffusers import SchedulerMixin

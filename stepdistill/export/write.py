@@ -4,13 +4,15 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
+from safetensors import SafetensorError
 
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
@@ -94,7 +96,7 @@ def _may_write(out: Path, student: Student) -> None:
         return
     if not (out / SETTINGS).is_file():
         raise RequestError(f"{out} is not empty and is no export folder: choose another --out")
-    found = read_settings(out)["run"]
+    found = read_settings(out).get("run")
     if found != student.run:
         raise RequestError(f"{out} holds the export of another run ({found}; this is {student.run}): choose another --out")
 
@@ -102,17 +104,18 @@ def _may_write(out: Path, student: Student) -> None:
 @contextmanager
 def _aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on any failure."""
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     new, old = work / "new", work / "old"
-    new.mkdir()
     try:
+        new.mkdir()
         yield new
         if out.exists():
             out.rename(old)
         new.rename(out)
-    except OSError as error:
-        raise RequestError(f"{out} could not be written: {error.strerror or error}; nothing there was changed") from error
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{out} could not be written: {error}; nothing there was changed") from error
     finally:
         if old.exists() and not out.exists():
             old.rename(out)

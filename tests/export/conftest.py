@@ -2,21 +2,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
+from stepdistill.models.roles import Full, Lora, build_roles
 
 from stepdistill.export import Student
 from stepdistill.methods.base import Follows, Frozen, Inference, Trained
 from stepdistill.models.families import load_teacher
-from stepdistill.models.roles import Full, Lora, build_roles
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import save_tiny  # noqa: E402
+from tiny import save_tiny
 
 LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
+LORA = Lora(rank=4, alpha=6.0)           # alpha other than the rank: a loader that loses it shows
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +28,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def make(teachers: dict[str, Path]) -> Callable[..., Student]:
-    """make(kind="epsilon", setting=Lora(4, 6.0), told=False, inference=LCM, **fields of Student): the "ema" of a run."""
-    def student(kind: str = "epsilon", setting: Lora | Full = Lora(rank=4, alpha=6.0), told: bool = False,
+    """make(kind="epsilon", setting=LORA, told=False, inference=LCM, **fields of Student): the "ema" of a run."""
+    def student(kind: str = "epsilon", setting: Lora | Full = LORA, told: bool = False,
                 inference: Inference = LCM, **more) -> Student:
         needs = {"teacher": Frozen(), "student": Trained("teacher"), "ema": Follows("student", 0.9)}
         roles = build_roles(load_teacher(teachers[kind]), needs, {"student": setting}, told_w=("student",) if told else ())

@@ -3,24 +3,25 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stepdistill.models.roles import Full, Lora
 
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
 from stepdistill.methods.base import Inference
-from stepdistill.models.roles import Full, Lora
 
 LORA = "pytorch_lora_weights.safetensors"
+LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
 DDIM = Inference("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True},
                  {"num_inference_steps": 4, "guidance_scale": 3.0})
 
@@ -31,19 +32,23 @@ def stock(folder: Path) -> StableDiffusionPipeline:
     return pipe
 
 
+def to_tensor(file: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+
+
 def images(pipe, **settings) -> torch.Tensor:
     return pipe("a red ring", generator=torch.Generator().manual_seed(5), output_type="pt", **settings).images
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("to,setting,told,guidance,inference", [
-    ("lora", Lora(4, 6.0), False, None, None), ("lora", Lora(3), False, None, DDIM), ("lora", Lora(4, 6.0), True, 3.3, None),
-    ("lora", Lora(4, 6.0, ("to_q", "time_embedding.linear_1")), True, 7.5, None),
-    ("comfyui", Lora(4, 6.0), False, None, None), ("comfyui", Lora(4, 6.0), True, 3.3, None),
-    ("pipeline", Full(), False, None, None), ("pipeline", Full(), True, 4.0, None), ("pipeline", Lora(4, 6.0), True, 2.0, DDIM)])
+@pytest.mark.parametrize("kind,to,setting,told,guidance,inference", [
+    ("epsilon", "lora", Lora(4, 6.0), False, None, LCM), ("v_prediction", "lora", Lora(4, 6.0), False, None, LCM),
+    ("epsilon", "lora", Lora(3), False, None, DDIM), ("v_prediction", "lora", Lora(4, 6.0), True, 3.3, LCM),
+    ("epsilon", "lora", Lora(4, 6.0, ("to_q", "time_embedding.linear_1")), True, 7.5, LCM),
+    ("v_prediction", "comfyui", Lora(4, 6.0), False, None, LCM), ("epsilon", "comfyui", Lora(4, 6.0), True, 3.3, LCM),
+    ("v_prediction", "pipeline", Full(), False, None, LCM), ("epsilon", "pipeline", Full(), True, 4.0, LCM),
+    ("v_prediction", "pipeline", Lora(4, 6.0), True, 2.0, DDIM)])
 def test_every_form_is_proved(make, tmp_path, kind, to, setting, told, guidance, inference):
-    student = make(kind, setting, told, **({} if inference is None else {"inference": inference}))
-    proof = export_student(student, to, tmp_path / "out", guidance)
+    proof = export_student(make(kind, setting, told, inference), to, tmp_path / "out", guidance)
     assert proof.difference < 1e-5
     assert proof.images.std() > 0.05
     said = read_settings(tmp_path / "out")
@@ -122,14 +127,15 @@ def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, t
 
 
 @pytest.mark.parametrize("to,guidance", [("lora", None), ("lora", 3.3), ("comfyui", None), ("pipeline", None)])
-def test_the_snippet_of_the_card_runs(make, tmp_path, to, guidance):
+def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, to, guidance):
     setting = Full() if to == "pipeline" else Lora(4, 6.0)
-    proof = export_student(make(setting=setting, told=guidance is not None, prompts=("a large red ring",)), to, tmp_path / "out", guidance)
-    code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.S).group(1)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    pixels = torch.frombuffer(bytearray(diffusers.utils.load_image(str(tmp_path / "sample.png")).tobytes()), dtype=torch.uint8)
-    assert len(pixels) == proof.images[0].numel()
+    export_student(make(setting=setting, told=guidance is not None), to, tmp_path / "out", guidance)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    pipe, settings = open_export(tmp_path / "out")
+    expected = pipe("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
+    torch.testing.assert_close(to_tensor("sample.png"), expected, atol=0.51 / 255, rtol=0)
 
 
 def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):
@@ -149,15 +155,16 @@ def test_a_refuted_export_leaves_nothing(make, tmp_path):
 
 
 def test_a_refuted_export_keeps_the_earlier_one(make, tmp_path):
-    export_student(make(), "lora", tmp_path / "out")
+    student, other = make(), make(setting=Lora(rank=2))
+    export_student(student, "lora", tmp_path / "out")
     before = (tmp_path / "out" / LORA).read_bytes()
     with pytest.raises(RequestError):
-        export_student(replace(make(), role=make(setting=Lora(rank=4, alpha=3.0)).role), "lora", tmp_path / "out")
+        export_student(replace(student, role=other.role), "lora", tmp_path / "out")
     assert (tmp_path / "out" / LORA).read_bytes() == before
-    export_student(make(setting=Lora(rank=2)), "lora", tmp_path / "out")
-    assert (tmp_path / "out" / LORA).read_bytes() != before
     with pytest.raises(RequestError, match="another run"):
-        export_student(make(run="run-2") if False else replace(make(), run="run-2"), "lora", tmp_path / "out")
+        export_student(replace(student, run="run-2"), "lora", tmp_path / "out")
+    export_student(other, "lora", tmp_path / "out")
+    assert (tmp_path / "out" / LORA).read_bytes() != before
 
 
 def test_a_lora_without_its_alpha_is_refuted(make, tmp_path, monkeypatch):
@@ -183,6 +190,15 @@ def test_a_loader_that_loses_a_key_is_refuted(make, tmp_path, monkeypatch):
 def test_requests_that_cannot_be_served(make, tmp_path, to, options, guidance, message):
     with pytest.raises(RequestError, match=re.escape(message)):
         export_student(make(**options), to, tmp_path / "out", guidance)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_changes_nothing(make, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(diffusers.LCMScheduler, "save_pretrained", full)
+    with pytest.raises(RequestError, match="No space left on device; nothing there was changed"):
+        export_student(make(), "lora", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
