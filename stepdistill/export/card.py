@@ -1,0 +1,104 @@
+"""The model card: what a reader of the Hub needs, and a snippet that runs as it stands."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
+
+
+def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, prompt: str) -> str:
+    """README.md. said: stepdistill.json; folder: its path, as it was asked for; results: results.json or None."""
+    parts = [_front_matter(said), f"# {said['method']}, {said['steps']} steps", _what(said), "![samples](samples.png)",
+             f"## Use\n\n```python\n{snippet(said, folder, prompt)}```", _facts(said)]
+    if said["format"] == "comfyui":
+        parts.append(f"## ComfyUI\n\nPut `{said['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
+                     f"{said['steps']} steps, cfg {said['call']['guidance_scale']:g}. ComfyUI makes its own list of time steps: "
+                     f"those this student was made for are {', '.join(f'{t:g}' for t in said['told_times'])}.")
+    if results is not None:
+        parts.append(_table(results))
+    return "\n\n".join(parts) + "\n"
+
+
+def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
+    """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
+    call = "".join(f", {key}={value!r}" for key, value in said["call"].items())
+    revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
+    names = said["pipeline"] if said["format"] == "pipeline" else f"{said['pipeline']}, {said['scheduler']}"
+    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
+    if said["format"] == "pipeline":
+        lines += [f"pipe = {said['pipeline']}.from_pretrained(folder)"]
+    else:
+        name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
+        loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
+        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision})",
+                  f"pipe.load_lora_weights(folder{name})",
+                  f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
+    lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
+              'image.save("sample.png")', ""]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _front_matter(said: Mapping[str, Any]) -> str:
+    tags = ["diffusers", "text-to-image", "distillation", "stepdistill", said["method"]]
+    tags += [] if said["format"] == "pipeline" else ["lora"]
+    rows = {"base_model": said["teacher"], "library_name": "diffusers", "license": "other",
+            "license_name": "that-of-the-base-model", "pipeline_tag": "text-to-image", "tags": tags}
+    return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in rows.items()) + "\n---"
+
+
+def _what(said: Mapping[str, Any]) -> str:
+    form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[said["format"]]
+    return (f"{form} that makes `{said['teacher']}` sample in {said['steps']} step{'s' * (said['steps'] != 1)}, trained with "
+            f"`{said['method']}` by stepdistill. The weights are those of the role `{said['role']}`.")
+
+
+def _facts(said: Mapping[str, Any]) -> str:
+    call = said["call"]
+    settings = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
+    proof = said["proof"]
+    return (f"## Settings\n\n- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {settings}\n"
+            f"- guidance at inference: {_guidance(said)}\n"
+            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
+            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)")
+
+
+def _guidance(said: Mapping[str, Any]) -> str:
+    scale = said["call"]["guidance_scale"]
+    if said["told"] and said["format"] == "pipeline":
+        return f"the network is told the scale, so it costs no second evaluation; {scale:g} here{_range(said)}"
+    if said["told"]:
+        return f"the scale {said['guidance']:g} is folded into the weights; leave `guidance_scale` at {scale:g}"
+    if scale > 1:
+        return f"classifier-free with scale {scale:g}: two evaluations a step"
+    trained = said["trained_guidance"]
+    return f"none (`guidance_scale` {scale:g})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
+
+
+def _range(said: Mapping[str, Any]) -> str:
+    return "" if said["trained_guidance"] is None else f", trained for {_span(said['trained_guidance'])}"
+
+
+def _span(scale: Any) -> str:
+    return f"{scale:g}" if isinstance(scale, (int, float)) else " to ".join(f"{end:g}" for end in scale)
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    rows = results["rows"]
+    columns = {key: title for key, title in COLUMNS.items() if any(key in row["metrics"] for row in rows)}
+    lines = ["| target | NFE | guidance | " + " | ".join(columns.values()) + " |", "|---|---|---|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"{row['metrics'][key]:.3g}" if key in row["metrics"] else "" for key in columns]
+        lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | " + " | ".join(cells) + " |")
+    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {results['protocol']['features']}, reference "
+            f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network evaluations: a guided "
+            "step is two.")
+
+
+def _blank(value: Any) -> str:
+    return "" if value is None else f"{value:g}"

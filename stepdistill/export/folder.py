@@ -1,0 +1,132 @@
+"""An export folder as its user meets it: read what it says, and make a stock pipeline sample as it says."""
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from ..errors import RequestError
+from .formats import component
+
+SETTINGS = "stepdistill.json"
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """stepdistill.json of an export folder. RequestError if there is none or it cannot be read."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise RequestError(f"{folder} is no export folder: it holds no {SETTINGS}; "
+                           "`stepdistill export RUN --to lora` makes one")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RequestError(f"{path} is not valid JSON ({error}): export again") from error
+
+
+def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "student") -> dict[str, Any]:
+    """Makes `pipe` sample as the student in `folder`, and returns the keyword arguments to call it with:
+
+        settings = stepdistill.load(pipe, folder)
+        image = pipe(prompt, **settings).images[0]
+
+    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it; a whole
+    pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the student does not fit.
+    """
+    said = read_settings(folder)
+    if said["format"] == "pipeline":
+        _replace_denoiser(pipe, folder, said)
+    else:
+        _load_lora(pipe, folder, said, adapter_name)
+    pipe.scheduler = read_scheduler(folder)
+    return dict(said["call"])
+
+
+def open_export(folder: str | Path, teacher: str | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
+
+    teacher: where the base pipeline lies now, if not where the folder says.
+    """
+    said = read_settings(folder)
+    cls = getattr(diffusers, said["pipeline"])
+    if said["format"] == "pipeline":
+        return fresh_pipeline(cls, str(folder), None), dict(said["call"])
+    pipe = fresh_pipeline(cls, teacher or said["teacher"], said["revision"])
+    return pipe, load(pipe, folder)
+
+
+def fresh_pipeline(cls: type[DiffusionPipeline], source: str, revision: str | None) -> DiffusionPipeline:
+    """The stock pipeline in a folder, at a Hub id or in one .safetensors file; float32, silent."""
+    try:
+        if source.endswith(".safetensors"):
+            pipe = cls.from_single_file(source, dtype=torch.float32)
+        else:
+            pipe = cls.from_pretrained(source, revision=revision, dtype=torch.float32)
+    except OSError as error:
+        raise RequestError(f"the base pipeline {source} cannot be loaded: {_first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
+    name = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+
+
+@contextmanager
+def complaints() -> Iterator[list[str]]:
+    """Collects, instead of printing them, the warnings of diffusers and peft: about missing and unexpected keys they
+    raise nothing."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())      # type: ignore[method-assign]
+    logger = logging.getLogger("diffusers")
+    before, logger.handlers = logger.handlers, [handler]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield said
+    finally:
+        logger.handlers = before
+        said += [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
+
+
+def _load_lora(pipe: DiffusionPipeline, folder: str | Path, said: dict[str, Any], adapter_name: str) -> None:
+    network = pipe.components[component(pipe)]
+    refusal = f"the LoRA in {folder}, made for {said['teacher']}, does not fit this {type(pipe).__name__}"
+    try:
+        with complaints() as heard:
+            pipe.load_lora_weights(folder, weight_name=said["weights"], adapter_name=adapter_name)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise RequestError(f"{refusal}: {_first_line(error)}") from error
+    other = re.compile(rf"No LoRA keys associated to (?!{type(network).__name__})")        # an encoder without a LoRA is no fault
+    if heard := [line for line in heard if not other.match(line)]:
+        network.delete_adapters(adapter_name)
+        raise RequestError(f"{refusal}: {' '.join(heard)[:500]}")
+
+
+def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, said: dict[str, Any]) -> None:
+    name = component(pipe)
+    old = pipe.components[name]
+    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype).to(old.device)
+    shapes = [{key: tuple(value.shape) for key, value in network.state_dict().items() if "cond_proj" not in key}
+              for network in (old, new)]
+    differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    if differing:
+        raise RequestError(f"the {name} in {folder}, made for {said['teacher']}, does not fit this {type(pipe).__name__}: "
+                           f"{len(differing)} weights differ in shape, first {differing[0]} "
+                           f"({shapes[0].get(differing[0])} here, {shapes[1].get(differing[0])} there)")
+    pipe.register_modules(**{name: new})
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400]

@@ -1,0 +1,119 @@
+"""What export needs to know of a trained student: plain tensors, its role, and how it is sampled."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.contracts import Role
+from .scheduler import stock_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from ..methods.base import Inference
+    from ..models.families import Family
+    from ..models.roles import Roles
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter in peft's terms: W <- W + scaling B A.
+
+    state: "<module>.lora_A.weight" (r, in, ...) and "<module>.lora_B.weight" (out, r, ...), float32.
+    alpha, rank_pattern and alpha_pattern as in peft's LoraConfig: a pattern is a regular expression of a module's tail.
+    """
+
+    state: Mapping[str, Tensor]
+    alpha: float
+    rank: int
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Lora:
+        """state: an adapter's weights, of which the LoRA's are taken; config: its LoraConfig as plain values."""
+        unserved = [name for name in ("use_rslora", "use_dora", "lora_bias") if config.get(name)]
+        if unserved:
+            raise ValueError(f"an export holds plain LoRA, found {', '.join(unserved)} in the adapter's config")
+        return cls({key: value for key, value in state.items() if ".lora_" in key}, config["lora_alpha"], config["r"],
+                   config.get("alpha_pattern") or {}, config.get("rank_pattern") or {})
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted({key.rsplit(".lora_", 1)[0] for key in self.state})
+
+    def scaling(self, module: str) -> float:
+        """alpha / r of one module."""
+        matches = (value for tail, value in self.alpha_pattern.items() if re.match(rf"(.*\.)?({tail})$", module))
+        return next(matches, self.alpha) / len(self.state[f"{module}.lora_A.weight"])
+
+    def extended(self, module: str, a: Tensor, b: Tensor) -> Lora:
+        """The same adapter with the term b a^T added to the weight of one linear module. a: (in,), b: (out,)."""
+        down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        row, column = a[None], b[:, None]
+        scaling = 1.0
+        if down in self.state:
+            scaling = self.scaling(module)
+            row, column = torch.cat([self.state[down], row]), torch.cat([self.state[up], column / scaling], 1)
+        rank, tail = len(row), re.escape(module)
+        return replace(self, state={**self.state, down: row, up: column},
+                       rank_pattern={tail: rank, **self.rank_pattern},
+                       alpha_pattern={tail: scaling * rank, **self.alpha_pattern})
+
+    def metadata(self) -> dict[str, Any]:
+        """The keyword arguments of peft's LoraConfig that define the adapter, in plain JSON types.
+
+        Without them a loader sets alpha to the rank. Modules are named in full, so nothing is matched by chance.
+        """
+        return {"r": self.rank, "lora_alpha": self.alpha, "rank_pattern": dict(self.rank_pattern),
+                "alpha_pattern": dict(self.alpha_pattern), "target_modules": self.modules}
+
+
+@dataclass(frozen=True)
+class Student:
+    """One role of a finished run, ready to leave. Everything is float32 and on the CPU.
+
+    family: the teacher's; it encodes, decodes and builds stock pipelines. role: the student as it samples.
+    lora: its adapter, None if it trained all weights. network: makes a stock network that computes the same, adapters
+    merged. cond_proj: (in, D) of a student told its guidance scale, else None. scheduler: the stock scheduler of its
+    inference; call: the literal keyword arguments of its pipeline call, num_inference_steps and guidance_scale among
+    them. run names the run: an export may be replaced by the same run's alone. guidance: what it was trained at, a
+    scale or a range. results: results.json as read, or None.
+    """
+
+    family: Family
+    role: Role
+    role_name: str
+    lora: Lora | None
+    network: Callable[[], nn.Module]
+    cond_proj: Tensor | None
+    scheduler: SchedulerMixin
+    call: Mapping[str, Any]
+    method: str
+    run: str
+    guidance: float | tuple[float, float] | None = None
+    results: Mapping[str, Any] | None = None
+    prompts: tuple[str, ...] = ("",)
+
+    @classmethod
+    def of(cls, roles: Roles, name: str, inference: Inference, method: str, run: str, **more: Any) -> Student:
+        """The role `name` ("ema" if the run has one, else "student") of roles on the CPU. more: the fields with defaults."""
+        family, state = roles.family, roles.state_dict(name)
+        lora = Lora.of(state, roles.lora_metadata(name)) if roles.is_lora(name) else None
+        scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
+        return cls(family, roles[name], name, lora, partial(roles.network, name), state.get(f"{family.w_path}.weight"),
+                   scheduler, inference.call, method, run, **more)
+
+    @property
+    def told(self) -> bool:
+        return self.cond_proj is not None
+
+    @property
+    def steps(self) -> int:
+        return self.call["num_inference_steps"]

@@ -1,0 +1,239 @@
+"""Exports are proved, and what the proof says is what a user of stock diffusers sees."""
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from stepdistill.models.roles import Full, Lora
+
+from stepdistill.errors import RequestError
+from stepdistill.export import export_student, load, open_export, read_settings
+from stepdistill.methods.base import Inference
+
+LORA = "pytorch_lora_weights.safetensors"
+LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
+DDIM = Inference("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+                 {"num_inference_steps": 4, "guidance_scale": 3.0})
+
+
+def stock(folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def to_tensor(file: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+
+
+def images(pipe, **settings) -> torch.Tensor:
+    return pipe("a red ring", generator=torch.Generator().manual_seed(5), output_type="pt", **settings).images
+
+
+@pytest.mark.parametrize("kind,to,setting,told,guidance,inference", [
+    ("epsilon", "lora", Lora(4, 6.0), False, None, LCM), ("v_prediction", "lora", Lora(4, 6.0), False, None, LCM),
+    ("epsilon", "lora", Lora(3), False, None, DDIM), ("v_prediction", "lora", Lora(4, 6.0), True, 3.3, LCM),
+    ("epsilon", "lora", Lora(4, 6.0, ("to_q", "time_embedding.linear_1")), True, 7.5, LCM),
+    ("v_prediction", "comfyui", Lora(4, 6.0), False, None, LCM), ("epsilon", "comfyui", Lora(4, 6.0), True, 3.3, LCM),
+    ("v_prediction", "pipeline", Full(), False, None, LCM), ("epsilon", "pipeline", Full(), True, 4.0, LCM),
+    ("v_prediction", "pipeline", Lora(4, 6.0), True, 2.0, DDIM)])
+def test_every_form_is_proved(make, tmp_path, kind, to, setting, told, guidance, inference):
+    proof = export_student(make(kind, setting, told, inference), to, tmp_path / "out", guidance)
+    assert proof.difference < 1e-5
+    assert proof.images.std() > 0.05
+    said = read_settings(tmp_path / "out")
+    assert said["proof"]["difference"] == proof.difference and said["role"] == "ema" and said["format"] == to
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_the_folder_holds_what_the_design_says(make, tmp_path, teachers):
+    student = make()
+    export_student(student, "lora", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {LORA, "scheduler", "stepdistill.json", "README.md", "samples.png"}
+    said = json.loads((tmp_path / "stepdistill.json").read_text())
+    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert (said["steps"], said["method"], said["teacher"]) == (4, "lcm", str(teachers["epsilon"]))
+    with safe_open(tmp_path / LORA, "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6.0
+
+
+def test_the_scheduler_keeps_the_teachers_noise(make, tmp_path, teachers):
+    student = make("v_prediction")
+    export_student(student, "lora", tmp_path)
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    teacher = stock(teachers["v_prediction"]).scheduler
+    assert config["_class_name"] == "LCMScheduler" and config["original_inference_steps"] == 50
+    assert config["prediction_type"] == "v_prediction"
+    assert torch.equal(diffusers.LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler").alphas_cumprod, teacher.alphas_cumprod)
+
+
+def test_load_gives_the_settings_of_a_plain_call(make, tmp_path, teachers):
+    proof = export_student(make(), "lora", tmp_path)
+    pipe = stock(teachers["epsilon"])
+    before = images(pipe, num_inference_steps=4, guidance_scale=1.0)
+    settings = load(pipe, tmp_path)
+    assert settings == {"num_inference_steps": 4, "guidance_scale": 1.0} and type(pipe.scheduler).__name__ == "LCMScheduler"
+    again = pipe(["a large red ring", "a small blue square on green", "two triangles", "a large red ring"],
+                 generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
+    torch.testing.assert_close(again, proof.images, atol=1e-5, rtol=0)
+    assert (images(pipe, **settings) - before).abs().max() > 0.05
+
+
+def test_a_pipeline_export_loads_into_its_base(make, tmp_path, teachers):
+    export_student(make(setting=Full(), told=True), "pipeline", tmp_path, 4.0)
+    pipe = stock(teachers["epsilon"])
+    settings = load(pipe, tmp_path)
+    whole, same = open_export(tmp_path)
+    assert settings == same == {"num_inference_steps": 4, "guidance_scale": 4.0}
+    torch.testing.assert_close(images(pipe, **settings), images(whole, **settings), atol=1e-5, rtol=0)
+    assert (images(pipe, **settings) - images(pipe, **{**settings, "guidance_scale": 1.5})).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [None, 3.3])
+@pytest.mark.parametrize("cls", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, teachers, cls, guidance):
+    export_student(make(told=guidance is not None), "lora", tmp_path, guidance)
+    pipe = stock(teachers["epsilon"])
+    settings = load(pipe, tmp_path)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 1, 16, 16).index_fill_(3, torch.arange(8), 1.0)
+    extra = {StableDiffusionPipeline: {}, StableDiffusionImg2ImgPipeline: {"image": picture, "strength": 0.75},
+             StableDiffusionInpaintPipeline: {"image": picture, "mask_image": mask, "height": 16, "width": 16}}[cls]
+    pipe = cls.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+
+    def at(weight: float) -> torch.Tensor:
+        pipe.set_adapters("student", weight)
+        return images(pipe, **extra, **settings)
+
+    none, half, full = at(0.0), at(0.5), at(1.0)
+    span = (full - none).norm()
+    assert span > 0.5 and (half - none).norm() < span and (half - full).norm() < span
+    pipe.fuse_lora()
+    fused = images(pipe, **extra, **settings)
+    torch.testing.assert_close(fused, full, atol=1e-4, rtol=0)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(images(pipe, **extra, **settings), full, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("to,guidance", [("lora", None), ("lora", 3.3), ("comfyui", None), ("pipeline", None)])
+def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, to, guidance):
+    setting = Full() if to == "pipeline" else Lora(4, 6.0)
+    export_student(make(setting=setting, told=guidance is not None), to, tmp_path / "out", guidance)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    pipe, settings = open_export(tmp_path / "out")
+    expected = pipe("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
+    torch.testing.assert_close(to_tensor("sample.png"), expected, atol=0.51 / 255, rtol=0)
+
+
+def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):
+    student = make()
+    export_student(student, "comfyui", tmp_path)
+    state = load_file(tmp_path / read_settings(tmp_path)["weights"])
+    assert {key.split(".", 1)[1] for key in state} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert {key.split(".")[0] for key in state} == {"lora_unet_" + m.replace(".", "_") for m in student.lora.modules}
+    assert state["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha"] == 6.0
+
+
+def test_a_refuted_export_leaves_nothing(make, tmp_path):
+    student, other = make(), make(setting=Lora(rank=4, alpha=3.0))
+    with pytest.raises(RequestError, match=r"differs from this run's own sampler by .* where 1e-04 is allowed"):
+        export_student(replace(student, role=other.role), "lora", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refuted_export_keeps_the_earlier_one(make, tmp_path):
+    student, other = make(), make(setting=Lora(rank=2))
+    export_student(student, "lora", tmp_path / "out")
+    before = (tmp_path / "out" / LORA).read_bytes()
+    with pytest.raises(RequestError):
+        export_student(replace(student, role=other.role), "lora", tmp_path / "out")
+    assert (tmp_path / "out" / LORA).read_bytes() == before
+    with pytest.raises(RequestError, match="another run"):
+        export_student(replace(student, run="run-2"), "lora", tmp_path / "out")
+    export_student(other, "lora", tmp_path / "out")
+    assert (tmp_path / "out" / LORA).read_bytes() != before
+
+
+def test_a_lora_without_its_alpha_is_refuted(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.export.student.Lora.metadata", lambda self: None)
+    with pytest.raises(RequestError, match="differs"):
+        export_student(make(), "lora", tmp_path / "out")
+
+
+def test_a_loader_that_loses_a_key_is_refuted(make, tmp_path, monkeypatch):
+    from stepdistill.export import formats
+    whole = formats.kohya
+    monkeypatch.setattr(formats, "kohya", lambda lora: {k: v for k, v in whole(lora).items() if "mid_block" not in k})
+    with pytest.raises(RequestError, match="missing"):
+        export_student(make(), "comfyui", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to,options,guidance,message", [
+    ("onnx", {}, None, "there are lora, pipeline, comfyui"),
+    ("lora", {"setting": Full()}, None, "--to pipeline"),
+    ("lora", {"told": True}, None, "--guidance W"),
+    ("lora", {}, 3.0, "leave --guidance out"),
+    ("lora", {"told": True, "guidance": (2.0, 5.0)}, 9.0, "choose from 2 to 5")])
+def test_requests_that_cannot_be_served(make, tmp_path, to, options, guidance, message):
+    with pytest.raises(RequestError, match=re.escape(message)):
+        export_student(make(**options), to, tmp_path / "out", guidance)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_changes_nothing(make, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(diffusers.LCMScheduler, "save_pretrained", full)
+    with pytest.raises(RequestError, match="No space left on device; nothing there was changed"):
+        export_student(make(), "lora", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
+    (tmp_path / "diary.txt").write_text("mine")
+    with pytest.raises(RequestError, match="no export folder"):
+        export_student(make(), "lora", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+
+
+def test_load_refuses_a_base_that_does_not_fit(make, tmp_path):
+    from tiny import tiny_pipeline
+    export_student(make(), "lora", tmp_path)
+    pipe = tiny_pipeline()
+    pipe.register_modules(unet=diffusers.UNet2DConditionModel.from_config(pipe.unet.config, block_out_channels=(8, 32)))
+    with pytest.raises(RequestError, match="does not fit"):
+        load(pipe, tmp_path)
+    fewer = diffusers.UNet2DConditionModel.from_config(
+        tiny_pipeline().unet.config, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    pipe = tiny_pipeline()
+    pipe.register_modules(unet=fewer)
+    with pytest.raises(RequestError, match="does not fit"):
+        load(pipe, tmp_path)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    with pytest.raises(RequestError, match="no export folder"):
+        load(pipe, tmp_path / "scheduler")
+
+
+def test_the_card_shows_what_was_measured(make, tmp_path):
+    row = {"target": "lcm", "method": "lcm", "nfe": 4, "steps": 4, "guidance": 1.0, "samples": 10, "seed": 0,
+           "metrics": {"fd": 1.234, "all_attributes": 0.875}}
+    real = {**row, "target": "real", "nfe": None, "guidance": None, "metrics": {"fd": 0.01}}
+    results = {"protocol": {"id": "abc", "features": "clip", "reference": "shapes"}, "rows": [row, real]}
+    export_student(make(results=results), "lora", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| lcm | 4 | 1 | 1.23 | 0.875 |" in text and "| real |  |  | 0.01 |  |" in text
+    front = text.split("---")[1]
+    assert all(f"{key}: " in front for key in ("base_model", "tags", "license"))
