@@ -1,8 +1,8 @@
 """Ranks and what they exchange: the only use of torch.distributed. With one process every function is the identity."""
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
         dist.all_reduce(joined)
         joined /= world_size()
         parts = joined.split([tensor.numel() for tensor in group])
-        torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group)])
+        torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, ClassVar, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,9 +15,9 @@ Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is
 Guidance = float | tuple[float, float]
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens at this one; 0 is never."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens at this one; None is never."""
+    return every is not None and step % every == 0
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Frozen:
 class Trained:
     """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first.
 
-    told: the network also reads the guidance scale, `cond.w`, through an embedding that contributes nothing at first.
+    told_w: the network also reads the guidance scale, `cond.w`, through an embedding that contributes nothing at first.
     """
 
     start: str = "teacher"
-    told: bool = False
+    told_w: bool = False
 
 
 @dataclass(frozen=True)

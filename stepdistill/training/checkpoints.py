@@ -5,15 +5,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import RequestError
-from .stopping import Stopped
+from ..errors import RequestError, Stopped
 
 CHECKSUMS = "checksums.json"
 Tensors = Mapping[str, Mapping[str, Tensor]]       # "role-student", "optimizer-student" -> name -> tensor

@@ -1,8 +1,9 @@
 """The training loop. It knows roles and updates; it knows no method."""
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,12 +11,12 @@ from torch import Tensor
 from .. import parallel
 from ..diffusion.contracts import Batch
 from ..diffusion.draws import Step, key
-from ..errors import RequestError
+from ..errors import RequestError, Stopped
 from ..methods.base import Frozen, Method, Update, due
 from . import checkpoints
 from .launch import launched
 from .optimizers import RoleOptimizer, TrainConfig, learning_rate
-from .stopping import Stopped, interruptions
+from .stopping import interruptions
 from .tracking import Tracker
 
 
@@ -164,8 +165,11 @@ class Trainer:
         if found.keys() != expected:
             raise RequestError(f"{folder} holds {', '.join(sorted(found))}; this recipe needs {', '.join(sorted(expected))}. "
                                "Resume with the recipe that the run was begun with.")
-        for role in self.saved:
-            self.roles.load_state_dict(role, found[f"role-{role}"])
+        try:
+            for role in self.saved:
+                self.roles.load_state_dict(role, found[f"role-{role}"])
+        except ValueError as error:
+            raise RequestError(f"{folder} does not fit this recipe: {error}") from error
         for role, optimizer in self.optimizers.items():
             optimizer.load(found[f"optimizer-{role}"])
         self.done = checkpoints.step_of(folder)

@@ -1,9 +1,10 @@
 """One optimizer a role: AdamW with clipping, and a learning rate that is a function of the step."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import cos, pi
-from typing import Literal, Mapping
+from math import cos, inf, pi
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,23 +21,23 @@ class TrainConfig:
     updates: int                            # training steps: each runs every update that is due
     lr: float = 1e-4
     warmup: int = 0                         # steps over which the learning rate rises linearly
-    decay: Literal["constant", "cosine"] = "constant"      # after the warm-up; cosine falls to 0 at the last step
+    decay: Literal["constant", "cosine"] = "constant"    # after the warm-up; cosine falls to 0 at the last step
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
-    clip: float = 1.0                       # largest norm of a role's gradient; inf leaves it alone
+    clip: float | None = 1.0                # largest norm of a role's gradient; None: any
     accumulate: int = 1                     # micro-batches an update
     precision: Literal["fp32", "bf16"] = "fp32"            # bf16: autocast; weights and optimizer stay float32
     seed: int = 0
-    checkpoint_every: int = 0               # steps; the last step is always saved
+    checkpoint_every: int | None = None     # steps; the last step is always saved
     log_every: int = 10                     # steps between transfers of losses from the device
 
     def __post_init__(self) -> None:
-        for name in ("updates", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1; found {getattr(self, name)}")
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or self.checkpoint_every < 0:
-            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.checkpoint_every not below; "
-                             f"found {self.lr}, {self.clip}, {self.warmup}, {self.checkpoint_every}")
+        for name in ("updates", "accumulate", "log_every", "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1; found {value}")
+        if self.lr <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; found "
+                             f"{self.lr}, {self.clip}, {self.warmup}, {self.weight_decay}")
 
 
 def learning_rate(config: TrainConfig, index: int) -> float:
@@ -54,7 +55,7 @@ class RoleOptimizer:
     def __init__(self, parameters: list[torch.nn.Parameter], config: TrainConfig) -> None:
         if not parameters:
             raise ValueError("a role without parameters cannot be trained")
-        self.parameters, self.clip = parameters, config.clip
+        self.parameters, self.clip = parameters, inf if config.clip is None else config.clip
         self.adamw = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
                                        fused=parameters[0].device.type in FUSED)
 

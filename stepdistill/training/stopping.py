@@ -1,14 +1,10 @@
-"""Why a training ends before its time, and how it ends well."""
+"""How a training ends before its time, and ends well."""
 from __future__ import annotations
 
 import signal
 import threading
-from contextlib import contextmanager
 from collections.abc import Callable, Iterator
-
-
-class Stopped(RuntimeError):
-    """Training had to stop. The message says where, why, what is kept and how to go on."""
+from contextlib import contextmanager
 
 
 @contextmanager

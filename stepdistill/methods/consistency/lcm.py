@@ -62,7 +62,7 @@ class LCM(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", told=settings.told)}
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", told_w=settings.told)}
         return needs | {"target": Follows("student", settings.target_decay)} if full else needs
 
     @classmethod
