@@ -6,8 +6,10 @@ from errno import ENOSPC
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from stepdistill.diffusion.draws import Step
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Update
 from stepdistill.training import Stopped, TrainConfig, checkpoints, launched
@@ -67,7 +69,6 @@ def test_only_the_roles_of_an_update_move(tmp_path):
 def test_an_update_is_adamw_on_clipped_gradients(tmp_path):
     t, mine = trainer(tmp_path, clip=0.01, weight_decay=0.1), toy_roles()
     t.run(t.updates[1], 0, 0, logs := {})
-    from stepdistill.diffusion.draws import Step
     batch = t.stream.batch(0, "student")
     losses = ToyMethod({}, mine, 1.0, 1).student_loss(batch, Step(5, 0, 0.0, "student", 0, batch.ids))
     sum(losses.values()).backward()
@@ -247,13 +248,15 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert all(tensor.isfinite().all() for tensors in weights(tmp_path).values() for tensor in tensors.values())
 
 
-def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(ENOSPC, "No space left on device"),
+                                   SafetensorError("I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch, error):
     real = checkpoints.save_file
 
     def full(tensors, path):
         if "000004" in str(path) and "student" in path.name:
             path.write_bytes(b"half")
-            raise OSError(ENOSPC, "No space left on device")
+            raise error
         real(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)

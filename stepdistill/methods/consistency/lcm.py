@@ -34,7 +34,7 @@ TIMESTEP_SCALING = 10.0           # LCMScheduler's default
 class Settings:
     nodes: int = 50               # grid of the teacher's solver; it must divide 1000 (p: 50)
     skip: int = 1                 # nodes between t and s: 1 of 50 is 20 of 1000 times (p: 20)
-    loss: Literal["huber", "squared"] = "huber"   # (s: "huber" for the LoRA)
+    loss: Literal["huber", "squared"] = "huber"   # d, or "squared" (s: "huber" for the LoRA)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
     told: bool = False            # tell the student the guidance scale, instead of averaging it into the weights (p: told)
