@@ -1,8 +1,14 @@
-"""The one error that a user's request can cause."""
+"""The errors that a command prints without a traceback."""
 
 
 class RequestError(ValueError):
     """What was asked for cannot be done. The message says what was wrong, what was found and what would be right.
 
     Commands print it without a traceback and exit with status 2.
+    """
+
+
+class Stopped(RuntimeError):
+    """Training had to stop: Ctrl-C, a full disk, a loss that is not finite. The message says where, why, what is kept and
+    how to go on. Commands print it without a traceback and exit with status 1.
     """

@@ -1,0 +1,42 @@
+"""The table of contents: one row a paper. Reading it imports no torch."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from .base import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """module is relative to this package; steps: the fewest and the most evaluations at which the method is at its best."""
+
+    module: str
+    cls: str
+    title: str
+    arxiv: str
+    family: str
+    needs: tuple[str, ...]
+    data: tuple[str, ...]
+    steps: tuple[int, int]
+
+
+METHODS: dict[str, Entry] = {
+    "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
+                 needs=("teacher", "student", "target"), data=("images", "samples"), steps=(2, 8)),
+}
+
+
+def load_method(name: str) -> type[Method]:
+    """The class of a method by its name in METHODS. RequestError for any other name, with the nearest one."""
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RequestError(f"there is no method {name!r}: {hint}methods are {', '.join(METHODS)}")
+    entry = METHODS[name]
+    return getattr(import_module(f".{entry.module}", __package__), entry.cls)

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, ClassVar, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,6 +12,12 @@ from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
+Guidance = float | tuple[float, float]
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens at this one; None is never."""
+    return every is not None and step % every == 0
 
 
 @dataclass(frozen=True)
@@ -20,9 +27,13 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Trained:
-    """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first."""
+    """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first.
+
+    told_w: the network also reads the guidance scale, `cond.w`, through an embedding that contributes nothing at first.
+    """
 
     start: str = "teacher"
+    told_w: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Update:
         return "+".join(self.trains)
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return due(step, self.every)
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,13 @@ class Method(ABC):
 
     A method sees its roles as callables only, so that the same file runs on a closed-form denoiser, a full network
     and an adapter. `settings` is the method's own frozen dataclass, `guidance` the recipe's: a scale, a range of
-    scales, or None for a teacher without guidance.
+    scales [low, high], in the convention where 1 is conditional only; `steps` the evaluations the student is made for.
     """
 
     Settings: ClassVar[type]
-    data: ClassVar[tuple[str, ...]]               # what it can train on: "images", "prompts"
+    data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "prompts"
 
-    def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: float | tuple[float, float], steps: int) -> None:
+    def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: Guidance, steps: int) -> None:
         self.settings, self.roles, self.guidance, self.steps = settings, roles, guidance, steps
 
     @classmethod
@@ -86,8 +97,11 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def inference(cls, settings: Any, steps: int, schedule: str) -> Inference:
-        """The stock scheduler that serves `steps` evaluations. schedule: "vp" or "flow". ValueError if none does."""
+    def inference(cls, settings: Any, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+        """The stock scheduler that serves `steps` evaluations. schedule: "vp" or "flow". ValueError if none does.
+
+        guidance: the recipe's. It reaches the call only where the student is told its scale.
+        """
 
     @abstractmethod
     def updates(self) -> list[Update]: ...

@@ -1,0 +1,18 @@
+"""Distances between tensors, one number a sample. All take (B, ...) and return (B,): the mean over all other axes."""
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def squared(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference."""
+    return (x - y).square().flatten(1).mean(1)
+
+
+def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """Mean over elements of sqrt(d^2 + c^2) - c: d^2 / 2c where |d| is far below c, |d| - c where far above.
+
+    The per-element form of the scripts that train LCMs, with c = 0.001; iCT (arXiv:2310.14189, eq. 5) takes the root
+    of the whole sample instead, with a c that grows as the square root of its dimension.
+    """
+    return ((x - y).square().add(c * c).sqrt() - c).flatten(1).mean(1)

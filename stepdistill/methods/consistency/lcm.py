@@ -1,0 +1,114 @@
+"""Latent Consistency Models. Luo et al. 2023, arXiv:2310.04378, algorithm 1; as a LoRA: arXiv:2311.05556.
+
+    t      <- a node of the grid, s <- `skip` nodes nearer to the data
+    x_t    <- noise the data to t
+    x_s    <- one DDIM step of the guided teacher from x_t to s
+    loss   =  d( f(x_t, t), target(x_s, s) )        with target(x, 0) = x
+    target <- running average of the student        (an adapter: the student itself, gradient stopped)
+
+Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, whose figures differ.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...diffusion.contracts import Batch, Condition, Role
+from ...diffusion.draws import Step
+from ...diffusion.flow_map import ddim_step
+from ...diffusion.guidance import guided
+from ...diffusion.schedule import like
+from ...losses.regression import pseudo_huber, squared
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+
+TIMES = 1000                      # training times of every stock scheduler: time i lies at t = (i + 1) / TIMES
+SIGMA_DATA = 0.5                  # fixed in LCMScheduler
+TIMESTEP_SCALING = 10.0           # LCMScheduler's default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    nodes: int = 50               # grid of the teacher's solver; it must divide 1000 (p: 50)
+    skip: int = 1                 # nodes between t and s: 1 of 50 is 20 of 1000 times (p: 20)
+    loss: Literal["huber", "squared"] = "huber"   # d, or "squared" (s: "huber" for the LoRA)
+    huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
+    target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
+    told: bool = False            # tell the student the guidance scale, instead of averaging it into the weights (p: told)
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or TIMES % self.nodes:
+            raise ValueError(f"nodes must divide {TIMES}, the times of the scheduler; found {self.nodes}")
+        if not 1 <= self.skip <= self.nodes:
+            raise ValueError(f"skip must be from 1 to nodes = {self.nodes}; found {self.skip}")
+        if self.loss not in ("huber", "squared"):
+            raise ValueError(f"loss must be 'huber' or 'squared'; found {self.loss!r}")
+        if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
+            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, {self.target_decay}")
+
+
+class LCM(Method):
+    Settings = Settings
+    data = ("images", "samples")
+
+    def __init__(self, settings, roles, guidance, steps) -> None:
+        super().__init__(settings, roles, guidance, steps)
+        self.teacher, self.student = roles["teacher"], roles["student"]
+        self.target = roles.get("target", self.student)
+        self.distance = {"huber": partial(pseudo_huber, c=settings.huber_c), "squared": squared}[settings.loss]
+
+    @classmethod
+    def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", told_w=settings.told)}
+        return needs | {"target": Follows("student", settings.target_decay)} if full else needs
+
+    @classmethod
+    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+        if schedule != "vp":
+            raise ValueError(f"lcm is sampled by LCMScheduler, which serves variance-preserving teachers; found {schedule!r}")
+        if not 1 <= steps <= settings.nodes:
+            raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
+        config = {"original_inference_steps": settings.nodes, "timestep_scaling": TIMESTEP_SCALING,
+                  "clip_sample": False, "thresholding": False}
+        low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
+        scale = (low + high) / 2 if settings.told else 1.0     # in the pipeline, 1 switches guidance off
+        return Inference("LCMScheduler", config, {"num_inference_steps": steps, "guidance_scale": scale})
+
+    def updates(self) -> list[Update]:
+        return [Update(("student",), self.loss)]
+
+    def loss(self, batch: Batch, step: Step) -> Losses:
+        t, s = self.times(step)
+        w = self.scale(step)
+        told = torch.as_tensor(w, dtype=torch.float32, device=batch.x0.device).expand(len(batch))
+        cond = batch.cond.replace(w=told) if self.settings.told else batch.cond
+        x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
+        with torch.no_grad():
+            x_s = ddim_step(guided(self.teacher, w)(x_t, t, batch.cond), s)
+            inner = self.consistent(self.target, x_s, torch.where(s > 0, s, t), cond)
+            target = torch.where(like(s, x_s) > 0, inner, x_s)
+        return {"consistency": self.distance(self.consistent(self.student, x_t, t, cond), target).mean()}
+
+    # -- terms -----------------------------------------------------------------------------------------------------
+
+    def times(self, step: Step) -> tuple[Tensor, Tensor]:
+        """t uniform on the nodes i / N, i = 1 .. N, and s = t - skip / N or 0. Both (B,) float64."""
+        i = step.integers("node", self.settings.nodes) + 1
+        return i.double() / self.settings.nodes, (i - self.settings.skip).clamp_min(0).double() / self.settings.nodes
+
+    def scale(self, step: Step) -> float | Tensor:
+        """The guidance scale: fixed, or uniform on a range, (B,). 1 is conditional only: the paper's omega plus 1."""
+        if isinstance(self.guidance, (int, float)):
+            return float(self.guidance)
+        low, high = self.guidance
+        return low + (high - low) * step.uniform("guidance")
+
+    @staticmethod
+    def consistent(role: Role, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """f(x, t) = c_skip x + c_out x_0 (eq. 9), with the scalings of LCMScheduler at the time it tells the network."""
+        told = TIMESTEP_SCALING * (TIMES * t - 1)
+        norm = told**2 + SIGMA_DATA**2
+        return like(SIGMA_DATA**2 / norm, x) * x + like(told / norm.sqrt(), x) * role(x, t, cond).x0

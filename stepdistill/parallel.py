@@ -1,0 +1,59 @@
+"""Ranks and what they exchange: the only use of torch.distributed. With one process every function is the identity."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if _many() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _many() else 1
+
+
+def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its mean over the ranks, in one message a dtype. Every rank passes the same shapes."""
+    if not _many():
+        return
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        joined = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(joined)
+        joined /= world_size()
+        parts = joined.split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Joins the ranks' tensors, of equal shape, along the first axis, in rank order."""
+    if not _many():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if _many():
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others: it writes a cache that they then find."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()

@@ -1,0 +1,200 @@
+"""The training loop. It knows roles and updates; it knows no method."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import parallel
+from ..diffusion.contracts import Batch
+from ..diffusion.draws import Step, key
+from ..errors import RequestError, Stopped
+from ..methods.base import Frozen, Method, Update, due
+from . import checkpoints
+from .launch import launched
+from .optimizers import RoleOptimizer, TrainConfig, learning_rate
+from .stopping import interruptions
+from .tracking import Tracker
+
+
+class Stream(Protocol):
+    """The data of (step, update, repeat): this rank's slice of this micro-batch."""
+
+    def batch(self, step: int, update: str, repeat: int = 0, rank: int = 0, world: int = 1, micro: int = 0,
+              micros: int = 1) -> Batch: ...
+
+
+class Roles(Protocol):
+    """Networks by name, as training sees them."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    def parameters(self, name: str) -> list[torch.nn.Parameter]: ...
+    def state_dict(self, name: str) -> Mapping[str, Tensor]: ...
+    def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> Any: ...
+    def follow(self, leader: str) -> None: ...
+
+
+class Trainer:
+    """Runs a method's updates on its roles, and keeps the run folder.
+
+    on_step: called after every training step with its number, from 1: pictures, evaluation, benchmarks. They may use
+    the global random generators as they like: training draws from none.
+    """
+
+    def __init__(self, method: Method, roles: Roles, stream: Stream, config: TrainConfig, run_dir: Path,
+                 on_step: Sequence[Callable[[int], None]] = ()) -> None:
+        self.device, self.roles, self.stream, self.config = launched(), roles, stream, config
+        self.run_dir, self.on_step, self.updates = Path(run_dir), on_step, method.updates()
+        trained = dict.fromkeys(role for update in self.updates for role in update.trains)
+        if unknown := trained.keys() - set(roles.names):
+            raise ValueError(f"updates train {sorted(unknown)}, but the roles are {sorted(roles.names)}")
+        self.optimizers = {role: RoleOptimizer(roles.parameters(role), config) for role in trained}
+        frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, Frozen)}
+        self.saved = [role for role in roles.names if role not in frozen]
+        self.enabled: tuple[str, ...] = ()
+        self.images, self.done = 0, 0
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool = False) -> None:
+        """Trains to the last step and saves it. resume: goes on from the latest checkpoint, or begins if there is none.
+
+        Stopped on Ctrl-C, on a full disk and on a loss that is not finite; RequestError if the folder holds another run.
+        """
+        if resume:
+            self.resume()
+        elif (self.run_dir / "metrics.jsonl").exists() or checkpoints.latest(self.run_dir):
+            raise RequestError(f"{self.run_dir} holds a run. Resume it, or choose another folder.")
+        try:
+            with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config.updates, self.done) as tracker:
+                for index in range(self.done, self.config.updates):
+                    self.finish(index + 1, self.step(index), tracker, interrupted)
+        except KeyboardInterrupt:                       # Ctrl-C for the second time
+            raise Stopped(f"interrupted within step {self.done + 1}. {self._kept()}") from None
+        except OSError as error:
+            raise Stopped(f"stopped after step {self.done}: {error}. {self._kept()}") from error
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """One training step: every update that is due. Returns losses and gradient norms by name, () each."""
+        logs: dict[str, Tensor] = {}
+        for update in self.updates:
+            if update.due(index):
+                for repeat in range(update.repeat):
+                    self.run(update, index, repeat, logs)
+        self.done = index + 1
+        return logs
+
+    def run(self, update: Update, index: int, repeat: int, logs: dict[str, Tensor]) -> None:
+        """One optimizer step on the roles of this update; all other roles are frozen."""
+        rank, world = parallel.rank(), parallel.world_size()
+        self.enable(update.trains)
+        for micro in range(self.config.accumulate):
+            batch = self.stream.batch(index, update.name, repeat, rank, world, micro, self.config.accumulate)
+            losses = self.backward(update, _moved(batch, self.device), index, repeat, micro)
+            self.images += len(batch) * world
+            for name, value in losses.items():
+                _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
+        for role in update.trains:
+            norm = self.optimizers[role].step(learning_rate(self.config, index))
+            _mean(logs, f"grad_norm/{role}", norm, update.repeat)
+            self.roles.follow(role)
+
+    def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int) -> dict[str, Tensor]:
+        """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the run.
+
+        Autocast keeps no copies of weights: one made by a pass without gradients would serve the student's pass too,
+        which then had none.
+        """
+        step = Step(self.config.seed, index, index / self.config.updates, update.name, repeat, batch.ids, self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(key(self.config.seed, "dropout", index, update.name, repeat, parallel.rank(), micro))
+            with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bf16", cache_enabled=False):
+                losses = update.loss(batch, step)
+            (sum(losses.values()) / self.config.accumulate).backward()
+        return losses
+
+    def enable(self, trains: tuple[str, ...]) -> None:
+        """Only these roles take gradients."""
+        if trains == self.enabled:
+            return
+        for role, optimizer in self.optimizers.items():
+            for parameter in optimizer.parameters:
+                parameter.requires_grad_(role in trains)
+        self.enabled = trains
+
+    # -- after a step ------------------------------------------------------------------------------------------------
+
+    def finish(self, step: int, logs: dict[str, Tensor], tracker: Tracker, interrupted: Callable[[], bool]) -> None:
+        """Logs, saves and tells what is due after this step, counted from 1."""
+        config = self.config
+        tracker.add(step, learning_rate(config, step - 1), logs, self.images)
+        self.images = 0
+        last = step == config.updates
+        logging, saving = last or due(step, config.log_every), last or due(step, config.checkpoint_every)
+        stopping = not last and self._agreed(interrupted(), logging)
+        if (logging or saving or stopping) and (found := tracker.flush()):
+            raise Stopped(f"{found}. The weights are of no use from there on. {self._kept()} A lower train.lr, a longer "
+                          "train.warmup or precision fp32 may help.")
+        with tracker.pause():
+            if saving or stopping:
+                tracker.sync()
+                self.save(step)
+            if stopping:
+                raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
+            for tell in self.on_step:
+                tell(step)
+
+    def save(self, step: int) -> None:
+        """Every role that changes and every optimizer, written by rank 0."""
+        if parallel.rank() == 0:
+            checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
+                             | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()})
+        parallel.barrier()
+
+    def resume(self) -> None:
+        """Puts roles, optimizers and the step back to the latest checkpoint, if there is one."""
+        folder = checkpoints.latest(self.run_dir)
+        if folder is None:
+            return
+        found = checkpoints.load(folder)
+        expected = {f"role-{role}" for role in self.saved} | {f"optimizer-{role}" for role in self.optimizers}
+        if found.keys() != expected:
+            raise RequestError(f"{folder} holds {', '.join(sorted(found))}; this recipe needs {', '.join(sorted(expected))}. "
+                               "Resume with the recipe that the run was begun with.")
+        try:
+            for role in self.saved:
+                self.roles.load_state_dict(role, found[f"role-{role}"])
+        except ValueError as error:
+            raise RequestError(f"{folder} does not fit this recipe: {error}") from error
+        for role, optimizer in self.optimizers.items():
+            optimizer.load(found[f"optimizer-{role}"])
+        self.done = checkpoints.step_of(folder)
+
+    def _agreed(self, interrupted: bool, logging: bool) -> bool:
+        """Whether to stop. Several ranks ask each other where they wait for each other anyway, at logging steps."""
+        if parallel.world_size() == 1:
+            return interrupted
+        if not logging:
+            return False
+        flag = torch.tensor(float(interrupted), device=self.device)
+        parallel.all_reduce_mean_([flag])
+        return flag.item() > 0
+
+    def _kept(self) -> str:
+        folder = checkpoints.latest(self.run_dir)
+        return f"{folder} is kept: resume to go on from there." if folder else "No checkpoint was written yet."
+
+
+def _mean(logs: dict[str, Tensor], name: str, value: Tensor, count: int) -> None:
+    share = value.detach() / count
+    logs[name] = logs[name] + share if name in logs else share
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the training device; ids stay where they are read, on the CPU."""
+    x0 = None if batch.x0 is None else batch.x0.to(device, non_blocking=True)
+    return Batch(batch.ids, batch.cond.to(device, non_blocking=True), x0)

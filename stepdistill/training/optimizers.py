@@ -1,0 +1,81 @@
+"""One optimizer a role: AdamW with clipping, and a learning rate that is a function of the step."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import cos, inf, pi
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import parallel
+
+FUSED = ("cpu", "cuda", "mps", "xpu")      # devices for which AdamW has one kernel for all tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train; what is trained stands in the method."""
+
+    updates: int                            # training steps: each runs every update that is due
+    lr: float = 1e-4
+    warmup: int = 0                         # steps over which the learning rate rises linearly
+    decay: Literal["constant", "cosine"] = "constant"    # after the warm-up; cosine falls to 0 at the last step
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float | None = 1.0                # largest norm of a role's gradient; None: any
+    accumulate: int = 1                     # micro-batches an update
+    precision: Literal["fp32", "bf16"] = "fp32"            # bf16: autocast; weights and optimizer stay float32
+    seed: int = 0
+    checkpoint_every: int | None = None     # steps; the last step is always saved
+    log_every: int = 10                     # steps between transfers of losses from the device
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "accumulate", "log_every", "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1; found {value}")
+        if self.lr <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; found "
+                             f"{self.lr}, {self.clip}, {self.warmup}, {self.weight_decay}")
+
+
+def learning_rate(config: TrainConfig, index: int) -> float:
+    """Of the training step with this index, from 0."""
+    if index < config.warmup:
+        return config.lr * (index + 1) / config.warmup
+    if config.decay == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + cos(pi * (index - config.warmup) / max(1, config.updates - config.warmup)))
+
+
+class RoleOptimizer:
+    """AdamW on the parameters of one role."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], config: TrainConfig) -> None:
+        if not parameters:
+            raise ValueError("a role without parameters cannot be trained")
+        self.parameters, self.clip = parameters, inf if config.clip is None else config.clip
+        self.adamw = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
+                                       fused=parameters[0].device.type in FUSED)
+
+    def step(self, lr: float) -> Tensor:
+        """Averages the gradients over ranks, clips, steps and drops them. Returns their norm before clipping, ()."""
+        parallel.all_reduce_mean_([p.grad for p in self.parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat: "exp_avg.3" is the moment of the fourth parameter. A parameter that never had a gradient has none."""
+        states = self.adamw.state_dict()["state"]
+        return {f"{name}.{i}": tensor for i, state in states.items() for name, tensor in state.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, i = key.rsplit(".", 1)
+            states.setdefault(int(i), {})[name] = tensor
+        self.adamw.load_state_dict({"state": states, "param_groups": self.adamw.state_dict()["param_groups"]})

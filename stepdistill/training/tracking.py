@@ -1,0 +1,136 @@
+"""What a run writes about itself: metrics.jsonl, timings.jsonl, TensorBoard and a progress bar."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from .. import parallel
+
+REFRESH = 0.5                     # seconds between redraws of the progress bar
+
+
+def truncate(path: Path, step: int) -> dict | None:
+    """Drops the rows of a .jsonl file after `step`, and a torn last line. Returns the last row that stays."""
+    if not path.exists():
+        return None
+    rows, last = [], None
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or (row := json.loads(line))["step"] > step:
+            break
+        rows.append(line)
+        last = row
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(rows), encoding="utf-8")
+    os.replace(aside, path)
+    return last
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: the most that the GPU held so far, or on other devices what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class Tracker:
+    """Collects every step's tensors and, every so often, moves them from the device at once and writes them down.
+
+    Nothing here makes the host wait for the device but `flush`, which is collective: all ranks call it at the same step.
+    """
+
+    def __init__(self, run_dir: Path, device: torch.device, total: int, done: int) -> None:
+        self.run_dir, self.device = run_dir, device
+        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.main = parallel.rank() == 0
+        self.images, self.paused, self.seconds, self.drawn = 0, 0.0, 0.0, 0.0
+        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), auto_refresh=False,
+                            console=Console(stderr=True), disable=not self.main)
+        self.task = self.bar.add_task("training", total=total, completed=done, figures="")
+        if self.main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            truncate(run_dir / "metrics.jsonl", done)
+            last = truncate(run_dir / "timings.jsonl", done)
+            self.seconds = last["seconds"] if last else 0.0
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> Tracker:
+        self.bar.start()
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if self.main:
+            self.board.close()
+
+    def add(self, step: int, lr: float, values: dict[str, Tensor], images: int) -> None:
+        """After step number `step`, from 1: its losses and norms, () each, and the images that it used on all ranks."""
+        self.pending.append((step, lr, values))
+        self.images += images
+        self.bar.update(self.task, completed=step)
+        if time.perf_counter() - self.drawn > REFRESH:
+            self.bar.refresh()
+            self.drawn = time.perf_counter()
+
+    def flush(self) -> str:
+        """Writes down what has been added, up to the first value that is not finite. Says which that is, or nothing."""
+        flat = torch.stack([value.detach().float() for _, _, values in self.pending for value in values.values()])
+        parallel.all_reduce_mean_([flat])
+        numbers = iter(flat.tolist())
+        rows = [{"step": step} | {name: _short(next(numbers)) for name in values} | {"lr": lr} for step, lr, values in self.pending]
+        seconds = time.perf_counter() - self.since - self.paused
+        finite = list(takewhile(lambda row: all(map(math.isfinite, row.values())), rows))
+        if self.main and finite:
+            self._write(finite, seconds)
+        self.seconds += seconds
+        self.pending, self.images, self.paused, self.since = [], 0, 0.0, time.perf_counter()
+        bad = rows[len(finite)] if len(finite) < len(rows) else {}
+        return ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items() if not math.isfinite(value))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not training time: checkpoints, pictures, evaluation."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    def sync(self) -> None:
+        """Forces the logs to the disk: a checkpoint must not know more steps than they do."""
+        for name in ("metrics.jsonl", "timings.jsonl") if self.main else ():
+            with (self.run_dir / name).open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+
+    def _write(self, rows: list[dict[str, float]], seconds: float) -> None:
+        last, held = rows[-1], memory(self.device)
+        rate = self.images / seconds
+        timing = {"step": last["step"], "seconds": round(self.seconds + seconds, 3), "images_per_s": round(rate, 2),
+                  "seconds_per_step": round(seconds / len(self.pending), 6), "memory_bytes": held}
+        for name, lines in (("metrics.jsonl", rows), ("timings.jsonl", [timing])):
+            with (self.run_dir / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        for name, value in (last | timing).items():
+            if name != "step":
+                self.board.add_scalar(name, value, last["step"])
+        losses = " ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in last.items()
+                          if "/" in name and not name.startswith("grad_norm/"))
+        self.bar.update(self.task, figures=f"{losses}  {rate:.1f} images/s  {held / 2**30:.2f} GiB")
+
+
+def _short(value: float) -> float:
+    """A float32 without the digits that only its float64 image has."""
+    return float(f"{value:.8g}")

@@ -1,0 +1,25 @@
+import math
+
+import torch
+
+from stepdistill.losses.regression import pseudo_huber, squared
+
+
+def test_per_sample_means():
+    x, y = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
+    y[1] = 2.0
+    assert squared(x, y).tolist() == [0.0, 4.0]
+    assert pseudo_huber(x, y, 1.5).tolist() == [0.0, 1.0]          # sqrt(4 + 2.25) - 1.5
+
+
+def test_pseudo_huber_is_per_element():
+    x = torch.tensor([[3.0, 0.0]])
+    expected = (math.sqrt(9 + 1e-6) - 1e-3) / 2
+    assert math.isclose(pseudo_huber(x, torch.zeros_like(x), 1e-3).item(), expected, rel_tol=1e-6)
+
+
+def test_pseudo_huber_limits():
+    d = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros_like(d)
+    torch.testing.assert_close(pseudo_huber(d, zero, 1e4) * 2e4, squared(d, zero), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pseudo_huber(d, zero, 1e-9), d.abs().mean(1), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,180 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+from torch import Tensor
+
+from stepdistill.diffusion.contracts import Condition
+from stepdistill.diffusion.draws import Step
+from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.schedule import Schedule, like
+from stepdistill.methods import METHODS, load_method
+from stepdistill.methods.base import Follows, Frozen, Trained
+from stepdistill.methods.consistency.lcm import LCM, Settings
+
+from .closed import SCHEDULES, STD, Teacher, batch, contraction, guided_mean, predict, stable_diffusion
+
+
+@dataclass
+class FixedPoint:
+    """The student at which the loss vanishes: f(x, t) = m_w + prod k (x - alpha_t m_w), through LCM's boundary scalings."""
+
+    schedule: Schedule
+    kind: str
+    scale: Callable[[Condition], float | Tensor]
+    nodes: int = 50
+    skip: int = 1
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        m = guided_mean(cond, self.scale(cond))
+        f = m + like(contraction(self.schedule, t, self.nodes, self.skip), x_t) * (x_t - like(self.schedule.alpha(t), x_t) * m)
+        told = 10 * (1000 * t - 1)
+        c_skip, c_out = 0.25 / (told**2 + 0.25), told / (told**2 + 0.25).sqrt()
+        return predict((f - like(c_skip, x_t) * x_t) / like(c_out, x_t), x_t, t, self.schedule, self.kind)
+
+
+def loss(student, guidance, settings: Settings, count: int = 256, schedule: str = "vp", **roles) -> float:
+    teacher = Teacher(*SCHEDULES[schedule])
+    method = LCM(settings, {"teacher": teacher, "student": student} | roles, guidance, 4)
+    data = batch(count)
+    step = Step(seed=0, index=0, progress=0.0, update="student", repeat=0, ids=data.ids)
+    return method.loss(data, step)["consistency"].item()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("nodes, skip", [(50, 1), (50, 3), (10, 1), (1, 1)])
+def test_loss_is_zero_at_the_discrete_fixed_point(schedule, nodes, skip):
+    settings = Settings(nodes=nodes, skip=skip, loss="squared")
+    student = FixedPoint(*SCHEDULES[schedule], lambda cond: 3.0, nodes, skip)
+    assert loss(student, 3.0, settings, schedule=schedule) < 1e-20
+    exact = FixedPoint(*SCHEDULES[schedule], lambda cond: 3.0, 2 * nodes, skip)        # a finer grid is another map
+    assert loss(exact, 3.0, settings, schedule=schedule) > 1e-9
+
+
+def test_the_fixed_point_is_the_grid_s_and_not_the_flow_map():
+    """Standard deviation 0.6 at the last time: the exact flow map shrinks by 0.6 / sqrt(0.36 alpha^2 + sigma^2)."""
+    t, schedule = torch.ones(1, dtype=torch.float64), stable_diffusion()
+    exact = STD / (schedule.alpha(t) ** 2 * STD**2 + schedule.sigma(t) ** 2).sqrt().item()
+    gaps = [exact - contraction(schedule, t, nodes).item() for nodes in (50, 100, 200, 1000)]
+    assert exact == pytest.approx(0.6009, abs=1e-4) and gaps[0] == pytest.approx(0.0300, abs=1e-4)
+    assert all(later < 0.75 * earlier for earlier, later in pairwise(gaps))
+
+
+@pytest.mark.parametrize("error", [-1.0, 1.0])
+def test_guidance_is_in_the_house_convention(error):
+    student = FixedPoint(*SCHEDULES["vp"], lambda cond: 3.0 + error)
+    assert loss(student, 3.0, Settings(loss="squared")) > 1e-4
+    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: 1.0), 1.0, Settings(loss="squared")) < 1e-20
+
+
+def test_a_told_student_hears_the_scale_that_guided_the_teacher():
+    told = Settings(loss="squared", told=True)
+    heard = []
+
+    def hear(cond: Condition) -> Tensor:
+        heard.append(cond.w)
+        return cond.w
+
+    # w reaches networks in float32
+    assert loss(FixedPoint(*SCHEDULES["vp"], hear), (2.0, 6.0), told) < 1e-12
+    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w + 1), (2.0, 6.0), told) > 1e-4
+    student, target = heard
+    assert torch.equal(student, target) and student.min() >= 2 and student.max() < 6 and student.std() > 1
+    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w), 3.0, told) < 1e-12
+
+
+def test_an_untold_student_sees_no_scale_and_the_range_is_averaged():
+    def scale(cond: Condition) -> float:
+        assert cond.w is None
+        return 4.0
+    assert loss(FixedPoint(*SCHEDULES["vp"], scale), (2.0, 6.0), Settings(loss="squared")) > 1e-5
+
+
+def test_without_the_anchor_constants_would_be_optimal():
+    """A student that collapses is punished at s = 0 alone: with one node always, with fifty on a fiftieth of the draws."""
+    @dataclass
+    class Collapsed:
+        schedule: Schedule = SCHEDULES["vp"][0]
+
+        def __call__(self, x_t, t, cond):
+            return predict(torch.zeros_like(x_t), x_t, t, self.schedule, "v")
+
+    assert loss(Collapsed(), 1.0, Settings(nodes=1, loss="squared")) > 0.1
+    assert 1e-3 < loss(Collapsed(), 1.0, Settings(loss="squared"), count=1000) < 0.1
+
+
+def test_the_target_role_is_asked_without_gradient_and_with_the_same_condition():
+    asked = []
+
+    @dataclass
+    class Spy:
+        name: str
+        inner: FixedPoint
+
+        @property
+        def schedule(self):
+            return self.inner.schedule
+
+        def __call__(self, x_t, t, cond):
+            asked.append((self.name, torch.is_grad_enabled(), cond, t))
+            return self.inner(x_t, t, cond)
+
+    point = FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w)
+    settings = Settings(loss="squared", told=True)
+    assert loss(Spy("student", point), (1.0, 4.0), settings, target=Spy("target", point)) < 1e-12
+    (first, no_grad, target_cond, s), (second, grad, cond, t) = asked
+    assert (first, no_grad, second, grad) == ("target", False, "student", True)
+    assert target_cond is cond and torch.allclose((t - s)[t > 0.021], torch.tensor(0.02, dtype=torch.float64))
+
+
+def test_scalings_are_the_scheduler_s():
+    scheduler = LCMScheduler()
+    told = torch.arange(19, 1000, 20)
+    t = (told.double() + 1) / 1000
+    ones = torch.ones(len(t), 1, dtype=torch.float64)
+
+    @dataclass
+    class Says:
+        x0: Tensor
+
+        def __call__(self, x_t, t, cond):
+            return Prediction(self.x0, x_t, t, SCHEDULES["vp"][0], "x0")
+
+    for i, (skip, out) in enumerate(map(scheduler.get_scalings_for_boundary_condition_discrete, told.tolist())):
+        assert LCM.consistent(Says(0 * ones), ones, t, None)[i].item() == pytest.approx(skip, rel=1e-12)
+        assert LCM.consistent(Says(ones), 0 * ones, t, None)[i].item() == pytest.approx(out, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps, told", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None), (50, None)])
+def test_sampling_times_are_training_nodes(steps, told):
+    inference = LCM.inference(Settings(), steps, "vp", 3.0)
+    scheduler = LCMScheduler.from_config(DDIMScheduler(beta_schedule="scaled_linear").config, **inference.config)
+    scheduler.set_timesteps(inference.call["num_inference_steps"])
+    assert told is None or scheduler.timesteps.tolist() == told
+    assert set(scheduler.timesteps.tolist()) <= {20 * (i + 1) - 1 for i in range(50)} and len(scheduler.timesteps) == steps
+    assert not scheduler.config.clip_sample                # DDIM's default would clip latents
+
+
+def test_the_call():
+    assert LCM.inference(Settings(), 4, "vp", (2.0, 6.0)).call == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert LCM.inference(Settings(told=True), 4, "vp", (2.0, 6.0)).call["guidance_scale"] == 4.0
+    for steps, schedule in [(0, "vp"), (51, "vp"), (4, "flow")]:
+        with pytest.raises(ValueError, match="lcm"):
+            LCM.inference(Settings(), steps, schedule)
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 30}, {"nodes": 0}, {"skip": 0}, {"skip": 51}, {"loss": "l1"}, {"huber_c": 0.0},
+                                   {"target_decay": 1.0}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_needs_are_those_of_the_table():
+    assert load_method("lcm") is LCM
+    assert LCM.needs(Settings(), full=True) == {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
+    assert LCM.needs(Settings(told=True), full=False) == {"teacher": Frozen(), "student": Trained("teacher", told_w=True)}
+    assert METHODS["lcm"].needs == tuple(LCM.needs(Settings(), full=True)) and METHODS["lcm"].data == LCM.data
