@@ -115,7 +115,7 @@ class Cache:
             chunks.append({key: self._narrow(name, key, value, low) for key, value in made.items()})
             texts.extend(said)
             self.report(name, int(indices[-1]) + 1, count)
-        return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}, texts
+        return {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]}, texts
 
     def _narrow(self, name: str, key: str, value: Tensor, low: int) -> Tensor:
         if not value.is_floating_point():
