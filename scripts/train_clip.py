@@ -1,7 +1,7 @@
 """Trains assets/shapes-clip: a small CLIP on Shapes, and the judge, linear heads on its image features.
 
     python scripts/train_clip.py --updates 3000 --lr 1.5e-3 --work runs/world/clip-1 --out runs/world/text
-    python scripts/train_clip.py --updates 4000 --init runs/world/text --out assets/shapes-clip
+    python scripts/train_clip.py --init runs/world/text --codec assets/shapes-sd/vae --out assets/shapes-clip
 
 The text tower learns in minutes and then stays, so that teachers can train on it while the vision tower, which has
 shapes to learn, goes on.
