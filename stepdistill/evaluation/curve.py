@@ -8,11 +8,12 @@ from typing import Any, Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 Row = Mapping[str, Any]
 
 INK, FAINT, REAL = "#1f2933", "#9aa5b1", "#2f9e62"
+NOTE = {"color": REAL, "fontsize": 8.5}
 STUDENTS = ("#d9480f", "#1c7ed6", "#9c36b5", "#e0a100", "#0b7285", "#c2255c")
 DASHES = {"ddim": (0, ()), "euler": (0, (5, 2)), "heun": (0, (1, 1.4)), "dpmpp_2m": (0, (6, 2, 1, 2))}
 
@@ -27,9 +28,9 @@ def curve(rows: Sequence[Row], dim: int) -> bytes:
     if judged:
         _attribute_panel(panels[1], rows)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
-    lines = -(-len(labels) // 5)
-    figure.tight_layout(rect=(0, 0.02 + 0.055 * lines, 1, 1), w_pad=3)
+    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not judged else 0.07, 1, 1), w_pad=3)
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if judged else 4, frameon=False, fontsize=8.5,
+                  columnspacing=1.4, handlelength=2.4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -64,9 +65,13 @@ def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
     metric = lambda row: tuple(max(row["metrics"][key], floor) for key in ("fd", "fd_low", "fd_high"))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in rows if row["target"] == "real"):
-        axes.axhspan(floor, max(real["metrics"]["fd_high"], floor * 1.15), color=REAL, alpha=0.18, lw=0, label="real pictures")
+        axes.axhspan(floor, max(real["metrics"]["fd_high"], floor * 1.2), color=REAL, alpha=0.18, lw=0)
+        axes.annotate(f"fresh real pictures: {real['metrics']['fd']:.3f}", (0.015, 0.012), xycoords="axes fraction", **NOTE)
     axes.set_yscale("log")
     axes.set_ylim(bottom=floor)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_ylabel(f"Fréchet distance, {dim} features")
     axes.set_title("Distance to real pictures", loc="left", fontsize=11, color=INK, fontweight="bold")
 
@@ -80,6 +85,8 @@ def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
     for real in (row for row in judged if row["target"] == "real"):
         _, low, high = metric(real)
         axes.axhspan(low, max(high, low + 0.8), color=REAL, alpha=0.3, lw=0)
+        axes.annotate(f"fresh real pictures: {metric(real)[0]:.1f} %", (0.015, low - 1), xycoords=("axes fraction", "data"),
+                      va="top", **NOTE)
     axes.set_ylim(0, 103)
     axes.set_ylabel("pictures with all attributes right, %")
     axes.set_title("Doing what the prompt says", loc="left", fontsize=11, color=INK, fontweight="bold")
@@ -94,13 +101,13 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 
 def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], students: Mapping[str, list[Row]], metric) -> None:
     """Teacher solvers thin, the best of them at each count of evaluations bold, students bold in colour."""
-    for name, line in solvers.items():
-        axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".", ms=4, label=name)
+    for colour, (name, line) in zip(cycle(STUDENTS), students.items()):
+        _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=name, zorder=5)
     if best:
         teacher = best[0]["target"].partition(":")[0]
-        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=f"{teacher}, best solver")
-    for colour, (name, line) in zip(cycle(STUDENTS), students.items()):
-        _errors(axes, line, metric, color=colour, marker="D", ms=6.5, lw=2.6, label=name, zorder=5)
+        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=f"{teacher}, best solver", zorder=4)
+    for name, line in solvers.items():
+        axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".", ms=4, label=name)
     axes.set_xscale("log")
     ticks = sorted({row["nfe"] for line in (*solvers.values(), *students.values()) for row in line})
     axes.xaxis.set_major_locator(FixedLocator(ticks))

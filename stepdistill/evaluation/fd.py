@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-SPLITS = 12               # random partitions behind each point of the extrapolation
+SPLITS = 48               # random partitions behind each point of the extrapolation
 RESAMPLES = 200
 KID_BLOCK = 1000
 

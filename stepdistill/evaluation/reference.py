@@ -92,11 +92,12 @@ class FolderSource:
 
 
 def load_source(name: Path | str, samples: int) -> Source:
-    """name: "shapes", or a folder of images."""
-    if str(name) == "shapes":
-        return ShapesSource()
+    """name: "shapes", "shapes:COUNT", or a folder of images."""
+    kind, _, count = str(name).partition(":")
+    if kind == "shapes" and (not count or count.isdecimal()):
+        return ShapesSource(int(count)) if count else ShapesSource()
     if not Path(name).is_dir():
-        raise RequestError(f"the reference {name} is neither `shapes` nor a folder of images")
+        raise RequestError(f"the reference {name} is neither `shapes`, nor `shapes:COUNT`, nor a folder of images")
     return FolderSource(Path(name), samples)
 
 
