@@ -1,0 +1,129 @@
+"""The picture of a bench: distance and attributes against network evaluations."""
+from __future__ import annotations
+
+import io
+from itertools import cycle
+from typing import Any, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+Row = Mapping[str, Any]
+
+INK, FAINT, REAL = "#1f2933", "#9aa5b1", "#2f9e62"
+NOTE = {"color": REAL, "fontsize": 8.5}
+STUDENTS = ("#d9480f", "#1c7ed6", "#9c36b5", "#e0a100", "#0b7285", "#c2255c")
+DASHES = {"ddim": (0, ()), "euler": (0, (5, 2)), "heun": (0, (1, 1.4)), "dpmpp_2m": (0, (6, 2, 1, 2))}
+
+
+def curve(rows: Sequence[Row], dim: int) -> bytes:
+    """PNG. Left: FD with its 95 % interval, both axes logarithmic. Right, where it was judged: all attributes right."""
+    judged = any(row["metrics"]["all_attributes"] is not None for row in rows)
+    figure = Figure(figsize=(11.5 if judged else 6.4, 4.9), dpi=150)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
+    _distance_panel(panels[0], rows, dim)
+    if judged:
+        _attribute_panel(panels[1], rows)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not judged else 0.07, 1, 1), w_pad=3)
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if judged else 4, frameon=False, fontsize=8.5,
+                  columnspacing=1.4, handlelength=2.4)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def solver_of(row: Row) -> str | None:
+    """dpmpp_2m of teacher:dpmpp_2m; None for a student and for real pictures."""
+    return row["target"].partition(":")[2] or None
+
+
+def best_per_nfe(rows: Sequence[Row]) -> list[Row]:
+    """Among rows of equal evaluations the one of least distance, in the order of evaluations."""
+    best: dict[int, Row] = {}
+    for row in rows:
+        if row["nfe"] not in best or row["metrics"]["fd"] < best[row["nfe"]]["metrics"]["fd"]:
+            best[row["nfe"]] = row
+    return [best[nfe] for nfe in sorted(best)]
+
+
+def lines(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], list[Row], dict[str, list[Row]]]:
+    """(teacher solvers, the best of them all, students): rows to be joined by a line, each over increasing evaluations."""
+    teachers = [row for row in rows if solver_of(row)]
+    students = [row for row in rows if not solver_of(row) and row["target"] != "real"]
+    by_name = lambda some: {name: best_per_nfe([r for r in some if r["target"] == name])
+                            for name in dict.fromkeys(r["target"] for r in some)}
+    return by_name(teachers), best_per_nfe(teachers), by_name(students)
+
+
+def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
+    floor = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0], default=1.0) / 4
+    solvers, best, students = lines(rows)
+    metric = lambda row: tuple(max(row["metrics"][key], floor) for key in ("fd", "fd_low", "fd_high"))
+    _draw(axes, solvers, best, students, metric)
+    for real in (row for row in rows if row["target"] == "real"):
+        axes.axhspan(floor, max(real["metrics"]["fd_high"], floor * 1.2), color=REAL, alpha=0.18, lw=0)
+        axes.annotate(f"fresh real pictures: {real['metrics']['fd']:.3f}", (0.015, 0.012), xycoords="axes fraction", **NOTE)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=floor)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_ylabel(f"Fréchet distance, {dim} features")
+    axes.set_title("Distance to real pictures", loc="left", fontsize=11, color=INK, fontweight="bold")
+
+
+def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
+    judged = [row for row in rows if row["metrics"]["all_attributes"] is not None]
+    solvers, best, students = lines(judged)
+    metric = lambda row: (100 * row["metrics"]["all_attributes"],) + tuple(100 * edge for edge in share_interval(
+        row["metrics"]["all_attributes"], row["samples"]))
+    _draw(axes, solvers, best, students, metric)
+    for real in (row for row in judged if row["target"] == "real"):
+        _, low, high = metric(real)
+        axes.axhspan(low, max(high, low + 0.8), color=REAL, alpha=0.3, lw=0)
+        axes.annotate(f"fresh real pictures: {metric(real)[0]:.1f} %", (0.015, low - 1), xycoords=("axes fraction", "data"),
+                      va="top", **NOTE)
+    axes.set_ylim(0, 103)
+    axes.set_ylabel("pictures with all attributes right, %")
+    axes.set_title("Doing what the prompt says", loc="left", fontsize=11, color=INK, fontweight="bold")
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share seen in n independent cases."""
+    z = 1.96
+    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], students: Mapping[str, list[Row]], metric) -> None:
+    """Teacher solvers thin, the best of them at each count of evaluations bold, students bold in colour."""
+    for colour, (name, line) in zip(cycle(STUDENTS), students.items()):
+        _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=name, zorder=5)
+    if best:
+        teacher = best[0]["target"].partition(":")[0]
+        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=f"{teacher}, best solver", zorder=4)
+    for name, line in solvers.items():
+        axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".", ms=4, label=name)
+    axes.set_xscale("log")
+    ticks = sorted({row["nfe"] for line in (*solvers.values(), *students.values()) for row in line})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+    axes.set_xlabel("network evaluations per picture (a guided step takes two)")
+    axes.grid(True, which="major", color="#e4e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _xy(line: list[Row], metric) -> tuple[list[int], list[float]]:
+    return [row["nfe"] for row in line], [metric(row)[0] for row in line]
+
+
+def _errors(axes: Axes, line: list[Row], metric, **style: Any) -> None:
+    x, y = _xy(line, metric)
+    spread = [[value - low for value, low, _ in map(metric, line)], [high - value for value, _, high in map(metric, line)]]
+    axes.errorbar(x, y, yerr=spread, capsize=3, elinewidth=1.2, **style)

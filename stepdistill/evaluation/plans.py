@@ -1,0 +1,176 @@
+"""Which calls of stock pipelines make the rows of a bench, and how many network evaluations each one takes."""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+)
+from torch import Tensor
+
+from ..diffusion.draws import key
+from ..errors import RequestError
+
+# name -> stock scheduler, what is changed on top of the teacher's config, and the steps that hit n evaluations exactly.
+SOLVERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any], Callable[[int], int | None]]] = {
+    "ddim": (DDIMScheduler, {"set_alpha_to_one": True}, lambda n: n),
+    "euler": (EulerDiscreteScheduler, {}, lambda n: n),
+    "heun": (HeunDiscreteScheduler, {}, lambda n: (n + 1) // 2 if n % 2 else None),       # 2 k - 1: the last step is Euler's
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}, lambda n: n),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What stands in the table. A teacher has no `call` and is swept over solvers and guidance, under stock schedulers.
+
+    A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
+    pipeline its scheduler; only the number of steps is varied.
+    """
+
+    name: str
+    pipeline: DiffusionPipeline
+    method: str | None = None
+    call: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if ":" in self.name or self.name == "real":
+            raise RequestError(f"a target cannot be named {self.name!r}: `real` and names with a colon stand for other rows")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row to be: a scheduler put into the target's pipeline and a call of it. nfe counts network evaluations."""
+
+    target: Target
+    name: str
+    scheduler: SchedulerMixin
+    call: Mapping[str, Any]
+    nfe: int
+    steps: int
+    guidance: float
+
+    @property
+    def key(self) -> tuple[str, int, float]:
+        return self.name, self.nfe, self.guidance
+
+    def images(self, prompts: Sequence[str], ids: Tensor, seed: int) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] on the CPU. The noise of a sample depends on (seed, its id) alone, in every row."""
+        pipeline = self.target.pipeline
+        generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in ids.tolist()]
+        with torch.random.fork_rng(), _scheduler(pipeline, self.scheduler):
+            torch.manual_seed(key(seed, "pipeline", ids[0].item()))       # for pipelines that keep the generator to themselves
+            out = pipeline(prompt=list(prompts), generator=generators, output_type="pt", **self.call)
+        return out.images.float().cpu() * 2 - 1
+
+
+def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
+          say: Callable[[str], None]) -> list[Plan]:
+    """The rows of a target in the order of their evaluations. RequestError if none of `nfe` can be met."""
+    target.pipeline.set_progress_bar_config(disable=True)
+    rows = _teacher(target, nfe, guidance, solvers) if target.call is None else _student(target, nfe, say)
+    if not rows:
+        raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with guidance={list(guidance)} and "
+                           f"solvers={list(solvers)}: a guided step takes two evaluations, k steps of heun take 2 k - 1")
+    return sorted(rows, key=lambda row: row.nfe)
+
+
+def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str]) -> list[Plan]:
+    rows = []
+    schedulers = {name: stock_scheduler(target, name) for name in solvers}
+    for w in guidance:
+        call = {"guidance_scale": float(w)}
+        first = Plan(target, target.name, target.pipeline.scheduler, call | {"num_inference_steps": 1}, 0, 1, float(w))
+        passes = evaluations(first)
+        for name, scheduler in schedulers.items():
+            for n in nfe:
+                steps = None if n % passes else SOLVERS[name][2](n // passes)
+                if steps is not None:
+                    asked = call | {"num_inference_steps": steps}
+                    rows.append(Plan(target, f"{target.name}:{name}", scheduler, asked, n, steps, float(w)))
+    return rows
+
+
+def stock_scheduler(target: Target, solver: str) -> SchedulerMixin:
+    """The solver's stock scheduler under the pipeline's own noise schedule, with trailing steps."""
+    if solver not in SOLVERS:
+        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    own = target.pipeline.scheduler
+    if "beta_schedule" not in own.config:
+        raise RequestError(f"{target.name} has a {type(own).__name__}, which holds no betas: the solvers "
+                           f"{', '.join(SOLVERS)} need them")
+    kind, changes, _ = SOLVERS[solver]
+    return kind.from_config(own.config, timestep_spacing="trailing", **changes)
+
+
+def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:
+    """Steps that the scheduler refuses are left out, with a word about it."""
+    call, scheduler = dict(target.call), target.pipeline.scheduler
+    fixed = call.get("timesteps") or call.get("sigmas")
+    own = len(fixed) if fixed else call["num_inference_steps"]
+    guidance = float(call.get("guidance_scale", 1.0))
+    passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
+    rows = []
+    for n in nfe:
+        steps = n // passes
+        if n % passes or (fixed and steps != own):
+            continue
+        try:
+            fixed or deepcopy(scheduler).set_timesteps(steps)
+        except ValueError as error:
+            say(f"{target.name} is not run at {steps} steps: {error}")
+            continue
+        asked = call if fixed else call | {"num_inference_steps": steps}
+        rows.append(Plan(target, target.name, scheduler, asked, n, steps, guidance))
+    return rows
+
+
+def evaluations(plan: Plan) -> int:
+    """Network evaluations per image, counted in a call: a guided step shows as two, whatever the pipeline's conventions."""
+    with counted(denoiser_of(plan.target.pipeline)) as count:
+        plan.images([""], torch.tensor([0]), seed=0)
+    return count[0]
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    for name in ("unet", "transformer"):
+        if name in pipeline.components:
+            return pipeline.components[name]
+    raise RequestError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose evaluations could be counted")
+
+
+@contextmanager
+def counted(network: torch.nn.Module) -> Iterator[list[int]]:
+    """Yields [samples that passed the network so far]."""
+    count, own = [0], network.__dict__.get("forward")
+    forward = network.forward
+
+    def counting(*args, **kwargs):
+        count[0] += len(next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+        return forward(*args, **kwargs)
+
+    network.forward = counting
+    try:
+        yield count
+    finally:
+        del network.forward
+        if own is not None:
+            network.forward = own
+
+
+@contextmanager
+def _scheduler(pipeline: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
+    own, pipeline.scheduler = pipeline.scheduler, scheduler
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own

@@ -1,0 +1,170 @@
+"""What generators are measured against: pictures of Shapes, or of a folder, and fresh real ones of the same make."""
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Callable, Iterator, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data.shapes import Scenes, captions, render, scenes
+from ..errors import RequestError
+from .fd import Moments, Reference
+from .features import Features
+from .protocol import fingerprint
+
+REFERENCE_SEED, HELD_OUT_SEED = 7, 5
+SUBSET, BLOCK = 2_000, 250
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Source(Protocol):
+    """Pictures come as blocks (B, 3, H, W) in [-1, 1]. name says what they are; count is that of the reference."""
+
+    name: str
+    count: int
+
+    def pictures(self) -> Iterator[Tensor]:
+        """The reference."""
+
+    def prompts(self, count: int) -> list[str]:
+        """What generators are asked for unless the user says otherwise."""
+
+    def real(self, count: int) -> Iterator[Tensor]:
+        """Fresh pictures, none of the reference; where prompts() are captions, of exactly these."""
+
+    def alike(self, prompts: int, each: int) -> Tensor | None:
+        """(prompts * each, 3, H, W): several real pictures of each of the first prompts(); None if there are none."""
+
+
+class ShapesSource:
+    """Procedural pictures of one seed as reference; those of another, and their captions, to test with."""
+
+    def __init__(self, count: int = 50_000) -> None:
+        self.count = count
+        self.name = f"shapes:{count}@{REFERENCE_SEED}"
+
+    def pictures(self) -> Iterator[Tensor]:
+        return (render(scenes(ids, REFERENCE_SEED)) for ids in torch.arange(self.count).split(BLOCK))
+
+    def prompts(self, count: int) -> list[str]:
+        return captions(scenes(torch.arange(count), HELD_OUT_SEED))
+
+    def real(self, count: int) -> Iterator[Tensor]:
+        return (render(scenes(ids, HELD_OUT_SEED)) for ids in torch.arange(count).split(BLOCK))
+
+    def alike(self, prompts: int, each: int) -> Tensor:
+        """A caption leaves 15 numbers unsaid: these are drawn afresh, from ids that no prompt uses."""
+        attributes = scenes(torch.arange(prompts), HELD_OUT_SEED).attributes.repeat_interleave(each, 0)
+        return render(Scenes(attributes, scenes(2**32 + torch.arange(prompts * each), HELD_OUT_SEED).unsaid))
+
+
+class FolderSource:
+    """The images of a folder, in an order scattered by their names: the first `held_out` are fresh, the rest reference."""
+
+    def __init__(self, folder: Path, held_out: int) -> None:
+        files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
+        self.files = sorted(files, key=lambda file: hashlib.sha256(str(file.relative_to(folder)).encode()).digest())
+        if len(files) < 2 * held_out:
+            raise RequestError(f"the reference {folder} holds {len(files)} images; {held_out} samples need at least "
+                               f"{2 * held_out}, half of them kept apart as the row `real`")
+        self.held_out, self.count = held_out, len(files) - held_out
+        listed = fingerprint([[str(file.relative_to(folder)), file.stat().st_size] for file in files])
+        self.name = f"{folder.name}:{self.count}@{listed}"
+
+    def pictures(self) -> Iterator[Tensor]:
+        return map(_read, self.files[self.held_out:])
+
+    def prompts(self, count: int) -> list[str]:
+        raise RequestError("a folder of images says nothing about prompts: give a list of them")
+
+    def real(self, count: int) -> Iterator[Tensor]:
+        return map(_read, self.files[:count])
+
+    def alike(self, prompts: int, each: int) -> None:
+        return None
+
+
+def load_source(name: Path | str, samples: int) -> Source:
+    """name: "shapes", "shapes:COUNT", or a folder of images."""
+    kind, _, count = str(name).partition(":")
+    if kind == "shapes" and (not count or count.isdecimal()):
+        return ShapesSource(int(count)) if count else ShapesSource()
+    if not Path(name).is_dir():
+        raise RequestError(f"the reference {name} is neither `shapes`, nor `shapes:COUNT`, nor a folder of images")
+    return FolderSource(Path(name), samples)
+
+
+def _read(file: Path) -> Tensor:
+    pixels = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+    return (pixels[None].float() / 127.5 - 1)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("STEPDISTILL_CACHE", Path.home() / ".cache" / "stepdistill"))
+
+
+def load_reference(features: Features, source: Source, shipped: Path | None = None,
+                   say: Callable[[str], None] = print) -> Reference:
+    """From the file shipped beside the features if it was made by them, else from the cache, else computed and cached."""
+    key = reference_key(features, source)
+    cached = cache_folder() / f"reference-{key}.safetensors"
+    for file in (shipped, cached):
+        if file is not None and file.is_file():
+            found, reference = read_reference(file)
+            if found == key:
+                return reference
+            say(f"{file} belongs to other features or pictures: not used")
+    say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} (once; kept in {cached})")
+    reference = compute_reference(features, source)
+    save_reference(reference, cached, key)
+    return reference
+
+
+def ship_reference(features: Features, source: Source, folder: Path, say: Callable[[str], None] = print) -> Path:
+    """Writes reference.safetensors into the features' folder, where load_reference looks first."""
+    file = folder / "reference.safetensors"
+    save_reference(load_reference(features, source, None, say), file, reference_key(features, source))
+    return file
+
+
+def reference_key(features: Features, source: Source) -> str:
+    return fingerprint([features.id, features.resize, source.name, "float32", SUBSET])
+
+
+def compute_reference(features: Features, source: Source) -> Reference:
+    found = torch.cat([features.images(block) for block in source.pictures()])
+    if len(found) < 2 * (features.dim + 1):
+        raise RequestError(f"the reference {source.name} holds {len(found)} pictures, too few for features of {features.dim} "
+                           f"dimensions: at least {2 * (features.dim + 1)}, better 10,000")
+    halves = Moments.of(found[0::2]), Moments.of(found[1::2])
+    return Reference(halves, found[:: max(1, len(found) // SUBSET)][:SUBSET].clone())
+
+
+def save_reference(reference: Reference, file: Path, key: str) -> None:
+    """Written aside, then renamed: a stopped process leaves no half of a file."""
+    tensors = {"subset": reference.subset.contiguous()}
+    for i, half in enumerate(reference.halves):
+        tensors |= {f"{i}.count": torch.tensor(half.count), f"{i}.mean": half.mean, f"{i}.covariance": half.covariance}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}")
+    save_file(tensors, aside, metadata={"key": key})
+    aside.replace(file)
+
+
+def read_reference(file: Path) -> tuple[str, Reference]:
+    """The key that the file was made under, and what it holds."""
+    try:
+        with safe_open(file, "pt") as saved:
+            halves = tuple(Moments(saved.get_tensor(f"{i}.count").item(), saved.get_tensor(f"{i}.mean"),
+                                   saved.get_tensor(f"{i}.covariance")) for i in range(2))
+            return saved.metadata()["key"], Reference(halves, saved.get_tensor("subset"))
+    except SafetensorError as error:
+        raise RequestError(f"{file} is no readable file of reference statistics ({error}): delete it, and it will be "
+                           "computed anew") from error

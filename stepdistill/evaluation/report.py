@@ -1,0 +1,132 @@
+"""What a bench leaves behind: results.json, curve.png, report.html and a table."""
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from rich.table import Table
+
+from ..errors import RequestError
+from .curve import curve
+from .protocol import demand_same
+from .sheets import write_bytes
+
+Row = dict[str, Any]
+Results = dict[str, Any]               # {"protocol": {…}, "rows": [Row, …]}
+
+METRICS = {"fd": "FD", "kid": "KID", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
+           "diversity": "diversity", "all_attributes": "all attributes"}
+
+
+def read_results(file: Path) -> Results:
+    try:
+        results = json.loads(file.read_text())
+        return {"protocol": results["protocol"], "rows": results["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{file} is no readable results.json of a bench: {type(error).__name__} {error}") from error
+
+
+def row_key(row: Mapping[str, Any]) -> tuple[str, int, float | None]:
+    return row["target"], row["nfe"], row["guidance"]
+
+
+def join(first: Results, second: Results, where: Path | str = "the second") -> Results:
+    """The rows of both; of two that measure the same thing the second's. RequestError unless the protocols are equal."""
+    demand_same(first["protocol"], second["protocol"], where)
+    rows = {row_key(row): row for row in (*first["rows"], *second["rows"])}
+    order = lambda row: (row["target"] != "real", ":" not in row["target"], row["target"], row["nfe"], row["guidance"] or 0)
+    return {"protocol": first["protocol"], "rows": sorted(rows.values(), key=order)}
+
+
+def write_results(results: Results, out: Path) -> None:
+    write_bytes(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_report(results: Results, out: Path) -> None:
+    """curve.png and report.html beside results.json; the sample grid is made of the strips under out/samples."""
+    drawn = curve(results["rows"], results["protocol"]["dim"])
+    write_bytes(out / "curve.png", drawn)
+    write_bytes(out / "report.html", _page(results, drawn, out).encode())
+
+
+def picture_name(row: Mapping[str, Any]) -> str:
+    """The file under out/samples that shows a row."""
+    return f"{row['target'].replace(':', '-').replace('/', '-')}-nfe{row['nfe']}-w{row['guidance'] or 0:g}.png"
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table, as text: target, NFE, steps, guidance, the metrics, latency, images per second."""
+    m = row["metrics"]
+    number = lambda value, spec: "–" if value is None else format(value, spec)
+    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"), number(row["guidance"], "g"),
+            f"{m['fd']:.3f} [{m['fd_low']:.3f}, {m['fd_high']:.3f}]", number(m["kid"], ".4f"), number(m["precision"], ".3f"),
+            number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
+            number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+
+
+HEADINGS = ("target", "NFE", "steps", "w", "FD [95 %]", *list(METRICS.values())[1:], "ms", "images/s")
+
+
+def table(results: Results) -> Table:
+    """For a rich console."""
+    protocol = results["protocol"]
+    made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
+                 title_justify="left", title_style="bold", header_style="bold")
+    for i, heading in enumerate(HEADINGS):
+        made.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in results["rows"]:
+        made.add_row(*cells(row), style="green" if row["target"] == "real" else "" if ":" in row["target"] else "bold")
+    return made
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1180px; margin: 2.5rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2.2rem } p.note { color: #616e7c }
+img.curve { width: 100%; height: auto } img.strip { display: block; image-rendering: pixelated; height: 68px }
+div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
+th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #9aa5b1 }
+tr.real td { color: #2f9e62 } tr.student td { font-weight: 600 } dl { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem }
+dt { color: #616e7c } dd { margin: 0; overflow-wrap: anywhere }
+"""
+
+
+def _page(results: Results, drawn: bytes, out: Path) -> str:
+    protocol, rows = results["protocol"], results["rows"]
+    body = "".join(f"<tr class='{_kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
+                   for row in rows)
+    heads = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in protocol.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>stepdistill bench</title><style>{STYLE}</style></head><body>
+<h1>Quality against network evaluations</h1>
+<p class="note">Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes
+two network evaluations. FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100
+repetitions. Diversity is the mean distance in features between samples of one prompt: compare it with that of real pictures.</p>
+<img class="curve" alt="Fréchet distance against network evaluations" src="{_embedded(drawn)}">
+<h2>Figures</h2><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
+<h2>Samples</h2><div class="wide"><table><tbody>{_strips(rows, out)}</tbody></table></div>
+<h2>Protocol</h2><dl>{facts}</dl>
+</body></html>
+"""
+
+
+def _strips(rows: Sequence[Row], out: Path) -> str:
+    shown = [(row, out / "samples" / picture_name(row)) for row in rows]
+    return "".join(f"<tr><td>{html.escape(_label(row))}</td><td><img class='strip' alt='' "
+                   f"src='{_embedded(file.read_bytes())}'></td></tr>" for row, file in shown if file.is_file())
+
+
+def _label(row: Row) -> str:
+    return row["target"] if row["target"] == "real" else f"{row['target']}, {row['nfe']} NFE, w = {row['guidance']:g}"
+
+
+def _kind(row: Row) -> str:
+    return "real" if row["target"] == "real" else "teacher" if ":" in row["target"] else "student"
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

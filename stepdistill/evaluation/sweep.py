@@ -1,0 +1,197 @@
+"""The NFE sweep: rows of a table, each a call of a stock pipeline, all from the same noise and the same prompts."""
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..data.shapes import attributes_of
+from ..errors import RequestError
+from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
+from .features import clip_score, load_features
+from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
+from .protocol import Protocol, fingerprint
+from .reference import load_reference, load_source
+from .report import Results, join, picture_name, read_results, row_key, write_report, write_results
+from .sheets import sheet
+
+EACH = 4                  # samples of a prompt behind the figure `diversity`
+SHOWN = 10                # samples of a row in the report
+
+
+class Evaluation:
+    """All that rows have in common: features, reference, prompts and seed. Made once, used for many rows."""
+
+    def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
+                 features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
+                 device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> None:
+        self.features = load_features(features, device)
+        if samples < least_samples(self.features.dim):
+            raise RequestError(f"{samples} samples are too few: the Fréchet distance in {self.features.dim} dimensions takes at "
+                               f"least {least_samples(self.features.dim)}, and 2,000 for a narrow interval")
+        if prompts is not None and not prompts:
+            raise RequestError("the list of prompts is empty")
+        self.source = load_source(reference, samples)
+        asked = self.source.prompts(samples) if prompts is None else list(prompts)
+        self.prompts = [asked[i % len(asked)] for i in range(samples)]
+        self.own_prompts = prompts is not None
+        self.seed, self.samples = seed, samples
+        shipped = None if str(features) == "inception" else Path(features) / "reference.safetensors"
+        self.reference = load_reference(self.features, self.source, shipped, say)
+        self.texts = self.features.texts(self.prompts)
+        self.attributes = _attributes(self.prompts) if self.features.judge else None
+        judge = self.features.judge
+        self.protocol = Protocol(self.features.name, self.features.dim, judge and judge.id[:12], self.source.name,
+                                 self.features.resize, "float32", fingerprint(self.prompts), samples, seed)
+
+    @property
+    def groups(self) -> int:
+        """Prompts that are sampled EACH times."""
+        return max(1, self.samples // 40)
+
+    def measure(self, images: Tensor, alike: Tensor | None, captioned: bool) -> dict[str, float | None]:
+        """The metrics of results.json. images: features (n, D) in the order of the prompts; alike: (groups, EACH, D).
+
+        captioned: whether the pictures were made for the prompts; without it nothing is said about text.
+        """
+        fd = frechet_infinity(images, self.reference, self.seed)
+        precision, recall = precision_recall(images, self.reference.subset)
+        told = captioned and self.texts is not None
+        judged = captioned and self.attributes is not None
+        return {
+            "fd": fd.value, "fd_low": fd.low, "fd_high": fd.high, "kid": kid(images, self.reference.subset),
+            "precision": precision, "recall": recall,
+            "clip_score": clip_score(images, self.texts) if told else None,
+            "diversity": None if alike is None else diversity(alike),
+            "all_attributes": (self.features.judge(images) == self.attributes).all(1).double().mean().item() if judged else None,
+        }
+
+    def real(self) -> tuple[dict[str, Any], Tensor]:
+        """The row of fresh real pictures against the reference, and some of them."""
+        blocks = list(self.source.real(self.samples))
+        images = torch.cat([self.features.images(block) for block in blocks])
+        again = None if self.own_prompts else self.source.alike(self.groups, EACH)
+        alike = None if again is None else self.features.images(again).unflatten(0, (-1, EACH))
+        row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples, "seed": self.seed,
+               "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None, "images_per_s": None}
+        return row, torch.cat(blocks[:SHOWN])[:SHOWN]
+
+    def row(self, plan: Plan, batch: int = 100,
+            on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
+        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears of every batch."""
+        features, shown, seconds = [], None, 0.0
+        network = denoiser_of(plan.target.pipeline)
+        with counted(network) as evaluations:
+            for ids, prompts in self._calls(batch):
+                begin = time.perf_counter()
+                pixels = plan.images(prompts, ids, self.seed)
+                seconds += time.perf_counter() - begin
+                shown = pixels[:SHOWN] if shown is None else shown
+                features.append(self.features.images(pixels))
+                on_images(len(ids))
+        found = torch.cat(features)
+        if evaluations[0] != plan.nfe * len(found):
+            raise RuntimeError(f"{plan.name} was planned with {plan.nfe} network evaluations per image but took "
+                               f"{evaluations[0] / len(found):g}")
+        images, others = found[: self.samples], found[self.samples:].unflatten(0, (self.groups, EACH - 1))
+        alike = torch.cat([images[: self.groups, None], others], 1)
+        return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps, "guidance": plan.guidance,
+                "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=True),
+                "latency_ms": self.latency(plan), "images_per_s": len(found) / seconds}, shown
+
+    def latency(self, plan: Plan, calls: int = 5) -> float:
+        """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up."""
+        times = []
+        for i in range(calls + 1):
+            begin = time.perf_counter()
+            plan.images(self.prompts[i: i + 1], torch.tensor([i]), self.seed)
+            times.append(1000 * (time.perf_counter() - begin))
+        return median(times[1:])
+
+    @property
+    def images_per_row(self) -> int:
+        return self.samples + self.groups * (EACH - 1)
+
+    def _calls(self, batch: int) -> Iterator[tuple[Tensor, list[str]]]:
+        """(ids, prompts) of every sample, in batches: one of each prompt, then EACH - 1 more of the first ones."""
+        prompts = self.prompts + [prompt for prompt in self.prompts[: self.groups] for _ in range(EACH - 1)]
+        for ids in torch.arange(len(prompts)).split(batch):
+            yield ids, [prompts[i] for i in ids.tolist()]
+
+
+def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path | str, guidance: Sequence[float] = (2.0,),
+          solvers: Sequence[str] = tuple(SOLVERS), seed: int = 0, prompts: Sequence[str] | None = None,
+          features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes", reuse: Sequence[Path | str] = (),
+          batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> Results:
+    """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
+
+    reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
+    timings, which belong to another machine. An `out` that holds results of the same protocol is added to.
+    """
+    out = Path(out)
+    if not nfe or min(nfe) < 1:
+        raise RequestError(f"nfe={list(nfe)}: at least one count of network evaluations, each 1 or more")
+    names = [target.name for target in targets]
+    if len(set(names)) < len(names):
+        raise RequestError(f"targets need different names, found {names}")
+    rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
+    context = Evaluation(samples, seed, prompts, features, reference, device, say)
+    results: Results = {"protocol": context.protocol.record(), "rows": []}
+    if (out / "results.json").exists():
+        results = join(results, read_results(out / "results.json"), out)
+    taken = _taken(results, [Path(file) for file in reuse])
+    results = join(results, taken)
+    known = {row_key(row) for row in taken["rows"]}
+    rows = [plan for plan in rows if plan.key not in known]
+    with _progress(len(rows) * context.images_per_row) as advance:
+        if ("real", 0, None) not in {row_key(row) for row in results["rows"]}:
+            results = _keep(results, *context.real(), out)
+        for plan in rows:
+            results = _keep(results, *context.row(plan, batch, advance(f"{plan.name}, {plan.nfe} NFE")), out)
+    write_results(results, out)
+    write_report(results, out)
+    return results
+
+
+def _taken(results: Results, files: Sequence[Path]) -> Results:
+    """The rows of earlier results, without timings."""
+    taken: Results = {"protocol": results["protocol"], "rows": []}
+    for file in files:
+        earlier = read_results(file)
+        stripped = [row | {"latency_ms": None, "images_per_s": None} for row in earlier["rows"]]
+        taken = join(taken, {"protocol": earlier["protocol"], "rows": stripped}, file)
+    return taken
+
+
+def _keep(results: Results, row: dict[str, Any], shown: Tensor, out: Path) -> Results:
+    """Adds a row and saves, so that a stopped bench loses the row at work and no other."""
+    sheet([shown], out / "samples" / picture_name(row))
+    results = join(results, {"protocol": results["protocol"], "rows": [row]})
+    write_results(results, out)
+    return results
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
+    """A bar on standard error: advance(what) names the work at hand and returns what counts it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("preparing", total=total)
+
+        def advance(what: str) -> Callable[[int], None]:
+            bar.update(task, description=what)
+            return lambda count: bar.advance(task, count)
+        yield advance
+
+
+def _attributes(prompts: Sequence[str]) -> Tensor | None:
+    """(n, 7) int64, or None if some prompt is no caption of Shapes."""
+    asked = [attributes_of(prompt) for prompt in prompts]
+    return None if any(slots is None for slots in asked) else torch.stack(asked)

@@ -1,0 +1,125 @@
+"""The feature space, the judge, and the reference computed in it."""
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+from stepdistill.data.shapes import SLOTS, captions, render, scenes
+from stepdistill.errors import RequestError
+from stepdistill.evaluation.features import clip_score, load_features, resized
+from stepdistill.evaluation.reference import (
+    ShapesSource,
+    compute_reference,
+    load_reference,
+    load_source,
+    read_reference,
+    reference_key,
+    ship_reference,
+)
+
+from .conftest import DIM
+
+
+def test_features_are_the_models_projections(clip_folder):
+    features, pixels = load_features(clip_folder), render(scenes(torch.arange(3)))
+    model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values=pixels).pooler_output
+    found = features.images(pixels)
+    torch.testing.assert_close(found, expected)
+    assert found.shape == (3, features.dim) == (3, DIM)
+    assert found.dtype == features.texts(["a red ring"]).dtype == torch.float32
+
+
+def test_the_judge_reads_each_slot(clip_folder):
+    features = load_features(clip_folder)
+    weight, bias = features.judge.heads[2]
+    wanted = torch.tensor([4])
+    x = torch.linalg.lstsq(weight, 10 * torch.nn.functional.one_hot(wanted, len(weight)).float().T - bias[:, None]).solution.T
+    seen = features.judge(x)
+    assert seen.shape == (1, len(SLOTS)) and seen[0, 2] == 4
+
+
+def test_the_id_follows_the_weights_and_not_the_place(clip_folder, tmp_path):
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for file in clip_folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert load_features(copy).id == load_features(clip_folder).id
+    (copy / "tokenizer.json").write_bytes((copy / "tokenizer.json").read_bytes() + b"\n")
+    assert load_features(copy).id != load_features(clip_folder).id
+
+
+def test_pictures_of_the_right_size_pass_and_others_are_cut_to_it():
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert resized(pixels, 32) is pixels
+    wide = torch.linspace(-1, 1, 96).expand(1, 3, 64, 96)
+    small = resized(wide, 32)
+    assert small.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(small.mean(), torch.tensor(0.0), atol=1e-3, rtol=0)       # the centre was cut out
+    assert small[0, 0, 0, 0] > -0.75 and small[0, 0, 0, -1] < 0.75
+
+
+def test_clip_score_clips_at_zero():
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert clip_score(x, torch.tensor([[3.0, 0.0], [0.0, -1.0]])) == pytest.approx(50)
+
+
+def test_wrong_requests_teach(tmp_path, monkeypatch):
+    with pytest.raises(RequestError, match="no folder of a CLIPModel"):
+        load_features(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(RequestError, match=r"pip install 'stepdistill\[fidelity\]'"):
+        load_features("inception")
+    with pytest.raises(RequestError, match="nor a folder of images"):
+        load_source("shpaes", 100)
+    with pytest.raises(RequestError, match="holds 0 images"):
+        load_source(tmp_path, 100)
+
+
+def test_reference_is_computed_once_and_the_shipped_one_needs_its_key(clip_folder, tmp_path):
+    features, source, said = load_features(clip_folder), ShapesSource(100), []
+    first = load_reference(features, source, say=said.append)
+    again = load_reference(features, source, say=said.append)
+    assert len(said) == 1 and torch.equal(first.subset, again.subset)
+    torch.testing.assert_close(first.whole.mean, again.whole.mean, rtol=0, atol=0)
+    shipped = ship_reference(features, source, tmp_path, said.append)
+    assert read_reference(shipped)[0] == reference_key(features, source)
+    other = load_reference(features, ShapesSource(90), shipped, said.append)
+    assert other.whole.count == 90 and "not used" in said[1]
+    shipped.write_bytes(shipped.read_bytes()[:100])
+    with pytest.raises(RequestError, match="delete it"):
+        load_reference(features, source, shipped)
+
+
+def test_reference_is_that_of_all_its_pictures(clip_folder):
+    features = load_features(clip_folder)
+    whole = compute_reference(features, ShapesSource(60)).whole
+    expected = features.images(render(scenes(torch.arange(60), 7))).double()
+    torch.testing.assert_close(whole.mean, expected.mean(0))
+    torch.testing.assert_close(whole.covariance, expected.T.cov())
+
+
+def test_real_pictures_are_those_of_the_prompts():
+    source = ShapesSource(10)
+    assert source.prompts(4) == captions(scenes(torch.arange(4), 5))
+    assert torch.equal(torch.cat(list(source.real(4))), render(scenes(torch.arange(4), 5)))
+    alike = source.alike(2, 3)
+    assert alike.shape == (6, 3, 32, 32) and not torch.equal(alike[0], alike[1])
+    assert not torch.equal(alike[0], render(scenes(torch.arange(1), 5))[0])
+
+
+def test_a_folder_of_images_keeps_some_apart(tmp_path):
+    from PIL import Image
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    source = load_source(tmp_path, 3)
+    reds = lambda blocks: {round((block[0, 0, 0, 0].item() + 1) * 127.5) for block in blocks}
+    assert source.count == 3
+    assert reds(source.pictures()) | reds(source.real(3)) == {0, 40, 80, 120, 160, 200}
+    assert source.alike(1, 4) is None
+    with pytest.raises(RequestError, match="prompts"):
+        source.prompts(3)

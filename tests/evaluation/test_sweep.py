@@ -1,0 +1,179 @@
+"""Rows as calls of stock pipelines: the counts are kept, the noise is shared, protocols are not mixed."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from tiny import tiny_pipeline
+
+from stepdistill.errors import RequestError
+from stepdistill.evaluation.fd import least_samples
+from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans
+from stepdistill.evaluation.report import read_results
+from stepdistill.evaluation.sweep import Evaluation, bench
+
+from .conftest import DIM
+
+SAMPLES = least_samples(DIM)
+CALL = {"guidance_scale": 1.0, "num_inference_steps": 4}
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Target:
+    return Target("teacher", tiny_pipeline())
+
+
+@pytest.fixture(scope="module")
+def student() -> Target:
+    pipeline = tiny_pipeline(seed=1)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=4)
+    return Target("student", pipeline, "lcm", CALL)
+
+
+def run(targets, clip_folder, out, nfe=(1, 2), **more):
+    return bench(targets, nfe, more.pop("samples", SAMPLES), out, features=clip_folder, reference="shapes:200", say=quiet, **more)
+
+
+def test_every_teacher_row_takes_the_evaluations_it_claims(teacher):
+    rows = plans(teacher, [1, 2, 6], [1.0, 2.0], ["ddim", "euler", "heun", "dpmpp_2m"], quiet)
+    assert {(row.name, row.nfe, row.guidance): row.steps for row in rows} == {
+        **{(f"teacher:{solver}", n, 1.0): n for solver in ("ddim", "euler", "dpmpp_2m") for n in (1, 2, 6)},
+        **{(f"teacher:{solver}", n, 2.0): n // 2 for solver in ("ddim", "euler", "dpmpp_2m") for n in (2, 6)},
+        ("teacher:heun", 1, 1.0): 1, ("teacher:heun", 2, 2.0): 1, ("teacher:heun", 6, 2.0): 2}
+    assert [evaluations(row) for row in rows] == [row.nfe for row in rows]
+
+
+def test_counting_leaves_no_trace(teacher):
+    network = teacher.pipeline.unet
+    with counted(network) as count:
+        evaluations(Plan(teacher, "t", teacher.pipeline.scheduler, CALL, 4, 4, 1.0))
+    assert "forward" not in vars(network) and count == [4]
+
+
+def test_student_rows_keep_their_call_and_leave_out_what_the_sampler_does_not_serve(student):
+    said = []
+    rows = plans(student, [1, 4, 8], [3.0], ["ddim"], said.append)
+    assert [(row.nfe, row.steps, row.guidance, row.call["num_inference_steps"]) for row in rows] == [(1, 1, 1.0, 1), (4, 4, 1.0, 4)]
+    assert len(said) == 1 and "student is not run at 8 steps" in said[0]
+
+
+def test_a_guided_student_pays_for_its_guidance(student):
+    guided = Target("guided", student.pipeline, "lcm", CALL | {"guidance_scale": 2.0})
+    assert [(row.nfe, row.steps) for row in plans(guided, [1, 2, 4], [], [], quiet)] == [(2, 1), (4, 2)]
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_a_sample_depends_on_its_id_and_not_on_its_batch(teacher, student, name):
+    target = {"teacher": teacher, "student": student}[name]           # LCM draws noise at every step
+    plan = plans(target, [2], [1.0], ["euler"], quiet)[0]
+    prompts, ids = ["a red ring", "a blue cross", "a green square"], torch.tensor([0, 1, 2])
+    whole = plan.images(prompts, ids, seed=0)
+    assert whole.shape == (3, 3, 16, 16) and whole.abs().max() <= 1
+    parts = torch.cat([plan.images(prompts[:1], ids[:1], seed=0), plan.images(prompts[1:], ids[1:], seed=0)])
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+    assert not torch.allclose(whole, plan.images(prompts, ids, seed=1), atol=1e-3)
+    assert not torch.allclose(whole, plan.images(prompts, ids + 1, seed=0), atol=1e-3)
+
+
+def test_a_row_leaves_the_random_state_and_the_scheduler_alone(teacher):
+    own, state = teacher.pipeline.scheduler, torch.random.get_rng_state()
+    plans(teacher, [2], [1.0], ["heun", "euler"], quiet)[0].images(["a red ring"], torch.tensor([0]), 0)
+    assert teacher.pipeline.scheduler is own and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_wrong_requests_teach(teacher, student, clip_folder, tmp_path):
+    with pytest.raises(RequestError, match="unknown solver 'dmi'; known are ddim, euler"):
+        plans(teacher, [2], [1.0], ["dmi"], quiet)
+    with pytest.raises(RequestError, match=r"none of nfe=\[1\]"):
+        plans(teacher, [1], [2.0], ["ddim"], quiet)
+    with pytest.raises(RequestError, match="real"):
+        Target("real", teacher.pipeline)
+    flow = tiny_pipeline()
+    flow.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(RequestError, match="FlowMatchEulerDiscreteScheduler, which holds no betas"):
+        from stepdistill.evaluation.plans import stock_scheduler
+        stock_scheduler(Target("flow", flow), "ddim")
+    with pytest.raises(RequestError, match=f"at least {SAMPLES}"):
+        run([student], clip_folder, tmp_path, samples=SAMPLES - 1)
+    with pytest.raises(RequestError, match="1 or more"):
+        run([student], clip_folder, tmp_path, nfe=[0])
+    with pytest.raises(RequestError, match="different names"):
+        run([student, student], clip_folder, tmp_path)
+    with pytest.raises(RequestError, match="empty"):
+        run([student], clip_folder, tmp_path, prompts=[])
+
+
+def test_bench_writes_the_contract(teacher, student, clip_folder, tmp_path):
+    results = run([teacher, student], clip_folder, tmp_path, solvers=["ddim"], guidance=[1.0])
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert {"id", "features", "dim", "reference", "resize", "dtype"} <= set(results["protocol"])
+    assert results["protocol"]["reference"] == "shapes:200@7" and results["protocol"]["dim"] == DIM
+    assert [(row["target"], row["nfe"]) for row in results["rows"]] == [
+        ("real", 0), ("teacher:ddim", 1), ("teacher:ddim", 2), ("student", 1), ("student", 2)]
+    for row in results["rows"]:
+        assert list(row) == ["target", "method", "nfe", "steps", "guidance", "samples", "seed", "metrics", "latency_ms",
+                             "images_per_s"]
+        assert list(row["metrics"]) == ["fd", "fd_low", "fd_high", "kid", "precision", "recall", "clip_score", "diversity",
+                                        "all_attributes"]
+        assert all(isinstance(value, float) for value in row["metrics"].values())
+        assert row["metrics"]["fd_low"] < row["metrics"]["fd"] < row["metrics"]["fd_high"]
+    assert results["rows"][-1]["method"] == "lcm" and results["rows"][1]["method"] is None
+    assert results["rows"][1]["latency_ms"] > 0 and results["rows"][1]["images_per_s"] > 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 + len(results["rows"]) and "http" not in page
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_one_protocol_join_and_others_are_refused(teacher, student, clip_folder, tmp_path):
+    first = run([teacher], clip_folder, tmp_path / "a", nfe=[1], solvers=["ddim"], guidance=[1.0])
+    both = run([student], clip_folder, tmp_path / "a", nfe=[1])
+    assert [row["target"] for row in both["rows"]] == ["real", "teacher:ddim", "student"]
+    assert both["rows"][1] == first["rows"][1]
+    with pytest.raises(RequestError, match="seed is 0 there and 1 here"):
+        run([student], clip_folder, tmp_path / "a", nfe=[1], seed=1)
+    with pytest.raises(RequestError, match="samples is 51 there and 52 here"):
+        run([student], clip_folder, tmp_path / "b", nfe=[1], samples=52, reuse=[tmp_path / "a" / "results.json"])
+
+
+def test_reused_rows_are_not_measured_again(teacher, clip_folder, tmp_path, monkeypatch):
+    first = run([teacher], clip_folder, tmp_path / "a", nfe=[1], solvers=["ddim"], guidance=[1.0])
+    monkeypatch.setattr(Evaluation, "row", None)
+    monkeypatch.setattr(Evaluation, "real", None)
+    again = run([teacher], clip_folder, tmp_path / "b", nfe=[1], solvers=["ddim"], guidance=[1.0],
+                reuse=[tmp_path / "a" / "results.json"])
+    assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in first["rows"]]
+    assert all(row["latency_ms"] is None for row in again["rows"])
+
+
+def test_a_stopped_bench_keeps_its_finished_rows(student, clip_folder, tmp_path, monkeypatch):
+    row = Evaluation.row
+
+    def stop_at_two(self, plan, *rest):
+        if plan.nfe == 2:
+            raise KeyboardInterrupt
+        return row(self, plan, *rest)
+
+    monkeypatch.setattr(Evaluation, "row", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        run([student], clip_folder, tmp_path)
+    assert [row["target"] for row in read_results(tmp_path / "results.json")["rows"]] == ["real", "student"]
+
+
+def test_own_prompts_that_are_no_captions_are_not_judged(student, clip_folder, tmp_path):
+    results = run([student], clip_folder, tmp_path, nfe=[1], prompts=["a photo of a cat"])
+    real, row = (r["metrics"] for r in results["rows"])
+    assert real["clip_score"] is None and real["diversity"] is None and row["all_attributes"] is None
+    assert isinstance(row["clip_score"], float) and isinstance(row["diversity"], float)
+
+
+def test_a_network_that_evaluates_more_than_planned_is_caught(student, clip_folder, tmp_path):
+    context = Evaluation(SAMPLES, features=clip_folder, reference="shapes:200", say=quiet)
+    plan = Plan(student, "student", student.pipeline.scheduler, CALL | {"num_inference_steps": 2}, 1, 1, 1.0)
+    with pytest.raises(RuntimeError, match="planned with 1 network evaluations per image but took 2"):
+        context.row(plan)
