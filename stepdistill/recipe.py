@@ -83,7 +83,7 @@ class Data(Strict):
     prompts: Prompts | None = None
     samples: Samples | None = None
     count: int | None = Field(None, ge=1)        # how many images or samples there are; None: all of a folder, endless Shapes
-    cache: bool = False                          # encode latents and prompts once, and keep them on disk
+    cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
     batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
 
     @property
@@ -93,14 +93,17 @@ class Data(Strict):
 
 class Train(Strict):
     updates: int = Field(ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0)                # of AdamW
     warmup: int = Field(0, ge=0)                 # updates of linear warm-up
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: float | None = Field(None, gt=0, lt=1)  # decay; None: no averaged student
-    clip: float | None = Field(1.0, gt=0)        # largest gradient norm
+    decay: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(0.01, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float | None = Field(None, gt=0, lt=1)  # decay an update; None: no averaged student
+    clip: float | None = Field(1.0, gt=0)        # largest gradient norm; None: any
     accumulate: int = Field(1, ge=1)             # micro-batches that a batch is cut into
     seed: int = Field(0, ge=0)
-    checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1)     # updates; None: at the end only
+    log_every: int = Field(10, ge=1)             # updates
     gradient_checkpointing: bool = False
 
 
