@@ -5,7 +5,7 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import RequestError
-from .methods import METHODS
+from .errors import RequestError, Stopped
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,10 +22,10 @@ say = Console()
 complain = Console(stderr=True)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in name such as shapes/lcm.")]
-Sets = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, such as train.lr=1e-4.")]
-Out = Annotated[Optional[Path], typer.Option(help="Where to write.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, such as train.lr=1e-4.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale; 1 is none.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
@@ -34,16 +33,17 @@ Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Distil a student as a recipe says."""
+    from .recipe import Recipe, parse_set
+    chosen = Recipe.load(recipe, parse_set(set_ or []))
     from . import build
-    from .recipe import parse_set
-    run = build.train(recipe, out=out, resume=resume, **parse_set(set_ or []))
-    build.on_main(lambda: say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora"))
+    run = build.train(chosen, out=out, resume=resume)
+    say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
 
 
 @app.command()
 def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)],
            prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
-           steps: Annotated[Optional[int], typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
+           steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
            seed: int = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
     """Draw pictures with a student or a teacher."""
@@ -56,17 +56,25 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
           nfe: Annotated[str, typer.Option(metavar="1,2,4,8", help="Network evaluations; a guided step is two.")] = "1,2,4,8",
           samples: Annotated[int, typer.Option(min=2, help="Pictures a row.")] = 2000,
+          guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own unless given.")] = None,
+          features: Annotated[str, typer.Option(help="A CLIPModel's folder, or inception.")] = "assets/shapes-clip",
+          reference: Annotated[str, typer.Option(help="shapes, or a folder of images.")] = "shapes",
+          prompts: Annotated[Path | None, typer.Option(help="One prompt a line; those of Shapes unless given.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
           seed: int = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
+    counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     from . import build
-    results = build.bench(*targets, nfe=_counts(nfe), samples=samples, out=out, seed=seed)
+    from .data.prompts import all_captions, open_prompts
+    texts = None if prompts is None else all_captions(open_prompts(prompts))
+    results = build.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, features=features,
+                          reference=reference, prompts=texts)
     _emit(results, as_json, lambda: _show_results(results, out))
 
 
 @app.command()
 def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-           to: Annotated[str, typer.Option(help="lora or pipeline.")] = "lora",
+           to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
            guidance: Guidance = None, out: Out = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     from . import build
@@ -74,7 +82,7 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
-def methods(name: Annotated[Optional[str], typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from . import listing
     rows = listing.methods(name)
@@ -87,7 +95,7 @@ def methods(name: Annotated[Optional[str], typer.Argument(help="One method in fu
 
 
 @app.command()
-def recipes(name: Annotated[Optional[str], typer.Argument(help="One recipe in full.")] = None, as_json: Json = False) -> None:
+def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None, as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
     from . import listing
     rows = listing.recipes(name)
@@ -114,13 +122,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> NoReturn:
-    """Exit status: 0 done, 2 a bad request, 130 interrupted, 1 anything else."""
+    """Exit status: 0 done, 2 a bad request, 1 anything else."""
     try:
         app()
     except RequestError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was saved before is whole. A training goes on with: stepdistill train RECIPE --out DIR --resume", 130)
+    except Stopped as error:
+        _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -134,14 +142,15 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _counts(text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
+    """Numbers of at least 1 with commas between."""
     try:
-        counts = [int(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
-        counts = [0]
-    if min(counts) < 1:
-        raise RequestError(f"--nfe {text}: should be whole numbers of at least 1 with commas between, such as 1,2,4,8")
-    return counts
+        found = []
+    if not found or min(found) < 1:
+        raise RequestError(f"{option} {text}: should be numbers of at least 1 with commas between, such as {example}")
+    return found
 
 
 def _emit(data: Any, as_json: bool, show: Any) -> None:
@@ -167,11 +176,9 @@ def _cell(value: Any) -> str:
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
-    rows = [{**row, **row["metrics"]} for row in results["rows"]]
-    shown = [c for c in ("fd", "fd_low", "fd_high", "clip_score", "all_attributes") if any(c in row for row in rows)]
-    columns = ("target", "nfe", "guidance", *shown, "latency_ms")
-    say.print(_table([{column: row.get(column) for column in columns} for row in rows], columns))
-    say.print(f"wrote {out / 'results.json'} and {out / 'curve.png'}")
+    from .evaluation.report import table
+    say.print(table(results))
+    say.print(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
 def _show_plan(found: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ class Samples(Strict):
     prompts: Prompts
     solver: str = "dpmpp_2m"
     steps: int = Field(25, ge=1)
+    guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
 
 
 class Data(Strict):
@@ -111,7 +112,9 @@ class Evaluate(Strict):
     every: int | None = Field(None, ge=1)        # updates; None: at the end only
     nfe: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)
     samples: int = Field(1000, ge=2)
-    prompts: list[str] = []                      # of the grid of pictures
+    prompts: list[str] = []                      # of the grid of pictures; none: the first of the data
+    reference: str | None = None                 # what figures are measured against: shapes, a folder of images; None: no figures
+    features: str = "assets/shapes-clip"         # where they are measured: a CLIPModel's folder, or inception
 
 
 class Recipe(Strict):
@@ -160,17 +163,33 @@ class Recipe(Strict):
         except ValidationError as error:
             raise RequestError("\n".join(self._source.complaint(("settings", *e["loc"]), e) for e in error.errors())) from None
 
-    def dump(self) -> str:
-        """The resolved recipe as YAML: every entry, those that were left to their defaults too."""
+    @property
+    def name(self) -> str:
+        return Path(self._source.name).stem
+
+    def resolved(self) -> dict[str, Any]:
+        """Every entry in plain types, those left to their defaults too; paths hold from anywhere."""
         plain = _plain(self.model_dump()) | {"settings": _plain(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
             if plain[role] == {"lora": None}:
                 plain[role] = "full"
+        plain["teacher"] = resources.portable(self.teacher)
+        for name in ("images", "prompts"):
+            if isinstance(plain["data"][name], str) and plain["data"][name] != "shapes":
+                plain["data"][name] = resources.portable(plain["data"][name])
+        return plain
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
         text = io.StringIO()
         writer = YAML()
         writer.default_flow_style = False
-        writer.dump({key: value for key, value in plain.items() if value is not None}, text)
+        writer.dump(self.resolved(), text)
         return text.getvalue()
+
+    def pinned(self, revision: str) -> Recipe:
+        """The same recipe with the teacher's revision fixed."""
+        return Recipe.load(self.resolved() | {"revision": revision})
 
     def _check(self) -> None:
         """What can be known to fail without loading anything."""

@@ -22,6 +22,14 @@ def locate(name: str | Path) -> Path | None:
     return None
 
 
+def portable(name: str) -> str:
+    """A path that holds from any folder: what ships keeps its name, other files get their absolute path, the rest (Hub ids) stays."""
+    if (SHARE / name).exists():
+        return name
+    found = locate(name)
+    return name if found is None else str(found)
+
+
 def pipeline(name: str) -> str:
     """Where a diffusers pipeline is to be loaded from: an absolute path, or a Hub id as it stands.
 
