@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources, runs
 from .data.cache import Report
@@ -24,6 +27,7 @@ from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load, open_export, read_settings
 from .export.folder import SETTINGS, fresh_pipeline
+from .models.families import load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import Watch
@@ -81,6 +85,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     call |= {name: value for name, value in (("num_inference_steps", steps), ("guidance_scale", guidance)) if value is not None}
     pipeline = opened.target.pipeline.to(launched())
     _must_serve(pipeline.scheduler, call)
+    pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     pixels = pipeline(prompt=texts, generator=generators, output_type="pt", **call).images.float().cpu()
     pictures = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
@@ -106,6 +111,13 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
         target.pipeline.to(device)
     return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, resources.locate(features) or features, reference,
                        reuse, device=device, say=Console(stderr=True).print)
+
+
+def quiet() -> None:
+    """For commands: the notices and loading bars of diffusers and transformers are not theirs to show."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 # -- targets -------------------------------------------------------------------------------------------------------------
@@ -142,9 +154,11 @@ def _open_export(folder: Path, called: str) -> Opened:
     return Opened(Target(called, pipeline, said["method"], call), str(folder), teacher, said["revision"], scale)
 
 
-def _pipeline(source: str, revision: str | None) -> Any:
+def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
     try:
-        return fresh_pipeline(source, revision)
+        if source.endswith(".safetensors"):
+            return load_teacher(source).pipeline()
+        return fresh_pipeline(DiffusionPipeline, source, revision)
     except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {str(error).strip().splitlines()[0]}") from error
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -35,7 +36,7 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     """Distil a student as a recipe says."""
     from .recipe import Recipe, parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
-    from . import build
+    build = working()
     run = build.train(chosen, out=out, resume=resume)
     say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
 
@@ -47,7 +48,7 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            seed: int = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
     """Draw pictures with a student or a teacher."""
-    from . import build
+    build = working()
     build.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
     say.print(f"wrote {out}")
 
@@ -64,7 +65,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           seed: int = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
-    from . import build
+    build = working()
     from .data.prompts import all_captions, open_prompts
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = build.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, features=features,
@@ -77,7 +78,7 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
            guidance: Guidance = None, out: Out = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
-    from . import build
+    build = working()
     say.print(f"proved and written: {build.export(run, to=to, guidance=guidance, out=out)}")
 
 
@@ -91,7 +92,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
         return
     row = rows[0]
     say.print(f"[bold]{name}[/]  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n")
-    say.print(listing.algorithm(name), highlight=False, markup=False)
+    say.print(listing.algorithm(name), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -108,6 +109,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 @app.command()
 def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False) -> None:
     """Say what a run will cost, before anything is loaded."""
+    working()
     from .plan import plan as make_plan
     from .recipe import Recipe, parse_set
     found = make_plan(Recipe.load(recipe, parse_set(set_ or [])))
@@ -122,9 +124,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> NoReturn:
-    """Exit status: 0 done, 2 a bad request, 1 anything else."""
+    answer(app)
+
+
+def answer(command: Callable[[], object]) -> NoReturn:
+    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else."""
     try:
-        app()
+        command()
     except RequestError as error:
         _fail(str(error), 2)
     except Stopped as error:
@@ -135,6 +141,14 @@ def main() -> NoReturn:
         _fail(f"the disk is full ({error.filename or 'while writing'}); what was saved before is whole. "
               "Free some space; a training goes on with --resume", 1)
     sys.exit(0)
+
+
+def working() -> Any:
+    """The functions that do the work, with torch and diffusers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # it speaks while it is being imported
+    from . import build
+    build.quiet()
+    return build
 
 
 def _fail(message: str, status: int) -> NoReturn:

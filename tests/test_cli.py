@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +105,8 @@ def test_train_sample_export(stepdistill, recipe, tmp_path):
     assert done.returncode == 0 and (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file(), done.stderr
     done = stepdistill("sample", "lora", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "t.png")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "s.png").read_bytes() == (tmp_path / "t.png").read_bytes()
+    one, other = (np.array(Image.open(tmp_path / name)).astype(int) for name in ("s.png", "t.png"))
+    assert one.shape == other.shape and abs(one - other).max() <= 1        # a merged adapter rounds differently
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -120,7 +124,6 @@ def test_what_cannot_work_is_refused_before_training(stepdistill, recipe, tmp_pa
 def test_damaged_teachers_are_refused(stepdistill, recipe, tmp_path, tiny_teacher):
     (tmp_path / "empty").mkdir()
     assert "model_index.json" in (done := stepdistill("train", recipe, "--set", "teacher=empty")).stderr and done.returncode == 2
-    import shutil
     shutil.copytree(tiny_teacher, tmp_path / "cut")
     weights = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -137,5 +140,39 @@ def test_an_interrupted_run_is_kept_and_goes_on(stepdistill, recipe, tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said, said
+    assert process.returncode == 1 and "--resume" in said and "Traceback" not in said, said
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
+    """An adapter's parameters as planned are those of the adapter that is built; nothing but configs is read."""
+    for weights in tiny_teacher.rglob("*.safetensors"):
+        assert weights.stat().st_size
+    found = json.loads(stepdistill("plan", recipe, "--json").stdout)
+    assert set(found) == {"roles", "bytes", "peak", "passes", "disk", "downloads"}
+    from stepdistill.methods.base import Frozen, Trained
+    from stepdistill.models.families import load_teacher
+    from stepdistill.models.roles import Lora, build_roles
+    roles = build_roles(load_teacher(tiny_teacher), {"teacher": Frozen(), "student": Trained()}, {"student": Lora(2)})
+    assert found["roles"]["student"]["parameters"] == sum(p.numel() for p in roles.parameters("student"))
+    assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
+
+
+def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tmp_path):
+    """859,520,964 parameters of SD 1.5's UNet; LCM-LoRA of rank 64 ships as 67 million (135 MB in fp16)."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+    folder = tmp_path / "sd15"
+    import torch
+    with torch.device("meta"):
+        UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_config(folder / "unet")
+        AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                      block_out_channels=(128, 256, 512, 512), layers_per_block=2).save_config(folder / "vae")
+    CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12).save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"]}))
+    done = stepdistill("plan", recipe, "--json", "--set", f"teacher={folder}", "--set", "student={lora: {rank: 64}}")
+    roles = json.loads(done.stdout)["roles"]
+    assert roles["teacher"]["parameters"] == 859_520_964
+    assert 67.0e6 < roles["student"]["parameters"] < 67.6e6
