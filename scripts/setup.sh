@@ -1,0 +1,26 @@
+# Sourced by the scripts beside it: leaves $PYTHON, an interpreter of ./.venv that has the package and its pinned dependencies.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ ! -e .venv ]; then
+    base=""
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then base="$candidate"; break; fi
+    done
+    [ -n "$base" ] || { echo "stepdistill needs Python 3.10 or newer; found: $(python3 --version 2>&1 || true)" >&2; exit 2; }
+    "$base" -m venv .venv || { rm -rf .venv; echo "could not make .venv (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+fi
+PYTHON=.venv/bin/python
+[ -e "$PYTHON" ] || PYTHON=.venv/Scripts/python.exe        # Windows
+
+# Nothing to install when this very pyproject and these very pins were installed before.
+stamp=".venv/stepdistill-$("$PYTHON" -c 'import hashlib, pathlib
+print(hashlib.sha256(b"".join(pathlib.Path(p).read_bytes() for p in ("pyproject.toml", "constraints.txt"))).hexdigest()[:16])')"
+if [ ! -e "$stamp" ]; then
+    echo "installing into .venv (once, some minutes)"
+    pip="$PYTHON -m pip --disable-pip-version-check --quiet"
+    rm -f .venv/stepdistill-*
+    $pip install "$(tr -d '\r' < constraints.txt | grep '^torch==')"       # first and alone: an index of CPU or CUDA builds decides which
+    $pip install -c constraints.txt -e ".[dev]"
+    touch "$stamp"
+fi

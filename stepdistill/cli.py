@@ -1,0 +1,214 @@
+"""The commands. Nothing that imports torch is imported before a command needs it."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import __version__
+from .errors import RequestError, Stopped
+
+app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network evaluations.")
+say = Console()
+complain = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in name such as shapes/lcm.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, such as train.lr=1e-4.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
+Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
+
+
+@app.command()
+def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
+          resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False) -> None:
+    """Distil a student as a recipe says."""
+    from .recipe import Recipe, parse_set
+    chosen = Recipe.load(recipe, parse_set(set_ or []))
+    build = working()
+    run = build.train(chosen, out=out, resume=resume)
+    say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
+
+
+@app.command()
+def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)],
+           prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
+           steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
+           seed: int = 0, guidance: Guidance = None,
+           out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
+    """Draw pictures with a student or a teacher."""
+    build = working()
+    build.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
+    say.print(f"wrote {out}")
+
+
+@app.command()
+def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
+          nfe: Annotated[str, typer.Option(metavar="1,2,4,8", help="Network evaluations; a guided step is two.")] = "1,2,4,8",
+          samples: Annotated[int, typer.Option(min=2, help="Pictures a row.")] = 2000,
+          guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own unless given.")] = None,
+          features: Annotated[str, typer.Option(help="A CLIPModel's folder, or inception.")] = "assets/shapes-clip",
+          reference: Annotated[str, typer.Option(help="shapes, or a folder of images.")] = "shapes",
+          prompts: Annotated[Path | None, typer.Option(help="One prompt a line; those of Shapes unless given.")] = None,
+          out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
+          seed: int = 0, as_json: Json = False) -> None:
+    """Measure quality and latency against network evaluations, with the teacher on the same curve."""
+    counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
+    build = working()
+    from .data.prompts import all_captions, open_prompts
+    texts = None if prompts is None else all_captions(open_prompts(prompts))
+    results = build.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, features=features,
+                          reference=reference, prompts=texts)
+    _emit(results, as_json, lambda: _show_results(results, out))
+
+
+@app.command()
+def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+           to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
+           guidance: Guidance = None, out: Out = None) -> None:
+    """Write a student for stock diffusers, and prove that it draws the same pictures there."""
+    build = working()
+    say.print(f"proved and written: {build.export(run, to=to, guidance=guidance, out=out)}")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
+    """List the methods, or show one with its algorithm, defaults and paper."""
+    from . import listing
+    rows = listing.methods(name)
+    if name is None or as_json:
+        _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
+        return
+    row = rows[0]
+    say.print(f"[bold]{name}[/]  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n")
+    say.print(listing.algorithm(name), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None, as_json: Json = False) -> None:
+    """List the built-in recipes, or print one."""
+    from . import listing
+    rows = listing.recipes(name)
+    if name is None or as_json:
+        _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "method", "teacher"))))
+        return
+    print(Path(rows[0]["path"]).read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False) -> None:
+    """Say what a run will cost, before anything is loaded."""
+    working()
+    from .plan import plan as make_plan
+    from .recipe import Recipe, parse_set
+    found = make_plan(Recipe.load(recipe, parse_set(set_ or [])))
+    _emit(found, as_json, lambda: _show_plan(found))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+def main() -> NoReturn:
+    answer(app)
+
+
+def answer(command: Callable[[], object]) -> NoReturn:
+    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else."""
+    try:
+        command()
+    except RequestError as error:
+        _fail(str(error), 2)
+    except Stopped as error:
+        _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the disk is full ({error.filename or 'while writing'}); what was saved before is whole. "
+              "Free some space; a training goes on with --resume", 1)
+    sys.exit(0)
+
+
+def working() -> Any:
+    """The functions that do the work, with torch and diffusers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # it speaks while it is being imported
+    from . import build
+    build.quiet()
+    return build
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    complain.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
+    """Numbers of at least 1 with commas between."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise RequestError(f"{option} {text}: should be numbers of at least 1 with commas between, such as {example}")
+    return found
+
+
+def _emit(data: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        show()
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(escape(_cell(row[column])) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _show_results(results: dict[str, Any], out: Path) -> None:
+    from .evaluation.report import table
+    say.print(table(results))
+    say.print(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+
+
+def _show_plan(found: dict[str, Any]) -> None:
+    rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}", "size": _size(row["bytes"])}
+            for role, row in found["roles"].items()]
+    say.print(_table(rows, ("role", "parameters", "trained", "size")))
+    passes = found["passes"]
+    say.print(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
+    say.print(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
+              f"of {passes['batch']} samples each; {passes['updates']:,} steps")
+    say.print("downloads: " + (", ".join(found["downloads"]) or "none"))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

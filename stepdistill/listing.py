@@ -1,0 +1,44 @@
+"""What there is: methods and recipes, read without importing torch."""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import RequestError
+from .methods import METHODS
+from .recipe import Source, builtin, find
+
+
+def methods(name: str | None = None) -> list[dict[str, Any]]:
+    """[{name, title, arxiv, family, needs, data, steps}], of one method where a name is given."""
+    if name is not None and name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        raise RequestError(f"there is no method '{name}'; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"))
+    keys = ("title", "arxiv", "family", "needs", "data", "steps")
+    return [{"name": key, **{k: v if isinstance(v, str) else list(v) for k, v in dataclasses.asdict(entry).items() if k in keys}}
+            for key, entry in METHODS.items() if name in (None, key)]
+
+
+def algorithm(name: str) -> str:
+    """A method's own words: its file's docstring, and its settings with their comments, as they stand in the source."""
+    spec = find_spec(f"stepdistill.methods.{METHODS[name].module}")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    settings = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
+    fields = [node for node in settings.body if isinstance(node, ast.AnnAssign)]
+    lines = source.splitlines()[fields[0].lineno - 1:fields[-1].end_lineno]
+    return "\n".join([ast.get_docstring(tree), "", "settings:", *lines])
+
+
+def recipes(name: str | None = None) -> list[dict[str, str]]:
+    """[{name, path, method, teacher}] of the recipes that ship, or of the one that `name` finds."""
+    found = builtin() if name is None else {name: find(name)}
+    rows = []
+    for key, path in found.items():
+        values = Source.of_file(path).values
+        rows.append({"name": key, "path": str(path), "method": values.get("method", ""), "teacher": values.get("teacher", "")})
+    return rows

@@ -1,0 +1,379 @@
+"""A recipe: the choices of one distillation run, read from YAML and refused where they cannot be meant.
+
+Nothing here imports torch until `method_settings`, so a typo costs a fraction of a second.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from . import resources
+from .errors import RequestError
+from .methods import METHODS, load_method
+
+Path_ = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
+
+
+def _full_or_lora(value: Any) -> Any:
+    if value == "full":
+        return {"lora": None}
+    if isinstance(value, RoleChoice) or isinstance(value, Mapping) and value:
+        return value
+    raise ValueError("should be full, or {lora: {rank: 32}}")
+
+
+def _guidance(value: Any) -> float | tuple[float, float]:
+    scales = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in scales) or len(scales) not in (1, 2):
+        raise ValueError("should be one scale such as 3.0, or a range such as [2.0, 5.0]")
+    if min(scales) < 1 or list(scales) != sorted(scales):
+        raise ValueError("should be scales of at least 1 (1 is no guidance), a range from low to high")
+    return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
+
+
+def _prompts(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    raise ValueError("should be shapes, a .txt file of one prompt a line, or a list of prompts")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Lora(Strict):
+    rank: int = Field(32, ge=1)
+    alpha: float | None = Field(None, gt=0)                  # None: the rank, a scale of 1
+    targets: list[str] | None = Field(None, min_length=1)    # None: the family's own list
+
+
+class RoleChoice(Strict):
+    """lora None: all weights are trained."""
+
+    lora: Lora | None
+
+
+Prompts = Annotated[str | tuple[str, ...], PlainValidator(_prompts)]
+Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
+
+
+class Samples(Strict):
+    """The teacher's own pictures, made once with a solver of diffusion/solvers.py and kept."""
+
+    prompts: Prompts
+    solver: str = "dpmpp_2m"
+    steps: int = Field(25, ge=1)
+    guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
+
+
+class Data(Strict):
+    """Exactly one of images, prompts and samples."""
+
+    images: str | None = None                    # shapes, or a folder of captioned images
+    prompts: Prompts | None = None
+    samples: Samples | None = None
+    count: int | None = Field(None, ge=1)        # how many images or samples there are; None: all of a folder, endless Shapes
+    cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
+    batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in ("images", "prompts", "samples") if self.__dict__[name] is not None)
+
+
+class Train(Strict):
+    updates: int = Field(ge=1)
+    lr: float = Field(1e-4, gt=0)                # of AdamW
+    warmup: int = Field(0, ge=0)                 # updates of linear warm-up
+    decay: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(0.01, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float | None = Field(None, gt=0, lt=1)  # decay an update; None: no averaged student
+    clip: float | None = Field(1.0, gt=0)        # largest gradient norm; None: any
+    accumulate: int = Field(1, ge=1)             # micro-batches that a batch is cut into
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int | None = Field(None, ge=1)     # updates; None: at the end only
+    log_every: int = Field(10, ge=1)             # updates
+    gradient_checkpointing: bool = False
+
+
+class Evaluate(Strict):
+    every: int | None = Field(None, ge=1)        # updates; None: at the end only
+    nfe: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)
+    samples: int = Field(1000, ge=2)
+    prompts: list[str] = []                      # of the grid of pictures; none: the first of the data
+    reference: str | None = None                 # what figures are measured against: shapes, a folder of images; None: no figures
+    features: str = "assets/shapes-clip"         # where they are measured: a CLIPModel's folder, or inception
+
+
+class Recipe(Strict):
+    method: str
+    teacher: str                                 # a folder, a Hub id, a single .safetensors file
+    revision: str | None = None                  # of a Hub id
+    student: Choice = RoleChoice(lora=Lora())
+    critic: Choice | None = None
+    guidance: Annotated[float | tuple[float, float], PlainValidator(_guidance)] = 1.0
+    steps: int = Field(4, ge=1)                  # network evaluations of the student
+    settings: dict[str, Any] = {}                # the method's own dataclass
+    data: Data
+    train: Train
+    evaluate: Evaluate = Evaluate()
+    _source: Source = PrivateAttr()
+
+    @classmethod
+    def load(cls, recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """recipe: a path, a built-in name such as shapes/lcm, or a mapping. overrides: dotted name -> value.
+
+        RequestError names file and line, what was found, and the nearest valid name.
+        """
+        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
+        source = source.overridden(overrides or {})
+        try:
+            made = cls.model_validate(source.values)
+        except ValidationError as error:
+            raise RequestError("\n".join(source.complaint((*e["loc"],), e) for e in error.errors())) from None
+        made._source = source
+        made._check()
+        return made
+
+    def refuse(self, path: str, message: str) -> RequestError:
+        """The error that says where in the recipe a choice was made: `raise recipe.refuse("steps", ...)`."""
+        return RequestError(f"{self._source.where(tuple(path.split('.')))}: {path} {message}")
+
+    def method_settings(self) -> Any:
+        """The method's dataclass, filled and checked. Imports torch."""
+        kind = load_method(self.method).Settings
+        names = [f.name for f in dataclasses.fields(kind)]
+        for name in self.settings:
+            if name not in names:
+                raise self.refuse(f"settings.{name}", _unknown(name, names, f"setting of {self.method}"))
+        try:
+            return TypeAdapter(kind).validate_python(self.settings)
+        except ValidationError as error:
+            raise RequestError("\n".join(self._source.complaint(("settings", *e["loc"]), e) for e in error.errors())) from None
+
+    @property
+    def name(self) -> str:
+        return Path(self._source.name).stem
+
+    def resolved(self) -> dict[str, Any]:
+        """Every entry in plain types, those left to their defaults too; paths hold from anywhere."""
+        plain = _plain(self.model_dump()) | {"settings": _plain(dataclasses.asdict(self.method_settings()))}
+        for role in ("student", "critic"):
+            if plain[role] == {"lora": None}:
+                plain[role] = "full"
+        plain["teacher"] = resources.portable(self.teacher)
+        for name in ("images", "prompts"):
+            if isinstance(plain["data"][name], str) and plain["data"][name] != "shapes":
+                plain["data"][name] = resources.portable(plain["data"][name])
+        return plain
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        text = io.StringIO()
+        writer = YAML()
+        writer.default_flow_style = False
+        writer.dump(self.resolved(), text)
+        return text.getvalue()
+
+    def pinned(self, revision: str) -> Recipe:
+        """The same recipe with the teacher's revision fixed."""
+        return Recipe.load(self.resolved() | {"revision": revision})
+
+    def _check(self) -> None:
+        """What can be known to fail without loading anything."""
+        if self.method not in METHODS:
+            raise self.refuse("method", f"is {self.method!r}, which " + _unknown(self.method, METHODS, "method"))
+        try:
+            resources.pipeline(self.teacher)
+        except RequestError as error:
+            raise self.refuse("teacher", f"cannot be loaded: {error}") from None
+        given = [name for name in ("images", "prompts", "samples") if getattr(self.data, name) is not None]
+        if len(given) != 1:
+            raise self.refuse("data", f"should name one source, images, prompts or samples; found {' and '.join(given) or 'none'}")
+        takes = METHODS[self.method].data
+        if given[0] not in takes:
+            raise self.refuse(f"data.{given[0]}", f"is given, but {self.method} trains on {' or '.join(takes)}"
+                              + " (samples: the teacher makes its own images from prompts)" * ("samples" in takes))
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        data = self.data
+        if data.kind == "prompts" and (data.count or data.cache):
+            raise self.refuse("data", "has count or cache, but prompts alone hold no images to count or keep")
+        if data.kind == "samples" and data.count is None:
+            raise self.refuse("data", "gives samples without a count: say how many the teacher shall make, such as count: 4096")
+        if data.images == "shapes" and data.cache and data.count is None:
+            raise self.refuse("data.cache", "is on, but Shapes are endless: say how many to keep, such as count: 20000")
+        if data.batch % self.train.accumulate:
+            raise self.refuse("train.accumulate", f"is {self.train.accumulate}, which does not divide the batch of {data.batch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Plain values, and where each was written ("file:line", "--set")."""
+
+    name: str
+    values: dict[str, Any]
+    places: dict[Path_, str]
+
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        try:
+            tree = YAML().load(path.read_text(encoding="utf-8"))
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise RequestError(f"{path}:{mark.line + 1 if mark else 1}: no valid YAML: {error.problem}") from None
+        except (YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path}: no valid YAML: {error}") from None
+        if not isinstance(tree, CommentedMap):
+            raise RequestError(f"{path}:1: a recipe is a table such as 'method: lcm'; found {_kind(tree)}")
+        lines = _lines(tree)
+        return cls(str(path), _plain(tree), {key: f"{path}:{line + 1}" for key, line in lines.items()})
+
+    @classmethod
+    def of_mapping(cls, values: Mapping[str, Any]) -> Source:
+        return cls("recipe", _plain(values), {})
+
+    def overridden(self, overrides: Mapping[str, Any]) -> Source:
+        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
+        values, places = _plain(self.values), dict(self.places)
+        for path, value in _leaves(overrides):
+            node = values
+            for key in path[:-1]:
+                inner = node.get(key)
+                node[key] = node = inner if isinstance(inner, dict) else {}
+            node[path[-1]] = value
+            places = {key: place for key, place in places.items() if key[:len(path)] != path}
+            places[path] = f"--set {'.'.join(path)}"
+        return Source(self.name, values, places)
+
+    def where(self, path: Path_) -> str:
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return self.name
+
+    def complaint(self, path: Path_, error: Mapping[str, Any]) -> str:
+        """One line on what pydantic found."""
+        dotted = ".".join(str(part) for part in path)
+        if error["type"] == "extra_forbidden":
+            says = _unknown(str(path[-1]), _fields(path[:-1]), "entry of " + (".".join(map(str, path[:-1])) or "a recipe"))
+        elif error["type"] == "missing":
+            says = "is missing"
+        else:
+            says = f"is {error['input']!r}; it {_expected(error)}"
+        return f"{self.where(path)}: {dotted} {says}"
+
+
+def find(name: str | Path) -> Path:
+    """A recipe by its path, or by its built-in name."""
+    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}"):
+        path = resources.locate(candidate)
+        if path is not None and path.is_file():
+            return path
+    near = difflib.get_close_matches(str(name), list(builtin()), n=1)
+    raise RequestError(f"there is no recipe '{name}': expected a YAML file or a built-in name; "
+                       + (f"did you mean {near[0]}?" if near else f"built in are {', '.join(builtin())}"))
+
+
+def builtin() -> dict[str, Path]:
+    """Name -> file of the recipes that ship."""
+    root = resources.SHARE / "recipes"
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
+
+
+def parse_set(texts: Iterable[str]) -> dict[str, Any]:
+    """["train.lr=1e-3", "student=full"] -> dotted name -> value, each value read as YAML."""
+    parsed: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip():
+            raise RequestError(f"--set {text}: should be a name and a value such as train.lr=1e-4")
+        try:
+            parsed[name.strip()] = _plain(YAML(typ="safe").load(value))
+        except YAMLError:
+            raise RequestError(f"--set {text}: '{value}' is no valid YAML value") from None
+    return parsed
+
+
+def _unknown(name: str, valid: Iterable[str], what: str) -> str:
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"is no {what}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")
+
+
+_EXPECTED = {
+    "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",
+    "bool_type": "should be true or false", "list_type": "should be a list such as [1, 2, 4]", "dict_type": "should be a table",
+    "model_type": "should be a table of entries", "int_from_float": "should be a whole number",
+    "greater_than_equal": "should be at least {ge}", "greater_than": "should be above {gt}", "less_than": "should be below {lt}",
+    "less_than_equal": "should be at most {le}", "literal_error": "should be {expected}", "too_short": "should not be empty",
+    "int_parsing": "should be a whole number", "float_parsing": "should be a number", "value_error": "{error}",
+}
+
+
+def _expected(error: Mapping[str, Any]) -> str:
+    if error["type"] in _EXPECTED:
+        return _EXPECTED[error["type"]].format(**error.get("ctx", {}))
+    return f"is refused: {error['msg']}"
+
+
+def _fields(path: Path_) -> list[str]:
+    """The entries that the table at `path` can have."""
+    model: type[BaseModel] = Recipe
+    for key in path:
+        annotation = model.model_fields[str(key)].annotation
+        model = next(a for a in (annotation, *_arguments(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
+    return list(model.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    return [inner for a in get_args(annotation) for inner in (a, *_arguments(a))]
+
+
+def _lines(node: CommentedMap | CommentedSeq, path: Path_ = ()) -> dict[Path_, int]:
+    """Entry -> its line, from 0."""
+    found: dict[Path_, int] = {}
+    items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
+    for key, value in items:
+        found[(*path, key)] = (node.lc.key(key) if isinstance(node, CommentedMap) else node.lc.item(key))[0]
+        if isinstance(value, CommentedMap | CommentedSeq):
+            found |= _lines(value, (*path, key))
+    return found
+
+
+def _leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    for key, value in overrides.items():
+        here = (*path, *key.split("."))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's scalars and containers as Python's own."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

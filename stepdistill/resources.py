@@ -1,0 +1,44 @@
+"""What ships beside the code: recipes and assets, at the top of a checkout or inside the installed package."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import RequestError
+
+PACKAGE = Path(__file__).resolve().parent
+SHARE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE / "_share"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def locate(name: str | Path) -> Path | None:
+    """A file or folder by its path from here, else by its path among what ships (`recipes/...`, `assets/...`).
+
+    Absolute. None where there is neither.
+    """
+    for place in (Path.cwd(), SHARE):
+        if (place / name).exists():
+            return (place / name).resolve()
+    return None
+
+
+def portable(name: str) -> str:
+    """A path that holds from any folder: what ships keeps its name, other files get their absolute path, the rest (Hub ids) stays."""
+    if (SHARE / name).exists():
+        return name
+    found = locate(name)
+    return name if found is None else str(found)
+
+
+def pipeline(name: str) -> str:
+    """Where a diffusers pipeline is to be loaded from: an absolute path, or a Hub id as it stands.
+
+    RequestError where `name` can only be a folder and there is none.
+    """
+    found = locate(name)
+    if found is not None:
+        return str(found)
+    if _HUB_ID.fullmatch(name) and locate(Path(name).parts[0]) is None:
+        return name
+    raise RequestError(f"there is no pipeline at '{name}': expected a folder with a model_index.json, a single .safetensors "
+                       f"file, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (looked in {Path.cwd()} and {SHARE})")

@@ -1,0 +1,96 @@
+"""A run folder: where it lies, what begins it, and how a run is found again."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import parallel
+from .errors import RequestError
+from .recipe import Recipe
+from .training import checkpoints
+
+RECIPE, ENVIRONMENT, RESULTS = "recipe.yaml", "environment.json", "results.json"
+PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
+
+
+def place(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
+    """The folder of a run: `out`, or runs/<recipe>-<time>. RequestError where it holds what must not be touched.
+
+    Nothing is written yet. Every rank gets the same answer.
+    """
+    if out is None:
+        if resume:
+            raise RequestError("--resume goes on with a run: say which by --out, such as --out runs/lcm-20260101-120000")
+        now = int(parallel.gather(torch.tensor([int(time.time())]))[0])
+        return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+    run = Path(out)
+    if resume:
+        _may_resume(run, recipe)
+    elif run.is_file() or run.is_dir() and any(run.iterdir()):
+        held = "a run already: go on with it by --resume" if (run / RECIPE).is_file() else "other files"
+        raise RequestError(f"{run} holds {held}, or choose another --out")
+    return run
+
+
+def _may_resume(run: Path, recipe: Recipe) -> None:
+    if not (run / RECIPE).is_file():
+        raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin one")
+    begun, asked = (_flat(r.resolved()) for r in (Recipe.load(run / RECIPE), recipe))
+    changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked if begun.get(key) != asked.get(key)]
+    if changed:
+        raise RequestError(f"{run} was begun with another recipe: {'; '.join(changed)}. Resume with {run / RECIPE}, "
+                           "or begin a new run with another --out")
+
+
+def begin(run: Path, recipe: Recipe, device: torch.device) -> None:
+    """Writes what a run starts from: the resolved recipe, and the machine."""
+    parallel.barrier()                    # every rank has found the folder to be free
+    if parallel.rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ENVIRONMENT).write_text(json.dumps(environment(device), indent=1) + "\n", encoding="utf-8")
+        (run / RECIPE).write_text(recipe.dump(), encoding="utf-8")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv,
+            "python": platform.python_version(), "platform": platform.platform(), "device": f"{device.type}: {name}",
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": parallel.world_size(),
+            "packages": {name: version(name) for name in PACKAGES}}
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file()
+
+
+def recipe_of(run: Path) -> Recipe:
+    if not is_run(run):
+        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out {run}` makes one")
+    return Recipe.load(run / RECIPE)
+
+
+def results_of(run: Path) -> dict[str, Any] | None:
+    """What a bench wrote into the run's folder, if there was one."""
+    path = run / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def checkpoint_of(run: Path) -> Path:
+    folder = checkpoints.latest(run)
+    if folder is None:
+        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {run / RECIPE} --out {run} --resume`")
+    return folder
+
+
+def _flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    return {key: value for name, inner in table.items()
+            for key, value in (_flat(inner, f"{path}{name}.") if isinstance(inner, dict) else {f"{path}{name}": inner}).items()}

@@ -1,0 +1,178 @@
+"""The commands as a shell sees them: status, output, and how soon they answer."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("args", [("--help",), ("methods",), ("recipes",), ("train", "--help"), ("methods", "lcm")])
+def test_answers_without_torch(args):
+    """The heavy imports are what costs seconds; a second is allowed, on a slow machine too."""
+    code = ("import sys, runpy\nsys.argv[0] = 'stepdistill'\n"
+            "try: runpy.run_module('stepdistill', run_name='__main__')\n"
+            "finally: print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib') if m in sys.modules], file=sys.stderr)")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0 and done.stderr.strip().endswith("[]"), done.stderr
+    assert seconds < 3        # generous to a busy machine; about 0.2 s on an idle one
+
+
+def test_methods_as_json(stepdistill):
+    rows = json.loads(stepdistill("methods", "--json").stdout)
+    assert [set(row) for row in rows] == [{"name", "title", "arxiv", "family", "needs", "data", "steps"}] * len(rows)
+    assert "lcm" in [row["name"] for row in rows]
+
+
+def test_one_method_in_full(stepdistill):
+    said = stepdistill("methods", "lcm").stdout
+    assert "2310.04378" in said and "nodes: int = 50" in said and "Luo et al. 2023" in said
+
+
+def test_recipes_as_json(stepdistill):
+    rows = {row["name"]: row for row in json.loads(stepdistill("recipes", "--json").stdout)}
+    assert rows["shapes/lcm"] == {"name": "shapes/lcm", "path": str(ROOT / "recipes/shapes/lcm.yaml"), "method": "lcm",
+                                  "teacher": "assets/shapes-sd"}
+    assert stepdistill("recipes", "shapes/lcm").stdout == (ROOT / "recipes/shapes/lcm.yaml").read_text()
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (("trian",), "Did you mean 'train'"),
+    (("methods", "lmc"), "did you mean lcm?"),
+    (("recipes", "shapes/lcmm"), "did you mean shapes/lcm?"),
+    (("train", "nowhere.yaml"), "there is no recipe"),
+    (("train", "shapes/lcm", "--set", "stpes=2"), "did you mean steps?"),
+    (("train", "shapes/lcm", "--set", "steps"), "a name and a value"),
+    (("train", "shapes/lcm", "--set", "teacher=./nowhere"), "there is no pipeline at './nowhere'"),
+    (("bench", "nowhere", "--nfe", "1,zwei"), "such as 1,2,4,8"),
+    (("bench", "nowhere", "--nfe", "0"), "such as 1,2,4,8"),
+])
+def test_a_bad_request_is_one_message_and_status_2(stepdistill, args, said):
+    done = stepdistill(*args)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# -- with a real, tiny teacher ------------------------------------------------------------------------------------------
+
+RECIPE = """\
+method: lcm
+teacher: {teacher}
+student: {{lora: {{rank: 2}}}}
+guidance: 2.0
+steps: 2
+data: {{images: shapes, batch: 4}}
+train: {{updates: 2, ema: 0.5, checkpoint_every: 1, log_every: 1}}
+evaluate: {{prompts: [a red ring]}}
+"""
+SMALL = ("--set", "train.updates=1")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_teacher: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(teacher=tiny_teacher))
+    return path
+
+
+def test_train_sample_export(stepdistill, recipe, tmp_path):
+    """The commands in the order in which a newcomer types them."""
+    done = stepdistill("train", recipe, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "samples"} <= {p.name for p in run.iterdir()}
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+    again = stepdistill("train", recipe, "--out", "run")
+    assert again.returncode == 2 and "--resume" in again.stderr, again.stderr
+    resumed = stepdistill("train", recipe, "--out", "run", "--resume", "--set", "train.updates=3")
+    assert resumed.returncode == 2 and "train.updates" in resumed.stderr, resumed.stderr
+
+    done = stepdistill("sample", "run", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "s.png")
+    assert done.returncode == 0 and (tmp_path / "s.png").stat().st_size, done.stderr
+    done = stepdistill("export", "run", "--to", "lora", "--out", "lora")
+    assert done.returncode == 0 and (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file(), done.stderr
+    done = stepdistill("sample", "lora", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "t.png")
+    assert done.returncode == 0, done.stderr
+    one, other = (np.array(Image.open(tmp_path / name)).astype(int) for name in ("s.png", "t.png"))
+    assert one.shape == other.shape and abs(one - other).max() <= 1        # a merged adapter rounds differently
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ("student={lora: {rank: 2, targets: [to_qq]}}", "to_q"),
+    ("steps=51", "50"),
+    ("data.batch=0", "at least 1"),
+    ("critic=full", "critic"),
+])
+def test_what_cannot_work_is_refused_before_training(stepdistill, recipe, tmp_path, change, said):
+    done = stepdistill("train", recipe, "--out", "run", "--set", change)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_teachers_are_refused(stepdistill, recipe, tmp_path, tiny_teacher):
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in (done := stepdistill("train", recipe, "--set", "teacher=empty")).stderr and done.returncode == 2
+    shutil.copytree(tiny_teacher, tmp_path / "cut")
+    weights = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = stepdistill("train", recipe, "--set", "teacher=cut")
+    assert done.returncode == 2 and "diffusion_pytorch_model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_an_interrupted_run_is_kept_and_goes_on(stepdistill, recipe, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "stepdistill", "train", str(recipe), "--out", "run", "--set", "train.updates=100000"],
+                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run/checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--resume" in said and "Traceback" not in said, said
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
+    """An adapter's parameters as planned are those of the adapter that is built; nothing but configs is read."""
+    for weights in tiny_teacher.rglob("*.safetensors"):
+        assert weights.stat().st_size
+    found = json.loads(stepdistill("plan", recipe, "--json").stdout)
+    assert set(found) == {"roles", "bytes", "peak", "passes", "disk", "downloads"}
+    from stepdistill.methods.base import Frozen, Trained
+    from stepdistill.models.families import load_teacher
+    from stepdistill.models.roles import Lora, build_roles
+    roles = build_roles(load_teacher(tiny_teacher), {"teacher": Frozen(), "student": Trained()}, {"student": Lora(2)})
+    assert found["roles"]["student"]["parameters"] == sum(p.numel() for p in roles.parameters("student"))
+    assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
+
+
+def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tmp_path):
+    """859,520,964 parameters of SD 1.5's UNet; LCM-LoRA of rank 64 ships as 67 million (135 MB in fp16)."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+    folder = tmp_path / "sd15"
+    import torch
+    with torch.device("meta"):
+        UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_config(folder / "unet")
+        AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                      block_out_channels=(128, 256, 512, 512), layers_per_block=2).save_config(folder / "vae")
+    CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12).save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"]}))
+    done = stepdistill("plan", recipe, "--json", "--set", f"teacher={folder}", "--set", "student={lora: {rank: 64}}")
+    roles = json.loads(done.stdout)["roles"]
+    assert roles["teacher"]["parameters"] == 859_520_964
+    assert 67.0e6 < roles["student"]["parameters"] < 67.6e6

@@ -1,0 +1,127 @@
+"""What a recipe accepts, and how it says no: file, line, what was found, what would be right."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepdistill.errors import RequestError
+from stepdistill.recipe import Recipe, builtin, find, parse_set
+
+GOOD = """\
+method: lcm
+teacher: {teacher}
+student: {{lora: {{rank: 8}}}}
+guidance: [2.0, 5.0]
+steps: 4
+settings: {{nodes: 50}}
+data:
+  images: shapes
+  batch: 4
+train:
+  updates: 10
+  lr: 1e-3
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_teacher: Path):
+    def write(old: str = "", new: str = "") -> Path:
+        text = GOOD.format(teacher=tiny_teacher)
+        assert old in text
+        path = tmp_path / "mine.yaml"
+        path.write_text(text.replace(old, new))
+        return path
+    return write
+
+
+def refusal(path: Path, **overrides) -> str:
+    with pytest.raises(RequestError) as caught:
+        Recipe.load(path, overrides).method_settings()
+    return str(caught.value)
+
+
+def test_a_good_recipe_is_read_with_its_defaults(write):
+    recipe = Recipe.load(write())
+    assert recipe.student.lora.rank == 8 and recipe.guidance == (2.0, 5.0) and recipe.train.lr == 1e-3
+    assert recipe.train.clip == 1.0 and recipe.data.kind == "images"
+
+
+@pytest.mark.parametrize(("old", "new", "line", "said"), [
+    ("steps: 4", "stpes: 4", 5, "did you mean steps?"),
+    ("rank: 8", "rnak: 8", 3, "student.lora.rnak is no entry of student.lora; did you mean rank?"),
+    ("nodes: 50", "nodez: 50", 6, "did you mean nodes?"),
+    ("method: lcm", "method: lmc", 1, "did you mean lcm?"),
+    ("steps: 4", "steps: 0", 5, "steps is 0; it should be at least 1"),
+    ("steps: 4", "steps: four", 5, "steps is 'four'; it should be a whole number"),
+    ("steps: 4", "steps: 4.5", 5, "it should be a whole number"),
+    ("lr: 1e-3", "lr: -1", 12, "train.lr is -1; it should be above 0"),
+    ("lr: 1e-3", "precision: fp8", 12, "'fp32' or 'bf16'"),
+    ("  lr: 1e-3", "  ema: 1.0", 12, "below 1"),
+    ("guidance: [2.0, 5.0]", "guidance: [5.0, 2.0]", 4, "from low to high"),
+    ("guidance: [2.0, 5.0]", "guidance: 0.5", 4, "at least 1"),
+    ("student: {lora: {rank: 8}}", "student: lora", 3, "should be full, or {lora: {rank: 32}}"),
+    ("nodes: 50", "nodes: many", 6, "settings.nodes is 'many'"),
+    ("nodes: 50", "nodes: 7", 6, "7"),
+    ("images: shapes", "prompts: shapes", 8, "lcm trains on images or samples"),
+    ("  images: shapes\n", "", 7, "one source, images, prompts or samples; found none"),
+    ("batch: 4", "batch: 4\n  cache: true", 10, "endless"),
+    ("updates: 10", "updates: 10\n  accumulate: 3", 12, "does not divide"),
+    ("steps: 4", "steps: 4\nsteps: 5", 6, "steps"),
+    ("steps: 4", "steps: [4", 6, "no valid YAML"),
+])
+def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, said):
+    message = refusal(write(old, new))
+    assert f"mine.yaml:{line}:" in message and said in message
+
+
+def test_every_mistake_is_told_at_once(write):
+    path = write("steps: 4", "steps: 0")
+    path.write_text(path.read_text().replace("updates: 10", "updates: none"))
+    assert len(refusal(path).splitlines()) == 2
+
+
+def test_a_missing_teacher_is_told_before_anything_is_loaded(write, tiny_teacher):
+    assert "there is no pipeline at" in refusal(write(str(tiny_teacher), str(tiny_teacher / "nowhere")))
+    assert "mine.yaml:2:" in refusal(write(str(tiny_teacher), "./nowhere"))
+
+
+def test_overrides_win_and_are_named_when_they_are_wrong(write):
+    recipe = Recipe.load(write(), parse_set(["train.lr=1e-2", "student=full", "evaluate.nfe=[1, 2]"]))
+    assert recipe.train.lr == 1e-2 and recipe.student.lora is None and recipe.evaluate.nfe == [1, 2]
+    assert Recipe.load(write(), {"train": {"lr": 1e-2}}).train.updates == 10
+    assert refusal(write(), **{"train.updtes": 3}).startswith("--set train.updtes:")
+    with pytest.raises(RequestError, match="name and a value"):
+        parse_set(["train.lr"])
+
+
+def test_a_dumped_recipe_is_the_same_recipe(write, tmp_path):
+    recipe = Recipe.load(write(), {"student": "full"})
+    (tmp_path / "again.yaml").write_text(recipe.dump())
+    again = Recipe.load(tmp_path / "again.yaml")
+    assert again.dump() == recipe.dump() and "skip: 1" in recipe.dump()
+
+
+def test_a_mapping_is_a_recipe_too(tiny_teacher):
+    mapping = {"method": "lcm", "teacher": str(tiny_teacher), "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
+    assert Recipe.load(mapping).steps == 4
+    with pytest.raises(RequestError, match="did you mean batch"):
+        Recipe.load({**mapping, "data": {"images": "shapes", "btch": 2}})
+
+
+def test_built_in_recipes_are_found_by_name_and_valid():
+    assert find("shapes/lcm-demo") == builtin()["shapes/lcm-demo"]
+    with pytest.raises(RequestError, match="did you mean shapes/lcm"):
+        find("shape/lcm")
+    for path in builtin().values():
+        Recipe.load(path, {"teacher": "owner/name"}).method_settings()
+
+
+def test_a_refusal_costs_no_torch(write):
+    code = ("import sys\nfrom stepdistill.recipe import Recipe\n"
+            "try: Recipe.load(sys.argv[1])\nexcept ValueError as error: print('torch' in sys.modules, error)")
+    done = subprocess.run([sys.executable, "-c", code, write("steps: 4", "steps: 0")], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
+    assert done.stdout.startswith("False") and "at least 1" in done.stdout, done.stderr
