@@ -146,7 +146,7 @@ def finish(args, model: CLIPModel, heads: nn.ModuleDict, tokenizer: CLIPTokenize
     right = torch.cat(right).double()
     figures = {"all_attributes_real": right.prod(1).mean().item(), **dict(zip(SLOTS, right.mean(0).tolist()))}
     model.half().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    make_tokenizer().save_pretrained(args.out)       # the one in use remembers how it padded
     CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE},
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(args.out)
     judge = {f"{slot}.{name}": p.half().contiguous() for slot in SLOTS for name, p in heads[slot].state_dict().items()}

@@ -3,8 +3,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
-                       FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler)
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 
 from stepdistill.diffusion.exact import Gaussian, GaussianMixture
 from stepdistill.diffusion.flow_map import ddim_step
@@ -111,7 +117,7 @@ def test_sde_ddim_reaches_the_variance_with_order_one():
         unit = torch.eye(n + 1, dtype=F64)
         times = torch.linspace(0.95, 0.05, n + 1, dtype=F64)
         variance_t, variance_r = (role._variances(t[None])[0, 0] for t in (times[0], times[-1]))
-        parts = sde_ddim(role, variance_t.sqrt() * unit[:, :1], times, noise=lambda i, shape: unit[:, i + 1:i + 2])
+        parts = sde_ddim(role, variance_t.sqrt() * unit[:, :1], times, noise=lambda i, shape, unit=unit: unit[:, i + 1:i + 2])
         errors.append(((parts**2).sum() - variance_r).abs().log2())
     assert [float(a - b) for a, b in zip(errors, errors[1:])] == pytest.approx([1, 1, 1], abs=0.15)
 
