@@ -50,7 +50,7 @@ def measure(student: Target, teacher: Target, scale: float, out: Path, samples: 
     samples = samples or (shipped["protocol"]["samples"] if shipped else 2000)
     features = resources.locate("assets/shapes-clip")
     bench([student], NFE, samples, out, features=features, say=say.print)
-    results = bench([teacher], (FEW,), samples, out, (scale,), features=features, say=say.print)
+    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=features, say=say.print)   # unguided: twice the steps
     if shipped is None or shipped["protocol"]["id"] != results["protocol"]["id"]:
         say.print(f"the shipped figures of the teacher do not apply here: measuring it at {MANY} evaluations too")
         return bench([teacher], (MANY,), samples, out, (scale,), features=features, say=say.print)

@@ -28,7 +28,8 @@ MAY = {
     "errors.py": ("", ""),
     "resources.py": ("", ""),
 }
-TOP = ("build.py", "cli.py", "demo.py", "recipe.py", "listing.py", "plan.py", "resources.py", "__init__.py", "__main__.py")
+TOP = ("build.py", "work.py", "runs.py", "watch.py", "cli.py", "demo.py", "recipe.py", "listing.py", "plan.py", "resources.py",
+       "__init__.py", "__main__.py")
 ONLY = {                                         # module -> the one place that imports it
     "peft": ("models/adapters.py",),
     "accelerate": ("training/launch.py",),
