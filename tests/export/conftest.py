@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from stepdistill.models.roles import Full, Lora, build_roles
 
 from stepdistill.export import Student
 from stepdistill.methods.base import Follows, Frozen, Inference, Trained
 from stepdistill.models.families import load_teacher
+from stepdistill.models.roles import Full, Lora, build_roles
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import save_tiny

@@ -14,11 +14,11 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stepdistill.models.roles import Full, Lora
 
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
 from stepdistill.methods.base import Inference
+from stepdistill.models.roles import Full, Lora
 
 LORA = "pytorch_lora_weights.safetensors"
 LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
