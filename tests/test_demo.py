@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import stepdistill
 from stepdistill import demo, resources
 from stepdistill.evaluation.reference import ShapesSource
 from stepdistill.recipe import Recipe
@@ -25,9 +26,13 @@ def small_world(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
-def test_the_demo(small_world, tiny_teacher, capsys):
-    recipe = Recipe.load({"method": "lcm", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 4,
-                          "data": {"images": "shapes", "count": 8, "cache": True, "batch": 4}, "train": {"updates": 2}})
+@pytest.fixture
+def recipe(tiny_teacher: Path) -> Recipe:
+    return Recipe.load({"method": "lcm", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 4,
+                        "data": {"images": "shapes", "count": 8, "cache": True, "batch": 4}, "train": {"updates": 2}})
+
+
+def test_the_demo(small_world, recipe, capsys):
     out = small_world / "demo"
     results = demo.demo(recipe, out, samples=60)
     assert {"results.json", "curve.png", "report.html", "samples.png", "recipe.yaml"} <= {path.name for path in out.iterdir()}
@@ -37,6 +42,20 @@ def test_the_demo(small_world, tiny_teacher, capsys):
     assert "dpmpp_2m" in (out / "export/lora/README.md").read_text()          # the card holds the measured table
     said = capsys.readouterr().out
     assert "% of the gap" in said and "curve.png" in said
+
+
+def test_bench_takes_runs_exports_and_pipelines(small_world, recipe, tiny_teacher):
+    """A run and its export are one student; their teacher stands in the table unasked."""
+    run = stepdistill.train(recipe, out=small_world / "run")
+    folder = stepdistill.export(run, out=small_world / "lora")
+    found = stepdistill.bench(run, folder, nfe=(2,), samples=60, out=small_world / "bench", solvers=("ddim",))
+    rows = {row["target"]: row for row in found["rows"]}
+    assert set(rows) == {"real", "run", "lora", "teacher:ddim"} and rows["teacher:ddim"]["guidance"] == 2.0
+    assert rows["run"]["metrics"]["fd"] == pytest.approx(rows["lora"]["metrics"]["fd"], abs=1e-4)
+    alone = stepdistill.bench(tiny_teacher, nfe=(2,), samples=60, out=small_world / "alone", solvers=("ddim",), guidance=(1.0, 2.0))
+    assert [(row["target"], row["steps"]) for row in alone["rows"]] == [("real", 0), ("teacher:ddim", 2), ("teacher:ddim", 1)]
+    same = [row for row in alone["rows"] if row["guidance"] == 2.0][0]
+    assert same["metrics"] == rows["teacher:ddim"]["metrics"]
 
 
 def test_the_share_of_the_gap():
