@@ -66,9 +66,9 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
     work = open_run(run)
-    results = runs.results_of(run)
-    export_student(Student.of(work.roles, work.best, work.inference, work.recipe.method, run.resolve().name,
-                              guidance=work.recipe.guidance, results=results, prompts=tuple(prompts(work))), to, out, guidance)
+    student = Student.of(work.roles, work.best, work.inference, work.recipe.method, run.resolve().name, guidance=work.recipe.guidance,
+                         teacher=resources.portable(work.recipe.teacher), results=runs.results_of(run), prompts=tuple(prompts(work)))
+    export_student(student, to, out, guidance)
     return out
 
 

@@ -39,7 +39,9 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     chosen = Recipe.load(recipe, parse_set(set_ or []))
     build = working()
     run = build.train(chosen, out=out, resume=resume)
-    say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
+    from .parallel import rank
+    if rank() == 0:
+        say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
 
 
 @app.command()

@@ -18,11 +18,14 @@ from .evaluation.plans import plans
 from .evaluation.sheets import sheet
 from .evaluation.sweep import Evaluation
 from .methods.base import due
+from .training import checkpoints
+from .training.tracking import truncate
 
 if TYPE_CHECKING:
     from .work import Work
 
 TEACHER_STEPS = 25
+FIGURES = "evaluations.jsonl"
 
 
 class Watch:
@@ -33,7 +36,10 @@ class Watch:
         self.cond = work.family.encode(prompts)
         self.teacher: Tensor | None = None
         asked = work.recipe.evaluate
-        self.figures = None
+        self.figures: Evaluation | None = None
+        if parallel.rank() == 0:                      # a resumed run forgets what came after its checkpoint
+            saved = checkpoints.latest(run)
+            truncate(run / FIGURES, 0 if saved is None else checkpoints.step_of(saved))
         if asked.every is not None and asked.reference is not None and parallel.rank() == 0:
             self.figures = Evaluation(asked.samples, work.recipe.train.seed, features=resources.locate(asked.features) or asked.features,
                                       reference=asked.reference, say=lambda text: None)
@@ -60,7 +66,7 @@ class Watch:
         target = self.work.target("student")
         for plan in plans(target, self.work.recipe.evaluate.nfe, (self.work.scale,), (), lambda text: None):
             row, _ = self.figures.row(plan)
-            with (self.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            with (self.run / FIGURES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")
 
     def noise(self, name: str) -> Tensor:

@@ -93,7 +93,8 @@ def _table(results: Mapping[str, Any]) -> str:
     columns = {key: title for key, title in COLUMNS.items() if any(key in row["metrics"] for row in rows)}
     lines = ["| target | NFE | guidance | " + " | ".join(columns.values()) + " |", "|---|---|---|" + "---|" * len(columns)]
     for row in rows:
-        cells = [f"{row['metrics'][key]:.3g}" if key in row["metrics"] else "" for key in columns]
+        values = [row["metrics"].get(key) for key in columns]
+        cells = ["" if value is None else f"{value:.3g}" for value in values]
         lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | " + " | ".join(cells) + " |")
     return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {results['protocol']['features']}, reference "
             f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network evaluations: a guided "

@@ -84,7 +84,7 @@ class Student:
     merged. cond_proj: (in, D) of a student told its guidance scale, else None. scheduler: the stock scheduler of its
     inference; call: the literal keyword arguments of its pipeline call, num_inference_steps and guidance_scale among
     them. run names the run: an export may be replaced by the same run's alone. guidance: what it was trained at, a
-    scale or a range. results: results.json as read, or None.
+    scale or a range. teacher: what users call the teacher, its source unless given. results: results.json as read, or None.
     """
 
     family: Family
@@ -98,6 +98,7 @@ class Student:
     method: str
     run: str
     guidance: float | tuple[float, float] | None = None
+    teacher: str | None = None
     results: Mapping[str, Any] | None = None
     prompts: tuple[str, ...] = ("",)
 

@@ -76,7 +76,8 @@ def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     grid = {key: call[key] for key in GRID if key in call}
     sampler = Sampler.of(student.scheduler, student.steps, student.family.schedule, **grid)
-    return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method, "teacher": student.family.source,
+    return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
+            "teacher": student.teacher or student.family.source,
             "revision": student.family.revision, "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "guidance": scale,
             "trained_guidance": student.guidance, "told_times": student.family.told_time(sampler.times).tolist(),
