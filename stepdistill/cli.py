@@ -61,6 +61,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           nfe: Annotated[str, typer.Option(metavar="1,2,4,8", help="Network evaluations; a guided step is two.")] = "1,2,4,8",
           samples: Annotated[int, typer.Option(min=2, help="Pictures a row.")] = 2000,
           guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own unless given.")] = None,
+          solvers: Annotated[str, typer.Option(metavar="NAME,...", help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
           features: Annotated[str, typer.Option(help="A CLIPModel's folder, or inception.")] = "assets/shapes-clip",
           reference: Annotated[str, typer.Option(help="shapes, or a folder of images.")] = "shapes",
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; those of Shapes unless given.")] = None,
@@ -71,8 +72,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     build = working()
     from .data.prompts import all_captions, open_prompts
     texts = None if prompts is None else all_captions(open_prompts(prompts))
-    results = build.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, features=features,
-                          reference=reference, prompts=texts)
+    results = build.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, solvers=solvers.split(","),
+                          features=features, reference=reference, prompts=texts)
     _emit(results, as_json, lambda: _show_results(results, out))
 
 
