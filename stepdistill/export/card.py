@@ -32,7 +32,7 @@ def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
     else:
         name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
         loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
-        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision})",
+        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}).to(torch.float32)",
                   f"pipe.load_lora_weights(folder{name})",
                   f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
