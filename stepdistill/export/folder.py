@@ -73,7 +73,7 @@ def fresh_pipeline(cls: type[DiffusionPipeline], source: str, revision: str | No
     except OSError as error:
         raise RequestError(f"the base pipeline {source} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(torch.float32)                     # earlier diffusers do not know `dtype`
 
 
 def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
@@ -116,7 +116,7 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, said: dict[str, Any]
 def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, said: dict[str, Any]) -> None:
     name = component(pipe)
     old = pipe.components[name]
-    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype).to(old.device)
+    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype).to(old.device, old.dtype)
     shapes = [{key: tuple(value.shape) for key, value in network.state_dict().items() if "cond_proj" not in key}
               for network in (old, new)]
     differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))

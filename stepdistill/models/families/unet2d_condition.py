@@ -43,10 +43,11 @@ def load(source: str, class_name: str, revision: str | None, dtype: torch.dtype)
 
 
 def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str, Any]) -> DiffusionPipeline:
+    cls = PIPELINES[class_name]
     try:
-        if source.endswith(".safetensors"):
-            return PIPELINES[class_name].from_single_file(source, **parts)
-        return PIPELINES[class_name].from_pretrained(source, revision=revision, **parts)
+        single = source.endswith(".safetensors")
+        pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
+        return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
         raise RequestError(f"the teacher {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
