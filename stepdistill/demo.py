@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from . import resources
 from .cli import answer, working
 from .recipe import Recipe, parse_set
 
@@ -33,20 +34,22 @@ def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
     say.print(f"exported and proved: {folder}")
     student = build.open_target(folder, "student")
     teacher = build.open_target(recipe.teacher, "teacher").target
-    results = measure(student.target, teacher, student.scale, run, samples)
+    results = measure(student.target, teacher, student.scale, run, samples, resources.locate(recipe.teacher))
     pictures(student.target, teacher, student.scale, run / "samples.png")
     build.export(run, "lora")                     # once more: the model card now holds the table
     _conclude(results, run, folder, time.perf_counter() - begun)
     return results
 
 
-def measure(student: Target, teacher: Target, scale: float, out: Path, samples: int | None) -> Results:
-    """The student at each of NFE and the teacher at FEW, measured here; the teacher at MANY as shipped, if that is comparable."""
-    from . import resources
+def measure(student: Target, teacher: Target, scale: float, out: Path, samples: int | None, source: Path | None) -> Results:
+    """The student at each of NFE and the teacher at FEW, measured here; the teacher at MANY as shipped, if that is comparable.
+
+    source: the teacher's folder; shipped figures are those of the shipped teacher alone.
+    """
     from .evaluation.report import join, read_results, write_report, write_results
     from .evaluation.sweep import bench
     file = resources.locate(SHIPPED)
-    shipped = None if file is None else read_results(file)
+    shipped = None if file is None or source != file.parent else read_results(file)
     samples = samples or (shipped["protocol"]["samples"] if shipped else 2000)
     features = resources.locate("assets/shapes-clip")
     bench([student], NFE, samples, out, features=features, say=say.print)

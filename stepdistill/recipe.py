@@ -174,9 +174,12 @@ class Recipe(Strict):
             if plain[role] == {"lora": None}:
                 plain[role] = "full"
         plain["teacher"] = resources.portable(self.teacher)
-        for name in ("images", "prompts"):
-            if isinstance(plain["data"][name], str) and plain["data"][name] != "shapes":
-                plain["data"][name] = resources.portable(plain["data"][name])
+        paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
+        if plain["data"]["samples"] is not None:
+            paths.append((plain["data"]["samples"], "prompts"))
+        for table, name in paths:
+            if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):
+                table[name] = resources.portable(table[name])
         return plain
 
     def dump(self) -> str:

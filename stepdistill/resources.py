@@ -24,10 +24,8 @@ def locate(name: str | Path) -> Path | None:
 
 def portable(name: str) -> str:
     """A path that holds from any folder: what ships keeps its name, other files get their absolute path, the rest (Hub ids) stays."""
-    if (SHARE / name).exists():
-        return name
     found = locate(name)
-    return name if found is None else str(found)
+    return name if found is None or found == (SHARE / name).resolve() else str(found)
 
 
 def pipeline(name: str) -> str:

@@ -40,7 +40,7 @@ class Watch:
         if parallel.rank() == 0:                      # a resumed run forgets what came after its checkpoint
             saved = checkpoints.latest(run)
             truncate(run / FIGURES, 0 if saved is None else checkpoints.step_of(saved))
-        if asked.every is not None and asked.reference is not None and parallel.rank() == 0:
+        if asked.reference is not None and parallel.rank() == 0:
             self.figures = Evaluation(asked.samples, work.recipe.train.seed, features=resources.locate(asked.features) or asked.features,
                                       reference=asked.reference, say=lambda text: None)
 

@@ -59,7 +59,7 @@ class Work:
 
     def target(self, name: str) -> Target:
         """The student as a stock pipeline, for a bench."""
-        pipeline = self.family.pipeline(self.roles.network(self.best), self.scheduler())
+        pipeline = self.family.pipeline(self.roles.network(self.best).to(self.family.codec.dtype), self.scheduler())
         return Target(name, pipeline, self.recipe.method, dict(self.inference.call))
 
 

@@ -143,10 +143,10 @@ class Trainer:
             if saving or stopping:
                 tracker.sync()
                 self.save(step)
+            for tell in self.on_step:                     # before a stop: a resumed run does not tell of this step again
+                tell(step)
             if stopping:
                 raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
-            for tell in self.on_step:
-                tell(step)
 
     def save(self, step: int) -> None:
         """Every role that changes and every optimizer, written by rank 0."""
