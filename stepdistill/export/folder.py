@@ -59,7 +59,7 @@ def open_export(folder: str | Path, teacher: str | None = None) -> tuple[Diffusi
     cls = getattr(diffusers, said["pipeline"])
     if said["format"] == "pipeline":
         return fresh_pipeline(cls, str(folder), None), dict(said["call"])
-    pipe = fresh_pipeline(cls, teacher or said["teacher"], said["revision"])
+    pipe = fresh_pipeline(cls, str(teacher or said["teacher"]), said["revision"])
     return pipe, load(pipe, folder)
 
 
