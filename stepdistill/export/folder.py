@@ -50,7 +50,7 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
     return dict(said["call"])
 
 
-def open_export(folder: str | Path, teacher: str | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
+def open_export(folder: str | Path, teacher: str | Path | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
 
     teacher: where the base pipeline lies now, if not where the folder says.
