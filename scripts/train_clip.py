@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from resumable import keep, restore
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -94,14 +95,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     warm_up = lambda i: min(1, (i + 1) / 100) * min(1, 2 * (1 - i / args.updates))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
-    start, spent, checkpoint = 0, 0.0, args.work / "checkpoint.pt"
     parts = {"model": model, "heads": heads, "optimizer": optimizer, "schedule": schedule}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        start, spent = saved["update"], saved["seconds"]
-    args.work.mkdir(parents=True, exist_ok=True)
+    start, spent = restore(args.work, parts)
     begin = time.time() - spent
     for i in range(start, args.updates):
         scene = scenes(torch.arange(i * args.batch, (i + 1) * args.batch) + (10**8 if args.init else 0), TRAIN_SEED)   # fresh pictures
@@ -130,8 +125,7 @@ def main() -> None:
             print(f"{i:5d} {time.time() - begin:6.0f} s  contrast {contrast:.3f}  judged {judged:.3f}  unsaid {unsaid:.4f}"
                   f"  all right {right.all(1).float().mean():.3f}", flush=True)
         if (i + 1) % 250 == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save(state | {"update": i + 1, "seconds": time.time() - begin}, checkpoint)
+            keep(args.work, parts, i + 1, time.time() - begin)
     finish(args, model.eval(), heads.eval(), tokenizer, time.time() - begin)
 
 

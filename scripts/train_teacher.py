@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from resumable import keep, restore
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -80,14 +81,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     ramp = lambda i: min(1, (i + 1) / 200, max(0.0, 2 * (1 - i / args.updates)))   # warm up, hold, fall from half-way on
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
-    start, spent, checkpoint = 0, 0.0, args.work / "checkpoint.pt"
-    args.work.mkdir(parents=True, exist_ok=True)
     parts = {"unet": unet, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        start, spent = saved["update"], saved["seconds"]
+    start, spent = restore(args.work, parts)
     if args.export:
         return finish(args, vae, text, tokenizer, ema, start, spent)
     begin = time.time() - spent
@@ -120,9 +115,7 @@ def main() -> None:
         if i % 50 == 0:
             print(f"{i:5d} {time.time() - begin:6.0f} s  loss {loss.item():.4f}", flush=True)
         if (i + 1) % 250 == 0 or i + 1 == args.updates:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save(state | {"update": i + 1, "seconds": time.time() - begin}, args.work / "checkpoint.tmp")
-            (args.work / "checkpoint.tmp").replace(checkpoint)
+            keep(args.work, parts, i + 1, time.time() - begin)
     finish(args, vae, text, tokenizer, ema, args.updates, time.time() - begin)
 
 
@@ -130,9 +123,7 @@ def finish(args, vae, text, tokenizer, ema, updates: int, seconds: float) -> Non
     """Saves the whole pipeline in half precision."""
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=ema, scheduler=DDIMScheduler(**SCHEDULER),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    made_vae = (args.out / "vae" / "made.json").read_text()
     pipeline.to(torch.float16).save_pretrained(args.out)
-    (args.out / "vae" / "made.json").write_text(made_vae)
     made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr, "images": args.images,
             "train_seed": TRAIN_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in ema.parameters())}

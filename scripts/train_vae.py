@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from resumable import keep, restore
 from torch import nn
 
 from stepdistill.data.shapes import SIZE, render, scenes
@@ -50,14 +51,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     warm_up = lambda i: min(1, (i + 1) / 50) * min(1, 1.5 * (1 - i / args.updates))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
-    start, spent, checkpoint = 0, 0.0, args.work / "checkpoint.pt"
     parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        start, spent = saved["update"], saved["seconds"]
-    args.work.mkdir(parents=True, exist_ok=True)
+    start, spent = restore(args.work, parts)
     begin = time.time() - spent
     for i in range(start, args.updates):
         pixels = render(scenes(torch.arange(i * args.batch, (i + 1) * args.batch), TRAIN_SEED)).to(memory_format=torch.channels_last)
@@ -74,8 +69,7 @@ def main() -> None:
             print(f"{i:5d} {time.time() - begin:6.0f} s  PSNR {-10 * math.log10(error.item() / 4):.2f} dB"
                   f"  latents' std {code.mean.std().item():.3f}  noise {code.std.mean().item():.3f}", flush=True)
         if (i + 1) % 250 == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save(state | {"update": i + 1, "seconds": time.time() - begin}, checkpoint)
+            keep(args.work, parts, i + 1, time.time() - begin)
     finish(args, vae.eval(), time.time() - begin)
 
 

@@ -31,7 +31,7 @@ from .models.families import load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import Watch
-from .work import dataset, make, open_run, prompts
+from .work import dataset, make, middle, open_run, prompts
 
 __all__ = ["bench", "export", "load", "sample", "train"]
 
@@ -150,7 +150,7 @@ def _open_export(folder: Path, called: str) -> Opened:
     teacher = resources.pipeline(said["teacher"])
     pipeline, call = open_export(folder, teacher)
     trained = said["trained_guidance"]
-    scale = sum(trained) / 2 if isinstance(trained, list) else trained
+    scale = None if trained is None else middle(trained)
     return Opened(Target(called, pipeline, said["method"], call), str(folder), teacher, said["revision"], scale)
 
 

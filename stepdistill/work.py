@@ -1,7 +1,7 @@
 """From a recipe to everything that it names: the teacher, the roles, the method, the data."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class Work:
     @property
     def scale(self) -> float:
         """The recipe's guidance, of a range its middle."""
-        return _middle(self.recipe.guidance)
+        return middle(self.recipe.guidance)
 
     def scheduler(self) -> SchedulerMixin:
         return stock_scheduler(self.inference.scheduler, self.inference.config, self.family.scheduler)
@@ -194,5 +194,6 @@ def _found(name: str) -> str:
     return name if found is None else str(found)
 
 
-def _middle(guidance: float | tuple[float, float]) -> float:
-    return sum(guidance) / 2 if isinstance(guidance, tuple) else guidance
+def middle(guidance: float | Sequence[float]) -> float:
+    """A scale as it is, of a range its middle."""
+    return guidance if isinstance(guidance, int | float) else sum(guidance) / 2

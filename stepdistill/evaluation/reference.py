@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.cache import default_root
 from ..data.shapes import Scenes, captions, render, scenes
 from ..errors import RequestError
 from .fd import Moments, Reference
@@ -106,15 +107,11 @@ def _read(file: Path) -> Tensor:
     return (pixels[None].float() / 127.5 - 1)
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("STEPDISTILL_CACHE", Path.home() / ".cache" / "stepdistill"))
-
-
 def load_reference(features: Features, source: Source, shipped: Path | None = None,
                    say: Callable[[str], None] = print) -> Reference:
     """From the file shipped beside the features if it was made by them, else from the cache, else computed and cached."""
     key = reference_key(features, source)
-    cached = cache_folder() / f"reference-{key}.safetensors"
+    cached = default_root() / f"reference-{key}.safetensors"
     for file in (shipped, cached):
         if file is not None and file.is_file():
             found, reference = read_reference(file)
