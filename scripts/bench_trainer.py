@@ -70,7 +70,7 @@ class World:
 
 def trainer(world: World, run_dir: Path, turns: Turns) -> list[float]:
     """The losses of all updates."""
-    method = LCM(Settings(), world.roles, GUIDANCE, 4)
+    method = LCM(Settings(), world.roles, GUIDANCE, None)
     config = TrainConfig(updates=world.updates, lr=LR, clip=CLIP, seed=SEED)
     run = Trainer(method, world.roles, world.stream, config, run_dir, [turns])
     turns.start = time.perf_counter_ns()

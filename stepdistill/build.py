@@ -50,7 +50,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     run = runs.place(recipe, out, resume)
     work = make(recipe, device)
     with _reported() as report:
-        stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed)
+        stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     watch = Watch(work, run, prompts(work))
     trainer = Trainer(work.method, work.roles, stream, TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"})), run,

@@ -78,7 +78,7 @@ class Watch:
 
 def student_samples(work: Work, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
     """Latents of the student as it will be sampled."""
-    sampler, role = work.sampler(), work.roles[work.best]
+    sampler, role = work.method.sampler, work.roles[work.best]
     if role.told_w:
         cond = cond.replace(w=torch.full((len(cond),), work.scale, device=work.device))
     return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))

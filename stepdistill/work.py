@@ -54,9 +54,6 @@ class Work:
     def scheduler(self) -> SchedulerMixin:
         return stock_scheduler(self.inference.scheduler, self.inference.config, self.family.scheduler)
 
-    def sampler(self) -> Sampler:
-        return _sampler(self.scheduler(), self.recipe.steps, self.family, self.inference.call)
-
     def target(self, name: str) -> Target:
         """The student as a stock pipeline, for a bench."""
         pipeline = self.family.pipeline(self.roles.network(self.best).to(self.family.codec.dtype), self.scheduler())
@@ -67,12 +64,15 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
     """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work."""
     settings = recipe.method_settings()
     kind = load_method(recipe.method)
+    if recipe.data.kind not in kind.sources(settings):
+        raise recipe.refuse(f"data.{recipe.data.kind}", f"is given, but with these settings {recipe.method} needs "
+                            f"{' or '.join(kind.sources(settings))}")
     needs = kind.needs(settings, recipe.student.lora is None)
     choices = _choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
-    inference = _inference(recipe, kind, settings, family)
+    inference, sampler = _inference(recipe, kind, settings, family)
     roles = _roles(recipe, family, needs, choices).to(device)
-    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, recipe.steps), inference, device)
+    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device)
 
 
 def _choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Lora | Full]:
@@ -91,13 +91,13 @@ def _choice(choice: RoleChoice) -> Lora | Full:
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
 
 
-def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family) -> Inference:
+def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family) -> tuple[Inference, Sampler]:
     try:
         inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
-        _sampler(stock_scheduler(inference.scheduler, inference.config, family.scheduler), recipe.steps, family, inference.call)
+        scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
+        return inference, _sampler(scheduler, recipe.steps, family, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
-    return inference
 
 
 def _sampler(scheduler: SchedulerMixin, steps: int, family: Family, call: Mapping[str, Any]) -> Sampler:

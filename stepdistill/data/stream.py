@@ -50,11 +50,13 @@ class Stream:
 
     Every (update, repeat) walks through the data by itself, so that a critic and a student do not see the same samples.
     A finite dataset is walked epoch by epoch, each a new permutation; an endless one through consecutive indices.
+    shape: of one sample, for data that are prompts only.
     """
 
     dataset: Dataset
     global_batch: int
     seed: int
+    shape: tuple[int, ...] | None = None
 
     def batch(self, step: int, update: str, repeat: int = 0, rank: int = 0, world: int = 1, micro: int = 0,
               micros: int = 1) -> Batch:
@@ -71,4 +73,4 @@ class Stream:
         walk = key(self.seed, "data", update, repeat)
         count = self.dataset.count
         x0, cond = self.dataset[ids + (walk >> 2) if count is None else permuted(ids, count, walk)]
-        return Batch(ids, cond, x0)
+        return Batch(ids, cond, x0, self.shape)

@@ -39,6 +39,14 @@ class Condition:
     def __getitem__(self, index: Any) -> Condition:
         return self.map(lambda tensor: tensor[index])
 
+    def dropped(self, chosen: Tensor) -> Condition:
+        """Unconditional where chosen, (B,) bool. ValueError without a `null`."""
+        if self.null is None:
+            raise ValueError("conditions can be dropped only where cond.null says what stands in for them")
+        changed = {name: torch.where(chosen.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), getattr(self.null, name), value)
+                   for name, value in self._items() if getattr(self.null, name) is not None}
+        return replace(self, **changed)
+
     def to(self, *args: Any, **kwargs: Any) -> Condition:
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
@@ -64,12 +72,18 @@ class Batch:
     """A slice of one joined batch.
 
     ids (B,) int64, distinct within the joined batch: the key of every per-sample draw.
-    x0 (B, ...) scaled latents, or None where the data are prompts only. cond: the batch's conditions.
+    x0 (B, ...) scaled latents, or None where the data are prompts only. cond: the batch's conditions. shape: of one
+    sample, which x0 tells where there is one.
     """
 
     ids: Tensor
     cond: Condition
     x0: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.x0 is not None:
+            object.__setattr__(self, "shape", tuple(self.x0.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.ids)

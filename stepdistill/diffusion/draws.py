@@ -6,7 +6,8 @@ joined batch would have drawn for their samples.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Step:
 
     index counts training steps from 0; progress = index / total is in [0, 1). ids (B,) int64 name the samples of the
     slice at hand. All draws are made on the CPU; noise moves to `device`, and what becomes a time stays, as times do.
+    kept: what a loss leaves for the updates that share its batch, such as a sample that was dear to make.
     """
 
     seed: int
@@ -33,6 +35,7 @@ class Step:
     repeat: int
     ids: Tensor
     device: torch.device | str = "cpu"
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, (B, *shape) float32 on `device`: `shape` is that of one sample."""

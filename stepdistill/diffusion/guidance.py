@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Condition, Role
+from .draws import Step
 from .prediction import Prediction
 from .schedule import Schedule, like
 
@@ -74,3 +75,11 @@ class Autoguided:
 def autoguided(role: Role, bad: Role, w: float | Tensor) -> Role:
     """Karras et al. 2024, arXiv:2406.02507: away from a worse network `bad` of the same schedule. w = 1 is `role` alone."""
     return Autoguided(role, bad, w)
+
+
+def drawn(w: float | tuple[float, float], step: Step) -> float | Tensor:
+    """The scale of a moment in training: a fixed one, or uniform on a range for each sample, (B,)."""
+    if isinstance(w, (int, float)):
+        return float(w)
+    low, high = w
+    return low + (high - low) * step.uniform("guidance")

@@ -43,6 +43,12 @@ PARAMETERISATIONS: dict[str, Row] = {
 }
 
 
+def truth(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:
+    """What a network of this kind is trained to output where it is x_0 and eps that made x_t: (B, ...)."""
+    a, b = PARAMETERISATIONS[kind](schedule, t)
+    return like(a, x0) * x0 + like(b, x0) * eps
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A network's output at x_t. raw, x_t: (B, ...); t: (B,) float64; kind: a key of PARAMETERISATIONS.
@@ -69,9 +75,7 @@ class Prediction:
         """This prediction as another parameterisation would put it."""
         if kind == self.kind:
             return self.raw
-        a, b = PARAMETERISATIONS[kind](self.schedule, self.t)
-        x0, eps = self._solved
-        return like(a, self.x_t) * x0 + like(b, self.x_t) * eps
+        return truth(*self._solved, self.t, self.schedule, kind)
 
     @cached_property
     def x0(self) -> Tensor:

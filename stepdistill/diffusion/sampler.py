@@ -97,15 +97,38 @@ class Sampler:
         return self.rollout(role, noise, self.nfe, cond, draw)
 
     def rollout(self, role: Role, noise: Tensor, until: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
-        """The state that evaluation `until` would be given, at times[until]; until = nfe is the sample."""
+        """The state that evaluation `until` would be given, at times[until]; until = nfe is the sample.
+
+        ValueError for an evaluation that the sampler has not.
+        """
+        if not 0 <= until <= self.nfe:
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to {self.nfe} exist")
         if self.stochastic and draw is None:
             raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
         x, history = self.start * noise, []
         for i, e in enumerate(self.evaluations[:until]):
-            told, level, landing = torch.tensor([e.told, e.level, e.landing], dtype=torch.float64)[:, None].expand(3, len(x))
-            history = [*history[-1:], replace(role(x, told, cond), t=level)]
-            x = e.rule(history, landing, draw(i) if e.noisy else None)
+            history = [*history[-1:], self._predict(role, x, e, cond)]
+            x = e.rule(history, _times(e.landing, x), draw(i) if e.noisy else None)
         return x
+
+    def simulate(self, role: Role, noise: Tensor, exit: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+        """Backward simulation: the clean sample that evaluation `exit` predicts where the sampler itself arrives.
+
+        Yin et al. 2024, arXiv:2405.14867, section 4.5. Gradients flow through the last evaluation alone. exit from 0 to
+        nfe - 1; the prediction at exit = nfe - 1 is the sample, where the last landing is the data.
+        """
+        if not 0 <= exit < self.nfe:
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to {self.nfe - 1} exist")
+        with torch.no_grad():
+            x = self.rollout(role, noise, exit, cond, draw)
+        return self._predict(role, x, self.evaluations[exit], cond).x0
+
+    def _predict(self, role: Role, x: Tensor, e: Evaluation, cond: Condition | None) -> Prediction:
+        return replace(role(x, _times(e.told, x), cond), t=_times(e.level, x))
+
+
+def _times(t: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), t, dtype=torch.float64)
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------

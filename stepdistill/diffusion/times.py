@@ -44,6 +44,14 @@ def nodes(n: int) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.float64) / n
 
 
+LEVELS = 1000                     # training times of every stock scheduler: time i lies at t = (i + 1) / LEVELS
+
+
+def levels(low: float = 0.0, high: float = 1.0) -> Tensor:
+    """The times of stock schedulers from number floor(low LEVELS) to floor(high LEVELS), the last one being LEVELS - 1."""
+    return (torch.arange(int(low * LEVELS), min(int(high * LEVELS), LEVELS - 1) + 1, dtype=torch.float64) + 1) / LEVELS
+
+
 def karras(schedule: Schedule, n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """n nodes, descending: Karras et al. 2022, eq. 5, with sigma / alpha for their sigma."""
     low, high = schedule.angle(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()

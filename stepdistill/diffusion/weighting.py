@@ -21,6 +21,11 @@ def snr_plus_one(schedule: Schedule, t: Tensor) -> Tensor:
     return snr(schedule, t) + 1
 
 
+def edm(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
+    """SNR + 1 / sigma_data^2: Karras et al. 2022, arXiv:2206.00364, table 1, with sigma / alpha for their sigma."""
+    return snr(schedule, t) + 1 / sigma_data**2
+
+
 def truncated_snr(schedule: Schedule, t: Tensor) -> Tensor:
     """max(SNR, 1): Salimans & Ho 2022, arXiv:2202.00512, section 4; the larger of the x_0- and the eps-loss."""
     return snr(schedule, t).clamp(min=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
+from ..diffusion.sampler import Sampler
 
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
@@ -44,7 +45,14 @@ class Follows:
     decay: float
 
 
-Need = Frozen | Trained | Follows
+@dataclass(frozen=True)
+class Heads:
+    """A discriminator: small trained heads that judge the features of another role's network, `of`."""
+
+    of: str
+
+
+Need = Frozen | Trained | Follows | Heads
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Update:
     trains: tuple[str, ...]
     loss: Callable[[Batch, Step], Losses]
     every: int = 1                # run on steps divisible by `every`
-    repeat: int = 1               # optimizer steps, each on a fresh batch, per run
+    repeat: int = 1               # optimizer steps per run, each on a fresh batch
+    shares: int = 0               # of these the first so many see the batch of the run before them, and its `step.kept`
 
     @property
     def name(self) -> str:
@@ -76,19 +85,39 @@ class Inference:
     call: Mapping[str, Any]
 
 
+def renoised(steps: int, schedule: str) -> Inference:
+    """The sampler of distribution matching: x_0, noised again to the next of `steps` equally spaced times.
+
+    Yin et al. 2024, arXiv:2405.14867, section 4.4. LCMScheduler's own boundary scalings differ from it by less than
+    1e-6 at these times.
+    """
+    call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
+    if schedule == "vp":
+        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": 10.0, "clip_sample": False,
+                                          "thresholding": False}, call)
+    sigmas = [1 - i / steps for i in range(steps)]
+    return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
+
+
 class Method(ABC):
     """Subclasses are final: one file, one paper, no method inherits from another method.
 
     A method sees its roles as callables only, so that the same file runs on a closed-form denoiser, a full network
     and an adapter. `settings` is the method's own frozen dataclass, `guidance` the recipe's: a scale, a range of
-    scales [low, high], in the convention where 1 is conditional only; `steps` the evaluations the student is made for.
+    scales [low, high], in the convention where 1 is conditional only; `sampler` the very one that samples and exports the
+    student, at the number of evaluations that it is made for.
     """
 
     Settings: ClassVar[type]
     data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "prompts"
 
-    def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: Guidance, steps: int) -> None:
-        self.settings, self.roles, self.guidance, self.steps = settings, roles, guidance, steps
+    def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: Guidance, sampler: Sampler) -> None:
+        self.settings, self.roles, self.guidance, self.sampler = settings, roles, guidance, sampler
+
+    @classmethod
+    def sources(cls, settings: Any) -> tuple[str, ...]:
+        """Those of `data` that these settings can train on."""
+        return cls.data
 
     @classmethod
     @abstractmethod

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,15 @@ class Roles(Protocol):
     def state_dict(self, name: str) -> Mapping[str, Tensor]: ...
     def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> Any: ...
     def follow(self, leader: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Whose batch is used, and what was kept of each of its micro-batches."""
+
+    update: str
+    repeat: int
+    kept: list[dict[str, Any]]
 
 
 class Trainer:
@@ -81,20 +91,23 @@ class Trainer:
     def step(self, index: int) -> dict[str, Tensor]:
         """One training step: every update that is due. Returns losses and gradient norms by name, () each."""
         logs: dict[str, Tensor] = {}
+        shared: Shared | None = None
         for update in self.updates:
             if update.due(index):
                 for repeat in range(update.repeat):
-                    self.run(update, index, repeat, logs)
+                    if shared is None or repeat >= update.shares:
+                        shared = Shared(update.name, repeat, [{} for _ in range(self.config.accumulate)])
+                    self.run(update, index, repeat, shared, logs)
         self.done = index + 1
         return logs
 
-    def run(self, update: Update, index: int, repeat: int, logs: dict[str, Tensor]) -> None:
+    def run(self, update: Update, index: int, repeat: int, shared: Shared, logs: dict[str, Tensor]) -> None:
         """One optimizer step on the roles of this update; all other roles are frozen."""
         rank, world = parallel.rank(), parallel.world_size()
         self.enable(update.trains)
         for micro in range(self.config.accumulate):
-            batch = self.stream.batch(index, update.name, repeat, rank, world, micro, self.config.accumulate)
-            losses = self.backward(update, _moved(batch, self.device), index, repeat, micro)
+            batch = self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, self.config.accumulate)
+            losses = self.backward(update, _moved(batch, self.device), index, repeat, micro, shared.kept[micro])
             self.images += len(batch) * world
             for name, value in losses.items():
                 _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
@@ -103,13 +116,14 @@ class Trainer:
             _mean(logs, f"grad_norm/{role}", norm, update.repeat)
             self.roles.follow(role)
 
-    def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int) -> dict[str, Tensor]:
+    def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int, kept: dict[str, Any]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the run.
 
         Autocast keeps no copies of weights: one made by a pass without gradients would serve the student's pass too,
         which then had none.
         """
-        step = Step(self.config.seed, index, index / self.config.updates, update.name, repeat, batch.ids, self.device)
+        step = Step(self.config.seed, index, index / self.config.updates, update.name, repeat, batch.ids, self.device,
+                    kept)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(key(self.config.seed, "dropout", index, update.name, repeat, parallel.rank(), micro))
             with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bf16", cache_enabled=False):
@@ -197,4 +211,4 @@ def _mean(logs: dict[str, Tensor], name: str, value: Tensor, count: int) -> None
 def _moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on the training device; ids stay where they are read, on the CPU."""
     x0 = None if batch.x0 is None else batch.x0.to(device, non_blocking=True)
-    return Batch(batch.ids, batch.cond.to(device, non_blocking=True), x0)
+    return replace(batch, x0=x0, cond=batch.cond.to(device, non_blocking=True))

@@ -38,7 +38,7 @@ class FixedPoint:
 
 def loss(student, guidance, settings: Settings, count: int = 256, schedule: str = "vp", **roles) -> float:
     teacher = Teacher(*SCHEDULES[schedule])
-    method = LCM(settings, {"teacher": teacher, "student": student} | roles, guidance, 4)
+    method = LCM(settings, {"teacher": teacher, "student": student} | roles, guidance, None)
     data = batch(count)
     step = Step(seed=0, index=0, progress=0.0, update="student", repeat=0, ids=data.ids)
     return method.loss(data, step)["consistency"].item()

@@ -79,6 +79,6 @@ def test_a_student_learns_the_guided_flow_map(tmp_path, schedule, told, full):
     guidance, asked = ((1.0, 3.0), (1.5, 2.5)) if told else (2.0, (2.0,))
     before = [distance(roles["student"], w) for w in asked]
     config = TrainConfig(updates=300, lr=5e-3, warmup=10, decay="cosine", weight_decay=0.0, log_every=100)
-    Trainer(LCM(settings, roles, guidance, 1), roles, Data(), config, tmp_path).train()
+    Trainer(LCM(settings, roles, guidance, None), roles, Data(), config, tmp_path).train()
     after = [distance(roles["student"], w) for w in asked]
     assert all(b > 0.8 for b in before) and all(a < 0.15 * b for a, b in zip(after, before, strict=True)), (before, after)

@@ -13,6 +13,7 @@ from stepdistill.diffusion.draws import Step
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Update
 from stepdistill.training import Stopped, TrainConfig, checkpoints, launched
+from stepdistill.training.loop import Shared
 from stepdistill.training.optimizers import learning_rate
 from stepdistill.training.tracking import truncate
 
@@ -59,7 +60,7 @@ def test_only_the_roles_of_an_update_move(tmp_path):
     t = trainer(tmp_path, weight_decay=0.5)
     for i, update in enumerate(t.updates):
         before = {name: [p.clone() for p in module.parameters()] for name, module in t.roles.items()}
-        t.run(update, i, 0, {})
+        t.run(update, i, 0, Shared(update.name, 0, [{}]), {})
         moved = {name for name, module in t.roles.items() if any(
             not torch.equal(p, q) for p, q in zip(module.parameters(), before[name], strict=True))}
         assert moved == {"critic"} if update.name == "critic" else moved == {"student", "ema"}

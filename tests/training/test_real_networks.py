@@ -38,7 +38,7 @@ def test_training_resumes_bit_for_bit(tmp_path, teacher, setting, told, precisio
         needs = LCM.needs(settings, isinstance(setting, Full)) | {"ema": Follows("student", 0.9)}
         readers = tuple(name for name in ("student",) if needs[name].told_w)
         roles = build_roles(family, needs, {"student": setting}, told_w=readers, gradient_checkpointing=True)
-        method = LCM(settings, roles, (2.0, 4.0) if told else 3.0, 4)
+        method = LCM(settings, roles, (2.0, 4.0) if told else 3.0, None)
         config = TrainConfig(updates=updates, lr=1e-2, accumulate=2, precision=precision, **config)
         return Trainer(method, roles, Data(family), config, run_dir)
 

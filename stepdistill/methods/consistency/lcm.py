@@ -20,7 +20,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Condition, Role
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step
-from ...diffusion.guidance import guided
+from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import like
 from ...losses.regression import pseudo_huber, squared
 from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
@@ -54,8 +54,8 @@ class LCM(Method):
     Settings = Settings
     data = ("images", "samples")
 
-    def __init__(self, settings, roles, guidance, steps) -> None:
-        super().__init__(settings, roles, guidance, steps)
+    def __init__(self, settings, roles, guidance, sampler) -> None:
+        super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student = roles["teacher"], roles["student"]
         self.target = roles.get("target", self.student)
         self.distance = {"huber": partial(pseudo_huber, c=settings.huber_c), "squared": squared}[settings.loss]
@@ -82,7 +82,7 @@ class LCM(Method):
 
     def loss(self, batch: Batch, step: Step) -> Losses:
         t, s = self.times(step)
-        w = self.scale(step)
+        w = drawn(self.guidance, step)
         told = torch.as_tensor(w, dtype=torch.float32, device=batch.x0.device).expand(len(batch))
         cond = batch.cond.replace(w=told) if self.settings.told else batch.cond
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
@@ -98,13 +98,6 @@ class LCM(Method):
         """t uniform on the nodes i / N, i = 1 .. N, and s = t - skip / N or 0. Both (B,) float64."""
         i = step.integers("node", self.settings.nodes) + 1
         return i.double() / self.settings.nodes, (i - self.settings.skip).clamp_min(0).double() / self.settings.nodes
-
-    def scale(self, step: Step) -> float | Tensor:
-        """The guidance scale: fixed, or uniform on a range, (B,). 1 is conditional only: the paper's omega plus 1."""
-        if isinstance(self.guidance, (int, float)):
-            return float(self.guidance)
-        low, high = self.guidance
-        return low + (high - low) * step.uniform("guidance")
 
     @staticmethod
     def consistent(role: Role, x: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -1,0 +1,113 @@
+"""DMD2: Improved Distribution Matching Distillation. Yin et al. 2024, arXiv:2405.14867.
+
+    x               <- the student's own sample, at a random step of its sampler     (backward simulation, section 4.5)
+    student         <- x + (real score - fake score), fool the discriminator         (no regression to pairs, section 4.1)
+    repeat critic_steps times                                                        (two time scales, section 4.2)
+        critic         <- denoise the student's samples
+        discriminator  <- tell noised real from noised fake, on the critic's features (section 4.3)
+
+Sources of the defaults: (p) the paper, (x) its released SDXL training. One forward of the critic serves the score and the
+discriminator, and so both see one noise level; the released code draws the discriminator's anew.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...diffusion.contracts import Batch
+from ...diffusion.draws import Step
+from ...diffusion.guidance import drawn, guided
+from ...diffusion.prediction import Prediction
+from ...diffusion.rollout import rollout
+from ...diffusion.times import discrete, levels
+from ...diffusion.weighting import dmd
+from ...losses.adversarial import fool, tell_apart
+from ...losses.matching import denoising, distribution_matching
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
+    share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
+    t_range: tuple[float, float] = (0.02, 0.98)    # noise levels at which the scores are matched (p)
+    gan_weight: float = 5e-3           # of fooling the discriminator; 0 leaves it out, and real images with it (x)
+    critic_gan_weight: float = 1e-2    # of telling real from fake, in the critic's update (x)
+
+    def __post_init__(self) -> None:
+        low, high = self.t_range
+        if self.critic_steps < 1 or not 0 <= low < high <= 1:
+            raise ValueError(f"critic_steps must be at least 1 and t_range an interval in [0, 1]; found {self.critic_steps}, {self.t_range}")
+        if self.gan_weight < 0 or self.critic_gan_weight < 0:
+            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, {self.critic_gan_weight}")
+
+
+class DMD2(Method):
+    Settings = Settings
+    data = ("prompts", "images", "samples")
+
+    def __init__(self, settings, roles, guidance, sampler) -> None:
+        super().__init__(settings, roles, guidance, sampler)
+        self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
+        self.discriminator = roles.get("discriminator")
+        self.matched, self.trained = discrete(levels(*settings.t_range)), discrete(levels())
+
+    @classmethod
+    def sources(cls, settings: Settings) -> tuple[str, ...]:
+        return ("images",) if settings.gan_weight else cls.data
+
+    @classmethod
+    def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")}
+        return needs | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
+
+    @classmethod
+    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+        return renoised(steps, schedule)
+
+    def updates(self) -> list[Update]:
+        s, two = self.settings, ("critic", "discriminator")
+        return [Update(("student",), self.student_loss),
+                Update(two if self.discriminator else two[:1], self.critic_loss, repeat=s.critic_steps,
+                       shares=s.critic_steps if s.share_rollout else 1)]
+
+    # -- losses, in the order of the algorithm -----------------------------------------------------------------------
+
+    def student_loss(self, batch: Batch, step: Step) -> Losses:
+        x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
+        step.kept["sample"] = x.detach()
+        t = self.matched(step.uniform("t"))
+        seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the critic
+        x_t = self.teacher.schedule.add_noise(seen, step.normal("noise", batch.shape), t)
+        with torch.no_grad():
+            real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
+        fake, logits = self.judged(x_t, t, batch)
+        losses = {"matching": distribution_matching(x, real, fake.x0.detach(), dmd(x.detach(), real)).mean()}
+        return losses if logits is None else losses | {"gan": self.settings.gan_weight * fool(logits).mean()}
+
+    def critic_loss(self, batch: Batch, step: Step) -> Losses:
+        x = self.sample(batch, step)
+        t, eps = self.trained(step.uniform("t")), step.normal("noise", batch.shape)
+        prediction, logits = self.judged(self.critic.schedule.add_noise(x, eps, t), t, batch)
+        losses = {"denoising": denoising(prediction, x, eps).mean()}
+        if logits is None:
+            return losses
+        t = self.trained(step.uniform("real t"))
+        real = self.critic.schedule.add_noise(batch.x0, step.normal("real noise", batch.shape), t)
+        told = tell_apart(self.discriminator(real, t, batch.cond), logits).mean()
+        return losses | {"discriminator": self.settings.critic_gan_weight * told}
+
+    # -- terms -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, step: Step) -> Tensor:
+        """The sample that the student was just trained on, where the batch is shared, or a new one."""
+        return step.kept["sample"] if "sample" in step.kept else rollout(self.sampler, self.student, batch.cond, step, batch.shape)
+
+    def judged(self, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Prediction, Tensor | None]:
+        """The critic's prediction and, of the same pass, the discriminator's logits."""
+        if self.discriminator is None:
+            return self.critic(x_t, t, batch.cond), None
+        return self.discriminator.with_prediction(x_t, t, batch.cond)
