@@ -64,9 +64,10 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
     """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work."""
     settings = recipe.method_settings()
     kind = load_method(recipe.method)
-    if recipe.data.kind not in kind.sources(settings):
-        raise recipe.refuse(f"data.{recipe.data.kind}", f"is given, but with these settings {recipe.method} needs "
-                            f"{' or '.join(kind.sources(settings))}")
+    try:
+        kind.check(settings, recipe.data.kind)
+    except ValueError as error:
+        raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {error}") from error
     needs = kind.needs(settings, recipe.student.lora is None)
     choices = _choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))

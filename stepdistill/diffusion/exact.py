@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from .contracts import Condition
-from .prediction import PARAMETERISATIONS, Prediction
+from .prediction import Prediction, truth
 from .schedule import Schedule, like
 
 
 def _as_kind(x0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Prediction:
-    a, b = PARAMETERISATIONS[kind](schedule, t)
-    return Prediction(like(a, x_t) * x0 + like(b, x_t) * eps, x_t, t, schedule, kind)
+    return Prediction(truth(x0, eps, t, schedule, kind), x_t, t, schedule, kind)
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,9 +115,8 @@ class Method(ABC):
         self.settings, self.roles, self.guidance, self.sampler = settings, roles, guidance, sampler
 
     @classmethod
-    def sources(cls, settings: Any) -> tuple[str, ...]:
-        """Those of `data` that these settings can train on."""
-        return cls.data
+    def check(cls, settings: Any, data: str) -> None:
+        """ValueError where these settings cannot train on this kind of `data`, saying what would be right."""
 
     @classmethod
     @abstractmethod

@@ -67,9 +67,35 @@ def test_only_the_roles_of_an_update_move(tmp_path):
         assert all(p.grad is None for module in t.roles.values() for p in module.parameters())
 
 
+class Sharing(ToyMethod):
+    """The student leaves what it saw; of the critic's three runs two share its batch."""
+
+    def updates(self):
+        self.seen = []
+        return [Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, repeat=3, shares=2)]
+
+    def student_loss(self, batch, step):
+        step.kept["x0"] = batch.x0
+        return super().student_loss(batch, step)
+
+    def critic_loss(self, batch, step):
+        noise = step.normal("target", (1,))
+        self.seen.append((step.repeat, "x0" in step.kept and torch.equal(step.kept["x0"], batch.x0), noise))
+        return super().critic_loss(batch, step)
+
+
+def test_updates_share_a_batch_and_what_was_kept_of_it(tmp_path):
+    t = trainer(tmp_path, method=Sharing, accumulate=2)
+    t.step(0)
+    seen = t.updates[1].loss.__self__.seen
+    assert [(repeat, shared) for repeat, shared, _ in seen] == [(0, True), (0, True), (1, True), (1, True), (2, False), (2, False)]
+    assert len({noise.flatten()[0].item() for *_, noise in seen}) == 6, "they share the batch, not the noise"
+    assert [asked[1:3] for asked in t.stream.asked] == [("student", 0)] * 6 + [("critic", 2)] * 2
+
+
 def test_an_update_is_adamw_on_clipped_gradients(tmp_path):
     t, mine = trainer(tmp_path, clip=0.01, weight_decay=0.1), toy_roles()
-    t.run(t.updates[1], 0, 0, logs := {})
+    t.run(t.updates[1], 0, 0, Shared("student", 0, [{}]), logs := {})
     batch = t.stream.batch(0, "student")
     losses = ToyMethod({}, mine, 1.0, 1).student_loss(batch, Step(5, 0, 0.0, "student", 0, batch.ids))
     sum(losses.values()).backward()
@@ -118,7 +144,7 @@ class SameWeightsTwice(ToyMethod):
 
 def test_bf16_gradients_survive_an_earlier_pass_without_gradients(tmp_path):
     t = trainer(tmp_path, method=SameWeightsTwice, precision="bf16")
-    t.run(t.updates[0], 0, 0, logs := {})
+    t.run(t.updates[0], 0, 0, Shared("student", 0, [{}]), logs := {})
     assert logs["grad_norm/student"] > 0
     assert all(p.dtype == torch.float32 for p in t.roles["student"].parameters())
 
