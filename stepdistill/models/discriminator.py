@@ -61,6 +61,15 @@ def _eager(network: nn.Module, name: str) -> nn.Module:
     return network.get_submodule(name)
 
 
+def chosen(shapes: Mapping[str, Shape], names: Sequence[str]) -> dict[str, Shape]:
+    """Of all features of a network those in `names`, in the order in which it runs. RequestError where there is no such one."""
+    if not names:
+        raise RequestError(f"a discriminator without features has no heads: name some of {', '.join(shapes)}")
+    if unknown := [name for name in names if name not in shapes]:
+        raise RequestError(f"a discriminator cannot read {', '.join(unknown)} of this network: its features are {', '.join(shapes)}")
+    return {name: shape for name, shape in shapes.items() if name in names}
+
+
 def head(shape: Shape) -> nn.Sequential:
     """Feature map (B, C, H, W) -> one logit a position, (B, 1, h, w) with h and w about LEAST for a map of this `shape`.
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RequestError
 from ..methods.base import Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, lora_config
 from .denoiser import Denoiser
-from .discriminator import Discriminator
+from .discriminator import Discriminator, Shape, chosen
 from .ema import Ema
 from .families import Family
 from .recompute import recomputed
@@ -36,9 +35,9 @@ class Full:
 
 @dataclass(frozen=True)
 class Places:
-    """A role as heads. features: the modules whose outputs they judge, the family's own choice unless given."""
+    """A role as heads on the outputs of these modules of a network."""
 
-    features: tuple[str, ...] | None = None
+    features: tuple[str, ...]
 
 
 Setting = Lora | Full | Places
@@ -48,15 +47,14 @@ class Roles(Mapping[str, Denoiser | Discriminator]):
     """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by `build_roles`.
 
     bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen teacher.
-    features: role -> the modules on whose outputs its heads lie. seed: of the heads' first values.
+    features: role -> the modules on whose outputs its heads lie, and their shapes. seed: of the heads' first values.
     """
 
     def __init__(self, family: Family, needs: Mapping[str, Need], told_w: frozenset[str], bank: AdapterBank | None,
-                 networks: Mapping[str, nn.Module], features: Mapping[str, tuple[str, ...]], seed: int) -> None:
+                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], seed: int) -> None:
         self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
         self._denoisers = {name: self._denoiser(name) for name in needs if name not in features}
-        self._discriminators = {name: Discriminator(self._denoisers[needs[name].of], {n: family.feature_shapes[n] for n in names}, seed)
-                                for name, names in features.items()}
+        self._discriminators = {name: Discriminator(self._denoisers[needs[name].of], shapes, seed) for name, shapes in features.items()}
         self._modules = self.networks | self._discriminators
         self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
@@ -144,7 +142,8 @@ class Roles(Mapping[str, Denoiser | Discriminator]):
 def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting], *, told_w: tuple[str, ...] = (),
                 gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
-    trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads -> Places.
+    trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
+    Places, the family's own unless given.
 
     told_w: roles that read the guidance scale cond.w, and with them their followers; the layer that reads it starts at
     zero. Every role equals its start at first. seed: of the first values of adapters and heads. ValueError for needs and
@@ -160,7 +159,8 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     bank = AdapterBank(family.network, configs, seed) if configs else None
     if bank is not None and (readers := [name for name in configs if name in told]):
         bank.add_linear(family.w_path, readers, *family.w_features)
-    features = {name: _places(family, settings.get(name, Places())) for name, need in needs.items() if isinstance(need, Heads)}
+    features = {name: chosen(family.feature_shapes, settings.get(name, Places(family.default_features)).features)
+                for name, need in needs.items() if isinstance(need, Heads)}
     roles = Roles(family, needs, told, bank, networks, features, seed)
     for name, need in needs.items():
         _start(roles, name, need)
@@ -195,17 +195,6 @@ def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting], told_w: t
     if "critic" in needs and "student" not in needs:
         raise ValueError(f"a critic follows the samples of a student, and these needs have none: {', '.join(needs)}. "
                          "Call the role that is sampled `student`")
-
-
-def _places(family: Family, setting: Places) -> tuple[str, ...]:
-    """Those of the setting, in the order in which the network runs."""
-    asked = family.default_features if setting.features is None else setting.features
-    if unknown := [name for name in asked if name not in family.feature_shapes]:
-        raise RequestError(f"a discriminator cannot read {', '.join(unknown)} of this {type(family.network).__name__}; "
-                           f"its features are {', '.join(family.feature_shapes)}")
-    if not asked:
-        raise RequestError("a discriminator without features has no heads: name some, or leave `features` out for the usual ones")
-    return tuple(name for name in family.feature_shapes if name in asked)
 
 
 def _leader(name: str, needs: Mapping[str, Need]) -> str:
