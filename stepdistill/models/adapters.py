@@ -114,7 +114,7 @@ class AdapterBank:
                 parameter.requires_grad_(True)
                 if ".lora_A." in path:
                     generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / self.configs[name].r)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / self.configs[name].r)
 
     def add_linear(self, path: str, names: Sequence[str], in_features: int, out_features: int) -> None:
         """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of those adapters."""

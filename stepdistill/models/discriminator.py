@@ -104,7 +104,7 @@ class Discriminator(nn.Module):
         for path, parameter in self.heads.named_parameters():
             if parameter.ndim > 1:
                 generator = torch.Generator().manual_seed(key(seed, "head", path))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / sqrt(parameter[0].numel()))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
             elif path.endswith("bias"):
                 parameter.zero_()
 
