@@ -31,7 +31,7 @@ from .models.families import load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import Watch
-from .work import dataset, make, middle, open_run, prompts
+from .work import dataset, make, middle, open_run, prompts, rates
 
 __all__ = ["bench", "export", "load", "sample", "train"]
 
@@ -53,8 +53,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     watch = Watch(work, run, prompts(work))
-    trainer = Trainer(work.method, work.roles, stream, TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"})), run,
-                      [watch])
+    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
+    trainer = Trainer(work.method, work.roles, stream, config, run, [watch])
     if not resume:
         runs.begin(run, _pinned(recipe), device)
     trainer.train(resume)

@@ -3,25 +3,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import resources
 from .diffusion.contracts import Batch, Condition
 from .diffusion.draws import Step
 from .diffusion.prediction import Prediction
+from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule, VariancePreserving
 from .errors import RequestError
+from .export import stock_scheduler
 from .methods import load_method
-from .methods.base import Follows, Frozen, Need, Trained
+from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
+from .models.discriminator import Shape, chosen, head, tap
 from .models.families import FAMILIES
-from .models.families.unet2d_condition import LCM_TARGETS
-from .recipe import Recipe, RoleChoice
+from .models.families.unet2d_condition import DEFAULT_FEATURES, LCM_TARGETS, feature_shapes
+from .recipe import Critic, Recipe, RoleChoice
+from .work import choices, sampler_of
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -37,11 +42,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     needs = load_method(recipe.method).needs(settings, recipe.student.lora is None)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
+    choices(recipe, needs)
     parts = _parts(source, recipe.revision)
     roles = _roles(recipe, needs, parts)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
-    passes = _passes(recipe, settings, needs, parts)
+    passes = _passes(recipe, settings, needs, parts, _scheduler(source, recipe.revision))
     activations = _activations(recipe, parts["unet"], parts["text_encoder"])
     return {"roles": roles, "bytes": weights, "peak": LIBRARIES + weights + trained * (GRADIENT + ADAM) + activations,
             "passes": passes, "disk": _disk(recipe, roles, parts), "downloads": _downloads(source, recipe.revision, roles)}
@@ -50,7 +56,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 # -- networks without weights ----------------------------------------------------------------------------------------------
 
 def _parts(source: str, revision: str | None) -> dict[str, nn.Module]:
-    """The pipeline's networks by name, and its scheduler's config under "scheduler"."""
+    """The pipeline's networks by name."""
     try:
         index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -73,6 +79,14 @@ def _network(source: str, revision: str | None, name: str, library: str, kind: s
         return cls(cls.config_class.from_pretrained(source, subfolder=name, revision=revision))
 
 
+def _scheduler(source: str, revision: str | None) -> diffusers.SchedulerMixin:
+    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    if "scheduler" not in index:
+        raise RequestError(f"{source} is no whole pipeline: its model_index.json names no scheduler")
+    _, kind = index["scheduler"]
+    return getattr(diffusers, kind).from_pretrained(source, subfolder="scheduler", revision=revision)
+
+
 def _size(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -84,7 +98,11 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], parts: Mapping[str, nn.Mod
     rows = {"teacher": _row(_size(parts["unet"]), 0, base)}
     rows |= {name: _row(_size(part), 0, base) for name, part in parts.items() if name != "unet"}
     for name, need in needs.items():
-        if not isinstance(need, Frozen):
+        if isinstance(need, Heads):
+            with torch.device("meta"):
+                count = sum(_size(head(shape)) for shape in _features(recipe, parts["unet"]).values())
+            rows[name] = _row(count, count, FLOAT)
+        elif not isinstance(need, Frozen):
             count = _count(parts["unet"], _choice(recipe, needs, name))
             rows[name] = _row(count, count if isinstance(need, Trained) else 0, FLOAT)
     return rows
@@ -94,14 +112,20 @@ def _row(parameters: int, trained: int, width: int) -> dict[str, int]:
     return {"parameters": parameters, "trained": trained, "bytes": parameters * width}
 
 
-def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice:
+def _features(recipe: Recipe, network: nn.Module) -> dict[str, Shape]:
+    """The modules that a discriminator reads, and the shapes of what they return."""
+    said = None if recipe.discriminator is None else recipe.discriminator.features
+    return chosen(feature_shapes(network), DEFAULT_FEATURES if said is None else said)
+
+
+def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice | Critic:
     need = needs[name]
     if isinstance(need, Follows):
         return _choice(recipe, needs, need.leader)
     return recipe.critic if name == "critic" and recipe.critic is not None else recipe.student
 
 
-def _count(network: nn.Module, choice: RoleChoice) -> int:
+def _count(network: nn.Module, choice: RoleChoice | Critic) -> int:
     """Parameters of an adapter, or of a copy."""
     if choice.lora is None:
         return _size(network)
@@ -120,31 +144,112 @@ def _rows_and_columns(layer: nn.Module) -> int:
 # -- passes ----------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class _Counter:
+class _Tally:
+    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    trains: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    def add(self, role: str, x_t: Tensor, share: float = 1.0) -> bool:
+        """Counts this share of a pass of x_t (B, ...) through a role's network. Returns whether gradients go back through it."""
+        back = torch.is_grad_enabled() and (role in self.trains or x_t.requires_grad)
+        self.forward += self.weight * share * len(x_t)
+        self.backward += self.weight * share * len(x_t) * back
+        return back
+
+
+@dataclass(frozen=True)
+class _Counted:
     """A role that predicts zeros and counts who asks."""
 
+    name: str
     schedule: Schedule
-    forward: list[int] = field(default_factory=lambda: [0])
-    backward: list[int] = field(default_factory=lambda: [0])
+    tally: _Tally
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        self.forward[0] += len(x_t)
-        self.backward[0] += len(x_t) if torch.is_grad_enabled() else 0
-        return Prediction(torch.zeros_like(x_t, requires_grad=torch.is_grad_enabled()), x_t, t, self.schedule, "eps")
+        back = self.tally.add(self.name, x_t)
+        return Prediction(torch.zeros_like(x_t, requires_grad=back), x_t, t, self.schedule, "eps")
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], parts: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Network evaluations a sample and step, by running the method's own losses on roles that count."""
-    counter = _Counter(VariancePreserving.of(torch.linspace(0.999, 0.005, 1000)))
-    method = load_method(recipe.method)(settings, dict.fromkeys(needs, counter), recipe.guidance, recipe.steps)
+@dataclass(frozen=True)
+class _CountedHeads:
+    """Heads on the features of a role that counts; share: how far through the network the last of them lies."""
+
+    role: _Counted
+    share: float
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        return torch.zeros(len(x_t), 1, requires_grad=self.role.tally.add(self.role.name, x_t, self.share))
+
+    def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
+        return self.role(x_t, t, cond), torch.zeros(len(x_t), 1)
+
+
+@dataclass(frozen=True)
+class _Moment(Step):
+    """A step whose shared draws, such as the exit of a rollout, all fall on `at`."""
+
+    at: float = 0.5
+
+    def shared(self, name: str) -> float:
+        return self.at
+
+
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], parts: Mapping[str, nn.Module],
+            teacher: diffusers.SchedulerMixin) -> dict[str, float]:
+    """Network evaluations a sample and step, by running the method's own losses on roles that count.
+
+    They are a mean over the exits of the student's rollouts. A pass that ends at a discriminator's last feature counts as
+    its share of a whole pass's arithmetic.
+    """
+    schedule, tally = VariancePreserving.of(teacher.alphas_cumprod), _Tally()
+    roles: dict[str, Any] = {name: _Counted(name, schedule, tally) for name, need in needs.items() if not isinstance(need, Heads)}
+    share = _share(parts["unet"], parts["text_encoder"], recipe) if len(roles) < len(needs) else 0.0
+    roles |= {name: _CountedHeads(roles[need.of], share) for name, need in needs.items() if isinstance(need, Heads)}
+    method = load_method(recipe.method)(settings, roles, recipe.guidance, _sampler(recipe, settings, teacher, schedule))
     shape, ids = (parts["unet"].config.in_channels, 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
-    batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), torch.zeros(2, *shape))
-    for update in method.updates():
-        for repeat in range(update.repeat):
-            update.loss(batch, Step(0, 0, 0.0, update.name, repeat, ids))
-    return {"forward": counter.forward[0] // 2, "backward": counter.backward[0] // 2, "batch": recipe.data.batch,
+    x0 = None if recipe.data.kind == "prompts" else torch.zeros(2, *shape)
+    batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), x0, shape)
+    for exit in range(recipe.steps):
+        _count_step(method, batch, tally, (exit + 0.5) / recipe.steps, recipe.steps)
+    return {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": recipe.data.batch,
             "updates": recipe.train.updates}
+
+
+def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int) -> None:
+    """One training step as one `of` so many, with batches shared as training shares them."""
+    kept: dict[str, Any] = {}
+    for update in method.updates():
+        tally.trains, tally.weight = update.trains, 1 / (len(batch) * of * update.every)
+        for repeat in range(update.repeat):
+            kept = kept if repeat < update.shares else {}
+            update.loss(batch, _Moment(0, 0, 0.0, update.name, repeat, batch.ids, kept=kept, at=at))
+
+
+def _short(count: float) -> float:
+    """To three digits after the point, none where it is whole."""
+    return int(near) if (near := round(count, 3)).is_integer() else near
+
+
+def _sampler(recipe: Recipe, settings: Any, teacher: diffusers.SchedulerMixin, schedule: Schedule) -> Sampler:
+    try:
+        inference = load_method(recipe.method).inference(settings, recipe.steps, "vp", recipe.guidance)
+        return sampler_of(stock_scheduler(inference.scheduler, inference.config, teacher), recipe.steps, schedule, inference.call)
+    except ValueError as error:
+        raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
+
+
+def _share(network: nn.Module, text: nn.Module, recipe: Recipe) -> float:
+    """Of the arithmetic of a whole pass, what one takes that ends after the discriminator's last feature."""
+    inputs, counts = _inputs(network, text, 1, torch.float32), []
+    for names, leave in (((), False), (tuple(_features(recipe, network)), True)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, tap(network, names, leave):
+            network(**inputs)
+        counts.append(counter.get_total_flops())
+    return counts[1] / counts[0]
 
 
 def _activations(recipe: Recipe, network: nn.Module, text: nn.Module) -> int:

@@ -26,7 +26,7 @@ Path_ = tuple[str | int, ...]          # an entry's place in the recipe: ("train
 def _full_or_lora(value: Any) -> Any:
     if value == "full":
         return {"lora": None}
-    if isinstance(value, RoleChoice) or isinstance(value, Mapping) and value:
+    if isinstance(value, RoleChoice | Critic) or isinstance(value, Mapping) and value:
         return value
     raise ValueError("should be full, or {lora: {rank: 32}}")
 
@@ -62,6 +62,18 @@ class RoleChoice(Strict):
     """lora None: all weights are trained."""
 
     lora: Lora | None
+
+
+class Critic(Strict):
+    """As the student's; all weights with a rate of their own are {lora: null, lr: 1e-5}."""
+
+    lora: Lora | None
+    lr: float | None = Field(None, gt=0)         # None: train.lr
+
+
+class Discriminator(Strict):
+    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; None: the family's own choice
+    lr: float | None = Field(None, gt=0)         # None: train.lr
 
 
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(_prompts)]
@@ -122,7 +134,8 @@ class Recipe(Strict):
     teacher: str                                 # a folder, a Hub id, a single .safetensors file
     revision: str | None = None                  # of a Hub id
     student: Choice = RoleChoice(lora=Lora())
-    critic: Choice | None = None
+    critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # None: as the student
+    discriminator: Discriminator | None = None
     guidance: Annotated[float | tuple[float, float], PlainValidator(_guidance)] = 1.0
     steps: int = Field(4, ge=1)                  # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass
@@ -171,7 +184,7 @@ class Recipe(Strict):
         """Every entry in plain types, those left to their defaults too; paths hold from anywhere."""
         plain = _plain(self.model_dump()) | {"settings": _plain(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
-            if plain[role] == {"lora": None}:
+            if plain[role] in ({"lora": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
         plain["teacher"] = resources.portable(self.teacher)
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]

@@ -19,15 +19,16 @@ from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.sampler import Sampler
+from .diffusion.schedule import Schedule
 from .diffusion.solvers import SOLVERS
 from .errors import RequestError
 from .evaluation.plans import Target
 from .export import stock_scheduler
-from .methods import load_method
-from .methods.base import Follows, Inference, Method, Need, Trained
+from .methods import METHODS, load_method
+from .methods.base import Follows, Heads, Inference, Method, Need, Trained
 from .models.families import Family, load_teacher
-from .models.roles import Full, Lora, Roles, build_roles
-from .recipe import Recipe, RoleChoice
+from .models.roles import Full, Lora, Places, Roles, Setting, build_roles
+from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
 
 
@@ -69,23 +70,35 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
     except ValueError as error:
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {error}") from error
     needs = kind.needs(settings, recipe.student.lora is None)
-    choices = _choices(recipe, needs)
+    said = choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
     inference, sampler = _inference(recipe, kind, settings, family)
-    roles = _roles(recipe, family, needs, choices).to(device)
+    roles = _roles(recipe, family, needs, said).to(device)
     return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device)
 
 
-def _choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Lora | Full]:
-    """How each role that the recipe speaks of is trained."""
-    trained = [name for name, need in needs.items() if isinstance(need, Trained)]
-    if recipe.critic is not None and "critic" not in trained:
-        raise recipe.refuse("critic", f"is given, but {recipe.method} trains no critic; it trains {', '.join(trained)}")
-    said = {"student": recipe.student} | ({"critic": recipe.critic} if recipe.critic is not None else {})
-    return {name: _choice(choice) for name, choice in said.items()}
+def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
+    """How each role that the recipe speaks of is trained. RequestError for one that the method does not train."""
+    trained = [name for name, need in needs.items() if isinstance(need, Trained | Heads)]
+    for name in ("critic", "discriminator"):
+        if vars(recipe)[name] is not None and name not in trained:
+            when = "with these settings " if name in METHODS[recipe.method].needs else ""
+            raise recipe.refuse(name, f"is given, but {when}{recipe.method} trains no {name}; it trains {', '.join(trained)}")
+    said: dict[str, Setting] = {"student": _choice(recipe.student)}
+    if recipe.critic is not None:
+        said["critic"] = _choice(recipe.critic)
+    if recipe.discriminator is not None and recipe.discriminator.features is not None:
+        said["discriminator"] = Places(tuple(recipe.discriminator.features))
+    return said
 
 
-def _choice(choice: RoleChoice) -> Lora | Full:
+def rates(recipe: Recipe) -> dict[str, float]:
+    """Role -> its learning rate, of those that have one of their own."""
+    own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
+    return {name: said.lr for name, said in own.items() if said is not None and said.lr is not None}
+
+
+def _choice(choice: RoleChoice | Critic) -> Lora | Full:
     if choice.lora is None:
         return Full()
     targets = choice.lora.targets
@@ -96,21 +109,21 @@ def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family
     try:
         inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, _sampler(scheduler, recipe.steps, family, inference.call)
+        return inference, sampler_of(scheduler, recipe.steps, family.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
-def _sampler(scheduler: SchedulerMixin, steps: int, family: Family, call: Mapping[str, Any]) -> Sampler:
+def sampler_of(scheduler: SchedulerMixin, steps: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
     """The sampler of a pipeline call. ValueError where the scheduler does not serve that many steps."""
-    return Sampler.of(scheduler, steps, family.schedule, **{name: call[name] for name in ("timesteps", "sigmas") if name in call})
+    return Sampler.of(scheduler, steps, schedule, **{name: call[name] for name in ("timesteps", "sigmas") if name in call})
 
 
-def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], choices: Mapping[str, Lora | Full]) -> Roles:
+def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting]) -> Roles:
     told = tuple(name for name, need in needs.items() if isinstance(need, Trained) and need.told_w)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
-    return build_roles(family, needs, choices, told_w=told, gradient_checkpointing=recipe.train.gradient_checkpointing,
+    return build_roles(family, needs, said, told_w=told, gradient_checkpointing=recipe.train.gradient_checkpointing,
                        seed=recipe.train.seed)
 
 

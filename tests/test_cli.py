@@ -160,7 +160,7 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
 
 def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tmp_path):
     """859,520,964 parameters of SD 1.5's UNet; LCM-LoRA of rank 64 ships as 67 million (135 MB in fp16)."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
     folder = tmp_path / "sd15"
     import torch
@@ -171,7 +171,8 @@ def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tm
     CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12).save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps({
         "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"]}))
+        "text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "PNDMScheduler"]}))
+    PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).save_config(folder / "scheduler")
     done = stepdistill("plan", recipe, "--json", "--set", f"teacher={folder}", "--set", "student={lora: {rank: 64}}")
     roles = json.loads(done.stdout)["roles"]
     assert roles["teacher"]["parameters"] == 859_520_964

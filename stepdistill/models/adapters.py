@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,10 +18,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.draws import key
 from ..errors import RequestError
+from .recompute import recomputed
 
 
 def lora_config(rank: int, targets: Sequence[str], alpha: float | None = None) -> LoraConfig:
@@ -115,7 +114,7 @@ class AdapterBank:
                 parameter.requires_grad_(True)
                 if ".lora_A." in path:
                     generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / self.configs[name].r)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / self.configs[name].r)
 
     def add_linear(self, path: str, names: Sequence[str], in_features: int, out_features: int) -> None:
         """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of those adapters."""
@@ -138,7 +137,7 @@ class AdapterBank:
     def checkpoint(self, module: nn.Module, *args):
         """For `network.enable_gradient_checkpointing(bank.checkpoint)`: recomputes under the forward's adapter."""
         name = self.active
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(name)))
+        return recomputed(module, *args, again=lambda: self.use(name))
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Float32, in a fixed order."""

@@ -1,4 +1,4 @@
-"""The roles that a method needs, made from one teacher: adapters on its network, or networks of their own."""
+"""The roles that a method needs, made from one teacher: adapters on its network, networks of their own, and heads on them."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import Follows, Frozen, Need, Trained
+from ..methods.base import Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, lora_config
 from .denoiser import Denoiser
+from .discriminator import Discriminator, Shape, chosen
 from .ema import Ema
 from .families import Family
+from .recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,29 @@ class Full:
     """A role as a float32 network of its own."""
 
 
-Setting = Lora | Full
+@dataclass(frozen=True)
+class Places:
+    """A role as heads on the outputs of these modules of a network."""
+
+    features: tuple[str, ...]
 
 
-class Roles(Mapping[str, Denoiser]):
-    """roles["student"](x_t, t, cond) -> Prediction. Made by `build_roles`.
+Setting = Lora | Full | Places
+
+
+class Roles(Mapping[str, Denoiser | Discriminator]):
+    """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by `build_roles`.
 
     bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen teacher.
+    features: role -> the modules on whose outputs its heads lie, and their shapes. seed: of the heads' first values.
     """
 
     def __init__(self, family: Family, needs: Mapping[str, Need], told_w: frozenset[str], bank: AdapterBank | None,
-                 networks: Mapping[str, nn.Module]) -> None:
+                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], seed: int) -> None:
         self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
-        self._denoisers = {name: self._denoiser(name) for name in needs}
+        self._denoisers = {name: self._denoiser(name) for name in needs if name not in features}
+        self._discriminators = {name: Discriminator(self._denoisers[needs[name].of], shapes, seed) for name, shapes in features.items()}
+        self._modules = self.networks | self._discriminators
         self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
 
@@ -53,18 +65,18 @@ class Roles(Mapping[str, Denoiser]):
         context = nullcontext if self.bank is None else partial(self.bank.use, name if self.is_lora(name) else None)
         return Denoiser(self.family, self.family.network, context, name in self.told_w)
 
-    def __getitem__(self, name: str) -> Denoiser:
-        return self._denoisers[name]
+    def __getitem__(self, name: str) -> Denoiser | Discriminator:
+        return self._discriminators[name] if name in self._discriminators else self._denoisers[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._denoisers)
+        return iter(self.needs)
 
     def __len__(self) -> int:
-        return len(self._denoisers)
+        return len(self.needs)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._denoisers)
+        return tuple(self.needs)
 
     def is_lora(self, name: str) -> bool:
         return self.bank is not None and name in self.bank.configs
@@ -73,14 +85,14 @@ class Roles(Mapping[str, Denoiser]):
         """Float32, in a fixed order; none for the teacher."""
         if self.is_lora(name):
             return self.bank.parameters_of(name)
-        return list(self.networks[name].parameters()) if name in self.networks else []
+        return list(self._modules[name].parameters()) if name in self._modules else []
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint holds of a role: its adapter or its network (with the layer that reads w, if it has one), or
-        nothing for the teacher. The tensors are the living ones."""
+        """What a checkpoint holds of a role: its adapter or its network (with the layer that reads w, if it has one), its
+        heads, or nothing for the teacher. The tensors are the living ones."""
         if self.is_lora(name):
             return self.bank.state_dict(name)
-        return dict(self.networks[name].state_dict()) if name in self.networks else {}
+        return dict(self._modules[name].state_dict()) if name in self._modules else {}
 
     def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> None:
         """ValueError unless the names and shapes are exactly the role's."""
@@ -92,8 +104,8 @@ class Roles(Mapping[str, Denoiser]):
         if wrong:
             raise ValueError(f"these are not the weights of role {name!r}: {len(wrong)} of {len(own)} tensors are missing, "
                              f"unknown or of another shape, the first is {wrong[0]}")
-        if name in self.networks:
-            self.networks[name].load_state_dict(state)
+        if name in self._modules:
+            self._modules[name].load_state_dict(state)
 
     def follow(self, leader: str) -> None:
         """After an update of `leader`: steps the roles that follow it, and those that follow them."""
@@ -105,8 +117,8 @@ class Roles(Mapping[str, Denoiser]):
     def to(self, device: torch.device | str) -> Roles:
         """Moves the family and every role; parameters stay the same objects."""
         self.family.to(device)
-        for network in self.networks.values():
-            network.to(device)
+        for module in self._modules.values():
+            module.to(device)
         return self
 
     def network(self, name: str) -> nn.Module:
@@ -130,15 +142,15 @@ class Roles(Mapping[str, Denoiser]):
 def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting], *, told_w: tuple[str, ...] = (),
                 gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
-    trained role that is not in `settings` what its `start` is.
+    trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
+    Places, the family's own unless given.
 
     told_w: roles that read the guidance scale cond.w, and with them their followers; the layer that reads it starts at
-    zero. Every role equals its start at first. seed: of the adapters' first values.
+    zero. Every role equals its start at first. seed: of the first values of adapters and heads. ValueError for needs and
+    settings that do not go together, RequestError for LoRA targets and features that the network has not.
     """
-    trained = [name for name, need in needs.items() if isinstance(need, Trained)]
-    if unknown := sorted({*settings, *told_w} - set(trained)):
-        raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains {', '.join(trained)}")
-    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, Frozen)}
+    _check(needs, settings, told_w)
+    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, Frozen | Heads)}
     told = frozenset(name for name in made if _leader(name, needs) in told_w)
     networks = {name: family.fresh_network(family.network.state_dict(), name in told)
                 for name, setting in made.items() if isinstance(setting, Full)}
@@ -147,12 +159,14 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     bank = AdapterBank(family.network, configs, seed) if configs else None
     if bank is not None and (readers := [name for name in configs if name in told]):
         bank.add_linear(family.w_path, readers, *family.w_features)
-    roles = Roles(family, needs, told, bank, networks)
+    features = {name: chosen(family.feature_shapes, settings.get(name, Places(family.default_features)).features)
+                for name, need in needs.items() if isinstance(need, Heads)}
+    roles = Roles(family, needs, told, bank, networks, features, seed)
     for name, need in needs.items():
         _start(roles, name, need)
     if gradient_checkpointing:
         for network in networks.values():
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(recomputed)
         if bank is not None:
             bank.network.enable_gradient_checkpointing(bank.checkpoint)
     return roles
@@ -164,14 +178,30 @@ def _start(roles: Roles, name: str, need: Need) -> None:
     if start is not None and roles.state_dict(start):
         roles.load_state_dict(name, roles.state_dict(start))
     for parameter in roles.parameters(name):
-        parameter.requires_grad_(isinstance(need, Trained))
+        parameter.requires_grad_(isinstance(need, Trained | Heads))
+
+
+def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting], told_w: tuple[str, ...]) -> None:
+    heads = {name: need for name, need in needs.items() if isinstance(need, Heads)}
+    trained = [name for name, need in needs.items() if isinstance(need, Trained)]
+    if unknown := sorted({*settings} - {*trained, *heads} | {*told_w} - {*trained}):
+        raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains {', '.join((*trained, *heads))}")
+    if wrong := [name for name, setting in settings.items() if isinstance(setting, Places) != (name in heads)]:
+        raise ValueError(f"{', '.join(wrong)}: heads are made at Places, networks as Lora or Full; found {settings[wrong[0]]}")
+    for name, need in heads.items():
+        if need.of not in needs or need.of in heads:
+            networks = ", ".join(role for role in needs if role not in heads)
+            raise ValueError(f"role {name!r} judges features of {need.of!r}, which is no network: {networks} are")
+    if "critic" in needs and "student" not in needs:
+        raise ValueError(f"a critic follows the samples of a student, and these needs have none: {', '.join(needs)}. "
+                         "Call the role that is sampled `student`")
 
 
 def _leader(name: str, needs: Mapping[str, Need]) -> str:
     """The trained role at the head of a line of followers."""
     seen = [name]
     while isinstance(need := needs[seen[-1]], Follows):
-        if need.leader not in needs or need.leader in seen:
+        if need.leader not in needs or need.leader in seen or isinstance(needs[need.leader], Heads):
             raise ValueError(f"role {seen[-1]!r} follows {need.leader!r}, which is no role that can lead it: {', '.join(needs)}")
         seen.append(need.leader)
     return seen[-1]
@@ -182,6 +212,8 @@ def _setting(name: str, needs: Mapping[str, Need], settings: Mapping[str, Settin
     need = needs[name]
     if name in settings:
         return settings[name]
-    if not isinstance(need, Trained) or need.start not in needs or isinstance(needs[need.start], Frozen):
+    like = need.start if isinstance(need, Trained) else name
+    like = "student" if isinstance(needs.get(like), Frozen) and like != name else like
+    if like == name or like not in needs:
         raise ValueError(f"role {name!r} is trained, but nothing says how: settings has {', '.join(settings) or 'no role'}")
-    return _setting(need.start, needs, settings)
+    return _setting(like, needs, settings)

@@ -62,6 +62,8 @@ class Trainer:
         trained = dict.fromkeys(role for update in self.updates for role in update.trains)
         if unknown := trained.keys() - set(roles.names):
             raise ValueError(f"updates train {sorted(unknown)}, but the roles are {sorted(roles.names)}")
+        if unknown := config.rates.keys() - trained:
+            raise ValueError(f"{sorted(unknown)} have learning rates, but the updates train {sorted(trained)}")
         self.optimizers = {role: RoleOptimizer(roles.parameters(role), config) for role in trained}
         frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, Frozen)}
         self.saved = [role for role in roles.names if role not in frozen]
@@ -112,7 +114,7 @@ class Trainer:
             for name, value in losses.items():
                 _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
         for role in update.trains:
-            norm = self.optimizers[role].step(learning_rate(self.config, index))
+            norm = self.optimizers[role].step(learning_rate(self.config, index, role))
             _mean(logs, f"grad_norm/{role}", norm, update.repeat)
             self.roles.follow(role)
 
@@ -145,7 +147,8 @@ class Trainer:
     def finish(self, step: int, logs: dict[str, Tensor], tracker: Tracker, interrupted: Callable[[], bool]) -> None:
         """Logs, saves and tells what is due after this step, counted from 1."""
         config = self.config
-        tracker.add(step, learning_rate(config, step - 1), logs, self.images)
+        rates = {"lr": learning_rate(config, step - 1)} | {f"lr/{role}": learning_rate(config, step - 1, role) for role in config.rates}
+        tracker.add(step, rates, logs, self.images)
         self.images = 0
         last = step == config.updates
         logging, saving = last or due(step, config.log_every), last or due(step, config.checkpoint_every)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import cos, inf, pi
 from typing import Literal
 
@@ -20,6 +20,7 @@ class TrainConfig:
 
     updates: int                            # training steps: each runs every update that is due
     lr: float = 1e-4
+    rates: Mapping[str, float] = field(default_factory=dict)    # role -> its own lr, with the same warm-up and decay
     warmup: int = 0                         # steps over which the learning rate rises linearly
     decay: Literal["constant", "cosine"] = "constant"    # after the warm-up; cosine falls to 0 at the last step
     betas: tuple[float, float] = (0.9, 0.999)
@@ -35,18 +36,19 @@ class TrainConfig:
         for name in ("updates", "accumulate", "log_every", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1; found {value}")
-        if self.lr <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
+        if min(self.lr, *self.rates.values()) <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; found "
-                             f"{self.lr}, {self.clip}, {self.warmup}, {self.weight_decay}")
+                             f"{(self.lr, *self.rates.values())}, {self.clip}, {self.warmup}, {self.weight_decay}")
 
 
-def learning_rate(config: TrainConfig, index: int) -> float:
-    """Of the training step with this index, from 0."""
+def learning_rate(config: TrainConfig, index: int, role: str | None = None) -> float:
+    """Of the training step with this index, from 0, and of a role that may have a rate of its own."""
+    lr = config.lr if role is None else config.rates.get(role, config.lr)
     if index < config.warmup:
-        return config.lr * (index + 1) / config.warmup
+        return lr * (index + 1) / config.warmup
     if config.decay == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + cos(pi * (index - config.warmup) / max(1, config.updates - config.warmup)))
+        return lr
+    return lr * 0.5 * (1 + cos(pi * (index - config.warmup) / max(1, config.updates - config.warmup)))
 
 
 class RoleOptimizer:

@@ -53,7 +53,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, device: torch.device, total: int, done: int) -> None:
         self.run_dir, self.device = run_dir, device
-        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.pending: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
         self.main = parallel.rank() == 0
         self.images, self.paused, self.seconds, self.drawn = 0, 0.0, 0.0, 0.0
         self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
@@ -78,9 +78,10 @@ class Tracker:
         if self.main:
             self.board.close()
 
-    def add(self, step: int, lr: float, values: dict[str, Tensor], images: int) -> None:
-        """After step number `step`, from 1: its losses and norms, () each, and the images that it used on all ranks."""
-        self.pending.append((step, lr, values))
+    def add(self, step: int, rates: dict[str, float], values: dict[str, Tensor], images: int) -> None:
+        """After step number `step`, from 1: its learning rates, its losses and norms, () each, and the images that it used
+        on all ranks."""
+        self.pending.append((step, rates, values))
         self.images += images
         self.bar.update(self.task, completed=step)
         if time.perf_counter() - self.drawn > REFRESH:
@@ -92,7 +93,7 @@ class Tracker:
         flat = torch.stack([value.detach().float() for _, _, values in self.pending for value in values.values()])
         parallel.all_reduce_mean_([flat])
         numbers = iter(flat.tolist())
-        rows = [{"step": step} | {name: _short(next(numbers)) for name in values} | {"lr": lr} for step, lr, values in self.pending]
+        rows = [{"step": step} | {name: _short(next(numbers)) for name in values} | rates for step, rates, values in self.pending]
         seconds = time.perf_counter() - self.since - self.paused
         finite = list(takewhile(lambda row: all(map(math.isfinite, row.values())), rows))
         if self.main and finite:
@@ -127,7 +128,7 @@ class Tracker:
             if name != "step":
                 self.board.add_scalar(name, value, last["step"])
         losses = " ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in last.items()
-                          if "/" in name and not name.startswith("grad_norm/"))
+                          if "/" in name and not name.startswith(("grad_norm/", "lr/")))
         self.bar.update(self.task, figures=f"{losses}  {rate:.1f} images/s  {held / 2**30:.2f} GiB")
 
 

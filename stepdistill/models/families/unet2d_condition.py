@@ -19,6 +19,7 @@ W_WIDTH = 256                                      # of LCM's embedding of w
 # The layers that LCM-LoRA adapts (arXiv:2311.05556): attention, feed-forward, convolutions and the way in of time.
 LCM_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
                "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+DEFAULT_FEATURES = ("mid_block",)                  # where DMD2 (arXiv:2405.14867) puts its head
 
 
 def w_embedding(w: Tensor, width: int = W_WIDTH) -> Tensor:
@@ -32,6 +33,18 @@ def w_embedding(w: Tensor, width: int = W_WIDTH) -> Tensor:
     frequencies = (torch.arange(half) * -(torch.tensor(10000.0).log() / (half - 1))).exp()
     angles = told[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(w.device)
+
+
+def feature_shapes(network: UNet2DConditionModel) -> dict[str, tuple[int, int, int]]:
+    """Its blocks in the order in which they run -> (C, H, W) of their outputs, for latents of the network's own size."""
+    widths, size = network.config.block_out_channels, network.config.sample_size
+    sizes = [(size, size) if isinstance(size, int) else tuple(size)]
+    for _ in widths[1:]:
+        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
+    last = len(widths) - 1
+    down = {f"down_blocks.{i}": (width, *sizes[min(i + 1, last)]) for i, width in enumerate(widths)}
+    up = {f"up_blocks.{i}": (width, *sizes[max(last - i - 1, 0)]) for i, width in enumerate(reversed(widths))}
+    return {**down, "mid_block": (widths[-1], *sizes[-1]), **up}
 
 
 def load(source: str, class_name: str, revision: str | None, dtype: torch.dtype) -> UNet2DCondition:
@@ -70,6 +83,7 @@ class UNet2DCondition:
         size = self.network.config.sample_size
         self.latent_shape = (self.network.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.default_targets = matching(self.network, LCM_TARGETS)
+        self.feature_shapes, self.default_features = feature_shapes(self.network), DEFAULT_FEATURES
         self.w_features = (W_WIDTH, self.network.time_embedding.linear_1.in_features)
         self._pipeline, self._parts, self._null = pipeline, dict(parts), None
         self.codec = pipeline.vae.eval().requires_grad_(False)
@@ -133,6 +147,10 @@ class UNet2DCondition:
         told = self.told_time(t).to(x_t.device, torch.float32)
         return network(x_t.to(dtype), told, cond.text.to(dtype), timestep_cond=w, added_cond_kwargs=added,
                        return_dict=False)[0].to(x_t.dtype)
+
+    def feature_map(self, output: Tensor | tuple[Tensor, Any], x_t: Tensor) -> Tensor:
+        """What a block returned in the pass of x_t, as a map (B, C, H, W). Blocks on the way down return what they skip, too."""
+        return output if isinstance(output, Tensor) else output[0]
 
     def fresh_network(self, state: Mapping[str, Tensor], told_w: bool = False) -> UNet2DConditionModel:
         """A stock float32 network of its own with these weights. told_w: it reads w; that layer is zero unless in `state`."""

@@ -1,0 +1,131 @@
+"""A discriminator: small trained heads on the features of another role's network. The only forward hooks of the package."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.contracts import Condition
+from ..diffusion.draws import key
+from ..diffusion.prediction import Prediction
+from ..errors import RequestError
+from .denoiser import Denoiser
+from .recompute import Enough
+
+WIDTH, GROUPS, LEAST = 128, 32, 4        # of a head: channels, groups of a normalisation, the side down to which it pools
+Shape = tuple[int, int, int]             # channels, height, width
+
+
+@contextmanager
+def tap(network: nn.Module, names: Sequence[str], leave: bool = False) -> Iterator[dict[str, Any]]:
+    """Collects what the modules `names` return in the one forward pass that happens inside: name -> its output.
+
+    leave: the pass ends once all have spoken, and nothing after the `with` sees what it would have returned. The hooks are
+    gone when backward computes activations again. ValueError where a module stayed silent; RequestError where one is
+    compiled, or lies in a module that is: a hook added after compilation does not fire, and nothing says so.
+    """
+    found: dict[str, Any] = {}
+
+    def collects(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = output
+            if leave and len(found) == len(names):
+                raise Enough
+        return hook
+
+    handles = [_eager(network, name).register_forward_hook(collects(name)) for name in names]
+    try:
+        yield found
+    except Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent := [name for name in names if name not in found]:
+        raise ValueError(f"{', '.join(silent)} of this {type(network).__name__} returned nothing in a forward pass: "
+                         "features are read where the network calls its modules, once a pass")
+
+
+def _eager(network: nn.Module, name: str) -> nn.Module:
+    path = name.split(".")
+    for length in range(len(path) + 1):
+        module = network.get_submodule(".".join(path[:length]))
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            where = ".".join(path[:length]) or f"the whole {type(network).__name__}"
+            raise RequestError(f"the feature {name!r} cannot be read: {where} is compiled, and a hook added after compilation "
+                               "does not fire. Compile only blocks in which no feature lies")
+    return network.get_submodule(name)
+
+
+def chosen(shapes: Mapping[str, Shape], names: Sequence[str]) -> dict[str, Shape]:
+    """Of all features of a network those in `names`, in the order in which it runs. RequestError where there is no such one."""
+    if not names:
+        raise RequestError(f"a discriminator without features has no heads: name some of {', '.join(shapes)}")
+    if unknown := [name for name in names if name not in shapes]:
+        raise RequestError(f"a discriminator cannot read {', '.join(unknown)} of this network: its features are {', '.join(shapes)}")
+    return {name: shape for name, shape in shapes.items() if name in names}
+
+
+def head(shape: Shape) -> nn.Sequential:
+    """Feature map (B, C, H, W) -> one logit a position, (B, 1, h, w) with h and w about LEAST for a map of this `shape`.
+
+    At this width those on every block of SDXL together have 5 million parameters.
+    """
+    channels, *sides = shape
+    layers, side = [nn.Conv2d(channels, WIDTH, 1)], max(sides)
+    while side > LEAST:
+        layers += [nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)]
+        side = (side + 1) // 2
+    return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, 1, 1))
+
+
+class Discriminator(nn.Module):
+    """discriminator(x_t, t, cond) -> logits (B, K), one for each of K features; higher is more real.
+
+    role: whose network is read, as far as the last feature, under the role's own adapter; gradients flow to x_t and into
+    that adapter as they do through the role. Its weights are no part of this module. The heads are float32 on any network,
+    also under autocast; their first values are a function of (seed, feature), and none of their layers starts at zero.
+    """
+
+    def __init__(self, role: Denoiser, shapes: Mapping[str, Shape], seed: int = 0) -> None:
+        super().__init__()
+        self.role, self.features = role, tuple(shapes)
+        with torch.random.fork_rng(devices=[]):
+            self.heads = nn.ModuleDict({_slug(name): head(shape) for name, shape in shapes.items()})
+        self._initialise(seed)
+        self.to(next(role.network.parameters()).device)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        for path, parameter in self.heads.named_parameters():
+            if parameter.ndim > 1:
+                generator = torch.Generator().manual_seed(key(seed, "head", path))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
+            elif path.endswith("bias"):
+                parameter.zero_()
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """x_t (B, C, H, W); t (B,) float64 in [0, 1]."""
+        with tap(self.role.network, self.features, leave=True) as found:
+            self.role(x_t, t, cond)
+        return self._judged(found, x_t)
+
+    def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
+        """What the role predicts and the logits (B, K), of one whole pass."""
+        with tap(self.role.network, self.features) as found:
+            prediction = self.role(x_t, t, cond)
+        return prediction, self._judged(found, x_t)
+
+    def _judged(self, found: Mapping[str, Any], x_t: Tensor) -> Tensor:
+        maps = {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
+        with torch.autocast(x_t.device.type, enabled=False):
+            return torch.stack([self.heads[_slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
+
+
+def _slug(name: str) -> str:
+    """A module's name in a ModuleDict, which allows no dots."""
+    return name.replace(".", "_")

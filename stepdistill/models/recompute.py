@@ -1,0 +1,35 @@
+"""Activation checkpointing: the activations of a region are dropped after forward and computed again in backward."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Enough(Exception):
+    """Leaves a forward pass whose rest nobody needs. A tap raises it, and catches it again."""
+
+
+def recomputed(module: nn.Module, *args: Any, again: Callable[[], AbstractContextManager] = nullcontext) -> Any:
+    """module(*args), computed again in backward, within `again()`: for `network.enable_gradient_checkpointing(recomputed)`.
+
+    Where an exception passes through torch's checkpoint, the region stays open until the exception is collected, and
+    what follows is dropped with it. So a region that is left early ends as any other, and is left after that; backward
+    computes again what was computed and no more.
+    """
+    left = False                                  # not the exception itself: its frames hold the activations
+
+    def region(*args: Any) -> Any:
+        nonlocal left
+        try:
+            return module(*args)
+        except Enough:
+            left = True
+
+    given = checkpoint(region, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+    if left:
+        raise Enough
+    return given
