@@ -35,7 +35,8 @@ Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Distil a student as a recipe says."""
-    from .recipe import Recipe, parse_set
+    from .recipe import Recipe
+    from .source import parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
     build = working()
     run = build.train(chosen, out=out, resume=resume)
@@ -115,7 +116,8 @@ def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False) -> None:
     """Say what a run will cost, before anything is loaded."""
     working()
     from .plan import plan as make_plan
-    from .recipe import Recipe, parse_set
+    from .recipe import Recipe
+    from .source import parse_set
     found = make_plan(Recipe.load(recipe, parse_set(set_ or [])))
     _emit(found, as_json, lambda: _show_plan(found))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from stepdistill.errors import RequestError
-from stepdistill.recipe import Recipe, builtin, find, parse_set
+from stepdistill.recipe import Recipe, builtin, find
+from stepdistill.source import parse_set
 
 GOOD = """\
 method: lcm
