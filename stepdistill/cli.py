@@ -46,6 +46,20 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
 
 
 @app.command()
+def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
+    """Make and keep the teacher's pairs of noise and picture that a recipe trains on."""
+    from .recipe import Recipe
+    from .source import parse_set
+    chosen = Recipe.load(recipe, parse_set(set_ or []))
+    found = working().pairs(chosen, out=out)
+    from .parallel import rank
+    if rank() == 0:
+        news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
+        say.print(f"{news}: {found.folder}", soft_wrap=True)
+        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""), soft_wrap=True)
+
+
+@app.command()
 def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)],
            prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
            steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,

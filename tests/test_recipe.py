@@ -67,7 +67,7 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("nodes: 50", "nodes: many", 6, "settings.nodes is 'many'"),
     ("nodes: 50", "nodes: 7", 6, "7"),
     ("images: shapes", "prompts: shapes", 8, "lcm trains on images or samples"),
-    ("  images: shapes\n", "", 7, "one source, images, prompts or samples; found none"),
+    ("  images: shapes\n", "", 7, "one source, images, prompts, samples or pairs; found none"),
     ("batch: 4", "batch: 4\n  cache: true", 10, "endless"),
     ("updates: 10", "updates: 10\n  accumulate: 3", 12, "does not divide"),
     ("steps: 4", "steps: 4\nsteps: 5", 6, "steps"),
