@@ -13,7 +13,16 @@ from torch import Tensor
 
 from . import parallel, resources, runs
 from .data.cache import Cache, Report, Shelf, contents, fingerprint, silent
-from .data.datasets import SAMPLES_PER_FILE, Dataset, Encoders, cached_images, live_images, prompts_only, teacher_pairs, teacher_samples
+from .data.datasets import (
+    SAMPLES_PER_FILE,
+    Dataset,
+    Encoders,
+    cached_images,
+    live_images,
+    prompts_only,
+    teacher_pairs,
+    teacher_samples,
+)
 from .data.images import open_images
 from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
@@ -189,7 +198,8 @@ def pairs_shelf(work: Work, cache: Cache, out: str | Path | None = None) -> Shel
     name = recipe.data.pairs.path if out is None else str(out)
     teacher = _identity(family) | ({} if name is None else {"teacher": contents(family.source)})
     identity = {"source": source(work).identity, "made_by": _made_by(work), "teacher": teacher}
-    shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, None if name is None else resources.locate(name) or Path(name))
+    folder = None if name is None else resources.locate(name) or Path(name)
+    shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
     if name is not None and (otherwise := shelf.found_otherwise()):
         raise recipe.refuse("data.pairs.path" if out is None else "--out", f"is {name}, whose pairs were made otherwise: "
                             f"{'; '.join(otherwise)}. The right ones are made by `stepdistill pairs {recipe.arguments} --out FOLDER`, "

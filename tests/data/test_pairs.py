@@ -36,7 +36,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_teacher):
-    return lambda **changes: Recipe.load({**RECIPE, "teacher": str(tiny_teacher)}, {name.replace("__", "."): value for name, value in changes.items()})
+    dotted = lambda changes: {name.replace("__", "."): value for name, value in changes.items()}
+    return lambda **changes: Recipe.load({**RECIPE, "teacher": str(tiny_teacher)}, dotted(changes))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,9 @@ def test_an_interrupted_making_goes_on_bit_for_bit(work, tmp_path):
     assert files["parts"] == files["whole"] and len(files["whole"]) == 2 and first.stat().st_mtime_ns == written
 
 
-CHANGES = {"guidance": {"data__pairs__guidance": 3.0}, "solver": {"data__pairs__solver": "heun"}, "steps": {"data__pairs__steps": 8},
-           "nodes": {"data__pairs__nodes": 2}, "seed": {"train__seed": 1}, "count": {"data__count": 6}, "prompts": {"data__pairs__prompts": ["a"]}}
+CHANGES = {"guidance": {"data__pairs__guidance": 3.0}, "solver": {"data__pairs__solver": "heun"},
+           "steps": {"data__pairs__steps": 8}, "nodes": {"data__pairs__nodes": 2}, "seed": {"train__seed": 1},
+           "count": {"data__count": 6}, "prompts": {"data__pairs__prompts": ["a"]}}
 
 
 def test_whatever_changes_the_pairs_leads_to_others_in_the_cache(work, cache):
@@ -151,9 +153,11 @@ def test_a_named_folder_is_trained_on_and_its_pairs_are_those_of_the_cache(recip
 @pytest.mark.parametrize("entry", CHANGES)
 def test_a_folder_of_other_pairs_is_refused_by_what_differs(work, named, entry):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in named.iterdir())
-    here, there = {"guidance": ("3.0", "2.0"), "solver": ("'heun'", "'ddim'"), "steps": ("8", "4"), "nodes": ("2", "1"), "seed": ("1", "0"),
-                   "count": ("6", "5"), "prompts": (r"\['a'\]", r"\['a red ring', 'a blue square'\]")}[entry]
-    said = rf"data.pairs.path is .*named, whose.*{entry} is {there} there and {here} here\. .*`stepdistill pairs recipe --set .* --out FOLDER`"
+    here, there = {"guidance": ("3.0", "2.0"), "solver": ("'heun'", "'ddim'"), "steps": ("8", "4"), "nodes": ("2", "1"),
+                   "seed": ("1", "0"), "count": ("6", "5"),
+                   "prompts": (r"\['a'\]", r"\['a red ring', 'a blue square'\]")}[entry]
+    command = "`stepdistill pairs recipe --set .* --out FOLDER`"
+    said = rf"data.pairs.path is .*named, whose.*{entry} is {there} there and {here} here\. .*{command}"
     with pytest.raises(RequestError, match=said):
         dataset(work(data__pairs__path=str(named), **CHANGES[entry]))
     with pytest.raises(RequestError, match=rf"--out is .*{entry} is {there} there and {here} here"):

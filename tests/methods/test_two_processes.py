@@ -2,7 +2,7 @@
 from two processes to one and back.
 
 The networks compute in float64: in float32 the order of sums alone, which is another for another size of batch, moves a
-gradient by some 3e-5 of itself.
+gradient by some 3e-5 of itself. A discriminator's heads are float32 always.
 """
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ LORA = {"lora": {"rank": 2}}
 CASES = {
     "lcm": {"method": "lcm", "guidance": [2.0, 4.0], "data": IMAGES},
     "dmd2": {"method": "dmd2", "guidance": 2.0, "data": PROMPTS, "critic": LORA, "settings": {"critic_steps": 2, "gan_weight": 0.0}},
+    "dmd2-gan": {"method": "dmd2", "guidance": 2.0, "data": IMAGES, "critic": LORA, "settings": {"critic_steps": 2, "gan_weight": 0.1}},
 }
+ROLES = {"lcm": ("student",), "dmd2": ("student", "critic"), "dmd2-gan": ("student", "critic", "discriminator")}      # that updates train
+CLOSE = {"lcm": 1e-9, "dmd2": 1e-9, "dmd2-gan": 1e-5}
 WORKER = """
 import sys
 from pathlib import Path
@@ -99,7 +102,7 @@ def on_two(folder: Path, teacher: Path, until: int) -> None:
     worker = folder.parent / "worker.py"
     worker.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder, teacher, until]
-    result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300,
+    result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=600,
                             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -131,10 +134,10 @@ def test_every_update_s_gradients_are_those_of_the_joined_batch(runs, name):
         first, second = (seen(runs / "moved", name, until, rank)["gradients"] for rank in (0, 1))
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
         moved |= first
-    assert {role for _, role, _ in whole} == {"lcm": {"student"}, "dmd2": {"student", "critic"}}.get(name, {"student", "critic", "discriminator"})
+    assert {role for _, role, _ in whole} == set(ROLES[name])
     assert moved.keys() == {key for key in whole if key[0] != 1}
     for key, gradient in moved.items():
-        assert gradient.norm() > 0 and (gradient - whole[key]).norm() <= 1e-9 * whole[key].norm(), key
+        assert gradient.norm() > 0 and (gradient - whole[key]).norm() <= CLOSE[name] * whole[key].norm(), key
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "lcm"])
@@ -155,5 +158,5 @@ def test_a_run_moves_from_two_processes_to_one_and_back(runs, name):
     begun = checkpoints.load(runs / "whole" / name / "checkpoints/step-000001")
     for part in whole:
         for key, tensor in whole[part].items():
-            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=1e-9, msg=lambda said: f"{part} {key}: {said}")
+            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name], msg=lambda said: f"{part} {key}: {said}")
         assert any(not torch.allclose(tensor, begun[part][key], atol=1e-4) for key, tensor in whole[part].items())
