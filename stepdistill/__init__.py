@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .errors import RequestError
 
 if TYPE_CHECKING:
-    from .build import bench, export, load, sample, train
+    from .build import bench, export, load, pairs, sample, train
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "load", "sample", "train"]
+__all__ = ["RequestError", "bench", "export", "load", "pairs", "sample", "train"]
 
 
 class _Export(ModuleType):

@@ -1,6 +1,7 @@
 """The functions that commands and notebooks call: train, sample, bench, export, load."""
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources, runs
-from .data.cache import Report
+from .data.cache import Cache, Report
 from .data.stream import Stream
 from .diffusion.draws import key
 from .errors import RequestError
@@ -31,9 +32,9 @@ from .models.families import load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import Watch
-from .work import dataset, make, middle, open_run, prompts, rates
+from .work import dataset, fill_pairs, make, middle, open_run, pairs_shelf, prompts, rates
 
-__all__ = ["bench", "export", "load", "sample", "train"]
+__all__ = ["bench", "export", "load", "pairs", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, resume: bool = False,
@@ -59,6 +60,35 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         runs.begin(run, _pinned(recipe), device)
     trainer.train(resume)
     return run
+
+
+@dataclass(frozen=True)
+class MadePairs:
+    """Where the teacher's pairs lie, how many there are, and how many of them were made just now."""
+
+    folder: Path
+    count: int
+    made: int
+    seconds: float
+
+
+def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, **overrides: Any) -> MadePairs:
+    """Makes the teacher's pairs of noise and picture that a recipe trains on, those that are not there yet.
+
+    They lie in the cache, where a training finds them, or in the folder `out`, for a recipe's data.pairs.path.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, overrides)
+    if recipe.data.kind != "pairs":
+        raise recipe.refuse("data", f"names {recipe.data.kind}; pairs are made for recipes that train on them, such as "
+                            "data: {pairs: {prompts: shapes, solver: ddim, steps: 25}, count: 4096, batch: 64}")
+    work, start = make(recipe, launched()), time.perf_counter()
+    with _reported() as report, parallel.main_first():
+        cache = Cache(report=report)
+        shelf = pairs_shelf(work, cache, out)
+        missing = recipe.data.count - shelf.made()
+        fill_pairs(work, shelf, cache)
+    return MadePairs(shelf.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None) -> Path:

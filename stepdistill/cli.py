@@ -35,13 +35,28 @@ Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Distil a student as a recipe says."""
-    from .recipe import Recipe, parse_set
+    from .recipe import Recipe
+    from .source import parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
     build = working()
     run = build.train(chosen, out=out, resume=resume)
     from .parallel import rank
     if rank() == 0:
         say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
+
+
+@app.command()
+def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
+    """Make and keep the teacher's pairs of noise and picture that a recipe trains on."""
+    from .recipe import Recipe
+    from .source import parse_set
+    chosen = Recipe.load(recipe, parse_set(set_ or []))
+    found = working().pairs(chosen, out=out)
+    from .parallel import rank
+    if rank() == 0:
+        news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
+        say.print(f"{news}: {found.folder}", soft_wrap=True)
+        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""), soft_wrap=True)
 
 
 @app.command()
@@ -115,7 +130,8 @@ def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False) -> None:
     """Say what a run will cost, before anything is loaded."""
     working()
     from .plan import plan as make_plan
-    from .recipe import Recipe, parse_set
+    from .recipe import Recipe
+    from .source import parse_set
     found = make_plan(Recipe.load(recipe, parse_set(set_ or [])))
     _emit(found, as_json, lambda: _show_plan(found))
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from . import resources
 from .cli import answer, working
-from .recipe import Recipe, parse_set
+from .recipe import Recipe
+from .source import parse_set
 
 if TYPE_CHECKING:
     from .evaluation.plans import Target

@@ -10,7 +10,8 @@ from typing import Any
 
 from .errors import RequestError
 from .methods import METHODS
-from .recipe import Source, builtin, find
+from .recipe import builtin, find
+from .source import Source
 
 
 def methods(name: str | None = None) -> list[dict[str, Any]]:

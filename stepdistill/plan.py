@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import resources
-from .diffusion.contracts import Batch, Condition
+from .diffusion.contracts import Batch, Condition, Pairs
 from .diffusion.draws import Step
 from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
@@ -212,7 +212,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], parts: Map
     shape, ids = (parts["unet"].config.in_channels, 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
     x0 = None if recipe.data.kind == "prompts" else torch.zeros(2, *shape)
-    batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), x0, shape)
+    batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), x0, shape, _pairs(recipe, shape))
     for exit in range(recipe.steps):
         _count_step(method, batch, tally, (exit + 0.5) / recipe.steps, recipe.steps)
     return {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": recipe.data.batch,
@@ -227,6 +227,14 @@ def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int)
         for repeat in range(update.repeat):
             kept = kept if repeat < update.shares else {}
             update.loss(batch, _Moment(0, 0, 0.0, update.name, repeat, batch.ids, kept=kept, at=at))
+
+
+def _pairs(recipe: Recipe, shape: tuple[int, ...]) -> Pairs | None:
+    """Two of the recipe's pairs, of zeros."""
+    if recipe.data.pairs is None:
+        return None
+    n = recipe.data.pairs.nodes
+    return Pairs(torch.zeros(2, *shape), torch.zeros(2, n, *shape), torch.linspace(1, 0, n + 1, dtype=torch.float64)[1:].expand(2, -1))
 
 
 def _short(count: float) -> float:
@@ -299,8 +307,10 @@ def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], parts: Mapping
     count = -(-recipe.train.updates // (recipe.train.checkpoint_every or recipe.train.updates))
     unet, text = parts["unet"].config, parts["text_encoder"].config
     side = unet.sample_size if isinstance(unet.sample_size, int) else max(unet.sample_size)
-    sample = FLOAT * (unet.in_channels * side**2 + text.max_position_embeddings * unet.cross_attention_dim)
-    cached = recipe.data.count if recipe.data.count and (recipe.data.cache or recipe.data.kind == "samples") else 0
+    data = recipe.data
+    states = 1 if data.pairs is None else 1 + data.pairs.nodes
+    sample = FLOAT * (states * unet.in_channels * side**2 + text.max_position_embeddings * unet.cross_attention_dim)
+    cached = data.count if data.count and (data.cache or data.made is not None) else 0
     return count * each + roles["student"]["bytes"] + cached * sample
 
 

@@ -13,14 +13,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from . import resources
 from .errors import RequestError
 from .methods import METHODS, load_method
-
-Path_ = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
+from .source import Path_, Source, unwrapped
 
 
 def _full_or_lora(value: Any) -> Any:
@@ -89,19 +86,39 @@ class Samples(Strict):
     guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
 
 
+class Pairs(Strict):
+    """The teacher's ways from noise to its own pictures, made once with a deterministic solver and kept."""
+
+    prompts: Prompts
+    solver: str = "dpmpp_2m"
+    steps: int = Field(25, ge=1)
+    guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
+    nodes: int = Field(1, ge=1)                  # states of a way that are kept beside its noise, evenly spaced, the last its end
+    path: str | None = None                      # a folder of pairs, as `stepdistill pairs --out` writes it; None: the cache
+
+
+KINDS = ("images", "prompts", "samples", "pairs")
+
+
 class Data(Strict):
-    """Exactly one of images, prompts and samples."""
+    """Exactly one of images, prompts, samples and pairs."""
 
     images: str | None = None                    # shapes, or a folder of captioned images
     prompts: Prompts | None = None
     samples: Samples | None = None
-    count: int | None = Field(None, ge=1)        # how many images or samples there are; None: all of a folder, endless Shapes
+    pairs: Pairs | None = None
+    count: int | None = Field(None, ge=1)        # of images, samples or pairs; None: all of a folder, endless Shapes
     cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
     batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
 
     @property
     def kind(self) -> str:
-        return next(name for name in ("images", "prompts", "samples") if self.__dict__[name] is not None)
+        return next(name for name in KINDS if self.__dict__[name] is not None)
+
+    @property
+    def made(self) -> Samples | Pairs | None:
+        """What the teacher is to make."""
+        return self.samples or self.pairs
 
 
 class Train(Strict):
@@ -155,7 +172,7 @@ class Recipe(Strict):
         try:
             made = cls.model_validate(source.values)
         except ValidationError as error:
-            raise RequestError("\n".join(source.complaint((*e["loc"],), e) for e in error.errors())) from None
+            raise RequestError("\n".join(_complaint(source, (*e["loc"],), e) for e in error.errors())) from None
         made._source = source
         made._check()
         return made
@@ -174,22 +191,27 @@ class Recipe(Strict):
         try:
             return TypeAdapter(kind).validate_python(self.settings)
         except ValidationError as error:
-            raise RequestError("\n".join(self._source.complaint(("settings", *e["loc"]), e) for e in error.errors())) from None
+            raise RequestError("\n".join(_complaint(self._source, ("settings", *e["loc"]), e) for e in error.errors())) from None
 
     @property
     def name(self) -> str:
         return Path(self._source.name).stem
 
+    @property
+    def arguments(self) -> str:
+        """This recipe as a command takes it."""
+        return self._source.arguments
+
     def resolved(self) -> dict[str, Any]:
         """Every entry in plain types, those left to their defaults too; paths hold from anywhere."""
-        plain = _plain(self.model_dump()) | {"settings": _plain(dataclasses.asdict(self.method_settings()))}
+        plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
             if plain[role] in ({"lora": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
         plain["teacher"] = resources.portable(self.teacher)
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
-        if plain["data"]["samples"] is not None:
-            paths.append((plain["data"]["samples"], "prompts"))
+        paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
+                  for name in ("prompts", "path") if name in table]
         for table, name in paths:
             if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):
                 table[name] = resources.portable(table[name])
@@ -215,9 +237,9 @@ class Recipe(Strict):
             resources.pipeline(self.teacher)
         except RequestError as error:
             raise self.refuse("teacher", f"cannot be loaded: {error}") from None
-        given = [name for name in ("images", "prompts", "samples") if getattr(self.data, name) is not None]
+        given = [name for name in KINDS if getattr(self.data, name) is not None]
         if len(given) != 1:
-            raise self.refuse("data", f"should name one source, images, prompts or samples; found {' and '.join(given) or 'none'}")
+            raise self.refuse("data", f"should name one source, images, prompts, samples or pairs; found {' and '.join(given) or 'none'}")
         takes = METHODS[self.method].data
         if given[0] not in takes:
             raise self.refuse(f"data.{given[0]}", f"is given, but {self.method} trains on {' or '.join(takes)}"
@@ -228,69 +250,14 @@ class Recipe(Strict):
         data = self.data
         if data.kind == "prompts" and (data.count or data.cache):
             raise self.refuse("data", "has count or cache, but prompts alone hold no images to count or keep")
-        if data.kind == "samples" and data.count is None:
-            raise self.refuse("data", "gives samples without a count: say how many the teacher shall make, such as count: 4096")
+        if data.made is not None and data.count is None:
+            raise self.refuse("data", f"gives {data.kind} without a count: say how many the teacher shall make, such as count: 4096")
+        if data.pairs is not None and data.pairs.steps % data.pairs.nodes:
+            raise self.refuse("data.pairs.nodes", f"is {data.pairs.nodes}, which does not divide the {data.pairs.steps} steps")
         if data.images == "shapes" and data.cache and data.count is None:
             raise self.refuse("data.cache", "is on, but Shapes are endless: say how many to keep, such as count: 20000")
         if data.batch % self.train.accumulate:
             raise self.refuse("train.accumulate", f"is {self.train.accumulate}, which does not divide the batch of {data.batch}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Plain values, and where each was written ("file:line", "--set")."""
-
-    name: str
-    values: dict[str, Any]
-    places: dict[Path_, str]
-
-    @classmethod
-    def of_file(cls, path: Path) -> Source:
-        try:
-            tree = YAML().load(path.read_text(encoding="utf-8"))
-        except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            raise RequestError(f"{path}:{mark.line + 1 if mark else 1}: no valid YAML: {error.problem}") from None
-        except (YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path}: no valid YAML: {error}") from None
-        if not isinstance(tree, CommentedMap):
-            raise RequestError(f"{path}:1: a recipe is a table such as 'method: lcm'; found {_kind(tree)}")
-        lines = _lines(tree)
-        return cls(str(path), _plain(tree), {key: f"{path}:{line + 1}" for key, line in lines.items()})
-
-    @classmethod
-    def of_mapping(cls, values: Mapping[str, Any]) -> Source:
-        return cls("recipe", _plain(values), {})
-
-    def overridden(self, overrides: Mapping[str, Any]) -> Source:
-        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
-        values, places = _plain(self.values), dict(self.places)
-        for path, value in _leaves(overrides):
-            node = values
-            for key in path[:-1]:
-                inner = node.get(key)
-                node[key] = node = inner if isinstance(inner, dict) else {}
-            node[path[-1]] = value
-            places = {key: place for key, place in places.items() if key[:len(path)] != path}
-            places[path] = f"--set {'.'.join(path)}"
-        return Source(self.name, values, places)
-
-    def where(self, path: Path_) -> str:
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
-        return self.name
-
-    def complaint(self, path: Path_, error: Mapping[str, Any]) -> str:
-        """One line on what pydantic found."""
-        dotted = ".".join(str(part) for part in path)
-        if error["type"] == "extra_forbidden":
-            says = _unknown(str(path[-1]), _fields(path[:-1]), "entry of " + (".".join(map(str, path[:-1])) or "a recipe"))
-        elif error["type"] == "missing":
-            says = "is missing"
-        else:
-            says = f"is {error['input']!r}; it {_expected(error)}"
-        return f"{self.where(path)}: {dotted} {says}"
 
 
 def find(name: str | Path) -> Path:
@@ -310,24 +277,22 @@ def builtin() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
 
 
-def parse_set(texts: Iterable[str]) -> dict[str, Any]:
-    """["train.lr=1e-3", "student=full"] -> dotted name -> value, each value read as YAML."""
-    parsed: dict[str, Any] = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign or not name.strip():
-            raise RequestError(f"--set {text}: should be a name and a value such as train.lr=1e-4")
-        try:
-            parsed[name.strip()] = _plain(YAML(typ="safe").load(value))
-        except YAMLError:
-            raise RequestError(f"--set {text}: '{value}' is no valid YAML value") from None
-    return parsed
-
-
 def _unknown(name: str, valid: Iterable[str], what: str) -> str:
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"is no {what}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")
+
+
+def _complaint(source: Source, path: Path_, error: Mapping[str, Any]) -> str:
+    """One line on what pydantic found."""
+    dotted = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        says = _unknown(str(path[-1]), _fields(path[:-1]), "entry of " + (".".join(map(str, path[:-1])) or "a recipe"))
+    elif error["type"] == "missing":
+        says = "is missing"
+    else:
+        says = f"is {error['input']!r}; it {_expected(error)}"
+    return f"{source.where(path)}: {dotted} {says}"
 
 
 _EXPECTED = {
@@ -357,39 +322,3 @@ def _fields(path: Path_) -> list[str]:
 
 def _arguments(annotation: Any) -> list[Any]:
     return [inner for a in get_args(annotation) for inner in (a, *_arguments(a))]
-
-
-def _lines(node: CommentedMap | CommentedSeq, path: Path_ = ()) -> dict[Path_, int]:
-    """Entry -> its line, from 0."""
-    found: dict[Path_, int] = {}
-    items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
-    for key, value in items:
-        found[(*path, key)] = (node.lc.key(key) if isinstance(node, CommentedMap) else node.lc.item(key))[0]
-        if isinstance(value, CommentedMap | CommentedSeq):
-            found |= _lines(value, (*path, key))
-    return found
-
-
-def _leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
-    for key, value in overrides.items():
-        here = (*path, *key.split("."))
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, here)
-        else:
-            yield here, value
-
-
-def _plain(value: Any) -> Any:
-    """ruamel's scalars and containers as Python's own."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

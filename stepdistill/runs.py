@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import parallel
+from .data.cache import flat
 from .errors import RequestError
 from .recipe import Recipe
 from .training import checkpoints
@@ -44,7 +45,7 @@ def place(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
 def _may_resume(run: Path, recipe: Recipe) -> None:
     if not (run / RECIPE).is_file():
         raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin one")
-    begun, asked = (_flat(r.resolved()) for r in (Recipe.load(run / RECIPE), recipe))
+    begun, asked = (flat(r.resolved()) for r in (Recipe.load(run / RECIPE), recipe))
     changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked if begun.get(key) != asked.get(key)]
     if changed:
         raise RequestError(f"{run} was begun with another recipe: {'; '.join(changed)}. Resume with {run / RECIPE}, "
@@ -89,8 +90,3 @@ def checkpoint_of(run: Path) -> Path:
     if folder is None:
         raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {run / RECIPE} --out {run} --resume`")
     return folder
-
-
-def _flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
-    return {key: value for name, inner in table.items()
-            for key, value in (_flat(inner, f"{path}{name}.") if isinstance(inner, dict) else {f"{path}{name}": inner}).items()}

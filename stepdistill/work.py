@@ -12,20 +12,29 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from . import parallel, resources, runs
-from .data.cache import Cache, Report, fingerprint, silent
-from .data.datasets import Dataset, Encoders, cached_images, live_images, prompts_only, teacher_samples
+from .data.cache import Cache, Report, Shelf, contents, fingerprint, silent
+from .data.datasets import (
+    SAMPLES_PER_FILE,
+    Dataset,
+    Encoders,
+    cached_images,
+    live_images,
+    prompts_only,
+    teacher_pairs,
+    teacher_samples,
+)
 from .data.images import open_images
 from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
-from .diffusion.solvers import SOLVERS
+from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
 from .export import stock_scheduler
 from .methods import METHODS, load_method
-from .methods.base import Follows, Heads, Inference, Method, Need, Trained
+from .methods.base import Follows, Heads, Inference, Method, Need, Trained, due
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, build_roles
 from .recipe import Critic, Recipe, RoleChoice
@@ -69,12 +78,21 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
         kind.check(settings, recipe.data.kind)
     except ValueError as error:
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {error}") from error
+    _check_solver(recipe)
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
     inference, sampler = _inference(recipe, kind, settings, family)
     roles = _roles(recipe, family, needs, said).to(device)
     return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device)
+
+
+def _check_solver(recipe: Recipe) -> None:
+    data = recipe.data
+    serving = [name for name in SOLVERS if data.kind == "samples" or name not in STOCHASTIC]
+    if data.made is not None and data.made.solver not in serving:
+        raise recipe.refuse(f"data.{data.kind}.solver", f"is {data.made.solver}; {data.kind} are made by one of {', '.join(serving)}"
+                            + " (a noise has a picture of its own only where no other noise is drawn)" * (data.made.solver in STOCHASTIC))
 
 
 def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
@@ -152,21 +170,57 @@ def source(work: Work) -> Captions:
     data, seed = work.recipe.data, work.recipe.train.seed
     if data.kind == "images":
         return open_images(_found(data.images), pixels_of(work.family), seed, data.count)
-    said = data.prompts if data.kind == "prompts" else data.samples.prompts
+    said = data.prompts if data.made is None else data.made.prompts
     return open_prompts(_found(said) if isinstance(said, str) else list(said), seed)
 
 
 def dataset(work: Work, report: Report = silent) -> Dataset:
     """What batches come from; whatever is to be kept on disk is made here, by the first rank."""
     data, cache = work.recipe.data, Cache(report=report)
-    encoders = Encoders(work.family.encode, work.family.encode_images, _identity(work.family), work.device)
+    encoders = _encoders(work)
     with parallel.main_first():
         if data.kind == "images":
             return (cached_images if data.cache else live_images)(source(work), encoders, cache)
         if data.kind == "prompts":
             return prompts_only(source(work), encoders, cache)
-        made_by = data.samples.model_dump(exclude={"prompts"}) | {"guidance": _samples_scale(work), "seed": work.recipe.train.seed}
-        return teacher_samples(source(work), data.count, partial(_generate, work), made_by, encoders, cache)
+        if data.kind == "pairs":
+            return _pairs(work, cache)
+        return teacher_samples(source(work), data.count, partial(_generate, work), _made_by(work), encoders, cache)
+
+
+def pairs_shelf(work: Work, cache: Cache, out: str | Path | None = None) -> Shelf:
+    """Where the recipe's pairs lie or are to lie: the cache, unless the recipe or `out` names a folder.
+
+    RequestError for a folder that holds pairs made otherwise. There the teacher is known by what its files hold, so that
+    pairs can be carried to another machine.
+    """
+    recipe, family = work.recipe, work.family
+    name = recipe.data.pairs.path if out is None else str(out)
+    teacher = _identity(family) | ({} if name is None else {"teacher": contents(family.source)})
+    identity = {"source": source(work).identity, "made_by": _made_by(work), "teacher": teacher}
+    folder = None if name is None else resources.locate(name) or Path(name)
+    shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
+    if name is not None and (otherwise := shelf.found_otherwise()):
+        raise recipe.refuse("data.pairs.path" if out is None else "--out", f"is {name}, whose pairs were made otherwise: "
+                            f"{'; '.join(otherwise)}. The right ones are made by `stepdistill pairs {recipe.arguments} --out FOLDER`, "
+                            "with a folder of their own")
+    return shelf
+
+
+def fill_pairs(work: Work, shelf: Shelf, cache: Cache) -> Dataset:
+    """The recipe's pairs, once those that are missing have been made."""
+    said = work.recipe.data.pairs
+    times = _times(said.steps)[said.steps // said.nodes::said.steps // said.nodes]
+    return teacher_pairs(source(work), shelf, partial(_generate_pairs, work), times, _encoders(work), cache)
+
+
+def _pairs(work: Work, cache: Cache) -> Dataset:
+    """For training: a folder that the recipe names must hold them all, so that a slip in its name is noticed."""
+    recipe, shelf = work.recipe, pairs_shelf(work, cache)
+    if recipe.data.pairs.path is not None and (made := shelf.made()) < recipe.data.count:
+        raise recipe.refuse("data.pairs.path", f"is {recipe.data.pairs.path}, which holds {made} of {recipe.data.count} pairs: "
+                            f"`stepdistill pairs {recipe.arguments}` makes them")
+    return fill_pairs(work, shelf, cache)
 
 
 def prompts(work: Work, count: int = 4) -> list[str]:
@@ -178,19 +232,42 @@ def prompts(work: Work, count: int = 4) -> list[str]:
 
 
 @torch.no_grad()
-def _generate(work: Work, ids: Tensor, texts: list[str]) -> Tensor:
+def _generate(work: Work, ids: Tensor, texts: list[str], seen: Seen = unseen) -> Tensor:
     """The teacher's latents of numbered samples, a function of their numbers."""
-    said, shape = work.recipe.data.samples, work.family.latent_shape
-    noise = lambda name: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(
-        key(work.recipe.train.seed, "teacher sample", name, i))) for i in ids.tolist()]).to(work.device)
-    times = torch.linspace(1, 0, said.steps + 1, dtype=torch.float64)
-    return SOLVERS[said.solver](guided(work.roles["teacher"], _samples_scale(work)), noise("start"), times,
-                                work.family.encode(texts), lambda i, _: noise(i))
+    said = work.recipe.data.made
+    return SOLVERS[said.solver](guided(work.roles["teacher"], _made_scale(work)), _noise(work, ids, "start"), _times(said.steps),
+                                work.family.encode(texts), lambda i, _: _noise(work, ids, i), seen)
 
 
-def _samples_scale(work: Work) -> float:
-    said = work.recipe.data.samples.guidance
+def _generate_pairs(work: Work, ids: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """The noises of those samples, and the states that are kept of the ways from there: (B, C, H, W), (B, n, C, H, W)."""
+    said, nodes = work.recipe.data.pairs, []
+    _generate(work, ids, texts, lambda i, x: nodes.append(x) if due(i + 1, said.steps // said.nodes) else None)
+    return _noise(work, ids, "start"), torch.stack(nodes, 1)
+
+
+def _noise(work: Work, ids: Tensor, name: object) -> Tensor:
+    draw = lambda i: torch.Generator().manual_seed(key(work.recipe.train.seed, "teacher sample", name, i))
+    return torch.stack([torch.randn(work.family.latent_shape, generator=draw(i)) for i in ids.tolist()]).to(work.device)
+
+
+def _times(steps: int) -> Tensor:
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def _made_by(work: Work) -> dict[str, Any]:
+    """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
+    said = work.recipe.data.made.model_dump(exclude={"prompts", "path"})
+    return said | {"guidance": _made_scale(work), "seed": work.recipe.train.seed}
+
+
+def _made_scale(work: Work) -> float:
+    said = work.recipe.data.made.guidance
     return work.scale if said is None else said
+
+
+def _encoders(work: Work) -> Encoders:
+    return Encoders(work.family.encode, work.family.encode_images, _identity(work.family), work.device)
 
 
 def pixels_of(family: Family) -> int:

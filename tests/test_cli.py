@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,21 @@ def test_damaged_teachers_are_refused(stepdistill, recipe, tmp_path, tiny_teache
     weights.write_bytes(weights.read_bytes()[:-1000])
     done = stepdistill("train", recipe, "--set", "teacher=cut")
     assert done.returncode == 2 and "diffusion_pytorch_model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_pairs_are_made_once_and_others_are_refused_with_the_command_that_makes_the_right_ones(stepdistill, tmp_path, recipe):
+    text = recipe.read_text().replace("images: shapes", "pairs: {prompts: [a red ring], solver: ddim, steps: 2}, count: 4")
+    recipe.write_text(text)
+    made, again = (stepdistill("pairs", recipe, "--out", "named") for _ in range(2))
+    assert made.returncode == 0 and "4 of 4 pairs made in" in made.stdout and f"{Path('named')}" in made.stdout, made.stderr
+    assert "4 pairs are there already" in again.stdout
+    asked = ("--set", "data.pairs.guidance=3.0", "--set", "data.pairs.path=named", "--out", "run")
+    refused = stepdistill("train", recipe, *asked)
+    assert refused.returncode == 2 and "made_by.guidance is 2.0 there and 3.0 here" in refused.stderr and not (tmp_path / "run").exists()
+    command = shlex.split(refused.stderr.split("`")[1].replace("FOLDER", "right"))
+    assert command[0] == "stepdistill" and stepdistill(*command[1:]).returncode == 0
+    done = stepdistill("train", recipe, *asked, "--set", "data.pairs.path=right", *SMALL)
+    assert done.returncode == 0 and (tmp_path / "run/checkpoints/step-000001").is_dir(), done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")

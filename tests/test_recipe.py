@@ -1,6 +1,7 @@
 """What a recipe accepts, and how it says no: file, line, what was found, what would be right."""
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stepdistill.errors import RequestError
-from stepdistill.recipe import Recipe, builtin, find, parse_set
+from stepdistill.recipe import Recipe, builtin, find
+from stepdistill.source import parse_set
 
 GOOD = """\
 method: lcm
@@ -66,8 +68,12 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("nodes: 50", "nodes: many", 6, "settings.nodes is 'many'"),
     ("nodes: 50", "nodes: 7", 6, "7"),
     ("images: shapes", "prompts: shapes", 8, "lcm trains on images or samples"),
-    ("  images: shapes\n", "", 7, "one source, images, prompts or samples; found none"),
+    ("  images: shapes\n", "", 7, "one source, images, prompts, samples or pairs; found none"),
     ("batch: 4", "batch: 4\n  cache: true", 10, "endless"),
+    ("images: shapes", "pairs: {prompts: shapes}", 7, "pairs without a count"),
+    ("images: shapes", "count: 8\n  pairs:\n    prompts: shapes\n    nodes: 2", 11, "data.pairs.nodes is 2, which does not divide the 25 steps"),
+    ("images: shapes", "pairs: {prompts: shapes, ndoes: 5}", 8, "data.pairs.ndoes is no entry of data.pairs; did you mean nodes?"),
+    ("images: shapes", "images: shapes\n  pairs: {prompts: shapes}", 7, "found images and pairs"),
     ("updates: 10", "updates: 10\n  accumulate: 3", 12, "does not divide"),
     ("steps: 4", "steps: 4\nsteps: 5", 6, "steps"),
     ("steps: 4", "steps: [4", 6, "no valid YAML"),
@@ -95,6 +101,14 @@ def test_overrides_win_and_are_named_when_they_are_wrong(write):
     assert refusal(write(), **{"train.updtes": 3}).startswith("--set train.updtes:")
     with pytest.raises(RequestError, match="name and a value"):
         parse_set(["train.lr"])
+
+
+def test_a_recipe_can_be_asked_for_again(write):
+    """Its file and what was set, as words of a command."""
+    recipe = Recipe.load(write(), parse_set(["train.lr=1e-2", "student=full", "evaluate.prompts=[it's red, 'a, b']"]))
+    path, *rest = shlex.split(recipe.arguments)
+    assert rest[::2] == ["--set"] * 3 and Recipe.load(path, parse_set(rest[1::2])).dump() == recipe.dump()
+    assert Recipe.load(write()).arguments == str(write())
 
 
 def test_a_dumped_recipe_is_the_same_recipe(write, tmp_path):

@@ -2,7 +2,8 @@
 
 A store is a folder named after a hash of all that made it, so that whatever changes leads to another store. Its files
 hold a fixed number of rows; each is written aside, synced and renamed, so that a file is there whole or not at all, and
-work that was interrupted goes on from the files that it finished. Rows are mapped into memory, never loaded.
+work that was interrupted goes on from the files that it finished. Rows are mapped into memory, never loaded. A store may
+also lie in a folder that a person named, which then must say of itself (about.json) that it was made as asked.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Callable, Mapping
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 
+ABOUT = "about.json"
 FORMAT = 1                        # raise it when the files of old can no longer be read
 ABANDONED = 3600.0                # seconds: no file takes that long to write, so one aside for longer was left by a killed run
 log = logging.getLogger(__name__)
@@ -49,6 +52,27 @@ def fingerprint(source: str | Path) -> str:
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
     stats = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return _hash(stats)
+
+
+def contents(source: str | Path) -> str:
+    """The print of a pipeline by what its files hold: the same on every machine, and slower to take than `fingerprint`.
+
+    Of a folder, the files of its parts and model_index.json count; another text is its own print.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        return str(source)
+    parts = [folder / "model_index.json", *folder.glob("*/**/*")]
+    files = [folder] if folder.is_file() else sorted(path for path in parts if path.is_file())
+    return _hash([("" if path == folder else path.relative_to(folder).as_posix(), _hash_of_file(path)) for path in files])
+
+
+def _hash_of_file(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _hash(identity: object) -> str:
@@ -77,6 +101,46 @@ class Store:
 
 
 @dataclass(frozen=True)
+class Shelf:
+    """Where a store lies or is to lie, and in JSON everything that its rows depend on."""
+
+    folder: Path
+    about: Mapping[str, object]
+
+    @property
+    def files(self) -> list[tuple[Path, range]]:
+        """The files that belong there, each with its rows."""
+        count, per_file = self.about["count"], self.about["per_file"]
+        return [(self.folder / f"{i:05d}.safetensors", range(low, min(low + per_file, count)))
+                for i, low in enumerate(range(0, count, per_file))]
+
+    def made(self) -> int:
+        """How many of the rows lie there."""
+        return sum(len(rows) for path, rows in self.files if _open(path, len(rows)) is not None)
+
+    def found_otherwise(self) -> list[str]:
+        """What the folder says of itself, entry by entry, where that is not what is asked; of an empty folder, nothing.
+
+        RequestError for a folder of other files.
+        """
+        if not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
+            return []
+        try:
+            said = flat(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
+            raise RequestError(f"'{self.folder}' holds other files than a cache's: its {ABOUT} cannot be read ({error})") from error
+        asked = flat(json.loads(json.dumps(self.about)))
+        return [f"{name} is {shorten(said.get(name))} there and {shorten(asked.get(name))} here"
+                for name in said | asked if said.get(name) != asked.get(name)]
+
+
+def flat(table: Mapping[str, object], path: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    return {key: value for name, inner in table.items()
+            for key, value in (flat(inner, f"{path}{name}.") if isinstance(inner, dict) else {f"{path}{name}": inner}).items()}
+
+
+@dataclass(frozen=True)
 class Cache:
     """Opens stores under `root`, and makes what is missing in them.
 
@@ -90,20 +154,25 @@ class Cache:
 
     def store(self, name: str, identity: Mapping[str, object], count: int, make: Make, per_file: int = 2000) -> Store:
         """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on."""
+        return self.fill(self.shelf(name, identity, count, per_file), make)
+
+    def shelf(self, name: str, identity: Mapping[str, object], count: int, per_file: int = 2000, folder: Path | None = None) -> Shelf:
+        """Where that store lies: under `root`, unless a folder is named."""
         about = {"format": FORMAT, "name": name, "count": count, "dtype": str(self.dtype), "per_file": per_file, **identity}
-        folder = self.root / f"{name}-{_hash(about)}"
-        ranges = [range(low, min(low + per_file, count)) for low in range(0, count, per_file)]
-        paths = [folder / f"{i:05d}.safetensors" for i in range(len(ranges))]
-        files = {path: _open(path, len(rows)) for path, rows in zip(paths, ranges)}
-        missing = [(path, rows) for path, rows in zip(paths, ranges) if files[path] is None]
+        return Shelf(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
+
+    def fill(self, shelf: Shelf, make: Make) -> Store:
+        """The store, once `make` has made the rows that are missing."""
+        files = {path: _open(path, len(rows)) for path, rows in shelf.files}
+        missing = [(path, rows) for path, rows in shelf.files if files[path] is None]
         if missing:
-            self._prepare(folder, about)
+            self._prepare(shelf.folder, shelf.about)
         for i, (path, rows) in enumerate(missing):
-            tensors, texts = self._make(name, rows, count, make)
+            tensors, texts = self._make(shelf.about["name"], rows, shelf.about["count"], make)
             _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=len(missing) - i)
             files[path] = _open(path, len(rows))
-        parts = [files[path] for path in paths]
-        return Store(tuple(tensors for tensors, _ in parts), tuple(text for _, texts in parts for text in texts), per_file)
+        return Store(tuple(tensors for tensors, _ in files.values()), tuple(text for _, texts in files.values() for text in texts),
+                     shelf.about["per_file"])
 
     @torch.no_grad()
     def _make(self, name: str, rows: range, count: int, make: Make) -> tuple[dict[str, Tensor], list[str]]:
@@ -129,7 +198,7 @@ class Cache:
     def _prepare(self, folder: Path, about: Mapping[str, object]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
         except OSError as error:
             raise RequestError(f"cache: cannot write into '{folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or `cache` in the "
                                "recipe, to a folder that can be written, on a disk with room.") from None

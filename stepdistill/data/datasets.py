@@ -1,4 +1,4 @@
-"""What a batch can come from: prompts alone, images encoded as they come, cached latents, the teacher's own samples."""
+"""What a batch can come from: prompts alone, images encoded as they come, cached latents, the teacher's samples and pairs."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Callable, Mapping, Protocol
 import torch
 from torch import Tensor
 
-from ..diffusion.contracts import Condition
+from ..diffusion.contracts import Condition, Pairs
 from ..errors import RequestError
-from .cache import Cache, Store
+from .cache import Cache, Shelf, Store
 from .images import Images
 from .prompts import Captions, all_captions
 from .text import Encode, LiveText, Text, stored_text
@@ -18,6 +18,7 @@ SAMPLES_PER_FILE = 250            # a teacher's sample is dear: an interruption 
 
 Latents = Callable[[Tensor], Tensor]                      # indices (B,) -> scaled latents (B, C, H, W)
 Generate = Callable[[Tensor, list[str]], Tensor]          # sample numbers (B,), their prompts -> scaled latents (B, C, H, W)
+GeneratePairs = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]    # the same -> noise (B, C, H, W), nodes (B, n, C, H, W)
 
 
 class Dataset(Protocol):
@@ -28,17 +29,24 @@ class Dataset(Protocol):
     def __getitem__(self, indices: Tensor) -> tuple[Tensor | None, Condition]:
         """indices: (B,) int64 on the CPU, below count. Returns x0 (B, ...), or None for prompts only, and the conditions."""
 
+    def pairs(self, indices: Tensor) -> Pairs | None:
+        """The ways that led the teacher to these samples, where they are kept."""
+
 
 @dataclass(frozen=True)
 class Samples:
-    """A dataset of two functions of the sample's number."""
+    """A dataset of functions of the sample's number."""
 
     count: int | None
     text: Text
     latents: Latents | None = None
+    ways: Callable[[Tensor], Pairs] | None = None
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor | None, Condition]:
         return None if self.latents is None else self.latents(indices), self.text(indices)
+
+    def pairs(self, indices: Tensor) -> Pairs | None:
+        return None if self.ways is None else self.ways(indices)
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,34 @@ def teacher_samples(source: Captions, count: int, generate: Generate, made_by: M
         raise RequestError(f"data: samples.count must be at least 1; found {count}")
 
     def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:
-        prompts = source.captions(indices if source.count is None else indices % source.count)
+        prompts = _prompts(source, indices)
         return {"latents": generate(indices, prompts)}, prompts
 
     identity = {"source": source.identity, "made_by": dict(made_by), "teacher": encoders.identity}
     return _stored(cache.store("samples", identity, count, make, SAMPLES_PER_FILE), encoders, cache)
+
+
+def teacher_pairs(source: Captions, shelf: Shelf, generate: GeneratePairs, times: Tensor, encoders: Encoders, cache: Cache) -> Samples:
+    """The teacher's ways from noise to its samples, made once, as `teacher_samples` are. times: (n,) float64, of the nodes."""
+
+    def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:
+        prompts = _prompts(source, indices)
+        noise, nodes = generate(indices, prompts)
+        return {"noise": noise, "nodes": nodes}, prompts
+
+    store = cache.fill(shelf, make)
+
+    def ways(indices: Tensor) -> Pairs:
+        noise, nodes = (store.rows(name, indices).to(encoders.device) for name in ("noise", "nodes"))
+        return Pairs(noise, nodes, times.expand(len(indices), -1))
+
+    text = stored_text(store.texts, encoders.text, encoders.identity, cache, encoders.device)
+    return Samples(len(store), text, lambda indices: store.rows("nodes", indices)[:, -1].to(encoders.device), ways)
+
+
+def _prompts(source: Captions, indices: Tensor) -> list[str]:
+    """Those of the samples that a teacher is to make: it begins anew at the end of a list."""
+    return source.captions(indices if source.count is None else indices % source.count)
 
 
 def _stored(store: Store, encoders: Encoders, cache: Cache) -> Samples:

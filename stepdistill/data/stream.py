@@ -72,5 +72,6 @@ class Stream:
         ids = step * self.global_batch + (rank * micros + micro) * size + torch.arange(size)
         walk = key(self.seed, "data", update, repeat)
         count = self.dataset.count
-        x0, cond = self.dataset[ids + (walk >> 2) if count is None else permuted(ids, count, walk)]
-        return Batch(ids, cond, x0, self.shape)
+        indices = ids + (walk >> 2) if count is None else permuted(ids, count, walk)
+        x0, cond = self.dataset[indices]
+        return Batch(ids, cond, x0, self.shape, self.dataset.pairs(indices))

@@ -68,18 +68,36 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Noises, and states of the teacher's way from each to the data by a deterministic solver.
+
+    noise (B, ...): the state at t = 1, unit normal. nodes (B, n, ...): the states at `times`, the last the teacher's sample.
+    times (B, n) float64, descending, evenly spaced, the last 0; they stay on the CPU, as times do.
+    """
+
+    noise: Tensor
+    nodes: Tensor
+    times: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Pairs:
+        """The states moved."""
+        return replace(self, noise=self.noise.to(*args, **kwargs), nodes=self.nodes.to(*args, **kwargs))
+
+
+@dataclass(frozen=True)
 class Batch:
     """A slice of one joined batch.
 
     ids (B,) int64, distinct within the joined batch: the key of every per-sample draw.
     x0 (B, ...) scaled latents, or None where the data are prompts only. cond: the batch's conditions. shape: of one
-    sample, which x0 tells where there is one.
+    sample, which x0 tells where there is one. pairs: where the data are the teacher's pairs; x0 is then their last node.
     """
 
     ids: Tensor
     cond: Condition
     x0: Tensor | None = None
     shape: tuple[int, ...] | None = None
+    pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
         if self.x0 is not None:

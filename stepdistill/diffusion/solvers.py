@@ -1,7 +1,8 @@
 """Solvers of the probability-flow ODE (and its SDE) down a grid of times: one algorithm, one short function.
 
-solver(role, x, times, cond, noise) -> x at times[-1]. x: (B, ...), the state at times[0]; times: (K + 1,) float64,
-descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for those that want it.
+solver(role, x, times, cond, noise, seen) -> x at times[-1]. x: (B, ...), the state at times[0]; times: (K + 1,) float64,
+descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for those that want it; seen(i, x) is shown the
+state that step i arrives at, at times[i + 1].
 """
 from __future__ import annotations
 
@@ -17,18 +18,25 @@ from .prediction import Prediction
 from .schedule import RectifiedFlow, Schedule, like
 
 Noise = Callable[[int, torch.Size], Tensor]
+Seen = Callable[[int, Tensor], None]
 Solver = Callable[..., Tensor]
 
 
-def _steps(times: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(t, r) of each step, each (B,)."""
-    return ((t.expand(batch), r.expand(batch)) for t, r in pairwise(times))
+def unseen(i: int, x: Tensor) -> None:
+    """For those who want the end alone."""
 
 
-def ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+def _steps(times: Tensor, batch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(i, t, r) of each step, the times (B,) each."""
+    return ((i, t.expand(batch), r.expand(batch)) for i, (t, r) in enumerate(pairwise(times)))
+
+
+def ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
+         seen: Seen = unseen) -> Tensor:
     """Song et al. 2021, arXiv:2010.02502: order 1, K evaluations. It is also Euler's rule, in the `_straight` coordinates."""
-    for t, r in _steps(times, len(x)):
+    for i, t, r in _steps(times, len(x)):
         x = ddim_step(role(x, t, cond), r)
+        seen(i, x)
     return x
 
 
@@ -52,13 +60,15 @@ def heun_step(here: Prediction, there: Prediction) -> Tensor:
     return like(m_r / m_t, x) * x + like(m_r * (u_r - u_t) / 2, x) * (_slope(here) + _slope(there))
 
 
-def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
+         seen: Seen = unseen) -> Tensor:
     """Karras et al. 2022, arXiv:2206.00364, algorithm 1: order 2, 2K evaluations; a last step to t = 0 is Euler's."""
-    for t, r in _steps(times, len(x)):
+    for i, t, r in _steps(times, len(x)):
         here = role(x, t, cond)
         x = ddim_step(here, r)
         if r[0] > 0:
             x = heun_step(here, role(x, r, cond))
+        seen(i, x)
     return x
 
 
@@ -70,31 +80,34 @@ def dpmpp_2m_step(before: Prediction, here: Prediction, r: Tensor) -> Tensor:
     return toward(here.x0 + weight * (here.x0 - before.x0), here.x_t, t, r, schedule)
 
 
-def dpmpp_2m(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+def dpmpp_2m(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
+             seen: Seen = unseen) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095, algorithm 2: order 2, K evaluations.
 
     The first step, and one that ends at t = 0 (where lambda is infinite), are DDIM's.
     """
     before = None
-    for t, r in _steps(times, len(x)):
+    for i, t, r in _steps(times, len(x)):
         here = role(x, t, cond)
         x = ddim_step(here, r) if before is None or r[0] == 0 else dpmpp_2m_step(before, here, r)
         before = here
+        seen(i, x)
     return x
 
 
 def sde_ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
-             eta: float = 1.0) -> Tensor:
+             seen: Seen = unseen, eta: float = 1.0) -> Tensor:
     """Song et al. 2021, arXiv:2010.02502, eq. 12 and 16: a share of each step's noise is fresh; eta = 1 is DDPM, 0 is `ddim`."""
     if noise is None:
         raise ValueError("sde_ddim is stochastic: pass noise(i, shape), which gives the normal noise of step i")
     schedule = role.schedule
-    for i, (t, r) in enumerate(_steps(times, len(x))):
+    for i, t, r in _steps(times, len(x)):
         p = role(x, t, cond)
         kept, sigma_r = schedule.alpha(t) / schedule.alpha(r), schedule.sigma(r)
         fresh = eta * sigma_r / schedule.sigma(t) * (schedule.sigma(t) ** 2 - (kept * sigma_r) ** 2).sqrt()
         old = (sigma_r**2 - fresh**2).sqrt()
         x = like(schedule.alpha(r), x) * p.x0 + like(old, x) * p.eps + like(fresh, x) * noise(i, x.shape).to(x)
+        seen(i, x)
     return x
 
 
@@ -110,12 +123,14 @@ def addim_step(p: Prediction, r: Tensor, x_var: Tensor) -> Tensor:
     return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + like(z_var, x) / mean_square).sqrt() * p.eps
 
 
-def addim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None) -> Tensor:
+def addim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
+          seen: Seen = unseen) -> Tensor:
     """aDDIM as a sampler, with the paper's guess x_var = 0.1 / (2 + SNR) for data of unit variance."""
-    for t, r in _steps(times, len(x)):
+    for i, t, r in _steps(times, len(x)):
         p = role(x, t, cond)
         snr = (role.schedule.alpha(t) / role.schedule.sigma(t)) ** 2
         x = addim_step(p, r, 0.1 / (2 + snr))
+        seen(i, x)
     return x
 
 
@@ -127,3 +142,4 @@ SOLVERS: dict[str, Solver] = {
     "sde_ddim": sde_ddim,
     "addim": addim,
 }
+STOCHASTIC = ("sde_ddim",)        # those whose end is no function of their start

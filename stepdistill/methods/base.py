@@ -109,7 +109,7 @@ class Method(ABC):
     """
 
     Settings: ClassVar[type]
-    data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "prompts"
+    data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "pairs", "prompts"
 
     def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: Guidance, sampler: Sampler) -> None:
         self.settings, self.roles, self.guidance, self.sampler = settings, roles, guidance, sampler

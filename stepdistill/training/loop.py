@@ -214,4 +214,5 @@ def _mean(logs: dict[str, Tensor], name: str, value: Tensor, count: int) -> None
 def _moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on the training device; ids stay where they are read, on the CPU."""
     x0 = None if batch.x0 is None else batch.x0.to(device, non_blocking=True)
-    return replace(batch, x0=x0, cond=batch.cond.to(device, non_blocking=True))
+    pairs = None if batch.pairs is None else batch.pairs.to(device, non_blocking=True)
+    return replace(batch, x0=x0, cond=batch.cond.to(device, non_blocking=True), pairs=pairs)

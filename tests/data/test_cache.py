@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stepdistill.data import cache as module
-from stepdistill.data.cache import Cache, default_root, fingerprint
+from stepdistill.data.cache import Cache, contents, default_root, fingerprint
 from stepdistill.errors import RequestError
 
 
@@ -176,3 +176,32 @@ def test_a_fingerprint_changes_with_its_files(tmp_path):
     seen.append(fingerprint(tmp_path))
     assert len(set(seen)) == 4 and fingerprint(tmp_path) == seen[-1]
     assert fingerprint("runwayml/stable-diffusion-v1-5") == "runwayml/stable-diffusion-v1-5"
+
+
+def test_contents_are_the_same_wherever_a_pipeline_lies(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text("{}")
+        (tmp_path / name / "unet/weights").write_bytes(b"1234")
+    os.utime(tmp_path / "there/unet/weights", (0, 0))
+    (tmp_path / "there/README.md").write_text("of no concern")
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert contents(here) == contents(there) and fingerprint(here) != fingerprint(there)
+    for path, text in ((there / "unet/weights", b"1235"), (there / "model_index.json", b"{ }"), (there / "unet/more", b"")):
+        before = contents(there)
+        path.write_bytes(text)
+        assert contents(there) not in (before, contents(here))
+    assert contents("owner/name") == "owner/name" and contents(here / "unet/weights") != contents(there / "unet/weights")
+
+
+def test_a_named_folder_says_what_it_holds(tmp_path):
+    shelf = lambda count=25, source=1: Cache(tmp_path, batch=4).shelf("rows", {"source": {"seed": source}}, count, 10, tmp_path / "mine")
+    assert shelf().found_otherwise() == [] and shelf().made() == 0
+    check(Cache(tmp_path, batch=4).fill(shelf(), Maker()))
+    assert shelf().found_otherwise() == [] and shelf().made() == 25
+    assert shelf(24, 2).found_otherwise() == ["count is 25 there and 24 here", "source.seed is 1 there and 2 here"]
+    (tmp_path / "mine/00001.safetensors").unlink()
+    assert shelf().made() == 15
+    (tmp_path / "mine/about.json").write_text("[]")
+    with pytest.raises(RequestError, match="mine' holds other files"):
+        shelf().found_otherwise()

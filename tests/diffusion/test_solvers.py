@@ -14,7 +14,7 @@ from diffusers import (
 
 from stepdistill.diffusion.exact import Gaussian, GaussianMixture
 from stepdistill.diffusion.flow_map import ddim_step
-from stepdistill.diffusion.solvers import SOLVERS, addim_step, sde_ddim
+from stepdistill.diffusion.solvers import SOLVERS, STOCHASTIC, addim_step, sde_ddim
 
 from .schedules import SCHEDULES
 from .stock import KINDS, SD15, NetworkRole, schedule_of, stock_loop
@@ -120,6 +120,24 @@ def test_sde_ddim_reaches_the_variance_with_order_one():
         parts = sde_ddim(role, variance_t.sqrt() * unit[:, :1], times, noise=lambda i, shape, unit=unit: unit[:, i + 1:i + 2])
         errors.append(((parts**2).sum() - variance_r).abs().log2())
     assert [float(a - b) for a, b in zip(errors, errors[1:])] == pytest.approx([1, 1, 1], abs=0.15)
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_every_state_is_shown_on_the_way(name):
+    """Step by step: what is seen after step i is the end of a solve that stops there."""
+    role, x, times = teachers(SCHEDULES["flow"])["gaussian"], torch.ones(2, 2, dtype=F64), torch.linspace(0.9, 0.1, 5, dtype=F64)
+    noise, found = lambda i, shape: torch.full(shape, 0.1 * i, dtype=F64), {}
+    end = SOLVERS[name](role, x, times, noise=noise, seen=found.setdefault)
+    assert list(found) == [0, 1, 2, 3] and torch.equal(found[3], end)
+    for i, state in found.items():
+        assert torch.equal(state, SOLVERS[name](role, x, times[:i + 2], noise=noise))
+
+
+def test_the_end_of_a_stochastic_solver_is_no_function_of_its_start():
+    role, x, times = teachers(SCHEDULES["flow"])["gaussian"], torch.ones(2, 2, dtype=F64), torch.linspace(0.9, 0.1, 5, dtype=F64)
+    for name in SOLVERS:
+        ends = [SOLVERS[name](role, x, times, noise=lambda i, shape, value=value: torch.full(shape, value, dtype=F64)) for value in (0.0, 1.0)]
+        assert torch.equal(*ends) == (name not in STOCHASTIC)
 
 
 def test_sde_ddim_needs_its_noise():

@@ -52,7 +52,7 @@ class Settings:
 
 class LCM(Method):
     Settings = Settings
-    data = ("images", "samples")
+    data = ("images", "samples", "pairs")
 
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)

@@ -1,0 +1,121 @@
+"""Where a recipe's values come from: YAML that knows its lines, mappings, and what was --set."""
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from .errors import RequestError
+
+Path_ = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Plain values, and where each was written ("file:line", "--set")."""
+
+    name: str
+    values: dict[str, Any]
+    places: dict[Path_, str]
+
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        try:
+            tree = YAML().load(path.read_text(encoding="utf-8"))
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise RequestError(f"{path}:{mark.line + 1 if mark else 1}: no valid YAML: {error.problem}") from None
+        except (YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path}: no valid YAML: {error}") from None
+        if not isinstance(tree, CommentedMap):
+            raise RequestError(f"{path}:1: a recipe is a table such as 'method: lcm'; found {_kind(tree)}")
+        lines = _lines(tree)
+        return cls(str(path), unwrapped(tree), {key: f"{path}:{line + 1}" for key, line in lines.items()})
+
+    @classmethod
+    def of_mapping(cls, values: Mapping[str, Any]) -> Source:
+        return cls("recipe", unwrapped(values), {})
+
+    def overridden(self, overrides: Mapping[str, Any]) -> Source:
+        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
+        values, places = unwrapped(self.values), dict(self.places)
+        for path, value in _leaves(overrides):
+            node = values
+            for key in path[:-1]:
+                inner = node.get(key)
+                node[key] = node = inner if isinstance(inner, dict) else {}
+            node[path[-1]] = value
+            places = {key: place for key, place in places.items() if key[:len(path)] != path}
+            places[path] = f"--set {'.'.join(path)}"
+        return Source(self.name, values, places)
+
+    def where(self, path: Path_) -> str:
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return self.name
+
+    @property
+    def arguments(self) -> str:
+        """The recipe as a command takes it: its file, and what was set beside it."""
+        sets = [".".join(path) + "=" + json.dumps(reduce(lambda table, key: table[key], path, self.values))
+                for path, place in self.places.items() if place.startswith("--set ")]
+        return " ".join([shlex.quote(self.name), *(f"--set {shlex.quote(text)}" for text in sets)])
+
+
+def parse_set(texts: Iterable[str]) -> dict[str, Any]:
+    """["train.lr=1e-3", "student=full"] -> dotted name -> value, each value read as YAML."""
+    parsed: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip():
+            raise RequestError(f"--set {text}: should be a name and a value such as train.lr=1e-4")
+        try:
+            parsed[name.strip()] = unwrapped(YAML(typ="safe").load(value))
+        except YAMLError:
+            raise RequestError(f"--set {text}: '{value}' is no valid YAML value") from None
+    return parsed
+
+
+def _lines(node: CommentedMap | CommentedSeq, path: Path_ = ()) -> dict[Path_, int]:
+    """Entry -> its line, from 0."""
+    found: dict[Path_, int] = {}
+    items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
+    for key, value in items:
+        found[(*path, key)] = (node.lc.key(key) if isinstance(node, CommentedMap) else node.lc.item(key))[0]
+        if isinstance(value, CommentedMap | CommentedSeq):
+            found |= _lines(value, (*path, key))
+    return found
+
+
+def _leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    for key, value in overrides.items():
+        here = (*path, *key.split("."))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def unwrapped(value: Any) -> Any:
+    """ruamel's scalars and containers as Python's own."""
+    if isinstance(value, Mapping):
+        return {str(key): unwrapped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [unwrapped(inner) for inner in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
