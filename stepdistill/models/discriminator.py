@@ -37,7 +37,8 @@ def tap(network: nn.Module, names: Sequence[str], leave: bool = False) -> Iterat
                 raise Enough
         return hook
 
-    handles = [_eager(network, name).register_forward_hook(collects(name)) for name in names]
+    modules = [_eager(network, name) for name in names]
+    handles = [module.register_forward_hook(collects(name)) for name, module in zip(names, modules, strict=True)]
     try:
         yield found
     except Enough:

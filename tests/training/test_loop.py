@@ -177,6 +177,22 @@ def test_learning_rate():
     assert 0 < learning_rate(cosine, 9) < 0.1
 
 
+def test_a_role_may_have_a_rate_of_its_own(tmp_path):
+    config = TrainConfig(updates=10, lr=2.0, warmup=2, decay="cosine", rates={"critic": 8.0})
+    for i in range(10):
+        assert learning_rate(config, i, "critic") == 4 * learning_rate(config, i, "student") == 4 * learning_rate(config, i)
+    t = trainer(tmp_path, updates=2, rates={"critic": 0.5}, weight_decay=0.0)
+    before = {name: [p.clone() for p in t.roles.parameters(name)] for name in ("student", "critic")}
+    t.train()
+    far = {name: max((p - q).abs().max().item() for p, q in zip(t.roles.parameters(name), old)) for name, old in before.items()}
+    assert 0.4 < far["critic"] < 1.1 and far["student"] < 0.021, "a step of AdamW is about its rate"
+    assert [(row["lr"], row["lr/critic"]) for row in rows(tmp_path)] == [(1e-2, 0.5)] * 2
+    with pytest.raises(ValueError, match=r"\['discriminator'\] have learning rates, but the updates train \['critic', 'student'\]"):
+        trainer(tmp_path, rates={"discriminator": 1.0})
+    with pytest.raises(ValueError, match=r"train\.lr.*found.*-1"):
+        TrainConfig(updates=1, rates={"critic": -1.0})
+
+
 @pytest.mark.parametrize("wrong", [{"updates": 0}, {"accumulate": 0}, {"lr": 0.0}, {"clip": -1.0}, {"warmup": -1}, {"weight_decay": -1.0}, {"checkpoint_every": 0}])
 def test_configuration_is_checked(wrong):
     with pytest.raises(ValueError, match=rf"train\.{next(iter(wrong))}.*found"):
