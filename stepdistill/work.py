@@ -74,11 +74,8 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
     """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work."""
     settings = recipe.method_settings()
     kind = load_method(recipe.method)
-    try:
-        kind.check(settings, recipe.data.kind)
-    except ValueError as error:
-        raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {error}") from error
-    _check_solver(recipe)
+    if reason := kind.refusal(settings, recipe.data.kind):
+        raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))

@@ -115,8 +115,9 @@ class Method(ABC):
         self.settings, self.roles, self.guidance, self.sampler = settings, roles, guidance, sampler
 
     @classmethod
-    def check(cls, settings: Any, data: str) -> None:
-        """ValueError where these settings cannot train on this kind of `data`, saying what would be right."""
+    def refusal(cls, settings: Any, data: str) -> str | None:
+        """Why these settings cannot train on this kind of `data`, and what would be right; None where they can."""
+        return None
 
     @classmethod
     @abstractmethod

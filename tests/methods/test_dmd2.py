@@ -223,9 +223,8 @@ def test_the_discriminator_tells_noised_real_from_noised_fake():
 def test_who_is_needed_and_what_for():
     assert DMD2.needs(GAN, full=False)["discriminator"] == Heads("critic")
     assert "discriminator" not in DMD2.needs(PLAIN, full=False)
-    with pytest.raises(ValueError, match="gan_weight is 0.5, and the discriminator is shown real images"):
-        DMD2.check(GAN, "prompts")
-    DMD2.check(PLAIN, "prompts"), DMD2.check(GAN, "images")
+    assert "gan_weight is 0.5, and the discriminator is shown real images" in DMD2.refusal(GAN, "prompts")
+    assert DMD2.refusal(PLAIN, "prompts") is DMD2.refusal(GAN, "images") is None
     student, critic = make(settings=Settings(gan_weight=0, critic_steps=3))[0].updates()
     assert (student.trains, critic.trains, critic.repeat, critic.shares) == (("student",), ("critic",), 3, 1)
     every = make(settings=Settings(critic_steps=3, share_rollout=True), gan=torch.tensor(1.0))[0].updates()[1]

@@ -55,10 +55,11 @@ class DMD2(Method):
         self.matched, self.trained = discrete(levels(*settings.t_range)), discrete(levels())
 
     @classmethod
-    def check(cls, settings: Settings, data: str) -> None:
-        if settings.gan_weight and data == "prompts":
-            raise ValueError(f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, "
-                             "or set gan_weight: 0 to train on prompts alone")
+    def refusal(cls, settings: Settings, data: str) -> str | None:
+        if not settings.gan_weight or data != "prompts":
+            return None
+        return (f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, or set "
+                "gan_weight: 0 to train on prompts alone")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
