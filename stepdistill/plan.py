@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -15,16 +16,16 @@ from . import resources
 from .diffusion.contracts import Batch, Condition
 from .diffusion.draws import Step
 from .diffusion.prediction import Prediction
-from .diffusion.schedule import Schedule, VariancePreserving
+from .diffusion.schedule import Schedule
 from .errors import RequestError
 from .methods import load_method
 from .methods.base import Follows, Frozen, Need, Trained
-from .models.families import FAMILIES
-from .models.families.unet2d_condition import LCM_TARGETS
+from .models.families import FAMILIES, Layout, call_of, layout
 from .recipe import Recipe, RoleChoice
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
+Empty = Callable[..., Tensor]
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -37,31 +38,33 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     needs = load_method(recipe.method).needs(settings, recipe.student.lora is None)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
-    parts = _parts(source, recipe.revision)
-    roles = _roles(recipe, needs, parts)
+    parts, known = _parts(source, recipe.revision)
+    roles = _roles(recipe, needs, parts, known)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
-    passes = _passes(recipe, settings, needs, parts)
-    activations = _activations(recipe, parts["unet"], parts["text_encoder"])
+    passes = _passes(recipe, settings, needs, parts[known.denoiser], known.schedule)
+    inputs = partial(known.inputs, parts, call_of(source))
+    activations = _activations(recipe, parts[known.denoiser], inputs)
     return {"roles": roles, "bytes": weights, "peak": LIBRARIES + weights + trained * (GRADIENT + ADAM) + activations,
-            "passes": passes, "disk": _disk(recipe, roles, parts), "downloads": _downloads(source, recipe.revision, roles)}
+            "passes": passes, "disk": _disk(recipe, roles, parts, inputs),
+            "downloads": _downloads(source, recipe.revision, roles, known.denoiser)}
 
 
 # -- networks without weights ----------------------------------------------------------------------------------------------
 
-def _parts(source: str, revision: str | None) -> dict[str, nn.Module]:
-    """The pipeline's networks by name, and its scheduler's config under "scheduler"."""
+def _parts(source: str, revision: str | None) -> tuple[dict[str, nn.Module], Layout]:
+    """The pipeline's networks by name, and what its family knows of it."""
     try:
         index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     except (OSError, ValueError) as error:
         raise RequestError(f"{source} is no diffusers pipeline: {str(error).strip().splitlines()[0]}") from error
     if index["_class_name"] not in FAMILIES:
         raise RequestError(f"{source} is a {index['_class_name']}; supported are {', '.join(FAMILIES)}")
-    parts = {}
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    parts, known = {}, layout(index["_class_name"])
+    for name in (known.denoiser, "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         if index.get(name, [None])[0] is not None:
             parts[name] = _network(source, revision, name, *index[name])
-    return parts
+    return parts, known
 
 
 def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module:
@@ -79,13 +82,14 @@ def _size(network: nn.Module) -> int:
 
 # -- roles -----------------------------------------------------------------------------------------------------------------
 
-def _roles(recipe: Recipe, needs: Mapping[str, Need], parts: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+def _roles(recipe: Recipe, needs: Mapping[str, Need], parts: Mapping[str, nn.Module], known: Layout) -> dict[str, dict[str, int]]:
+    denoiser = parts[known.denoiser]
     base = 2 if recipe.train.precision == "bf16" and recipe.student.lora is not None else FLOAT
-    rows = {"teacher": _row(_size(parts["unet"]), 0, base)}
-    rows |= {name: _row(_size(part), 0, base) for name, part in parts.items() if name != "unet"}
+    rows = {"teacher": _row(_size(denoiser), 0, base)}
+    rows |= {name: _row(_size(part), 0, base) for name, part in parts.items() if part is not denoiser}
     for name, need in needs.items():
         if not isinstance(need, Frozen):
-            count = _count(parts["unet"], _choice(recipe, needs, name))
+            count = _count(denoiser, _choice(recipe, needs, name), known.targets)
             rows[name] = _row(count, count if isinstance(need, Trained) else 0, FLOAT)
     return rows
 
@@ -101,11 +105,11 @@ def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice:
     return recipe.critic if name == "critic" and recipe.critic is not None else recipe.student
 
 
-def _count(network: nn.Module, choice: RoleChoice) -> int:
+def _count(network: nn.Module, choice: RoleChoice, usual: Sequence[str]) -> int:
     """Parameters of an adapter, or of a copy."""
     if choice.lora is None:
         return _size(network)
-    targets = choice.lora.targets or LCM_TARGETS
+    targets = choice.lora.targets or usual
     layers = [module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
               and any(name == target or name.endswith(f".{target}") for target in targets)]
     return choice.lora.rank * sum(_rows_and_columns(layer) for layer in layers)
@@ -130,14 +134,14 @@ class _Counter:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         self.forward[0] += len(x_t)
         self.backward[0] += len(x_t) if torch.is_grad_enabled() else 0
-        return Prediction(torch.zeros_like(x_t, requires_grad=torch.is_grad_enabled()), x_t, t, self.schedule, "eps")
+        return Prediction(torch.zeros_like(x_t, requires_grad=torch.is_grad_enabled()), x_t, t, self.schedule, "velocity")
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], parts: Mapping[str, nn.Module]) -> dict[str, int]:
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], denoiser: nn.Module, schedule: Schedule) -> dict[str, int]:
     """Network evaluations a sample and step, by running the method's own losses on roles that count."""
-    counter = _Counter(VariancePreserving.of(torch.linspace(0.999, 0.005, 1000)))
+    counter = _Counter(schedule)
     method = load_method(recipe.method)(settings, dict.fromkeys(needs, counter), recipe.guidance, recipe.steps)
-    shape, ids = (parts["unet"].config.in_channels, 2, 2), torch.arange(2)
+    shape, ids = (denoiser.config.in_channels, 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
     batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), torch.zeros(2, *shape))
     for update in method.updates():
@@ -147,7 +151,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], parts: Map
             "updates": recipe.train.updates}
 
 
-def _activations(recipe: Recipe, network: nn.Module, text: nn.Module) -> int:
+def _activations(recipe: Recipe, network: nn.Module, inputs: Callable[[Empty], dict[str, Any]]) -> int:
     """Bytes that autograd keeps of one micro-batch, counted in a pass on the meta device."""
     batch = recipe.data.batch // recipe.train.accumulate
     width = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -166,45 +170,41 @@ def _activations(recipe: Recipe, network: nn.Module, text: nn.Module) -> int:
         return tensor
 
     kept: list[Tensor] = []                # alive to the end, so that no two storages share an id
+    told = inputs(lambda *shape: torch.empty(batch, *shape, device="meta", dtype=width))
+    next(_tensors(told)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(**_inputs(network, text, batch, width))
+        network(**told, return_dict=False)
     return sum(seen.values())
 
 
-def _inputs(network: nn.Module, text: nn.Module, batch: int, width: torch.dtype) -> dict[str, Any]:
-    config = network.config
-    empty = lambda *shape: torch.empty(batch, *shape, device="meta", dtype=width)
-    side = config.sample_size
-    length = text.config.max_position_embeddings
-    added = None
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": empty(pooled), "time_ids": empty(6)}
-    return {"sample": empty(config.in_channels, *((side, side) if isinstance(side, int) else side)).requires_grad_(),
-            "timestep": torch.empty(batch, device="meta"), "encoder_hidden_states": empty(length, config.cross_attention_dim),
-            "added_cond_kwargs": added, "return_dict": False}
+def _tensors(told: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in told.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif value is not None:
+            yield from _tensors(value)
 
 
 # -- disk and net ----------------------------------------------------------------------------------------------------------
 
-def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], parts: Mapping[str, nn.Module]) -> int:
+def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], parts: Mapping[str, nn.Module],
+          inputs: Callable[[Empty], dict[str, Any]]) -> int:
     """Bytes of checkpoints (every role and both moments), the export, and the cache."""
     adapters = [row for name, row in roles.items() if name not in (*parts, "teacher")]
     each = sum(row["bytes"] + row["trained"] * ADAM for row in adapters)
     count = -(-recipe.train.updates // (recipe.train.checkpoint_every or recipe.train.updates))
-    unet, text = parts["unet"].config, parts["text_encoder"].config
-    side = unet.sample_size if isinstance(unet.sample_size, int) else max(unet.sample_size)
-    sample = FLOAT * (unet.in_channels * side**2 + text.max_position_embeddings * unet.cross_attention_dim)
+    sample = FLOAT * sum(tensor.numel() for tensor in _tensors(inputs(lambda *shape: torch.empty(shape, device="meta"))))
     cached = recipe.data.count if recipe.data.count and (recipe.data.cache or recipe.data.kind == "samples") else 0
     return count * each + roles["student"]["bytes"] + cached * sample
 
 
-def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[str, int]], denoiser: str) -> list[str]:
     """A Hub teacher whose weights are not in the cache yet."""
     if resources.locate(source) is not None:
         return []
     from huggingface_hub import try_to_load_from_cache
-    if isinstance(try_to_load_from_cache(source, "unet/diffusion_pytorch_model.safetensors", revision=revision), str):
+    whole = f"{denoiser}/diffusion_pytorch_model.safetensors"
+    if any(isinstance(try_to_load_from_cache(source, file, revision=revision), str) for file in (whole, f"{whole}.index.json")):
         return []
     size = sum(row["parameters"] for name, row in roles.items() if row["trained"] == 0) * FLOAT
     return [f"{source} (up to {size / 1e9:.1f} GB)"]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def _choice(choice: RoleChoice) -> Lora | Full:
 def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family) -> Inference:
     try:
         inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
+        inference = replace(inference, call={**inference.call, **family.call})
         _sampler(stock_scheduler(inference.scheduler, inference.config, family.scheduler), recipe.steps, family, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error

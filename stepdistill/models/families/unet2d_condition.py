@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: UNet2DConditionModel on the latents of an AutoencoderKL."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import VariancePreserving
 from ...errors import RequestError
 from ..adapters import matching
+from . import Layout, call_of
 
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -58,11 +59,13 @@ class UNet2DCondition:
     name = "unet2d_condition"
     schedule_name = "vp"
     null_prompt = ""
+    without = ()
+    seeded_steps = True
     w_path = "time_embedding.cond_proj"
 
     def __init__(self, pipeline: DiffusionPipeline, source: str, revision: str | None, parts: Mapping[str, Any]) -> None:
         _check(pipeline, source)
-        self.source, self.revision = source, revision
+        self.source, self.revision, self.call = source, revision, call_of(source)
         self.scheduler = pipeline.scheduler
         self.schedule = VariancePreserving.of(pipeline.scheduler.alphas_cumprod)
         self.kind = KINDS[pipeline.scheduler.config.prediction_type]
@@ -167,3 +170,16 @@ def _check(pipeline: DiffusionPipeline, source: str) -> None:
     }
     if reasons := [reason for reason, holds in refused.items() if holds]:
         raise RequestError(f"the teacher {source} cannot be distilled here: {'; '.join(reasons)}")
+
+
+def _inputs(networks: Mapping[str, nn.Module], call: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
+    config, length = networks["unet"].config, networks["text_encoder"].config.max_position_embeddings
+    size, added = config.sample_size, None
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": empty(pooled), "time_ids": empty(6)}
+    return {"sample": empty(config.in_channels, *((size, size) if isinstance(size, int) else size)), "timestep": empty(),
+            "encoder_hidden_states": empty(length, config.cross_attention_dim), "added_cond_kwargs": added}
+
+
+LAYOUT = Layout("unet", LCM_TARGETS, VariancePreserving.of(torch.linspace(0.999, 0.005, 1000)), _inputs)
