@@ -193,7 +193,8 @@ def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], parts: Mapping
     adapters = [row for name, row in roles.items() if name not in (*parts, "teacher")]
     each = sum(row["bytes"] + row["trained"] * ADAM for row in adapters)
     count = -(-recipe.train.updates // (recipe.train.checkpoint_every or recipe.train.updates))
-    sample = FLOAT * sum(tensor.numel() for tensor in _tensors(inputs(lambda *shape: torch.empty(shape, device="meta"))))
+    told = _tensors(inputs(lambda *shape: torch.empty(shape, device="meta")))
+    sample = FLOAT * sum(tensor.numel() for tensor in told if tensor.ndim)            # all but the time
     cached = recipe.data.count if recipe.data.count and (recipe.data.cache or recipe.data.kind == "samples") else 0
     return count * each + roles["student"]["bytes"] + cached * sample
 

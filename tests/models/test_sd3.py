@@ -37,7 +37,7 @@ def family(folders):
 
 
 def latents(count: int = 2) -> torch.Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_conditions_are_the_pipelines_own(any_family):
@@ -79,7 +79,7 @@ def test_a_stochastic_sampler_draws_as_the_pipeline_from_the_global_generator(fa
     stream = torch.Generator().manual_seed(3)
     sampler = Sampler.of(stock.scheduler, 3, family.schedule, sigmas=sigmas)
     ours = sampler(Denoiser(family, family.network), latents(), family.encode(PROMPTS),
-                   lambda i: torch.randn(2, 4, 8, 8, generator=stream))
+                   lambda i: torch.randn(2, 16, 8, 8, generator=stream))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
