@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/shapes-sd3"))
     parser.add_argument("--work", type=Path, default=Path("runs/world/flow"))
     parser.add_argument("--images", type=int, default=60_000)
-    parser.add_argument("--updates", type=int, default=7000)
+    parser.add_argument("--updates", type=int, default=8500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--export", action="store_true", help="write the pipeline of the last checkpoint and stop")
