@@ -132,6 +132,22 @@ def test_a_fresh_network_is_stock_and_computes_the_same(family):
     assert fresh.config == family.network.config and not any(p.requires_grad for p in fresh.parameters())
 
 
+def test_blocks_give_maps(family):
+    """Row by row, as the network itself puts tokens back: the last block's map, normed and projected, is the raw output."""
+    network, found, x = family.network, {}, latents()[:, :, :, :4]
+    for name in family.feature_shapes:
+        network.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: found.update({name: output}))
+    cond, t = family.encode(PROMPTS), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    raw = family.predict(network, x, t, cond)
+    maps = {name: family.feature_map(output, x) for name, output in found.items()}
+    assert list(maps) == list(family.feature_shapes) and set(family.default_features) <= set(maps)
+    assert all(m.shape == (2, 16, 4, 2) for m in maps.values()) and set(family.feature_shapes.values()) == {(16, 4, 4)}
+    told = network.time_text_embed(family.told_time(t).float(), cond.pooled)
+    patches = network.proj_out(network.norm_out(maps["transformer_blocks.2"].flatten(2).transpose(1, 2), told))
+    corner = patches.unflatten(1, (4, 2)).unflatten(3, (2, 2, 16))[:, :, :, 0, 1].permute(0, 3, 1, 2)
+    torch.testing.assert_close(raw[:, :, 0::2, 1::2], corner)
+
+
 @pytest.mark.parametrize("setting", [Lora(2), Full()])
 def test_it_cannot_be_told_a_scale(family, setting):
     with pytest.raises(RequestError, match="SD3Transformer2DModel has no input for a guidance scale"):

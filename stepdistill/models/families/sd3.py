@@ -23,6 +23,12 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
            "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear", "norm1_context.linear", "norm_out.linear")
 
 
+def feature_shapes(network: SD3Transformer2DModel) -> dict[str, tuple[int, int, int]]:
+    """Its blocks in the order in which they run -> (C, H, W) of their picture tokens, for latents of the network's own size."""
+    side = network.config.sample_size // network.config.patch_size
+    return {f"transformer_blocks.{i}": (network.inner_dim, side, side) for i in range(network.config.num_layers)}
+
+
 def load(source: str, class_name: str, revision: str | None, dtype: torch.dtype) -> SD3:
     """T5 is loaded where the teacher has it."""
     absent = absent_parts(source, revision)
@@ -59,6 +65,8 @@ class SD3:
         config = self.network.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.default_targets = matching(self.network, TARGETS)
+        self.feature_shapes = feature_shapes(self.network)
+        self.default_features = (f"transformer_blocks.{config.num_layers // 2}",)
         self._pipeline, self._dtype, self._null = pipeline, dtype, None
         self.codec = pipeline.vae.eval().requires_grad_(False)
 
@@ -113,6 +121,12 @@ class SD3:
         return network(hidden_states=x_t.to(dtype), timestep=self.told_time(t).to(x_t.device, torch.float32),
                        encoder_hidden_states=cond.text.to(dtype), pooled_projections=cond.pooled.to(dtype),
                        return_dict=False)[0].to(x_t.dtype)
+
+    def feature_map(self, output: tuple[Tensor | None, Tensor], x_t: Tensor) -> Tensor:
+        """What a block returned in the pass of x_t, its text tokens and its picture tokens (B, N, D), as a map (B, D, H, W)."""
+        _, tokens = output
+        height, width = (side // self.network.config.patch_size for side in x_t.shape[2:])
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def fresh_network(self, state: Mapping[str, Tensor], told_w: bool = False) -> SD3Transformer2DModel:
         """A stock float32 network of its own with these weights. ValueError for told_w, which it has no input for."""
