@@ -80,8 +80,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights: another one makes another text tower of the same pictures")
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     codec = AutoencoderKL.from_pretrained(args.codec).float().eval() if args.codec else None
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,24 @@ def embed(text: CLIPTextModel, tokenizer: CLIPTokenizer, prompts: list[str]) -> 
     return text(tokens.input_ids).last_hidden_state
 
 
+def ramp(updates: int) -> Callable[[int], float]:
+    """Learning rate: warm up, hold, fall from half-way on."""
+    return lambda i: min(1, (i + 1) / 200, max(0.0, 2 * (1 - i / updates)))
+
+
+def advance(i: int, loss: Tensor, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,
+            schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Update i, and that of the average of the weights."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    with torch.no_grad():
+        decay = min(0.999, (1 + i) / (10 + i))
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, default=Path("assets/shapes-sd/vae"))
@@ -79,8 +98,7 @@ def main() -> None:
     ema = make_unet().requires_grad_(False)
     ema.load_state_dict(unet.state_dict())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    ramp = lambda i: min(1, (i + 1) / 200, max(0.0, 2 * (1 - i / args.updates)))   # warm up, hold, fall from half-way on
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp(args.updates))
     parts = {"unet": unet, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     start, spent = restore(args.work, parts)
     if args.export:
@@ -104,14 +122,7 @@ def main() -> None:
         alpha, sigma = (a.sqrt()[:, None, None, None] for a in (squares[t], 1 - squares[t]))
         v = unet(alpha * x0 + sigma * eps, t, context).sample
         loss = F.mse_loss(v, alpha * eps - sigma * x0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            decay = min(0.999, (1 + i) / (10 + i))
-            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
+        advance(i, loss, unet, ema, optimizer, schedule)
         if i % 50 == 0:
             print(f"{i:5d} {time.time() - begin:6.0f} s  loss {loss.item():.4f}", flush=True)
         if (i + 1) % 250 == 0 or i + 1 == args.updates:

@@ -27,8 +27,8 @@ from .evaluation import sweep
 from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load, open_export, read_settings
-from .export.folder import SETTINGS, fresh_pipeline
-from .models.families import load_teacher
+from .export.folder import fresh_pipeline, is_export
+from .models.families import call_of, load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import Watch
@@ -107,17 +107,19 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
-    on its place in the list.
+    on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     opened = open_target(target, "target")
-    call = dict(opened.target.call or {})
+    call = {**opened.target.given, **(opened.target.call or {})}
     call |= {name: value for name, value in (("num_inference_steps", steps), ("guidance_scale", guidance)) if value is not None}
     pipeline = opened.target.pipeline.to(launched())
     _must_serve(pipeline.scheduler, call)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
-    pixels = pipeline(prompt=texts, generator=generators, output_type="pt", **call).images.float().cpu()
+    with torch.random.fork_rng():
+        torch.manual_seed(key(seed, "pipeline"))
+        pixels = pipeline(prompt=texts, generator=generators, output_type="pt", **call).images.float().cpu()
     pictures = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -169,10 +171,10 @@ def open_target(name: str | Path, called: str) -> Opened:
     if found is not None and runs.is_run(found):
         work = open_run(found)
         return Opened(work.target(called), str(found), work.family.source, work.family.revision, work.scale)
-    if found is not None and (found / SETTINGS).is_file():
+    if found is not None and is_export(found):
         return _open_export(found, called)
     source = resources.pipeline(str(name))
-    return Opened(Target(called, _pipeline(source, None)), source)
+    return Opened(Target(called, _pipeline(source, None), given=call_of(source)), source)
 
 
 def _open_export(folder: Path, called: str) -> Opened:
@@ -199,7 +201,7 @@ def _teachers(opened: Sequence[Opened]) -> list[Target]:
     made = {o.teacher: o.revision for o in opened if o.teacher is not None and o.teacher not in given}
     pipelines = given | {source: _pipeline(source, revision) for source, revision in made.items()}
     single = len(pipelines) == 1
-    return [Target("teacher" if single else Path(source).name, pipeline) for source, pipeline in pipelines.items()]
+    return [Target("teacher" if single else Path(source).name, pipeline, given=call_of(source)) for source, pipeline in pipelines.items()]
 
 
 def _must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,13 @@ from .diffusion.contracts import Batch, Condition, Pairs
 from .diffusion.draws import Step
 from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
-from .diffusion.schedule import Schedule, VariancePreserving
+from .diffusion.schedule import Schedule
 from .errors import RequestError
 from .export import stock_scheduler
 from .methods import load_method
 from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
 from .models.discriminator import Shape, chosen, head, tap
-from .models.families import FAMILIES
-from .models.families.unet2d_condition import DEFAULT_FEATURES, LCM_TARGETS, feature_shapes
+from .models.families import FAMILIES, Layout, call_of, layout
 from .recipe import Critic, Recipe, RoleChoice
 from .work import choices, sampler_of
 
@@ -43,31 +42,60 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
     choices(recipe, needs)
-    parts = _parts(source, recipe.revision)
-    roles = _roles(recipe, needs, parts)
+    teacher = _teacher(source, recipe.revision)
+    roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
-    passes = _passes(recipe, settings, needs, parts, _scheduler(source, recipe.revision))
-    activations = _activations(recipe, parts["unet"], parts["text_encoder"])
-    return {"roles": roles, "bytes": weights, "peak": LIBRARIES + weights + trained * (GRADIENT + ADAM) + activations,
-            "passes": passes, "disk": _disk(recipe, roles, parts), "downloads": _downloads(source, recipe.revision, roles)}
+    passes = _passes(recipe, settings, needs, teacher)
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + _activations(recipe, teacher)
+    return {"roles": roles, "bytes": weights, "peak": peak, "passes": passes, "disk": _disk(recipe, roles, teacher),
+            "downloads": _downloads(source, recipe.revision, roles, teacher)}
 
 
 # -- networks without weights ----------------------------------------------------------------------------------------------
 
-def _parts(source: str, revision: str | None) -> dict[str, nn.Module]:
-    """The pipeline's networks by name."""
+@dataclass(frozen=True)
+class _Teacher:
+    """A pipeline without weights: its networks by name, its scheduler, what its family knows, what its calls are given."""
+
+    parts: Mapping[str, nn.Module]
+    scheduler: diffusers.SchedulerMixin
+    known: Layout
+    call: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.parts[self.known.denoiser]
+
+    def inputs(self, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """What the denoiser is called with, on the meta device; gradients flow back to the latents."""
+        told = self.known.inputs(self.parts, self.call, lambda *shape: torch.empty(batch, *shape, device="meta", dtype=dtype))
+        next(_tensors(told)).requires_grad_()
+        return told
+
+
+def _tensors(told: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in told.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif value is not None:
+            yield from _tensors(value)
+
+
+def _teacher(source: str, revision: str | None) -> _Teacher:
     try:
         index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     except (OSError, ValueError) as error:
         raise RequestError(f"{source} is no diffusers pipeline: {str(error).strip().splitlines()[0]}") from error
     if index["_class_name"] not in FAMILIES:
         raise RequestError(f"{source} is a {index['_class_name']}; supported are {', '.join(FAMILIES)}")
-    parts = {}
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        if index.get(name, [None])[0] is not None:
-            parts[name] = _network(source, revision, name, *index[name])
-    return parts
+    if "scheduler" not in index:
+        raise RequestError(f"{source} is no whole pipeline: its model_index.json names no scheduler")
+    known = layout(index["_class_name"])
+    names = [name for name in (known.denoiser, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+             if index.get(name, [None])[0] is not None]
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler", revision=revision)
+    return _Teacher({name: _network(source, revision, name, *index[name]) for name in names}, scheduler, known, call_of(source))
 
 
 def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module:
@@ -79,31 +107,23 @@ def _network(source: str, revision: str | None, name: str, library: str, kind: s
         return cls(cls.config_class.from_pretrained(source, subfolder=name, revision=revision))
 
 
-def _scheduler(source: str, revision: str | None) -> diffusers.SchedulerMixin:
-    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
-    if "scheduler" not in index:
-        raise RequestError(f"{source} is no whole pipeline: its model_index.json names no scheduler")
-    _, kind = index["scheduler"]
-    return getattr(diffusers, kind).from_pretrained(source, subfolder="scheduler", revision=revision)
-
-
 def _size(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 # -- roles -----------------------------------------------------------------------------------------------------------------
 
-def _roles(recipe: Recipe, needs: Mapping[str, Need], parts: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, dict[str, int]]:
     base = 2 if recipe.train.precision == "bf16" and recipe.student.lora is not None else FLOAT
-    rows = {"teacher": _row(_size(parts["unet"]), 0, base)}
-    rows |= {name: _row(_size(part), 0, base) for name, part in parts.items() if name != "unet"}
+    rows = {"teacher": _row(_size(teacher.denoiser), 0, base)}
+    rows |= {name: _row(_size(part), 0, base) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
     for name, need in needs.items():
         if isinstance(need, Heads):
             with torch.device("meta"):
-                count = sum(_size(head(shape)) for shape in _features(recipe, parts["unet"]).values())
+                count = sum(_size(head(shape)) for shape in _features(recipe, teacher).values())
             rows[name] = _row(count, count, FLOAT)
         elif not isinstance(need, Frozen):
-            count = _count(parts["unet"], _choice(recipe, needs, name))
+            count = _count(teacher, _choice(recipe, needs, name))
             rows[name] = _row(count, count if isinstance(need, Trained) else 0, FLOAT)
     return rows
 
@@ -112,10 +132,11 @@ def _row(parameters: int, trained: int, width: int) -> dict[str, int]:
     return {"parameters": parameters, "trained": trained, "bytes": parameters * width}
 
 
-def _features(recipe: Recipe, network: nn.Module) -> dict[str, Shape]:
+def _features(recipe: Recipe, teacher: _Teacher) -> dict[str, Shape]:
     """The modules that a discriminator reads, and the shapes of what they return."""
     said = None if recipe.discriminator is None else recipe.discriminator.features
-    return chosen(feature_shapes(network), DEFAULT_FEATURES if said is None else said)
+    known = teacher.known
+    return chosen(known.feature_shapes(teacher.denoiser), known.default_features(teacher.denoiser) if said is None else said)
 
 
 def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice | Critic:
@@ -125,12 +146,12 @@ def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice 
     return recipe.critic if name == "critic" and recipe.critic is not None else recipe.student
 
 
-def _count(network: nn.Module, choice: RoleChoice | Critic) -> int:
+def _count(teacher: _Teacher, choice: RoleChoice | Critic) -> int:
     """Parameters of an adapter, or of a copy."""
     if choice.lora is None:
-        return _size(network)
-    targets = choice.lora.targets or LCM_TARGETS
-    layers = [module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        return _size(teacher.denoiser)
+    targets = choice.lora.targets or teacher.known.targets
+    layers = [module for name, module in teacher.denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
               and any(name == target or name.endswith(f".{target}") for target in targets)]
     return choice.lora.rank * sum(_rows_and_columns(layer) for layer in layers)
 
@@ -197,19 +218,19 @@ class _Moment(Step):
         return self.at
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], parts: Mapping[str, nn.Module],
-            teacher: diffusers.SchedulerMixin) -> dict[str, float]:
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, float]:
     """Network evaluations a sample and step, by running the method's own losses on roles that count.
 
     They are a mean over the exits of the student's rollouts. A pass that ends at a discriminator's last feature counts as
     its share of a whole pass's arithmetic.
     """
-    schedule, tally = VariancePreserving.of(teacher.alphas_cumprod), _Tally()
-    roles: dict[str, Any] = {name: _Counted(name, schedule, tally) for name, need in needs.items() if not isinstance(need, Heads)}
-    share = _share(parts["unet"], parts["text_encoder"], recipe) if len(roles) < len(needs) else 0.0
+    tally = _Tally()
+    roles: dict[str, Any] = {name: _Counted(name, teacher.known.schedule, tally) for name, need in needs.items()
+                             if not isinstance(need, Heads)}
+    share = _share(recipe, teacher) if len(roles) < len(needs) else 0.0
     roles |= {name: _CountedHeads(roles[need.of], share) for name, need in needs.items() if isinstance(need, Heads)}
-    method = load_method(recipe.method)(settings, roles, recipe.guidance, _sampler(recipe, settings, teacher, schedule))
-    shape, ids = (parts["unet"].config.in_channels, 2, 2), torch.arange(2)
+    method = load_method(recipe.method)(settings, roles, recipe.guidance, _sampler(recipe, settings, teacher))
+    shape, ids = (teacher.denoiser.config.in_channels, 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
     x0 = None if recipe.data.kind == "prompts" else torch.zeros(2, *shape)
     batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), x0, shape, _pairs(recipe, shape))
@@ -242,27 +263,28 @@ def _short(count: float) -> float:
     return int(near) if (near := round(count, 3)).is_integer() else near
 
 
-def _sampler(recipe: Recipe, settings: Any, teacher: diffusers.SchedulerMixin, schedule: Schedule) -> Sampler:
+def _sampler(recipe: Recipe, settings: Any, teacher: _Teacher) -> Sampler:
     try:
-        inference = load_method(recipe.method).inference(settings, recipe.steps, "vp", recipe.guidance)
-        return sampler_of(stock_scheduler(inference.scheduler, inference.config, teacher), recipe.steps, schedule, inference.call)
+        inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.known.schedule_name, recipe.guidance)
+        scheduler = stock_scheduler(inference.scheduler, inference.config, teacher.scheduler)
+        return sampler_of(scheduler, recipe.steps, teacher.known.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
-def _share(network: nn.Module, text: nn.Module, recipe: Recipe) -> float:
+def _share(recipe: Recipe, teacher: _Teacher) -> float:
     """Of the arithmetic of a whole pass, what one takes that ends after the discriminator's last feature."""
-    inputs, counts = _inputs(network, text, 1, torch.float32), []
-    for names, leave in (((), False), (tuple(_features(recipe, network)), True)):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, tap(network, names, leave):
-            network(**inputs)
+    counts = []
+    for names, leave in (((), False), (tuple(_features(recipe, teacher)), True)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, tap(teacher.denoiser, names, leave):
+            teacher.denoiser(**teacher.inputs(1))
         counts.append(counter.get_total_flops())
     return counts[1] / counts[0]
 
 
-def _activations(recipe: Recipe, network: nn.Module, text: nn.Module) -> int:
+def _activations(recipe: Recipe, teacher: _Teacher) -> int:
     """Bytes that autograd keeps of one micro-batch, counted in a pass on the meta device."""
-    batch = recipe.data.batch // recipe.train.accumulate
+    network, batch = teacher.denoiser, recipe.data.batch // recipe.train.accumulate
     width = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     if recipe.train.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -280,46 +302,31 @@ def _activations(recipe: Recipe, network: nn.Module, text: nn.Module) -> int:
 
     kept: list[Tensor] = []                # alive to the end, so that no two storages share an id
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(**_inputs(network, text, batch, width))
+        network(**teacher.inputs(batch, width), return_dict=False)
     return sum(seen.values())
-
-
-def _inputs(network: nn.Module, text: nn.Module, batch: int, width: torch.dtype) -> dict[str, Any]:
-    config = network.config
-    empty = lambda *shape: torch.empty(batch, *shape, device="meta", dtype=width)
-    side = config.sample_size
-    length = text.config.max_position_embeddings
-    added = None
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": empty(pooled), "time_ids": empty(6)}
-    return {"sample": empty(config.in_channels, *((side, side) if isinstance(side, int) else side)).requires_grad_(),
-            "timestep": torch.empty(batch, device="meta"), "encoder_hidden_states": empty(length, config.cross_attention_dim),
-            "added_cond_kwargs": added, "return_dict": False}
 
 
 # -- disk and net ----------------------------------------------------------------------------------------------------------
 
-def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], parts: Mapping[str, nn.Module]) -> int:
+def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], teacher: _Teacher) -> int:
     """Bytes of checkpoints (every role and both moments), the export, and the cache."""
-    adapters = [row for name, row in roles.items() if name not in (*parts, "teacher")]
+    adapters = [row for name, row in roles.items() if name not in (*teacher.parts, "teacher")]
     each = sum(row["bytes"] + row["trained"] * ADAM for row in adapters)
     count = -(-recipe.train.updates // (recipe.train.checkpoint_every or recipe.train.updates))
-    unet, text = parts["unet"].config, parts["text_encoder"].config
-    side = unet.sample_size if isinstance(unet.sample_size, int) else max(unet.sample_size)
     data = recipe.data
-    states = 1 if data.pairs is None else 1 + data.pairs.nodes
-    sample = FLOAT * (states * unet.in_channels * side**2 + text.max_position_embeddings * unet.cross_attention_dim)
+    latents, *others = (tensor.numel() for tensor in _tensors(teacher.inputs(1)))
+    sample = FLOAT * (latents * (1 if data.pairs is None else 1 + data.pairs.nodes) + sum(others))
     cached = data.count if data.count and (data.cache or data.made is not None) else 0
     return count * each + roles["student"]["bytes"] + cached * sample
 
 
-def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[str, int]], teacher: _Teacher) -> list[str]:
     """A Hub teacher whose weights are not in the cache yet."""
     if resources.locate(source) is not None:
         return []
     from huggingface_hub import try_to_load_from_cache
-    if isinstance(try_to_load_from_cache(source, "unet/diffusion_pytorch_model.safetensors", revision=revision), str):
+    whole = f"{teacher.known.denoiser}/diffusion_pytorch_model.safetensors"
+    if any(isinstance(try_to_load_from_cache(source, file, revision=revision), str) for file in (whole, f"{whole}.index.json")):
         return []
     size = sum(row["parameters"] for name, row in roles.items() if row["trained"] == 0) * FLOAT
     return [f"{source} (up to {size / 1e9:.1f} GB)"]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ def _choice(choice: RoleChoice | Critic) -> Lora | Full:
 def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family) -> tuple[Inference, Sampler]:
     try:
         inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
+        inference = replace(inference, call={**inference.call, **family.call})
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
         return inference, sampler_of(scheduler, recipe.steps, family.schedule, inference.call)
     except ValueError as error:

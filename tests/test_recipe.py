@@ -66,7 +66,7 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("guidance: [2.0, 5.0]", "guidance: 0.5", 4, "at least 1"),
     ("student: {lora: {rank: 8}}", "student: lora", 3, "should be full, or {lora: {rank: 32}}"),
     ("nodes: 50", "nodes: many", 6, "settings.nodes is 'many'"),
-    ("nodes: 50", "nodes: 7", 6, "7"),
+    ("nodes: 50", "nodes: 0", 6, "nodes must be at least 1"),
     ("images: shapes", "prompts: shapes", 8, "lcm trains on images or samples"),
     ("  images: shapes\n", "", 7, "one source, images, prompts, samples or pairs; found none"),
     ("batch: 4", "batch: 4\n  cache: true", 10, "endless"),

@@ -228,16 +228,31 @@ def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[flo
     return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
 
 
-def _flow_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
-    _demand(scheduler, invert_sigmas=False)
+def _flow_times(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[list[float], list[float]]:
+    """The times told to the network, and the levels: one more."""
     if not isinstance(schedule, RectifiedFlow):
         raise ValueError(f"{type(scheduler).__name__} serves rectified flows, found {type(schedule).__name__}")
     sigmas, told = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]
-    levels, told = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (sigmas, told))
+    told, levels = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (told, sigmas))
+    return told, levels
+
+
+def _flow_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, invert_sigmas=False)
+    told, levels = _flow_times(scheduler, schedule)
     if not scheduler.config["stochastic_sampling"]:
         return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
     rule = partial(_consistency, c_skip=0.0, c_out=1.0)
     return 1.0, [Evaluation(*row, rule, noisy=True) for row in zip(told, levels, levels[1:])]
+
+
+def _flow_lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    """The stock scheduler also draws noise after its last step, and multiplies it by zero."""
+    _demand(scheduler, invert_sigmas=False, scale_factors=None)
+    told, levels = _flow_times(scheduler, schedule)
+    rule = partial(_consistency, c_skip=0.0, c_out=1.0)
+    noisy = [True] * (len(told) - 1) + [False]
+    return 1.0, [Evaluation(*row[:3], rule, row[3]) for row in zip(told, levels, levels[1:], noisy)]
 
 
 READERS: dict[str, Callable[[SchedulerMixin, Schedule], tuple[float, list[Evaluation]]]] = {
@@ -247,4 +262,5 @@ READERS: dict[str, Callable[[SchedulerMixin, Schedule], tuple[float, list[Evalua
     "HeunDiscreteScheduler": _heun_reader,
     "DPMSolverMultistepScheduler": _dpmpp_2m_reader,
     "FlowMatchEulerDiscreteScheduler": _flow_euler,
+    "FlowMatchLCMScheduler": _flow_lcm,
 }

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -12,6 +12,8 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     SchedulerMixin,
 )
@@ -20,12 +22,29 @@ from torch import Tensor
 from ..diffusion.draws import key
 from ..errors import RequestError
 
+
+def _each(n: int) -> int:
+    return n
+
+
+def _twice(n: int) -> int | None:
+    """k steps of Heun take 2 k - 1 evaluations: the last one is Euler's."""
+    return (n + 1) // 2 if n % 2 else None
+
+
 # name -> stock scheduler, what is changed on top of the teacher's config, and the steps that hit n evaluations exactly.
-SOLVERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any], Callable[[int], int | None]]] = {
-    "ddim": (DDIMScheduler, {"set_alpha_to_one": True}, lambda n: n),
-    "euler": (EulerDiscreteScheduler, {}, lambda n: n),
-    "heun": (HeunDiscreteScheduler, {}, lambda n: (n + 1) // 2 if n % 2 else None),       # 2 k - 1: the last step is Euler's
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}, lambda n: n),
+Solvers = dict[str, tuple[type[SchedulerMixin], dict[str, Any], Callable[[int], int | None]]]
+SOLVERS: Solvers = {
+    "ddim": (DDIMScheduler, {"set_alpha_to_one": True}, _each),
+    "euler": (EulerDiscreteScheduler, {}, _each),
+    "heun": (HeunDiscreteScheduler, {}, _twice),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}, _each),
+}
+FLOW_SOLVERS: Solvers = {
+    "euler": (FlowMatchEulerDiscreteScheduler, {}, _each),
+    "heun": (FlowMatchHeunDiscreteScheduler, {}, _twice),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_flow_sigmas": True,
+                                               "prediction_type": "flow_prediction"}, _each),
 }
 
 
@@ -34,13 +53,14 @@ class Target:
     """What stands in the table. A teacher has no `call` and is swept over solvers and guidance, under stock schedulers.
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
-    pipeline its scheduler; only the number of steps is varied.
+    pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside.
     """
 
     name: str
     pipeline: DiffusionPipeline
     method: str | None = None
     call: Mapping[str, Any] | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
@@ -77,39 +97,59 @@ def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers
           say: Callable[[str], None]) -> list[Plan]:
     """The rows of a target in the order of their evaluations. RequestError if none of `nfe` can be met."""
     target.pipeline.set_progress_bar_config(disable=True)
-    rows = _teacher(target, nfe, guidance, solvers) if target.call is None else _student(target, nfe, say)
+    rows = _teacher(target, nfe, guidance, solvers, say) if target.call is None else _student(target, nfe, say)
     if not rows:
         raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with guidance={list(guidance)} and "
                            f"solvers={list(solvers)}: a guided step takes two evaluations, k steps of heun take 2 k - 1")
     return sorted(rows, key=lambda row: row.nfe)
 
 
-def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str]) -> list[Plan]:
-    rows = []
-    schedulers = {name: stock_scheduler(target, name) for name in solvers}
+def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
+             say: Callable[[str], None]) -> list[Plan]:
+    rows, known = [], _solvers_for(target)
+    unserved = [name for name in solvers if name in SOLVERS and name not in known]
+    for name in unserved:
+        say(f"{target.name} is not run with {name}, which has no form for flow matching")
+    schedulers = {name: stock_scheduler(target, name) for name in solvers if name not in unserved}
     for w in guidance:
-        call = {"guidance_scale": float(w)}
+        call = {**target.given, "guidance_scale": float(w)}
         first = Plan(target, target.name, target.pipeline.scheduler, call | {"num_inference_steps": 1}, 0, 1, float(w))
         passes = evaluations(first)
         for name, scheduler in schedulers.items():
             for n in nfe:
-                steps = None if n % passes else SOLVERS[name][2](n // passes)
+                steps = None if n % passes else known[name][2](n // passes)
                 if steps is not None:
-                    asked = call | {"num_inference_steps": steps}
+                    asked = call | {"num_inference_steps": steps} | _grid(scheduler, steps)
                     rows.append(Plan(target, f"{target.name}:{name}", scheduler, asked, n, steps, float(w)))
     return rows
 
 
+def _solvers_for(target: Target) -> Solvers:
+    """Those that a pipeline's noise schedule can be run with."""
+    own = target.pipeline.scheduler
+    if type(own).__name__.startswith("FlowMatch"):
+        return FLOW_SOLVERS
+    if "beta_schedule" not in own.config:
+        raise RequestError(f"{target.name} has a {type(own).__name__}, which holds neither betas nor a flow: the solvers "
+                           f"{', '.join(SOLVERS)} need them")
+    return SOLVERS
+
+
 def stock_scheduler(target: Target, solver: str) -> SchedulerMixin:
     """The solver's stock scheduler under the pipeline's own noise schedule, with trailing steps."""
-    if solver not in SOLVERS:
-        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-    own = target.pipeline.scheduler
-    if "beta_schedule" not in own.config:
-        raise RequestError(f"{target.name} has a {type(own).__name__}, which holds no betas: the solvers "
-                           f"{', '.join(SOLVERS)} need them")
-    kind, changes, _ = SOLVERS[solver]
-    return kind.from_config(own.config, timestep_spacing="trailing", **changes)
+    known, own = _solvers_for(target), target.pipeline.scheduler
+    if solver not in known:
+        raise RequestError(f"unknown solver {solver!r}; known are {', '.join(known)}")
+    kind, changes, _ = known[solver]
+    if known is SOLVERS:
+        return kind.from_config(own.config, timestep_spacing="trailing", **changes)
+    shift = {"flow_shift": own.config["shift"]} if kind is DPMSolverMultistepScheduler else {"shift": own.config["shift"]}
+    return kind.from_config(own.config, **changes, **shift)
+
+
+def _grid(scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
+    """Euler's own grid of k steps ends at a thousandth, where the last evaluation is wasted; the others have no choice."""
+    return {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()} if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {}
 
 
 def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:

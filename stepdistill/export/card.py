@@ -25,16 +25,19 @@ def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
     call = "".join(f", {key}={value!r}" for key, value in said["call"].items())
     revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
+    without = "".join(f", {name}=None" for name in said["without"])
     names = said["pipeline"] if said["format"] == "pipeline" else f"{said['pipeline']}, {said['scheduler']}"
     lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
     if said["format"] == "pipeline":
-        lines += [f"pipe = {said['pipeline']}.from_pretrained(folder)"]
+        lines += [f"pipe = {said['pipeline']}.from_pretrained(folder{without})"]
     else:
         name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
         loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
-        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}).to(torch.float32)",
+        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}{without}).to(torch.float32)",
                   f"pipe.load_lora_weights(folder{name})",
                   f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
+    if said["global_noise"]:
+        lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
     lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)

@@ -15,9 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import RequestError
+from ..models.families import SETTINGS, absent_parts
 from .formats import component
-
-SETTINGS = "stepdistill.json"
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -26,8 +25,22 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise RequestError(f"{folder} is no export folder: it holds no {SETTINGS}; "
                            "`stepdistill export RUN --to lora` makes one")
+    said = _parsed(path)
+    if "method" not in said:
+        raise RequestError(f"{folder} is no export folder: its {SETTINGS} names no method, so it is a teacher's; "
+                           "`stepdistill export RUN --to lora` makes one")
+    return said
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export, rather than a teacher whose stepdistill.json says what every call of it is given."""
+    path = folder / SETTINGS
+    return path.is_file() and (not (folder / "model_index.json").is_file() or "method" in _parsed(path))
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RequestError(f"{path} is not valid JSON ({error}): export again") from error
 
@@ -69,7 +82,7 @@ def fresh_pipeline(cls: type[DiffusionPipeline], source: str, revision: str | No
         if source.endswith(".safetensors"):
             pipe = cls.from_single_file(source, dtype=torch.float32)
         else:
-            pipe = cls.from_pretrained(source, revision=revision, dtype=torch.float32)
+            pipe = cls.from_pretrained(source, revision=revision, dtype=torch.float32, **absent_parts(source, revision))
     except OSError as error:
         raise RequestError(f"the base pipeline {source} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -108,8 +108,9 @@ class Student:
         family, state = roles.family, roles.state_dict(name)
         lora = Lora.of(state, roles.lora_metadata(name)) if roles.is_lora(name) else None
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return cls(family, roles[name], name, lora, partial(roles.network, name), state.get(f"{family.w_path}.weight"),
-                   scheduler, inference.call, method, run, **more)
+        cond_proj = None if family.w_path is None else state.get(f"{family.w_path}.weight")
+        return cls(family, roles[name], name, lora, partial(roles.network, name), cond_proj, scheduler, inference.call, method, run,
+                   **more)
 
     @property
     def told(self) -> bool:

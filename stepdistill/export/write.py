@@ -80,7 +80,9 @@ def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale:
             "teacher": student.teacher or student.family.source,
             "revision": student.family.revision, "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "guidance": scale,
-            "trained_guidance": student.guidance, "told_times": student.family.told_time(sampler.times).tolist(),
+            "trained_guidance": student.guidance, "teacher_call": dict(student.family.call),
+            "without": list(student.family.without), "global_noise": sampler.stochastic and not student.family.seeded_steps,
+            "told_times": student.family.told_time(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 

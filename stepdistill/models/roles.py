@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import RequestError
 from ..methods.base import Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, lora_config
 from .denoiser import Denoiser
@@ -152,6 +153,9 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     _check(needs, settings, told_w)
     made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, Frozen | Heads)}
     told = frozenset(name for name in made if _leader(name, needs) in told_w)
+    if told and family.w_path is None:
+        raise RequestError(f"a {type(family.network).__name__} has no input for a guidance scale, so no student of it can be told one: "
+                           "fix the guidance, or leave it to the pipeline")
     networks = {name: family.fresh_network(family.network.state_dict(), name in told)
                 for name, setting in made.items() if isinstance(setting, Full)}
     configs = {name: lora_config(setting.rank, family.default_targets if setting.targets is None else setting.targets,

@@ -9,6 +9,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
 )
@@ -86,6 +87,15 @@ def test_flow_euler(k, shift, stochastic):
     compare(make, k, "velocity", sigmas=torch.linspace(1, 1 / k, k).tolist())
 
 
+@pytest.mark.parametrize("k", STEPS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_lcm(k, shift):
+    make = FlowMatchLCMScheduler(shift=shift)
+    compare(make, k, "velocity")
+    compare(make, k, "velocity", sigmas=torch.linspace(1, 1 / k, k).tolist())
+    assert Sampler.of(make, k, RectifiedFlow()).stochastic == (k > 1)
+
+
 def test_grids_are_those_of_the_recipes():
     schedule = VariancePreserving.of(LCMScheduler(**SD15).alphas_cumprod)
     told = lambda scheduler, k, **call: (1000 * Sampler.of(scheduler, k, schedule, **call).times - 1).round().int().tolist()
@@ -126,6 +136,8 @@ def test_the_scheduler_is_left_as_it_was():
     (EulerAncestralDiscreteScheduler(**SD15), 4, "EulerDiscreteScheduler"),
     (DPMSolverMultistepScheduler(**SD15, algorithm_type="sde-dpmsolver++"), 4, "algorithm_type"),
     (FlowMatchEulerDiscreteScheduler(), 4, "rectified flows"),
+    (FlowMatchLCMScheduler(), 4, "rectified flows"),
+    (FlowMatchLCMScheduler(scale_factors=[0.5, 1.0, 1.0]), 4, "scale_factors"),
     (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, "mu"),
 ])
 def test_refusals_teach(scheduler, k, says):

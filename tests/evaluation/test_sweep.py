@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
-from tiny import tiny_pipeline
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler, LCMScheduler
+from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.fd import least_samples
-from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans
+from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, stock_scheduler
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
 
@@ -47,6 +47,32 @@ def test_every_teacher_row_takes_the_evaluations_it_claims(teacher):
         **{(f"teacher:{solver}", n, 2.0): n // 2 for solver in ("ddim", "euler", "dpmpp_2m") for n in (2, 6)},
         ("teacher:heun", 1, 1.0): 1, ("teacher:heun", 2, 2.0): 1, ("teacher:heun", 6, 2.0): 2}
     assert [evaluations(row) for row in rows] == [row.nfe for row in rows]
+
+
+def test_flow_teachers_have_solvers_of_their_own():
+    """Every call is given what the teacher's folder says; the network hears it as 20 text tokens rather than 276."""
+    said, lengths, target = [], [], Target("flow", tiny_sd3(shift=3.0), given={"max_sequence_length": 0})
+    target.pipeline.transformer.context_embedder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    rows = plans(target, [1, 2, 6], [1.0, 2.0], ["ddim", "euler", "heun", "dpmpp_2m"], said.append)
+    assert {(row.name, row.nfe, row.guidance): row.steps for row in rows} == {
+        **{(f"flow:{solver}", n, 1.0): n for solver in ("euler", "dpmpp_2m") for n in (1, 2, 6)},
+        **{(f"flow:{solver}", n, 2.0): n // 2 for solver in ("euler", "dpmpp_2m") for n in (2, 6)},
+        ("flow:heun", 1, 1.0): 1, ("flow:heun", 2, 2.0): 1, ("flow:heun", 6, 2.0): 2}
+    assert [evaluations(row) for row in rows] == [row.nfe for row in rows] and set(lengths) == {20}
+    assert said == ["flow is not run with ddim, which has no form for flow matching"]
+    schedulers = {row.name.split(":")[1]: row.scheduler for row in rows}
+    assert type(schedulers["heun"]) is FlowMatchHeunDiscreteScheduler and schedulers["heun"].config.shift == 3.0
+    assert type(schedulers["dpmpp_2m"]) is DPMSolverMultistepScheduler and schedulers["dpmpp_2m"].config.flow_shift == 3.0
+    assert next(row for row in rows if row.name == "flow:euler" and row.steps == 2).call["sigmas"] == [1.0, 0.5]
+
+
+@torch.no_grad()
+def test_the_solvers_of_a_flow_agree_at_many_steps():
+    target = Target("flow", tiny_sd3(shift=3.0), given={"max_sequence_length": 0})
+    rows = plans(target, [99], [1.0], ["euler", "heun", "dpmpp_2m"], quiet)
+    euler, heun, dpmpp = (row.images(["a red ring"], torch.tensor([0]), 0) for row in rows)
+    spread = (rows[0].images(["a blue ring"], torch.tensor([1]), 0) - euler).abs().mean()
+    assert max((euler - heun).abs().mean(), (euler - dpmpp).abs().mean()) < 0.02 * spread
 
 
 def test_counting_leaves_no_trace(teacher):
@@ -94,11 +120,10 @@ def test_wrong_requests_teach(teacher, student, clip_folder, tmp_path):
         plans(teacher, [1], [2.0], ["ddim"], quiet)
     with pytest.raises(RequestError, match="real"):
         Target("real", teacher.pipeline)
-    flow = tiny_pipeline()
-    flow.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(RequestError, match="FlowMatchEulerDiscreteScheduler, which holds no betas"):
-        from stepdistill.evaluation.plans import stock_scheduler
-        stock_scheduler(Target("flow", flow), "ddim")
+    other = tiny_pipeline()
+    other.scheduler = EDMEulerScheduler()
+    with pytest.raises(RequestError, match="EDMEulerScheduler, which holds neither betas nor a flow"):
+        stock_scheduler(Target("other", other), "ddim")
     with pytest.raises(RequestError, match=f"at least {SAMPLES}"):
         run([student], clip_folder, tmp_path, samples=SAMPLES - 1)
     with pytest.raises(RequestError, match="1 or more"):

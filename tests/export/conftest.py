@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,30 +15,36 @@ from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Full, Lora, build_roles
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import save_tiny
+from tiny import save_tiny, save_tiny_sd3
 
 LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
+FLOW_LCM = Inference("FlowMatchLCMScheduler", {"shift": 2.0},
+                     {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]})
 LORA = Lora(rank=4, alpha=6.0)           # alpha other than the rank: a loader that loses it shows
 
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny teachers by prediction type."""
-    return {kind: save_tiny(tmp_path_factory.mktemp(kind) / "teacher", kind) for kind in ("epsilon", "v_prediction")}
+    place = lambda kind: tmp_path_factory.mktemp(kind) / "teacher"
+    return {kind: save_tiny(place(kind), kind) for kind in ("epsilon", "v_prediction")} | {
+        "sd3": save_tiny_sd3(place("sd3"), call={"max_sequence_length": 0}), "sd3-t5": save_tiny_sd3(place("sd3-t5"), t5=True)}
 
 
 @pytest.fixture(scope="session")
 def make(teachers: dict[str, Path]) -> Callable[..., Student]:
-    """make(kind="epsilon", setting=LORA, told=False, inference=LCM, **fields of Student): the "ema" of a run."""
+    """make(kind="epsilon", setting=LORA, told=False, inference=its kind's LCM, **fields of Student): the "ema" of a run."""
     def student(kind: str = "epsilon", setting: Lora | Full = LORA, told: bool = False,
-                inference: Inference = LCM, **more) -> Student:
+                inference: Inference | None = None, **more) -> Student:
         needs = {"teacher": Frozen(), "student": Trained("teacher"), "ema": Follows("student", 0.9)}
+        inference = inference or (FLOW_LCM if kind.startswith("sd3") else LCM)
         roles = build_roles(load_teacher(teachers[kind]), needs, {"student": setting}, told_w=("student",) if told else ())
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for key, weight in roles.state_dict("ema").items():
                 scale = 0.3 if ".lora_B." in key or "cond_proj" in key else 0.02
                 weight += scale * torch.randn(weight.shape, generator=generator)
+        inference = replace(inference, call={**inference.call, **roles.family.call})
         prompts = ("a large red ring", "a small blue square on green", "two triangles")
         return Student.of(roles, "ema", inference, "lcm", "run-1", **{"prompts": prompts, **more})
     return student

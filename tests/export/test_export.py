@@ -10,14 +10,24 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
+from stepdistill.export.folder import is_export
 from stepdistill.methods.base import Inference
+from stepdistill.models.families import absent_parts, load_teacher
 from stepdistill.models.roles import Full, Lora
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -26,8 +36,12 @@ DDIM = Inference("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to
                  {"num_inference_steps": 4, "guidance_scale": 3.0})
 
 
-def stock(folder: Path) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+FLOW_EULER = Inference("FlowMatchEulerDiscreteScheduler", {},
+                       {"num_inference_steps": 2, "guidance_scale": 3.0, "sigmas": [1.0, 0.5]})
+
+
+def stock(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent_parts(str(folder)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -37,6 +51,7 @@ def to_tensor(file: str) -> torch.Tensor:
 
 
 def images(pipe, **settings) -> torch.Tensor:
+    torch.manual_seed(5)                    # from which the stock SD3 takes its steps' noise
     return pipe("a red ring", generator=torch.Generator().manual_seed(5), output_type="pt", **settings).images
 
 
@@ -46,7 +61,9 @@ def images(pipe, **settings) -> torch.Tensor:
     ("epsilon", "lora", Lora(4, 6.0, ("to_q", "time_embedding.linear_1")), True, 7.5, LCM),
     ("v_prediction", "comfyui", Lora(4, 6.0), False, None, LCM), ("epsilon", "comfyui", Lora(4, 6.0), True, 3.3, LCM),
     ("v_prediction", "pipeline", Full(), False, None, LCM), ("epsilon", "pipeline", Full(), True, 4.0, LCM),
-    ("v_prediction", "pipeline", Lora(4, 6.0), True, 2.0, DDIM)])
+    ("v_prediction", "pipeline", Lora(4, 6.0), True, 2.0, DDIM),
+    ("sd3", "lora", Lora(4, 6.0), False, None, None), ("sd3-t5", "lora", Lora(4, 6.0), False, None, FLOW_EULER),
+    ("sd3", "pipeline", Full(), False, None, None), ("sd3", "pipeline", Lora(4, 6.0), False, None, FLOW_EULER)])
 def test_every_form_is_proved(make, tmp_path, kind, to, setting, told, guidance, inference):
     proof = export_student(make(kind, setting, told, inference), to, tmp_path / "out", guidance)
     assert proof.difference < 1e-5
@@ -99,16 +116,18 @@ def test_a_pipeline_export_loads_into_its_base(make, tmp_path, teachers):
     assert (images(pipe, **settings) - images(pipe, **{**settings, "guidance_scale": 1.5})).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("guidance", [None, 3.3])
-@pytest.mark.parametrize("cls", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
-def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, teachers, cls, guidance):
-    export_student(make(told=guidance is not None), "lora", tmp_path, guidance)
-    pipe = stock(teachers["epsilon"])
+@pytest.mark.parametrize("cls,kind,guidance", [
+    *((cls, "epsilon", guidance) for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
+      for guidance in (None, 3.3)),
+    *((cls, "sd3", None) for cls in (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline))])
+def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, teachers, cls, kind, guidance):
+    export_student(make(kind, told=guidance is not None), "lora", tmp_path, guidance)
+    pipe = stock(teachers[kind])
     settings = load(pipe, tmp_path)
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(1, 1, 16, 16).index_fill_(3, torch.arange(8), 1.0)
-    extra = {StableDiffusionPipeline: {}, StableDiffusionImg2ImgPipeline: {"image": picture, "strength": 0.75},
-             StableDiffusionInpaintPipeline: {"image": picture, "mask_image": mask, "height": 16, "width": 16}}[cls]
+    extra = {"image": picture, "strength": 0.75} if "Img2Img" in cls.__name__ else \
+        {"image": picture, "mask_image": mask, "height": 16, "width": 16} if "Inpaint" in cls.__name__ else {}
     pipe = cls.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
 
@@ -126,16 +145,44 @@ def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, t
     torch.testing.assert_close(images(pipe, **extra, **settings), full, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("to,guidance", [("lora", None), ("lora", 3.3), ("comfyui", None), ("pipeline", None)])
-def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, to, guidance):
+@pytest.mark.parametrize("kind,to,guidance", [
+    ("epsilon", "lora", None), ("epsilon", "lora", 3.3), ("epsilon", "comfyui", None), ("epsilon", "pipeline", None),
+    ("sd3", "lora", None), ("sd3", "pipeline", None)])
+def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, guidance):
     setting = Full() if to == "pipeline" else Lora(4, 6.0)
-    export_student(make(setting=setting, told=guidance is not None), to, tmp_path / "out", guidance)
+    export_student(make(kind, setting, told=guidance is not None), to, tmp_path / "out", guidance)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL).group(1)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     pipe, settings = open_export(tmp_path / "out")
+    torch.manual_seed(0)
     expected = pipe("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
     torch.testing.assert_close(to_tensor("sample.png"), expected, atol=0.51 / 255, rtol=0)
+
+
+def test_what_an_sd3_export_says(make, tmp_path, teachers):
+    export_student(make("sd3"), "lora", tmp_path / "lora")
+    said = read_settings(tmp_path / "lora")
+    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 0}
+    assert said["teacher_call"] == {"max_sequence_length": 0} and said["without"] == ["text_encoder_3", "tokenizer_3"]
+    assert said["global_noise"] and said["scheduler"] == "FlowMatchLCMScheduler"
+    scheduler = json.loads((tmp_path / "lora/scheduler/scheduler_config.json").read_text())
+    assert scheduler["shift"] == 2.0                     # the student's, not the teacher's 3
+    with safe_open(tmp_path / "lora" / LORA, "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 6.0
+        assert all(key.startswith("transformer.") for key in file.keys())
+    with pytest.raises(RequestError, match="kohya's LoRA keys are written for UNets; StableDiffusion3Pipeline has a transformer"):
+        export_student(make("sd3"), "comfyui", tmp_path / "kohya")
+
+
+def test_an_exported_pipeline_is_a_teacher_whose_calls_are_its_teachers(make, tmp_path, teachers):
+    """A stepdistill.json stands beside both, and neither is taken for the other."""
+    export_student(make("sd3", Full()), "pipeline", tmp_path)
+    family = load_teacher(tmp_path)
+    assert family.call == {"max_sequence_length": 0} and family.encode(["a"]).text.shape[1] == 20
+    assert is_export(tmp_path) and not is_export(teachers["sd3"]) and not is_export(teachers["epsilon"])
+    with pytest.raises(RequestError, match="no export folder: its stepdistill.json names no method"):
+        read_settings(teachers["sd3"])
 
 
 def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):

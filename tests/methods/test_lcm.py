@@ -4,13 +4,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
 from torch import Tensor
 
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.schedule import Schedule, like
+from stepdistill.diffusion.sampler import Sampler
+from stepdistill.diffusion.schedule import RectifiedFlow, Schedule, like
+from stepdistill.export import stock_scheduler
 from stepdistill.methods import METHODS, load_method
 from stepdistill.methods.base import Follows, Frozen, Trained
 from stepdistill.methods.consistency.lcm import LCM, Settings
@@ -20,7 +22,8 @@ from .closed import SCHEDULES, STD, Teacher, batch, contraction, guided_mean, pr
 
 @dataclass
 class FixedPoint:
-    """The student at which the loss vanishes: f(x, t) = m_w + prod k (x - alpha_t m_w), through LCM's boundary scalings."""
+    """The student at which the loss vanishes: f(x, t) = m_w + prod k (x - alpha_t m_w), through LCM's boundary scalings.
+    On a flow f is x_0."""
 
     schedule: Schedule
     kind: str
@@ -32,7 +35,8 @@ class FixedPoint:
         m = guided_mean(cond, self.scale(cond))
         f = m + like(contraction(self.schedule, t, self.nodes, self.skip), x_t) * (x_t - like(self.schedule.alpha(t), x_t) * m)
         told = 10 * (1000 * t - 1)
-        c_skip, c_out = 0.25 / (told**2 + 0.25), told / (told**2 + 0.25).sqrt()
+        flow = isinstance(self.schedule, RectifiedFlow)
+        c_skip, c_out = (0 * t, 1 + 0 * t) if flow else (0.25 / (told**2 + 0.25), told / (told**2 + 0.25).sqrt())
         return predict((f - like(c_skip, x_t) * x_t) / like(c_out, x_t), x_t, t, self.schedule, self.kind)
 
 
@@ -139,6 +143,7 @@ def test_scalings_are_the_scheduler_s():
     @dataclass
     class Says:
         x0: Tensor
+        schedule = SCHEDULES["vp"][0]
 
         def __call__(self, x_t, t, cond):
             return Prediction(self.x0, x_t, t, SCHEDULES["vp"][0], "x0")
@@ -161,12 +166,49 @@ def test_sampling_times_are_training_nodes(steps, told):
 def test_the_call():
     assert LCM.inference(Settings(), 4, "vp", (2.0, 6.0)).call == {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert LCM.inference(Settings(told=True), 4, "vp", (2.0, 6.0)).call["guidance_scale"] == 4.0
-    for steps, schedule in [(0, "vp"), (51, "vp"), (4, "flow")]:
+    for steps, schedule in [(0, "vp"), (51, "vp"), (0, "flow"), (51, "flow")]:
         with pytest.raises(ValueError, match="lcm"):
             LCM.inference(Settings(), steps, schedule)
+    for wrong in (Settings(nodes=30), Settings(shift=3.0)):
+        with pytest.raises(ValueError, match=f"nodes = {wrong.nodes}, shift = {wrong.shift}"):
+            LCM.inference(wrong, 4, "vp")
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 30}, {"nodes": 0}, {"skip": 0}, {"skip": 51}, {"loss": "l1"}, {"huber_c": 0.0},
+@pytest.mark.parametrize("nodes, steps, shift", [(50, 1, 1.0), (50, 4, 1.0), (10, 4, 3.0), (7, 3, 3.0), (8, 8, 1.0), (16, 4, 1.0)])
+def test_sampling_times_of_a_flow_are_training_nodes(nodes, steps, shift):
+    """The stock scheduler of a teacher with another shift, as a pipeline would call it."""
+    settings = Settings(nodes=nodes, shift=shift)
+    inference = LCM.inference(settings, steps, "flow", 3.0)
+    scheduler = stock_scheduler(inference.scheduler, inference.config, FlowMatchEulerDiscreteScheduler(shift=2.0))
+    assert type(scheduler) is FlowMatchLCMScheduler
+    assert inference.call["num_inference_steps"] == len(inference.call["sigmas"]) == steps and inference.call["guidance_scale"] == 1.0
+    times = Sampler.of(scheduler, steps, RectifiedFlow(), sigmas=inference.call["sigmas"]).times
+    method = LCM(settings, {"teacher": None, "student": None}, 1.0, steps)
+    trained, _ = method.times(Step(seed=0, index=0, progress=0.0, update="student", repeat=0, ids=torch.arange(400)))
+    assert times[0] == 1 and (times[:, None] - trained).abs().amin(1).max() < 1e-6 and len(trained.unique()) == nodes
+    if nodes % steps == 0 and shift == 1:
+        assert torch.allclose(times, torch.linspace(1, 1 / steps, steps, dtype=torch.float64), atol=1e-6)
+
+
+def test_shifted_nodes_keep_their_fixed_point():
+    settings, point = Settings(nodes=4, shift=3.0, loss="squared"), FixedPoint(*SCHEDULES["flow"], lambda cond: 3.0, 4)
+    shifted = lambda u: 3 * u / (1 + 2 * u)
+    fine = RectifiedFlow(shift=3.0)
+
+    @dataclass
+    class Shifted(FixedPoint):
+        """The fixed point of uniform nodes on the shifted schedule, told the times of the straight one."""
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+            p = FixedPoint(fine, "velocity", self.scale, 4)(x_t, t / (3 - 2 * t), cond)
+            return predict(p.x0, x_t, t, self.schedule, self.kind)
+
+    assert torch.allclose(shifted(torch.tensor(0.25)), torch.tensor(0.5))
+    assert loss(Shifted(*SCHEDULES["flow"], lambda cond: 3.0, 4), 3.0, settings, schedule="flow") < 1e-20
+    assert loss(point, 3.0, settings, schedule="flow") > 1e-9
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"shift": 0.0}, {"skip": 0}, {"skip": 51}, {"loss": "l1"}, {"huber_c": 0.0},
                                    {"target_decay": 1.0}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -6,6 +6,8 @@
     loss   =  d( f(x_t, t), target(x_s, s) )        with target(x, 0) = x
     target <- running average of the student        (an adapter: the student itself, gradient stopped)
 
+On a rectified flow, which the paper does not treat, the nodes are uniform in t, or shifted, and f is x_0.
+
 Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, whose figures differ.
 """
 from __future__ import annotations
@@ -21,33 +23,36 @@ from ...diffusion.contracts import Batch, Condition, Role
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import like
+from ...diffusion.schedule import RectifiedFlow, Schedule, like
+from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
 from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
-TIMES = 1000                      # training times of every stock scheduler: time i lies at t = (i + 1) / TIMES
 SIGMA_DATA = 0.5                  # fixed in LCMScheduler
 TIMESTEP_SCALING = 10.0           # LCMScheduler's default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    nodes: int = 50               # grid of the teacher's solver; it must divide 1000 (p: 50)
+    nodes: int = 50               # grid of the teacher's solver; on a VP teacher it must divide 1000 (p: 50)
     skip: int = 1                 # nodes between t and s: 1 of 50 is 20 of 1000 times (p: 20)
     loss: Literal["huber", "squared"] = "huber"   # d, or "squared" (s: "huber" for the LoRA)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
+    shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3: 3)
     told: bool = False            # tell the student the guidance scale, instead of averaging it into the weights (p: told)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or TIMES % self.nodes:
-            raise ValueError(f"nodes must divide {TIMES}, the times of the scheduler; found {self.nodes}")
+        if self.nodes < 1:
+            raise ValueError(f"nodes must be at least 1; found {self.nodes}")
         if not 1 <= self.skip <= self.nodes:
             raise ValueError(f"skip must be from 1 to nodes = {self.nodes}; found {self.skip}")
         if self.loss not in ("huber", "squared"):
             raise ValueError(f"loss must be 'huber' or 'squared'; found {self.loss!r}")
         if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
             raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, {self.target_decay}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be above 0, where 1 leaves the nodes uniform; found {self.shift}")
 
 
 class LCM(Method):
@@ -67,15 +72,20 @@ class LCM(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        if schedule != "vp":
-            raise ValueError(f"lcm is sampled by LCMScheduler, which serves variance-preserving teachers; found {schedule!r}")
         if not 1 <= steps <= settings.nodes:
             raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        config = {"original_inference_steps": settings.nodes, "timestep_scaling": TIMESTEP_SCALING,
-                  "clip_sample": False, "thresholding": False}
         low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
         scale = (low + high) / 2 if settings.told else 1.0     # in the pipeline, 1 switches guidance off
-        return Inference("LCMScheduler", config, {"num_inference_steps": steps, "guidance_scale": scale})
+        call = {"num_inference_steps": steps, "guidance_scale": scale}
+        if schedule == "flow":                    # every sampling time is a node, as LCMScheduler has it
+            sigmas = [(settings.nodes - settings.nodes * i // steps) / settings.nodes for i in range(steps)]
+            return Inference("FlowMatchLCMScheduler", {"shift": settings.shift, "use_dynamic_shifting": False}, call | {"sigmas": sigmas})
+        if LEVELS % settings.nodes or settings.shift != 1:
+            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, the times of LCMScheduler, and "
+                             f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
+        config = {"original_inference_steps": settings.nodes, "timestep_scaling": TIMESTEP_SCALING,
+                  "clip_sample": False, "thresholding": False}
+        return Inference("LCMScheduler", config, call)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]
@@ -95,13 +105,23 @@ class LCM(Method):
     # -- terms -----------------------------------------------------------------------------------------------------
 
     def times(self, step: Step) -> tuple[Tensor, Tensor]:
-        """t uniform on the nodes i / N, i = 1 .. N, and s = t - skip / N or 0. Both (B,) float64."""
-        i = step.integers("node", self.settings.nodes) + 1
-        return i.double() / self.settings.nodes, (i - self.settings.skip).clamp_min(0).double() / self.settings.nodes
+        """t uniform on the nodes i / N, i = 1 .. N, and s `skip` nodes below or 0, both shifted. (B,) float64."""
+        i, node = step.integers("node", self.settings.nodes) + 1, shifted(uniform(), self.settings.shift)
+        t, s = (node(n.double() / self.settings.nodes) for n in (i, (i - self.settings.skip).clamp_min(0)))
+        return t, s
 
     @staticmethod
     def consistent(role: Role, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """f(x, t) = c_skip x + c_out x_0 (eq. 9), with the scalings of LCMScheduler at the time it tells the network."""
-        told = TIMESTEP_SCALING * (TIMES * t - 1)
-        norm = told**2 + SIGMA_DATA**2
-        return like(SIGMA_DATA**2 / norm, x) * x + like(told / norm.sqrt(), x) * role(x, t, cond).x0
+        """f(x, t) = c_skip x + c_out x_0 (eq. 9)."""
+        c_skip, c_out = scalings(role.schedule, t)
+        return like(c_skip, x) * x + like(c_out, x) * role(x, t, cond).x0
+
+
+def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of the scheduler that samples: LCMScheduler's at the time it tells the network; FlowMatchLCMScheduler
+    has none, since the x_0 of a velocity is x where t = 0."""
+    if isinstance(schedule, RectifiedFlow):
+        return torch.zeros_like(t), torch.ones_like(t)
+    told = TIMESTEP_SCALING * (LEVELS * t - 1)
+    norm = told**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / norm, told / norm.sqrt()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,9 @@ from ...errors import RequestError
 FAMILIES = {                                       # pipeline class -> module of this package
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
+    "StableDiffusion3Pipeline": "sd3",
 }
+SETTINGS = "stepdistill.json"                      # beside model_index.json
 
 
 class Family(Protocol):
@@ -42,8 +45,11 @@ class Family(Protocol):
     default_targets: tuple[str, ...]               # LoRA targets
     feature_shapes: Mapping[str, tuple[int, int, int]]     # module that a discriminator may read -> its map's (C, H, W)
     default_features: tuple[str, ...]              # those that it reads unless told otherwise
-    w_path: str                                    # where a student told w has one more linear layer
-    w_features: tuple[int, int]                    # that layer's input and output width
+    w_path: str | None                             # where a student told w has one more linear layer; None: nowhere
+    w_features: tuple[int, int] | None             # that layer's input and output width
+    call: Mapping[str, Any]                        # the keyword arguments that every call of its stock pipeline is given
+    without: tuple[str, ...]                       # parts that from_pretrained of its class must be told to do without
+    seeded_steps: bool                             # whether a call's generator reaches the scheduler too
 
     def encode(self, prompts: list[str]) -> Condition: ...
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
@@ -54,6 +60,55 @@ class Family(Protocol):
     def fresh_network(self, state: Mapping[str, Tensor], told_w: bool = False) -> nn.Module: ...
     def pipeline(self, network: nn.Module | None = None, scheduler: Any = None) -> Any: ...
     def to(self, device: torch.device | str) -> Family: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of a family's pipelines before any weights are read.
+
+    denoiser: its component's name; targets: of a LoRA, those that no network has included; schedule: like the teachers',
+    and its name; feature_shapes, default_features: of a family, as a function of the network.
+    inputs(networks by component, call, empty) -> what the denoiser is called with, the latents first, made by
+    empty(*shape of one sample).
+    """
+
+    denoiser: str
+    targets: tuple[str, ...]
+    schedule: Schedule
+    schedule_name: str
+    feature_shapes: Callable[[nn.Module], dict[str, tuple[int, int, int]]]
+    default_features: Callable[[nn.Module], tuple[str, ...]]
+    inputs: Callable[[Mapping[str, nn.Module], Mapping[str, Any], Callable[..., Tensor]], dict[str, Any]]
+
+
+def layout(class_name: str) -> Layout:
+    """Of the pipelines of a class, a key of FAMILIES."""
+    return import_module(f".{FAMILIES[class_name]}", __package__).LAYOUT
+
+
+def call_of(source: str) -> dict[str, Any]:
+    """The keyword arguments that every call of a local pipeline is given, as its stepdistill.json says; {} without one.
+
+    The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
+    under "teacher_call".
+    """
+    path = Path(source) / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return dict(said.get("teacher_call", {}) if "method" in said else said["call"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
+                           f"({type(error).__name__}: {error})") from error
+
+
+def absent_parts(source: str, revision: str | None = None) -> dict[str, None]:
+    """The parts that a pipeline folder or Hub id lists as null, for from_pretrained: it wants to be told them again where
+    its class does not know them as optional."""
+    from diffusers import DiffusionPipeline
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
 
 
 def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Family:
@@ -107,6 +162,9 @@ def _class_of_file(file: Path) -> str:
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise RequestError(f"{file} holds no whole Stable Diffusion checkpoint: no tensor's name begins with "
                            f"model.diffusion_model. (the first is {keys[0] if keys else 'missing'})")
+    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in keys):
+        raise RequestError(f"{file} is a Stable Diffusion 3 in one file, which may or may not hold its text encoders: give its "
+                           "pipeline as a folder or a Hub id, such as stabilityai/stable-diffusion-3-medium-diffusers")
     xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
 

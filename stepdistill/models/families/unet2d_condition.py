@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: UNet2DConditionModel on the latents of an AutoencoderKL."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import VariancePreserving
 from ...errors import RequestError
 from ..adapters import matching
+from . import Layout, call_of
 
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -19,7 +20,6 @@ W_WIDTH = 256                                      # of LCM's embedding of w
 # The layers that LCM-LoRA adapts (arXiv:2311.05556): attention, feed-forward, convolutions and the way in of time.
 LCM_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
                "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
-DEFAULT_FEATURES = ("mid_block",)                  # where DMD2 (arXiv:2405.14867) puts its head
 
 
 def w_embedding(w: Tensor, width: int = W_WIDTH) -> Tensor:
@@ -47,6 +47,11 @@ def feature_shapes(network: UNet2DConditionModel) -> dict[str, tuple[int, int, i
     return {**down, "mid_block": (widths[-1], *sizes[-1]), **up}
 
 
+def default_features(network: UNet2DConditionModel) -> tuple[str, ...]:
+    """Where DMD2 (arXiv:2405.14867) puts its head: the bottleneck."""
+    return ("mid_block",)
+
+
 def load(source: str, class_name: str, revision: str | None, dtype: torch.dtype) -> UNet2DCondition:
     """The safety checker stays where it is: it is no part of what is distilled."""
     parts: dict[str, Any] = {"dtype": dtype}
@@ -71,11 +76,13 @@ class UNet2DCondition:
     name = "unet2d_condition"
     schedule_name = "vp"
     null_prompt = ""
+    without = ()
+    seeded_steps = True
     w_path = "time_embedding.cond_proj"
 
     def __init__(self, pipeline: DiffusionPipeline, source: str, revision: str | None, parts: Mapping[str, Any]) -> None:
         _check(pipeline, source)
-        self.source, self.revision = source, revision
+        self.source, self.revision, self.call = source, revision, call_of(source)
         self.scheduler = pipeline.scheduler
         self.schedule = VariancePreserving.of(pipeline.scheduler.alphas_cumprod)
         self.kind = KINDS[pipeline.scheduler.config.prediction_type]
@@ -83,7 +90,7 @@ class UNet2DCondition:
         size = self.network.config.sample_size
         self.latent_shape = (self.network.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.default_targets = matching(self.network, LCM_TARGETS)
-        self.feature_shapes, self.default_features = feature_shapes(self.network), DEFAULT_FEATURES
+        self.feature_shapes, self.default_features = feature_shapes(self.network), default_features(self.network)
         self.w_features = (W_WIDTH, self.network.time_embedding.linear_1.in_features)
         self._pipeline, self._parts, self._null = pipeline, dict(parts), None
         self.codec = pipeline.vae.eval().requires_grad_(False)
@@ -185,3 +192,16 @@ def _check(pipeline: DiffusionPipeline, source: str) -> None:
     }
     if reasons := [reason for reason, holds in refused.items() if holds]:
         raise RequestError(f"the teacher {source} cannot be distilled here: {'; '.join(reasons)}")
+
+
+def _inputs(networks: Mapping[str, nn.Module], call: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
+    config, length = networks["unet"].config, networks["text_encoder"].config.max_position_embeddings
+    size, added = config.sample_size, None
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": empty(pooled), "time_ids": empty(6)}
+    return {"sample": empty(config.in_channels, *((size, size) if isinstance(size, int) else size)), "timestep": empty(),
+            "encoder_hidden_states": empty(length, config.cross_attention_dim), "added_cond_kwargs": added}
+
+
+LAYOUT = Layout("unet", LCM_TARGETS, VariancePreserving.of(torch.linspace(0.999, 0.005, 1000)), "vp", feature_shapes, default_features, _inputs)

@@ -1,0 +1,60 @@
+"""Plans of flow transformers, from configs alone; those of UNets stand with the commands."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from tiny import save_tiny_sd3
+from transformers import CLIPTextConfig, T5Config
+
+from stepdistill.methods.base import Frozen, Trained
+from stepdistill.models.families import load_teacher
+from stepdistill.models.roles import Lora, build_roles
+from stepdistill.plan import plan
+from stepdistill.recipe import Recipe
+
+
+def recipe(teacher, rank: int = 2, **data) -> Recipe:
+    return Recipe.load({"method": "lcm", "teacher": str(teacher), "student": {"lora": {"rank": rank}}, "guidance": 2.0, "steps": 2,
+                        "data": {"images": "shapes", "batch": 4, **data}, "train": {"updates": 2}}, {})
+
+
+@pytest.mark.parametrize("t5, call, tokens", [(False, {"max_sequence_length": 0}, 20), (True, None, 276)])
+def test_a_plan_counts_what_training_makes(tmp_path, t5, call, tokens):
+    folder = save_tiny_sd3(tmp_path, t5, call)
+    found = plan(recipe(folder))
+    family = load_teacher(folder)
+    roles = build_roles(family, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(2)})
+    assert found["roles"]["student"]["parameters"] == sum(p.numel() for p in roles.parameters("student"))
+    assert ("text_encoder_3" in found["roles"]) == t5 and {"teacher", "vae", "text_encoder", "text_encoder_2"} <= set(found["roles"])
+    assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2} and found["downloads"] == []
+    kept = plan(recipe(folder, count=10, cache=True))["disk"] - found["disk"]
+    cond = family.encode(["a red ring"])
+    assert kept == 10 * 4 * (16 * 8 * 8 + cond.text.numel() + cond.pooled.numel()) and cond.text.shape[1] == tokens
+
+
+def test_the_plan_of_stable_diffusion_3_from_its_configs(tmp_path):
+    """2.03 billion parameters in the transformer of SD3 Medium, 4.76 in T5-XXL's encoder."""
+    with torch.device("meta"):
+        SD3Transformer2DModel(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192,
+                              sample_size=128).save_config(tmp_path / "transformer")
+        AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16,
+                      block_out_channels=(128, 256, 512, 512), layers_per_block=2).save_config(tmp_path / "vae")
+    CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12,
+                   projection_dim=768).save_pretrained(tmp_path / "text_encoder")
+    CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32,
+                   projection_dim=1280).save_pretrained(tmp_path / "text_encoder_2")
+    T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
+             feed_forward_proj="gated-gelu").save_pretrained(tmp_path / "text_encoder_3")
+    clip = ["transformers", "CLIPTextModelWithProjection"]
+    (tmp_path / "model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": clip, "text_encoder_2": clip,
+        "text_encoder_3": ["transformers", "T5EncoderModel"]}))
+    found = plan(recipe(tmp_path, rank=64))
+    millions = {name: row["parameters"] / 1e6 for name, row in found["roles"].items()}
+    assert millions["teacher"] == pytest.approx(2028, abs=1) and millions["text_encoder_3"] == pytest.approx(4762, abs=1)
+    assert millions["text_encoder"] == pytest.approx(123.7, abs=0.1) and millions["text_encoder_2"] == pytest.approx(694.7, abs=0.1)
+    assert found["peak"] > found["bytes"]
