@@ -314,7 +314,7 @@ def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], teacher: _Teac
     each = sum(row["bytes"] + row["trained"] * ADAM for row in adapters)
     count = -(-recipe.train.updates // (recipe.train.checkpoint_every or recipe.train.updates))
     data = recipe.data
-    latents, *others = (tensor.numel() for tensor in _tensors(teacher.inputs(1)))
+    latents, *others = (tensor.numel() for tensor in _tensors(teacher.inputs(1)) if tensor.ndim > 1)      # all but the time
     sample = FLOAT * (latents * (1 if data.pairs is None else 1 + data.pairs.nodes) + sum(others))
     cached = data.count if data.count and (data.cache or data.made is not None) else 0
     return count * each + roles["student"]["bytes"] + cached * sample

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from tiny import save_tiny_sd3
 from transformers import CLIPTextConfig, T5Config
 
@@ -48,11 +48,12 @@ def test_the_plan_of_stable_diffusion_3_from_its_configs(tmp_path):
                    projection_dim=1280).save_pretrained(tmp_path / "text_encoder_2")
     T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
              feed_forward_proj="gated-gelu").save_pretrained(tmp_path / "text_encoder_3")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_config(tmp_path / "scheduler")
     clip = ["transformers", "CLIPTextModelWithProjection"]
     (tmp_path / "model_index.json").write_text(json.dumps({
         "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"], "text_encoder": clip, "text_encoder_2": clip,
-        "text_encoder_3": ["transformers", "T5EncoderModel"]}))
+        "text_encoder_3": ["transformers", "T5EncoderModel"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
     found = plan(recipe(tmp_path, rank=64))
     millions = {name: row["parameters"] / 1e6 for name, row in found["roles"].items()}
     assert millions["teacher"] == pytest.approx(2028, abs=1) and millions["text_encoder_3"] == pytest.approx(4762, abs=1)
