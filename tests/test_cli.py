@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepdistill.errors import RequestError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -172,6 +174,31 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
     roles = build_roles(load_teacher(tiny_teacher), {"teacher": Frozen(), "student": Trained()}, {"student": Lora(2)})
     assert found["roles"]["student"]["parameters"] == sum(p.numel() for p in roles.parameters("student"))
     assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
+
+
+def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
+    """Means over rollouts of 1 to 4 evaluations, the heads' own passes by the arithmetic of the network's first half."""
+    from stepdistill.methods.distribution.dmd2 import DMD2, Settings
+    from stepdistill.models.families import load_teacher
+    from stepdistill.models.roles import Lora, build_roles
+    from stepdistill.plan import plan
+    from stepdistill.recipe import Recipe
+    made = {"method": "dmd2", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 3.0, "steps": 4,
+            "data": {"images": "shapes", "batch": 4}, "train": {"updates": 2}}
+    count = lambda **settings: plan(Recipe.load(made | {"settings": settings}))
+    plain, shared = count(gan_weight=0.0)["passes"], count(gan_weight=0.0, share_rollout=True)["passes"]
+    assert (plain["forward"], plain["backward"]) == (2.5 + 2 + 1 + 4 * 2.5 + 5, 6) and shared["forward"] == 2.5 + 2 + 1 + 5
+    judged = count()
+    share = (judged["passes"]["forward"] - plain["forward"]) / 5
+    assert 0.2 < share < 0.6 and judged["passes"]["backward"] == pytest.approx(6 + 1 + 5 * share)       # and once through the critic to x
+    roles = build_roles(load_teacher(tiny_teacher), DMD2.needs(Settings(), False), {"student": Lora(2)})
+    for name in ("student", "critic", "discriminator"):
+        parameters = sum(p.numel() for p in roles.parameters(name))
+        assert judged["roles"][name] == {"parameters": parameters, "trained": parameters, "bytes": 4 * parameters}
+    prompts = plan(Recipe.load(made | {"settings": {"gan_weight": 0.0}, "data": {"prompts": ["a red ring"], "batch": 4}}))
+    assert prompts["passes"]["forward"] == plain["forward"]
+    with pytest.raises(RequestError, match="steps is 1001, which cannot be sampled"):
+        plan(Recipe.load(made | {"steps": 1001}))
 
 
 def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from stepdistill.errors import RequestError
+from stepdistill.methods import load_method
 from stepdistill.recipe import Recipe, builtin, find
 from stepdistill.source import parse_set
+from stepdistill.work import choices, rates
 
 GOOD = """\
 method: lcm
@@ -81,6 +83,40 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
 def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, said):
     message = refusal(write(old, new))
     assert f"mine.yaml:{line}:" in message and said in message
+
+
+def test_critic_and_discriminator_have_rates_of_their_own(write):
+    path = write("method: lcm", "method: dmd2\ncritic: {lora: {rank: 4}, lr: 5e-4}\ndiscriminator: {features: [mid_block], lr: 2e-4}")
+    path.write_text(path.read_text().replace("settings: {nodes: 50}\n", ""))
+    recipe = Recipe.load(path)
+    assert rates(recipe) == {"critic": 5e-4, "discriminator": 2e-4} and recipe.discriminator.features == ["mid_block"]
+    again = Recipe.load(recipe.resolved())
+    assert again.resolved() == recipe.resolved() and rates(again) == rates(recipe)
+    assert rates(Recipe.load(path, {"critic": "full", "discriminator": None})) == {}
+    assert Recipe.load(path, {"critic": "full"}).resolved()["critic"] == "full"
+    full = Recipe.load(path, {"critic": {"lora": None}})
+    assert full.critic.lora is None and rates(Recipe.load(full.resolved()))["critic"] == 5e-4
+    for old, new, said in (("features: [mid_block]", "features: []", "mine.yaml:3: discriminator.features is []; it should not be empty"),
+                           ("lr: 2e-4", "lr: 0", "discriminator.lr is 0; it should be above 0"),
+                           ("lr: 5e-4", "lrr: 5e-4", "critic.lrr is no entry of critic; did you mean lr?")):
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        assert said in refusal(path)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"settings.gan_weight": 0}, "discriminator is given, but with these settings dmd2 trains no discriminator; it trains student, critic"),
+    ({"method": "swiftbrush"}, "discriminator is given, but swiftbrush trains no discriminator; it trains student, critic"),
+    ({"method": "lcm"}, "discriminator is given, but lcm trains no discriminator; it trains student"),
+])
+def test_a_discriminator_that_no_update_trains_is_refused(tiny_teacher, changes, said):
+    made = {"method": "dmd2", "teacher": str(tiny_teacher), "discriminator": {"lr": 1e-4}, "data": {"images": "shapes", "batch": 2},
+            "train": {"updates": 1}}
+    recipe = Recipe.load(made, changes)
+    needs = load_method(recipe.method).needs(recipe.method_settings(), full=False)
+    with pytest.raises(RequestError, match=said):
+        choices(recipe, needs)
 
 
 def test_every_mistake_is_told_at_once(write):
