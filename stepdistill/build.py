@@ -22,7 +22,7 @@ from . import parallel, resources, runs
 from .data.cache import Cache, Report
 from .data.stream import Stream
 from .diffusion.draws import key
-from .errors import RequestError
+from .errors import RequestError, gist
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
@@ -192,7 +192,7 @@ def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
             return load_teacher(source).pipeline()
         return fresh_pipeline(DiffusionPipeline, source, revision)
     except (OSError, SafetensorError, ValueError) as error:
-        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {str(error).strip().splitlines()[0]}") from error
+        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {gist(error)}") from error
 
 
 def _teachers(opened: Sequence[Opened]) -> list[Target]:

@@ -18,7 +18,7 @@ from .diffusion.draws import Step
 from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
-from .errors import RequestError
+from .errors import RequestError, gist
 from .export import stock_scheduler
 from .methods import load_method
 from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
@@ -86,7 +86,7 @@ def _teacher(source: str, revision: str | None) -> _Teacher:
     try:
         index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise RequestError(f"{source} is no diffusers pipeline: {str(error).strip().splitlines()[0]}") from error
+        raise RequestError(f"{source} is no diffusers pipeline: {gist(error)}") from error
     if index["_class_name"] not in FAMILIES:
         raise RequestError(f"{source} is a {index['_class_name']}; supported are {', '.join(FAMILIES)}")
     if "scheduler" not in index:

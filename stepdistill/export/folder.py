@@ -14,7 +14,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from ..errors import RequestError
+from ..errors import RequestError, gist
 from ..models.families import SETTINGS, absent_parts
 from .formats import component
 
@@ -84,7 +84,7 @@ def fresh_pipeline(cls: type[DiffusionPipeline], source: str, revision: str | No
         else:
             pipe = cls.from_pretrained(source, revision=revision, dtype=torch.float32, **absent_parts(source, revision))
     except OSError as error:
-        raise RequestError(f"the base pipeline {source} cannot be loaded: {_first_line(error)}") from error
+        raise RequestError(f"the base pipeline {source} cannot be loaded: {gist(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.float32)                     # earlier diffusers do not know `dtype`
 
@@ -119,7 +119,7 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, said: dict[str, Any]
         with complaints() as heard:
             pipe.load_lora_weights(folder, weight_name=said["weights"], adapter_name=adapter_name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise RequestError(f"{refusal}: {_first_line(error)}") from error
+        raise RequestError(f"{refusal}: {gist(error)}") from error
     other = re.compile(rf"No LoRA keys associated to (?!{type(network).__name__})")        # an encoder without a LoRA is no fault
     if heard := [line for line in heard if not other.match(line)]:
         network.delete_adapters(adapter_name)
@@ -138,8 +138,3 @@ def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, said: dict[st
                            f"{len(differing)} weights differ in shape, first {differing[0]} "
                            f"({shapes[0].get(differing[0])} here, {shapes[1].get(differing[0])} there)")
     pipe.register_modules(**{name: new})
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:400]

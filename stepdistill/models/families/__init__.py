@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import Schedule
-from ...errors import RequestError
+from ...errors import RequestError, gist
 
 FAMILIES = {                                       # pipeline class -> module of this package
     "StableDiffusionPipeline": "unet2d_condition",
@@ -177,7 +177,7 @@ def _class_on_hub(source: str, revision: str | None) -> str:
     try:
         return DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = gist(error)
         raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
-from ...errors import RequestError
+from ...errors import RequestError, gist
 from ..adapters import matching
 from . import Layout, absent_parts, call_of
 
@@ -46,7 +46,7 @@ def _read(source: str, revision: str | None, parts: Mapping[str, Any]) -> Stable
         pipeline = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, **parts)
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
-        raise RequestError(f"the teacher {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error
 
 
 class SD3:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import VariancePreserving
-from ...errors import RequestError
+from ...errors import RequestError, gist
 from ..adapters import matching
 from . import Layout, call_of
 
@@ -67,7 +67,7 @@ def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str
         pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
-        raise RequestError(f"the teacher {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error
 
 
 class UNet2DCondition:
