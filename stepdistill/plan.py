@@ -19,11 +19,11 @@ from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
 from .errors import RequestError, gist
-from .export import stock_scheduler
 from .methods import load_method
 from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
 from .models.discriminator import Shape, chosen, head, tap
 from .models.families import FAMILIES, Layout, call_of, layout
+from .models.schedulers import stock_scheduler
 from .recipe import Critic, Recipe, RoleChoice
 from .work import choices, sampler_of
 

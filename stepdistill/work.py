@@ -32,11 +32,11 @@ from .diffusion.schedule import Schedule
 from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
-from .export import stock_scheduler
 from .methods import METHODS, load_method
 from .methods.base import Follows, Heads, Inference, Method, Need, Trained, due
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, build_roles
+from .models.schedulers import stock_scheduler
 from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..diffusion.draws import key
 from ..errors import RequestError
+from ..models.schedulers import stock_scheduler
 
 
 def _each(n: int) -> int:
@@ -110,7 +111,7 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
     unserved = [name for name in solvers if name in SOLVERS and name not in known]
     for name in unserved:
         say(f"{target.name} is not run with {name}, which has no form for flow matching")
-    schedulers = {name: stock_scheduler(target, name) for name in solvers if name not in unserved}
+    schedulers = {name: solver_scheduler(target, name) for name in solvers if name not in unserved}
     for w in guidance:
         call = {**target.given, "guidance_scale": float(w)}
         first = Plan(target, target.name, target.pipeline.scheduler, call | {"num_inference_steps": 1}, 0, 1, float(w))
@@ -135,16 +136,17 @@ def _solvers_for(target: Target) -> Solvers:
     return SOLVERS
 
 
-def stock_scheduler(target: Target, solver: str) -> SchedulerMixin:
+def solver_scheduler(target: Target, solver: str) -> SchedulerMixin:
     """The solver's stock scheduler under the pipeline's own noise schedule, with trailing steps."""
     known, own = _solvers_for(target), target.pipeline.scheduler
     if solver not in known:
         raise RequestError(f"unknown solver {solver!r}; known are {', '.join(known)}")
     kind, changes, _ = known[solver]
     if known is SOLVERS:
-        return kind.from_config(own.config, timestep_spacing="trailing", **changes)
-    shift = {"flow_shift": own.config["shift"]} if kind is DPMSolverMultistepScheduler else {"shift": own.config["shift"]}
-    return kind.from_config(own.config, **changes, **shift)
+        changes = {"timestep_spacing": "trailing"} | changes
+    elif kind is DPMSolverMultistepScheduler:
+        changes = {"flow_shift": own.config["shift"]} | changes
+    return stock_scheduler(kind.__name__, changes, own)
 
 
 def _grid(scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.contracts import Role
-from .scheduler import stock_scheduler
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ..methods.base import Inference
     from ..models.families import Family
     from ..models.roles import Roles
+from ..models.schedulers import stock_scheduler
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.fd import least_samples
-from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, stock_scheduler
+from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, solver_scheduler
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
 
@@ -123,7 +123,7 @@ def test_wrong_requests_teach(teacher, student, clip_folder, tmp_path):
     other = tiny_pipeline()
     other.scheduler = EDMEulerScheduler()
     with pytest.raises(RequestError, match="EDMEulerScheduler, which holds neither betas nor a flow"):
-        stock_scheduler(Target("other", other), "ddim")
+        solver_scheduler(Target("other", other), "ddim")
     with pytest.raises(RequestError, match=f"at least {SAMPLES}"):
         run([student], clip_folder, tmp_path, samples=SAMPLES - 1)
     with pytest.raises(RequestError, match="1 or more"):

@@ -13,8 +13,8 @@ from stepdistill.diffusion.exact import Gaussian
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow, Schedule
-from stepdistill.export import stock_scheduler
 from stepdistill.methods.base import renoised
+from stepdistill.models.schedulers import stock_scheduler
 
 from .closed import predict, stable_diffusion
 

@@ -12,10 +12,10 @@ from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow, Schedule, like
-from stepdistill.export import stock_scheduler
 from stepdistill.methods import METHODS, load_method
 from stepdistill.methods.base import Follows, Frozen, Trained
 from stepdistill.methods.consistency.lcm import LCM, Settings
+from stepdistill.models.schedulers import stock_scheduler
 
 from .closed import SCHEDULES, STD, Teacher, batch, contraction, guided_mean, predict, stable_diffusion
 

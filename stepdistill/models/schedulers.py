@@ -1,4 +1,4 @@
-"""The stock scheduler that a student leaves with: the teacher's noise schedule, the method's way through it."""
+"""Stock schedulers under a teacher's noise: those that students leave with, and those that teachers are measured under."""
 from __future__ import annotations
 
 from collections.abc import Mapping
