@@ -76,6 +76,7 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
     kind = load_method(recipe.method)
     if reason := kind.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
+    _check_solver(recipe)
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
@@ -144,8 +145,9 @@ def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
-    """Of the teacher: half the memory where it stays frozen; a student of all weights starts from all their digits."""
-    return torch.bfloat16 if recipe.train.precision == "bf16" and recipe.student.lora is not None else torch.float32
+    """Of the teacher: half the memory where it stays frozen; a role of all weights starts from all their digits."""
+    roles = [recipe.student] + ([] if recipe.critic is None else [recipe.critic])
+    return torch.bfloat16 if recipe.train.precision == "bf16" and all(role.lora is not None for role in roles) else torch.float32
 
 
 def open_run(run: str | Path) -> Work:
