@@ -14,9 +14,11 @@ from stepdistill.evaluation.features import load_features
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation
 from stepdistill.export import open_export
+from stepdistill.models.families import call_of, load_teacher
 
 ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT = 11
+STUDENTS = {"shapes-lcm": "shapes-sd", "shapes-dmd2": "shapes-sd", "shapes-dmd2-1step": "shapes-sd", "shapes-sd3-dmd2": "shapes-sd3"}
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +67,34 @@ def test_the_teacher_draws_what_it_is_told(features, teacher):
     assert all_right(features, pixels.images * 2 - 1, 40) >= 0.9
 
 
-def test_the_shipped_student_draws_it_in_four_steps(features):
-    """In a stock pipeline, as its stepdistill.json says."""
-    pipeline, settings = open_export(ASSETS / "students" / "shapes-lcm", ASSETS / "shapes-sd")
+def test_the_flow_teacher_draws_it_too(features):
+    folder = ASSETS / "shapes-sd3"
+    pipeline = load_teacher(folder).pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    assert settings["num_inference_steps"] == 4
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10 * 2**20
+    prompts = captions(scenes(torch.arange(40), HELD_OUT))
+    pixels = pipeline(prompts, num_inference_steps=25, guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="pt",
+                      **call_of(str(folder)))
+    assert all_right(features, pixels.images * 2 - 1, 40) >= 0.9
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_shipped_students_draw_it_in_their_few_steps(features, student):
+    """In a stock pipeline, as its stepdistill.json says."""
+    pipeline, settings = open_export(ASSETS / "students" / student, ASSETS / STUDENTS[student])
+    pipeline.set_progress_bar_config(disable=True)
+    assert settings["num_inference_steps"] <= 4
     prompts = captions(scenes(torch.arange(100), HELD_OUT))
+    torch.manual_seed(0)                                  # for schedulers that pipelines hand no generator
     pixels = pipeline(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
     assert all_right(features, pixels * 2 - 1, 100) >= 0.9
 
 
-@pytest.mark.parametrize("folder", ["shapes-sd", "students/shapes-lcm"])
+def test_every_shipped_student_is_tested():
+    assert {path.name for path in (ASSETS / "students").iterdir()} == set(STUDENTS)
+
+
+@pytest.mark.parametrize("folder", ["shapes-sd", "shapes-sd3", *(f"students/{name}" for name in STUDENTS)])
 def test_shipped_figures_belong_to_these_assets(folder):
     """Whatever changes the features, the judge or the pictures of reference makes the shipped figures void."""
     shipped = read_results(ASSETS / folder / "results.json")
