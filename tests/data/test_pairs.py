@@ -67,13 +67,18 @@ def solved(work, pairs, indices, end: int, start: int = 0, x=None):
     return SOLVERS[said.solver](guided(work.roles["teacher"], 2.0), pairs.noise if x is None else x, times, cond)
 
 
+def assert_same(x, y):
+    """To float32's digits of the largest value: batches of other sizes and other thread counts sum in another order."""
+    assert (x - y).abs().max() <= 3e-6 * y.abs().max()
+
+
 @pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m", "addim"])
 def test_a_pair_ends_where_the_solver_ends_from_its_noise(work, solver):
     made, indices = work(data__pairs__solver=solver), torch.tensor([4, 0, 1])
     data = dataset(made)
     pairs, (x0, cond) = data.pairs(indices), data[indices]
     assert pairs.nodes.shape == (3, 1, 4, 8, 8) and pairs.times.tolist() == [[0.0]] * 3 and data.count == 5
-    torch.testing.assert_close(pairs.nodes[:, 0], solved(made, pairs, indices, 4), rtol=0, atol=1e-5)
+    assert_same(pairs.nodes[:, 0], solved(made, pairs, indices, 4))
     assert torch.equal(x0, pairs.nodes[:, -1]) and (x0 - pairs.noise).abs().mean() > 0.1
     assert torch.equal(cond.text, made.family.encode([PROMPTS[0], PROMPTS[0], PROMPTS[1]]).text)
     noise = data.pairs(torch.arange(5)).noise
@@ -87,10 +92,10 @@ def test_the_nodes_lie_on_the_solver_s_own_path(work, solver, nodes):
     assert pairs.nodes.shape == (2, nodes, 4, 8, 8)
     torch.testing.assert_close(pairs.times, torch.linspace(1, 0, nodes + 1, dtype=torch.float64)[1:].expand(2, -1))
     for j in range(nodes):
-        torch.testing.assert_close(pairs.nodes[:, j], solved(made, pairs, indices, (j + 1) * every), rtol=0, atol=1e-5)
+        assert_same(pairs.nodes[:, j], solved(made, pairs, indices, (j + 1) * every))
         if solver == "ddim":                                  # a one-step rule goes on from a node as if it had never stopped
             on = solved(made, pairs, indices, 4, (j + 1) * every, pairs.nodes[:, j])
-            torch.testing.assert_close(on, pairs.nodes[:, -1], rtol=0, atol=1e-5)
+            assert_same(on, pairs.nodes[:, -1])
 
 
 def test_pairs_end_in_the_samples_of_the_same_recipe(work, tiny_teacher):
