@@ -25,6 +25,7 @@ MAY = {
     "evaluation": ("models data diffusion parallel.py",
                    "torchmetrics matplotlib diffusers transformers safetensors numpy PIL torch_fidelity rich"),
     "export": ("models data diffusion parallel.py", "diffusers transformers safetensors peft numpy PIL"),
+    "proofs": ("diffusion losses methods models data", "diffusers"),
     "errors.py": ("", ""),
     "resources.py": ("", ""),
 }
