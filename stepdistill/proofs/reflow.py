@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..methods.trajectory.reflow import Reflow, Settings
-from .problem import Affine, Believer, Check, Problem, difference, gradient, standard_errors
+from .problem import Believer, Check, Problem, difference, gradient, standard_errors
 
 COUNT, MANY = 256, 20_000
 
