@@ -28,5 +28,6 @@ def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def origin(schedule: Schedule) -> float:
-    """The time at which f is the identity: LCMScheduler's is the told time 0, which still holds a little noise."""
+    """The time that is the data's, at which f is the identity: on a flow 0; LCMScheduler and TCDScheduler take the told time 0
+    for it, which still holds a little noise."""
     return 0.0 if isinstance(schedule, RectifiedFlow) else 1 / LEVELS

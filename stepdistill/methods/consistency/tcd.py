@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...diffusion.consistency import origin
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, flow_map
@@ -65,7 +66,7 @@ class TCD(Method):
         self.teacher, self.student = roles["teacher"], roles["student"]
         self.target = roles.get("target", self.student)
         self.distance = {"huber": partial(pseudo_huber, c=settings.huber_c), "squared": squared}[settings.loss]
-        self.end = sampler.evaluations[-1].landing         # the sampler's data: TCDScheduler's still holds a little noise
+        self.end = origin(self.student.schedule)           # where the sampler's last step lands
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
