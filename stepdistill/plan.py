@@ -25,7 +25,7 @@ from .models.discriminator import Shape, chosen, head, tap
 from .models.families import FAMILIES, Layout, call_of, layout
 from .models.schedulers import stock_scheduler
 from .recipe import Critic, Recipe, RoleChoice
-from .work import choices, sampler_of
+from .work import choices
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -267,7 +267,7 @@ def _sampler(recipe: Recipe, settings: Any, teacher: _Teacher) -> Sampler:
     try:
         inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.known.schedule_name, recipe.guidance)
         scheduler = stock_scheduler(inference.scheduler, inference.config, teacher.scheduler)
-        return sampler_of(scheduler, recipe.steps, teacher.known.schedule, inference.call)
+        return Sampler.of_call(scheduler, recipe.steps, teacher.known.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 

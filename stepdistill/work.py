@@ -28,7 +28,6 @@ from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.sampler import Sampler
-from .diffusion.schedule import Schedule
 from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
@@ -134,14 +133,9 @@ def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family
         inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
         inference = replace(inference, call={**inference.call, **family.call})
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, sampler_of(scheduler, recipe.steps, family.schedule, inference.call)
+        return inference, Sampler.of_call(scheduler, recipe.steps, family.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
-
-
-def sampler_of(scheduler: SchedulerMixin, steps: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
-    """The sampler of a pipeline call. ValueError where the scheduler does not serve that many steps."""
-    return Sampler.of(scheduler, steps, schedule, **{name: call[name] for name in ("timesteps", "sigmas") if name in call})
 
 
 def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting]) -> Roles:

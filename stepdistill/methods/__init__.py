@@ -27,7 +27,11 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
+    "cd": Entry("consistency.cd", "CD", "Consistency Models", "2303.01469", "consistency",
+                needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
+                 needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
+    "tcd": Entry("consistency.tcd", "TCD", "Trajectory Consistency Distillation", "2402.19159", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
     "kd": Entry("trajectory.kd", "KD", "Knowledge Distillation in Iterative Generative Models", "2101.02388", "trajectory",
                 needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),

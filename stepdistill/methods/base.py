@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..diffusion.consistency import TIMESTEP_SCALING
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
@@ -95,7 +96,7 @@ def renoised(steps: int, schedule: str) -> Inference:
     """
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "vp":
-        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": 10.0, "clip_sample": False,
+        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING, "clip_sample": False,
                                           "thresholding": False}, call)
     sigmas = [1 - i / steps for i in range(steps)]
     return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
@@ -121,6 +122,11 @@ def deterministic(steps: int, schedule: str) -> Inference:
                          f"{' or '.join(map(str, near))} would be right")
     config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
     return Inference("DDIMScheduler", config, call)
+
+
+def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
+    """The `sigmas` of a flow's call, `steps` of the `nodes` ends of equal segments, chosen as LCMScheduler chooses times."""
+    return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
 
 
 class Method(ABC):

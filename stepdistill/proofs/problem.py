@@ -78,7 +78,10 @@ class Law:
 
 @dataclass
 class Believer:
-    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is. It notes what it was asked."""
+    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is x0.
+
+    It notes what it was asked.
+    """
 
     schedule: Schedule
     believes: Callable[[Tensor, Tensor, Condition], Tensor]
@@ -88,7 +91,7 @@ class Believer:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         self.asked.append((x_t.detach(), t, cond))
         x0 = self.believes(x_t, t, cond)
-        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t), x_t)
+        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t).clamp(min=1e-12), x_t)
         raw = x0 if self.kind == "x0" else truth(x0, eps, t, self.schedule, self.kind)
         return Prediction(raw, x_t, t, self.schedule, self.kind)
 
@@ -103,6 +106,10 @@ class Affine:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return Prediction(self.m.to(x_t) + x_t @ self.S.to(x_t).T, x_t, t, self.schedule, "x0")
+
+    def as_network(self, kind: str) -> Believer:
+        """The same beliefs, put as a network of this kind puts them."""
+        return Believer(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
 
     @property
     def law(self) -> tuple[Tensor, Tensor]:
@@ -141,6 +148,11 @@ class Problem:
         axes, _ = torch.linalg.qr(self.normal(self.dim, self.dim))
         deviations = 0.3 + 0.6 * torch.rand(self.dim, generator=self.generator, dtype=torch.float64)
         return axes @ torch.diag(deviations**2) @ axes.T
+
+    @property
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """The principal variances (D,) of the covariance, and their axes in columns (D, D)."""
+        return tuple(torch.linalg.eigh(self.covariance))
 
     def affine(self) -> Affine:
         """A student with an m and an S of its own."""
@@ -187,10 +199,8 @@ class Problem:
 
     def sampler(self, inference: Inference) -> Sampler:
         """The sampler that a method trains and exports with on this noise."""
-        call = inference.call
-        grid = {name: call[name] for name in ("timesteps", "sigmas") if name in call}
-        return Sampler.of(stock_scheduler(inference.scheduler, inference.config, self.scheduler), call["num_inference_steps"],
-                          self.schedule, **grid)
+        scheduler = stock_scheduler(inference.scheduler, inference.config, self.scheduler)
+        return Sampler.of_call(scheduler, inference.call["num_inference_steps"], self.schedule, inference.call)
 
     def _scheduler(self) -> SchedulerMixin:
         if self.name == "flow":
