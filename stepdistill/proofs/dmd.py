@@ -9,7 +9,7 @@ import torch
 
 from ..diffusion.contracts import Batch, Pairs, Role
 from ..methods.distribution.dmd import DMD, Settings
-from .players import Pupil, simulated
+from .players import Pupil, error, simulated
 from .problem import Affine, Check, Problem, difference, gradient
 
 COUNT, MANY = 256, 5_000
@@ -29,7 +29,7 @@ def paired(problem: Problem, count: int) -> Batch:
 
 def identities(problem: Problem) -> Iterator[Check]:
     student, batch, step = problem.affine(), paired(problem, COUNT), problem.step(COUNT)
-    method = made(problem, student, problem.law(*reversed(student.law)))
+    method = made(problem, student, problem.law(student.law[1]))
     losses = method.student_loss(batch, step)
 
     z, t = simulated(student, method.sampler, step)[0], method.matched(step.uniform("t"))
@@ -58,8 +58,11 @@ def identities(problem: Problem) -> Iterator[Check]:
     rest = gradient(made(problem, carried, method.critic).student_loss(batch, step)["regression"], carried)
     yield Check("gradient of the distance where the student is the teacher's flow, over its usual size", (rest.norm() / pulled.norm()).item(), 1e-6)
 
-    pupil, batch, step = Pupil(method.critic, MANY, problem.dim), paired(problem, MANY), problem.step(MANY)
+    pupil, batch = Pupil(problem.law(*reversed(student.law)), MANY, problem.dim), paired(problem, MANY)
+    first, step = problem.step(MANY), problem.step(MANY, "critic")
     method = made(problem, student, pupil)
-    method.student_loss(batch, step)
-    loss = method.critic_loss(batch, problem.step(MANY, "critic", kept=step.kept))["denoising"]
-    yield Check("what the critic's loss teaches the exact denoiser, in standard errors", pupil.taught(loss), 6)
+    method.student_loss(batch, first)
+    step.kept.update(first.kept)
+    x, t = student(first.normal("start", batch.shape), t, batch.cond).x0.detach(), method.trained(step.uniform("t"))
+    known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
+    yield from pupil.checks(method.critic_loss(batch, step)["denoising"], known)

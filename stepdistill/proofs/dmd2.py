@@ -13,7 +13,7 @@ from ..diffusion.draws import Step
 from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..methods.distribution.dmd2 import DMD2, Settings
-from .players import Pupil, exits, simulated
+from .players import Pupil, error, exits, simulated
 from .problem import Affine, Check, Problem, deviation, difference, gradient
 
 COUNT, MANY, STEPS = 256, 5_000, 4
@@ -53,8 +53,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     worst, known = 0.0, torch.empty(0)
     for step in exits(problem, COUNT, STEPS):
         sampler = made(problem, student, problem.teacher, w, STEPS).sampler
-        z, mean, covariance = simulated(student, sampler, step)
-        method = made(problem, student, problem.law(covariance, mean), w, STEPS)
+        z, _, covariance = simulated(student, sampler, step)
+        method = made(problem, student, problem.law(covariance), w, STEPS)
         found = gradient(method.student_loss(batch, step)["matching"], student)
         x = student(z, torch.ones(COUNT), batch.cond).x0
         x_t, t = noised(problem, method, x.detach(), step)
@@ -105,7 +105,10 @@ def told_apart(problem: Problem, student: Affine) -> Iterator[Check]:
         apart = problem.teacher.of(batch.cond).log_density(x_t, t) - fake.of(batch.cond).log_density(x_t, t)
         return (apart + moved[:, 0] + (moved[:, 1:] * x_t).sum(1))[:, None]
 
-    losses = made(problem, student, pupil, problem.w, judges=ratio).critic_loss(batch, step)
-    yield Check("what the critic's loss teaches the exact denoiser, in standard errors", pupil.taught(losses["denoising"]), 6)
+    method = made(problem, student, pupil, problem.w, judges=ratio)
+    losses = method.critic_loss(batch, step)
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0.detach(), method.trained(step.uniform("t"))
+    known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
+    yield from pupil.checks(losses["denoising"], known)
     slopes = torch.autograd.grad(losses["discriminator"], moved)[0]
     yield Check("what telling apart teaches the log ratio of the densities, in standard errors", deviation(slopes), 6)

@@ -1,6 +1,7 @@
 """Two players in closed form: what a loss teaches a critic, sample by sample, and what a student answers within a rollout."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.draws import Step
-from ..diffusion.prediction import Prediction
+from ..diffusion.prediction import Prediction, truth
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule
-from .problem import Affine, Problem, deviation
+from .problem import Affine, Check, Problem, deviation, difference
 
 
 @dataclass
@@ -39,9 +40,22 @@ class Pupil:
         said, each = self.role(x_t, t, cond), torch.arange(len(x_t)) % self.count
         return replace(said, raw=said.raw + self.a[each] + torch.einsum("nij,nj->ni", self.b[each], x_t.double()))
 
-    def taught(self, loss: Tensor) -> float:
-        """The mean slope of the loss in a and b, in standard errors: of order 1 where there is nothing to learn."""
-        return deviation(torch.cat([g.flatten(1) for g in torch.autograd.grad(loss, (self.a, self.b))], 1))
+    def slopes(self, loss: Tensor) -> Tensor:
+        """Of a loss in the numbers of each sample, (count, D + D D)."""
+        return torch.cat([g.flatten(1) for g in torch.autograd.grad(loss, (self.a, self.b))], 1)
+
+    def checks(self, loss: Tensor, known: Tensor) -> Iterator[Check]:
+        """Of a critic's loss, where it should be `known` and the pupil's role is its optimum."""
+        found = self.slopes(loss)
+        yield Check("slope of the critic's loss in what it says of each sample, against the known one; relative",
+                    difference(found, self.slopes(known)), 1e-5)
+        yield Check("its mean at the exact denoiser, in standard errors", deviation(found), 6)
+
+
+def error(role: Role, x: Tensor, eps: Tensor, t: Tensor, cond: Condition, kind: str) -> Tensor:
+    """Mean squared over a sample, (B,), of what a role says of x_t in the view `kind`."""
+    said = role(role.schedule.add_noise(x, eps, t), t, cond).view(kind)
+    return (said - truth(x, eps, t, role.schedule, kind)).square().mean(1)
 
 
 @torch.no_grad()

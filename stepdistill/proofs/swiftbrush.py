@@ -8,7 +8,7 @@ import torch
 from ..diffusion.contracts import Role
 from ..diffusion.schedule import like
 from ..methods.distribution.swiftbrush import Settings, SwiftBrush
-from .players import Pupil, simulated
+from .players import Pupil, error, simulated
 from .problem import Affine, Believer, Check, Problem, deviation, difference, gradient
 
 COUNT, MANY = 256, 5_000
@@ -50,7 +50,9 @@ def fitted(problem: Problem) -> Iterator[Check]:
     method = made(problem, student, pupil, problem.w)
     method.student_loss(batch, step)
     loss = method.critic_loss(batch, step)["denoising"]
-    yield Check("what the critic's loss teaches the exact denoiser, in standard errors", pupil.taught(loss), 6)
     missed = (critic.asked[-1][2].text == problem.means[1]).all(1).double()
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0, method.trained(step.uniform("t"))
+    known = problem.schedule.alpha(t) ** 2 * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "eps")
+    yield from pupil.checks(loss, known.mean())
     yield Check("share of prompts that the critic misses against that in the settings, in standard errors",
                 deviation(missed[:, None] - method.settings.drop), 6)
