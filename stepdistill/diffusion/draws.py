@@ -1,12 +1,14 @@
 """Random draws as functions: of (seed, step, update, repeat, name, sample id), never of a state.
 
 Inserting a draw shifts no other, five critic repeats see five noises, and ranks and micro-batches draw what the
-joined batch would have drawn for their samples.
+joined batch would have drawn for their samples. The generator counts: word j of a sample is a hash of the draw's key, the
+sample's id and j (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a batch is drawn at once.
 """
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +19,33 @@ def key(*parts: object) -> int:
     """A 63-bit seed, a function of its parts alone: the same on every machine and in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as int64 holds it."""
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+GOLDEN, FIRST, SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _right(words: Tensor, n: int) -> Tensor:
+    """A shift that fills with zeros; int64's own repeats the sign."""
+    return (words >> n) & ((1 << (64 - n)) - 1)
+
+
+def _scatter(words: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64-bit words that scatters neighbours (Steele et al. 2014)."""
+    words = (words ^ _right(words, 30)) * FIRST
+    words = (words ^ _right(words, 27)) * SECOND
+    return words ^ _right(words, 31)
+
+
+def fractions(key: int, ids: Tensor, count: int) -> Tensor:
+    """Uniform in (0, 1), (B, count) float64 on the CPU: a function of (key, id, column). ids (B,) int64."""
+    rows = _scatter(_scatter(ids.cpu() * GOLDEN + key) + GOLDEN)
+    words = _scatter(rows[:, None] + torch.arange(1, count + 1) * GOLDEN)
+    return (_right(words, 12).double() + 0.5) * 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -39,22 +68,23 @@ class Step:
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, (B, *shape) float32 on `device`: `shape` is that of one sample."""
-        return self._each(name, lambda g: torch.randn(shape, generator=g)).to(self.device)
+        drawn = torch.special.ndtri(self._fractions(name, prod(shape)))
+        return drawn.float().reshape(-1, *shape).to(self.device)
 
     def uniform(self, name: str) -> Tensor:
-        """Uniform in [0, 1), (B,) float64 on the CPU."""
-        return self._each(name, lambda g: torch.rand((), generator=g, dtype=torch.float64))
+        """Uniform in (0, 1), (B,) float64 on the CPU."""
+        return self._fractions(name, 1)[:, 0]
 
     def integers(self, name: str, high: int) -> Tensor:
         """Uniform on 0 .. high - 1, (B,) int64 on the CPU."""
-        return self._each(name, lambda g: torch.randint(high, (), generator=g))
+        return (self.uniform(name) * high).long()
 
     def shared(self, name: str) -> float:
-        """Uniform in [0, 1), one number for the whole joined batch: equal on all ranks and micro-batches."""
-        return torch.rand((), generator=self._generator(name, "shared"), dtype=torch.float64).item()
+        """Uniform in (0, 1), one number for the whole joined batch: equal on all ranks and micro-batches."""
+        return fractions(self._key(name, "shared"), torch.zeros(1, dtype=torch.int64), 1).item()
 
-    def _generator(self, name: str, sample: object) -> torch.Generator:
-        return torch.Generator().manual_seed(key(self.seed, self.index, self.update, self.repeat, name, sample))
+    def _key(self, *name: str) -> int:
+        return key(self.seed, self.index, self.update, self.repeat, *name)
 
-    def _each(self, name: str, draw) -> Tensor:
-        return torch.stack([draw(self._generator(name, sample)) for sample in self.ids.tolist()])
+    def _fractions(self, name: str, count: int) -> Tensor:
+        return fractions(self._key(name), self.ids, count)
