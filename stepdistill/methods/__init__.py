@@ -41,8 +41,12 @@ METHODS: dict[str, Entry] = {
                    needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "diff_instruct": Entry("distribution.diff_instruct", "DiffInstruct", "Diff-Instruct", "2305.18455", "distribution",
                            needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
+    "dmd": Entry("distribution.dmd", "DMD", "Distribution Matching Distillation", "2311.18828", "distribution",
+                 needs=("teacher", "student", "critic"), data=("pairs",), steps=(1, 1)),
     "dmd2": Entry("distribution.dmd2", "DMD2", "Improved Distribution Matching Distillation", "2405.14867", "distribution",
                   needs=("teacher", "student", "critic", "discriminator"), data=("prompts", "images", "samples"), steps=(1, 4)),
+    "sid": Entry("distribution.sid", "SiD", "Score identity Distillation", "2404.04057", "distribution",
+                 needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 4)),
     "swiftbrush": Entry("distribution.swiftbrush", "SwiftBrush", "SwiftBrush", "2312.05239", "distribution",
                         needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
 }

@@ -55,7 +55,11 @@ def standard_errors(slope: Tensor, x_t: Tensor) -> float:
 
     slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine prediction.
     """
-    terms = torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1)
+    return deviation(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
+
+
+def deviation(terms: Tensor) -> float:
+    """The largest mean of terms (B, N) over samples, in standard errors."""
     return (terms.mean(0).abs() / (terms.std(0) / len(terms) ** 0.5)).max().item()
 
 
