@@ -29,6 +29,8 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
+    "scm": Entry("consistency.scm", "SCM", "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "2410.11081",
+                 "consistency", needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "diff_instruct": Entry("distribution.diff_instruct", "DiffInstruct", "Diff-Instruct", "2305.18455", "distribution",
                            needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
     "dmd2": Entry("distribution.dmd2", "DMD2", "Improved Distribution Matching Distillation", "2405.14867", "distribution",
