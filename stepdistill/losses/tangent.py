@@ -29,16 +29,17 @@ def exact(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float) -> Tensor:
 
 
 @torch.no_grad()
-def difference(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float, width: float, last: float = 1.0) -> Tensor:
-    """By the secant from s = -width to s = width, cut short where t would leave [0, last]: two evaluations.
+def difference(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float, width: float, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """By the secant from s = -width to s = width, cut short where t would leave the span: two evaluations.
 
     It is off by width^2 / 6 times the third derivative, by width / 2 times the second where it is one-sided, and by the rounding
     error of f over width: 1e-5 |f| for float32 and 0.1 |f| for bfloat16 weights at width 0.02. What moves faster than
     the width is averaged out.
     """
-    above, below = ((last - t) / dt).clamp(0, width), (t / dt).clamp(0, width)
+    first, last = span
+    above, below = ((last - t) / dt).clamp(max=width), ((t - first) / dt).clamp(max=width)
     with torch.autocast(x.device.type, enabled=False):
-        ahead, behind = (f(x + like(s, x) * dx, t + s * dt) for s in (above, -below))
+        ahead, behind = (f(x + like(s, x) * dx, (t + s * dt).clamp(first, last)) for s in (above, -below))
     return (ahead - behind) / like(above + below, x)
 
 

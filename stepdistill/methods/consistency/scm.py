@@ -27,14 +27,15 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import TrigFlow
-from ...diffusion.times import log_normal
+from ...diffusion.times import LEVELS, log_normal
 from ...diffusion.views import viewed
 from ...losses.tangent import difference, exact, normalised, pushed, trig_tangent
 from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
 
 TRIG = TrigFlow()
 RADIAN = 2 / pi                   # in the times of TRIG
-LAST = 1 - 1e-4                   # of a network's own times: at the last itself a told time is rounded and has no derivative
+SPAN = (1 / LEVELS, 1.0)          # of a network's own times: those that it was taught
+INSIDE = (1.1 / LEVELS, 1 - 0.1 / LEVELS)     # a told time that is all but whole is rounded, and has no derivative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class Settings:
     width: float = 0.02           # radians to either side that a difference spans
 
     def __post_init__(self) -> None:
-        if self.std <= 0 or self.damping < 0 or self.width <= 0:
-            raise ValueError(f"std and width must be above 0 and damping not below; found {self.std}, {self.width}, {self.damping}")
+        if self.std <= 0 or self.damping <= 0 or self.width <= 0:
+            raise ValueError(f"std, damping and width must be above 0; found {self.std}, {self.damping}, {self.width}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a share of the training, from 0 to 1; found {self.warmup}")
         if self.derivative not in ("exact", "difference"):
@@ -64,7 +65,7 @@ class SCM(Method):
         self.teacher, self.student = (viewed(roles[name], TRIG) for name in ("teacher", "student"))
         self.own = roles["student"].schedule
         self.level = log_normal(self.own, settings.mean, settings.std)
-        self.last = self.trig(torch.ones(1, dtype=torch.float64)).item()
+        self.span = tuple(self.trig(torch.tensor(SPAN, dtype=torch.float64)).tolist())
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -93,7 +94,7 @@ class SCM(Method):
     def times(self, step: Step) -> Tensor:
         """(B,) float64, of TRIG. What the law puts beyond a schedule that stops short of pure noise counts as its end, where
         sampling starts."""
-        return self.trig(self.level(step.uniform("t")).clamp(max=LAST))
+        return self.trig(self.level(step.uniform("t")).clamp(*INSIDE))
 
     def trig(self, t: Tensor) -> Tensor:
         """The times of TRIG at the noise levels of the networks' own times t."""
@@ -110,4 +111,4 @@ class SCM(Method):
             return self.student(x, t, cond).v
         if self.settings.derivative == "exact":
             return exact(field, x, t, velocity, RADIAN)
-        return difference(field, x, t, velocity, RADIAN, self.settings.width, self.last)
+        return difference(field, x, t, velocity, RADIAN, self.settings.width, self.span)
