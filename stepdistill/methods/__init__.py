@@ -31,6 +31,8 @@ METHODS: dict[str, Entry] = {
                 needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
+    "scm": Entry("consistency.scm", "SCM", "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "2410.11081",
+                 "consistency", needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "tcd": Entry("consistency.tcd", "TCD", "Trajectory Consistency Distillation", "2402.19159", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
     "kd": Entry("trajectory.kd", "KD", "Knowledge Distillation in Iterative Generative Models", "2101.02388", "trajectory",
