@@ -11,7 +11,9 @@ from torch import Tensor
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
+from ..diffusion.times import LEVELS
 
+DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
 
@@ -97,6 +99,28 @@ def renoised(steps: int, schedule: str) -> Inference:
                                           "thresholding": False}, call)
     sigmas = [1 - i / steps for i in range(steps)]
     return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
+
+
+def deterministic(steps: int, schedule: str) -> Inference:
+    """The sampler of trajectory methods: DDIM from t = 1 over `steps` equal steps, each of which lands where the next begins.
+
+    ValueError where the stock scheduler does not. DDIMScheduler, told time 1000 - 1000 i / steps - 1, rounded, lands
+    floor(1000 / steps) below: where steps do not divide 1000 the state is at another noise level than the network is told
+    (3 steps: at 333, told 332). A flow's sigmas are its times, whatever the shift of the teacher's own grid.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler takes at least 1 step; found {steps}")
+    call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
+    if schedule == "flow":
+        config = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
+                  "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
+        return Inference("FlowMatchEulerDiscreteScheduler", config, call | {"sigmas": [1 - i / steps for i in range(steps)]})
+    if LEVELS % steps:
+        near = [max(d for d in DIVISORS if d < steps), *(d for d in DIVISORS if d > steps)][:2]
+        raise ValueError(f"DDIMScheduler takes equal steps only where their number divides its {LEVELS} times; found {steps}, and "
+                         f"{' or '.join(map(str, near))} would be right")
+    config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
+    return Inference("DDIMScheduler", config, call)
 
 
 class Method(ABC):
