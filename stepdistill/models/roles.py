@@ -169,10 +169,9 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     for name, need in needs.items():
         _start(roles, name, need)
     if gradient_checkpointing:
+        family.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
         for network in networks.values():
             network.enable_gradient_checkpointing(recomputed)
-        if bank is not None:
-            bank.network.enable_gradient_checkpointing(bank.checkpoint)
     return roles
 
 

@@ -263,6 +263,24 @@ def test_what_cannot_be_judged_is_refused(family, needs, settings, error, says):
         build_roles(family, needs, given)
 
 
+@CRITICS
+def test_heads_on_the_teacher_pass_gradients_to_the_student_s_sample_and_none_to_its_weights(folders, inputs, perturb, critic):
+    """The same ones with and without checkpointing, whether the student is an adapter on that network or one of its own."""
+    found = []
+    for checkpointing in (False, True):
+        family = load_teacher(folders["epsilon"])
+        needs = {"teacher": Frozen(), "student": Trained(), "discriminator": Heads("teacher")}
+        roles = build_roles(family, needs, {"student": critic, "discriminator": Places(ALL)}, gradient_checkpointing=checkpointing)
+        assert family.network.is_gradient_checkpointing == checkpointing
+        perturb(roles.parameters("student"))
+        roles["discriminator"](roles["student"](*inputs).x0, *inputs[1:]).square().sum().backward()
+        own = {id(p) for p in roles.parameters("student")}
+        assert all(p.grad is None for p in family.network.parameters() if id(p) not in own)
+        found.append([p.grad for name in ("student", "discriminator") for p in roles.parameters(name)])
+    assert all(grad is not None and grad.any() for grad in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("of", ["teacher", "slow"])
 def test_heads_on_networks_that_nobody_trains(family, inputs, of):
     needs = {"teacher": Frozen(), "student": Trained(), "slow": Follows("student", 0.9), "discriminator": Heads(of)}
