@@ -21,7 +21,7 @@ from .diffusion.schedule import Schedule
 from .errors import RequestError, gist
 from .methods import load_method
 from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
-from .models.discriminator import Shape, chosen, head, tap
+from .models.discriminator import Shape, chosen, head, paired, tap
 from .models.families import FAMILIES, Layout, call_of, layout
 from .models.schedulers import stock_scheduler
 from .recipe import Critic, Recipe, RoleChoice
@@ -120,7 +120,8 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
     for name, need in needs.items():
         if isinstance(need, Heads):
             with torch.device("meta"):
-                count = sum(_size(head(shape)) for shape in _features(recipe, teacher).values())
+                read = _features(recipe, teacher)
+                count = sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
             rows[name] = _row(count, count, FLOAT)
         elif not isinstance(need, Frozen):
             count = _count(teacher, _choice(recipe, needs, name))
@@ -207,6 +208,9 @@ class _CountedHeads:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         return torch.zeros(len(x_t), 1, requires_grad=self.role.tally.add(self.role.name, x_t, self.share))
+
+    def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        return self(torch.cat([x_r, x_t]), torch.cat([r, t]), cond)[:len(x_r)]
 
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
         return self.role(x_t, t, cond), torch.zeros(len(x_t), 1)

@@ -50,9 +50,13 @@ class Follows:
 
 @dataclass(frozen=True)
 class Heads:
-    """A discriminator: small trained heads that judge the features of another role's network, `of`."""
+    """A discriminator: small trained heads that judge the features of another role's network, `of`.
+
+    pair: they judge two noisy states at once, discriminator.pair(x_r, r, x_t, t, cond).
+    """
 
     of: str
+    pair: bool = False
 
 
 Need = Frozen | Trained | Follows | Heads

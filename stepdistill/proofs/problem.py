@@ -55,12 +55,17 @@ def standard_errors(slope: Tensor, x_t: Tensor) -> float:
 
     slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine prediction.
     """
-    return deviation(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
+    return off_zero(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
 
 
-def deviation(terms: Tensor) -> float:
-    """The largest mean of terms (B, N) over samples, in standard errors."""
+def off_zero(terms: Tensor) -> float:
+    """The largest mean over samples of terms (B, K), in standard errors: of order 1 where all are 0 on average."""
     return (terms.mean(0).abs() / (terms.std(0) / len(terms) ** 0.5)).max().item()
+
+
+def moments(x: Tensor) -> Tensor:
+    """(B, D) -> its numbers and their products, (B, D + D^2): what tells one Gaussian from another."""
+    return torch.cat([x, (x[:, :, None] * x[:, None, :]).flatten(1)], 1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ..diffusion.contracts import Role
 from ..diffusion.schedule import like
 from ..methods.distribution.swiftbrush import Settings, SwiftBrush
 from .players import Pupil, error, simulated
-from .problem import Affine, Believer, Check, Problem, deviation, difference, gradient
+from .problem import Affine, Believer, Check, Problem, off_zero, difference, gradient
 
 COUNT, MANY = 256, 5_000
 
@@ -55,4 +55,4 @@ def fitted(problem: Problem) -> Iterator[Check]:
     known = problem.schedule.alpha(t) ** 2 * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "eps")
     yield from pupil.checks(loss, known.mean())
     yield Check("share of prompts that the critic misses against that in the settings, in standard errors",
-                deviation(missed[:, None] - method.settings.drop), 6)
+                off_zero(missed[:, None] - method.settings.drop), 6)
