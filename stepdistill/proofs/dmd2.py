@@ -14,7 +14,7 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..methods.distribution.dmd2 import DMD2, Settings
 from .players import Pupil, error, exits, simulated
-from .problem import Affine, Check, Problem, off_zero, difference, gradient
+from .problem import Affine, Check, Problem, difference, gradient, off_zero
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 PLAIN, GAN = Settings(gan_weight=0), Settings(gan_weight=0.7, critic_gan_weight=0.3)

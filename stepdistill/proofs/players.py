@@ -12,7 +12,7 @@ from ..diffusion.draws import Step
 from ..diffusion.prediction import Prediction, truth
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule
-from .problem import Affine, Check, Problem, off_zero, difference
+from .problem import Affine, Check, Problem, difference, off_zero
 
 
 @dataclass

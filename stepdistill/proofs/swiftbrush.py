@@ -9,7 +9,7 @@ from ..diffusion.contracts import Role
 from ..diffusion.schedule import like
 from ..methods.distribution.swiftbrush import Settings, SwiftBrush
 from .players import Pupil, error, simulated
-from .problem import Affine, Believer, Check, Problem, off_zero, difference, gradient
+from .problem import Affine, Believer, Check, Problem, difference, gradient, off_zero
 
 COUNT, MANY = 256, 5_000
 
