@@ -21,7 +21,7 @@ from .diffusion.schedule import Schedule
 from .errors import RequestError, gist
 from .methods import load_method
 from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
-from .models.discriminator import Shape, chosen, head, tap
+from .models.discriminator import Shape, chosen, head, paired, tap
 from .models.families import FAMILIES, Layout, call_of, layout
 from .models.schedulers import stock_scheduler
 from .recipe import Critic, Recipe, RoleChoice
@@ -46,8 +46,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
-    passes = _passes(recipe, settings, needs, teacher)
-    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + _activations(recipe, teacher)
+    passes, held = _passes(recipe, settings, needs, teacher)
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + round(held * _activations(recipe, teacher))
     return {"roles": roles, "bytes": weights, "peak": peak, "passes": passes, "disk": _disk(recipe, roles, teacher),
             "downloads": _downloads(source, recipe.revision, roles, teacher)}
 
@@ -120,7 +120,8 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
     for name, need in needs.items():
         if isinstance(need, Heads):
             with torch.device("meta"):
-                count = sum(_size(head(shape)) for shape in _features(recipe, teacher).values())
+                read = _features(recipe, teacher)
+                count = sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
             rows[name] = _row(count, count, FLOAT)
         elif not isinstance(need, Frozen):
             count = _count(teacher, _choice(recipe, needs, name))
@@ -166,10 +167,14 @@ def _rows_and_columns(layer: nn.Module) -> int:
 
 @dataclass
 class _Tally:
-    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand."""
+    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand.
+
+    held: the most evaluations a sample whose activations one update keeps for its gradients.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    held: float = 0.0
     trains: tuple[str, ...] = ()
     weight: float = 1.0
 
@@ -204,6 +209,9 @@ class _CountedHeads:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         return torch.zeros(len(x_t), 1, requires_grad=self.role.tally.add(self.role.name, x_t, self.share))
 
+    def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        return self(torch.cat([x_r, x_t]), torch.cat([r, t]), cond)[:len(x_r)]
+
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
         return self.role(x_t, t, cond), torch.zeros(len(x_t), 1)
 
@@ -218,8 +226,8 @@ class _Moment(Step):
         return self.at
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, float]:
-    """Network evaluations a sample and step, by running the method's own losses on roles that count.
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> tuple[dict[str, float], float]:
+    """Network evaluations a sample and step, by running the method's own losses on roles that count; and `_Tally.held`.
 
     They are a mean over the exits of the student's rollouts. A pass that ends at a discriminator's last feature counts as
     its share of a whole pass's arithmetic.
@@ -237,7 +245,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     for exit in range(recipe.steps):
         _count_step(method, batch, tally, (exit + 0.5) / recipe.steps, recipe.steps)
     return {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": recipe.data.batch,
-            "updates": recipe.train.updates}
+            "updates": recipe.train.updates}, tally.held
 
 
 def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int) -> None:
@@ -246,8 +254,9 @@ def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int)
     for update in method.updates():
         tally.trains, tally.weight = update.trains, 1 / (len(batch) * of * update.every)
         for repeat in range(update.repeat):
-            kept = kept if repeat < update.shares else {}
+            kept, before = kept if repeat < update.shares else {}, tally.backward
             update.loss(batch, _Moment(0, 0, 0.0, update.name, repeat, batch.ids, kept=kept, at=at))
+            tally.held = max(tally.held, (tally.backward - before) / tally.weight / len(batch))
 
 
 def _pairs(recipe: Recipe, shape: tuple[int, ...]) -> Pairs | None:

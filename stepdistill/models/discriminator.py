@@ -71,6 +71,11 @@ def chosen(shapes: Mapping[str, Shape], names: Sequence[str]) -> dict[str, Shape
     return {name: shape for name, shape in shapes.items() if name in names}
 
 
+def paired(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Of heads that see the features of two states at once, joined channel by channel."""
+    return {name: (2 * channels, *sides) for name, (channels, *sides) in shapes.items()}
+
+
 def head(shape: Shape) -> nn.Sequential:
     """Feature map (B, C, H, W) -> one logit a position, (B, 1, h, w) with h and w about LEAST for a map of this `shape`.
 
@@ -121,9 +126,24 @@ class Discriminator(nn.Module):
             prediction = self.role(x_t, t, cond)
         return prediction, self._judged(found, x_t)
 
+    def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Logits (B, K) of two states of one trajectory, of heads made for `paired` shapes, in one pass of a doubled batch.
+
+        Lin et al. 2024, arXiv:2402.13929, eq. 22.
+        """
+        both = torch.cat([x_r, x_t])
+        with tap(self.role.network, self.features, leave=True) as found:
+            self.role(both, torch.cat([r, t]), None if cond is None else Condition.cat([cond, cond]))
+        return self._read({name: torch.cat(m.chunk(2), dim=1) for name, m in self._maps(found, both).items()})
+
     def _judged(self, found: Mapping[str, Any], x_t: Tensor) -> Tensor:
-        maps = {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
-        with torch.autocast(x_t.device.type, enabled=False):
+        return self._read(self._maps(found, x_t))
+
+    def _maps(self, found: Mapping[str, Any], x_t: Tensor) -> dict[str, Tensor]:
+        return {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
+
+    def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(maps[self.features[0]].device.type, enabled=False):
             return torch.stack([self.heads[_slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
 
 

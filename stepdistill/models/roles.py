@@ -14,7 +14,7 @@ from ..errors import RequestError
 from ..methods.base import Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, lora_config
 from .denoiser import Denoiser
-from .discriminator import Discriminator, Shape, chosen
+from .discriminator import Discriminator, Shape, chosen, paired
 from .ema import Ema
 from .families import Family
 from .recompute import recomputed
@@ -165,14 +165,14 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
         bank.add_linear(family.w_path, readers, *family.w_features)
     features = {name: chosen(family.feature_shapes, settings.get(name, Places(family.default_features)).features)
                 for name, need in needs.items() if isinstance(need, Heads)}
+    features |= {name: paired(shapes) for name, shapes in features.items() if needs[name].pair}
     roles = Roles(family, needs, told, bank, networks, features, seed)
     for name, need in needs.items():
         _start(roles, name, need)
     if gradient_checkpointing:
+        family.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
         for network in networks.values():
             network.enable_gradient_checkpointing(recomputed)
-        if bank is not None:
-            bank.network.enable_gradient_checkpointing(bank.checkpoint)
     return roles
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..diffusion.contracts import Batch, Condition
+from ..diffusion.contracts import Batch, Condition, Pairs
 from ..diffusion.draws import Step, key
 from ..diffusion.exact import Gaussian
 from ..diffusion.prediction import Prediction, truth
@@ -55,8 +55,17 @@ def standard_errors(slope: Tensor, x_t: Tensor) -> float:
 
     slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine prediction.
     """
-    terms = torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1)
+    return off_zero(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
+
+
+def off_zero(terms: Tensor) -> float:
+    """The largest mean over samples of terms (B, K), in standard errors: of order 1 where all are 0 on average."""
     return (terms.mean(0).abs() / (terms.std(0) / len(terms) ** 0.5)).max().item()
+
+
+def moments(x: Tensor) -> Tensor:
+    """(B, D) -> its numbers and their products, (B, D + D^2): what tells one Gaussian from another."""
+    return torch.cat([x, (x[:, :, None] * x[:, None, :]).flatten(1)], 1)
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,17 @@ class Problem:
         cond, ids = self.cond(count), torch.arange(offset, offset + count)
         x0 = self.teacher.of(cond).mean + self.normal(count, self.dim) @ torch.linalg.cholesky(self.covariance).T
         return Batch(ids, cond, x0 if data else None, (self.dim,))
+
+    def flow(self, x_t: Tensor, t: Tensor, r: Tensor, w: float) -> Tensor:
+        """Where the guided teacher's probability-flow ODE carries x_t (B, D) from t to r, (B,)."""
+        return self.teacher.of(self.guided_cond(len(x_t), w)).flow(x_t, t, r)
+
+    def paired(self, count: int, nodes: int = 1, w: float = 1.0) -> Batch:
+        """Prompts, unit noises, and the guided teacher's exact ways from there: evenly spaced states, the last its sample."""
+        noise, start = self.normal(count, self.dim), torch.ones(count, dtype=torch.float64)
+        times = torch.linspace(1, 0, nodes + 1, dtype=torch.float64)[1:].expand(count, -1)
+        states = torch.stack([self.flow(noise, start, r, w) for r in times.T], 1)
+        return Batch(torch.arange(count), self.cond(count), states[:, -1], pairs=Pairs(noise, states, times))
 
     def step(self, count: int, update: str = "student", **moment: Any) -> Step:
         """The moment of the first `count` samples. moment: repeat, index, progress, kept of Step."""

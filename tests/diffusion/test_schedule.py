@@ -51,3 +51,11 @@ def test_a_time_that_went_through_rounding_is_still_its_node():
     s = VariancePreserving.of(ALPHAS_CUMPROD)
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     assert torch.equal(s.alpha(t * (1 + 1e-10)), s.alpha(t))
+
+
+@pytest.mark.parametrize("name", ["vp", "vp-zero", "flow", "trig"])
+def test_samplers_start_from_pure_noise_and_nothing_else_changes(name):
+    s, t = SCHEDULES[name], torch.tensor([0.25, 1 - 1e-9, 1.0], dtype=torch.float64)
+    x0, eps = torch.full((3, 2), 5.0, dtype=torch.float64), torch.ones(3, 2)
+    started = s.start(x0, eps, t)
+    assert torch.equal(started[:2], s.add_noise(x0, eps, t)[:2]) and (started[2] == 1).all()
