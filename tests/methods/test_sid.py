@@ -99,7 +99,8 @@ def test_every_step_is_trained_and_each_update_draws_its_own_sample():
         exits[min(told)] += 1
         assert not step.kept
     assert exits.keys() == {999, 749, 499, 249} and min(exits.values()) > 12
-    assert [(u.trains, u.shares) for u in method.updates()] == [(("critic",), 0), (("student",), 0)]
+    assert [(u.trains, u.repeat, u.shares) for u in method.updates()] == [(("critic",), 1, 0), (("student",), 1, 0)]
+    assert make(Student(), critic_steps=3).updates()[0].repeat == 3
 
 
 def test_a_critic_that_is_the_teacher_gives_no_gradient():
@@ -153,7 +154,7 @@ def test_passes_of_a_step(tiny_teacher, guidance, forward, backward):
     assert plan(Recipe.load(made))["passes"] == {"forward": forward, "backward": backward, "batch": 4, "updates": 2}
 
 
-@pytest.mark.parametrize("changes", [{"drop": 1.0}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"drop": 1.0}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="t_range must be an interval"):
         Settings(**changes)

@@ -29,7 +29,7 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    # A latent that is wholly wrong, about sqrt(2) away, then pulls with 2 sqrt(2) / 4 = 0.7, and the scores with at most about 1.
+    # A latent that is wholly wrong, about sqrt(2) away, then pulls with 2 sqrt(2) / 4 = 0.7, and the scores with about 1.
     regression_weight: float = 0.25    # of the pairs; the paper's 0.25 is one of LPIPS
     t_range: tuple[float, float] = (0.02, 0.98)    # noise levels at which the scores are matched (p)
 

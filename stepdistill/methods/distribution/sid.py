@@ -7,8 +7,8 @@ all of whose outputs are matched as one mixture: arXiv:2505.12674.
     student  <- descend (1 - alpha) |d|^2 + <d, f_psi - x> at x_t, d = f_phi - f_psi     f_phi: the teacher guided at w
                 of one size at all noise levels, f_psi guided at kappa_2
 
-Both networks are differentiated in x_t, so this costs about three times the memory of a score difference. The loss's value is
-no monitor: with a good critic it is 0 at alpha = 1 and below 0 above.
+Both networks are differentiated in x_t, so this costs three to five times the memory of a score difference. The loss's value is
+no monitor: with a good critic it is about 0 at alpha = 1 and below 0 above.
 A critic that is asked as it was trained says E[x | x_t], whatever its scale: the student comes to draw as the teacher guided at
 w. Where all conditions share a covariance that is w kappa_1 / kappa_2 in general: kappa_1 = 1 and kappa_2 = w undo guidance.
 Sources of the defaults: (p) the paper, (l) the released training of long and short guidance. (l) weighs a v-network's critic
@@ -35,13 +35,15 @@ class Settings:
     alpha: float = 1.0                 # (l); above 1 the gradient turns round where a student is much too wide (p: 1.2, unguided)
     critic_trained_at: float | None = None    # kappa_1, a scale of guidance; None: the teacher's, of a range its middle (l)
     critic_asked_at: float | None = None      # kappa_2, a scale of guidance; None: as it is trained (l)
+    critic_steps: int = 1              # critic updates a step (p, l)
     drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided (l)
     t_range: tuple[float, float] = (0.02, 0.98)    # noise levels, of student and critic alike (l)
 
     def __post_init__(self) -> None:
         low, high = self.t_range
-        if not 0 <= low < high <= 1 or not 0 <= self.drop < 1:
-            raise ValueError(f"t_range must be an interval in [0, 1] and drop in [0, 1); found {self.t_range}, {self.drop}")
+        if not 0 <= low < high <= 1 or not 0 <= self.drop < 1 or self.critic_steps < 1:
+            raise ValueError("t_range must be an interval in [0, 1], drop in [0, 1) and critic_steps at least 1; found "
+                             f"{self.t_range}, {self.drop}, {self.critic_steps}")
 
 
 class SiD(Method):
@@ -66,7 +68,7 @@ class SiD(Method):
         return renoised(steps, schedule)
 
     def updates(self) -> list[Update]:
-        return [Update(("critic",), self.critic_loss), Update(("student",), self.student_loss)]
+        return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps), Update(("student",), self.student_loss)]
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         cond = batch.cond.dropped(step.uniform("drop") < self.drop) if self.drop else batch.cond
