@@ -361,9 +361,11 @@ def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[st
 
 
 def _vision_downloads(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A Hub network that judges pictures, whose weights are not in the cache yet."""
-    names = [name for name, need in needs.items() if isinstance(need, Features)]
-    sources = [] if not names else [_sight(recipe, needs).source]
+    """A Hub network that judges pictures, if its weights are not in the cache yet."""
+    name = next((name for name, need in needs.items() if isinstance(need, Features)), None)
+    if name is None or resources.locate(source := _sight(recipe, needs).source) is not None:
+        return []
     from huggingface_hub import try_to_load_from_cache
-    return [f"{source} (up to {roles[names[0]]['bytes'] / 1e9:.1f} GB)" for source in sources
-            if resources.locate(source) is None and not isinstance(try_to_load_from_cache(source, "model.safetensors"), str)]
+    if isinstance(try_to_load_from_cache(source, "model.safetensors"), str):
+        return []
+    return [f"{source} (up to {roles[name]['bytes'] / 1e9:.1f} GB)"]
