@@ -31,7 +31,7 @@ from .export.folder import fresh_pipeline, is_export
 from .models.families import call_of, load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
-from .watch import Watch
+from .watch import CLOUD, Watch
 from .work import dataset, fill_pairs, make, middle, open_run, pairs_shelf, prompts, rates
 
 __all__ = ["bench", "export", "load", "pairs", "sample", "train"]
@@ -53,7 +53,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     with _reported() as report:
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    watch = Watch(work, run, prompts(work))
+    watch = Watch(work, run, prompts(work, CLOUD if work.family.plane else 4))
     config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
     trainer = Trainer(work.method, work.roles, stream, config, run, [watch])
     if not resume:

@@ -27,7 +27,7 @@ from .models.roles import Places
 from .models.schedulers import stock_scheduler
 from .models.vision import PUBLISHED, PictureHeads, Sight, prompt_width
 from .recipe import Critic, Recipe, RoleChoice
-from .work import choices, sampler_of
+from .work import choices
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -48,8 +48,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
-    passes = _passes(recipe, settings, needs, teacher)
-    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + _activations(recipe, teacher)
+    passes, held = _passes(recipe, settings, needs, teacher)
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + round(held * _activations(recipe, teacher))
     return {"roles": roles, "bytes": weights, "peak": peak, "passes": passes, "disk": _disk(recipe, roles, teacher),
             "downloads": _downloads(source, recipe.revision, roles, teacher) + _vision_downloads(recipe, needs, roles)}
 
@@ -188,10 +188,14 @@ def _rows_and_columns(layer: nn.Module) -> int:
 
 @dataclass
 class _Tally:
-    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand."""
+    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand.
+
+    held: the most evaluations a sample whose activations one update keeps for its gradients.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    held: float = 0.0
     trains: tuple[str, ...] = ()
     weight: float = 1.0
 
@@ -243,8 +247,8 @@ class _Moment(Step):
         return self.at
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, float]:
-    """Network evaluations a sample and step, by running the method's own losses on roles that count.
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> tuple[dict[str, float], float]:
+    """Network evaluations a sample and step, by running the method's own losses on roles that count; and `_Tally.held`.
 
     They are a mean over the exits of the student's rollouts. A pass that ends at a discriminator's last feature counts as
     its share of a whole pass's arithmetic.
@@ -265,7 +269,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     for exit in range(recipe.steps):
         _count_step(method, batch, tally, (exit + 0.5) / recipe.steps, recipe.steps)
     return {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": recipe.data.batch,
-            "updates": recipe.train.updates}
+            "updates": recipe.train.updates}, tally.held
 
 
 def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int) -> None:
@@ -274,8 +278,9 @@ def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int)
     for update in method.updates():
         tally.trains, tally.weight = update.trains, 1 / (len(batch) * of * update.every)
         for repeat in range(update.repeat):
-            kept = kept if repeat < update.shares else {}
+            kept, before = kept if repeat < update.shares else {}, tally.backward
             update.loss(batch, _Moment(0, 0, 0.0, update.name, repeat, batch.ids, kept=kept, at=at))
+            tally.held = max(tally.held, (tally.backward - before) / tally.weight / len(batch))
 
 
 def _pairs(recipe: Recipe, shape: tuple[int, ...]) -> Pairs | None:
@@ -295,7 +300,7 @@ def _sampler(recipe: Recipe, settings: Any, teacher: _Teacher) -> Sampler:
     try:
         inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.known.schedule_name, recipe.guidance)
         scheduler = stock_scheduler(inference.scheduler, inference.config, teacher.scheduler)
-        return sampler_of(scheduler, recipe.steps, teacher.known.schedule, inference.call)
+        return Sampler.of_call(scheduler, recipe.steps, teacher.known.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 

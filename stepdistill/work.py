@@ -28,7 +28,6 @@ from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.sampler import Sampler
-from .diffusion.schedule import Schedule
 from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
@@ -77,6 +76,7 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None)
     if reason := kind.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
     _check_solver(recipe)
+    _check_nodes(recipe, kind.waypoints(settings, recipe.steps))
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
@@ -91,6 +91,13 @@ def _check_solver(recipe: Recipe) -> None:
     if data.made is not None and data.made.solver not in serving:
         raise recipe.refuse(f"data.{data.kind}.solver", f"is {data.made.solver}; {data.kind} are made by one of {', '.join(serving)}"
                             + " (a noise has a picture of its own only where no other noise is drawn)" * (data.made.solver in STOCHASTIC))
+
+
+def _check_nodes(recipe: Recipe, waypoints: int) -> None:
+    pairs = recipe.data.pairs
+    if pairs is not None and pairs.nodes % waypoints:
+        raise recipe.refuse("data.pairs.nodes", f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} evenly spaced "
+                            f"states of the teacher's way, and a multiple of {waypoints} holds them")
 
 
 def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
@@ -134,14 +141,9 @@ def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family
         inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
         inference = replace(inference, call={**inference.call, **family.call})
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, sampler_of(scheduler, recipe.steps, family.schedule, inference.call)
+        return inference, Sampler.of_call(scheduler, recipe.steps, family.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
-
-
-def sampler_of(scheduler: SchedulerMixin, steps: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
-    """The sampler of a pipeline call. ValueError where the scheduler does not serve that many steps."""
-    return Sampler.of(scheduler, steps, schedule, **{name: call[name] for name in ("timesteps", "sigmas") if name in call})
 
 
 def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting]) -> Roles:

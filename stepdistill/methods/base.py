@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..diffusion.consistency import TIMESTEP_SCALING
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
@@ -113,7 +114,7 @@ def renoised(steps: int, schedule: str) -> Inference:
     """
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "vp":
-        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": 10.0, "clip_sample": False,
+        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING, "clip_sample": False,
                                           "thresholding": False}, call)
     sigmas = [1 - i / steps for i in range(steps)]
     return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
@@ -141,6 +142,11 @@ def deterministic(steps: int, schedule: str) -> Inference:
     return Inference("DDIMScheduler", config, call)
 
 
+def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
+    """The `sigmas` of a flow's call, `steps` of the `nodes` ends of equal segments, chosen as LCMScheduler chooses times."""
+    return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
+
+
 class Method(ABC):
     """Subclasses are final: one file, one paper, no method inherits from another method.
 
@@ -160,6 +166,11 @@ class Method(ABC):
     def refusal(cls, settings: Any, data: str) -> str | None:
         """Why these settings cannot train on this kind of `data`, and what would be right; None where they can."""
         return None
+
+    @classmethod
+    def waypoints(cls, settings: Any, steps: int) -> int:
+        """The fewest evenly spaced states of the teacher's way, its end among them, that pairs must keep; multiples do as well."""
+        return 1
 
     @classmethod
     @abstractmethod

@@ -36,6 +36,17 @@ def test_nodes_are_exact_and_the_ends_clean(name):
     assert s.alpha(zero) == 1 and s.sigma(zero) == 0
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_added_twice_is_noise_added_once(name):
+    """From s to t: the signal is alpha_t's, and old and fresh noise together are sigma_t's."""
+    schedule, (x0, old, new) = SCHEDULES[name], torch.eye(3, dtype=torch.float64)[:, None].expand(3, len(T) - 1, 3)
+    s, t = T[:-1], T[1:]
+    x_t = schedule.renoise(schedule.add_noise(x0, old, s), new, s, t)
+    assert torch.allclose(x_t[:, 0], schedule.alpha(t)) and torch.allclose(x_t[:, 1:].norm(dim=1), schedule.sigma(t))
+    assert torch.allclose(schedule.renoise(x0, new, 0 * t, t), schedule.add_noise(x0, new, t))
+    assert torch.allclose(schedule.renoise(x0, new, t, t), x0)
+
+
 def test_a_time_that_went_through_rounding_is_still_its_node():
     s = VariancePreserving.of(ALPHAS_CUMPROD)
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
