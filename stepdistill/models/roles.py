@@ -18,7 +18,7 @@ from .discriminator import Discriminator, Shape, chosen, paired
 from .ema import Ema
 from .families import Family
 from .recompute import recomputed
-from .vision import PUBLISHED, PictureHeads, Sight, Vision, prompt_vector
+from .vision import PictureHeads, PlaneFeatures, Vision, prompt_vector, sight_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Places:
 Setting = Lora | Full | Places
 
 
-Role = Denoiser | Discriminator | PictureHeads | Vision | Callable[[Tensor], Tensor]
+Role = Denoiser | Discriminator | PictureHeads | Vision | PlaneFeatures | Callable[[Tensor], Tensor]
 
 
 class Roles(Mapping[str, Role]):
@@ -61,7 +61,7 @@ class Roles(Mapping[str, Role]):
     """
 
     def __init__(self, family: Family, needs: Mapping[str, Need], told_w: frozenset[str], bank: AdapterBank | None,
-                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], visions: Mapping[str, Vision],
+                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], visions: Mapping[str, Vision | PlaneFeatures],
                  seed: int) -> None:
         self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
         self.visions = dict(visions)
@@ -195,17 +195,17 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     return roles
 
 
-def _judges(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision]]:
+def _judges(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
     """What each discriminator's heads lie on, and the vision networks among that."""
     features: dict[str, dict[str, Shape]] = {}
-    visions: dict[str, Vision] = {}
+    visions: dict[str, Vision | PlaneFeatures] = {}
     for name, need in needs.items():
         if isinstance(need, Heads):
             places = settings.get(name, Places())
             if isinstance(needs[need.of], Features):
-                sight = Sight.of(places.network or PUBLISHED)
+                sight = sight_of(family.plane, places.network)
                 features[name] = sight.read(places.features)
-                visions[need.of] = Vision(sight, tuple(features[name]))
+                visions[need.of] = sight.features(tuple(features[name]))
             else:
                 shapes = chosen(family.feature_shapes, family.default_features if places.features is None else places.features)
                 features[name] = paired(shapes) if need.pair else shapes

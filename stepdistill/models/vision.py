@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import AutoConfig, CLIPModel, CLIPVisionModel, Dinov2Model, Di
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..diffusion.contracts import Condition
+from ..diffusion.draws import key
 from ..errors import RequestError, gist
 from .discriminator import WIDTH, Shape, chosen, head, initialise, slug
 
 PUBLISHED = "facebook/dinov2-small"      # Sauer et al. 2023, arXiv:2311.17042, table 1: the best of four
+CLASS_WAVES, PLANE_WIDTH = 4, 128
 CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer lies
     "dinov2": (Dinov2Model, ""),
     "dinov2_with_registers": (Dinov2WithRegistersModel, ""),
@@ -73,6 +76,9 @@ class Sight:
         cls, path = CLASSES[self.config.model_type]
         return cls(self.config).get_submodule(path)
 
+    def features(self, names: Sequence[str]) -> Vision:
+        return Vision(self, names)
+
     def trained(self) -> nn.Module:
         cls, path = CLASSES[self.config.model_type]
         try:
@@ -109,6 +115,41 @@ class Vision(nn.Module):
         return tokens[:, -height * width:].transpose(1, 2).unflatten(2, (height, width))
 
 
+class PlaneSight:
+    """What stands for a vision network where samples are points of the plane: a random one of three layers, always the same."""
+
+    shapes = dict.fromkeys(("layers.0", "layers.1", "layers.2"), (PLANE_WIDTH, 1, 1))
+
+    def read(self, names: Sequence[str] | None) -> dict[str, Shape]:
+        return chosen(self.shapes, tuple(self.shapes) if names is None else names)
+
+    def features(self, names: Sequence[str]) -> PlaneFeatures:
+        return PlaneFeatures(names)
+
+
+class PlaneFeatures(nn.Module):
+    """features(points (B, 2, 1, 1)) -> one map (B, C, 1, 1) for each of `names`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.places = [tuple(PlaneSight.shapes).index(name) for name in names]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key("features of the plane"))
+            sizes = pairwise((2, *[PLANE_WIDTH] * len(PlaneSight.shapes)))
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(*pair), nn.SiLU()) for pair in sizes]).requires_grad_(False)
+
+    def forward(self, points: Tensor) -> list[Tensor]:
+        states = [points.flatten(1)]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return [states[place + 1][:, :, None, None] for place in self.places]
+
+
+def sight_of(plane: bool, source: str | None) -> Sight | PlaneSight:
+    """Of a family's samples: points of the plane, or pictures, by the network that a recipe names or the published one."""
+    return PlaneSight() if plane else Sight.of(source or PUBLISHED)
+
+
 class ToldHead(nn.Module):
     """Feature map (B, C, H, W), vector (B, D) -> logit (B,): Miyato & Koyama 2018, arXiv:1802.05637, eq. 4."""
 
@@ -141,8 +182,13 @@ class PictureHeads(nn.Module):
 
 
 def prompt_vector(cond: Condition) -> Tensor:
-    """A prompt as one vector, (B, D): its pooled embedding or, without one, the mean over its tokens."""
-    return cond.text.mean(1) if cond.pooled is None else cond.pooled
+    """A prompt as one vector, (B, D): its pooled embedding, else the mean over its tokens, else waves of its class."""
+    if cond.pooled is not None:
+        return cond.pooled
+    if cond.text is not None:
+        return cond.text.mean(1)
+    angles = cond.label[:, None] * torch.arange(1, CLASS_WAVES + 1, device=cond.label.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def prompt_width(inputs: Mapping[str, Any]) -> int:
