@@ -20,10 +20,12 @@ from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
 from .errors import RequestError, gist
 from .methods import load_method
-from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
+from .methods.base import FIXED, Codec, Features, Follows, Heads, Method, Need, Trained
 from .models.discriminator import Shape, chosen, head, paired, tap
 from .models.families import FAMILIES, Layout, call_of, layout
+from .models.roles import Places
 from .models.schedulers import stock_scheduler
+from .models.vision import PUBLISHED, PictureHeads, Sight, prompt_width
 from .recipe import Critic, Recipe, RoleChoice
 from .work import choices
 
@@ -49,7 +51,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     passes, held = _passes(recipe, settings, needs, teacher)
     peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + round(held * _activations(recipe, teacher))
     return {"roles": roles, "bytes": weights, "peak": peak, "passes": passes, "disk": _disk(recipe, roles, teacher),
-            "downloads": _downloads(source, recipe.revision, roles, teacher)}
+            "downloads": _downloads(source, recipe.revision, roles, teacher) + _vision_downloads(recipe, needs, roles)}
 
 
 # -- networks without weights ----------------------------------------------------------------------------------------------
@@ -118,12 +120,13 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
     rows = {"teacher": _row(_size(teacher.denoiser), 0, base)}
     rows |= {name: _row(_size(part), 0, base) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
     for name, need in needs.items():
-        if isinstance(need, Heads):
+        if isinstance(need, Features):
             with torch.device("meta"):
-                read = _features(recipe, teacher)
-                count = sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
+                rows[name] = _row(_size(_sight(recipe, needs).network()), 0, FLOAT)
+        elif isinstance(need, Heads):
+            count = _heads(recipe, needs, teacher, need)
             rows[name] = _row(count, count, FLOAT)
-        elif not isinstance(need, Frozen):
+        elif not isinstance(need, FIXED):
             count = _count(teacher, _choice(recipe, needs, name))
             rows[name] = _row(count, count if isinstance(need, Trained) else 0, FLOAT)
     return rows
@@ -131,6 +134,24 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
 
 def _row(parameters: int, trained: int, width: int) -> dict[str, int]:
     return {"parameters": parameters, "trained": trained, "bytes": parameters * width}
+
+
+def _heads(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher, need: Heads) -> int:
+    """Parameters of a discriminator."""
+    with torch.device("meta"):
+        if isinstance(needs[need.of], Features):
+            read = _sight(recipe, needs).read(_places(recipe, needs).features)
+            return _size(PictureHeads(read, prompt_width(teacher.inputs(1))))
+        read = _features(recipe, teacher)
+        return sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
+
+
+def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
+    return choices(recipe, needs).get("discriminator", Places())
+
+
+def _sight(recipe: Recipe, needs: Mapping[str, Need]) -> Sight:
+    return Sight.of(_places(recipe, needs).network or PUBLISHED)
 
 
 def _features(recipe: Recipe, teacher: _Teacher) -> dict[str, Shape]:
@@ -233,10 +254,13 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     its share of a whole pass's arithmetic.
     """
     tally = _Tally()
-    roles: dict[str, Any] = {name: _Counted(name, teacher.known.schedule, tally) for name, need in needs.items()
-                             if not isinstance(need, Heads)}
-    share = _share(recipe, teacher) if len(roles) < len(needs) else 0.0
-    roles |= {name: _CountedHeads(roles[need.of], share) for name, need in needs.items() if isinstance(need, Heads)}
+    free: dict[type, Any] = {Codec: lambda latents: latents, Features: lambda pixels: [pixels]}      # of the denoiser's evaluations
+    roles: dict[str, Any] = {name: free.get(type(need)) or _Counted(name, teacher.known.schedule, tally)
+                             for name, need in needs.items() if not isinstance(need, Heads)}
+    heads = {name: roles[need.of] for name, need in needs.items() if isinstance(need, Heads)}
+    share = _share(recipe, teacher) if any(isinstance(read, _Counted) for read in heads.values()) else 0.0
+    roles |= {name: _CountedHeads(read, share) if isinstance(read, _Counted) else lambda maps, cond: maps[0].flatten(1)[:, :1]
+              for name, read in heads.items()}
     method = load_method(recipe.method)(settings, roles, recipe.guidance, _sampler(recipe, settings, teacher))
     shape, ids = (teacher.denoiser.config.in_channels, 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
@@ -339,3 +363,14 @@ def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[st
         return []
     size = sum(row["parameters"] for name, row in roles.items() if row["trained"] == 0) * FLOAT
     return [f"{source} (up to {size / 1e9:.1f} GB)"]
+
+
+def _vision_downloads(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A Hub network that judges pictures, if its weights are not in the cache yet."""
+    name = next((name for name, need in needs.items() if isinstance(need, Features)), None)
+    if name is None or resources.locate(source := _sight(recipe, needs).source) is not None:
+        return []
+    from huggingface_hub import try_to_load_from_cache
+    if isinstance(try_to_load_from_cache(source, "model.safetensors"), str):
+        return []
+    return [f"{source} (up to {roles[name]['bytes'] / 1e9:.1f} GB)"]

@@ -32,7 +32,7 @@ from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
 from .methods import METHODS, load_method
-from .methods.base import Follows, Heads, Inference, Method, Need, Trained, due
+from .methods.base import Features, Follows, Heads, Inference, Method, Need, Trained, due
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, build_roles
 from .models.schedulers import stock_scheduler
@@ -110,9 +110,17 @@ def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
     said: dict[str, Setting] = {"student": _choice(recipe.student)}
     if recipe.critic is not None:
         said["critic"] = _choice(recipe.critic)
-    if recipe.discriminator is not None and recipe.discriminator.features is not None:
-        said["discriminator"] = Places(tuple(recipe.discriminator.features))
+    if recipe.discriminator is not None:
+        said["discriminator"] = _places(recipe, needs)
     return said
+
+
+def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
+    features, network = recipe.discriminator.features, recipe.discriminator.network
+    if network is not None and not isinstance(needs[needs["discriminator"].of], Features):
+        raise recipe.refuse("discriminator.network", f"is {network}, but the discriminator of {recipe.method} reads the features of its "
+                            f"{needs['discriminator'].of}, not of pictures")
+    return Places(None if features is None else tuple(features), None if network is None else str(resources.locate(network) or network))
 
 
 def rates(recipe: Recipe) -> dict[str, float]:

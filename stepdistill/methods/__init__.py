@@ -51,6 +51,8 @@ METHODS: dict[str, Entry] = {
                  needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 4)),
     "swiftbrush": Entry("distribution.swiftbrush", "SwiftBrush", "SwiftBrush", "2312.05239", "distribution",
                         needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
+    "add": Entry("adversarial.add", "ADD", "Adversarial Diffusion Distillation", "2311.17042", "adversarial",
+                 needs=("teacher", "student", "decode", "features", "discriminator"), data=("images", "samples"), steps=(1, 4)),
     "ladd": Entry("adversarial.ladd", "LADD", "Latent Adversarial Diffusion Distillation", "2403.12015", "adversarial",
                   needs=("teacher", "student", "discriminator"), data=("samples", "images"), steps=(1, 4)),
     "lightning": Entry("adversarial.lightning", "Lightning", "Progressive Adversarial Diffusion Distillation", "2402.13929", "adversarial",

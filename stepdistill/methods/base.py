@@ -59,7 +59,21 @@ class Heads:
     pair: bool = False
 
 
-Need = Frozen | Trained | Follows | Heads
+@dataclass(frozen=True)
+class Codec:
+    """The teacher's decoder: latents (B, ...) -> pixels (B, 3, H, W), [-1, 1] and a little beyond, with gradients to the latents."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A frozen vision network: pixels -> a list of feature maps, with gradients to the pixels.
+
+    Heads of it are called discriminator(maps, cond).
+    """
+
+
+Need = Frozen | Trained | Follows | Heads | Codec | Features
+FIXED = (Frozen, Codec, Features)            # what never changes
 
 
 @dataclass(frozen=True)

@@ -101,18 +101,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.role, self.features = role, tuple(shapes)
         with torch.random.fork_rng(devices=[]):
-            self.heads = nn.ModuleDict({_slug(name): head(shape) for name, shape in shapes.items()})
-        self._initialise(seed)
+            self.heads = nn.ModuleDict({slug(name): head(shape) for name, shape in shapes.items()})
+        initialise(self.heads, seed)
         self.to(next(role.network.parameters()).device)
-
-    @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        for path, parameter in self.heads.named_parameters():
-            if parameter.ndim > 1:
-                generator = torch.Generator().manual_seed(key(seed, "head", path))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
-            elif path.endswith("bias"):
-                parameter.zero_()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """x_t (B, C, H, W); t (B,) float64 in [0, 1]."""
@@ -144,9 +135,20 @@ class Discriminator(nn.Module):
 
     def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(maps[self.features[0]].device.type, enabled=False):
-            return torch.stack([self.heads[_slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
+            return torch.stack([self.heads[slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
 
 
-def _slug(name: str) -> str:
+@torch.no_grad()
+def initialise(heads: nn.ModuleDict, seed: int) -> None:
+    """First values: a function of (seed, feature), and no layer at zero, which would pass no gradient on."""
+    for path, parameter in heads.named_parameters():
+        if parameter.ndim > 1:
+            generator = torch.Generator().manual_seed(key(seed, "head", path))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
+        elif path.endswith("bias"):
+            parameter.zero_()
+
+
+def slug(name: str) -> str:
     """A module's name in a ModuleDict, which allows no dots."""
     return name.replace(".", "_")
