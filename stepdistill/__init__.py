@@ -10,9 +10,10 @@ from .errors import RequestError
 
 if TYPE_CHECKING:
     from .build import bench, export, load, pairs, sample, train
+    from .proofs.run import verify
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "load", "pairs", "sample", "train"]
+__all__ = ["RequestError", "bench", "export", "load", "pairs", "sample", "train", "verify"]
 
 
 class _Export(ModuleType):
@@ -28,8 +29,8 @@ class _Face(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module 'stepdistill' has no attribute {name!r}; it has {', '.join(__all__)}")
-        build = import_module(".build", "stepdistill")
-        return vars(self)[name] if name in vars(self) else vars(build)[name]
+        place = import_module(".proofs.run" if name == "verify" else ".build", "stepdistill")
+        return vars(self)[name] if name in vars(self) else vars(place)[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "export" and isinstance(value, ModuleType):       # the import system hands over the package of that name

@@ -32,7 +32,7 @@ from .methods.base import middle
 from .models.families import call_of, load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
-from .watch import Watch
+from .watch import CLOUD, Watch
 from .work import checked, dataset, fill_pairs, handed, make, open_run, pairs_shelf, prompts, rates, served
 
 __all__ = ["bench", "export", "load", "pairs", "sample", "train"]
@@ -69,7 +69,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run
     with _reported() as report:
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    watch = Watch(work, folder, prompts(work))
+    watch = Watch(work, folder, prompts(work, CLOUD if work.family.plane else 4))
     config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
     trainer = Trainer(work.method, work.roles, stream, config, folder, [watch])
     begun = {run: whole, folder: recipe}

@@ -102,6 +102,20 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
+def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]", help="All of them unless named.")] = None,
+           seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
+           out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
+           as_json: Json = False) -> None:
+    """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
+    working()
+    from .proofs.run import verify as prove
+    found = prove(*methods or (), seed=seed, out=out, done=_show_progress)
+    _emit(found, as_json, lambda: _show_proofs(found, out))
+    if not all(row["passed"] for row in found["rows"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from . import listing
@@ -213,6 +227,19 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
     from .evaluation.report import table
     say.print(table(results))
     say.print(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+
+
+def _show_progress(rows: list[Any]) -> None:
+    passed = sum(row.passed for row in rows)
+    complain.print(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", highlight=False)
+
+
+def _show_proofs(found: dict[str, Any], out: Path) -> None:
+    rows = [row | {"passed": "yes" if row["passed"] else "NO"} for row in found["rows"]]
+    say.print(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
+    passed = sum(row["passed"] for row in found["rows"])
+    say.print(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
+              f"wrote {out / 'verify.json'} and a picture of each method beside it")
 
 
 def _show_plan(found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from .diffusion.contracts import Condition, Role
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.solvers import dpmpp_2m
+from .evaluation.clouds import cloud, points_of
 from .evaluation.plans import plans
 from .evaluation.sheets import sheet
 from .evaluation.sweep import Evaluation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .work import Work
 
 TEACHER_STEPS = 25
+CLOUD = 2000                                          # points of a picture of Toy
 FIGURES = "evaluations.jsonl"
 
 
@@ -59,7 +61,11 @@ class Watch:
             self.teacher = self.work.family.decode(base_samples(self.work, self.noise, self.cond, self.work.scale))
         student = self.work.family.decode(student_samples(self.work, self.noise, self.cond))
         rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.work.recipe.steps} steps")
-        sheet([self.teacher, student], self.run / "samples" / f"step-{step:06d}.png", rows)
+        path = self.run / "samples" / f"step-{step:06d}.png"
+        if self.work.family.plane:
+            cloud({row: (points_of(drawn), self.cond.label) for row, drawn in zip(rows, (self.teacher, student))}, path)
+        else:
+            sheet([self.teacher, student], path, rows)
 
     def measure(self, step: int) -> None:
         """A line a row in evaluations.jsonl: the student at each of evaluate.nfe."""

@@ -102,6 +102,7 @@ def checked(recipe: Recipe) -> tuple[Any, dict[str, Need], dict[str, Setting]]:
     if reason := kind.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
     _check_solver(recipe)
+    _check_nodes(recipe, kind.waypoints(settings, recipe.steps))
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
     if recipe.previous is not None:
@@ -152,6 +153,13 @@ def _check_solver(recipe: Recipe) -> None:
     if data.made is not None and data.made.solver not in serving:
         raise recipe.refuse(f"data.{data.kind}.solver", f"is {data.made.solver}; {data.kind} are made by one of {', '.join(serving)}"
                             + " (a noise has a picture of its own only where no other noise is drawn)" * (data.made.solver in STOCHASTIC))
+
+
+def _check_nodes(recipe: Recipe, waypoints: int) -> None:
+    pairs = recipe.data.pairs
+    if pairs is not None and pairs.nodes % waypoints:
+        raise recipe.refuse("data.pairs.nodes", f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} evenly spaced "
+                            f"states of the teacher's way, and a multiple of {waypoints} holds them")
 
 
 def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:

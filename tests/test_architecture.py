@@ -18,23 +18,22 @@ MAY = {
     "diffusion": ("diffusion", ""),
     "losses": ("diffusion", ""),
     "parallel.py": ("diffusion", ""),
-    "models": ("diffusion parallel.py methods/base.py", "diffusers transformers peft safetensors"),        # base: the needs it supplies
+    "models": ("diffusion parallel.py methods/base.py data/toy.py", "diffusers transformers peft safetensors"),        # base: the needs it supplies
     "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
     "methods": ("methods/base.py diffusion losses", ""),
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate safetensors tensorboard rich psutil"),
     "evaluation": ("models data diffusion parallel.py",
                    "torchmetrics matplotlib diffusers transformers safetensors numpy PIL torch_fidelity rich"),
     "export": ("models data diffusion parallel.py", "diffusers transformers safetensors peft numpy PIL"),
-    "proofs": ("diffusion losses methods models data", "diffusers"),
     "errors.py": ("", ""),
     "resources.py": ("", ""),
 }
-TOP = ("build.py", "work.py", "runs.py", "watch.py", "plan.py", "recipe.py", "source.py", "stages.py", "listing.py", "cli.py", "demo.py", "__init__.py", "__main__.py")
+TOP = ("proofs", "build.py", "work.py", "runs.py", "watch.py", "plan.py", "recipe.py", "source.py", "stages.py", "listing.py", "cli.py", "demo.py", "__init__.py", "__main__.py")
 ONLY = {                                         # module -> the one place that imports it
     "peft": ("models/adapters.py",),
     "accelerate": ("training/launch.py",),
     "torch.distributed": ("parallel.py",),
-    "stepdistill.build": ("cli.py", "demo.py", "__init__.py"),
+    "stepdistill.build": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py", "proofs/convergence.py"),
     "pydantic": ("recipe.py",),
     "typer": ("cli.py",),
 }

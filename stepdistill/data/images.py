@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import RequestError
 from . import shapes
 from .prompts import Captions
+from .toy import Toy, is_toy
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
@@ -97,7 +98,9 @@ class FolderImages:
 
 def open_images(spec: str | Path, size: int, seed: int = 0, count: int | None = None) -> Images:
     """spec: "shapes" or a folder. size: pixels a side. seed and count are those of Shapes."""
-    return ShapesImages(size, seed, count) if spec == "shapes" else FolderImages.open(Path(spec), size)
+    if spec == "shapes":
+        return ShapesImages(size, seed, count)
+    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size)
 
 
 @contextmanager

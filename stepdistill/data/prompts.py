@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from . import shapes
+from .toy import Toy, is_toy
 
 
 class Captions(Protocol):
@@ -65,6 +66,8 @@ def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | N
     """spec: "shapes", a .txt file with one prompt a line, or a list of prompts. seed and count are those of Shapes."""
     if spec == "shapes":
         return ShapesPrompts(seed, count)
+    if isinstance(spec, (str, Path)) and is_toy(spec):
+        return Toy(Path(spec), seed, count)
     if isinstance(spec, (str, Path)):
         return ListedPrompts(_read_lines(Path(spec)))
     if not spec or not all(isinstance(prompt, str) and prompt.strip() for prompt in spec):

@@ -104,23 +104,46 @@ class GaussianMixture:
     def schedule(self) -> Schedule:
         return self.components[0].schedule
 
-    def _logits(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """log(weight_k p_k(x_t)), (B, K), -inf for components that the label excludes, weights renormalised."""
+    @cached_property
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (K, D), principal variances (K, D) and axes in columns (K, D, D) of the components."""
+        eye = torch.eye(self.components[0].mean.numel(), dtype=torch.float64)
+        variances, axes = zip(*(c._axes for c in self.components))
+        return (torch.stack([c.mean.double().flatten() for c in self.components]), torch.stack(variances),
+                torch.stack([eye if a is None else a for a in axes]))
+
+    def _terms(self, x_t: Tensor, t: Tensor, cond: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every component: log(weight_k p_k(x_t)), (B, K), -inf where the label excludes it, weights renormalised; the
+        offset of x_t along its axes and its variances there, (B, K, D)."""
+        means, spread, axes = self._stacked
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        offset = x_t.flatten(1)[:, None] - (alpha[:, None, None] * means).to(x_t)
+        along = torch.einsum("bkd,kde->bke", offset, axes.to(x_t))
+        variances = (alpha[:, None, None] ** 2 * spread + sigma[:, None, None] ** 2).to(x_t)
+        densities = -0.5 * (along**2 / variances + (variances * (2 * pi)).log()).sum(2)
         prior = self.weights.log().to(x_t).expand(len(x_t), -1)
         if cond is not None and cond.label is not None:
             labels = torch.arange(len(self.components)) if self.labels is None else self.labels
             label = cond.label[:, None]
             prior = torch.where((label < 0) | (label == labels.to(label)), prior, -torch.inf).log_softmax(1)
-        return prior + torch.stack([c.log_density(x_t, t) for c in self.components], 1)
+        return prior + densities, along, variances
 
     def log_density(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """log p_t(x_t | cond), (B,)."""
-        return self._logits(x_t, t, cond).logsumexp(1)
+        return self._terms(x_t, t, cond)[0].logsumexp(1)
+
+    def posterior(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t] and E[eps | x_t], neither by dividing by alpha or sigma."""
+        means, spread, axes = self._stacked
+        logits, along, variances = self._terms(x_t, t, cond)
+        shares, whitened = logits.softmax(1), along / variances
+        back = lambda scale: torch.einsum("bke,kde,bk->bd", whitened * scale, axes.to(x_t), shares)
+        x0 = shares @ means.to(x_t) + back((self.schedule.alpha(t)[:, None, None] * spread).to(x_t))
+        eps = back(like(self.schedule.sigma(t), whitened))
+        return x0.reshape(x_t.shape), eps.reshape(x_t.shape)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        shares = self._logits(x_t, t, cond).softmax(1).T.reshape(-1, len(x_t), *[1] * (x_t.ndim - 1))
-        x0, eps = (torch.stack(each) for each in zip(*(c.posterior(x_t, t) for c in self.components)))
-        return _as_kind((shares * x0).sum(0), (shares * eps).sum(0), x_t, t, self.schedule, self.kind)
+        return _as_kind(*self.posterior(x_t, t, cond), x_t, t, self.schedule, self.kind)
 
     def samples(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """(n, *shape) float64 draws of x_0, and the component (n,) of each."""

@@ -29,6 +29,12 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
+    "kd": Entry("trajectory.kd", "KD", "Knowledge Distillation in Iterative Generative Models", "2101.02388", "trajectory",
+                needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
+    "reflow": Entry("trajectory.reflow", "Reflow", "Rectified Flow", "2209.03003", "trajectory",
+                    needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
+    "tract": Entry("trajectory.tract", "TRACT", "Transitive Closure Time-Distillation", "2303.04248", "trajectory",
+                   needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "diff_instruct": Entry("distribution.diff_instruct", "DiffInstruct", "Diff-Instruct", "2305.18455", "distribution",
                            needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
     "dmd2": Entry("distribution.dmd2", "DMD2", "Improved Distribution Matching Distillation", "2405.14867", "distribution",

@@ -169,6 +169,11 @@ class Method(ABC):
         return None
 
     @classmethod
+    def waypoints(cls, settings: Any, steps: int) -> int:
+        """The fewest evenly spaced states of the teacher's way, its end among them, that pairs must keep; multiples do as well."""
+        return 1
+
+    @classmethod
     @abstractmethod
     def needs(cls, settings: Any, full: bool) -> dict[str, Need]:
         """Role name -> what it is. `full`: the student trains all its weights rather than an adapter."""

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..diffusion.contracts import Batch, Condition
+from ..diffusion.contracts import Batch, Condition, Pairs
 from ..diffusion.draws import Step, key
 from ..diffusion.exact import Gaussian
 from ..diffusion.prediction import Prediction, truth
@@ -168,6 +168,17 @@ class Problem:
         cond, ids = self.cond(count), torch.arange(offset, offset + count)
         x0 = self.teacher.of(cond).mean + self.normal(count, self.dim) @ torch.linalg.cholesky(self.covariance).T
         return Batch(ids, cond, x0 if data else None, (self.dim,))
+
+    def flow(self, x_t: Tensor, t: Tensor, r: Tensor, w: float) -> Tensor:
+        """Where the guided teacher's probability-flow ODE carries x_t (B, D) from t to r, (B,)."""
+        return self.teacher.of(self.guided_cond(len(x_t), w)).flow(x_t, t, r)
+
+    def paired(self, count: int, nodes: int = 1, w: float = 1.0) -> Batch:
+        """Prompts, unit noises, and the guided teacher's exact ways from there: evenly spaced states, the last its sample."""
+        noise, start = self.normal(count, self.dim), torch.ones(count, dtype=torch.float64)
+        times = torch.linspace(1, 0, nodes + 1, dtype=torch.float64)[1:].expand(count, -1)
+        states = torch.stack([self.flow(noise, start, r, w) for r in times.T], 1)
+        return Batch(torch.arange(count), self.cond(count), states[:, -1], pairs=Pairs(noise, states, times))
 
     def step(self, count: int, update: str = "student", **moment: Any) -> Step:
         """The moment of the first `count` samples. moment: repeat, index, progress, kept of Step."""

@@ -25,6 +25,7 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
+    "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 
@@ -49,6 +50,7 @@ class Family(Protocol):
     w_features: tuple[int, int] | None             # that layer's input and output width
     call: Mapping[str, Any]                        # the keyword arguments that every call of its stock pipeline is given
     without: tuple[str, ...]                       # parts that from_pretrained of its class must be told to do without
+    plane: bool                                    # whether samples are points of the plane rather than pictures
     seeded_steps: bool                             # whether a call's generator reaches the scheduler too
 
     def encode(self, prompts: list[str]) -> Condition: ...

@@ -59,7 +59,7 @@ class SD3:
     null_prompt = ""
     w_path = None
     w_features = None
-    seeded_steps = False
+    seeded_steps = plane = False
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, source: str, revision: str | None, dtype: torch.dtype,
                  without: tuple[str, ...]) -> None:

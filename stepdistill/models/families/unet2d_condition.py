@@ -77,7 +77,7 @@ class UNet2DCondition:
     schedule_name = "vp"
     null_prompt = ""
     without = ()
-    seeded_steps = True
+    seeded_steps, plane = True, False
     w_path = "time_embedding.cond_proj"
 
     def __init__(self, pipeline: DiffusionPipeline, source: str, revision: str | None, parts: Mapping[str, Any]) -> None:

@@ -1,0 +1,90 @@
+"""Contract: what a method says of its roles is what happens, on the real pipeline of its shapes recipe."""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build import export, train
+from ..data.stream import Stream
+from ..errors import RequestError
+from ..methods.base import Follows, Frozen
+from ..recipe import Recipe, builtin
+from ..runs import checkpoint_of
+from ..training import TrainConfig, Trainer, checkpoints
+from ..work import Work, dataset, make, rates
+from .problem import Check
+
+STEPS, BATCH, COUNT = 2, 2, 4
+
+
+def recipe(method: str) -> Recipe:
+    """The method's first recipe for a shipped pipeline, cut down to two steps of training on two samples."""
+    name = next(name for name, path in builtin().items() if name.startswith("shapes/") and path.stem.split("-")[0] == method)
+    plain = Recipe.load(name).resolved()
+    data: dict[str, Any] = {"data.batch": BATCH, "data.cache": False}
+    if plain["data"]["count"] is not None or plain["data"]["images"] == "shapes":
+        data["data.count"] = COUNT
+    for made in ("samples", "pairs"):
+        if plain["data"][made] is not None:
+            data[f"data.{made}.steps"] = data.get(f"data.{made}.steps", plain["data"][made].get("nodes", 1))
+    short = {"train.updates": STEPS, "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1, "train.log_every": 1}
+    return Recipe.load(name, data | short)
+
+
+def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
+    said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
+    work = make(said, torch.device("cpu"))
+    yield from moves(work, out / "moved")
+    whole = train(said, out=out / "whole")
+    yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
+    try:
+        folder = export(whole, "lora" if said.student.lora else "pipeline", out=out / "export")
+        missing = [part for part in ("stepdistill.json", "README.md", "scheduler") if not (folder / part).exists()]
+        yield Check("parts that are missing of an export, which a stock pipeline has reproduced", len(missing), 0)
+    except RequestError as error:
+        yield Check(f"exports that a stock pipeline does not reproduce ({error})", 1, 0)
+
+
+def moves(work: Work, run: Path) -> Iterator[Check]:
+    """Trains two steps and looks at every tensor of every role, and at the teacher's own network."""
+    recipe, roles = work.recipe, work.roles
+    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
+    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.family.latent_shape)
+    trainer = Trainer(work.method, roles, stream, config, run)
+    base = {name: tensor for name, tensor in work.family.network.state_dict().items() if "lora_" not in name}
+    before, base_before = {name: _copy(roles.state_dict(name)) for name in roles.names}, _copy(base)
+    for index in range(STEPS):
+        trainer.step(index)
+    moved = {name for name in roles.names if _apart(before[name], roles.state_dict(name))}
+    trained = {role for update in trainer.updates for role in update.trains}
+    follow = {name for name, need in roles.needs.items() if isinstance(need, Follows)}
+    frozen = {name for name, need in roles.needs.items() if isinstance(need, Frozen)}
+    yield Check("roles that updates train, or that follow one, and that did not move", len((trained | follow) - moved), 0)
+    yield Check("roles that moved and that no update trains", len(moved - trained - follow), 0)
+    yield Check("tensors of the teacher's network that moved", _apart(base_before, base), 0)
+    reached = [p for name, p in work.family.network.named_parameters() if "lora_" not in name and p.grad is not None]
+    reached += [p for name in frozen for p in roles.parameters(name) if p.grad is not None]
+    yield Check("weights of frozen roles that a gradient reached", len(reached), 0)
+
+
+def resumed(recipe: Recipe, whole: Path, run: Path) -> int:
+    """How many tensors of roles and optimizers differ, once half of the run is forgotten and made again."""
+    shutil.copytree(whole, run)
+    shutil.rmtree(checkpoint_of(run))
+    train(recipe, out=run, resume=True)
+    found, known = (checkpoints.load(checkpoint_of(folder)) for folder in (run, whole))
+    return sum(_apart(known[part], found[part]) for part in known) + len(known.keys() ^ found.keys())
+
+
+def _copy(state: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _apart(one: Any, other: Any) -> int:
+    """How many tensors are not the same to the last bit."""
+    return sum(not torch.equal(tensor, other[name]) for name, tensor in one.items() if isinstance(tensor, Tensor))

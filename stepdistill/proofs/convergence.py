@@ -1,0 +1,128 @@
+"""Convergence: a method's Toy recipe, trained on a mixture drawn from the seed, measured against exact samples.
+
+The distance is the energy distance to 20,000 exact samples, the mean over the classes, in units of that of the teacher's
+one step of DDIM. Exact samples themselves have about 0.0003; the limits are 0.03 at one evaluation and 0.01 at four.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build import train
+from ..data.toy import SHAPE, Toy, write
+from ..diffusion.contracts import Condition
+from ..diffusion.draws import Step
+from ..diffusion.sampler import Sampler
+from ..diffusion.solvers import ddim
+from ..evaluation.clouds import cloud, energy_distance, points_of
+from ..methods import load_method
+from ..models.schedulers import stock_scheduler
+from ..recipe import Recipe, builtin
+from ..work import Work, open_run, sampler_of
+from .problem import NAMES, Check, Problem
+
+COUNT, SHOWN, WAYS = 20_000, 3000, 24
+LIMITS = {1: 0.03, 2: 0.03, 4: 0.01}
+GAN_ONLY = {"ladd": 0.05, "lightning": 0.05, "add": 0.05}         # limits at one evaluation of those without a score to match
+SHOWN_AT = (1, 2, 4)
+
+
+def recipes(method: str) -> list[str]:
+    """The built-in names of its Toy recipes."""
+    return [name for name, path in builtin().items() if name.startswith("toy/") and path.stem.split("-")[0] == method]
+
+
+class Distance:
+    """To exact samples of a Toy problem, class by class, in units of the teacher's one step."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+        self.exact, self.labels = toy.points(torch.arange(COUNT) + COUNT)
+        self.asked = toy.points(torch.arange(COUNT))[1]            # the classes of what is to be measured
+
+    def of(self, samples: Tensor) -> float:
+        """samples (COUNT, 2, 1, 1), of the classes `asked`. Without the unit."""
+        apart = [energy_distance(points_of(samples)[self.asked == k], points_of(self.exact)[self.labels == k])
+                 for k in self.asked.unique()]
+        return sum(apart) / len(apart)
+
+    def cond(self, work: Work) -> Condition:
+        cond = work.family.encode(self.toy.captions(torch.arange(COUNT)))
+        return cond.replace(w=torch.ones(COUNT)) if work.roles[work.best].told_w else cond
+
+    @cached_property
+    def moment(self) -> Step:
+        """Of the noise, the same for everyone."""
+        return Step(self.toy.seed, 0, 0.0, "measured", 0, torch.arange(COUNT))
+
+    def unit(self, work: Work) -> float:
+        teacher = work.roles["teacher"]
+        with torch.no_grad():
+            return self.of(ddim(teacher, self.moment.normal("start", SHAPE), torch.tensor([1.0, 0.0]).double(), self.cond(work).replace(w=None)))
+
+
+def problem(seed: int, method: str, folder: Path) -> Path:
+    """The drawn mixture's folder, under the seed's own kind of noise if the method serves it."""
+    kind, first = load_method(method), Problem(seed, NAMES[0]).uniform() < 0.5
+    for noise in NAMES if first else reversed(NAMES):
+        try:
+            kind.inference(Recipe.load(recipes(method)[0]).method_settings(), Recipe.load(recipes(method)[0]).steps, noise)
+        except ValueError:
+            continue
+        return write(folder / noise, seed, noise)
+    raise ValueError(f"{method} serves none of {', '.join(NAMES)}")
+
+
+def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
+    """A Toy recipe on another mixture than the one it names."""
+    plain = Recipe.load(name).resolved()
+    whole = plain["teacher"]
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(inner) for key, inner in value.items()}
+        return str(teacher) if value == whole else value
+    return Recipe.load({**moved(plain), "train": {**plain["train"], "seed": seed}, **changes})
+
+
+def sampler(work: Work, steps: int) -> Sampler:
+    """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
+    family = work.family
+    inference = type(work.method).inference(work.method.settings, steps, family.schedule_name, work.recipe.guidance)
+    return sampler_of(stock_scheduler(inference.scheduler, inference.config, family.scheduler), steps, family.schedule, inference.call)
+
+
+@torch.no_grad()
+def states(work: Work, steps: int, distance: Distance) -> list[Tensor]:
+    """Of every evaluation and, the last, the samples: (COUNT, 2, 1, 1) each."""
+    found, cond, role = sampler(work, steps), distance.cond(work), work.roles[work.best]
+    draw = lambda i: distance.moment.normal(f"renoise {i}", SHAPE)
+    return [found.rollout(role, distance.moment.normal("start", SHAPE), i, cond, draw) for i in range(found.nfe + 1)]
+
+
+def convergence(method: str, seed: int, out: Path, picture: Path) -> Iterator[Check]:
+    """Trains every Toy recipe of the method and draws their samples."""
+    teacher, panels, ways = problem(seed, method, out / "toy"), {}, {}
+    distance = Distance(Toy(teacher))
+    panels["exact"] = points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]
+    for name in recipes(method):
+        work = open_run(train(on(name, teacher, seed), out=out / "runs" / name.replace("/", "-")))
+        unit = distance.unit(work)
+        for steps in sorted({*SHOWN_AT, *work.recipe.evaluate.nfe}):
+            try:
+                found = states(work, steps, distance)
+            except ValueError:                       # this many steps are not served: there is nothing to show
+                continue
+            title = f"{name.removeprefix('toy/')}, {steps} steps"
+            panels[title] = points_of(found[-1])[:SHOWN], distance.asked[:SHOWN]
+            ways[title] = torch.stack([points_of(x)[:WAYS] for x in found], 1)
+            if steps in work.recipe.evaluate.nfe:
+                limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
+                yield Check(f"energy distance at {steps} evaluations ({name}, {teacher.name}), teacher's one step = 1",
+                            distance.of(found[-1]) / unit, limit)
+    cloud(panels, picture, ways, columns=4)
