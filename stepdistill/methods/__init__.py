@@ -29,8 +29,12 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
+    "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models", "2210.03142", "trajectory",
+                    needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),
     "kd": Entry("trajectory.kd", "KD", "Knowledge Distillation in Iterative Generative Models", "2101.02388", "trajectory",
                 needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
+    "progressive": Entry("trajectory.progressive", "Progressive", "Progressive Distillation", "2202.00512", "trajectory",
+                         needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 8)),
     "reflow": Entry("trajectory.reflow", "Reflow", "Rectified Flow", "2209.03003", "trajectory",
                     needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
     "tract": Entry("trajectory.tract", "TRACT", "Transitive Closure Time-Distillation", "2303.04248", "trajectory",
