@@ -51,7 +51,7 @@ class Before:
 
 @dataclass(frozen=True)
 class Work:
-    """A recipe with everything that it names made. best: the role that samples. before: the student of the stage before."""
+    """A recipe with everything that it names made. best: the role that samples. before: checksum of the student that it began with."""
 
     recipe: Recipe
     family: Family
@@ -59,7 +59,7 @@ class Work:
     method: Method
     inference: Inference
     device: torch.device
-    before: Before | None = None
+    before: str | None = None
 
     @property
     def best(self) -> str:
@@ -90,7 +90,8 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None,
     family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
     inference, sampler = served(recipe, family)
     roles = _roles(recipe, family, needs, said, before).to(device)
-    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device, before)
+    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device,
+                None if before is None else before.checksum)
 
 
 def checked(recipe: Recipe) -> tuple[Any, dict[str, Need], dict[str, Setting]]:
@@ -343,7 +344,7 @@ def _times(steps: int) -> Tensor:
 def _made_by(work: Work) -> dict[str, Any]:
     """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
     said = work.recipe.data.made.model_dump(exclude={"prompts", "path"})
-    by = {"student": work.before.checksum} if work.before is not None and work.recipe.taught_by_previous else {}
+    by = {"student": work.before} if work.before is not None and work.recipe.taught_by_previous else {}
     return said | {"guidance": _made_scale(work), "seed": work.recipe.train.seed} | by
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from stepdistill import build, runs
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.draws import Step
+from stepdistill.diffusion.guidance import guided
 from stepdistill.errors import RequestError
 from stepdistill.export import read_settings
 from stepdistill.plan import plan
@@ -201,6 +202,7 @@ def test_a_stage_begins_with_the_best_student_before_which_is_its_teacher_too(re
         known = before.roles["ema"](*inputs(before)).raw
         for role in ("teacher", "student"):
             assert torch.equal(work.roles[role](*inputs(work)).raw, known)
+        assert torch.equal(guided(work.roles["teacher"], 2.0)(*inputs(work)).raw, known), "its guidance lies within"
         assert not torch.equal(work.roles.base(*inputs(work)).raw, known)
         assert torch.equal(work.roles.base(*inputs(work)).raw, before.roles["teacher"](*inputs(before)).raw)
     batch = Stream(build.dataset(work), 4, 0).batch(0, "student")
