@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import resources
 from .diffusion.contracts import Batch, Condition, Pairs
 from .diffusion.draws import Step
+from .diffusion.guidance import self_guided
 from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
@@ -27,7 +28,7 @@ from .models.roles import Places
 from .models.schedulers import stock_scheduler
 from .models.vision import PUBLISHED, PictureHeads, Sight, prompt_width
 from .recipe import Critic, Recipe, RoleChoice
-from .work import choices
+from .work import checked, choices, needs_of
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -36,14 +37,25 @@ LIBRARIES = 600_000_000               # bytes that torch, diffusers and transfor
 def plan(recipe: Recipe) -> dict[str, Any]:
     """{roles: {name: {parameters, trained, bytes}}, bytes, peak, passes, disk, downloads}; bytes as plain numbers.
 
-    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate. No weights are read.
+    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate. No weights are read. Of several
+    stages roles, bytes and peak are those of the largest, passes a mean over all their steps, disk the sum, and `stages` has each.
     """
+    found = [_stage(stage) for stage in recipe.stages]
+    if len(found) == 1:
+        return found[0]
+    passes = [row["passes"] for row in found]
+    updates, samples = sum(p["updates"] for p in passes), sum(p["updates"] * p["batch"] for p in passes)
+    mean = {name: _short(sum(p[name] * p["updates"] * p["batch"] for p in passes) / samples) for name in ("forward", "backward")}
+    each = [{"method": stage.method, "steps": stage.steps, **row} for stage, row in zip(recipe.stages, found, strict=True)]
+    passes = mean | {"batch": _short(samples / updates), "updates": updates}
+    return max(found, key=lambda row: row["peak"]) | {"disk": sum(row["disk"] for row in found), "passes": passes, "stages": each}
+
+
+def _stage(recipe: Recipe) -> dict[str, Any]:
     source = resources.pipeline(recipe.teacher)
-    settings = recipe.method_settings()
-    needs = load_method(recipe.method).needs(settings, recipe.student.lora is None)
+    settings, needs, _ = checked(recipe)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
-    choices(recipe, needs)
     teacher = _teacher(source, recipe.revision)
     roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
@@ -117,7 +129,9 @@ def _size(network: nn.Module) -> int:
 
 def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, dict[str, int]]:
     base = 2 if recipe.train.precision == "bf16" and recipe.student.lora is not None else FLOAT
-    rows = {"teacher": _row(_size(teacher.denoiser), 0, base)}
+    rows = {"base" if recipe.taught_by_previous else "teacher": _row(_size(teacher.denoiser), 0, base)}
+    if recipe.taught_by_previous:
+        rows["teacher"] = _row(_count(teacher, recipe.previous.student), 0, FLOAT)
     rows |= {name: _row(_size(part), 0, base) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
     for name, need in needs.items():
         if isinstance(need, Features):
@@ -257,6 +271,8 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     free: dict[type, Any] = {Codec: lambda latents: latents, Features: lambda pixels: [pixels]}      # of the denoiser's evaluations
     roles: dict[str, Any] = {name: free.get(type(need)) or _Counted(name, teacher.known.schedule, tally)
                              for name, need in needs.items() if not isinstance(need, Heads)}
+    if recipe.taught_by_previous:
+        roles["teacher"] = self_guided(roles["teacher"], needs_of(recipe.previous)["student"].told_w)
     heads = {name: roles[need.of] for name, need in needs.items() if isinstance(need, Heads)}
     share = _share(recipe, teacher) if any(isinstance(read, _Counted) for read in heads.values()) else 0.0
     roles |= {name: _CountedHeads(read, share) if isinstance(read, _Counted) else lambda maps, cond: maps[0].flatten(1)[:, :1]
@@ -342,14 +358,15 @@ def _activations(recipe: Recipe, teacher: _Teacher) -> int:
 # -- disk and net ----------------------------------------------------------------------------------------------------------
 
 def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], teacher: _Teacher) -> int:
-    """Bytes of checkpoints (every role and both moments), the export, and the cache."""
-    adapters = [row for name, row in roles.items() if name not in (*teacher.parts, "teacher")]
+    """Bytes of checkpoints (every role and both moments), the export, and the cache, unless an earlier stage has filled it."""
+    adapters = [row for name, row in roles.items() if name not in (*teacher.parts, "teacher", "base")]
     each = sum(row["bytes"] + row["trained"] * ADAM for row in adapters)
     count = -(-recipe.train.updates // (recipe.train.checkpoint_every or recipe.train.updates))
     data = recipe.data
     latents, *others = (tensor.numel() for tensor in _tensors(teacher.inputs(1)) if tensor.ndim > 1)      # all but the time
     sample = FLOAT * (latents * (1 if data.pairs is None else 1 + data.pairs.nodes) + sum(others))
-    cached = data.count if data.count and (data.cache or data.made is not None) else 0
+    same = [stage for stage in recipe.stages[:-1] if stage.data.model_dump(exclude={"batch"}) == data.model_dump(exclude={"batch"})]
+    cached = data.count if data.count and (data.cache or data.made is not None) and not same else 0
     return count * each + roles["student"]["bytes"] + cached * sample
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -147,6 +147,26 @@ def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
     return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
 
 
+def middle(guidance: Guidance) -> float:
+    """A scale as it is, of a range its middle."""
+    return float(guidance) if isinstance(guidance, int | float) else sum(guidance) / 2
+
+
+def equal_steps(steps: int, schedule: str, scale: float = 1.0) -> Inference:
+    """`deterministic`, and for other numbers of steps on a VP schedule one that rounds its times: a halving of 16 steps has them.
+
+    EulerDiscreteScheduler's trailing steps land where the next begin, whatever their number. It starts from noise that is
+    alpha^2 / 2 too small, 0.2 % for Stable Diffusion; DDIMScheduler, which does not, is taken where it serves. scale: what a
+    student that is told a guidance scale is told.
+    """
+    if schedule == "vp" and 1 <= steps <= LEVELS and LEVELS % steps:
+        config = {"timestep_spacing": "trailing", "timestep_type": "discrete", "interpolation_type": "linear", "final_sigmas_type": "zero",
+                  "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+        return Inference("EulerDiscreteScheduler", config, {"num_inference_steps": steps, "guidance_scale": scale})
+    found = deterministic(steps, schedule)
+    return replace(found, call={**found.call, "guidance_scale": scale})
+
+
 class Method(ABC):
     """Subclasses are final: one file, one paper, no method inherits from another method.
 
@@ -165,6 +185,11 @@ class Method(ABC):
     @classmethod
     def refusal(cls, settings: Any, data: str) -> str | None:
         """Why these settings cannot train on this kind of `data`, and what would be right; None where they can."""
+        return None
+
+    @classmethod
+    def succession(cls, steps: int, before: int) -> str | None:
+        """Why a student of `before` evaluations cannot teach one of `steps`, stage after stage, and what would be right."""
         return None
 
     @classmethod

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.guidance import SelfGuided, self_guided
 from ..errors import RequestError
 from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Trained
-from .adapters import AdapterBank, lora_config
+from .adapters import AdapterBank, LoraConfig, lora_config
 from .denoiser import Denoiser
 from .discriminator import Discriminator, Shape, chosen, paired
 from .ema import Ema
@@ -49,13 +50,23 @@ class Places:
 Setting = Lora | Full | Places
 
 
-Role = Denoiser | Discriminator | PictureHeads | Vision | PlaneFeatures | Callable[[Tensor], Tensor]
+@dataclass(frozen=True)
+class Weights:
+    """A student of another run on the same base. state: of its adapter or its network, with the layer that reads w if told_w."""
+
+    setting: Lora | Full
+    state: Mapping[str, Tensor]
+    told_w: bool = False
+
+
+Role = Denoiser | Discriminator | SelfGuided | PictureHeads | Vision | PlaneFeatures | Callable[[Tensor], Tensor]
 
 
 class Roles(Mapping[str, Role]):
     """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by `build_roles`.
 
-    bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen teacher.
+    bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen base. A frozen role
+    of another run's weights has its guidance within.
     features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the vision networks, by role.
     seed: of the heads' first values.
     """
@@ -65,9 +76,12 @@ class Roles(Mapping[str, Role]):
                  seed: int) -> None:
         self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
         self.visions = dict(visions)
-        self._pixels = {name: family.pixels for name, need in needs.items() if isinstance(need, Codec)}
+        pixels = {name: family.pixels for name, need in needs.items() if isinstance(need, Codec)}
         self._denoisers = {name: self._denoiser(name) for name, need in needs.items() if not isinstance(need, Heads | Codec | Features)}
         self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed) for name, shapes in features.items()}
+        taught = {name: self_guided(self._denoisers[name], name in told_w) for name, need in needs.items()
+                  if isinstance(need, Frozen) and (name in networks or self.is_lora(name))}
+        self._roles: dict[str, Role] = self._denoisers | self._discriminators | self.visions | pixels | taught
         self._modules = self.networks | self._discriminators
         self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
@@ -75,8 +89,7 @@ class Roles(Mapping[str, Role]):
     def _denoiser(self, name: str) -> Denoiser:
         if name in self.networks:
             return Denoiser(self.family, self.networks[name], told_w=name in self.told_w)
-        context = nullcontext if self.bank is None else partial(self.bank.use, name if self.is_lora(name) else None)
-        return Denoiser(self.family, self.family.network, context, name in self.told_w)
+        return self._on_base(name if self.is_lora(name) else None, name in self.told_w)
 
     def _discriminator(self, of: str, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
         if of not in self.visions:
@@ -84,11 +97,17 @@ class Roles(Mapping[str, Role]):
         width = prompt_vector(self.family.encode([self.family.null_prompt])).shape[-1]
         return PictureHeads(shapes, width, seed)
 
+    def _on_base(self, adapter: str | None, told_w: bool = False) -> Denoiser:
+        context = nullcontext if self.bank is None else partial(self.bank.use, adapter)
+        return Denoiser(self.family, self.family.network, context, told_w)
+
+    @property
+    def base(self) -> Denoiser:
+        """The pipeline's own network, which is the teacher unless that is another run's student."""
+        return self._on_base(None)
+
     def __getitem__(self, name: str) -> Role:
-        for kind in (self._discriminators, self.visions, self._pixels):
-            if name in kind:
-                return kind[name]
-        return self._denoisers[name]
+        return self._roles[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.needs)
@@ -104,14 +123,14 @@ class Roles(Mapping[str, Role]):
         return self.bank is not None and name in self.bank.configs
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Float32, in a fixed order; none for the teacher."""
+        """Float32, in a fixed order; none for the base."""
         if self.is_lora(name):
             return self.bank.parameters_of(name)
         return list(self._modules[name].parameters()) if name in self._modules else []
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """What a checkpoint holds of a role: its adapter or its network (with the layer that reads w, if it has one), its
-        heads, or nothing for the teacher. The tensors are the living ones."""
+        heads, or nothing for the base. The tensors are the living ones."""
         if self.is_lora(name):
             return self.bank.state_dict(name)
         return dict(self._modules[name].state_dict()) if name in self._modules else {}
@@ -162,32 +181,38 @@ class Roles(Mapping[str, Role]):
 
 
 def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting], *, told_w: tuple[str, ...] = (),
-                gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
+                begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
     trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
     Places, the family's own unless given.
 
     told_w: roles that read the guidance scale cond.w, and with them their followers; the layer that reads it starts at
-    zero. Every role equals its start at first. seed: of the first values of adapters and heads. ValueError for needs and
-    settings that do not go together, RequestError for LoRA targets and features that the network has not.
+    zero. Every role equals its start at first. begin: trained and frozen roles that are another run's student at first; a
+    frozen one stays it. seed: of the first values of adapters and heads. ValueError for needs and settings that do not go
+    together, RequestError for LoRA targets and features that the network has not.
     """
     _check(needs, settings, told_w)
-    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, (Heads, *FIXED))}
+    frozen = {name: weights for name, weights in (begin or {}).items() if isinstance(needs[name], Frozen)}
+    settings = {**settings, **{name: weights.setting for name, weights in frozen.items()}}
+    told_w += tuple(name for name, weights in frozen.items() if weights.told_w)
+    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, (Heads, *FIXED)) or name in frozen}
     told = frozenset(name for name in made if _leader(name, needs) in told_w)
     if told and family.w_path is None:
         raise RequestError(f"a {type(family.network).__name__} has no input for a guidance scale, so no student of it can be told one: "
                            "fix the guidance, or leave it to the pipeline")
+    states = {name: _state(family, weights, made[name], name in told) for name, weights in (begin or {}).items()}
     networks = {name: family.fresh_network(family.network.state_dict(), name in told)
                 for name, setting in made.items() if isinstance(setting, Full)}
-    configs = {name: lora_config(setting.rank, family.default_targets if setting.targets is None else setting.targets,
-                                 setting.alpha) for name, setting in made.items() if isinstance(setting, Lora)}
+    configs = {name: _config(family, setting) for name, setting in made.items() if isinstance(setting, Lora)}
     bank = AdapterBank(family.network, configs, seed) if configs else None
     if bank is not None and (readers := [name for name in configs if name in told]):
         bank.add_linear(family.w_path, readers, *family.w_features)
     features, visions = _judges(family, needs, settings)
     roles = Roles(family, needs, told, bank, networks, features, visions, seed)
+    for name, state in states.items():
+        roles.load_state_dict(name, state)
     for name, need in needs.items():
-        _start(roles, name, need)
+        _start(roles, name, need, name in states)
     if gradient_checkpointing:
         family.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
         for network in networks.values():
@@ -212,11 +237,28 @@ def _judges(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Se
     return features, visions
 
 
-def _start(roles: Roles, name: str, need: Need) -> None:
-    """Gives a role its first weights, and its parameters their requires_grad."""
+def _config(family: Family, setting: Lora) -> LoraConfig:
+    return lora_config(setting.rank, family.default_targets if setting.targets is None else setting.targets, setting.alpha)
+
+
+def _state(family: Family, weights: Weights, setting: Lora | Full, told_w: bool) -> dict[str, Tensor]:
+    """These weights as a role of this setting holds them. The family's network must not carry adapters yet."""
+    state = dict(weights.state)
+    if isinstance(weights.setting, Lora) and isinstance(setting, Full):
+        bank = AdapterBank(family.fresh_network(family.network.state_dict()), {"student": _config(family, weights.setting)})
+        if weights.told_w:
+            bank.add_linear(family.w_path, ["student"], *family.w_features)
+        bank.load_state_dict("student", state)
+        state = bank.merged("student")
+    return state | ({f"{family.w_path}.weight": torch.zeros(family.w_features[::-1])} if told_w and not weights.told_w else {})
+
+
+def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
+    """Gives a role the weights of its start, unless it has begun with others, and its parameters their requires_grad."""
     start = need.leader if isinstance(need, Follows) else need.start if isinstance(need, Trained) else None
-    if start is not None and roles.state_dict(start):
-        roles.load_state_dict(name, roles.state_dict(start))
+    if start is not None and not begun and (state := roles.state_dict(start)):
+        whole = roles.is_lora(start) and not roles.is_lora(name)
+        roles.load_state_dict(name, roles.network(start).state_dict() if whole else state)
     for parameter in roles.parameters(name):
         parameter.requires_grad_(isinstance(need, Trained | Heads))
 

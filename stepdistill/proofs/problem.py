@@ -50,6 +50,12 @@ def gradient(loss: Tensor, student: Affine) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (student.m, student.S))])
 
 
+def reaching(loss: Tensor, role: Affine) -> float:
+    """The norm of the gradient of a scalar in the numbers of a role that takes none, 0 where it has no part in it."""
+    found = torch.autograd.grad(loss, (role.m, role.S), allow_unused=True)
+    return sum(0.0 if g is None else g.norm().item() for g in found)
+
+
 def standard_errors(slope: Tensor, x_t: Tensor) -> float:
     """The largest mean of slope_i and of slope_i x_t,j over samples, in standard errors: of order 1 where all are 0.
 

@@ -3,7 +3,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill.diffusion.sampler import Sampler
-from stepdistill.methods.base import DIVISORS, deterministic
+from stepdistill.diffusion.times import trailing
+from stepdistill.methods.base import DIVISORS, deterministic, equal_steps, middle
 from stepdistill.models.schedulers import stock_scheduler
 
 from .players import SCHEDULES
@@ -14,8 +15,8 @@ TEACHERS = {
 }
 
 
-def sampler(steps: int, schedule: str, **config) -> Sampler:
-    found = deterministic(steps, schedule)
+def sampler(steps: int, schedule: str, made=deterministic, **config) -> Sampler:
+    found = made(steps, schedule)
     grid = {"sigmas": found.call["sigmas"]} if schedule == "flow" else {}
     return Sampler.of(stock_scheduler(found.scheduler, {**found.config, **config}, TEACHERS[schedule]), steps, SCHEDULES[schedule][0], **grid)
 
@@ -46,3 +47,23 @@ def test_the_refused_numbers_land_elsewhere_than_the_network_is_told():
     scheduler = stock_scheduler("DDIMScheduler", deterministic(4, "vp").config, TEACHERS["vp"])
     rows = Sampler.of(scheduler, 3, SCHEDULES["vp"][0]).evaluations
     assert round(1000 * rows[1].landing - 1, 3) == 333 and round(1000 * rows[2].told - 1) == 332
+
+
+@pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in (1, 3, 8, 16, 32, 64, 80, 500)), *(("flow", k) for k in (1, 3, 16))])
+def test_any_number_of_equal_steps_meets_at_the_trailing_times_which_the_doubled_grid_holds(schedule, steps):
+    made, s = sampler(steps, schedule, equal_steps), SCHEDULES[schedule][0]
+    edges = trailing(steps, s)
+    told, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("told", "level", "landing"))
+    for found, known in [(told, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
+        torch.testing.assert_close(found.double(), known, rtol=0, atol=1e-5)
+    assert torch.equal(trailing(2 * steps, s)[::2], edges) and landing[-1] == 0
+    assert made.start == pytest.approx(1 if schedule == "flow" or 1000 % steps == 0 else (1 - 0.00466) ** 0.5, abs=1e-5)
+
+
+def test_equal_steps_tell_a_scale_and_are_refused_where_there_are_no_times():
+    assert equal_steps(16, "vp", 2.5).call == {"num_inference_steps": 16, "guidance_scale": 2.5}
+    assert equal_steps(4, "vp", 2.5).call["guidance_scale"] == 2.5 and equal_steps(4, "vp").call["guidance_scale"] == 1
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"found {steps}"):
+            equal_steps(steps, "vp")
+    assert middle(3) == 3.0 and middle((1.0, 4.0)) == 2.5
