@@ -28,11 +28,12 @@ from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load, open_export, read_settings
 from .export.folder import fresh_pipeline, is_export
+from .methods.base import middle
 from .models.families import call_of, load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import CLOUD, Watch
-from .work import dataset, fill_pairs, make, middle, open_run, pairs_shelf, prompts, rates
+from .work import checked, dataset, fill_pairs, handed, make, open_run, pairs_shelf, prompts, rates, served
 
 __all__ = ["bench", "export", "load", "pairs", "sample", "train"]
 
@@ -43,23 +44,40 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
     by table, train(..., train={"lr": 1e-3}). RequestError for what cannot work, before anything is written; Stopped
-    where a run had to end, with what it saved kept.
+    where a run had to end, with what it saved kept. A recipe's stages are trained one after the other; a resumed run goes on
+    in the stage where it stopped.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, overrides)
     device = launched()
     run = runs.place(recipe, out, resume)
-    work = make(recipe, device)
+    for stage in recipe.stages:
+        checked(stage)
+    before: Path | None = None
+    for stage, folder in zip(recipe.stages, runs.folders(recipe, run), strict=True):
+        if folder == run or not runs.finished(folder, stage):
+            _train(stage, recipe, before, folder, run, device, resume)
+        before = folder
+    return run
+
+
+def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run: Path, device: torch.device, resume: bool) -> None:
+    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before."""
+    work = make(recipe, device, before=None if before is None else handed(recipe, before))
+    for stage in whole.stages[len(recipe.stages):]:
+        served(stage, work.family)
     with _reported() as report:
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    watch = Watch(work, run, prompts(work, CLOUD if work.family.plane else 4))
+    watch = Watch(work, folder, prompts(work, CLOUD if work.family.plane else 4))
     config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
-    trainer = Trainer(work.method, work.roles, stream, config, run, [watch])
-    if not resume:
-        runs.begin(run, _pinned(recipe), device)
+    trainer = Trainer(work.method, work.roles, stream, config, folder, [watch])
+    begun = {run: whole, folder: recipe}
+    for place in [place for place in begun if not runs.is_run(place)]:          # asked of all before one is written
+        runs.begin(place, _pinned(begun[place]), device)
+    if parallel.rank() == 0 and len(whole.stages) > 1:
+        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
     trainer.train(resume)
-    return run
 
 
 @dataclass(frozen=True)
@@ -79,9 +97,12 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, overrides)
+    recipe = next((stage for stage in recipe.stages if stage.data.kind == "pairs" and not stage.taught_by_previous), recipe)
     if recipe.data.kind != "pairs":
         raise recipe.refuse("data", f"names {recipe.data.kind}; pairs are made for recipes that train on them, such as "
                             "data: {pairs: {prompts: shapes, solver: ddim, steps: 25}, count: 4096, batch: 64}")
+    if recipe.taught_by_previous:
+        raise recipe.refuse("data.pairs", "are made by the student of the stage before, once that is trained: a training makes them")
     work, start = make(recipe, launched()), time.perf_counter()
     with _reported() as report, parallel.main_first():
         cache = Cache(report=report)

@@ -247,6 +247,12 @@ def _show_plan(found: dict[str, Any]) -> None:
             for role, row in found["roles"].items()]
     say.print(_table(rows, ("role", "parameters", "trained", "size")))
     passes = found["passes"]
+    if "stages" in found:
+        rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"], "updates": f"{row['passes']['updates']:,}",
+                 "forward": row["passes"]["forward"], "backward": row["passes"]["backward"], "batch": row["passes"]["batch"],
+                 "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
+        say.print(_table(rows, tuple(rows[0])))
+        say.print("in all:")
     say.print(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
     say.print(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
               f"of {passes['batch']} samples each; {passes['updates']:,} steps")

@@ -18,6 +18,7 @@ from . import resources
 from .errors import RequestError
 from .methods import METHODS, load_method
 from .source import Path_, Source, unwrapped
+from .stages import KINDS, staged
 
 
 def _full_or_lora(value: Any) -> Any:
@@ -69,7 +70,8 @@ class Critic(Strict):
 
 
 class Discriminator(Strict):
-    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; None: the family's own choice
+    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; None: the network's usual ones
+    network: str | None = None                   # that judges pictures: a vision transformer's folder or Hub id; None: DINOv2, small
     lr: float | None = Field(None, gt=0)         # None: train.lr
 
 
@@ -95,9 +97,6 @@ class Pairs(Strict):
     guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
     nodes: int = Field(1, ge=1)                  # states of a way that are kept beside its noise, evenly spaced, the last its end
     path: str | None = None                      # a folder of pairs, as `stepdistill pairs --out` writes it; None: the cache
-
-
-KINDS = ("images", "prompts", "samples", "pairs")
 
 
 class Data(Strict):
@@ -147,6 +146,8 @@ class Evaluate(Strict):
 
 
 class Recipe(Strict):
+    """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
+
     method: str
     teacher: str                                 # a folder, a Hub id, a single .safetensors file
     revision: str | None = None                  # of a Hub id
@@ -159,7 +160,10 @@ class Recipe(Strict):
     data: Data
     train: Train
     evaluate: Evaluate = Evaluate()
-    _source: Source = PrivateAttr()
+    _source: Source = PrivateAttr()              # of this stage
+    _given: Source = PrivateAttr()               # of the whole recipe
+    _previous: Recipe | None = PrivateAttr(None)
+    _teacher: str = PrivateAttr("base")
 
     @classmethod
     def load(cls, recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -169,13 +173,36 @@ class Recipe(Strict):
         """
         source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
         source = source.overridden(overrides or {})
-        try:
-            made = cls.model_validate(source.values)
-        except ValidationError as error:
-            raise RequestError("\n".join(_complaint(source, (*e["loc"],), e) for e in error.errors())) from None
-        made._source = source
-        made._check()
+        made: Recipe | None = None
+        complaints: list[str] = []
+        for teacher, own in staged(source):
+            try:
+                stage = cls.model_validate(own.values)
+            except ValidationError as error:
+                complaints += [_complaint(own, (*e["loc"],), e) for e in error.errors()]
+                continue
+            stage._source, stage._given, stage._previous, stage._teacher = own, source, made, teacher
+            made = stage
+        if complaints:
+            raise RequestError("\n".join(dict.fromkeys(complaints)))
+        for stage in made.stages:
+            stage._check()
         return made
+
+    @property
+    def previous(self) -> Recipe | None:
+        """The stage before, whose student this one begins with; None for the first, and without stages."""
+        return self._previous
+
+    @property
+    def taught_by_previous(self) -> bool:
+        """Whether the teacher is the student of the stage before, rather than the pipeline."""
+        return self._teacher == "previous"
+
+    @property
+    def stages(self) -> tuple[Recipe, ...]:
+        """From the first to this one, which is the only one where there are no stages."""
+        return (*(() if self.previous is None else self.previous.stages), self)
 
     def refuse(self, path: str, message: str) -> RequestError:
         """The error that says where in the recipe a choice was made: `raise recipe.refuse("steps", ...)`."""
@@ -195,21 +222,31 @@ class Recipe(Strict):
 
     @property
     def name(self) -> str:
-        return Path(self._source.name).stem
+        return Path(self._given.name).stem
 
     @property
     def arguments(self) -> str:
         """This recipe as a command takes it."""
-        return self._source.arguments
+        return self._given.arguments
 
     def resolved(self) -> dict[str, Any]:
-        """Every entry in plain types, those left to their defaults too; paths hold from anywhere."""
+        """Every entry in plain types, those left to their defaults too; paths hold from anywhere.
+
+        In stages, the last one's, and what each changes in them.
+        """
+        plain = self._resolved()
+        if self.previous is None:
+            return plain
+        return plain | {"stages": [{"teacher": stage._teacher} | _changes(plain, stage._resolved()) for stage in self.stages]}
+
+    def _resolved(self) -> dict[str, Any]:
         plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
             if plain[role] in ({"lora": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
         plain["teacher"] = resources.portable(self.teacher)
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
+        paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
         paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
                   for name in ("prompts", "path") if name in table]
         for table, name in paths:
@@ -277,6 +314,13 @@ def builtin() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
 
 
+def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes `own` of `common`, a table's entries one by one; all settings where they are another method's."""
+    changed = {key: _changes(common[key], value) if isinstance(value, dict) and isinstance(common[key], dict) else value
+               for key, value in own.items() if key not in common or value != common[key]}
+    return changed | ({"settings": own["settings"]} if "method" in changed else {})
+
+
 def _unknown(name: str, valid: Iterable[str], what: str) -> str:
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
@@ -317,7 +361,7 @@ def _fields(path: Path_) -> list[str]:
     for key in path:
         annotation = model.model_fields[str(key)].annotation
         model = next(a for a in (annotation, *_arguments(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(model.model_fields)
+    return list(model.model_fields) + ["stages"] * (model is Recipe)
 
 
 def _arguments(annotation: Any) -> list[Any]:

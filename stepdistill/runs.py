@@ -19,7 +19,7 @@ from .errors import RequestError
 from .recipe import Recipe
 from .training import checkpoints
 
-RECIPE, ENVIRONMENT, RESULTS = "recipe.yaml", "environment.json", "results.json"
+RECIPE, ENVIRONMENT, RESULTS, STAGES = "recipe.yaml", "environment.json", "results.json", "stages"
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
@@ -43,13 +43,30 @@ def place(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
 
 
 def _may_resume(run: Path, recipe: Recipe) -> None:
+    if run.resolve().parent.name == STAGES and is_run(whole := run.resolve().parent.parent):
+        raise RequestError(f"{run} is a stage of {whole}: resume that run")
     if not (run / RECIPE).is_file():
         raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin one")
-    begun, asked = (flat(r.resolved()) for r in (Recipe.load(run / RECIPE), recipe))
+    begun, asked = (flat(_numbered(r.resolved())) for r in (Recipe.load(run / RECIPE), recipe))
     changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked if begun.get(key) != asked.get(key)]
     if changed:
         raise RequestError(f"{run} was begun with another recipe: {'; '.join(changed)}. Resume with {run / RECIPE}, "
                            "or begin a new run with another --out")
+
+
+def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe with its stages by number, so that a difference is told by its entry."""
+    return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
+
+
+def folders(recipe: Recipe, run: Path) -> list[Path]:
+    """Where its stages lie: the last in the run's own folder, those before in stages/1, stages/2, ..., each a run of its own."""
+    return [*(run / STAGES / str(i + 1) for i in range(len(recipe.stages) - 1)), run]
+
+
+def finished(run: Path, recipe: Recipe) -> bool:
+    folder = checkpoints.latest(run)
+    return folder is not None and checkpoints.step_of(folder) == recipe.train.updates
 
 
 def begin(run: Path, recipe: Recipe, device: torch.device) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from .errors import RequestError
 
 Path_ = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
+SET = "--set "
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,24 @@ class Source:
 
     def overridden(self, overrides: Mapping[str, Any]) -> Source:
         """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
+        return self.changed(leaves(overrides), lambda path: f"{SET}{'.'.join(path)}")
+
+    def changed(self, entries: Iterable[tuple[Path_, Any]], place: Callable[[Path_], str]) -> Source:
+        """Each of `entries`, path and value, put over what is there; place(path): where it was written."""
         values, places = unwrapped(self.values), dict(self.places)
-        for path, value in _leaves(overrides):
+        for path, value in entries:
             node = values
             for key in path[:-1]:
                 inner = node.get(key)
                 node[key] = node = inner if isinstance(inner, dict) else {}
             node[path[-1]] = value
-            places = {key: place for key, place in places.items() if key[:len(path)] != path}
-            places[path] = f"--set {'.'.join(path)}"
+            places = {key: said for key, said in places.items() if key[:len(path)] != path}
+            places[path] = place(path)
         return Source(self.name, values, places)
+
+    def was_set(self, path: Path_) -> bool:
+        """Whether an entry, or the table that it stands in, was --set."""
+        return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
 
     def where(self, path: Path_) -> str:
         for length in range(len(path), 0, -1):
@@ -67,7 +76,7 @@ class Source:
     def arguments(self) -> str:
         """The recipe as a command takes it: its file, and what was set beside it."""
         sets = [".".join(path) + "=" + json.dumps(reduce(lambda table, key: table[key], path, self.values))
-                for path, place in self.places.items() if place.startswith("--set ")]
+                for path, place in self.places.items() if place.startswith(SET)]
         return " ".join([shlex.quote(self.name), *(f"--set {shlex.quote(text)}" for text in sets)])
 
 
@@ -96,11 +105,12 @@ def _lines(node: CommentedMap | CommentedSeq, path: Path_ = ()) -> dict[Path_, i
     return found
 
 
-def _leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+def leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Path and value of all that is no table, or an empty one; a dotted name is a path."""
     for key, value in overrides.items():
         here = (*path, *key.split("."))
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, here)
+            yield from leaves(value, here)
         else:
             yield here, value
 

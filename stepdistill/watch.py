@@ -58,7 +58,7 @@ class Watch:
     def pictures(self, step: int) -> None:
         """samples/step-000200.png: the teacher's row above the student's, from the same noise."""
         if self.teacher is None:
-            self.teacher = self.work.family.decode(teacher_samples(self.work, self.noise, self.cond, self.work.scale))
+            self.teacher = self.work.family.decode(base_samples(self.work, self.noise, self.cond, self.work.scale))
         student = self.work.family.decode(student_samples(self.work, self.noise, self.cond))
         rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.work.recipe.steps} steps")
         path = self.run / "samples" / f"step-{step:06d}.png"
@@ -90,7 +90,7 @@ def student_samples(work: Work, noise: Callable[[str], Tensor], cond: Condition)
     return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
 
 
-def teacher_samples(work: Work, noise: Callable[[str], Tensor], cond: Condition, scale: float) -> Tensor:
-    """Latents of the teacher by DPM-Solver++(2M)."""
-    role: Role = guided(work.roles["teacher"], scale)
+def base_samples(work: Work, noise: Callable[[str], Tensor], cond: Condition, scale: float) -> Tensor:
+    """Latents of the pipeline that is distilled by DPM-Solver++(2M)."""
+    role: Role = guided(work.roles.base, scale)
     return dpmpp_2m(role, noise("start"), torch.linspace(1, 0, TEACHER_STEPS + 1, dtype=torch.float64), cond)

@@ -1,7 +1,7 @@
 """From a recipe to everything that it names: the teacher, the roles, the method, the data."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,22 +28,29 @@ from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.sampler import Sampler
-from .diffusion.schedule import Schedule
 from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
 from .methods import METHODS, load_method
-from .methods.base import Follows, Heads, Inference, Method, Need, Trained, due
+from .methods.base import Features, Follows, Heads, Inference, Method, Need, Trained, due, middle
 from .models.families import Family, load_teacher
-from .models.roles import Full, Lora, Places, Roles, Setting, build_roles
+from .models.roles import Full, Lora, Places, Roles, Setting, Weights, build_roles
 from .models.schedulers import stock_scheduler
 from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
 
 
 @dataclass(frozen=True)
+class Before:
+    """The student that a stage begins with. checksum: of its weights' file."""
+
+    weights: Weights
+    checksum: str
+
+
+@dataclass(frozen=True)
 class Work:
-    """A recipe with everything that it names made. best: the role that samples."""
+    """A recipe with everything that it names made. best: the role that samples. before: checksum of the student that it began with."""
 
     recipe: Recipe
     family: Family
@@ -51,10 +58,11 @@ class Work:
     method: Method
     inference: Inference
     device: torch.device
+    before: str | None = None
 
     @property
     def best(self) -> str:
-        return "ema" if "ema" in self.roles.names else "student"
+        return best_of(self.recipe)
 
     @property
     def scale(self) -> float:
@@ -70,19 +78,73 @@ class Work:
         return Target(name, pipeline, self.recipe.method, dict(self.inference.call))
 
 
-def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> Work:
-    """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work."""
-    settings = recipe.method_settings()
+def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, before: Before | None = None) -> Work:
+    """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work.
+
+    before: what a stage after the first is trained from. Without it, as for a run that is only looked at, the student begins
+    as the base, and the base is the teacher.
+    """
+    settings, needs, said = checked(recipe)
     kind = load_method(recipe.method)
+    family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
+    inference, sampler = served(recipe, family)
+    roles = _roles(recipe, family, needs, said, before).to(device)
+    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device,
+                None if before is None else before.checksum)
+
+
+def checked(recipe: Recipe) -> tuple[Any, dict[str, Need], dict[str, Setting]]:
+    """The method's settings, the roles that it needs and how those are trained that the recipe speaks of.
+
+    RequestError for what can be known not to work before anything is loaded, in this stage and between it and the one before.
+    """
+    settings, kind = recipe.method_settings(), load_method(recipe.method)
     if reason := kind.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
     _check_solver(recipe)
+    _check_nodes(recipe, kind.waypoints(settings, recipe.steps))
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
-    family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
-    inference, sampler = _inference(recipe, kind, settings, family)
-    roles = _roles(recipe, family, needs, said).to(device)
-    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device)
+    if recipe.previous is not None:
+        _check_succession(recipe, needs, said)
+    return settings, needs, said
+
+
+def _check_succession(recipe: Recipe, needs: Mapping[str, Need], said: Mapping[str, Setting]) -> None:
+    """What a stage begins with must fit it: the student of the one before, and the teacher where that is the same."""
+    before, taught, student = recipe.previous, recipe.taught_by_previous, said["student"]
+    told = {True: "is told a guidance scale", False: "is told no guidance scale"}
+    tells, was_told = needs["student"].told_w, needs_of(before)["student"].told_w
+    if was_told and not tells or taught and tells != was_told:
+        raise recipe.refuse("method", f"is {recipe.method}, whose student {told[tells]}, and that of the stage before {told[was_told]}: "
+                            "let both be told one by their settings (told: true), or neither")
+    begins = {"student": student} | {name: said.get(name, student) for name, need in needs.items()
+                                     if taught and isinstance(need, Trained) and need.start == "teacher"}
+    for name, setting in begins.items():
+        if setting not in (Full(), _choice(before.student)):
+            raise recipe.refuse(name, f"is {_named(setting)}, but it begins as the student of the stage before, which is "
+                                f"{_named(_choice(before.student))}: a LoRA stays what it is, or becomes full")
+        if was_told and not needs[name].told_w:
+            raise recipe.refuse("method", f"is {recipe.method}, whose {name} begins as the teacher and {told[False]}, which the student of "
+                                "the stage before is told: let teacher be base")
+    if not taught:
+        return
+    (low, high), (lowest, highest) = (w if isinstance(w, tuple) else (w, w) for w in (recipe.guidance, before.guidance))
+    if not lowest <= low <= high <= highest or not was_told and (low, high) != (lowest, highest):
+        raise recipe.refuse("guidance", f"is {recipe.guidance}, but the teacher is the student of the stage before, which has learned "
+                            f"{before.guidance}" + " and is told no other" * (not was_told))
+    if reason := load_method(recipe.method).succession(recipe.steps, before.steps):
+        raise recipe.refuse("steps", f"is {recipe.steps} after {before.steps}: {reason}")
+
+
+def needs_of(recipe: Recipe) -> dict[str, Need]:
+    return load_method(recipe.method).needs(recipe.method_settings(), recipe.student.lora is None)
+
+
+def _named(setting: Setting) -> str:
+    """As a recipe says it."""
+    said = ", ".join(f"{name}: {value}" for name, value in vars(setting).items() if value is not None)
+    return f"{{lora: {{{said}}}}}" if isinstance(setting, Lora) else "full"
 
 
 def _check_solver(recipe: Recipe) -> None:
@@ -91,6 +153,13 @@ def _check_solver(recipe: Recipe) -> None:
     if data.made is not None and data.made.solver not in serving:
         raise recipe.refuse(f"data.{data.kind}.solver", f"is {data.made.solver}; {data.kind} are made by one of {', '.join(serving)}"
                             + " (a noise has a picture of its own only where no other noise is drawn)" * (data.made.solver in STOCHASTIC))
+
+
+def _check_nodes(recipe: Recipe, waypoints: int) -> None:
+    pairs = recipe.data.pairs
+    if pairs is not None and pairs.nodes % waypoints:
+        raise recipe.refuse("data.pairs.nodes", f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} evenly spaced "
+                            f"states of the teacher's way, and a multiple of {waypoints} holds them")
 
 
 def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
@@ -103,9 +172,17 @@ def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
     said: dict[str, Setting] = {"student": _choice(recipe.student)}
     if recipe.critic is not None:
         said["critic"] = _choice(recipe.critic)
-    if recipe.discriminator is not None and recipe.discriminator.features is not None:
-        said["discriminator"] = Places(tuple(recipe.discriminator.features))
+    if recipe.discriminator is not None:
+        said["discriminator"] = _places(recipe, needs)
     return said
+
+
+def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
+    features, network = recipe.discriminator.features, recipe.discriminator.network
+    if network is not None and not isinstance(needs[needs["discriminator"].of], Features):
+        raise recipe.refuse("discriminator.network", f"is {network}, but the discriminator of {recipe.method} reads the features of its "
+                            f"{needs['discriminator'].of}, not of pictures")
+    return Places(None if features is None else tuple(features), None if network is None else str(resources.locate(network) or network))
 
 
 def rates(recipe: Recipe) -> dict[str, float]:
@@ -121,33 +198,44 @@ def _choice(choice: RoleChoice | Critic) -> Lora | Full:
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
 
 
-def _inference(recipe: Recipe, kind: type[Method], settings: Any, family: Family) -> tuple[Inference, Sampler]:
+def served(recipe: Recipe, family: Family) -> tuple[Inference, Sampler]:
+    """How the student is sampled. RequestError for a number of steps that its scheduler does not serve."""
+    kind = load_method(recipe.method)
     try:
-        inference = kind.inference(settings, recipe.steps, family.schedule_name, recipe.guidance)
+        inference = kind.inference(recipe.method_settings(), recipe.steps, family.schedule_name, recipe.guidance)
         inference = replace(inference, call={**inference.call, **family.call})
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, sampler_of(scheduler, recipe.steps, family.schedule, inference.call)
+        return inference, Sampler.of_call(scheduler, recipe.steps, family.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
-def sampler_of(scheduler: SchedulerMixin, steps: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
-    """The sampler of a pipeline call. ValueError where the scheduler does not serve that many steps."""
-    return Sampler.of(scheduler, steps, schedule, **{name: call[name] for name in ("timesteps", "sigmas") if name in call})
-
-
-def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting]) -> Roles:
+def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None) -> Roles:
     told = tuple(name for name, need in needs.items() if isinstance(need, Trained) and need.told_w)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
-    return build_roles(family, needs, said, told_w=told, gradient_checkpointing=recipe.train.gradient_checkpointing,
-                       seed=recipe.train.seed)
+    begun = ("student", "teacher") if recipe.taught_by_previous else ("student",)
+    return build_roles(family, needs, said, told_w=told, begin={} if before is None else dict.fromkeys(begun, before.weights),
+                       gradient_checkpointing=recipe.train.gradient_checkpointing, seed=recipe.train.seed)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
     """Of the teacher: half the memory where it stays frozen; a role of all weights starts from all their digits."""
     roles = [recipe.student] + ([] if recipe.critic is None else [recipe.critic])
     return torch.bfloat16 if recipe.train.precision == "bf16" and all(role.lora is not None for role in roles) else torch.float32
+
+
+def best_of(recipe: Recipe) -> str:
+    """The role that samples."""
+    return "student" if recipe.train.ema is None else "ema"
+
+
+def handed(recipe: Recipe, run: Path) -> Before:
+    """What the stage before leaves to this one, from its run folder."""
+    before, folder = recipe.previous, runs.checkpoint_of(run)
+    role = best_of(before)
+    weights = Weights(_choice(before.student), checkpoints.load_role(folder, role), needs_of(before)["student"].told_w)
+    return Before(weights, checkpoints.checksum_of(folder, role))
 
 
 def open_run(run: str | Path) -> Work:
@@ -258,7 +346,8 @@ def _times(steps: int) -> Tensor:
 def _made_by(work: Work) -> dict[str, Any]:
     """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
     said = work.recipe.data.made.model_dump(exclude={"prompts", "path"})
-    return said | {"guidance": _made_scale(work), "seed": work.recipe.train.seed}
+    by = {"student": work.before} if work.before is not None and work.recipe.taught_by_previous else {}
+    return said | {"guidance": _made_scale(work), "seed": work.recipe.train.seed} | by
 
 
 def _made_scale(work: Work) -> float:
@@ -283,8 +372,3 @@ def _found(name: str) -> str:
     """A path of the recipe as it is found from here; `shapes` stays `shapes`."""
     found = None if name == "shapes" else resources.locate(name)
     return name if found is None else str(found)
-
-
-def middle(guidance: float | Sequence[float]) -> float:
-    """A scale as it is, of a range its middle."""
-    return guidance if isinstance(guidance, int | float) else sum(guidance) / 2

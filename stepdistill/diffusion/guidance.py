@@ -16,6 +16,35 @@ def _scales(w: float | Tensor, batch: int) -> Tensor:
     return (w if isinstance(w, Tensor) else torch.tensor(w, dtype=torch.float64)).expand(batch)
 
 
+def told(cond: Condition | None, w: float | Tensor) -> Condition:
+    """The condition with a scale, or (B,) of them, for a role that reads it. Like times, scales are float64 and stay on the CPU."""
+    if cond is None:
+        raise ValueError("a scale is told beside a condition, and there is none")
+    return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)))
+
+
+@dataclass(frozen=True)
+class SelfGuided:
+    """See `self_guided`. w: what it is told, where it is told anything."""
+
+    role: Role
+    told: bool
+    w: float | Tensor | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.role.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        return self.role(x_t, t, cond if not self.told or self.w is None else told(cond, self.w))
+
+
+def self_guided(role: Role, told: bool) -> Role:
+    """A role that has its guidance within, as a student of a guided teacher has: `guided` does not guide it again. It tells it
+    the scale, where it is `told` one, and otherwise leaves it alone."""
+    return SelfGuided(role, told)
+
+
 @dataclass(frozen=True)
 class Guided:
     """See `guided`."""
@@ -48,8 +77,12 @@ def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None =
 
     w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives `role` itself. Outside the interval of t
     (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing raw
-    outputs mixes every view alike, since views are linear at one x_t and t.
+    outputs mixes every view alike, since views are linear at one x_t and t. A `self_guided` role is told w, or is what it is.
     """
+    if isinstance(role, SelfGuided):
+        if interval is not None:
+            raise ValueError("a role that has its guidance within has it at all times: leave the interval out")
+        return replace(role, w=w)
     return role if isinstance(w, (int, float)) and w == 1 else Guided(role, w, interval)
 
 

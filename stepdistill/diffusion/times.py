@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 from math import atan
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
+from .schedule import Schedule, VariancePreserving
 
 Law = Callable[[Tensor], Tensor]
 
@@ -39,9 +39,26 @@ def discrete(grid: Tensor) -> Law:
     return lambda u: grid[(u * len(grid)).long()]
 
 
+def weighted(grid: Tensor, shares: Sequence[float]) -> Law:
+    """Node i of the grid, (N,) float64, with probability shares[i]; they sum to 1."""
+    edges = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    return lambda u: grid[torch.searchsorted(edges / edges[-1], u, right=True).clamp(max=len(grid) - 1)]
+
+
 def nodes(n: int) -> Tensor:
     """The ends of n equal segments of [0, 1], ascending from 1 / n to 1: with n = N, the nodes of a discrete schedule."""
     return torch.arange(1, n + 1, dtype=torch.float64) / n
+
+
+def trailing(steps: int, schedule: Schedule) -> Tensor:
+    """When stock samplers of trailing steps call the network, and 0, where they end: (steps + 1,) float64, descending from 1.
+
+    On discrete nodes each time is rounded to one, halves to even. The grid of twice the steps holds this one.
+    """
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    if not isinstance(schedule, VariancePreserving):
+        return 1 - i / steps
+    return (schedule.nodes - i * schedule.nodes / steps).round() / schedule.nodes
 
 
 LEVELS = 1000                     # training times of every stock scheduler: time i lies at t = (i + 1) / LEVELS

@@ -9,6 +9,11 @@ def squared(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().flatten(1).mean(1)
 
 
+def absolute(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference."""
+    return (x - y).abs().flatten(1).mean(1)
+
+
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     """Mean over elements of sqrt(d^2 + c^2) - c: d^2 / 2c where |d| is far below c, |d| - c where far above.
 

@@ -3,15 +3,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..diffusion.consistency import TIMESTEP_SCALING
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
+from ..diffusion.times import LEVELS
 
+DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
 
@@ -47,12 +50,30 @@ class Follows:
 
 @dataclass(frozen=True)
 class Heads:
-    """A discriminator: small trained heads that judge the features of another role's network, `of`."""
+    """A discriminator: small trained heads that judge the features of another role's network, `of`.
+
+    pair: they judge two noisy states at once, discriminator.pair(x_r, r, x_t, t, cond).
+    """
 
     of: str
+    pair: bool = False
 
 
-Need = Frozen | Trained | Follows | Heads
+@dataclass(frozen=True)
+class Codec:
+    """The teacher's decoder: latents (B, ...) -> pixels (B, 3, H, W), [-1, 1] and a little beyond, with gradients to the latents."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A frozen vision network: pixels -> a list of feature maps, with gradients to the pixels.
+
+    Heads of it are called discriminator(maps, cond).
+    """
+
+
+Need = Frozen | Trained | Follows | Heads | Codec | Features
+FIXED = (Frozen, Codec, Features)            # what never changes
 
 
 @dataclass(frozen=True)
@@ -93,10 +114,57 @@ def renoised(steps: int, schedule: str) -> Inference:
     """
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "vp":
-        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": 10.0, "clip_sample": False,
+        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING, "clip_sample": False,
                                           "thresholding": False}, call)
     sigmas = [1 - i / steps for i in range(steps)]
     return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
+
+
+def deterministic(steps: int, schedule: str) -> Inference:
+    """The sampler of trajectory methods: DDIM from t = 1 over `steps` equal steps, each of which lands where the next begins.
+
+    ValueError where the stock scheduler does not. DDIMScheduler, told time 1000 - 1000 i / steps - 1, rounded, lands
+    floor(1000 / steps) below: where steps do not divide 1000 the state is at another noise level than the network is told
+    (3 steps: at 333, told 332). A flow's sigmas are its times, whatever the shift of the teacher's own grid.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler takes at least 1 step; found {steps}")
+    call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
+    if schedule == "flow":
+        config = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
+                  "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
+        return Inference("FlowMatchEulerDiscreteScheduler", config, call | {"sigmas": [1 - i / steps for i in range(steps)]})
+    if LEVELS % steps:
+        near = [max(d for d in DIVISORS if d < steps), *(d for d in DIVISORS if d > steps)][:2]
+        raise ValueError(f"DDIMScheduler takes equal steps only where their number divides its {LEVELS} times; found {steps}, and "
+                         f"{' or '.join(map(str, near))} would be right")
+    config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
+    return Inference("DDIMScheduler", config, call)
+
+
+def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
+    """The `sigmas` of a flow's call, `steps` of the `nodes` ends of equal segments, chosen as LCMScheduler chooses times."""
+    return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
+
+
+def middle(guidance: Guidance) -> float:
+    """A scale as it is, of a range its middle."""
+    return float(guidance) if isinstance(guidance, int | float) else sum(guidance) / 2
+
+
+def equal_steps(steps: int, schedule: str, scale: float = 1.0) -> Inference:
+    """`deterministic`, and for other numbers of steps on a VP schedule one that rounds its times: a halving of 16 steps has them.
+
+    EulerDiscreteScheduler's trailing steps land where the next begin, whatever their number. It starts from noise that is
+    alpha^2 / 2 too small, 0.2 % for Stable Diffusion; DDIMScheduler, which does not, is taken where it serves. scale: what a
+    student that is told a guidance scale is told.
+    """
+    if schedule == "vp" and 1 <= steps <= LEVELS and LEVELS % steps:
+        config = {"timestep_spacing": "trailing", "timestep_type": "discrete", "interpolation_type": "linear", "final_sigmas_type": "zero",
+                  "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+        return Inference("EulerDiscreteScheduler", config, {"num_inference_steps": steps, "guidance_scale": scale})
+    found = deterministic(steps, schedule)
+    return replace(found, call={**found.call, "guidance_scale": scale})
 
 
 class Method(ABC):
@@ -118,6 +186,16 @@ class Method(ABC):
     def refusal(cls, settings: Any, data: str) -> str | None:
         """Why these settings cannot train on this kind of `data`, and what would be right; None where they can."""
         return None
+
+    @classmethod
+    def succession(cls, steps: int, before: int) -> str | None:
+        """Why a student of `before` evaluations cannot teach one of `steps`, stage after stage, and what would be right."""
+        return None
+
+    @classmethod
+    def waypoints(cls, settings: Any, steps: int) -> int:
+        """The fewest evenly spaced states of the teacher's way, its end among them, that pairs must keep; multiples do as well."""
+        return 1
 
     @classmethod
     @abstractmethod

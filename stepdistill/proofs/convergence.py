@@ -23,7 +23,7 @@ from ..evaluation.clouds import cloud, energy_distance, points_of
 from ..methods import load_method
 from ..models.schedulers import stock_scheduler
 from ..recipe import Recipe, builtin
-from ..work import Work, open_run, sampler_of
+from ..work import Work, open_run
 from .problem import NAMES, Check, Problem
 
 COUNT, SHOWN, WAYS = 20_000, 3000, 24
@@ -94,7 +94,8 @@ def sampler(work: Work, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
     family = work.family
     inference = type(work.method).inference(work.method.settings, steps, family.schedule_name, work.recipe.guidance)
-    return sampler_of(stock_scheduler(inference.scheduler, inference.config, family.scheduler), steps, family.schedule, inference.call)
+    scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
+    return Sampler.of_call(scheduler, steps, family.schedule, inference.call)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..diffusion.contracts import Batch, Condition
+from ..diffusion.contracts import Batch, Condition, Pairs
 from ..diffusion.draws import Step, key
 from ..diffusion.exact import Gaussian
 from ..diffusion.prediction import Prediction, truth
@@ -50,13 +50,28 @@ def gradient(loss: Tensor, student: Affine) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (student.m, student.S))])
 
 
+def reaching(loss: Tensor, role: Affine) -> float:
+    """The norm of the gradient of a scalar in the numbers of a role that takes none, 0 where it has no part in it."""
+    found = torch.autograd.grad(loss, (role.m, role.S), allow_unused=True)
+    return sum(0.0 if g is None else g.norm().item() for g in found)
+
+
 def standard_errors(slope: Tensor, x_t: Tensor) -> float:
     """The largest mean of slope_i and of slope_i x_t,j over samples, in standard errors: of order 1 where all are 0.
 
     slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine prediction.
     """
-    terms = torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1)
+    return off_zero(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
+
+
+def off_zero(terms: Tensor) -> float:
+    """The largest mean over samples of terms (B, K), in standard errors: of order 1 where all are 0 on average."""
     return (terms.mean(0).abs() / (terms.std(0) / len(terms) ** 0.5)).max().item()
+
+
+def moments(x: Tensor) -> Tensor:
+    """(B, D) -> its numbers and their products, (B, D + D^2): what tells one Gaussian from another."""
+    return torch.cat([x, (x[:, :, None] * x[:, None, :]).flatten(1)], 1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,10 @@ class Law:
 
 @dataclass
 class Believer:
-    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is. It notes what it was asked."""
+    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is x0.
+
+    It notes what it was asked.
+    """
 
     schedule: Schedule
     believes: Callable[[Tensor, Tensor, Condition], Tensor]
@@ -88,7 +106,7 @@ class Believer:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         self.asked.append((x_t.detach(), t, cond))
         x0 = self.believes(x_t, t, cond)
-        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t), x_t)
+        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t).clamp(min=1e-12), x_t)
         raw = x0 if self.kind == "x0" else truth(x0, eps, t, self.schedule, self.kind)
         return Prediction(raw, x_t, t, self.schedule, self.kind)
 
@@ -103,6 +121,10 @@ class Affine:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return Prediction(self.m.to(x_t) + x_t @ self.S.to(x_t).T, x_t, t, self.schedule, "x0")
+
+    def as_network(self, kind: str) -> Believer:
+        """The same beliefs, put as a network of this kind puts them."""
+        return Believer(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
 
     @property
     def law(self) -> tuple[Tensor, Tensor]:
@@ -142,6 +164,11 @@ class Problem:
         deviations = 0.3 + 0.6 * torch.rand(self.dim, generator=self.generator, dtype=torch.float64)
         return axes @ torch.diag(deviations**2) @ axes.T
 
+    @property
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """The principal variances (D,) of the covariance, and their axes in columns (D, D)."""
+        return tuple(torch.linalg.eigh(self.covariance))
+
     def affine(self) -> Affine:
         """A student with an m and an S of its own."""
         deviation = torch.linalg.cholesky(self.drawn_covariance())
@@ -169,6 +196,17 @@ class Problem:
         x0 = self.teacher.of(cond).mean + self.normal(count, self.dim) @ torch.linalg.cholesky(self.covariance).T
         return Batch(ids, cond, x0 if data else None, (self.dim,))
 
+    def flow(self, x_t: Tensor, t: Tensor, r: Tensor, w: float) -> Tensor:
+        """Where the guided teacher's probability-flow ODE carries x_t (B, D) from t to r, (B,)."""
+        return self.teacher.of(self.guided_cond(len(x_t), w)).flow(x_t, t, r)
+
+    def paired(self, count: int, nodes: int = 1, w: float = 1.0) -> Batch:
+        """Prompts, unit noises, and the guided teacher's exact ways from there: evenly spaced states, the last its sample."""
+        noise, start = self.normal(count, self.dim), torch.ones(count, dtype=torch.float64)
+        times = torch.linspace(1, 0, nodes + 1, dtype=torch.float64)[1:].expand(count, -1)
+        states = torch.stack([self.flow(noise, start, r, w) for r in times.T], 1)
+        return Batch(torch.arange(count), self.cond(count), states[:, -1], pairs=Pairs(noise, states, times))
+
     def step(self, count: int, update: str = "student", **moment: Any) -> Step:
         """The moment of the first `count` samples. moment: repeat, index, progress, kept of Step."""
         said = {"index": 0, "progress": 0.0, "repeat": 0, **moment}
@@ -176,10 +214,8 @@ class Problem:
 
     def sampler(self, inference: Inference) -> Sampler:
         """The sampler that a method trains and exports with on this noise."""
-        call = inference.call
-        grid = {name: call[name] for name in ("timesteps", "sigmas") if name in call}
-        return Sampler.of(stock_scheduler(inference.scheduler, inference.config, self.scheduler), call["num_inference_steps"],
-                          self.schedule, **grid)
+        scheduler = stock_scheduler(inference.scheduler, inference.config, self.scheduler)
+        return Sampler.of_call(scheduler, inference.call["num_inference_steps"], self.schedule, inference.call)
 
     def _scheduler(self) -> SchedulerMixin:
         if self.name == "flow":

@@ -56,6 +56,11 @@ def load_role(folder: Path, role: str) -> dict[str, Tensor]:
     return _read(folder, f"role-{role}.safetensors")
 
 
+def checksum_of(folder: Path, role: str) -> str:
+    """Of the file of one role's state."""
+    return _sums(folder)[f"role-{role}.safetensors"]
+
+
 def roles_in(folder: Path) -> list[str]:
     """Names of the roles that a checkpoint holds."""
     return [Path(name).stem.removeprefix("role-") for name in _sums(folder) if name.startswith("role-")]

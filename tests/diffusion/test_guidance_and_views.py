@@ -5,7 +5,7 @@ import torch
 
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.exact import Gaussian
-from stepdistill.diffusion.guidance import autoguided, guided
+from stepdistill.diffusion.guidance import autoguided, guided, self_guided, told
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.views import viewed
 
@@ -93,3 +93,33 @@ def test_a_view_is_regular_at_both_ends_and_keeps_x0_beyond_the_networks_last_no
 def test_a_role_under_its_own_schedule_is_itself():
     role = Gaussian(SCHEDULES["trig"], torch.zeros(1), torch.ones(1))
     assert viewed(role, SCHEDULES["trig"]) is role
+
+
+def test_a_role_that_has_its_guidance_within_is_not_guided_again():
+    role, x, t, cond = case()
+    for w in (1.0, 3.0, torch.tensor([1.0, 2.0, 3.0])):
+        assert torch.equal(guided(self_guided(role, told=False), w)(x, t, cond).raw, 2.0 * x)
+    assert role.batches == [3, 3, 3]
+    with pytest.raises(ValueError, match="leave the interval out"):
+        guided(self_guided(role, told=False), 3.0, (0.2, 0.8))
+
+
+def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
+    _, x, t, cond = case()
+    heard = []
+
+    class Listens:
+        schedule = SCHEDULES["vp"]
+
+        def __call__(self, x_t, t, cond=None):
+            heard.append(cond.w)
+            return Prediction(x_t, x_t, t, self.schedule, "eps")
+
+    role = self_guided(Listens(), told=True)
+    for w in (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=F64)):
+        guided(role, w)(x, t, cond)
+    role(x, t, cond)
+    assert heard[0].tolist() == [1, 1, 1] and heard[1].tolist() == [1, 2, 3] and heard[2] is None and role.schedule is SCHEDULES["vp"]
+    assert told(cond, 2).w.dtype == F64 and cond.w is None
+    with pytest.raises(ValueError, match="beside a condition"):
+        told(None, 2.0)

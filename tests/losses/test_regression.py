@@ -2,13 +2,13 @@ import math
 
 import torch
 
-from stepdistill.losses.regression import pseudo_huber, squared
+from stepdistill.losses.regression import absolute, pseudo_huber, squared
 
 
 def test_per_sample_means():
     x, y = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
     y[1] = 2.0
-    assert squared(x, y).tolist() == [0.0, 4.0]
+    assert squared(x, y).tolist() == [0.0, 4.0] and absolute(x, y).tolist() == absolute(y, x).tolist() == [0.0, 2.0]
     assert pseudo_huber(x, y, 1.5).tolist() == [0.0, 1.0]          # sqrt(4 + 2.25) - 1.5
 
 

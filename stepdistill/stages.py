@@ -1,0 +1,81 @@
+"""The stages of a recipe: small tables, each a run of its own that begins with the student of the one before.
+
+    steps: 4                                   entries of all stages, as of any recipe
+    stages:
+      - {method: guided, steps: 16}            its teacher is the pipeline
+      - {steps: [8, 4], teacher: previous}     a stage for each number; its teacher is the student of the stage before
+
+Each table changes entries of the recipe for its stage alone; what was --set holds in all. Nothing here imports torch.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import RequestError
+from .source import Path_, Source, leaves
+
+KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each in place of the others
+TEACHERS = ("base", "previous")
+FIXED = ("stages", "revision")                          # what no stage can change: there is one teacher's pipeline
+
+
+def staged(source: Source) -> list[tuple[str, Source]]:
+    """(base or previous, the recipe of the stage as a source of its own) for each stage; of a recipe without, itself alone.
+
+    RequestError for what is no list of tables, and for teachers that a stage cannot have.
+    """
+    if "stages" not in source.values:
+        return [("base", source)]
+    tables = source.values["stages"]
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise RequestError(f"{source.where(('stages',))}: stages is {tables!r}; it should be a list of tables such as "
+                           "[{steps: 8}, {steps: 4, teacher: previous}]")
+    found: list[tuple[str, Source]] = []
+    for i, table in enumerate(tables):
+        for one in _each(table):
+            at = ("stages", i)
+            found.append((_teacher(source, at, one, not found), _merged(source, at, one)))
+    return found
+
+
+def _each(table: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A table whose steps are a list stands for one a number."""
+    steps = table.get("steps")
+    return ({**table, "steps": count} for count in steps) if isinstance(steps, list) else iter([table])
+
+
+def _teacher(source: Source, at: Path_, table: Mapping[str, Any], first: bool) -> str:
+    said = table.get("teacher", TEACHERS[0])
+    if said not in TEACHERS:
+        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of a stage is {said!r}; it should be base, the recipe's pipeline, "
+                           "or previous, the student of the stage before")
+    if first and said == "previous":
+        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of the first stage is previous, but no stage is before it: "
+                           "it should be base")
+    return said
+
+
+def _merged(source: Source, at: Path_, table: Mapping[str, Any]) -> Source:
+    """The entries of all stages with this one's over them. Of another method all settings are the stage's own, and a kind of
+    data takes the place of another."""
+    own = {path: value for path, value in leaves(table) if path != ("teacher",) and not source.was_set(path)}
+    if fixed := [path for path in own if path[0] in FIXED]:
+        raise RequestError(f"{source.where((*at, *fixed[0]))}: {fixed[0][0]} is no entry of a stage: it is the whole recipe's")
+    place = lambda path: source.where((*at, *path))
+    common = Source(source.name, {key: value for key, value in source.values.items() if key != "stages"},
+                    {path: said for path, said in source.places.items() if path[0] != "stages"})
+    merged = common.changed(_replaced(common.values, own), place).changed(own.items(), place)
+    tables = {path[:length]: place(path[:length]) for path in own for length in range(1, len(path))}
+    return Source(source.name, merged.values, merged.places | tables)
+
+
+def _replaced(common: Mapping[str, Any], own: Mapping[Path_, Any]) -> list[tuple[Path_, Any]]:
+    """What of the recipe does not hold for a stage that says `own`."""
+    gone: list[tuple[Path_, Any]] = []
+    if "method" in common and own.get(("method",), common["method"]) != common["method"]:
+        gone.append((("settings",), {}))
+    named = {path[1] for path, value in own.items() if path[0] == "data" and len(path) > 1 and value is not None}
+    if named & {*KINDS} and isinstance(common.get("data"), dict):
+        gone += [(("data", kind), None) for kind in KINDS if kind in common["data"] and kind not in named]
+    return gone
