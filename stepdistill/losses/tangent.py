@@ -7,6 +7,7 @@ in it, since a tangent is a small difference of large numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import pi
 
 import torch
 from torch import Tensor
@@ -29,18 +30,18 @@ def exact(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float) -> Tensor:
 
 
 @torch.no_grad()
-def difference(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float, width: float, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """By the secant from s = -width to s = width, cut short where t would leave the span: two evaluations.
+def trig_difference(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: float, first: float = 0.0) -> Tensor:
+    """df / dtheta under TrigFlow along dx / dtheta = velocity, by the secant from theta - width, no further than t = first, where
+    one step of DDIM leads: two evaluations. NVlabs/rcm's, arXiv:2510.08431.
 
-    It is off by width^2 / 6 times the third derivative, by width / 2 times the second where it is one-sided, and by the rounding
-    error of f over width: 1e-5 |f| for float32 and 0.1 |f| for bfloat16 weights at width 0.02. What moves faster than
-    the width is averaged out.
+    It is off by width / 2 times f + d2f / dtheta2, which is zero where the trajectory keeps its x_0 and eps; and by the rounding
+    error of f over width: 1e-5 |f| for float32 and 0.1 |f| for bfloat16 weights at 0.05. It looks back, where students
+    are right sooner: what they learn travels from data to noise, and schemes that look both ways do not damp what errs.
     """
-    first, last = span
-    above, below = ((last - t) / dt).clamp(max=width), ((t - first) / dt).clamp(max=width)
+    back = ((t - first) * pi / 2).clamp(max=width)
+    cos, sin = like(back.cos(), x), like(back.sin(), x)
     with torch.autocast(x.device.type, enabled=False):
-        ahead, behind = (f(x + like(s, x) * dx, (t + s * dt).clamp(first, last)) for s in (above, -below))
-    return (ahead - behind) / like(above + below, x)
+        return (cos * f(x, t) - f(cos * x - sin * velocity, (t - back * 2 / pi).clamp(min=first))) / sin
 
 
 def trig_tangent(x: Tensor, t: Tensor, v: Tensor, velocity: Tensor, slope: Tensor, r: float = 1.0) -> Tensor:

@@ -29,23 +29,23 @@ from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import TrigFlow
 from ...diffusion.times import LEVELS, log_normal
 from ...diffusion.views import viewed
-from ...losses.tangent import difference, exact, normalised, pushed, trig_tangent
+from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_tangent
 from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
 
 TRIG = TrigFlow()
 RADIAN = 2 / pi                   # in the times of TRIG
-SPAN = (1 / LEVELS, 1.0)          # of a network's own times: those that it was taught
+FIRST = 1 / LEVELS                # of a network's own times, those that it was taught
 INSIDE = (1.1 / LEVELS, 1 - 0.1 / LEVELS)     # a told time that is all but whole is rounded, and has no derivative
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    mean: float = 0.9             # of ln(tan theta) = ln(sigma / alpha) (s: 0.2 - ln 0.5; p: -0.8 - ln 0.5)
+    mean: float = -0.1            # of ln(tan theta) = ln(sigma / alpha) (p: -0.8 - ln 0.5; s: 0.2 - ln 0.5 = 0.9)
     std: float = 1.6              # of ln(tan theta) (p, s)
     warmup: float = 0.1           # share of the training in which r grows (p: 10,000 updates; s: 4,000)
     damping: float = 0.1          # c (p), against the root mean square of g (f)
     derivative: Literal["exact", "difference"] = "difference"    # of F along the teacher (p: exact); see `SCM.slope`
-    width: float = 0.02           # radians to either side that a difference spans
+    width: float = 0.05           # of a difference, in radians of theta
 
     def __post_init__(self) -> None:
         if self.std <= 0 or self.damping <= 0 or self.width <= 0:
@@ -65,7 +65,7 @@ class SCM(Method):
         self.teacher, self.student = (viewed(roles[name], TRIG) for name in ("teacher", "student"))
         self.own = roles["student"].schedule
         self.level = log_normal(self.own, settings.mean, settings.std)
-        self.span = tuple(self.trig(torch.tensor(SPAN, dtype=torch.float64)).tolist())
+        self.first = self.trig(torch.tensor([FIRST], dtype=torch.float64)).item()
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -103,12 +103,12 @@ class SCM(Method):
     def slope(self, x: Tensor, t: Tensor, velocity: Tensor, cond: Condition) -> Tensor:
         """dF / dtheta along the teacher's velocity.
 
-        Networks of diffusers are told up to 1,000 times through sinusoids as fast as a radian a time, and what a
-        variance-preserving one says between two of them nobody taught it. The exact derivative is mostly of that: of the
-        shipped teachers, two to three times as large as x + dF / dtheta is by differences, which agree from width 0.01 to 0.1.
+        The exact one wants networks that are smooth in time. Those of diffusers are told up to 1,000 times through sinusoids as
+        fast as a radian a time, and what a variance-preserving one says between two of them nobody taught it: of the
+        shipped teachers the exact x + dF / dtheta is mostly that, two to three times as large as by differences.
         """
         def field(x: Tensor, t: Tensor) -> Tensor:
             return self.student(x, t, cond).v
         if self.settings.derivative == "exact":
             return exact(field, x, t, velocity, RADIAN)
-        return difference(field, x, t, velocity, RADIAN, self.settings.width, self.span)
+        return trig_difference(field, x, t, velocity, self.settings.width, self.first)
