@@ -14,6 +14,9 @@ from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
 from ..diffusion.times import LEVELS
 
+# Of a flow's scheduler that takes a call's sigmas as they are, whatever the teacher's own grid.
+AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
+            "use_exponential_sigmas": False, "use_beta_sigmas": False}
 DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
@@ -110,14 +113,14 @@ def renoised(steps: int, schedule: str) -> Inference:
     """The sampler of distribution matching: x_0, noised again to the next of `steps` equally spaced times.
 
     Yin et al. 2024, arXiv:2405.14867, section 4.4. LCMScheduler's own boundary scalings differ from it by less than
-    1e-6 at these times.
+    1e-6 at these times. Where `steps` do not divide 1000 its times are floor(1000 / steps) apart. A flow's sigmas are its
+    times, whatever the shift of the teacher's own grid.
     """
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "vp":
         return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING, "clip_sample": False,
                                           "thresholding": False}, call)
-    sigmas = [1 - i / steps for i in range(steps)]
-    return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
+    return Inference("FlowMatchLCMScheduler", AS_GIVEN, call | {"sigmas": [1 - i / steps for i in range(steps)]})
 
 
 def deterministic(steps: int, schedule: str) -> Inference:
@@ -131,8 +134,7 @@ def deterministic(steps: int, schedule: str) -> Inference:
         raise ValueError(f"a sampler takes at least 1 step; found {steps}")
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "flow":
-        config = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
-                  "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
+        config = {**AS_GIVEN, "stochastic_sampling": False}
         return Inference("FlowMatchEulerDiscreteScheduler", config, call | {"sigmas": [1 - i / steps for i in range(steps)]})
     if LEVELS % steps:
         near = [max(d for d in DIVISORS if d < steps), *(d for d in DIVISORS if d > steps)][:2]

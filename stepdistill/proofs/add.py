@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..diffusion.guidance import drawn
 from ..methods.adversarial.add import ADD, Settings
-from .problem import Check, Problem, difference, gradient, off_zero
+from .problem import Check, Problem, difference, gradient, largest, off_zero
 
 COUNT, MANY, STEPS = 256, 20_000, 4
 
@@ -50,13 +50,13 @@ def game(problem: Problem, pictures: Pictures) -> Iterator[Check]:
     slope, = torch.autograd.grad(losses["r1"], w)
     gamma = Settings().r1_weight
     yield Check("R1 of linear heads against |w|^2, and its slope against 2 w; relative",
-                max(abs(losses["r1"].item() / (gamma * w.square().sum().item()) - 1), difference(slope, 2 * gamma * w.detach())), 1e-9)
+                largest(abs(losses["r1"].item() / (gamma * w.square().sum().item()) - 1), difference(slope, 2 * gamma * w.detach())), 1e-9)
 
     blind = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     method = pictures.made(problem, student, blind)
     gan, losses = method.student_loss(batch, step)["gan"], method.critic_loss(batch, critic)
     yield Check("losses where two heads cannot tell, from 0, 4 and 0",
-                max(abs(gan.item()), abs(losses["discriminator"].item() - 4), abs(losses["r1"].item())), 1e-9)
+                largest(abs(gan.item()), abs(losses["discriminator"].item() - 4), abs(losses["r1"].item())), 1e-9)
 
     slope, = torch.autograd.grad(losses["discriminator"], blind)
     real, fake = (torch.stack(pictures.features(pixels)).mean(1) for pixels in (pictures.decode(batch.x0), step.kept["pixels"]))

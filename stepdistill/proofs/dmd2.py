@@ -14,7 +14,7 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..methods.distribution.dmd2 import DMD2, Settings
 from .players import Pupil, error, exits, simulated
-from .problem import Affine, Check, Problem, difference, gradient, off_zero
+from .problem import Affine, Check, Problem, difference, gradient, largest, off_zero
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 PLAIN, GAN = Settings(gan_weight=0), Settings(gan_weight=0.7, critic_gan_weight=0.3)
@@ -62,7 +62,7 @@ def identities(problem: Problem) -> Iterator[Check]:
         fake = method.critic(x_t, t, batch.cond).x0
         apart = (fake - real) / (x.detach() - real).abs().mean(1, keepdim=True)
         known = gradient((apart * x).mean(), student)
-        worst = max(worst, difference(found, known))
+        worst = largest(worst, difference(found, known))
     yield Check(f"student's gradient at each of {STEPS} exits against that of (fake - real) x / |x - real|; relative", worst, 1e-5)
 
     mean, covariance, step = problem.guided_cond(1, w).text[0], problem.covariance, problem.step(COUNT)

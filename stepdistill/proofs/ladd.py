@@ -9,7 +9,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..diffusion.schedule import like
 from ..methods.adversarial.ladd import LADD, Settings
-from .problem import Believer, Check, Problem, difference, gradient, moments, off_zero
+from .problem import Believer, Check, Problem, difference, gradient, largest, moments, off_zero
 
 COUNT, MANY, STEPS = 256, 40_000, 4
 
@@ -42,7 +42,7 @@ def game(problem: Problem) -> Iterator[Check]:
 
     blind = made(problem, student, lambda x, t, cond: 0 * x[:, :2])
     losses = blind.student_loss(batch, step), blind.critic_loss(batch, step)
-    yield Check("losses where the heads cannot tell, from 0 and 2", max(abs(losses[0]["gan"].item()),
+    yield Check("losses where the heads cannot tell, from 0 and 2", largest(abs(losses[0]["gan"].item()),
                                                                        abs(losses[1]["discriminator"].item() - 2)), 1e-9)
 
     method = made(problem, student, lambda x, t, cond: x @ heads.T)

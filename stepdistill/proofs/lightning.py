@@ -14,7 +14,7 @@ from ..diffusion.flow_map import secant_target
 from ..diffusion.schedule import like
 from ..diffusion.solvers import ddim
 from ..methods.adversarial.lightning import Lightning, Settings
-from .problem import Believer, Check, Problem, difference, gradient, off_zero
+from .problem import Believer, Check, Problem, difference, gradient, largest, off_zero
 
 COUNT, MANY, STEPS, NODES = 256, 20_000, 2, 8
 
@@ -119,7 +119,7 @@ def unrest(problem: Problem, objective: str) -> float:
     gan = method.student_loss(batch, step)["gan"].item()
     loss = method.critic_loss(batch, problem.step(COUNT, "critic+discriminator", kept=step.kept))["discriminator"]
     slope, = torch.autograd.grad(loss, theta)
-    return max(abs(gan - log(2)), abs(loss.item() - 2 * log(2)), slope.abs().max().item())
+    return largest(abs(gan - log(2)), abs(loss.item() - 2 * log(2)), slope.abs().max().item())
 
 
 def teacher_step(problem: Problem, sign: float = 1.0) -> Callable[[Tensor, Tensor, Condition], Tensor]:

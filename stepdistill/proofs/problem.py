@@ -45,6 +45,11 @@ def difference(found: Tensor, known: Tensor) -> float:
     return ((found - known).abs().max() / known.abs().max()).item()
 
 
+def largest(*figures: float) -> float:
+    """The largest; not a number where one of them is none, which Python's max would pass over."""
+    return torch.tensor(figures, dtype=torch.float64).max().item()
+
+
 def gradient(loss: Tensor, student: Affine) -> Tensor:
     """Of a scalar in all numbers of the student, flat."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (student.m, student.S))])

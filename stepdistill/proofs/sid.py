@@ -14,7 +14,7 @@ from ..diffusion.schedule import Schedule
 from ..losses.matching import score_identity
 from ..methods.distribution.sid import Settings, SiD
 from .players import Pupil, error, exits, simulated
-from .problem import Affine, Believer, Check, Problem, difference, gradient
+from .problem import Affine, Believer, Check, Problem, difference, gradient, largest
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 
@@ -76,7 +76,7 @@ def pathwise(problem: Problem) -> Check:
         D, d = (A - B).mT, real - fake
         slope = at * times(D, 2 * (1 - alpha) * d + fake - x) + at * times(B.mT, d) - d
         slope = slope / (x - real).abs().mean(1, keepdim=True) / x.numel()
-        worst = max(worst, difference(found, torch.cat([slope.sum(0), (slope.T @ z).flatten()])))
+        worst = largest(worst, difference(found, torch.cat([slope.sum(0), (slope.T @ z).flatten()])))
     return Check(f"student's gradient at each of {STEPS} exits against the slope in x, through both denoisers; relative", worst, 1e-5)
 
 
@@ -111,7 +111,7 @@ def divergences(problem: Problem) -> Iterator[Check]:
         apart = difference(gradient(loss(alpha), student), gradient(known / 2, student))
         yield Check(f"expected gradient at alpha = {alpha:g} against half of the Fisher divergence's{name}; relative", apart, 1e-9)
     known = fisher(drawn()[1]).item()
-    far = max(abs(loss(alpha).item() - (1 - alpha) * known) for alpha in (0.5, 1.0, 1.2))
+    far = largest(*(abs(loss(alpha).item() - (1 - alpha) * known) for alpha in (0.5, 1.0, 1.2)))
     yield Check("expected loss against 1 - alpha times the Fisher divergence, over the divergence", far / known, 1e-9)
 
 
@@ -132,7 +132,7 @@ def guidances(problem: Problem) -> Iterator[Check]:
         scale, kappas = problem.w * kappa_1 / kappa_2, {"critic_trained_at": kappa_1, "critic_asked_at": kappa_2}
         rest, usual = (gradient(made(problem, *fitted(at, kappa_1), **kappas).student_loss(batch, step)["identity"], own).norm()
                        for at in (scale, scale + 0.5))
-        worst = max(worst, (rest / usual).item())
+        worst = largest(worst, (rest / usual).item())
     yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at another; over that 0.5 higher", worst, 1e-9)
     student, critic = fitted(scale, kappa_1)
     pupil, batch = Pupil(critic, MANY, problem.dim), problem.batch(MANY, data=False)

@@ -12,7 +12,7 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..diffusion.times import nodes
 from ..methods.consistency.tcd import TCD, Settings
-from .problem import Affine, Check, Problem, difference, gradient
+from .problem import Affine, Check, Problem, difference, gradient, largest
 from .trajectory import Trajectory, ddim_factor
 
 COUNT, NODES, STEPS = 256, 10, 4
@@ -72,5 +72,5 @@ def noise_added(problem: Problem, method: TCD) -> float:
         n = round(1000 * after.item() - 1)
         A_n, A_s = squares[n], squares[int((1 - method.settings.gamma) * n)]
         known = torch.stack([A_n, A_n / A_s * (1 - A_s), 1 - A_n / A_s]).sqrt()
-        worst = max(worst, difference(e.rule([said], landing, fresh)[0], known))
+        worst = largest(worst, difference(e.rule([said], landing, fresh)[0], known))
     return worst

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.times import discrete, levels, nodes
+from ...diffusion.times import LEVELS, discrete, levels, nodes
 from ...losses.adversarial import hinge_fool, hinge_tell_apart, r1
 from ...losses.regression import squared
 from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
@@ -65,6 +65,8 @@ class ADD(Method):
         if steps < 1 or settings.nodes % steps:
             raise ValueError(f"add trains its student at {settings.nodes} times, those of a sampler whose steps divide {settings.nodes}; "
                              f"found {steps} steps")
+        if schedule == "vp" and LEVELS % settings.nodes:
+            raise ValueError(f"LCMScheduler has evenly spaced times only where their number divides its {LEVELS}; add is set to {settings.nodes}")
         return renoised(steps, schedule)
 
     def updates(self) -> list[Update]:

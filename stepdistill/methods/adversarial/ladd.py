@@ -19,7 +19,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.schedule import RectifiedFlow
-from ...diffusion.times import logit_normal, nodes, weighted
+from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
 from ...losses.adversarial import hinge_fool, hinge_tell_apart
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
 
@@ -66,6 +66,8 @@ class LADD(Method):
         count = len(settings.shares)
         if steps < 1 or count % steps:
             raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide {count}; found {steps} steps")
+        if schedule == "vp" and LEVELS % count:
+            raise ValueError(f"LCMScheduler has evenly spaced times only where their number divides its {LEVELS}; ladd is set to {count}")
         return renoised(steps, schedule)
 
     def updates(self) -> list[Update]:

@@ -15,6 +15,7 @@ do here; its EulerDiscreteScheduler starts from 0.998 times the noise that train
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.flow_map import flow_map
+from ...diffusion.flow_map import ddim_step, flow_map
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import like
-from ...diffusion.solvers import ddim
 from ...diffusion.times import LEVELS, discrete
 from ...losses.adversarial import fool, tell_apart
 from ...losses.regression import squared
@@ -111,7 +111,12 @@ class Lightning(Method):
 
     @torch.no_grad()
     def taught(self, x_t: Tensor, times: Tensor, batch: Batch, step: Step) -> Tensor:
-        return ddim(guided(self.teacher, drawn(self.guidance, step)), x_t, times, batch.cond)
+        """Where the teacher's small steps land. What has reached the data stays there, told the time that it began with."""
+        teacher = guided(self.teacher, drawn(self.guidance, step))
+        for t, r in pairwise(times):
+            on = t > 0
+            x_t = torch.where(like(on, x_t).bool(), ddim_step(teacher(x_t, torch.where(on, t, times[0]), batch.cond), r), x_t)
+        return x_t
 
     def of_pair(self, x_r: Tensor, x_t: Tensor, times: Tensor, batch: Batch, step: Step) -> Tensor:
         """Logits (B, K) of the landing, given where it came from."""
