@@ -83,3 +83,14 @@ def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
     assert all(grad is not None and grad.any() for grad in torch.autograd.grad(loss, (student.m, student.S)))
     assert not step.kept["sample"].requires_grad
     assert not method.critic_loss(batch, problem.step(8, "discriminator", kept=step.kept))["discriminator"].requires_grad
+
+
+@pytest.mark.parametrize("count, served", [(3, False), (7, False), (5, True)])
+def test_a_number_of_nodes_that_lcm_scheduler_cannot_space_evenly_is_refused(count, served):
+    settings = Settings(shares=(1 / count,) * count, first_shares=(1 / count,) * count)
+    assert LADD.inference(settings, count, "flow").call["num_inference_steps"] == count
+    if served:
+        assert LADD.inference(settings, count, "vp").call["num_inference_steps"] == count
+    else:
+        with pytest.raises(ValueError, match=f"divides its 1000; ladd is set to {count}"):
+            LADD.inference(settings, count, "vp")

@@ -102,3 +102,16 @@ def test_gradients_reach_whom_they_train_and_nobody_else():
     assert not method.critic_loss(batch, problem.step(8, kept=step.kept))["discriminator"].requires_grad
     mse = made(problem, student=student, objective="mse").regression(batch, step)["mse"]
     assert torch.autograd.grad(mse, (problem.teacher.covariance, student.S), allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("kind", ["x0", "v"])
+def test_a_teacher_that_has_landed_is_asked_no_more_of_the_data(kind):
+    """From the student's later times one step takes the teacher to the data early: there a network of x_0 has no eps."""
+    problem = Problem(1, "vp")
+    teacher = Believer(problem.schedule, lambda x_t, t, cond: 0.5 * x_t, kind)
+    method = made(problem, steps=1, starts=4)
+    method.teacher = teacher
+    batch, step = problem.batch(COUNT), problem.step(COUNT)
+    x_t, times = method.started(batch, step)
+    landed = method.taught(x_t, times, batch, step)
+    assert (times[1:-1] == 0).any() and landed.isfinite().all() and all((t > 0).all() for _, t, _ in teacher.asked)
