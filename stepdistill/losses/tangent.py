@@ -35,7 +35,7 @@ def trig_difference(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: flo
     one step of DDIM leads: two evaluations. NVlabs/rcm's, arXiv:2510.08431.
 
     It is off by width / 2 times f + d2f / dtheta2, which is zero where the trajectory keeps its x_0 and eps; and by the rounding
-    error of f over width: 1e-5 |f| for float32 and 0.1 |f| for bfloat16 weights at 0.05. It looks back, where students
+    error of f over width: 1e-5 |f| for float32 and up to half of |f| for bfloat16 weights, at 0.05. It looks back, where students
     are right sooner: what they learn travels from data to noise, and schemes that look both ways do not damp what errs.
     """
     back = ((t - first) * pi / 2).clamp(max=width)

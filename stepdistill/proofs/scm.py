@@ -57,7 +57,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)
 
     noise = problem.normal(COUNT, problem.dim)
-    start = torch.ones(COUNT, dtype=torch.float64)
+    start = torch.full((COUNT,), flow.sampler.evaluations[0].level, dtype=torch.float64)
     ends = problem.teacher.of(problem.guided_cond(COUNT, problem.w)).flow(noise, start, 0 * start)
     landed = flow.sampler(believer(problem, problem.w, flows=True), noise, problem.cond(COUNT))
     yield Check("one step of the flow map against the guided teacher's ODE; relative", difference(landed, ends), 1e-5)

@@ -9,14 +9,14 @@ as distillation, sCD.
 At the teacher's flow map g is 0 everywhere, without a grid and its errors. Latents are scaled to a deviation of 1, which takes
 the place of the paper's sigma_data = 0.5 for pixels: all depends on x / sigma_data alone, the law of theta included.
 
-Left out is the paper's learned weight e^-l(t) of the loss: it evens out the size of the losses of different times, which the
-normalisation of g has done already. rCM (arXiv:2510.08431) trains without it.
+Left out is the paper's learned weight e^-l(t) of the loss: it evens out the size of the losses of different times, and the
+normalisation of g has done most of that already. rCM (arXiv:2510.08431) trains without it.
 
 Sources of the defaults: (p) the paper, (s) SANA-Sprint's released training of text-to-image students, (f) NVlabs/FastGen.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi
 from typing import Literal
 
@@ -27,20 +27,23 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import TrigFlow
-from ...diffusion.times import LEVELS, log_normal
+from ...diffusion.times import LEVELS, log_normal, shifted, uniform
 from ...diffusion.views import viewed
 from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_tangent
 from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
 
 TRIG = TrigFlow()
 RADIAN = 2 / pi                   # in the times of TRIG
+NOISIEST = 80.0                   # tan theta where sampling starts, or the schedule's end: g is 0 at pure noise, and teaches nothing
 FIRST = 1 / LEVELS                # of a network's own times, those that it was taught
-INSIDE = (1.1 / LEVELS, 1 - 0.1 / LEVELS)     # a told time that is all but whole is rounded, and has no derivative
+INSIDE = 0.1 / LEVELS             # how far from the ends they are drawn: a told time that is all but whole is rounded, and has
+                                  # no derivative
+SHIFT = 2.0                       # of a flow's sampling times towards noise: two steps meet at theta = 1.1, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    mean: float = -0.1            # of ln(tan theta) = ln(sigma / alpha) (p: -0.8 - ln 0.5; s: 0.2 - ln 0.5 = 0.9)
+    mean: float = -0.1            # of ln(tan theta) = ln(sigma / alpha) (p, ImageNet 512: -0.8 - ln 0.5; s: 0.2 - ln 0.5 = 0.9)
     std: float = 1.6              # of ln(tan theta) (p, s)
     warmup: float = 0.1           # share of the training in which r grows (p: 10,000 updates; s: 4,000)
     damping: float = 0.1          # c (p), against the root mean square of g (f)
@@ -66,6 +69,7 @@ class SCM(Method):
         self.own = roles["student"].schedule
         self.level = log_normal(self.own, settings.mean, settings.std)
         self.first = self.trig(torch.tensor([FIRST], dtype=torch.float64)).item()
+        self.last = min(self.own.time_at(torch.tensor([NOISIEST], dtype=torch.float64).atan()).item(), 1 - INSIDE)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -73,7 +77,12 @@ class SCM(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return renoised(steps, schedule)
+        served = renoised(steps, schedule)
+        if schedule == "vp":
+            return served
+        time = shifted(uniform(), SHIFT)
+        sigmas = [min(time(1 - i / steps), NOISIEST / (1 + NOISIEST)) for i in range(steps)]
+        return replace(served, config={"shift": 1.0, "use_dynamic_shifting": False}, call={**served.call, "sigmas": sigmas})
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]
@@ -92,9 +101,8 @@ class SCM(Method):
     # -- terms -----------------------------------------------------------------------------------------------------
 
     def times(self, step: Step) -> Tensor:
-        """(B,) float64, of TRIG. What the law puts beyond a schedule that stops short of pure noise counts as its end, where
-        sampling starts."""
-        return self.trig(self.level(step.uniform("t")).clamp(*INSIDE))
+        """(B,) float64, of TRIG. What the law puts beyond the noise that sampling starts in counts as that."""
+        return self.trig(self.level(step.uniform("t")).clamp(FIRST + INSIDE, self.last))
 
     def trig(self, t: Tensor) -> Tensor:
         """The times of TRIG at the noise levels of the networks' own times t."""
@@ -103,9 +111,10 @@ class SCM(Method):
     def slope(self, x: Tensor, t: Tensor, velocity: Tensor, cond: Condition) -> Tensor:
         """dF / dtheta along the teacher's velocity.
 
-        The exact one wants networks that are smooth in time. Those of diffusers are told up to 1,000 times through sinusoids as
-        fast as a radian a time, and what a variance-preserving one says between two of them nobody taught it: of the
-        shipped teachers the exact x + dF / dtheta is mostly that, two to three times as large as by differences.
+        The exact one wants networks that are smooth in time: students of Toy, which hear of it through fast waves, run away. Those
+        of diffusers are told up to 1,000 times through sinusoids as fast as a radian a time, and what a variance-preserving
+        one says between two of them nobody taught it: of the shipped teachers the exact x + dF / dtheta is mostly that, two
+        to three times as large as by differences. With those, training is consistency with one step of DDIM in the limit.
         """
         def field(x: Tensor, t: Tensor) -> Tensor:
             return self.student(x, t, cond).v
