@@ -114,7 +114,7 @@ class SCM(Method):
         The exact one wants networks that are smooth in time: students of Toy, which hear of it through fast waves, run away. Those
         of diffusers are told up to 1,000 times through sinusoids as fast as a radian a time, and what a variance-preserving
         one says between two of them nobody taught it: of the shipped teachers the exact x + dF / dtheta is mostly that, two
-        to three times as large as by differences. With those, training is consistency with one step of DDIM in the limit.
+        to three times as large as by differences.
         """
         def field(x: Tensor, t: Tensor) -> Tensor:
             return self.student(x, t, cond).v
