@@ -21,12 +21,14 @@ from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
 from .errors import RequestError, gist
 from .methods import load_method
-from .methods.base import Follows, Frozen, Heads, Method, Need, Trained
-from .models.discriminator import Shape, chosen, head, tap
+from .methods.base import FIXED, Codec, Features, Follows, Heads, Method, Need, Trained
+from .models.discriminator import Shape, chosen, head, paired, tap
 from .models.families import FAMILIES, Layout, call_of, layout
+from .models.roles import Places
 from .models.schedulers import stock_scheduler
+from .models.vision import PUBLISHED, PictureHeads, Sight, prompt_width
 from .recipe import Critic, Recipe, RoleChoice
-from .work import checked, needs_of, sampler_of
+from .work import checked, choices, needs_of
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -58,10 +60,10 @@ def _stage(recipe: Recipe) -> dict[str, Any]:
     roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
-    passes = _passes(recipe, settings, needs, teacher)
-    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + _activations(recipe, teacher)
+    passes, held = _passes(recipe, settings, needs, teacher)
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + round(held * _activations(recipe, teacher))
     return {"roles": roles, "bytes": weights, "peak": peak, "passes": passes, "disk": _disk(recipe, roles, teacher),
-            "downloads": _downloads(source, recipe.revision, roles, teacher)}
+            "downloads": _downloads(source, recipe.revision, roles, teacher) + _vision_downloads(recipe, needs, roles)}
 
 
 # -- networks without weights ----------------------------------------------------------------------------------------------
@@ -132,11 +134,13 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
         rows["teacher"] = _row(_count(teacher, recipe.previous.student), 0, FLOAT)
     rows |= {name: _row(_size(part), 0, base) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
     for name, need in needs.items():
-        if isinstance(need, Heads):
+        if isinstance(need, Features):
             with torch.device("meta"):
-                count = sum(_size(head(shape)) for shape in _features(recipe, teacher).values())
+                rows[name] = _row(_size(_sight(recipe, needs).network()), 0, FLOAT)
+        elif isinstance(need, Heads):
+            count = _heads(recipe, needs, teacher, need)
             rows[name] = _row(count, count, FLOAT)
-        elif not isinstance(need, Frozen):
+        elif not isinstance(need, FIXED):
             count = _count(teacher, _choice(recipe, needs, name))
             rows[name] = _row(count, count if isinstance(need, Trained) else 0, FLOAT)
     return rows
@@ -144,6 +148,24 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
 
 def _row(parameters: int, trained: int, width: int) -> dict[str, int]:
     return {"parameters": parameters, "trained": trained, "bytes": parameters * width}
+
+
+def _heads(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher, need: Heads) -> int:
+    """Parameters of a discriminator."""
+    with torch.device("meta"):
+        if isinstance(needs[need.of], Features):
+            read = _sight(recipe, needs).read(_places(recipe, needs).features)
+            return _size(PictureHeads(read, prompt_width(teacher.inputs(1))))
+        read = _features(recipe, teacher)
+        return sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
+
+
+def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
+    return choices(recipe, needs).get("discriminator", Places())
+
+
+def _sight(recipe: Recipe, needs: Mapping[str, Need]) -> Sight:
+    return Sight.of(_places(recipe, needs).network or PUBLISHED)
 
 
 def _features(recipe: Recipe, teacher: _Teacher) -> dict[str, Shape]:
@@ -180,10 +202,14 @@ def _rows_and_columns(layer: nn.Module) -> int:
 
 @dataclass
 class _Tally:
-    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand."""
+    """Evaluations of the network, each counted `weight` times; trains: the roles of the update at hand.
+
+    held: the most evaluations a sample whose activations one update keeps for its gradients.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    held: float = 0.0
     trains: tuple[str, ...] = ()
     weight: float = 1.0
 
@@ -218,6 +244,9 @@ class _CountedHeads:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         return torch.zeros(len(x_t), 1, requires_grad=self.role.tally.add(self.role.name, x_t, self.share))
 
+    def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        return self(torch.cat([x_r, x_t]), torch.cat([r, t]), cond)[:len(x_r)]
+
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
         return self.role(x_t, t, cond), torch.zeros(len(x_t), 1)
 
@@ -232,19 +261,22 @@ class _Moment(Step):
         return self.at
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, float]:
-    """Network evaluations a sample and step, by running the method's own losses on roles that count.
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> tuple[dict[str, float], float]:
+    """Network evaluations a sample and step, by running the method's own losses on roles that count; and `_Tally.held`.
 
     They are a mean over the exits of the student's rollouts. A pass that ends at a discriminator's last feature counts as
     its share of a whole pass's arithmetic.
     """
     tally = _Tally()
-    roles: dict[str, Any] = {name: _Counted(name, teacher.known.schedule, tally) for name, need in needs.items()
-                             if not isinstance(need, Heads)}
-    share = _share(recipe, teacher) if len(roles) < len(needs) else 0.0
+    free: dict[type, Any] = {Codec: lambda latents: latents, Features: lambda pixels: [pixels]}      # of the denoiser's evaluations
+    roles: dict[str, Any] = {name: free.get(type(need)) or _Counted(name, teacher.known.schedule, tally)
+                             for name, need in needs.items() if not isinstance(need, Heads)}
     if recipe.taught_by_previous:
         roles["teacher"] = self_guided(roles["teacher"], needs_of(recipe.previous)["student"].told_w)
-    roles |= {name: _CountedHeads(roles[need.of], share) for name, need in needs.items() if isinstance(need, Heads)}
+    heads = {name: roles[need.of] for name, need in needs.items() if isinstance(need, Heads)}
+    share = _share(recipe, teacher) if any(isinstance(read, _Counted) for read in heads.values()) else 0.0
+    roles |= {name: _CountedHeads(read, share) if isinstance(read, _Counted) else lambda maps, cond: maps[0].flatten(1)[:, :1]
+              for name, read in heads.items()}
     method = load_method(recipe.method)(settings, roles, recipe.guidance, _sampler(recipe, settings, teacher))
     shape, ids = (teacher.denoiser.config.in_channels, 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
@@ -253,7 +285,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     for exit in range(recipe.steps):
         _count_step(method, batch, tally, (exit + 0.5) / recipe.steps, recipe.steps)
     return {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": recipe.data.batch,
-            "updates": recipe.train.updates}
+            "updates": recipe.train.updates}, tally.held
 
 
 def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int) -> None:
@@ -262,8 +294,9 @@ def _count_step(method: Method, batch: Batch, tally: _Tally, at: float, of: int)
     for update in method.updates():
         tally.trains, tally.weight = update.trains, 1 / (len(batch) * of * update.every)
         for repeat in range(update.repeat):
-            kept = kept if repeat < update.shares else {}
+            kept, before = kept if repeat < update.shares else {}, tally.backward
             update.loss(batch, _Moment(0, 0, 0.0, update.name, repeat, batch.ids, kept=kept, at=at))
+            tally.held = max(tally.held, (tally.backward - before) / tally.weight / len(batch))
 
 
 def _pairs(recipe: Recipe, shape: tuple[int, ...]) -> Pairs | None:
@@ -283,7 +316,7 @@ def _sampler(recipe: Recipe, settings: Any, teacher: _Teacher) -> Sampler:
     try:
         inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.known.schedule_name, recipe.guidance)
         scheduler = stock_scheduler(inference.scheduler, inference.config, teacher.scheduler)
-        return sampler_of(scheduler, recipe.steps, teacher.known.schedule, inference.call)
+        return Sampler.of_call(scheduler, recipe.steps, teacher.known.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
@@ -347,3 +380,14 @@ def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[st
         return []
     size = sum(row["parameters"] for name, row in roles.items() if row["trained"] == 0) * FLOAT
     return [f"{source} (up to {size / 1e9:.1f} GB)"]
+
+
+def _vision_downloads(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A Hub network that judges pictures, if its weights are not in the cache yet."""
+    name = next((name for name, need in needs.items() if isinstance(need, Features)), None)
+    if name is None or resources.locate(source := _sight(recipe, needs).source) is not None:
+        return []
+    from huggingface_hub import try_to_load_from_cache
+    if isinstance(try_to_load_from_cache(source, "model.safetensors"), str):
+        return []
+    return [f"{source} (up to {roles[name]['bytes'] / 1e9:.1f} GB)"]

@@ -70,7 +70,8 @@ class Critic(Strict):
 
 
 class Discriminator(Strict):
-    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; None: the family's own choice
+    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; None: the network's usual ones
+    network: str | None = None                   # that judges pictures: a vision transformer's folder or Hub id; None: DINOv2, small
     lr: float | None = Field(None, gt=0)         # None: train.lr
 
 
@@ -245,6 +246,7 @@ class Recipe(Strict):
                 plain[role] = "full"
         plain["teacher"] = resources.portable(self.teacher)
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
+        paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
         paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
                   for name in ("prompts", "path") if name in table]
         for table, name in paths:

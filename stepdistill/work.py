@@ -28,12 +28,11 @@ from .data.prompts import Captions, open_prompts
 from .diffusion.draws import key
 from .diffusion.guidance import guided
 from .diffusion.sampler import Sampler
-from .diffusion.schedule import Schedule
 from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
 from .methods import METHODS, load_method
-from .methods.base import Follows, Heads, Inference, Method, Need, Trained, due, middle
+from .methods.base import Features, Follows, Heads, Inference, Method, Need, Trained, due, middle
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, Weights, build_roles
 from .models.schedulers import stock_scheduler
@@ -173,9 +172,17 @@ def choices(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
     said: dict[str, Setting] = {"student": _choice(recipe.student)}
     if recipe.critic is not None:
         said["critic"] = _choice(recipe.critic)
-    if recipe.discriminator is not None and recipe.discriminator.features is not None:
-        said["discriminator"] = Places(tuple(recipe.discriminator.features))
+    if recipe.discriminator is not None:
+        said["discriminator"] = _places(recipe, needs)
     return said
+
+
+def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
+    features, network = recipe.discriminator.features, recipe.discriminator.network
+    if network is not None and not isinstance(needs[needs["discriminator"].of], Features):
+        raise recipe.refuse("discriminator.network", f"is {network}, but the discriminator of {recipe.method} reads the features of its "
+                            f"{needs['discriminator'].of}, not of pictures")
+    return Places(None if features is None else tuple(features), None if network is None else str(resources.locate(network) or network))
 
 
 def rates(recipe: Recipe) -> dict[str, float]:
@@ -198,14 +205,9 @@ def served(recipe: Recipe, family: Family) -> tuple[Inference, Sampler]:
         inference = kind.inference(recipe.method_settings(), recipe.steps, family.schedule_name, recipe.guidance)
         inference = replace(inference, call={**inference.call, **family.call})
         scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, sampler_of(scheduler, recipe.steps, family.schedule, inference.call)
+        return inference, Sampler.of_call(scheduler, recipe.steps, family.schedule, inference.call)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
-
-
-def sampler_of(scheduler: SchedulerMixin, steps: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
-    """The sampler of a pipeline call. ValueError where the scheduler does not serve that many steps."""
-    return Sampler.of(scheduler, steps, schedule, **{name: call[name] for name in ("timesteps", "sigmas") if name in call})
 
 
 def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None) -> Roles:

@@ -18,7 +18,7 @@ from stepdistill.models.families import call_of, load_teacher
 
 ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT = 11
-STUDENTS = {"shapes-lcm": "shapes-sd", "shapes-dmd2": "shapes-sd", "shapes-sd3-dmd2": "shapes-sd3"}
+STUDENTS = {"shapes-lcm": "shapes-sd", "shapes-dmd2": "shapes-sd", "shapes-dmd2-1step": "shapes-sd", "shapes-sd3-dmd2": "shapes-sd3"}
 
 
 @pytest.fixture(scope="module")

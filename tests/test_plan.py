@@ -35,6 +35,17 @@ def test_a_plan_counts_what_training_makes(tmp_path, t5, call, tokens):
     assert kept == 10 * 4 * (16 * 8 * 8 + cond.text.numel() + cond.pooled.numel()) and cond.text.shape[1] == tokens
 
 
+def test_a_peak_has_room_for_every_pass_that_gradients_go_back_through(tiny_teacher):
+    """A score difference keeps the activations of the student alone, a score identity the teacher's and the critic's too."""
+    def peak(method: str, guidance: float, batch: int = 4) -> int:
+        return plan(Recipe.load({"method": method, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": guidance,
+                                 "steps": 1, "data": {"prompts": "shapes", "batch": batch}, "train": {"updates": 2}}))["peak"]
+
+    one, three, five = peak("swiftbrush", 2.0), peak("sid", 1.0), peak("sid", 2.0)
+    assert five - one == 2 * (three - one) > 0
+    assert three - one == pytest.approx(2 * (peak("swiftbrush", 2.0, 8) - one), rel=0.1)       # each pass as much as a batch more
+
+
 def test_the_plan_of_stable_diffusion_3_from_its_configs(tmp_path):
     """2.03 billion parameters in the transformer of SD3 Medium, 4.76 in T5-XXL's encoder."""
     with torch.device("meta"):

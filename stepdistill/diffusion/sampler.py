@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Draw = Callable[[int], Tensor]
 # (the last two predictions, the landing (B,), fresh noise or None) -> the next state
 Rule = Callable[[list[Prediction], Tensor, Tensor | None], Tensor]
+SHAPING = ("num_inference_steps", "timesteps", "sigmas", "eta")     # keywords of a pipeline call that shape its sampler
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,19 @@ class Sampler:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, k: int, schedule: Schedule, *, num_inference_steps: int | None = None,
-           timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None, **grid: Any) -> Sampler:
+           timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None, eta: float | None = None,
+           **grid: Any) -> Sampler:
         """Reads `scheduler`, which is left as it is, for `k` steps of roles under `schedule`.
 
-        The keywords are those of the pipeline call that shape the grid; `grid` goes to set_timesteps as it is
-        (original_inference_steps, mu). ValueError for a scheduler, a config or a k that is not served.
+        The keywords are those of the pipeline call that shape the sampler; `grid` goes to set_timesteps as it is
+        (original_inference_steps, mu). eta: the share of fresh noise of a TCDScheduler, 0 where the call does not say, as in
+        the pipelines. ValueError for a scheduler, a config or a k that is not served.
         """
         name = type(scheduler).__name__
         if name not in READERS:
             raise ValueError(f"no sampler reads a {name}; the schedulers that can be read are {', '.join(sorted(READERS))}")
+        if eta is not None and (name != "TCDScheduler" or not 0 <= eta <= 1):
+            raise ValueError(f"eta is read with a TCDScheduler alone, and is from 0 to 1; found {eta:g} with a {name}")
         counts = {"k": k, "num_inference_steps": num_inference_steps, "len(timesteps)": timesteps and len(timesteps),
                   "len(sigmas)": sigmas and len(sigmas)}
         found = {key: value for key, value in counts.items() if value is not None}
@@ -75,8 +80,14 @@ class Sampler:
             scheduler.set_timesteps(**asked)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name} does not serve {asked}: {error}") from error
-        start, evaluations = READERS[name](scheduler, schedule)
+        read = READERS[name] if eta is None else partial(READERS[name], eta=eta)
+        start, evaluations = read(scheduler, schedule)
         return cls(k, start, tuple(evaluations))
+
+    @classmethod
+    def of_call(cls, scheduler: SchedulerMixin, k: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
+        """As `of`, from all keyword arguments of a pipeline call: those that do not shape the sampler are passed over."""
+        return cls.of(scheduler, k, schedule, **{key: call[key] for key in SHAPING if key in call})
 
     @property
     def times(self) -> Tensor:
@@ -151,6 +162,13 @@ def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_s
     return x0 if noise is None else p.schedule.add_noise(x0, noise, r)
 
 
+def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, through: float) -> Tensor:
+    """Zheng et al. 2024, arXiv:2402.19159, algorithm 4: by DDIM past the landing, to `through`, and back by fresh noise."""
+    p, s = history[-1], torch.full_like(r, through)
+    x_s = ddim_step(p, s)
+    return x_s if noise is None else p.schedule.renoise(x_s, noise, s, r)
+
+
 # Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) ----------------------------------------
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():
@@ -185,6 +203,17 @@ def _lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Eva
     rules = [partial(_consistency, c_skip=c_skip, c_out=c_out) for c_skip, c_out in scalings]
     noisy = [True] * (len(told) - 1) + [False]
     return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:] + [0.0], rules, noisy)]
+
+
+def _tcd(scheduler: SchedulerMixin, schedule: Schedule, eta: float = 0.0) -> tuple[float, list[Evaluation]]:
+    """Its clean data is the told time 0, which still holds a little noise."""
+    told, times = _vp_told(scheduler, schedule), scheduler.timesteps
+    after = torch.cat([times[1:], times.new_zeros(1)])
+    through = torch.floor((1 - eta) * after).long()                      # in float32, as the scheduler rounds
+    levels, landings, middles = (_level(scheduler.alphas_cumprod[i], schedule) for i in (times, after, through))
+    rules = [partial(_strategic, through=middle) for middle in middles]
+    noisy = [eta > 0] * (len(told) - 1) + [False]
+    return 1.0, [Evaluation(*row) for row in zip(told, levels, landings, rules, noisy)]
 
 
 def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
@@ -255,8 +284,9 @@ def _flow_lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, lis
     return 1.0, [Evaluation(*row[:3], rule, row[3]) for row in zip(told, levels, levels[1:], noisy)]
 
 
-READERS: dict[str, Callable[[SchedulerMixin, Schedule], tuple[float, list[Evaluation]]]] = {
+READERS: dict[str, Callable[..., tuple[float, list[Evaluation]]]] = {
     "LCMScheduler": _lcm,
+    "TCDScheduler": _tcd,
     "DDIMScheduler": _ddim_reader,
     "EulerDiscreteScheduler": _euler,
     "HeunDiscreteScheduler": _heun_reader,

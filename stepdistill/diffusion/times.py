@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from math import atan
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ def shifted(law: Law, shift: float) -> Law:
 def discrete(grid: Tensor) -> Law:
     """Every node of the grid, (N,) float64, equally likely."""
     return lambda u: grid[(u * len(grid)).long()]
+
+
+def weighted(grid: Tensor, shares: Sequence[float]) -> Law:
+    """Node i of the grid, (N,) float64, with probability shares[i]; they sum to 1."""
+    edges = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    return lambda u: grid[torch.searchsorted(edges / edges[-1], u, right=True).clamp(max=len(grid) - 1)]
 
 
 def nodes(n: int) -> Tensor:

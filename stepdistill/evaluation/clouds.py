@@ -16,13 +16,17 @@ COLOURS = ("#d9480f", "#1c7ed6", "#2f9e62", "#9c36b5")
 INK, REACH, CHUNK = "#1f2933", 3.2, 2000
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
+def energy_distance(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| over independent pairs, without bias: 0 in the mean where the laws are equal.
 
-    x (n, D), y (m, D). Székely & Rizzo 2013, "Energy statistics", eq. 1.1.
+    x (n, D), y (m, D); within_y: E|y - y'|, where it is known. Székely & Rizzo 2013, "Energy statistics", eq. 1.1.
     """
-    within = lambda z: _mean(z, z) * len(z) / (len(z) - 1)         # a point's distance to itself is no pair
-    return 2 * _mean(x, y) - within(x) - within(y)
+    return 2 * _mean(x, y) - within(x) - (within(y) if within_y is None else within_y)
+
+
+def within(z: Tensor) -> float:
+    """E|z - z'| of two different points of z (n, D)."""
+    return _mean(z, z) * len(z) / (len(z) - 1)
 
 
 def _mean(x: Tensor, y: Tensor) -> float:

@@ -20,7 +20,6 @@ from .formats import component
 from .student import Lora, Student
 
 IMAGES, SEED, TOLERANCE = 4, 0, 1e-4
-GRID = ("num_inference_steps", "timesteps", "sigmas")       # what of a pipeline call shapes the sampler's grid
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def reference(student: Student, pipe: DiffusionPipeline, call: Mapping[str, Any]
               guidance: float | None) -> Tensor:
     """Our sampler's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     family, generator = student.family, torch.Generator().manual_seed(SEED)
-    sampler = Sampler.of(pipe.scheduler, student.steps, family.schedule, **{key: call[key] for key in GRID if key in call})
+    sampler = Sampler.of_call(pipe.scheduler, student.steps, family.schedule, call)
     shape = (len(prompts), *family.latent_shape)
     noise = torch.randn(shape, generator=generator)
     if not family.seeded_steps:

@@ -19,7 +19,7 @@ from ..errors import RequestError
 from .card import card
 from .folder import SETTINGS, read_settings
 from .formats import WRITERS, adapter
-from .proof import GRID, IMAGES, TOLERANCE, Proof, prove
+from .proof import IMAGES, TOLERANCE, Proof, prove
 from .student import Student
 
 
@@ -74,8 +74,7 @@ def _in_range(student: Student, guidance: float | None) -> None:
 
 def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None, weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
-    grid = {key: call[key] for key in GRID if key in call}
-    sampler = Sampler.of(student.scheduler, student.steps, student.family.schedule, **grid)
+    sampler = Sampler.of_call(student.scheduler, student.steps, student.family.schedule, call)
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
             "teacher": student.teacher or student.family.source,
             "revision": student.family.revision, "role": student.role_name, "run": student.run,

@@ -8,11 +8,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..diffusion.consistency import TIMESTEP_SCALING
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
 from ..diffusion.times import LEVELS
 
+# Of a flow's scheduler that takes a call's sigmas as they are, whatever the teacher's own grid.
+AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
+            "use_exponential_sigmas": False, "use_beta_sigmas": False}
 DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
@@ -49,12 +53,30 @@ class Follows:
 
 @dataclass(frozen=True)
 class Heads:
-    """A discriminator: small trained heads that judge the features of another role's network, `of`."""
+    """A discriminator: small trained heads that judge the features of another role's network, `of`.
+
+    pair: they judge two noisy states at once, discriminator.pair(x_r, r, x_t, t, cond).
+    """
 
     of: str
+    pair: bool = False
 
 
-Need = Frozen | Trained | Follows | Heads
+@dataclass(frozen=True)
+class Codec:
+    """The teacher's decoder: latents (B, ...) -> pixels (B, 3, H, W), [-1, 1] and a little beyond, with gradients to the latents."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A frozen vision network: pixels -> a list of feature maps, with gradients to the pixels.
+
+    Heads of it are called discriminator(maps, cond).
+    """
+
+
+Need = Frozen | Trained | Follows | Heads | Codec | Features
+FIXED = (Frozen, Codec, Features)            # what never changes
 
 
 @dataclass(frozen=True)
@@ -91,14 +113,14 @@ def renoised(steps: int, schedule: str) -> Inference:
     """The sampler of distribution matching: x_0, noised again to the next of `steps` equally spaced times.
 
     Yin et al. 2024, arXiv:2405.14867, section 4.4. LCMScheduler's own boundary scalings differ from it by less than
-    1e-6 at these times.
+    1e-6 at these times. Where `steps` do not divide 1000 its times are floor(1000 / steps) apart. A flow's sigmas are its
+    times, whatever the shift of the teacher's own grid.
     """
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "vp":
-        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": 10.0, "clip_sample": False,
+        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING, "clip_sample": False,
                                           "thresholding": False}, call)
-    sigmas = [1 - i / steps for i in range(steps)]
-    return Inference("FlowMatchLCMScheduler", {}, call | {"sigmas": sigmas})
+    return Inference("FlowMatchLCMScheduler", AS_GIVEN, call | {"sigmas": [1 - i / steps for i in range(steps)]})
 
 
 def deterministic(steps: int, schedule: str) -> Inference:
@@ -112,8 +134,7 @@ def deterministic(steps: int, schedule: str) -> Inference:
         raise ValueError(f"a sampler takes at least 1 step; found {steps}")
     call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
     if schedule == "flow":
-        config = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
-                  "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
+        config = {**AS_GIVEN, "stochastic_sampling": False}
         return Inference("FlowMatchEulerDiscreteScheduler", config, call | {"sigmas": [1 - i / steps for i in range(steps)]})
     if LEVELS % steps:
         near = [max(d for d in DIVISORS if d < steps), *(d for d in DIVISORS if d > steps)][:2]
@@ -121,6 +142,11 @@ def deterministic(steps: int, schedule: str) -> Inference:
                          f"{' or '.join(map(str, near))} would be right")
     config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
     return Inference("DDIMScheduler", config, call)
+
+
+def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
+    """The `sigmas` of a flow's call, `steps` of the `nodes` ends of equal segments, chosen as LCMScheduler chooses times."""
+    return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
 
 
 def middle(guidance: Guidance) -> float:

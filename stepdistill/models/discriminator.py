@@ -71,6 +71,11 @@ def chosen(shapes: Mapping[str, Shape], names: Sequence[str]) -> dict[str, Shape
     return {name: shape for name, shape in shapes.items() if name in names}
 
 
+def paired(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Of heads that see the features of two states at once, joined channel by channel."""
+    return {name: (2 * channels, *sides) for name, (channels, *sides) in shapes.items()}
+
+
 def head(shape: Shape) -> nn.Sequential:
     """Feature map (B, C, H, W) -> one logit a position, (B, 1, h, w) with h and w about LEAST for a map of this `shape`.
 
@@ -96,18 +101,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.role, self.features = role, tuple(shapes)
         with torch.random.fork_rng(devices=[]):
-            self.heads = nn.ModuleDict({_slug(name): head(shape) for name, shape in shapes.items()})
-        self._initialise(seed)
+            self.heads = nn.ModuleDict({slug(name): head(shape) for name, shape in shapes.items()})
+        initialise(self.heads, seed)
         self.to(next(role.network.parameters()).device)
-
-    @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        for path, parameter in self.heads.named_parameters():
-            if parameter.ndim > 1:
-                generator = torch.Generator().manual_seed(key(seed, "head", path))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
-            elif path.endswith("bias"):
-                parameter.zero_()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """x_t (B, C, H, W); t (B,) float64 in [0, 1]."""
@@ -121,12 +117,38 @@ class Discriminator(nn.Module):
             prediction = self.role(x_t, t, cond)
         return prediction, self._judged(found, x_t)
 
+    def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Logits (B, K) of two states of one trajectory, of heads made for `paired` shapes, in one pass of a doubled batch.
+
+        Lin et al. 2024, arXiv:2402.13929, eq. 22.
+        """
+        both = torch.cat([x_r, x_t])
+        with tap(self.role.network, self.features, leave=True) as found:
+            self.role(both, torch.cat([r, t]), None if cond is None else Condition.cat([cond, cond]))
+        return self._read({name: torch.cat(m.chunk(2), dim=1) for name, m in self._maps(found, both).items()})
+
     def _judged(self, found: Mapping[str, Any], x_t: Tensor) -> Tensor:
-        maps = {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
-        with torch.autocast(x_t.device.type, enabled=False):
-            return torch.stack([self.heads[_slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
+        return self._read(self._maps(found, x_t))
+
+    def _maps(self, found: Mapping[str, Any], x_t: Tensor) -> dict[str, Tensor]:
+        return {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
+
+    def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(maps[self.features[0]].device.type, enabled=False):
+            return torch.stack([self.heads[slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
 
 
-def _slug(name: str) -> str:
+@torch.no_grad()
+def initialise(heads: nn.ModuleDict, seed: int) -> None:
+    """First values: a function of (seed, feature), and no layer at zero, which would pass no gradient on."""
+    for path, parameter in heads.named_parameters():
+        if parameter.ndim > 1:
+            generator = torch.Generator().manual_seed(key(seed, "head", path))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
+        elif path.endswith("bias"):
+            parameter.zero_()
+
+
+def slug(name: str) -> str:
     """A module's name in a ModuleDict, which allows no dots."""
     return name.replace(".", "_")

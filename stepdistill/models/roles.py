@@ -1,7 +1,7 @@
 """The roles that a method needs, made from one teacher: adapters on its network, networks of their own, and heads on them."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..diffusion.guidance import SelfGuided, self_guided
 from ..errors import RequestError
-from ..methods.base import Follows, Frozen, Heads, Need, Trained
+from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, LoraConfig, lora_config
 from .denoiser import Denoiser
-from .discriminator import Discriminator, Shape, chosen
+from .discriminator import Discriminator, Shape, chosen, paired
 from .ema import Ema
 from .families import Family
 from .recompute import recomputed
+from .vision import PictureHeads, PlaneFeatures, Vision, prompt_vector, sight_of
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,13 @@ class Full:
 
 @dataclass(frozen=True)
 class Places:
-    """A role as heads on the outputs of these modules of a network."""
+    """A role as heads on the outputs of these modules of a network, the network's usual ones unless given.
 
-    features: tuple[str, ...]
+    network: where the heads are on pictures, the folder or Hub id of the vision network; the published one unless given.
+    """
+
+    features: tuple[str, ...] | None = None
+    network: str | None = None
 
 
 Setting = Lora | Full | Places
@@ -54,22 +59,29 @@ class Weights:
     told_w: bool = False
 
 
-class Roles(Mapping[str, Denoiser | Discriminator | SelfGuided]):
+Role = Denoiser | Discriminator | SelfGuided | PictureHeads | Vision | PlaneFeatures | Callable[[Tensor], Tensor]
+
+
+class Roles(Mapping[str, Role]):
     """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by `build_roles`.
 
     bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen base. A frozen role
     of another run's weights has its guidance within.
-    features: role -> the modules on whose outputs its heads lie, and their shapes. seed: of the heads' first values.
+    features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the vision networks, by role.
+    seed: of the heads' first values.
     """
 
     def __init__(self, family: Family, needs: Mapping[str, Need], told_w: frozenset[str], bank: AdapterBank | None,
-                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], seed: int) -> None:
+                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], visions: Mapping[str, Vision | PlaneFeatures],
+                 seed: int) -> None:
         self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
-        self._denoisers = {name: self._denoiser(name) for name in needs if name not in features}
-        self._discriminators = {name: Discriminator(self._denoisers[needs[name].of], shapes, seed) for name, shapes in features.items()}
+        self.visions = dict(visions)
+        pixels = {name: family.pixels for name, need in needs.items() if isinstance(need, Codec)}
+        self._denoisers = {name: self._denoiser(name) for name, need in needs.items() if not isinstance(need, Heads | Codec | Features)}
+        self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed) for name, shapes in features.items()}
         taught = {name: self_guided(self._denoisers[name], name in told_w) for name, need in needs.items()
                   if isinstance(need, Frozen) and (name in networks or self.is_lora(name))}
-        self._roles = self._denoisers | self._discriminators | taught
+        self._roles: dict[str, Role] = self._denoisers | self._discriminators | self.visions | pixels | taught
         self._modules = self.networks | self._discriminators
         self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
@@ -78,6 +90,12 @@ class Roles(Mapping[str, Denoiser | Discriminator | SelfGuided]):
         if name in self.networks:
             return Denoiser(self.family, self.networks[name], told_w=name in self.told_w)
         return self._on_base(name if self.is_lora(name) else None, name in self.told_w)
+
+    def _discriminator(self, of: str, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
+        if of not in self.visions:
+            return Discriminator(self._denoisers[of], shapes, seed)
+        width = prompt_vector(self.family.encode([self.family.null_prompt])).shape[-1]
+        return PictureHeads(shapes, width, seed)
 
     def _on_base(self, adapter: str | None, told_w: bool = False) -> Denoiser:
         context = nullcontext if self.bank is None else partial(self.bank.use, adapter)
@@ -88,7 +106,7 @@ class Roles(Mapping[str, Denoiser | Discriminator | SelfGuided]):
         """The pipeline's own network, which is the teacher unless that is another run's student."""
         return self._on_base(None)
 
-    def __getitem__(self, name: str) -> Denoiser | Discriminator | SelfGuided:
+    def __getitem__(self, name: str) -> Role:
         return self._roles[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -140,7 +158,7 @@ class Roles(Mapping[str, Denoiser | Discriminator | SelfGuided]):
     def to(self, device: torch.device | str) -> Roles:
         """Moves the family and every role; parameters stay the same objects."""
         self.family.to(device)
-        for module in self._modules.values():
+        for module in (*self._modules.values(), *self.visions.values()):
             module.to(device)
         return self
 
@@ -177,7 +195,7 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     frozen = {name: weights for name, weights in (begin or {}).items() if isinstance(needs[name], Frozen)}
     settings = {**settings, **{name: weights.setting for name, weights in frozen.items()}}
     told_w += tuple(name for name, weights in frozen.items() if weights.told_w)
-    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, Frozen | Heads) or name in frozen}
+    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, (Heads, *FIXED)) or name in frozen}
     told = frozenset(name for name in made if _leader(name, needs) in told_w)
     if told and family.w_path is None:
         raise RequestError(f"a {type(family.network).__name__} has no input for a guidance scale, so no student of it can be told one: "
@@ -189,19 +207,34 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     bank = AdapterBank(family.network, configs, seed) if configs else None
     if bank is not None and (readers := [name for name in configs if name in told]):
         bank.add_linear(family.w_path, readers, *family.w_features)
-    features = {name: chosen(family.feature_shapes, settings.get(name, Places(family.default_features)).features)
-                for name, need in needs.items() if isinstance(need, Heads)}
-    roles = Roles(family, needs, told, bank, networks, features, seed)
+    features, visions = _judges(family, needs, settings)
+    roles = Roles(family, needs, told, bank, networks, features, visions, seed)
     for name, state in states.items():
         roles.load_state_dict(name, state)
     for name, need in needs.items():
         _start(roles, name, need, name in states)
     if gradient_checkpointing:
+        family.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
         for network in networks.values():
             network.enable_gradient_checkpointing(recomputed)
-        if bank is not None:
-            bank.network.enable_gradient_checkpointing(bank.checkpoint)
     return roles
+
+
+def _judges(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
+    """What each discriminator's heads lie on, and the vision networks among that."""
+    features: dict[str, dict[str, Shape]] = {}
+    visions: dict[str, Vision | PlaneFeatures] = {}
+    for name, need in needs.items():
+        if isinstance(need, Heads):
+            places = settings.get(name, Places())
+            if isinstance(needs[need.of], Features):
+                sight = sight_of(family.plane, places.network)
+                features[name] = sight.read(places.features)
+                visions[need.of] = sight.features(tuple(features[name]))
+            else:
+                shapes = chosen(family.feature_shapes, family.default_features if places.features is None else places.features)
+                features[name] = paired(shapes) if need.pair else shapes
+    return features, visions
 
 
 def _config(family: Family, setting: Lora) -> LoraConfig:
@@ -237,8 +270,11 @@ def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting], told_w: t
         raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains {', '.join((*trained, *heads))}")
     if wrong := [name for name, setting in settings.items() if isinstance(setting, Places) != (name in heads)]:
         raise ValueError(f"{', '.join(wrong)}: heads are made at Places, networks as Lora or Full; found {settings[wrong[0]]}")
+    lonely = [name for name, need in needs.items() if isinstance(need, Features) and [h.of for h in heads.values()].count(name) != 1]
+    if lonely:
+        raise ValueError(f"{', '.join(lonely)}: the features of pictures are read by one discriminator, whose settings say which")
     for name, need in heads.items():
-        if need.of not in needs or need.of in heads:
+        if need.of not in needs or need.of in heads or isinstance(needs[need.of], Codec):
             networks = ", ".join(role for role in needs if role not in heads)
             raise ValueError(f"role {name!r} judges features of {need.of!r}, which is no network: {networks} are")
     if "critic" in needs and "student" not in needs:

@@ -5,7 +5,7 @@ one step of DDIM. Exact samples themselves have about 0.0003; the limits are 0.0
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from ..diffusion.contracts import Condition
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
 from ..diffusion.solvers import ddim
-from ..evaluation.clouds import cloud, energy_distance, points_of
+from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
 from ..models.schedulers import stock_scheduler
 from ..recipe import Recipe, builtin
-from ..work import Work, open_run, sampler_of
+from ..work import Work, open_run
 from .problem import NAMES, Check, Problem
 
 COUNT, SHOWN, WAYS = 20_000, 3000, 24
 LIMITS = {1: 0.03, 2: 0.03, 4: 0.01}
 GAN_ONLY = {"ladd": 0.05, "lightning": 0.05, "add": 0.05}         # limits at one evaluation of those without a score to match
 SHOWN_AT = (1, 2, 4)
+DRAWN = "drawn.pt"
 
 
 def recipes(method: str) -> list[str]:
@@ -44,11 +45,12 @@ class Distance:
         self.toy = toy
         self.exact, self.labels = toy.points(torch.arange(COUNT) + COUNT)
         self.asked = toy.points(torch.arange(COUNT))[1]            # the classes of what is to be measured
+        self.within = {k: within(points_of(self.exact)[self.labels == k]) for k in self.asked.unique().tolist()}
 
     def of(self, samples: Tensor) -> float:
         """samples (COUNT, 2, 1, 1), of the classes `asked`. Without the unit."""
-        apart = [energy_distance(points_of(samples)[self.asked == k], points_of(self.exact)[self.labels == k])
-                 for k in self.asked.unique()]
+        apart = [energy_distance(points_of(samples)[self.asked == k], points_of(self.exact)[self.labels == k], known)
+                 for k, known in self.within.items()]
         return sum(apart) / len(apart)
 
     def cond(self, work: Work) -> Condition:
@@ -60,10 +62,11 @@ class Distance:
         """Of the noise, the same for everyone."""
         return Step(self.toy.seed, 0, 0.0, "measured", 0, torch.arange(COUNT))
 
-    def unit(self, work: Work) -> float:
-        teacher = work.roles["teacher"]
-        with torch.no_grad():
-            return self.of(ddim(teacher, self.moment.normal("start", SHAPE), torch.tensor([1.0, 0.0]).double(), self.cond(work).replace(w=None)))
+    @torch.no_grad()
+    def of_teacher(self, work: Work, steps: int) -> float:
+        """By DDIM."""
+        times, cond = torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.cond(work).replace(w=None)
+        return self.of(ddim(work.roles.base, self.moment.normal("start", SHAPE), times, cond))
 
 
 def problem(seed: int, method: str, folder: Path) -> Path:
@@ -94,35 +97,49 @@ def sampler(work: Work, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
     family = work.family
     inference = type(work.method).inference(work.method.settings, steps, family.schedule_name, work.recipe.guidance)
-    return sampler_of(stock_scheduler(inference.scheduler, inference.config, family.scheduler), steps, family.schedule, inference.call)
+    scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
+    return Sampler.of_call(scheduler, steps, family.schedule, inference.call)
 
 
 @torch.no_grad()
-def states(work: Work, steps: int, distance: Distance) -> list[Tensor]:
+def states(work: Work, found: Sampler, distance: Distance) -> list[Tensor]:
     """Of every evaluation and, the last, the samples: (COUNT, 2, 1, 1) each."""
-    found, cond, role = sampler(work, steps), distance.cond(work), work.roles[work.best]
+    cond, role = distance.cond(work), work.roles[work.best]
     draw = lambda i: distance.moment.normal(f"renoise {i}", SHAPE)
     return [found.rollout(role, distance.moment.normal("start", SHAPE), i, cond, draw) for i in range(found.nfe + 1)]
 
 
-def convergence(method: str, seed: int, out: Path, picture: Path) -> Iterator[Check]:
-    """Trains every Toy recipe of the method and draws their samples."""
-    teacher, panels, ways = problem(seed, method, out / "toy"), {}, {}
-    distance = Distance(Toy(teacher))
-    panels["exact"] = points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]
-    for name in recipes(method):
-        work = open_run(train(on(name, teacher, seed), out=out / "runs" / name.replace("/", "-")))
-        unit = distance.unit(work)
-        for steps in sorted({*SHOWN_AT, *work.recipe.evaluate.nfe}):
-            try:
-                found = states(work, steps, distance)
-            except ValueError:                       # this many steps are not served: there is nothing to show
-                continue
-            title = f"{name.removeprefix('toy/')}, {steps} steps"
-            panels[title] = points_of(found[-1])[:SHOWN], distance.asked[:SHOWN]
-            ways[title] = torch.stack([points_of(x)[:WAYS] for x in found], 1)
-            if steps in work.recipe.evaluate.nfe:
-                limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
-                yield Check(f"energy distance at {steps} evaluations ({name}, {teacher.name}), teacher's one step = 1",
-                            distance.of(found[-1]) / unit, limit)
-    cloud(panels, picture, ways, columns=4)
+def convergence(name: str, seed: int, out: Path) -> Iterator[Check]:
+    """Trains a Toy recipe, and leaves in `out` what `draw` shows of it."""
+    method = Recipe.load(name).method
+    teacher = problem(seed, method, out / "toy")
+    distance, shown = Distance(Toy(teacher)), {}
+    work = open_run(train(on(name, teacher, seed), out=out / "run"))
+    unit = distance.of_teacher(work, 1)
+    for steps in sorted({*SHOWN_AT, *work.recipe.evaluate.nfe}):
+        measured = steps in work.recipe.evaluate.nfe
+        try:
+            found = sampler(work, steps)
+        except ValueError:                       # this many steps are not served
+            if measured:
+                raise
+            continue
+        found = states(work, found, distance)
+        shown[f"{name.removeprefix('toy/')}, {steps} steps"] = torch.stack([points_of(x)[:SHOWN] for x in found])
+        if measured:
+            limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
+            yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher {distance.of_teacher(work, steps) / unit:.3f}",
+                        distance.of(found[-1]) / unit, limit)
+    torch.save({"exact": (points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]), "classes": distance.asked[:SHOWN], "shown": shown},
+               out / DRAWN)
+
+
+def draw(folders: Iterable[Path], picture: Path) -> None:
+    """Exact samples, and the students' of these convergences with some of their ways. Nothing where none came to an end."""
+    panels, ways = {}, {}
+    for kept in [torch.load(folder / DRAWN) for folder in folders if (folder / DRAWN).is_file()]:
+        panels["exact"] = kept["exact"]
+        panels |= {title: (states[-1], kept["classes"]) for title, states in kept["shown"].items()}
+        ways |= {title: states[:, :WAYS].transpose(0, 1) for title, states in kept["shown"].items()}
+    if panels:
+        cloud(panels, picture, ways, columns=4)

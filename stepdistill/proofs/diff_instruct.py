@@ -5,19 +5,18 @@ from collections.abc import Iterator
 
 import torch
 
+from ..diffusion.contracts import Role
 from ..diffusion.guidance import drawn
-from ..diffusion.schedule import like
-from ..diffusion.weighting import edm
 from ..methods.distribution.diff_instruct import DiffInstruct, Settings
-from .problem import Affine, Check, Problem, difference, gradient, standard_errors
+from .players import Pupil, error
+from .problem import Affine, Check, Problem, difference, gradient
 
-COUNT, MANY = 256, 20_000
+COUNT, MANY = 256, 5_000
 
 
-def made(problem: Problem, student: Affine, w: float) -> DiffInstruct:
-    """With the critic that is exact for the student, whose condition names the student's mean."""
-    _, covariance = student.law
-    roles = {"teacher": problem.teacher, "student": student, "critic": problem.law(covariance, mean=student.m.detach())}
+def made(problem: Problem, student: Affine, w: float, critic: Role | None = None) -> DiffInstruct:
+    """With the critic that is exact for the student, unless another is given."""
+    roles = {"teacher": problem.teacher, "student": student, "critic": critic or problem.law(*reversed(student.law))}
     return DiffInstruct(Settings(), roles, w, problem.sampler(DiffInstruct.inference(Settings(), 1, problem.name)))
 
 
@@ -39,9 +38,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     rest = gradient(made(problem, right, problem.w).student_loss(batch, step)["matching"], right)
     yield Check("gradient where the student draws as the guided teacher, over its usual size", (rest.norm() / known.norm()).item(), 1e-5)
 
-    batch, step = problem.batch(MANY, data=False), problem.step(MANY, "critic")
-    x = student(step.normal("start", (problem.dim,)), torch.ones(MANY), batch.cond).x0.detach()
-    t = method.level(step.uniform("t"))
-    x_t = problem.schedule.add_noise(x, step.normal("noise", x.shape[1:]), t)
-    slope = like(edm(problem.schedule, t, 1.0), x) * (method.critic(x_t, t, batch.cond).x0 - x)
-    yield Check("slope of the critic's loss at the exact denoiser, in standard errors", standard_errors(slope, x_t), 6)
+    pupil, batch, step = Pupil(method.critic, MANY, problem.dim), problem.batch(MANY, data=False), problem.step(MANY, "critic")
+    loss = made(problem, student, problem.w, pupil).critic_loss(batch, step)["denoising"]
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0.detach(), method.level(step.uniform("t"))
+    weight = (problem.schedule.alpha(t) / problem.schedule.sigma(t)) ** 2 + 1
+    yield from pupil.checks(loss, (weight * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "x0")).mean())

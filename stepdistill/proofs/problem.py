@@ -45,6 +45,11 @@ def difference(found: Tensor, known: Tensor) -> float:
     return ((found - known).abs().max() / known.abs().max()).item()
 
 
+def largest(*figures: float) -> float:
+    """The largest; not a number where one of them is none, which Python's max would pass over."""
+    return torch.tensor(figures, dtype=torch.float64).max().item()
+
+
 def gradient(loss: Tensor, student: Affine) -> Tensor:
     """Of a scalar in all numbers of the student, flat."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (student.m, student.S))])
@@ -61,8 +66,17 @@ def standard_errors(slope: Tensor, x_t: Tensor) -> float:
 
     slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine prediction.
     """
-    terms = torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1)
+    return off_zero(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
+
+
+def off_zero(terms: Tensor) -> float:
+    """The largest mean over samples of terms (B, K), in standard errors: of order 1 where all are 0 on average."""
     return (terms.mean(0).abs() / (terms.std(0) / len(terms) ** 0.5)).max().item()
+
+
+def moments(x: Tensor) -> Tensor:
+    """(B, D) -> its numbers and their products, (B, D + D^2): what tells one Gaussian from another."""
+    return torch.cat([x, (x[:, :, None] * x[:, None, :]).flatten(1)], 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,10 @@ class Law:
 
 @dataclass
 class Believer:
-    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is. It notes what it was asked."""
+    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is x0.
+
+    It notes what it was asked.
+    """
 
     schedule: Schedule
     believes: Callable[[Tensor, Tensor, Condition], Tensor]
@@ -94,7 +111,7 @@ class Believer:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         self.asked.append((x_t.detach(), t, cond))
         x0 = self.believes(x_t, t, cond)
-        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t), x_t)
+        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t).clamp(min=1e-12), x_t)
         raw = x0 if self.kind == "x0" else truth(x0, eps, t, self.schedule, self.kind)
         return Prediction(raw, x_t, t, self.schedule, self.kind)
 
@@ -109,6 +126,10 @@ class Affine:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return Prediction(self.m.to(x_t) + x_t @ self.S.to(x_t).T, x_t, t, self.schedule, "x0")
+
+    def as_network(self, kind: str) -> Believer:
+        """The same beliefs, put as a network of this kind puts them."""
+        return Believer(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
 
     @property
     def law(self) -> tuple[Tensor, Tensor]:
@@ -147,6 +168,11 @@ class Problem:
         axes, _ = torch.linalg.qr(self.normal(self.dim, self.dim))
         deviations = 0.3 + 0.6 * torch.rand(self.dim, generator=self.generator, dtype=torch.float64)
         return axes @ torch.diag(deviations**2) @ axes.T
+
+    @property
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """The principal variances (D,) of the covariance, and their axes in columns (D, D)."""
+        return tuple(torch.linalg.eigh(self.covariance))
 
     def affine(self) -> Affine:
         """A student with an m and an S of its own."""
@@ -193,10 +219,8 @@ class Problem:
 
     def sampler(self, inference: Inference) -> Sampler:
         """The sampler that a method trains and exports with on this noise."""
-        call = inference.call
-        grid = {name: call[name] for name in ("timesteps", "sigmas") if name in call}
-        return Sampler.of(stock_scheduler(inference.scheduler, inference.config, self.scheduler), call["num_inference_steps"],
-                          self.schedule, **grid)
+        scheduler = stock_scheduler(inference.scheduler, inference.config, self.scheduler)
+        return Sampler.of_call(scheduler, inference.call["num_inference_steps"], self.schedule, inference.call)
 
     def _scheduler(self) -> SchedulerMixin:
         if self.name == "flow":

@@ -20,7 +20,7 @@ import torch
 from .. import build
 from ..methods import METHODS, load_method
 from .contract import contract
-from .convergence import convergence
+from .convergence import convergence, draw, recipes
 from .problem import NAMES, Check, Problem
 
 KINDS = ("convergence", "contract", "identity")       # the long ones first
@@ -54,9 +54,12 @@ def verify(*methods: str, seed: int = 0, out: str | Path = "verify", done: Calla
     (out / "logs").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        for task in as_completed([pool.submit(measure, name, kind, seed, out) for kind in KINDS for name in names]):
+        tasks = [pool.submit(measure, name, kind, part, seed, out) for kind in KINDS for name in names for part in _parts(name, kind)]
+        for task in as_completed(tasks):
             done(task.result())
             rows += task.result()
+    for name in names:
+        draw([_folder(out, part, "convergence") for part in recipes(name)], out / f"{name}.png")
     shutil.rmtree(out / WORK, ignore_errors=True)
     rows.sort(key=lambda row: (names.index(row.method), KINDS[::-1].index(row.kind)))
     found = {"seed": seed, "seconds": time.perf_counter() - start, "rows": [asdict(row) for row in rows]}
@@ -64,15 +67,24 @@ def verify(*methods: str, seed: int = 0, out: str | Path = "verify", done: Calla
     return found
 
 
-def measure(method: str, kind: str, seed: int, out: Path) -> list[Row]:
-    """The rows of one kind, in this process; what the work prints goes to a log beside the results."""
+def _parts(method: str, kind: str) -> list[str]:
+    """What of a kind is measured by itself: each Toy recipe, else all at once."""
+    return recipes(method) if kind == "convergence" else [method]
+
+
+def _folder(out: Path, part: str, kind: str) -> Path:
+    return out / WORK / f"{part.replace('/', '-')}-{kind}"
+
+
+def measure(method: str, kind: str, part: str, seed: int, out: Path) -> list[Row]:
+    """The rows of one kind and part, in this process; what the work prints goes to a log beside the results."""
     torch.set_num_threads(1)
     os.environ["STEPDISTILL_CACHE"] = str(out / WORK / "cache")
     rows = []
-    with (out / "logs" / f"{method}-{kind}.log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with (out / "logs" / f"{part.replace('/', '-')}-{kind}.log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         build.quiet()
         try:
-            for check in _checks(method, kind, seed, out):
+            for check in _checks(method, kind, part, seed, _folder(out, part, kind)):
                 rows.append(Row(method, kind, check.name, check.figure, check.tolerance, check.passed))
         except Exception as error:                        # a method that breaks is a row that fails, and the others go on
             traceback.print_exc()
@@ -80,11 +92,10 @@ def measure(method: str, kind: str, seed: int, out: Path) -> list[Row]:
     return rows
 
 
-def _checks(method: str, kind: str, seed: int, out: Path) -> Iterator[Check]:
-    work = out / WORK / f"{method}-{kind}"
+def _checks(method: str, kind: str, part: str, seed: int, work: Path) -> Iterator[Check]:
     shutil.rmtree(work, ignore_errors=True)
     if kind == "convergence":
-        yield from convergence(method, seed, work, out / f"{method}.png")
+        yield from convergence(part, seed, work)
     elif kind == "contract":
         yield from contract(method, seed, work)
     else:

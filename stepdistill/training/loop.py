@@ -13,7 +13,7 @@ from .. import parallel
 from ..diffusion.contracts import Batch
 from ..diffusion.draws import Step, key
 from ..errors import RequestError, Stopped
-from ..methods.base import Frozen, Method, Update, due
+from ..methods.base import FIXED, Method, Update, due
 from . import checkpoints
 from .launch import launched
 from .optimizers import RoleOptimizer, TrainConfig, learning_rate
@@ -65,7 +65,7 @@ class Trainer:
         if unknown := config.rates.keys() - trained:
             raise ValueError(f"{sorted(unknown)} have learning rates, but the updates train {sorted(trained)}")
         self.optimizers = {role: RoleOptimizer(roles.parameters(role), config) for role in trained}
-        frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, Frozen)}
+        frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, FIXED)}
         self.saved = [role for role in roles.names if role not in frozen]
         self.enabled: tuple[str, ...] = ()
         self.images, self.done = 0, 0

@@ -35,12 +35,12 @@ def schedule_of(scheduler) -> Schedule:
     return VariancePreserving.of(scheduler.alphas_cumprod) if "beta_start" in scheduler.config else RectifiedFlow()
 
 
-def stock_loop(scheduler, noise: Tensor, generator: torch.Generator | None = None, **grid) -> Tensor:
+def stock_loop(scheduler, noise: Tensor, generator: torch.Generator | None = None, eta: float | None = None, **grid) -> Tensor:
     """What StableDiffusionPipeline and StableDiffusion3Pipeline do between prepare_latents and decode."""
     scheduler.set_timesteps(**grid)
     flow = "beta_start" not in scheduler.config
     x = noise if flow else noise * scheduler.init_noise_sigma
-    random = {"generator": generator} if generator is not None else {}
+    random = ({"generator": generator} if generator is not None else {}) | ({} if eta is None else {"eta": eta})
     for t in scheduler.timesteps:
         seen = x if flow else scheduler.scale_model_input(x, t)
         x = scheduler.step(network(seen, t.expand(len(x))), t, x, return_dict=False, **random)[0]

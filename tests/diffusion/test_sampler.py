@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 
 from stepdistill.diffusion.sampler import Sampler
@@ -31,7 +32,7 @@ def compare(scheduler, k: int, kind: str, digits: float = 3e-5, **call) -> None:
     sampler = Sampler.of(scheduler, k, schedule, **call)
     ours = sampler(NetworkRole(schedule, kind), noise, None, lambda i: torch.randn(SHAPE, generator=stream))
     stochastic = torch.Generator().manual_seed(7) if sampler.stochastic else None
-    theirs = stock_loop(scheduler, noise, stochastic, **({"num_inference_steps": k} if not call else call))
+    theirs = stock_loop(scheduler, noise, stochastic, **({} if call.keys() & {"timesteps", "sigmas"} else {"num_inference_steps": k}), **call)
     assert torch.isfinite(theirs).all()
     assert (ours - theirs).abs().max() <= digits * max(1.0, theirs.abs().max())
 
@@ -68,6 +69,25 @@ def test_zero_terminal_snr(k):
 @pytest.mark.parametrize("original", [50, 25, 1000])
 def test_lcm(kind, k, original):
     compare(LCMScheduler(**SD15, original_inference_steps=original, prediction_type=KINDS[kind]), k, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", STEPS)
+@pytest.mark.parametrize("eta", [0.0, 0.2, 0.3, 1.0])
+def test_tcd(kind, k, eta):
+    scheduler = TCDScheduler(**SD15, prediction_type=KINDS[kind])
+    compare(scheduler, k, kind, eta=eta)
+    assert Sampler.of(scheduler, k, schedule_of(scheduler), eta=eta).stochastic == (k > 1 and eta > 0)
+
+
+def test_tcd_with_other_grids_and_without_eta():
+    compare(TCDScheduler(**SD15), 3, "eps", timesteps=[999, 500, 3], eta=0.7)
+    scheduler = TCDScheduler(**SD15, original_inference_steps=8)
+    compare(scheduler, 8, "eps", eta=0.5)
+    noise, schedule = torch.ones(2, 5), schedule_of(scheduler)
+    role = NetworkRole(schedule, "eps")
+    silent, zero = (Sampler.of(scheduler, 4, schedule, **said)(role, noise) for said in ({}, {"eta": 0.0}))
+    assert torch.equal(silent, zero)                                     # as the pipelines have it
 
 
 def test_lcm_with_its_own_timesteps_and_truncated_betas():
@@ -148,6 +168,9 @@ def test_refusals_teach(scheduler, k, says):
 def test_a_vp_scheduler_refuses_a_flow_and_a_stochastic_sampler_needs_noise():
     with pytest.raises(ValueError, match="viewed"):
         Sampler.of(LCMScheduler(**SD15), 4, RectifiedFlow())
+    for scheduler, eta in ((DDIMScheduler(**SD15, clip_sample=False), 0.5), (TCDScheduler(**SD15), 1.1)):
+        with pytest.raises(ValueError, match=f"eta.*TCDScheduler alone.*{eta:g} with a {type(scheduler).__name__}"):
+            Sampler.of(scheduler, 4, schedule_of(scheduler), eta=eta)
     with pytest.raises(ValueError, match="4.*sigmas|sigmas.*4"):
         Sampler.of(FlowMatchEulerDiscreteScheduler(), 4, RectifiedFlow(), sigmas=[1.0, 0.5])
     scheduler = LCMScheduler(**SD15)

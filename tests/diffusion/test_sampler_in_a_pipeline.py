@@ -3,7 +3,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.guidance import guided
@@ -18,10 +25,14 @@ def pipeline():
     return tiny_pipeline("v_prediction")
 
 
-@pytest.mark.parametrize("make", [LCMScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler])
+SCHEDULERS = [LCMScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
+
+
+@pytest.mark.parametrize("make, said", [*((make, {}) for make in SCHEDULERS), *((TCDScheduler, {"eta": eta}) for eta in (0.0, 0.3, 1.0)),
+                                        (TCDScheduler, {})])
 @pytest.mark.parametrize("w", [1.0, 3.0])
 @torch.no_grad()
-def test_the_same_latents_as_the_pipeline(pipeline, make, w):
+def test_the_same_latents_as_the_pipeline(pipeline, make, said, w):
     prompts = ["a red ring", "a blue cross on navy"]
     text, null = pipeline.encode_prompt(prompts, "cpu", 1, True)
     schedule = VariancePreserving.of(pipeline.scheduler.alphas_cumprod)
@@ -35,9 +46,10 @@ def test_the_same_latents_as_the_pipeline(pipeline, make, w):
 
     pipeline.scheduler = make.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     stream = torch.Generator().manual_seed(0)
-    theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=w, generator=stream, output_type="latent").images
+    call = {"num_inference_steps": 4, "guidance_scale": w, **said}
+    theirs = pipeline(prompts, generator=stream, output_type="latent", **call).images
     stream = torch.Generator().manual_seed(0)
     noise = torch.randn(theirs.shape, generator=stream)
-    ours = Sampler.of(pipeline.scheduler, 4, schedule)(
+    ours = Sampler.of_call(pipeline.scheduler, 4, schedule, call)(
         guided(Denoiser(), w), noise, Condition(text=text, null=Condition(text=null)), lambda i: torch.randn(theirs.shape, generator=stream))
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -36,7 +36,26 @@ def test_nodes_are_exact_and_the_ends_clean(name):
     assert s.alpha(zero) == 1 and s.sigma(zero) == 0
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_added_twice_is_noise_added_once(name):
+    """From s to t: the signal is alpha_t's, and old and fresh noise together are sigma_t's."""
+    schedule, (x0, old, new) = SCHEDULES[name], torch.eye(3, dtype=torch.float64)[:, None].expand(3, len(T) - 1, 3)
+    s, t = T[:-1], T[1:]
+    x_t = schedule.renoise(schedule.add_noise(x0, old, s), new, s, t)
+    assert torch.allclose(x_t[:, 0], schedule.alpha(t)) and torch.allclose(x_t[:, 1:].norm(dim=1), schedule.sigma(t))
+    assert torch.allclose(schedule.renoise(x0, new, 0 * t, t), schedule.add_noise(x0, new, t))
+    assert torch.allclose(schedule.renoise(x0, new, t, t), x0)
+
+
 def test_a_time_that_went_through_rounding_is_still_its_node():
     s = VariancePreserving.of(ALPHAS_CUMPROD)
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     assert torch.equal(s.alpha(t * (1 + 1e-10)), s.alpha(t))
+
+
+@pytest.mark.parametrize("name", ["vp", "vp-zero", "flow", "trig"])
+def test_samplers_start_from_pure_noise_and_nothing_else_changes(name):
+    s, t = SCHEDULES[name], torch.tensor([0.25, 1 - 1e-9, 1.0], dtype=torch.float64)
+    x0, eps = torch.full((3, 2), 5.0, dtype=torch.float64), torch.ones(3, 2)
+    started = s.start(x0, eps, t)
+    assert torch.equal(started[:2], s.add_noise(x0, eps, t)[:2]) and (started[2] == 1).all()

@@ -46,6 +46,13 @@ def test_a_grid_gives_each_node_its_share():
     assert torch.equal(t.unique(), times.nodes(7)) and t.unique(return_counts=True)[1].tolist() == [100] * 7
 
 
+def test_a_weighted_grid_gives_each_node_its_own():
+    u = (torch.arange(1000, dtype=F64) + 0.5) / 1000
+    t = times.weighted(times.nodes(4).flip(0), (0.7, 0.0, 0.1, 0.2))(u)
+    assert [(t == node).sum().item() for node in (1.0, 0.75, 0.5, 0.25)] == [700, 0, 100, 200]
+    assert times.weighted(times.nodes(4), (0.0, 0.0, 0.5, 0.5))(torch.tensor([0.0, 1 - 2.0**-53], dtype=F64)).tolist() == [0.75, 1.0]
+
+
 @pytest.mark.parametrize("name, top", [("ve", 80.0), ("flow", 80.0), ("vp", 14.0)])
 def test_the_karras_grid_is_that_of_the_paper(name, top):
     s = SCHEDULES[name]

@@ -34,6 +34,7 @@ LORA = "pytorch_lora_weights.safetensors"
 LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
 DDIM = Inference("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True},
                  {"num_inference_steps": 4, "guidance_scale": 3.0})
+TCD = Inference("TCDScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.3})
 
 
 FLOW_EULER = Inference("FlowMatchEulerDiscreteScheduler", {},
@@ -57,7 +58,8 @@ def images(pipe, **settings) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind,to,setting,told,guidance,inference", [
     ("epsilon", "lora", Lora(4, 6.0), False, None, LCM), ("v_prediction", "lora", Lora(4, 6.0), False, None, LCM),
-    ("epsilon", "lora", Lora(3), False, None, DDIM), ("v_prediction", "lora", Lora(4, 6.0), True, 3.3, LCM),
+    ("epsilon", "lora", Lora(3), False, None, DDIM), ("v_prediction", "lora", Lora(3), False, None, TCD),
+    ("v_prediction", "lora", Lora(4, 6.0), True, 3.3, LCM),
     ("epsilon", "lora", Lora(4, 6.0, ("to_q", "time_embedding.linear_1")), True, 7.5, LCM),
     ("v_prediction", "comfyui", Lora(4, 6.0), False, None, LCM), ("epsilon", "comfyui", Lora(4, 6.0), True, 3.3, LCM),
     ("v_prediction", "pipeline", Full(), False, None, LCM), ("epsilon", "pipeline", Full(), True, 4.0, LCM),

@@ -52,9 +52,7 @@ def affine(schedule: Schedule, mean: float, deviation: float) -> Affine:
 def few_steps(steps: int, schedule: str = "vp") -> Sampler:
     """The sampler of `renoised` for teachers of Stable Diffusion's or Stable Diffusion 3's noise."""
     found = renoised(steps, schedule)
-    teacher = TEACHERS[schedule]
-    grid = {"sigmas": found.call["sigmas"]} if "sigmas" in found.call else {}
-    return Sampler.of(stock_scheduler(found.scheduler, found.config, teacher), steps, SCHEDULES[schedule][0], **grid)
+    return Sampler.of_call(stock_scheduler(found.scheduler, found.config, TEACHERS[schedule]), steps, SCHEDULES[schedule][0], found.call)
 
 
 def prompts(count: int, shape: tuple[int, ...] = (1,)) -> Batch:

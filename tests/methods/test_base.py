@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.times import trailing
-from stepdistill.methods.base import DIVISORS, deterministic, equal_steps, middle
+from stepdistill.methods.base import DIVISORS, deterministic, equal_steps, middle, renoised
 from stepdistill.models.schedulers import stock_scheduler
 
 from .players import SCHEDULES
@@ -67,3 +67,10 @@ def test_equal_steps_tell_a_scale_and_are_refused_where_there_are_no_times():
         with pytest.raises(ValueError, match=f"found {steps}"):
             equal_steps(steps, "vp")
     assert middle(3) == 3.0 and middle((1.0, 4.0)) == 2.5
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_renoised_flow_is_asked_at_equal_steps_whatever_the_teacher_s_grid(steps):
+    """The teacher's own grid is shifted, dynamic, terminal and Karras's."""
+    made = sampler(steps, "flow", renoised)
+    assert made.times.tolist() == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6) and made.stochastic == (steps > 1)

@@ -49,8 +49,8 @@ def loss(student, guidance, settings: Settings, count: int = 256, schedule: str 
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("nodes, skip", [(50, 1), (50, 3), (10, 1), (1, 1)])
-def test_loss_is_zero_at_the_discrete_fixed_point(schedule, nodes, skip):
+@pytest.mark.parametrize("nodes, skip", [(50, 3), (10, 10)])
+def test_the_discrete_fixed_point_is_that_of_skipped_nodes(schedule, nodes, skip):
     settings = Settings(nodes=nodes, skip=skip, loss="squared")
     student = FixedPoint(*SCHEDULES[schedule], lambda cond: 3.0, nodes, skip)
     assert loss(student, 3.0, settings, schedule=schedule) < 1e-20
@@ -65,13 +65,6 @@ def test_the_fixed_point_is_the_grid_s_and_not_the_flow_map():
     gaps = [exact - contraction(schedule, t, nodes).item() for nodes in (50, 100, 200, 1000)]
     assert exact == pytest.approx(0.6009, abs=1e-4) and gaps[0] == pytest.approx(0.0300, abs=1e-4)
     assert all(later < 0.75 * earlier for earlier, later in pairwise(gaps))
-
-
-@pytest.mark.parametrize("error", [-1.0, 1.0])
-def test_guidance_is_in_the_house_convention(error):
-    student = FixedPoint(*SCHEDULES["vp"], lambda cond: 3.0 + error)
-    assert loss(student, 3.0, Settings(loss="squared")) > 1e-4
-    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: 1.0), 1.0, Settings(loss="squared")) < 1e-20
 
 
 def test_a_told_student_hears_the_scale_that_guided_the_teacher():
@@ -132,25 +125,6 @@ def test_the_target_role_is_asked_without_gradient_and_with_the_same_condition()
     (first, no_grad, target_cond, s), (second, grad, cond, t) = asked
     assert (first, no_grad, second, grad) == ("target", False, "student", True)
     assert target_cond is cond and torch.allclose((t - s)[t > 0.021], torch.tensor(0.02, dtype=torch.float64))
-
-
-def test_scalings_are_the_scheduler_s():
-    scheduler = LCMScheduler()
-    told = torch.arange(19, 1000, 20)
-    t = (told.double() + 1) / 1000
-    ones = torch.ones(len(t), 1, dtype=torch.float64)
-
-    @dataclass
-    class Says:
-        x0: Tensor
-        schedule = SCHEDULES["vp"][0]
-
-        def __call__(self, x_t, t, cond):
-            return Prediction(self.x0, x_t, t, SCHEDULES["vp"][0], "x0")
-
-    for i, (skip, out) in enumerate(map(scheduler.get_scalings_for_boundary_condition_discrete, told.tolist())):
-        assert LCM.consistent(Says(0 * ones), ones, t, None)[i].item() == pytest.approx(skip, rel=1e-12)
-        assert LCM.consistent(Says(ones), 0 * ones, t, None)[i].item() == pytest.approx(out, rel=1e-12)
 
 
 @pytest.mark.parametrize("steps, told", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None), (50, None)])

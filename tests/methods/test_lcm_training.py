@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from stepdistill.diffusion.consistency import consistency
 from stepdistill.diffusion.contracts import Batch
 from stepdistill.diffusion.draws import key
 from stepdistill.diffusion.prediction import Prediction
@@ -62,7 +63,7 @@ def distance(student: Student, w: float) -> float:
     wanted = m + like(contraction(student.schedule, t, NODES), m) * (x - like(alpha, m) * m)
     cond = data.cond.map(lambda tensor: tensor.float()).replace(w=torch.full((512,), w))
     with torch.no_grad():
-        said = LCM.consistent(student, x, t, cond)
+        said = consistency(student(x, t, cond))
     return ((said - wanted).square().mean().sqrt() / STD).item()
 
 

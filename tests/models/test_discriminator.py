@@ -263,6 +263,51 @@ def test_what_cannot_be_judged_is_refused(family, needs, settings, error, says):
         build_roles(family, needs, given)
 
 
+@CRITICS
+def test_heads_on_the_teacher_pass_gradients_to_the_student_s_sample_and_none_to_its_weights(folders, inputs, perturb, critic):
+    """The same ones with and without checkpointing, whether the student is an adapter on that network or one of its own."""
+    found = []
+    for checkpointing in (False, True):
+        family = load_teacher(folders["epsilon"])
+        needs = {"teacher": Frozen(), "student": Trained(), "discriminator": Heads("teacher")}
+        roles = build_roles(family, needs, {"student": critic, "discriminator": Places(ALL)}, gradient_checkpointing=checkpointing)
+        assert family.network.is_gradient_checkpointing == checkpointing
+        perturb(roles.parameters("student"))
+        roles["discriminator"](roles["student"](*inputs).x0, *inputs[1:]).square().sum().backward()
+        own = {id(p) for p in roles.parameters("student")}
+        assert all(p.grad is None for p in family.network.parameters() if id(p) not in own)
+        found.append([p.grad for name in ("student", "discriminator") for p in roles.parameters(name)])
+    assert all(grad is not None and grad.any() for grad in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+
+
+@CRITICS
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_heads_on_pairs_see_both_states(family, inputs, perturb, critic, checkpointing):
+    """Their input is what heads on single states would be given of each, one beside the other; one pass serves both."""
+    needs = NEEDS | {"discriminator": Heads("critic", pair=True)}
+    features = ("down_blocks.0", "mid_block")
+    settings = {"student": Lora(4), "critic": critic, "discriminator": Places(features)}
+    roles = build_roles(family, needs, settings, gradient_checkpointing=checkpointing)
+    perturb(roles.parameters("critic"))
+    x_t, t, cond = inputs
+    x_r, r = x_t.flip(0).clone().requires_grad_(), t.flip(0)
+    judge, network = roles["discriminator"], roles["critic"].network
+    with calls(network) as counted:
+        logits = judge.pair(x_r, r, x_t, t, cond)
+    assert logits.shape == (3, 2) and counted["mid_block"] == 1 and not counted["conv_out"]
+    maps = []
+    for state, time in ((x_r, r), (x_t, t)):
+        with tap(network, features) as found:
+            roles["critic"](state, time, cond)
+        maps.append([family.feature_map(found[name], state) for name in features])
+    for k, head in enumerate(judge.heads.values()):
+        torch.testing.assert_close(head(torch.cat([maps[0][k], maps[1][k]], 1)).mean((1, 2, 3)), logits[:, k], rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    assert x_r.grad.any() and all(p.grad.any() for p in roles.parameters("discriminator"))
+    assert any(p.grad is not None and p.grad.any() for p in roles.parameters("critic"))
+
+
 @pytest.mark.parametrize("of", ["teacher", "slow"])
 def test_heads_on_networks_that_nobody_trains(family, inputs, of):
     needs = {"teacher": Frozen(), "student": Trained(), "slow": Follows("student", 0.9), "discriminator": Heads(of)}

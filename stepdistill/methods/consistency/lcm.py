@@ -19,17 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...diffusion.contracts import Batch, Condition, Role
+from ...diffusion.consistency import TIMESTEP_SCALING, consistency
+from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import RectifiedFlow, Schedule, like
+from ...diffusion.schedule import like
 from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
-
-SIGMA_DATA = 0.5                  # fixed in LCMScheduler
-TIMESTEP_SCALING = 10.0           # LCMScheduler's default
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +75,9 @@ class LCM(Method):
         low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
         scale = (low + high) / 2 if settings.told else 1.0     # in the pipeline, 1 switches guidance off
         call = {"num_inference_steps": steps, "guidance_scale": scale}
-        if schedule == "flow":                    # every sampling time is a node, as LCMScheduler has it
-            sigmas = [(settings.nodes - settings.nodes * i // steps) / settings.nodes for i in range(steps)]
-            return Inference("FlowMatchLCMScheduler", {"shift": settings.shift, "use_dynamic_shifting": False}, call | {"sigmas": sigmas})
+        if schedule == "flow":
+            return Inference("FlowMatchLCMScheduler", {"shift": settings.shift, "use_dynamic_shifting": False},
+                             call | {"sigmas": sigmas_of_nodes(steps, settings.nodes)})
         if LEVELS % settings.nodes or settings.shift != 1:
             raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, the times of LCMScheduler, and "
                              f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
@@ -98,9 +96,9 @@ class LCM(Method):
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
         with torch.no_grad():
             x_s = ddim_step(guided(self.teacher, w)(x_t, t, batch.cond), s)
-            inner = self.consistent(self.target, x_s, torch.where(s > 0, s, t), cond)
+            inner = consistency(self.target(x_s, torch.where(s > 0, s, t), cond))
             target = torch.where(like(s, x_s) > 0, inner, x_s)
-        return {"consistency": self.distance(self.consistent(self.student, x_t, t, cond), target).mean()}
+        return {"consistency": self.distance(consistency(self.student(x_t, t, cond)), target).mean()}
 
     # -- terms -----------------------------------------------------------------------------------------------------
 
@@ -109,19 +107,3 @@ class LCM(Method):
         i, node = step.integers("node", self.settings.nodes) + 1, shifted(uniform(), self.settings.shift)
         t, s = (node(n.double() / self.settings.nodes) for n in (i, (i - self.settings.skip).clamp_min(0)))
         return t, s
-
-    @staticmethod
-    def consistent(role: Role, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """f(x, t) = c_skip x + c_out x_0 (eq. 9)."""
-        c_skip, c_out = scalings(role.schedule, t)
-        return like(c_skip, x) * x + like(c_out, x) * role(x, t, cond).x0
-
-
-def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) of the scheduler that samples: LCMScheduler's at the time it tells the network; FlowMatchLCMScheduler
-    has none, since the x_0 of a velocity is x where t = 0."""
-    if isinstance(schedule, RectifiedFlow):
-        return torch.zeros_like(t), torch.ones_like(t)
-    told = TIMESTEP_SCALING * (LEVELS * t - 1)
-    norm = told**2 + SIGMA_DATA**2
-    return SIGMA_DATA**2 / norm, told / norm.sqrt()

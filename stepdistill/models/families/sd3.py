@@ -110,9 +110,13 @@ class SD3:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Shifted and scaled latents -> pixels (B, 3, H, W) in [-1, 1], float32, clipped as the stock pipeline does."""
+        return self.pixels(latents).clamp(-1, 1)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """As `decode`, but not clipped, and with gradients to the latents: a pixel beyond the range is to find its way back."""
         config = self.codec.config
         latents = latents.to(self.device, self.codec.dtype) / config.scaling_factor + config.shift_factor
-        return self.codec.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+        return self.codec.decode(latents, return_dict=False)[0].float()
 
     def told_time(self, t: Tensor) -> Tensor:
         """t (B,) in [0, 1] -> N t, (B,) float64 on the CPU."""

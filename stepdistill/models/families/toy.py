@@ -114,6 +114,10 @@ class ToyFamily:
         """Points as they are."""
         return latents
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Points as they are."""
+        return latents
+
     def told_time(self, t: Tensor) -> Tensor:
         return t
 

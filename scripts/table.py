@@ -1,0 +1,137 @@
+"""The table of methods on the shipped teacher. For each recipe: train, measure, export, and write its row and the README.
+
+A row is assets/table/NAME.json: what was trained, and the student's rows of the bench. The teacher's come from
+assets/shapes-sd/results.json. A student is shipped in assets/students once nine of ten pictures have all attributes right.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from stepdistill import build, runs
+from stepdistill.evaluation import sweep
+from stepdistill.evaluation.curve import best_per_nfe, lines
+from stepdistill.evaluation.report import read_results
+from stepdistill.evaluation.sheets import write_bytes
+from stepdistill.methods import METHODS
+from stepdistill.recipe import Recipe, builtin
+
+ROOT = Path(__file__).parents[1]
+TABLE, STUDENTS, TEACHER = ROOT / "assets/table", ROOT / "assets/students", ROOT / "assets/shapes-sd/results.json"
+FIGURE, README = ROOT / "assets/figures/methods.png", ROOT / "README.md"
+NFE, SAMPLES, SHIPPED = (1, 2, 4, 8), 2000, 0.9
+START, END = "<!-- table of methods: scripts/table.sh -->", "<!-- end of the table -->"
+COLOURS = {"consistency": "#1c7ed6", "trajectory": "#2f9e62", "distribution": "#d9480f", "adversarial": "#9c36b5"}
+MARKERS = "oDs^vP*X<>"
+
+
+def main() -> None:
+    known = [name.removeprefix("shapes/") for name in builtin() if name.startswith("shapes/") and not name.endswith("-demo")]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(known)}")
+    parser.add_argument("--commit", action="store_true", help="commit each row as it comes")
+    parser.add_argument("--write", action="store_true", help="write the README and the figure from the rows that there are, and stop")
+    said = parser.parse_args()
+    if unknown := sorted(set(said.recipes) - set(known)):
+        parser.error(f"there is no recipe shapes/{unknown[0]}: there are {', '.join(known)}")
+    build.quiet()
+    for name in () if said.write else said.recipes or known:
+        measure(name)
+        write()
+        if said.commit:
+            subprocess.run(["git", "add", "assets", "README.md"], cwd=ROOT, check=True)
+            subprocess.run(["git", "commit", "-m", f"table: shapes/{name}"], cwd=ROOT, check=True)
+    write()
+
+
+def measure(name: str) -> None:
+    """Trains what is left to train, benches, and writes the row and the export."""
+    run, recipe = ROOT / "runs/table" / name, Recipe.load(f"shapes/{name}")
+    if not runs.is_run(run) or not runs.finished(run, recipe):
+        build.train(recipe, out=run, resume=runs.is_run(run))
+    target = build.open_target(run, f"shapes-{name}").target
+    results = sweep.bench([target], NFE, SAMPLES, run, reuse=[TEACHER])
+    rows = [row for row in results["rows"] if row["target"] == target.name]
+    seconds = sum(json.loads((folder / "timings.jsonl").read_text().splitlines()[-1])["seconds"] for folder in runs.folders(recipe, run))
+    kept = {"recipe": f"shapes/{name}", "method": recipe.method, "steps": recipe.steps, "minutes": seconds / 60,
+            "updates": sum(stage.train.updates for stage in recipe.stages), "protocol": results["protocol"], "rows": rows}
+    write_bytes(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
+    if max(row["metrics"]["all_attributes"] for row in rows if row["nfe"] <= 4) >= SHIPPED:
+        out = STUDENTS / target.name
+        shutil.rmtree(out, ignore_errors=True)
+        build.export(run, "lora" if recipe.student.lora else "pipeline", out=out)
+        shutil.copy(run / "results.json", out / "results.json")
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """The rows that there are, family by family."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(TABLE.glob("*.json"))}
+    order = list(METHODS)
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[1]["method"]), item[0])))
+
+
+def write() -> None:
+    """The README's table and the figure."""
+    found, teacher = rows(), read_results(TEACHER)["rows"]
+    _, best, _ = lines(teacher)
+    few = next(row for row in best if row["nfe"] == 4)["metrics"]["fd"]
+    many = next(row for row in best if row["nfe"] == 50)["metrics"]["fd"]
+    text = ["| recipe | family | updates | minutes | " + " | ".join(f"FD at {n} NFE" for n in NFE) + " | all attributes | gap closed |",
+            "|---|---|" + "---|" * (len(NFE) + 4)]
+    for row in best_per_nfe(teacher):
+        if row["nfe"] in (*NFE, 50):
+            text.append(_teacher_line(row))
+    text += [_line(name, said, few, many) for name, said in found.items()]
+    whole = README.read_text(encoding="utf-8")
+    before, after = whole.split(START)[0], whole.split(END)[1]
+    README.write_text(before + START + "\n\n" + "\n".join(text) + "\n\n" + END + after, encoding="utf-8")
+    write_bytes(FIGURE, figure(found, best))
+
+
+def _teacher_line(row: dict[str, Any]) -> str:
+    m, solver = row["metrics"], row["target"].partition(":")[2]
+    cells = [f"{m['fd']:.2f}" if row["nfe"] == n else "" for n in NFE]
+    name = f"*teacher, {solver}, w = {row['guidance']:g}" + (", 50 NFE:* " + f"{m['fd']:.2f}" if row["nfe"] == 50 else "*")
+    return f"| {name} | | | | " + " | ".join(cells) + f" | {m['all_attributes']:.1%} | |"
+
+
+def _line(name: str, said: dict[str, Any], few: float, many: float) -> str:
+    at = {row["nfe"]: row["metrics"] for row in said["rows"]}
+    cells = [f"{at[n]['fd']:.2f}" if n in at else "" for n in NFE]
+    own = at[said["steps"]]
+    cells[NFE.index(said["steps"])] = f"**{own['fd']:.2f}** [{own['fd_low']:.2f}, {own['fd_high']:.2f}]"
+    return (f"| `{said['recipe']}` | {METHODS[said['method']].family} | {said['updates']:,} | {said['minutes']:.0f} | " + " | ".join(cells)
+            + f" | {own['all_attributes']:.1%} | {(few - own['fd']) / (few - many):.0%} |")
+
+
+def figure(found: dict[str, dict[str, Any]], best: list[dict[str, Any]]) -> bytes:
+    """FD against NFE, both logarithmic: methods in their family's colour, the best teacher solver as the line to beat."""
+    drawn = Figure(figsize=(9.5, 5.6), dpi=140)
+    FigureCanvasAgg(drawn)
+    axis, seen = drawn.subplots(), dict.fromkeys(COLOURS, 0)
+    axis.plot([row["nfe"] for row in best], [row["metrics"]["fd"] for row in best], color="#1f2933", lw=2.2, marker="o", ms=4,
+              label="teacher, best solver")
+    for name, said in found.items():
+        family = METHODS[said["method"]].family
+        points = sorted((row["nfe"], row["metrics"]["fd"]) for row in said["rows"])
+        axis.plot(*zip(*points), color=COLOURS[family], lw=1.1, alpha=0.8, marker=MARKERS[seen[family] % len(MARKERS)], ms=5, label=name)
+        seen[family] += 1
+    axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
+    axis.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    drawn.tight_layout()
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""LADD: Latent Adversarial Diffusion Distillation. Sauer et al. 2024, arXiv:2403.12015.
+
+    t              <- a node of the student's grid, by a law that begins with the easy ones
+    x              <- the student's x_0 from data noised to t                 (the data: what the teacher drew, section 3)
+    student        <- fool the heads on x, noised again to s
+    discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~ logit-normal
+
+No other loss: the teacher's own pictures carry its guidance. The heads are not told s and the prompt apart from the features,
+which have seen both. On other noises than a flow's, s is the time of the same signal-to-noise ratio.
+
+Sources of the defaults: (p) the paper. It says nothing of how often either side is updated.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...diffusion.contracts import Batch
+from ...diffusion.draws import Step
+from ...diffusion.schedule import RectifiedFlow
+from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
+from ...losses.adversarial import hinge_fool, hinge_tell_apart
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    shares: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)     # of the student's nodes, noise first: t = 1, 0.75, 0.5, 0.25 (p)
+    first_shares: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)    # while it warms up (p)
+    warm: int = 500                    # updates of that (p); 0 leaves it out
+    mean: float = 1.0                  # of logit s: higher judges structure, lower texture (p)
+    std: float = 1.0                   # of logit s (p)
+    critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
+
+    def __post_init__(self) -> None:
+        for shares in (self.shares, self.first_shares):
+            if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+                raise ValueError(f"shares and first_shares are probabilities, none negative, that sum to 1; found {shares}")
+        if len(self.shares) != len(self.first_shares):
+            raise ValueError("shares and first_shares are of the same nodes, so of one length; found "
+                             f"{len(self.shares)} and {len(self.first_shares)}")
+        if self.warm < 0 or self.std <= 0 or self.critic_steps < 1:
+            raise ValueError("warm must not be negative, std be above 0 and critic_steps at least 1; found "
+                             f"{self.warm}, {self.std}, {self.critic_steps}")
+
+
+class LADD(Method):
+    Settings = Settings
+    data = ("samples", "images")
+
+    def __init__(self, settings, roles, guidance, sampler) -> None:
+        super().__init__(settings, roles, guidance, sampler)
+        self.student, self.discriminator = roles["student"], roles["discriminator"]
+        self.schedule = roles["teacher"].schedule
+        grid = nodes(len(settings.shares)).flip(0)
+        self.first, self.later = weighted(grid, settings.first_shares), weighted(grid, settings.shares)
+        self.logit_normal = logit_normal(settings.mean, settings.std)
+
+    @classmethod
+    def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
+        return {"teacher": Frozen(), "student": Trained("teacher"), "discriminator": Heads("teacher")}
+
+    @classmethod
+    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+        count = len(settings.shares)
+        if steps < 1 or count % steps:
+            raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide {count}; found {steps} steps")
+        if schedule == "vp" and LEVELS % count:
+            raise ValueError(f"LCMScheduler has evenly spaced times only where their number divides its {LEVELS}; ladd is set to {count}")
+        return renoised(steps, schedule)
+
+    def updates(self) -> list[Update]:
+        count = self.settings.critic_steps
+        return [Update(("student",), self.student_loss), Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
+
+    # -- losses, in the order of the algorithm -----------------------------------------------------------------------
+
+    def student_loss(self, batch: Batch, step: Step) -> Losses:
+        law = self.first if step.index < self.settings.warm else self.later
+        t = law(step.uniform("t"))
+        x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), t), t, batch.cond).x0
+        step.kept["sample"] = x.detach()
+        return {"gan": hinge_fool(self.judged(x, batch, step, "fake")).mean()}
+
+    def critic_loss(self, batch: Batch, step: Step) -> Losses:
+        real, fake = self.judged(batch.x0, batch, step, "real"), self.judged(step.kept["sample"], batch, step, "fake")
+        return {"discriminator": hinge_tell_apart(real, fake).mean()}
+
+    # -- terms -------------------------------------------------------------------------------------------------------
+
+    def judged(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
+        """Logits (B, K) of x, noised to a level of its own."""
+        s = self.level(step.uniform(f"{name} s"))
+        return self.discriminator(self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s), s, batch.cond)
+
+    def level(self, u: Tensor) -> Tensor:
+        """s (B,): logit-normal as a flow's sigma."""
+        return self.schedule.time_at(RectifiedFlow().angle(self.logit_normal(u)))

@@ -1,0 +1,88 @@
+"""SiD: Score identity Distillation. Zhou et al. 2024, arXiv:2404.04057; long and short guidance: arXiv:2406.01561; few steps,
+all of whose outputs are matched as one mixture: arXiv:2505.12674.
+
+    x        <- the student's own sample, at a random step of its sampler
+    critic   <- denoise x, guided at kappa_1                                             f_psi
+    x        <- another
+    student  <- descend (1 - alpha) |d|^2 + <d, f_psi - x> at x_t, d = f_phi - f_psi     f_phi: the teacher guided at w
+                of one size at all noise levels, f_psi guided at kappa_2
+
+Both networks are differentiated in x_t, so this costs three to five times the memory of a score difference. The loss's value is
+no monitor: with a good critic it is about 0 at alpha = 1 and below 0 above.
+A critic that is asked as it was trained says E[x | x_t], whatever its scale: the student comes to draw as the teacher guided at
+w. Where all conditions share a covariance that is w kappa_1 / kappa_2 in general: kappa_1 = 1 and kappa_2 = w undo guidance.
+Sources of the defaults: (p) the paper, (l) the released training of long and short guidance. (l) weighs a v-network's critic
+as if it predicted eps, begins at time 625 of 1000, and sums over pixels; here all these are as for the other methods.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...diffusion.contracts import Batch
+from ...diffusion.draws import Step
+from ...diffusion.guidance import drawn, guided
+from ...diffusion.rollout import rollout
+from ...diffusion.times import discrete, levels
+from ...diffusion.weighting import dmd
+from ...losses.matching import denoising, score_identity
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    alpha: float = 1.0                 # (l); above 1 the gradient turns round where a student is much too wide (p: 1.2, unguided)
+    critic_trained_at: float | None = None    # kappa_1, a scale of guidance; None: the teacher's, of a range its middle (l)
+    critic_asked_at: float | None = None      # kappa_2, a scale of guidance; None: as it is trained (l)
+    critic_steps: int = 1              # critic updates a step (p, l)
+    drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided (l)
+    t_range: tuple[float, float] = (0.02, 0.98)    # noise levels, of student and critic alike (l)
+
+    def __post_init__(self) -> None:
+        low, high = self.t_range
+        if not 0 <= low < high <= 1 or not 0 <= self.drop < 1 or self.critic_steps < 1:
+            raise ValueError("t_range must be an interval in [0, 1], drop in [0, 1) and critic_steps at least 1; found "
+                             f"{self.t_range}, {self.drop}, {self.critic_steps}")
+
+
+class SiD(Method):
+    Settings = Settings
+    data = ("prompts", "images", "samples")
+
+    def __init__(self, settings, roles, guidance, sampler) -> None:
+        super().__init__(settings, roles, guidance, sampler)
+        self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
+        self.schedule, self.level = self.teacher.schedule, discrete(levels(*settings.t_range))
+        w = sum(guidance) / 2 if isinstance(guidance, (tuple, list)) else guidance
+        self.trained_at = w if settings.critic_trained_at is None else settings.critic_trained_at
+        self.asked_at = self.trained_at if settings.critic_asked_at is None else settings.critic_asked_at
+        self.drop = 0.0 if self.trained_at == self.asked_at == 1 else settings.drop
+
+    @classmethod
+    def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
+        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")}
+
+    @classmethod
+    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+        return renoised(steps, schedule)
+
+    def updates(self) -> list[Update]:
+        return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps), Update(("student",), self.student_loss)]
+
+    def critic_loss(self, batch: Batch, step: Step) -> Losses:
+        cond = batch.cond.dropped(step.uniform("drop") < self.drop) if self.drop else batch.cond
+        with torch.no_grad():
+            x = rollout(self.sampler, self.student, cond, step, batch.shape)
+        t, eps = self.level(step.uniform("t")), step.normal("noise", batch.shape)
+        x_t = self.schedule.add_noise(x, eps, t)
+        return {"denoising": denoising(guided(self.critic, self.trained_at)(x_t, t, cond), x, eps).mean()}
+
+    def student_loss(self, batch: Batch, step: Step) -> Losses:
+        x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
+        t = self.level(step.uniform("t"))
+        x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
+        real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
+        fake = guided(self.critic, self.asked_at)(x_t, t, batch.cond).x0
+        weight = dmd(x.detach(), real.detach())
+        return {"identity": score_identity(x, real, fake, self.settings.alpha, weight).mean()}

@@ -1,0 +1,197 @@
+"""What judges pictures: a frozen vision transformer as a network of features, and trained heads on them that are told the prompt."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, CLIPModel, CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, PretrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..diffusion.contracts import Condition
+from ..diffusion.draws import key
+from ..errors import RequestError, gist
+from .discriminator import WIDTH, Shape, chosen, head, initialise, slug
+
+PUBLISHED = "facebook/dinov2-small"      # Sauer et al. 2023, arXiv:2311.17042, table 1: the best of four
+CLASS_WAVES, PLANE_WIDTH = 4, 128
+CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer lies
+    "dinov2": (Dinov2Model, ""),
+    "dinov2_with_registers": (Dinov2WithRegistersModel, ""),
+    "clip": (CLIPModel, "vision_model"),
+    "clip_vision_model": (CLIPVisionModel, ""),
+}
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A vision transformer before its weights are read: its configs, the side of the pictures that it is shown, their mean and
+    deviation by channel for pixels in [0, 1]."""
+
+    source: str
+    config: PretrainedConfig
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, source: str) -> Sight:
+        """source: a folder or Hub id of a transformers model. RequestError for one that is missing or not of CLASSES."""
+        try:
+            config = AutoConfig.from_pretrained(source)
+            said, _ = BaseImageProcessor.get_image_processor_dict(source)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"there is no vision network {source} with its preprocessor_config.json (a folder such as assets/shapes-clip "
+                               f"or a Hub id such as {PUBLISHED} would do): {gist(error)}") from error
+        if config.model_type not in CLASSES:
+            raise RequestError(f"the vision network {source} is a {config.model_type}; features are read of {', '.join(CLASSES)}")
+        size = said.get("crop_size") or said["size"]
+        return cls(source, config, size["height"], tuple(said["image_mean"]), tuple(said["image_std"]))
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """What can be read: the embedded patches and every layer's output -> (C, H, W)."""
+        config = self.config.vision_config if self.config.model_type == "clip" else self.config
+        names = ("embeddings", *(f"layers.{i}" for i in range(config.num_hidden_layers)))
+        return dict.fromkeys(names, (config.hidden_size, self.side // config.patch_size, self.side // config.patch_size))
+
+    @property
+    def default(self) -> tuple[str, ...]:
+        """The embedded patches and four layers at even distances, the last one among them: those of StyleGAN-T, arXiv:2301.09515."""
+        names = tuple(self.shapes)
+        return tuple(dict.fromkeys(names[round(i * (len(names) - 1) / 4)] for i in range(5)))
+
+    def read(self, names: Sequence[str] | None) -> dict[str, Shape]:
+        """Those of `names`, or the default ones, in the order in which it runs. RequestError for one that it has not."""
+        return chosen(self.shapes, self.default if names is None else names)
+
+    def network(self) -> nn.Module:
+        """A new one with random weights."""
+        cls, path = CLASSES[self.config.model_type]
+        return cls(self.config).get_submodule(path)
+
+    def features(self, names: Sequence[str]) -> Vision:
+        return Vision(self, names)
+
+    def trained(self) -> nn.Module:
+        cls, path = CLASSES[self.config.model_type]
+        try:
+            return cls.from_pretrained(self.source, dtype=torch.float32).get_submodule(path)
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"the weights of the vision network {self.source} cannot be loaded: {gist(error)}") from error
+
+
+class Vision(nn.Module):
+    """features(pixels) -> one map (B, C, H, W) for each of `names`. Frozen and float32; gradients flow to the pixels.
+
+    pixels (B, 3, H, W) in [-1, 1]; those of another size than the network's are brought to it, bicubic and antialiased.
+    """
+
+    def __init__(self, sight: Sight, names: Sequence[str]) -> None:
+        super().__init__()
+        self.side, self.places = sight.side, [tuple(sight.shapes).index(name) for name in names]
+        self.grid = sight.shapes[names[0]][1:]
+        self.network = sight.trained().eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(sight.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(sight.std)[:, None, None], persistent=False)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        if pixels.shape[-2:] != (self.side, self.side):
+            pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True)
+        with torch.autocast(pixels.device.type, enabled=False):
+            shown = (pixels.float() / 2 + 0.5 - self.mean) / self.std
+            tokens = self.network(pixel_values=shown, output_hidden_states=True).hidden_states
+        return [self._map(tokens[place]) for place in self.places]
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        """Its last tokens are those of patches, row by row; before them come the class and registers."""
+        height, width = self.grid
+        return tokens[:, -height * width:].transpose(1, 2).unflatten(2, (height, width))
+
+
+class PlaneSight:
+    """What stands for a vision network where samples are points of the plane: a random one of three layers, always the same."""
+
+    shapes = dict.fromkeys(("layers.0", "layers.1", "layers.2"), (PLANE_WIDTH, 1, 1))
+
+    def read(self, names: Sequence[str] | None) -> dict[str, Shape]:
+        return chosen(self.shapes, tuple(self.shapes) if names is None else names)
+
+    def features(self, names: Sequence[str]) -> PlaneFeatures:
+        return PlaneFeatures(names)
+
+
+class PlaneFeatures(nn.Module):
+    """features(points (B, 2, 1, 1)) -> one map (B, C, 1, 1) for each of `names`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.places = [tuple(PlaneSight.shapes).index(name) for name in names]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key("features of the plane"))
+            sizes = pairwise((2, *[PLANE_WIDTH] * len(PlaneSight.shapes)))
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(*pair), nn.SiLU()) for pair in sizes]).requires_grad_(False)
+
+    def forward(self, points: Tensor) -> list[Tensor]:
+        states = [points.flatten(1)]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return [states[place + 1][:, :, None, None] for place in self.places]
+
+
+def sight_of(plane: bool, source: str | None) -> Sight | PlaneSight:
+    """Of a family's samples: points of the plane, or pictures, by the network that a recipe names or the published one."""
+    return PlaneSight() if plane else Sight.of(source or PUBLISHED)
+
+
+class ToldHead(nn.Module):
+    """Feature map (B, C, H, W), vector (B, D) -> logit (B,): Miyato & Koyama 2018, arXiv:1802.05637, eq. 4."""
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        super().__init__()
+        *body, last = head(shape)
+        self.body, self.last, self.told = nn.Sequential(*body), last, nn.Linear(width, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        seen = self.body(x)
+        return self.last(seen).mean((1, 2, 3)) + (seen.mean((2, 3)) * self.told(vector)).sum(1) / sqrt(WIDTH)
+
+
+class PictureHeads(nn.Module):
+    """discriminator(maps, cond) -> logits (B, K) of the K maps that a `Vision` gives; higher is more real.
+
+    float32, also under autocast; first values are a function of (seed, feature). width: of `prompt_vector(cond)`.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], width: int, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            self.heads = nn.ModuleDict({slug(name): ToldHead(shape, width) for name, shape in shapes.items()})
+        initialise(self.heads, seed)
+
+    def forward(self, maps: Sequence[Tensor], cond: Condition) -> Tensor:
+        with torch.autocast(maps[0].device.type, enabled=False):
+            vector = prompt_vector(cond).float()
+            return torch.stack([told(x, vector) for told, x in zip(self.heads.values(), maps, strict=True)], dim=1)
+
+
+def prompt_vector(cond: Condition) -> Tensor:
+    """A prompt as one vector, (B, D): its pooled embedding, else the mean over its tokens, else waves of its class."""
+    if cond.pooled is not None:
+        return cond.pooled
+    if cond.text is not None:
+        return cond.text.mean(1)
+    angles = cond.label[:, None] * torch.arange(1, CLASS_WAVES + 1, device=cond.label.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def prompt_width(inputs: Mapping[str, Any]) -> int:
+    """D of `prompt_vector`, from what a layout says its denoiser is called with."""
+    pooled = inputs.get("pooled_projections", (inputs.get("added_cond_kwargs") or {}).get("text_embeds"))
+    return (inputs["encoder_hidden_states"] if pooled is None else pooled).shape[-1]

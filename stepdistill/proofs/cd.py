@@ -1,0 +1,51 @@
+"""Consistency distillation: the boundary is built in, and the loss vanishes at the product of the teacher's Heun steps."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..diffusion.consistency import consistency
+from ..diffusion.contracts import Role
+from ..methods.consistency.cd import CD, PURE, Settings
+from .problem import Affine, Check, Problem, difference, gradient
+from .trajectory import Trajectory, ddim_factor, heun_factor
+
+COUNT, NODES, STEPS = 256, 18, 2
+
+
+def made(problem: Problem, student: Role, target: Role) -> CD:
+    settings = Settings(nodes=NODES)
+    sampler = problem.sampler(CD.inference(settings, STEPS, problem.name))
+    return CD(settings, {"teacher": problem.teacher, "student": student, "target": target}, problem.w, sampler)
+
+
+def heun(problem: Problem, grid: torch.Tensor) -> Trajectory:
+    """By Heun's steps, and Euler's from pure noise and to t = 0."""
+    path, euler = (Trajectory.of(problem, grid, factor) for factor in (heun_factor, ddim_factor))
+    inner = (problem.schedule.alpha(grid[:-1]) > PURE) & (grid[1:] > 0)
+    return Trajectory(problem, grid, torch.where(inner[:, None], path.factors, euler.factors))
+
+
+def identities(problem: Problem) -> Iterator[Check]:
+    learner: Affine = problem.affine()
+    network = learner.as_network(problem.kind)
+    method, batch, step = made(problem, network, network), problem.batch(COUNT), problem.step(COUNT)
+    x, origin = problem.normal(COUNT, problem.dim), method.grid[-1:].expand(COUNT)
+    yield Check("what any network makes of a state at the origin, against the state; relative",
+                difference(consistency(network(x, origin, batch.cond)), x), 1e-12)
+
+    i, path = step.integers("node", len(method.grid) - 1), heun(problem, method.grid)
+    found = gradient(method.loss(batch, step)["consistency"], learner)
+    known = path.consistency_gradient(learner, batch, step, method.grid[i], method.grid[i + 1])
+    yield Check("gradient against that with an exact, fixed target; relative", difference(found, known), 1e-9)
+
+    student = path.consistent()
+    root = made(problem, student, student).loss(batch, step)["consistency"].sqrt()
+    yield Check("root of the loss at the product of the guided teacher's Heun steps", root.item(), 1e-9)
+
+    asked = (method.grid[:, None] - method.sampler.times).abs().amin(0).max()
+    yield Check("the sampler's times from the nearest node", asked.item(), 1e-12)
+    once = problem.sampler(CD.inference(Settings(), 1, problem.name))
+    found, known = once(student, x, batch.cond), path.carried(x, torch.ones(COUNT, dtype=torch.float64), origin)
+    yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)

@@ -1,0 +1,157 @@
+"""SDXL-Lightning: the teacher's small steps in closed form, the game's equilibrium, and what a discriminator of pairs sees beyond
+one of landings."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+from ..diffusion.contracts import Condition
+from ..diffusion.flow_map import secant_target
+from ..diffusion.schedule import like
+from ..diffusion.solvers import ddim
+from ..methods.adversarial.lightning import Lightning, Settings
+from .problem import Believer, Check, Problem, difference, gradient, largest, off_zero
+
+COUNT, MANY, STEPS, NODES = 256, 20_000, 2, 8
+
+
+@dataclass
+class Judge:
+    """A discriminator in closed form: logits(x_r, r, x_t, t, cond) (B, K), x_t and t None where it sees the landing alone."""
+
+    logits: Callable[..., Tensor]
+
+    def __call__(self, x_r: Tensor, r: Tensor, cond: Condition) -> Tensor:
+        return self.logits(x_r, r, None, None, cond)
+
+    def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.logits(x_r, r, x_t, t, cond)
+
+
+def made(problem: Problem, student, judge=None, w: float = 1.0, **settings) -> Lightning:
+    settings = Settings(nodes=NODES, **settings)
+    roles = {"teacher": problem.teacher, "student": student} | ({} if judge is None else {"discriminator": judge})
+    return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, STEPS, problem.name)))
+
+
+def landing(problem: Problem, x_t: Tensor, node: Tensor, mean: Tensor) -> Tensor:
+    """Where NODES / STEPS steps of DDIM carry x_t from node / NODES: each maps the principal axes' deviations by a factor,
+    (a_r a_t V + s_r s_t) / (a_t^2 V + s_t^2), and the law's mean along with alpha."""
+    variances, axes = torch.linalg.eigh(problem.covariance)
+    a, s = (f(torch.linspace(0, 1, NODES + 1, dtype=torch.float64))[:, None] for f in (problem.schedule.alpha, problem.schedule.sigma))
+    gain = torch.ones(len(x_t), problem.dim, dtype=torch.float64)
+    for j in range(NODES // STEPS):
+        t, r = node - j, node - j - 1
+        gain = gain * (a[r] * a[t] * variances + s[r] * s[t]) / (a[t] ** 2 * variances + s[t] ** 2)
+    return a[node - NODES // STEPS] * mean + ((x_t - a[node] * mean) @ axes * gain) @ axes.T
+
+
+def node_of(step) -> Tensor:
+    return (step.integers("start", STEPS) + 1) * NODES // STEPS
+
+
+def identities(problem: Problem) -> Iterator[Check]:
+    yield from landings(problem)
+    yield from game(problem)
+    yield from flipped(problem)
+
+
+def landings(problem: Problem) -> Iterator[Check]:
+    batch, step = problem.batch(COUNT), problem.step(COUNT)
+    mean = problem.guided_cond(1, problem.w).text[0]
+
+    def secant(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        x_r = landing(problem, x_t, (t * NODES).round().long(), mean)
+        return secant_target(x_t, x_r, t, t - 1 / STEPS, problem.schedule)
+
+    for student, says in ((Believer(problem.schedule, secant), "its one step ends where the guided teacher's do"),
+                          (problem.affine(), "it is another's")):
+        x_t, times = made(problem, student, w=problem.w, objective="mse").started(batch, step)
+        found = made(problem, student, w=problem.w, objective="mse").regression(batch, step)["mse"]
+        x_r = landing(problem, x_t, node_of(step), mean)
+        a, s = (f(times[[0, -1]])[..., None] for f in (problem.schedule.alpha, problem.schedule.sigma))
+        x_0 = student(x_t, times[0], batch.cond).x0
+        known = (a[1] * x_0 + s[1] * (x_t - a[0] * x_0) / s[0] - x_r).square().mean()
+        exact = isinstance(student, Believer)
+        yield Check(f"mean squared error of the landing where {says}" + ("" if exact else "; relative"),
+                    found.item() if exact else abs(found / known - 1).item(), 1e-9)
+
+    method, noise = made(problem, Believer(problem.schedule, teacher_step(problem)), objective="mse"), problem.normal(COUNT, problem.dim)
+    wanted = ddim(problem.teacher, noise, torch.linspace(1, 0, NODES + 1, dtype=torch.float64), batch.cond)
+    yield Check(f"the right student's samples in {STEPS} stock steps against the teacher's in {NODES}; relative",
+                difference(method.sampler(method.student, noise, batch.cond), wanted), 1e-9)
+
+
+def game(problem: Problem) -> Iterator[Check]:
+    batch, step, student = problem.batch(COUNT), problem.step(COUNT), problem.affine()
+    u, v = (0.3 * problem.normal(2, problem.dim) for _ in range(2))
+    method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: x_r @ u.T + x_t @ v.T))
+    x_t, times = method.started(batch, step)
+    found = gradient(method.student_loss(batch, step)["gan"], student)
+    x_r = step.kept["x_r"]
+    q = problem.schedule.sigma(times[-1]) / problem.schedule.sigma(times[0])
+    slope = problem.schedule.alpha(times[-1]) - q * problem.schedule.alpha(times[0])      # of the landing in x_0
+    pull = -(torch.sigmoid(-(x_r @ u.T + x_t @ v.T)) @ u / 2) * slope[:, None] / COUNT
+    known = torch.cat([pull.sum(0), (pull.T @ x_t).flatten()])
+    yield Check("student's gradient against -sigmoid(-l) u down its one step; relative", difference(found, known), 1e-5)
+
+    theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
+    method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: x_r @ theta.T))
+    critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
+    found, = torch.autograd.grad(method.critic_loss(batch, critic)["discriminator"], theta)
+    apart = (x_r - landing(problem, x_t, node_of(step), batch.cond.text)).mean(0) / 4
+    yield Check("heads' slope at logit 0 against (student's - teacher's landing) / 2; relative", difference(found, apart.expand(2, -1)), 1e-5)
+
+    for objective in ("pair", "single"):
+        yield Check(f"{objective}: losses from log 2 and 2 log 2, and the critic's slope, where the student lands as the teacher",
+                    unrest(problem, objective), 1e-9)
+
+
+def unrest(problem: Problem, objective: str) -> float:
+    theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
+    judge = Judge(lambda x_r, r, x_t, t, cond: (x_r + (0 if x_t is None else x_t**2)) @ theta.T)
+    method = made(problem, Believer(problem.schedule, teacher_step(problem)), judge, objective=objective)
+    batch, step = problem.batch(COUNT), problem.step(COUNT)
+    gan = method.student_loss(batch, step)["gan"].item()
+    loss = method.critic_loss(batch, problem.step(COUNT, "critic+discriminator", kept=step.kept))["discriminator"]
+    slope, = torch.autograd.grad(loss, theta)
+    return largest(abs(gan - log(2)), abs(loss.item() - 2 * log(2)), slope.abs().max().item())
+
+
+def teacher_step(problem: Problem, sign: float = 1.0) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    """Of the student that lands as the teacher or, sign = -1, on the other side of the mean landing."""
+    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        node = (t * NODES).round().long()
+        middle = torch.where(like(t < 1, x_t).bool(), like(problem.schedule.alpha(t), x_t) * cond.text, 0)
+        centre = landing(problem, middle, node, cond.text)
+        x_r = centre + sign * (landing(problem, x_t, node, cond.text) - centre)
+        return secant_target(x_t, x_r, t, t - 1 / STEPS, problem.schedule)
+    return believes
+
+
+def flipped(problem: Problem) -> Iterator[Check]:
+    """The map whose deviations are turned round draws the same landings: only who also sees x_t can tell."""
+    figure = seen_apart(problem, "single")
+    yield Check("slope of quadratic heads that see the flipped map's landings alone, in standard errors", figure, 6)
+    yield Check("6 standard errors over that of heads that see pairs", 6 / seen_apart(problem, "pair"), 1)
+
+
+def seen_apart(problem: Problem, objective: str) -> float:
+    """How far quadratic heads at logit 0 are from rest before the flipped map, in standard errors."""
+    seen: list[Tensor] = []
+
+    def logits(x_r: Tensor, r: Tensor, x_t: Tensor | None, t: Tensor | None, cond: Condition) -> Tensor:
+        other = x_r if x_t is None else x_t
+        seen.append(torch.cat([x_r, (x_r[:, :, None] * other[:, None, :]).flatten(1)], 1))
+        return 0 * x_r[:, :1]
+
+    method = made(problem, Believer(problem.schedule, teacher_step(problem, -1.0)), Judge(logits), objective=objective)
+    batch, step = problem.batch(MANY), problem.step(MANY)
+    method.student_loss(batch, step)
+    method.critic_loss(batch, problem.step(MANY, "critic+discriminator", kept=step.kept))
+    _, real, fake = seen
+    return off_zero(fake - real)

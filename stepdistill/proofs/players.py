@@ -1,0 +1,81 @@
+"""Two players in closed form: what a loss teaches a critic, sample by sample, and what a student answers within a rollout."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..diffusion.contracts import Condition, Role
+from ..diffusion.draws import Step
+from ..diffusion.prediction import Prediction, truth
+from ..diffusion.sampler import Sampler
+from ..diffusion.schedule import Schedule
+from .problem import Affine, Check, Problem, difference, off_zero
+
+
+@dataclass
+class Pupil:
+    """A role whose raw output at each of `count` samples may move by an affine of its own, a + b x_t, which is zero.
+
+    a (count, D) and b (count, D, D) take gradients. A guided call holds every sample twice, and moves both alike.
+    """
+
+    role: Role
+    count: int
+    dim: int
+    a: Tensor = field(init=False)
+    b: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.a = torch.zeros(self.count, self.dim, dtype=torch.float64, requires_grad=True)
+        self.b = torch.zeros(self.count, self.dim, self.dim, dtype=torch.float64, requires_grad=True)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.role.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        said, each = self.role(x_t, t, cond), torch.arange(len(x_t)) % self.count
+        return replace(said, raw=said.raw + self.a[each] + torch.einsum("nij,nj->ni", self.b[each], x_t.double()))
+
+    def slopes(self, loss: Tensor) -> Tensor:
+        """Of a loss in the numbers of each sample, (count, D + D D)."""
+        return torch.cat([g.flatten(1) for g in torch.autograd.grad(loss, (self.a, self.b))], 1)
+
+    def checks(self, loss: Tensor, known: Tensor) -> Iterator[Check]:
+        """Of a critic's loss, where it should be `known` and the pupil's role is its optimum."""
+        found = self.slopes(loss)
+        yield Check("slope of the critic's loss in what it says of each sample, against the known one; relative",
+                    difference(found, self.slopes(known)), 1e-5)
+        yield Check("its mean at the exact denoiser, in standard errors", off_zero(found), 6)
+
+
+def error(role: Role, x: Tensor, eps: Tensor, t: Tensor, cond: Condition, kind: str) -> Tensor:
+    """Mean squared over a sample, (B,), of what a role says of x_t in the view `kind`."""
+    said = role(role.schedule.add_noise(x, eps, t), t, cond).view(kind)
+    return (said - truth(x, eps, t, role.schedule, kind)).square().mean(1)
+
+
+@torch.no_grad()
+def simulated(student: Affine, sampler: Sampler, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """The states (B, D) that the student is asked about at the exit, and the law of what it answers: mean, covariance."""
+    dim, (m, S) = len(student.m), (student.m, student.S)
+    x, mean, covariance = step.normal("start", (dim,)).double(), torch.zeros(dim).double(), torch.eye(dim).double()
+    for i in range(int(step.shared("exit") * sampler.nfe)):
+        landing = torch.tensor([sampler.evaluations[i].landing], dtype=torch.float64)
+        alpha, sigma = student.schedule.alpha(landing), student.schedule.sigma(landing)
+        x = alpha * (m + x @ S.T) + sigma * step.normal(f"renoise {i}", (dim,)).double()
+        mean, covariance = alpha * (m + S @ mean), alpha**2 * S @ covariance @ S.T + sigma**2 * torch.eye(dim)
+    return x, m + S @ mean, S @ covariance @ S.T
+
+
+def exits(problem: Problem, count: int, nfe: int) -> list[Step]:
+    """A moment for every exit of a rollout, in their order."""
+    moments, index = {}, 0
+    while len(moments) < nfe:
+        step = problem.step(count, index=index)
+        moments.setdefault(int(step.shared("exit") * nfe), step)
+        index += 1
+    return [moments[exit] for exit in range(nfe)]

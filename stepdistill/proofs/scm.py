@@ -1,0 +1,63 @@
+"""sCM: the gradient is that of the consistency function along the guided teacher's ODE, and vanishes at its flow map."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..diffusion.contracts import Condition, Role
+from ..diffusion.schedule import like
+from ..diffusion.views import viewed
+from ..methods.consistency.scm import RADIAN, SCM, TRIG, Settings
+from .problem import Believer, Check, Law, Problem, difference, gradient
+
+COUNT = 256
+TINY = 1e-4                       # radians to either side of a time
+
+
+def made(problem: Problem, student: Role, w: float, **settings) -> SCM:
+    chosen = Settings(**{"derivative": "exact", **settings})
+    roles = {"teacher": problem.teacher, "student": student}
+    return SCM(chosen, roles, w, problem.sampler(SCM.inference(chosen, 1, problem.name)))
+
+
+def believer(problem: Problem, w: float, flows: bool) -> Believer:
+    """Believes in the end of the guided teacher's trajectory through x_t, or else, as that teacher does, in the mean of x_0."""
+    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        law = problem.teacher.of(problem.guided_cond(len(t), w))
+        return law.flow(x_t, t, torch.zeros_like(t)) if flows else law(x_t, t).x0
+    return Believer(problem.schedule, believes, problem.kind)
+
+
+def identities(problem: Problem) -> Iterator[Check]:
+    batch, begun, begins = problem.batch(COUNT), problem.step(COUNT, progress=0.5), problem.step(COUNT)
+    flow, other = (made(problem, believer(problem, w, flows=True), problem.w) for w in (problem.w, problem.w - 1))
+    least, usual = (method.loss(batch, begun)["consistency"].sqrt().item() for method in (flow, other))
+    yield Check("tangent at the guided flow map, over that at the flow map of another scale", least / usual, 1e-9)
+
+    teacher, other = (made(problem, believer(problem, w, flows=False), problem.w) for w in (problem.w, problem.w - 1))
+    least, usual = (method.loss(batch, begins)["consistency"].sqrt().item() for method in (teacher, other))
+    yield Check("at the first step, tangent at the guided teacher, over that at one of another scale", least / usual, 1e-9)
+
+    student = problem.affine()
+    method = made(problem, student, problem.w)
+    found = gradient(method.loss(batch, begun)["consistency"], student)
+    t = method.times(begun)
+    x, seen = TRIG.add_noise(batch.x0, begun.normal("noise", batch.shape), t), viewed(student, TRIG)
+    law = Law(TRIG, problem.covariance, "v").of(problem.guided_cond(COUNT, problem.w))
+    after, before = (seen(law.flow(x, t, t + h * RADIAN), t + h * RADIAN, batch.cond).x0.detach() for h in (TINY, -TINY))
+    g = like(TRIG.alpha(t), x) * (after - before) / (2 * TINY)
+    aim = g / (g.square().mean(1, keepdim=True).sqrt() + method.settings.damping)
+    known = gradient((-2 * aim * seen(x, t, batch.cond).v).mean(), student)
+    yield Check("gradient of an arbitrary student against cos df/dtheta along the guided ODE; relative", difference(found, known), 1e-6)
+
+    tame = problem.law(problem.drawn_covariance())
+    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond) for by in ("difference", "exact")]
+    yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)
+
+    noise = problem.normal(COUNT, problem.dim)
+    start = torch.full((COUNT,), flow.sampler.evaluations[0].level, dtype=torch.float64)
+    ends = problem.teacher.of(problem.guided_cond(COUNT, problem.w)).flow(noise, start, 0 * start)
+    landed = flow.sampler(believer(problem, problem.w, flows=True), noise, problem.cond(COUNT))
+    yield Check("one step of the flow map against the guided teacher's ODE; relative", difference(landed, ends), 1e-5)
