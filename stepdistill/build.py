@@ -35,6 +35,7 @@ from .training import TrainConfig, Trainer, launched
 from .watch import CLOUD, Watch
 from .work import checked, dataset, fill_pairs, handed, make, open_run, pairs_shelf, prompts, rates, served
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "export", "load", "pairs", "sample", "train"]
 
 
@@ -131,6 +132,8 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if out is not None and Path(out).suffix.lower() not in PICTURES:
+        raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
     opened = open_target(target, "target")
     call = {**opened.target.given, **(opened.target.call or {})}
     call |= {name: value for name, value in (("num_inference_steps", steps), ("guidance_scale", guidance)) if value is not None}

@@ -109,7 +109,10 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
     from .proofs.run import verify as prove
-    found = prove(*methods or (), seed=seed, out=out, done=_show_progress)
+    try:
+        found = prove(*methods or (), seed=seed, out=out, done=_show_progress)
+    except KeyboardInterrupt:
+        _fail("interrupted: nothing was written but logs", 1)
     _emit(found, as_json, lambda: _show_proofs(found, out))
     if not all(row["passed"] for row in found["rows"]):
         raise typer.Exit(1)
@@ -169,6 +172,8 @@ def answer(command: Callable[[], object]) -> NoReturn:
         _fail(str(error), 2)
     except Stopped as error:
         _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        _fail(f"{error.filename} is in the way: a folder was to be written where a file is, or the other way round. Choose another --out", 2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -33,15 +33,17 @@ def staged(source: Source) -> list[tuple[str, Source]]:
                            "[{steps: 8}, {steps: 4, teacher: previous}]")
     found: list[tuple[str, Source]] = []
     for i, table in enumerate(tables):
-        for one in _each(table):
-            at = ("stages", i)
+        at = ("stages", i)
+        for one in _each(source, at, table):
             found.append((_teacher(source, at, one, not found), _merged(source, at, one)))
     return found
 
 
-def _each(table: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _each(source: Source, at: Path_, table: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A table whose steps are a list stands for one a number."""
     steps = table.get("steps")
+    if steps == []:
+        raise RequestError(f"{source.where((*at, 'steps'))}: steps of a stage is an empty list: give a number, or one a stage such as [8, 4]")
     return ({**table, "steps": count} for count in steps) if isinstance(steps, list) else iter([table])
 
 
