@@ -12,10 +12,10 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..diffusion.times import nodes
 from ..methods.consistency.tcd import TCD, Settings
-from .problem import Affine, Check, Problem, difference, gradient, largest
+from .problem import Affine, Check, Problem, difference, gradient, largest, off_law, off_zero
 from .trajectory import Trajectory, ddim_factor
 
-COUNT, NODES, STEPS = 256, 10, 4
+COUNT, MANY, NODES, STEPS = 256, 5_000, 10, 4
 GAMMA = {"vp": 0.3, "flow": 0.0}
 
 
@@ -47,12 +47,24 @@ def identities(problem: Problem) -> Iterator[Check]:
     known = gradient((mapped(problem, learner, x_t, t, r) - target).square().mean(), learner)
     yield Check("gradient against that with an exact, fixed target; relative", difference(found, known), 1e-9)
 
+    yield Check("moments of the nodes t, and of r given t, against the uniform laws', in standard errors", drawn_times(method, problem), 6)
     if problem.name == "vp":
         yield Check("signal, old and fresh noise after a step of the sampler against algorithm 4", noise_added(problem, method), 1e-9)
     noise, end = problem.normal(COUNT, problem.dim), torch.full((COUNT,), method.end, dtype=torch.float64)
     once = problem.sampler(TCD.inference(method.settings, 1, problem.name))
     found, known = once(path.landing(end), noise, batch.cond), path.carried(noise, torch.ones_like(end), end)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)
+
+
+def drawn_times(method: TCD, problem: Problem) -> float:
+    """t = i / N, s = (i - skip) / N, r = j / N with j from 0 to that of s; not a number where s is not, or any is not a node."""
+    times = method.times(problem.step(MANY))
+    i, below, j = ((NODES * u).round() for u in times)
+    said = [node.div(NODES).clamp(min=method.end) for node in (i, (i - method.settings.skip).clamp(min=0), j)]
+    if any((u - known).abs().max() > 1e-12 for u, known in zip(times, said)):
+        return float("nan")
+    given = torch.stack([j - below / 2, j**2 - below * (2 * below + 1) / 6], 1)
+    return largest(off_law(i, torch.arange(1, NODES + 1).double()), off_zero(given))
 
 
 def mapped(problem: Problem, learner: Affine, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
