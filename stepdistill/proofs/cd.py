@@ -42,14 +42,15 @@ def heun(problem: Problem, grid: torch.Tensor) -> Trajectory:
 def identities(problem: Problem) -> Iterator[Check]:
     learner: Affine = problem.affine()
     network = learner.as_network(problem.kind)
-    method, batch, step = made(problem, network, network), problem.batch(COUNT), problem.step(COUNT)
+    target = problem.affine()
+    method, batch, step = made(problem, network, target.as_network(problem.kind)), problem.batch(COUNT), problem.step(COUNT)
     x, origin = problem.normal(COUNT, problem.dim), method.grid[-1:].expand(COUNT)
     yield Check("what any network makes of a state at the origin, against the state; relative",
                 difference(consistency(network(x, origin, batch.cond)), x), 1e-12)
 
     i, path = step.integers("node", len(method.grid) - 1), heun(problem, method.grid)
     found = gradient(method.loss(batch, step)["consistency"], learner)
-    known = path.consistency_gradient(learner, batch, step, method.grid[i], method.grid[i + 1])
+    known = path.consistency_gradient(learner, batch, step, method.grid[i], method.grid[i + 1], target)
     yield Check("gradient against that with an exact, fixed target; relative", difference(found, known), 1e-9)
 
     student = path.consistent()
