@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..diffusion.guidance import drawn
 from ..methods.adversarial.add import ADD, Settings
-from .problem import Check, Problem, difference, gradient, largest, off_zero
+from .problem import Believer, Check, Problem, difference, gradient, largest, off_law, off_zero, stock_times, strayed
 
-COUNT, MANY, STEPS = 256, 20_000, 4
+COUNT, FEW, MANY, STEPS = 256, 5_000, 20_000, 4
 
 
 class Pictures:
@@ -35,6 +36,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     pictures = Pictures(problem)
     yield from game(problem, pictures)
     yield from score(problem, pictures)
+    yield from told(problem, pictures)
     yield from rest(problem, pictures)
 
 
@@ -83,6 +85,21 @@ def score(problem: Problem, pictures: Pictures) -> Iterator[Check]:
     pull = weight[:, None] * (x - aim) @ pictures.decoder.T @ pictures.decoder
     known = torch.cat([pull.sum(0), (pull.T @ x_s).flatten()])
     yield Check("distillation's gradient against 2 lambda alpha_t (x - guided x_0), as pixels; relative", difference(found, known), 1e-5)
+
+
+def told(problem: Problem, pictures: Pictures) -> Iterator[Check]:
+    """What student, teacher and heads are told."""
+    student, teacher = (Believer(problem.schedule, lambda x, t, cond: x) for _ in range(2))
+    method, heard = pictures.made(problem, student, torch.zeros(2, 2, dtype=torch.float64)), []
+    method.teacher, heads = teacher, method.discriminator
+    method.discriminator = lambda maps, cond: heard.append(cond) or heads(maps, cond)
+    batch, step = replace(problem.batch(FEW), cond=problem.prompts(FEW)), problem.step(FEW)
+    method.student_loss(batch, step)
+    method.critic_loss(batch, problem.step(FEW, "discriminator", kept=step.kept))
+    for role, law, said in ((student, 1 - torch.arange(4).double() / 4, "student's"), (teacher, stock_times(), "teacher's")):
+        yield Check(f"moments of the {said} times against the uniform law's, in standard errors", off_law(role.asked[0][1][-FEW:], law), 6)
+    heard += [role.asked[0][2] for role in (student, teacher)]
+    yield Check("the prompts of student, teacher and heads from the batch's", strayed(heard, batch.cond), 0)
 
 
 def rest(problem: Problem, pictures: Pictures) -> Iterator[Check]:

@@ -8,8 +8,8 @@ import torch
 from ..diffusion.contracts import Role
 from ..diffusion.guidance import drawn
 from ..methods.distribution.diff_instruct import DiffInstruct, Settings
-from .players import Pupil, error
-from .problem import Affine, Check, Problem, difference, gradient
+from .players import Pupil, error, heard
+from .problem import Affine, Check, Problem, difference, gradient, normal_values
 
 COUNT, MANY = 256, 5_000
 
@@ -43,3 +43,5 @@ def identities(problem: Problem) -> Iterator[Check]:
     x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0.detach(), method.level(step.uniform("t"))
     weight = (problem.schedule.alpha(t) / problem.schedule.sigma(t)) ** 2 + 1
     yield from pupil.checks(loss, (weight * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "x0")).mean())
+    levels = problem.schedule.time_at(normal_values(Settings().mean, Settings().std).exp().atan())
+    yield from heard(problem, lambda student, critic: made(problem, student, problem.w, critic), levels, levels, shares=False)

@@ -9,8 +9,8 @@ import torch
 
 from ..diffusion.contracts import Batch, Pairs, Role
 from ..methods.distribution.dmd import DMD, Settings
-from .players import Pupil, error, simulated
-from .problem import Affine, Check, Problem, difference, gradient
+from .players import Pupil, error, heard, simulated
+from .problem import Affine, Check, Problem, difference, gradient, stock_times
 
 COUNT, MANY = 256, 5_000
 
@@ -66,3 +66,4 @@ def identities(problem: Problem) -> Iterator[Check]:
     x, t = student(first.normal("start", batch.shape), t, batch.cond).x0.detach(), method.trained(step.uniform("t"))
     known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
     yield from pupil.checks(method.critic_loss(batch, step)["denoising"], known)
+    yield from heard(problem, lambda student, critic: made(problem, student, critic), stock_times(*Settings().t_range), stock_times())

@@ -13,8 +13,8 @@ from ..diffusion.draws import Step
 from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..methods.distribution.dmd2 import DMD2, Settings
-from .players import Pupil, error, exits, simulated
-from .problem import Affine, Check, Problem, difference, gradient, largest, off_zero
+from .players import Pupil, error, exits, heard, simulated
+from .problem import Affine, Check, Problem, difference, gradient, largest, off_zero, stock_times
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 PLAIN, GAN = Settings(gan_weight=0), Settings(gan_weight=0.7, critic_gan_weight=0.3)
@@ -28,7 +28,7 @@ class Judge:
     judges: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self.judges(x_t, t)
+        return self.with_prediction(x_t, t, cond)[1]
 
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor]:
         return self.critic(x_t, t, cond), self.judges(x_t, t)
@@ -71,6 +71,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("gradient where the student draws as the guided teacher, over its usual size", (rest.norm() / known.norm()).item(), 1e-5)
     yield from fooled(problem, student)
     yield from told_apart(problem, student)
+    judged = lambda student, critic: made(problem, student, critic, w, STEPS, lambda x_t, t: x_t[:, :1])
+    yield from heard(problem, judged, stock_times(*GAN.t_range), stock_times(), STEPS, shares=False)
 
 
 def fooled(problem: Problem, student: Affine) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from ..diffusion.schedule import like
 from ..diffusion.times import LEVELS
 from ..methods.base import Guidance
 from ..methods.trajectory.guided import GuidedDistillation, Settings
-from .problem import Affine, Believer, Check, Problem, difference, gradient, reaching
+from .problem import Affine, Believer, Check, Problem, difference, evenly, gradient, off_law, reaching, stock_times
 
 COUNT, STEPS = 512, 8
 
@@ -37,8 +37,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     rest = loss(right, spread) / usual
     yield Check("loss of the guided teacher at every scale of a range, over that of one a scale too high", rest.item(), 1e-18)
     ((_, t, cond),) = right.asked
-    for name, away in (("scales it was told", (cond.w - sum(spread) / 2) / (problem.w - 1)), ("times it was asked at", t - 0.5005)):
-        yield Check(f"mean of the {name} against their middle, in standard errors", abs(away.mean().item()) * (12 * COUNT) ** 0.5, 6)
+    for name, found, law in (("scales it was told", cond.w, evenly(*spread)), ("times it was asked at", t, stock_times())):
+        yield Check(f"moments of the {name} against the uniform law's, in standard errors", off_law(found, law), 6)
 
     plain, fixed = (Believer(problem.schedule, lambda x, t, cond, w=w: problem.teacher(x, t, problem.guided_cond(len(t), w)).x0, problem.kind)
                     for w in (1.0, problem.w))

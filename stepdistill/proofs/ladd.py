@@ -9,14 +9,14 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..diffusion.schedule import like
 from ..methods.adversarial.ladd import LADD, Settings
-from .problem import Believer, Check, Problem, difference, gradient, largest, moments, off_zero
+from .problem import Believer, Check, Problem, difference, gradient, largest, moments, normal_values, off_law, off_zero
 
-COUNT, MANY, STEPS = 256, 40_000, 4
+COUNT, FEW, MANY, STEPS = 256, 5_000, 40_000, 4
 
 
 def made(problem: Problem, student, discriminator, **settings) -> LADD:
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator}
-    return LADD(Settings(warm=0, **settings), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.name)))
+    return LADD(Settings(**{"warm": 0, **settings}), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.name)))
 
 
 def exact(problem: Problem) -> Believer:
@@ -33,6 +33,7 @@ def exact(problem: Problem) -> Believer:
 def identities(problem: Problem) -> Iterator[Check]:
     yield from game(problem)
     yield from law(problem)
+    yield from times(problem)
 
 
 def game(problem: Problem) -> Iterator[Check]:
@@ -75,6 +76,23 @@ def law(problem: Problem) -> Iterator[Check]:
     yield Check("slope of quadratic heads where the student draws the data's law, in standard errors", found, 6)
     found = apart(problem, problem.teacher, shares=(1.0, 0.0, 0.0, 0.0), mean=-1.0)
     yield Check("6 standard errors over their slope, at low noise, where it draws the mean alone", 6 / found, 1)
+
+
+def times(problem: Problem) -> Iterator[Check]:
+    """What student and heads are told, at the last step that warms up and at the first that does not."""
+    batch, grid, judged, s = problem.batch(FEW), 1 - torch.arange(4).double() / 4, [], Settings()
+    for index, shares, said in ((6, s.first_shares, "while it warms up"), (7, s.shares, "once it has")):
+        student = Believer(problem.schedule, lambda x, t, cond: x)
+        method = made(problem, student, lambda x, t, cond: judged.append(t) or x[:, :1], warm=7)
+        step = problem.step(FEW, index=index)
+        method.student_loss(batch, step)
+        method.critic_loss(batch, problem.step(FEW, "discriminator", index=index, kept=step.kept))
+        yield Check(f"moments of its times {said} against the shares', in standard errors",
+                    off_law(student.asked[0][1], grid, torch.tensor(shares, dtype=torch.float64)), 6)
+    sigma = normal_values(s.mean, s.std).sigmoid()
+    levels = problem.schedule.time_at(torch.atan2(sigma, 1 - sigma))
+    yield Check("moments of the levels judged against those of logit s ~ N(mean, std^2), in standard errors",
+                largest(*(off_law(each, levels) for each in judged)), 6)
 
 
 def apart(problem: Problem, student, **settings) -> float:

@@ -36,7 +36,10 @@ def identities(problem: Problem) -> Iterator[Check]:
     found = method.sampler(student, noise, batch.cond)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, path.carried(noise, t, end)), 1e-9)
 
-    learner, i = problem.affine(), step.integers("node", NODES)
-    found = gradient(made(problem, learner.as_network(problem.kind)).loss(batch, step)["consistency"], learner)
-    known = path.consistency_gradient(learner, batch, step, (i + 1).double() / NODES, i.double() / NODES)
-    yield Check("gradient against that with an exact, fixed target; relative", difference(found, known), 1e-9)
+    learner, other, i = problem.affine(), problem.affine(), step.integers("node", NODES)
+    network = learner.as_network(problem.kind)
+    for said, role, method in (("itself, fixed", learner, made(problem, network)),
+                               ("an average", other, made(problem, network, target=other.as_network(problem.kind)))):
+        found = gradient(method.loss(batch, step)["consistency"], learner)
+        known = path.consistency_gradient(learner, batch, step, (i + 1).double() / NODES, i.double() / NODES, role)
+        yield Check(f"gradient against that with an exact target, {said}; relative", difference(found, known), 1e-9)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.contracts import Condition
+from ..diffusion.draws import Step
 from ..diffusion.flow_map import secant_target
 from ..diffusion.schedule import like
 from ..diffusion.solvers import ddim
@@ -87,28 +88,53 @@ def landings(problem: Problem) -> Iterator[Check]:
 
 
 def game(problem: Problem) -> Iterator[Check]:
-    batch, step, student = problem.batch(COUNT), problem.step(COUNT), problem.affine()
-    u, v = (0.3 * problem.normal(2, problem.dim) for _ in range(2))
-    method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: x_r @ u.T + x_t @ v.T))
-    x_t, times = method.started(batch, step)
-    found = gradient(method.student_loss(batch, step)["gan"], student)
-    x_r = step.kept["x_r"]
-    q = problem.schedule.sigma(times[-1]) / problem.schedule.sigma(times[0])
-    slope = problem.schedule.alpha(times[-1]) - q * problem.schedule.alpha(times[0])      # of the landing in x_0
-    pull = -(torch.sigmoid(-(x_r @ u.T + x_t @ v.T)) @ u / 2) * slope[:, None] / COUNT
-    known = torch.cat([pull.sum(0), (pull.T @ x_t).flatten()])
-    yield Check("student's gradient against -sigmoid(-l) u down its one step; relative", difference(found, known), 1e-5)
-
-    theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
-    method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: x_r @ theta.T))
-    critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
-    found, = torch.autograd.grad(method.critic_loss(batch, critic)["discriminator"], theta)
-    apart = (x_r - landing(problem, x_t, node_of(step), batch.cond.text)).mean(0) / 4
-    yield Check("heads' slope at logit 0 against (student's - teacher's landing) / 2; relative", difference(found, apart.expand(2, -1)), 1e-5)
+    figures = [played(problem, objective, at) for objective in ("pair", "single") for at in ((), (0.25, 0.75))]
+    names = "student's gradient against -sigmoid(-l) u down its one step", "heads' slope against sigmoid(l) fake - sigmoid(-l) real"
+    for name, found in zip(names, zip(*figures)):
+        yield Check(f"{name}, of pairs and of landings, with noise on the data and without; relative", largest(*found), 1e-5)
 
     for objective in ("pair", "single"):
         yield Check(f"{objective}: losses from log 2 and 2 log 2, and the critic's slope, where the student lands as the teacher",
                     unrest(problem, objective), 1e-9)
+
+
+def played(problem: Problem, objective: str, at: tuple[float, ...]) -> tuple[float, float]:
+    """How far the gradients of student and heads are from the known ones. x_t and t count for nothing where they are not shown."""
+    batch, step, student = problem.batch(COUNT), problem.step(COUNT), problem.affine()
+    u, v, e = (0.3 * problem.normal(2, problem.dim) for _ in range(3))
+    (c, d), theta = problem.normal(2, 2), torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
+
+    def told(r: Tensor, x_t: Tensor | None, t: Tensor | None, cond: Condition) -> Tensor:
+        return r[:, None] * c + cond.text @ e.T + (0 if x_t is None else x_t @ v.T + t[:, None] * d)
+
+    def judged(w: Tensor) -> Lightning:
+        return made(problem, student, Judge(lambda x_r, r, *rest: x_r @ w.T + told(r, *rest)), objective=objective, judged_at=at)
+
+    t = node_of(step).double() / NODES
+    r, x_t = t - 1 / STEPS, problem.schedule.start(batch.x0, step.normal("noise", batch.shape), t)
+    seen = (x_t, t, batch.cond) if objective == "pair" else (None, None, batch.cond)
+
+    found = gradient(judged(u).student_loss(batch, step)["gan"], student)
+    x_r, q = step.kept["x_r"], problem.schedule.sigma(r) / problem.schedule.sigma(t)
+    slope = problem.schedule.alpha(r) - q * problem.schedule.alpha(t)                     # of the landing in x_0
+    x_s, s, kept = shown(problem, x_r, r, at, step)
+    pull = -(torch.sigmoid(-(x_s @ u.T + told(s, *seen))) @ u / 2) * (kept * slope)[:, None] / COUNT
+    known = torch.cat([pull.sum(0), (pull.T @ x_t).flatten()])
+
+    critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
+    slopes, = torch.autograd.grad(judged(theta).critic_loss(batch, critic)["discriminator"], theta)
+    (fake, s, _), (real, _, _) = (shown(problem, x, r, at, critic) for x in (x_r, landing(problem, x_t, node_of(step), batch.cond.text)))
+    logits = told(s, *seen)
+    apart = (torch.sigmoid(logits).T @ fake - torch.sigmoid(-logits).T @ real) / (2 * COUNT)
+    return difference(found, known), difference(slopes, apart)
+
+
+def shown(problem: Problem, x_r: Tensor, r: Tensor, at: tuple[float, ...], step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """What is judged, the time that it is told, and how much of x_r there is in it: at r = 0 it is noised to one of `at`."""
+    s = torch.tensor(at or (0.001,), dtype=torch.float64)[(step.uniform("judged s") * max(len(at), 1)).long()]
+    noisy = (r == 0) & bool(at)
+    kept, added = torch.where(noisy, problem.schedule.alpha(s), 1), torch.where(noisy, problem.schedule.sigma(s), 0)
+    return like(kept, x_r) * x_r + like(added, x_r) * step.normal("judged noise", x_r.shape[1:]), torch.where(r > 0, r, s), kept
 
 
 def unrest(problem: Problem, objective: str) -> float:

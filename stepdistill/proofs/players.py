@@ -1,7 +1,7 @@
 """Two players in closed form: what a loss teaches a critic, sample by sample, and what a student answers within a rollout."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,10 @@ from ..diffusion.draws import Step
 from ..diffusion.prediction import Prediction, truth
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule
-from .problem import Affine, Check, Problem, difference, off_zero
+from ..methods.base import Method
+from .problem import Affine, Believer, Check, Problem, difference, largest, off_law, off_zero, strayed
+
+MANY = 2_000
 
 
 @dataclass
@@ -69,6 +72,30 @@ def simulated(student: Affine, sampler: Sampler, step: Step) -> tuple[Tensor, Te
         x = alpha * (m + x @ S.T) + sigma * step.normal(f"renoise {i}", (dim,)).double()
         mean, covariance = alpha * (m + S @ mean), alpha**2 * S @ covariance @ S.T + sigma**2 * torch.eye(dim)
     return x, m + S @ mean, S @ covariance @ S.T
+
+
+def heard(problem: Problem, made: Callable[[Role, Role], Method], matched: Tensor, trained: Tensor, steps: int = 1,
+          shares: bool = True, drop: float = 0.0) -> Iterator[Check]:
+    """What the players of made(student, critic) are told.
+
+    matched, trained (M,): equally likely times of the networks in the student's loss and in the critic's. shares: whether the
+    critic sees the student's own sample; drop: of the prompts in its loss.
+    """
+    student, critic = (Believer(problem.schedule, lambda x, t, cond: x / 2) for _ in range(2))
+    method, batch = made(student, critic), replace(problem.paired(MANY), cond=problem.prompts(MANY))
+    times, prompts, levels = [], [], ([], [])
+    for first in exits(problem, MANY, steps):
+        second = problem.step(MANY, "critic", index=first.index, kept=first.kept if shares else {})
+        for loss, step, share, into in zip((method.student_loss, method.critic_loss), (first, second), (0.0, drop), levels):
+            student.asked.clear(), critic.asked.clear()
+            loss(batch, step)
+            times += [(t - 1 + i % steps / steps).abs().max().item() for i, (_, t, _) in enumerate(student.asked)]
+            prompts.append(strayed([cond for *_, cond in student.asked + critic.asked], batch.cond.dropped(step.uniform("drop") < share)))
+            into += [t[-MANY:] for _, t, _ in critic.asked]
+    yield Check("times that the student is told from those of even steps", largest(*times), 1e-12)
+    yield Check("prompts that both are told from the batch's, but those that are to be dropped", largest(*prompts), 0)
+    yield Check("moments of the noise levels, the student's and the critic's, against their laws', in standard errors",
+                largest(*(off_law(torch.cat(found), law) for found, law in zip(levels, (matched, trained)))), 6)
 
 
 def exits(problem: Problem, count: int, nfe: int) -> list[Step]:

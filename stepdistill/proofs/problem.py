@@ -74,6 +74,37 @@ def off_zero(terms: Tensor) -> float:
     return (terms.mean(0).abs() / (terms.std(0) / len(terms) ** 0.5)).max().item()
 
 
+def off_law(drawn: Tensor, values: Tensor, shares: Tensor | None = None) -> float:
+    """How far the mean of draws (N,), and that of their squares, are from those of a law, in its standard errors.
+
+    values (M,), each with probability shares (M,), which sum to 1; None: all alike.
+    """
+    powers, shares = torch.stack([values, values**2]), torch.full_like(values, 1 / len(values)) if shares is None else shares
+    mean = powers @ shares
+    errors = (((powers - mean[:, None]) ** 2) @ shares / len(drawn)).sqrt()
+    return ((torch.stack([drawn, drawn**2]).mean(1) - mean).abs() / errors).max().item()
+
+
+def evenly(low: float, high: float, count: int = 10_000) -> Tensor:
+    """The middles (count,) float64 of as many equal parts of an interval: a uniform law, for `off_law`."""
+    return low + (high - low) * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def normal_values(mean: float, std: float) -> Tensor:
+    """A normal law, for `off_law`."""
+    return mean + std * torch.special.ndtri(evenly(0, 1))
+
+
+def stock_times(low: float = 0.0, high: float = 1.0) -> Tensor:
+    """(i + 1) / 1000, i from 1000 low to 1000 high, 999 at most."""
+    return torch.arange(round(1000 * low) + 1, min(round(1000 * high) + 1, 1000) + 1, dtype=torch.float64) / 1000
+
+
+def strayed(heard: list[Condition], cond: Condition) -> float:
+    """The largest distance of what was heard from `cond`. Of a guided call the last half is its prompts."""
+    return largest(*((each.text[-len(cond):] - cond.text).abs().max().item() for each in heard))
+
+
 def moments(x: Tensor) -> Tensor:
     """(B, D) -> its numbers and their products, (B, D + D^2): what tells one Gaussian from another."""
     return torch.cat([x, (x[:, :, None] * x[:, None, :]).flatten(1)], 1)
@@ -189,6 +220,10 @@ class Problem:
     def cond(self, count: int) -> Condition:
         conditional, null = (mean.expand(count, -1) for mean in self.means)
         return Condition(text=conditional, null=Condition(text=null))
+
+    def prompts(self, count: int) -> Condition:
+        """One of its own for every sample, whatever laws they name."""
+        return Condition(text=self.normal(count, self.dim), null=Condition(text=self.normal(count, self.dim)))
 
     def guided_cond(self, count: int, w: float | Tensor) -> Condition:
         """The condition under which the teacher's law is the guided one at w: its mean is null + w (conditional - null)."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..methods.trajectory.reflow import Reflow, Settings
-from .problem import Believer, Check, Problem, difference, gradient, standard_errors
+from .problem import Believer, Check, Problem, difference, evenly, gradient, off_law, standard_errors
 
-COUNT, MANY = 256, 20_000
+COUNT, FEW, MANY = 256, 5_000, 20_000
 
 
 def made(problem: Problem, student: Role, steps: int = 1, **settings: bool) -> Reflow:
@@ -57,12 +57,23 @@ def independent(problem: Problem, offset: Tensor) -> Believer:
     return Believer(problem.schedule, believes, problem.kind)
 
 
+def places(problem: Problem) -> Iterator[Check]:
+    """What the student is told: a uniform place on the line, from the first stock time's, sigma / (alpha + sigma); or a step's own."""
+    place = lambda t: problem.schedule.sigma(t) / (problem.schedule.alpha(t) + problem.schedule.sigma(t))
+    ends, steps = place(torch.tensor([1e-3, 1.0], dtype=torch.float64)), torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    for distil, law, said in ((False, evenly(*ends.tolist()), "uniform law's on the line"), (True, place(steps), "4 steps'")):
+        student = Believer(problem.schedule, lambda x, t, cond: x)
+        made(problem, student, 4, distil=distil).loss(problem.paired(FEW), problem.step(FEW))
+        yield Check(f"moments of its places against the {said}, in standard errors", off_law(place(student.asked[0][1]), law), 6)
+
+
 def identities(problem: Problem) -> Iterator[Check]:
     batch, step = problem.paired(COUNT, w=problem.w), problem.step(COUNT)
     student, other = straight(problem, problem.w), straight(problem, 1.0)
     for distil, said in ((False, "loss along the lines"), (True, "loss at the times of 4 steps")):
         rest, usual = (made(problem, role, 4, distil=distil).loss(batch, step)["velocity"] for role in (student, other))
         yield Check(f"{said} where the pairs' lines are known, over the unguided pairs'", (rest / usual).item(), 1e-18)
+    yield from places(problem)
     for steps in (1, 4):
         drawn = made(problem, student, steps).sampler(student, batch.pairs.noise, batch.cond)
         yield Check(f"its sample in {steps} steps against the picture; relative", difference(drawn, batch.x0), 1e-9)

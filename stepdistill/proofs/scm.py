@@ -9,10 +9,10 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
-from ..methods.consistency.scm import RADIAN, SCM, TRIG, Settings
-from .problem import Believer, Check, Law, Problem, difference, gradient
+from ..methods.consistency.scm import INSIDE, RADIAN, SCM, TRIG, Settings
+from .problem import Believer, Check, Law, Problem, difference, gradient, largest, normal_values, off_law
 
-COUNT = 256
+COUNT, MANY = 256, 20_000
 TINY = 1e-4                       # radians to either side of a time
 
 
@@ -42,15 +42,25 @@ def identities(problem: Problem) -> Iterator[Check]:
 
     student = problem.affine()
     method = made(problem, student, problem.w)
-    found = gradient(method.loss(batch, begun)["consistency"], student)
     t = method.times(begun)
     x, seen = TRIG.add_noise(batch.x0, begun.normal("noise", batch.shape), t), viewed(student, TRIG)
     law = Law(TRIG, problem.covariance, "v").of(problem.guided_cond(COUNT, problem.w))
     after, before = (seen(law.flow(x, t, t + h * RADIAN), t + h * RADIAN, batch.cond).x0.detach() for h in (TINY, -TINY))
-    g = like(TRIG.alpha(t), x) * (after - before) / (2 * TINY)
-    aim = g / (g.square().mean(1, keepdim=True).sqrt() + method.settings.damping)
-    known = gradient((-2 * aim * seen(x, t, batch.cond).v).mean(), student)
-    yield Check("gradient of an arbitrary student against cos df/dtheta along the guided ODE; relative", difference(found, known), 1e-6)
+    whole, v = like(TRIG.alpha(t), x) * (after - before) / (2 * TINY), seen(x, t, batch.cond).v.detach()
+    at_first, worst = like(TRIG.alpha(t) ** 2, x) * (law(x, t).v - v), 0.0
+    for share in (0.25, 0.75, 1.0, 2.0):
+        r, moment = min(share, 1.0), problem.step(COUNT, progress=share * method.settings.warmup)
+        g = r * whole + (1 - r) * at_first
+        aim = g / (g.square().mean(1, keepdim=True).sqrt() + method.settings.damping)
+        known = gradient((-2 * aim * seen(x, t, batch.cond).v).mean(), student)
+        worst = largest(worst, difference(gradient(method.loss(batch, moment)["consistency"], student), known))
+    yield Check("gradient of an arbitrary student, as it warms up and after, against cos df/dtheta along the guided ODE, of which r "
+                "turns from the teacher's; relative", worst, 1e-6)
+
+    ends = problem.schedule.angle(torch.tensor(INSIDE, dtype=torch.float64)).tolist()
+    known = normal_values(method.settings.mean, method.settings.std).exp().atan().clamp(*ends) * RADIAN
+    yield Check("moments of its times against those of ln tan theta ~ N(mean, std^2), in standard errors",
+                off_law(method.times(problem.step(MANY)), known), 6)
 
     tame = problem.law(problem.drawn_covariance())
     slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond) for by in ("difference", "exact")]

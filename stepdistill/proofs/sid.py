@@ -13,8 +13,8 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import Schedule
 from ..losses.matching import score_identity
 from ..methods.distribution.sid import Settings, SiD
-from .players import Pupil, error, exits, simulated
-from .problem import Affine, Believer, Check, Problem, difference, gradient, largest
+from .players import Pupil, error, exits, heard, simulated
+from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, stock_times
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 
@@ -44,6 +44,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield pathwise(problem)
     yield from divergences(problem)
     yield from guidances(problem)
+    levels = stock_times(*Settings().t_range)
+    yield from heard(problem, lambda student, critic: made(problem, student, critic, STEPS), levels, levels, STEPS, False, Settings().drop)
 
 
 # -- the loss at every sample -----------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from ..diffusion.contracts import Role
 from ..diffusion.schedule import like
 from ..methods.distribution.swiftbrush import Settings, SwiftBrush
-from .players import Pupil, error, simulated
-from .problem import Affine, Believer, Check, Problem, difference, gradient, off_zero
+from .players import Pupil, error, heard, simulated
+from .problem import Affine, Believer, Check, Problem, difference, gradient, off_zero, stock_times
 
 COUNT, MANY = 256, 5_000
 
@@ -36,6 +36,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("gradient once the critic is the teacher, given the prompt and without, over its usual size",
                 (rest.norm() / known.norm()).item(), 1e-5)
     yield from fitted(problem)
+    yield from heard(problem, lambda student, critic: made(problem, student, critic, problem.w), stock_times(*Settings().t_range), stock_times(),
+                     drop=Settings().drop)
 
 
 def fitted(problem: Problem) -> Iterator[Check]:

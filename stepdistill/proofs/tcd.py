@@ -12,17 +12,17 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..diffusion.times import nodes
 from ..methods.consistency.tcd import TCD, Settings
-from .problem import Affine, Check, Problem, difference, gradient, largest
+from .problem import Affine, Check, Problem, difference, gradient, largest, off_law, off_zero
 from .trajectory import Trajectory, ddim_factor
 
-COUNT, NODES, STEPS = 256, 10, 4
+COUNT, MANY, NODES, STEPS = 256, 5_000, 10, 4
 GAMMA = {"vp": 0.3, "flow": 0.0}
 
 
-def made(problem: Problem, student: Role) -> TCD:
+def made(problem: Problem, student: Role, **roles: Role) -> TCD:
     settings = Settings(nodes=NODES, gamma=GAMMA[problem.name])
     sampler = problem.sampler(TCD.inference(settings, STEPS, problem.name))
-    return TCD(settings, {"teacher": problem.teacher, "student": student}, problem.w, sampler)
+    return TCD(settings, {"teacher": problem.teacher, "student": student} | roles, problem.w, sampler)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -40,19 +40,34 @@ def identities(problem: Problem) -> Iterator[Check]:
     root = made(problem, path.landing(r)).loss(batch, step)["consistency"].sqrt()
     yield Check("root of the loss of a student that lands on the guided teacher's DDIM steps at every r", root.item(), 1e-9)
 
-    found = gradient(method.loss(batch, step)["consistency"], learner)
+    other = problem.affine()
     x_t = schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
     x_s = path.carried(x_t, t, s)
-    target = torch.where(like(r, x_s) < like(s, x_s), mapped(problem, learner, x_s, s, r), x_s).detach()
-    known = gradient((mapped(problem, learner, x_t, t, r) - target).square().mean(), learner)
-    yield Check("gradient against that with an exact, fixed target; relative", difference(found, known), 1e-9)
+    averaged = made(problem, network, target=other.as_network(problem.kind))
+    for said, role, whole in (("itself, fixed", learner, method), ("an average", other, averaged)):
+        target = torch.where(like(r, x_s) < like(s, x_s), mapped(problem, role, x_s, s, r), x_s).detach()
+        known = gradient((mapped(problem, learner, x_t, t, r) - target).square().mean(), learner)
+        found = gradient(whole.loss(batch, step)["consistency"], learner)
+        yield Check(f"gradient against that with an exact target, {said}; relative", difference(found, known), 1e-9)
 
+    yield Check("moments of the nodes t, and of r given s, against the uniform laws', in standard errors", drawn_times(method, problem), 6)
     if problem.name == "vp":
         yield Check("signal, old and fresh noise after a step of the sampler against algorithm 4", noise_added(problem, method), 1e-9)
     noise, end = problem.normal(COUNT, problem.dim), torch.full((COUNT,), method.end, dtype=torch.float64)
     once = problem.sampler(TCD.inference(method.settings, 1, problem.name))
     found, known = once(path.landing(end), noise, batch.cond), path.carried(noise, torch.ones_like(end), end)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)
+
+
+def drawn_times(method: TCD, problem: Problem) -> float:
+    """t = i / N, s = (i - skip) / N, r = j / N with j from 0 to that of s; not a number where s is not, or any is not a node."""
+    times = method.times(problem.step(MANY))
+    i, below, j = ((NODES * u).round() for u in times)
+    said = [node.div(NODES).clamp(min=method.end) for node in (i, (i - method.settings.skip).clamp(min=0), j)]
+    if any((u - known).abs().max() > 1e-12 for u, known in zip(times, said)):
+        return float("nan")
+    given = torch.stack([j - below / 2, j**2 - below * (2 * below + 1) / 6], 1)
+    return largest(off_law(i, torch.arange(1, NODES + 1).double()), off_zero(given))
 
 
 def mapped(problem: Problem, learner: Affine, x: Tensor, t: Tensor, r: Tensor) -> Tensor:

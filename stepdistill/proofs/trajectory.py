@@ -72,16 +72,16 @@ class Trajectory:
             return (f - like(c_skip, x) * x) / like(torch.where(c_out == 0, 1.0, c_out), x)
         return Believer(self.problem.schedule, x0, self.problem.kind)
 
-    def consistency_gradient(self, learner: Affine, batch: Batch, step: Step, t: Tensor, s: Tensor) -> Tensor:
-        """In the learner, of its consistency function's squared distance to a fixed target; x_s is that of this trajectory."""
-        def f(x: Tensor, u: Tensor) -> Tensor:
+    def consistency_gradient(self, learner: Affine, batch: Batch, step: Step, t: Tensor, s: Tensor, target: Affine) -> Tensor:
+        """In the learner, of its consistency function's squared distance to the target's, fixed, at x_s of this trajectory."""
+        def f(role: Affine, x: Tensor, u: Tensor) -> Tensor:
             c_skip, c_out = scalings(self.problem.schedule, u)
-            return like(c_skip, x) * x + like(c_out, x) * (learner.m + x @ learner.S.T)
+            return like(c_skip, x) * x + like(c_out, x) * (role.m + x @ role.S.T)
 
         x_t = self.problem.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         x_s = self.carried(x_t, t, s)
-        target = torch.where(like(s, x_s) > self.grid[-1], f(x_s, s), x_s).detach()
-        return gradient((f(x_t, t) - target).square().mean(), learner)
+        fixed = torch.where(like(s, x_s) > self.grid[-1], f(target, x_s, s), x_s).detach()
+        return gradient((f(learner, x_t, t) - fixed).square().mean(), learner)
 
     def landing(self, r: Tensor) -> Believer:
         """The student whose DDIM step from any time above r (B,) lands at r."""
