@@ -13,14 +13,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepdistill.diffusion import draws, flow_map, guidance
+from stepdistill.diffusion import draws, flow_map, guidance, times
 from stepdistill.losses import adversarial, matching, regression
+from stepdistill.methods import load_method
 from stepdistill.proofs.problem import Problem
 
 from .test_identities import PROVED
 
 MATCHING = ("diff_instruct", "dmd", "dmd2", "swiftbrush")
 CRITICS = (*MATCHING, "sid")
+TARGETS = ("cd", "lcm", "tcd", "tract")
 
 
 def everywhere(monkeypatch, original, broken) -> None:
@@ -108,6 +110,28 @@ def real_for_fake(m) -> None:
         everywhere(m, original, lambda real, fake, original=original: original(fake, real))
 
 
+def early_times(m) -> None:
+    """Of all laws of times the nearer half alone, and another grid of Karras et al."""
+    for original in (times.uniform, times.log_normal, times.logit_normal, times.discrete, times.weighted):
+        everywhere(m, original, lambda *given, original=original: lambda u: original(*given)(u / 2))
+    original = times.karras
+    everywhere(m, original, lambda *given: original(*given, rho=1.0))
+
+
+def prompt_dropped(m) -> None:
+    """Samplers do not show the network its prompt."""
+    from stepdistill.diffusion.sampler import Sampler
+    original = Sampler._predict
+    m.setattr(Sampler, "_predict", lambda self, role, x, e, cond: original(self, role, x, e, cond.null or cond))
+
+
+def target_is_the_student(m) -> None:
+    """The running average is not asked."""
+    for method in map(load_method, TARGETS):
+        m.setattr(method, "__init__", lambda self, settings, roles, *rest, original=method.__init__:
+                  original(self, settings, {**roles, "target": roles["student"]}, *rest))
+
+
 # fault -> methods of which at least one row must turn red
 FAULTS = {
     wrong_sign: MATCHING,
@@ -116,10 +140,13 @@ FAULTS = {
     no_stop_gradient: (*MATCHING, "lcm", "tcd"),
     guidance_off_by_one: (*CRITICS, "cd", "lcm", "tcd", "scm", "tract"),
     time_off_by_one: ("cd", "lcm", "tcd", "kd", "tract"),
-    told_time_off_by_one: ("cd", "lcm", "tcd", "kd", "reflow", "tract"),
+    told_time_off_by_one: (*CRITICS, "cd", "lcm", "tcd", "kd", "reflow", "tract"),
     noise_reused: CRITICS,
     half_a_loss: ("kd", "reflow", "dmd"),
     real_for_fake: ("dmd2", "ladd", "lightning"),
+    early_times: (*CRITICS, "cd", "tcd", "scm", "add", "ladd", "reflow", "lightning"),
+    prompt_dropped: CRITICS,
+    target_is_the_student: TARGETS,
 }
 
 
