@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import atan
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
-from ..methods.consistency.scm import INSIDE, RADIAN, SCM, TRIG, Settings
+from ..methods.consistency.scm import FIRST, INSIDE, NOISIEST, RADIAN, SCM, TRIG, Settings
 from .problem import Believer, Check, Law, Problem, difference, gradient, largest, normal_values, off_law
 
 COUNT, MANY = 256, 20_000
@@ -57,10 +58,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("gradient of an arbitrary student, as it warms up and after, against cos df/dtheta along the guided ODE, of which r "
                 "turns from the teacher's; relative", worst, 1e-6)
 
-    ends = problem.schedule.angle(torch.tensor(INSIDE, dtype=torch.float64)).tolist()
-    known = normal_values(method.settings.mean, method.settings.std).exp().atan().clamp(*ends) * RADIAN
     yield Check("moments of its times against those of ln tan theta ~ N(mean, std^2), in standard errors",
-                off_law(method.times(problem.step(MANY)), known), 6)
+                off_law(method.times(problem.step(MANY)), published_times(problem, method.settings)), 6)
 
     tame = problem.law(problem.drawn_covariance())
     slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond) for by in ("difference", "exact")]
@@ -71,3 +70,9 @@ def identities(problem: Problem) -> Iterator[Check]:
     ends = problem.teacher.of(problem.guided_cond(COUNT, problem.w)).flow(noise, start, 0 * start)
     landed = flow.sampler(believer(problem, problem.w, flows=True), noise, problem.cond(COUNT))
     yield Check("one step of the flow map against the guided teacher's ODE; relative", difference(landed, ends), 1e-5)
+
+
+def published_times(problem: Problem, settings: Settings) -> Tensor:
+    """Of the law, cut off where a network knows no more times and where sampling starts."""
+    first, last = problem.schedule.angle(torch.tensor([FIRST + INSIDE, 1 - INSIDE], dtype=torch.float64)).tolist()
+    return normal_values(settings.mean, settings.std).exp().atan().clamp(first, min(last, atan(NOISIEST))) * RADIAN
