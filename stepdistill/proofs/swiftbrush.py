@@ -36,8 +36,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("gradient once the critic is the teacher, given the prompt and without, over its usual size",
                 (rest.norm() / known.norm()).item(), 1e-5)
     yield from fitted(problem)
-    yield from heard(problem, lambda student, critic: made(problem, student, critic, problem.w), stock_times(*Settings().t_range), stock_times(),
-                     drop=Settings().drop)
+    yield from heard(problem, lambda student, critic: made(problem, student, critic, problem.w), stock_times(*Settings().t_range),
+                     stock_times(), drop=Settings().drop)
 
 
 def fitted(problem: Problem) -> Iterator[Check]:
