@@ -42,7 +42,9 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     run = build.train(chosen, out=out, resume=resume)
     from .parallel import rank
     if rank() == 0:
-        say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
+        from .plane import on_toy
+        after = f"its pictures: {run / 'samples'}" if on_toy(chosen) else f"next: stepdistill export {run} --to lora"
+        say.print(f"trained: {run}\n{after}", soft_wrap=True)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from .models.families import FAMILIES, Layout, call_of, layout
 from .models.roles import Places
 from .models.schedulers import stock_scheduler
 from .models.vision import PUBLISHED, PictureHeads, Sight, prompt_width
+from .plane import on_toy
 from .recipe import Critic, Recipe, RoleChoice
 from .work import checked, choices, needs_of
 
@@ -53,6 +54,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _stage(recipe: Recipe) -> dict[str, Any]:
     source = resources.pipeline(recipe.teacher)
+    if on_toy(recipe):
+        raise recipe.refuse("teacher", f"is {recipe.teacher}, a Toy, which there is nothing to plan of: its recipes train within a minute, "
+                            "by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
     settings, needs, _ = checked(recipe)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}

@@ -36,6 +36,7 @@ from .methods.base import Features, Follows, Heads, Inference, Method, Need, Tra
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, Weights, build_roles
 from .models.schedulers import stock_scheduler
+from .plane import check_plane
 from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
 
@@ -98,6 +99,7 @@ def checked(recipe: Recipe) -> tuple[Any, dict[str, Need], dict[str, Setting]]:
 
     RequestError for what can be known not to work before anything is loaded, in this stage and between it and the one before.
     """
+    check_plane(recipe)
     settings, kind = recipe.method_settings(), load_method(recipe.method)
     if reason := kind.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
