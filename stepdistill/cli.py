@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", callback=lambda scale: _finite("--guidance", scale))]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
@@ -192,14 +193,20 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _finite(option: str, number: float | None) -> float | None:
+    if number is not None and not math.isfinite(number):
+        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0")
+    return number
+
+
 def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
     """Numbers of at least 1 with commas between."""
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise RequestError(f"{option} {text}: should be numbers of at least 1 with commas between, such as {example}")
+    if not found or not all(1 <= number < math.inf for number in found):
+        raise RequestError(f"{option} {text}: should be finite numbers of at least 1 with commas between, such as {example}")
     return found
 
 
