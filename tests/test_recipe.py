@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepdistill.errors import RequestError
 from stepdistill.methods import load_method
+from stepdistill.plan import plan
 from stepdistill.recipe import Recipe, builtin, find
 from stepdistill.source import Source, parse_set
-from stepdistill.work import choices, rates
+from stepdistill.work import choices, make, rates
 
 GOOD = """\
 method: lcm
@@ -201,3 +203,27 @@ def test_a_refusal_costs_no_torch(write):
     done = subprocess.run([sys.executable, "-c", code, write("steps: 4", "steps: 0")], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1])
     assert done.stdout.startswith("False") and "at least 1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("method", "discriminator", "said"), [
+    ("add", {"network": "./nowhere"}, "--set discriminator.network: discriminator.network cannot be used: there is no vision network ./nowhere"),
+    ("add", {"network": "assets/shapes-clip", "features": ["layers.99"]},
+     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read layers.99 of this network"),
+    ("dmd2", {"features": ["mid_blok"]},
+     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read mid_blok of this network"),
+])
+@pytest.mark.parametrize("command", [plan, lambda recipe: make(recipe, torch.device("cpu"))])
+def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method, discriminator, said):
+    made = {"method": method, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1,
+            "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
+    with pytest.raises(RequestError) as caught:
+        command(Recipe.load(made, {"discriminator": discriminator}))
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("made", [lambda folder: None, lambda folder: (folder / "model_index.json").write_text('{"_class_name": "Other"}')])
+def test_a_teacher_that_cannot_be_planned_on_is_refused_at_its_line(write, tiny_teacher, tmp_path, made):
+    (tmp_path / "empty").mkdir()
+    made(tmp_path / "empty")
+    with pytest.raises(RequestError, match=r"mine.yaml:2: teacher cannot be planned on: .*empty is "):
+        plan(Recipe.load(write(str(tiny_teacher), str(tmp_path / "empty"))))
