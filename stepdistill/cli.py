@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", callback=lambda scale: _finite("--guidance", scale))]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
@@ -42,7 +43,9 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     run = build.train(chosen, out=out, resume=resume)
     from .parallel import rank
     if rank() == 0:
-        say.print(f"trained: {run}\nnext: stepdistill export {run} --to lora")
+        from .plane import on_toy
+        after = f"its pictures: {run / 'samples'}" if on_toy(chosen) else f"next: stepdistill export {run} --to lora"
+        say.print(f"trained: {run}\n{after}", soft_wrap=True)
 
 
 @app.command()
@@ -195,14 +198,20 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _finite(option: str, number: float | None) -> float | None:
+    if number is not None and not math.isfinite(number):
+        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0")
+    return number
+
+
 def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
     """Numbers of at least 1 with commas between."""
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise RequestError(f"{option} {text}: should be numbers of at least 1 with commas between, such as {example}")
+    if not found or not all(1 <= number < math.inf for number in found):
+        raise RequestError(f"{option} {text}: should be finite numbers of at least 1 with commas between, such as {example}")
     return found
 
 

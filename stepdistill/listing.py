@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import difflib
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def algorithm(name: str) -> str:
     tree = ast.parse(source)
     settings = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
     fields = [node for node in settings.body if isinstance(node, ast.AnnAssign)]
-    lines = source.splitlines()[fields[0].lineno - 1:fields[-1].end_lineno]
-    return "\n".join([ast.get_docstring(tree), "", "settings:", *lines])
+    lines, first, last = source.splitlines(), fields[0].lineno - 1, fields[-1].end_lineno
+    more = takewhile(lambda line: line.lstrip().startswith("#"), lines[last:])            # the last one's comment may go on
+    return "\n".join([ast.get_docstring(tree), "", "settings:", *lines[first:last], *more])
 
 
 def recipes(name: str | None = None) -> list[dict[str, str]]:

@@ -20,15 +20,16 @@ from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
 from .errors import RequestError, gist
+from .judges import judge, judged, tapped
 from .methods import load_method
 from .methods.base import FIXED, Codec, Features, Follows, Heads, Method, Need, Trained
-from .models.discriminator import Shape, chosen, head, paired, tap
+from .models.discriminator import Shape, head, paired, tap
 from .models.families import FAMILIES, Layout, call_of, layout
-from .models.roles import Places
 from .models.schedulers import stock_scheduler
-from .models.vision import PUBLISHED, PictureHeads, Sight, prompt_width
+from .models.vision import PictureHeads, prompt_width
+from .plane import on_toy
 from .recipe import Critic, Recipe, RoleChoice
-from .work import checked, choices, needs_of
+from .work import checked, needs_of
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -53,10 +54,14 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _stage(recipe: Recipe) -> dict[str, Any]:
     source = resources.pipeline(recipe.teacher)
+    if on_toy(recipe):
+        raise recipe.refuse("teacher", f"is {recipe.teacher}, a Toy, which there is nothing to plan of: its recipes train within a minute, "
+                            "by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
     settings, needs, _ = checked(recipe)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
-    teacher = _teacher(source, recipe.revision)
+    with recipe.blaming("teacher", "cannot be planned on"):
+        teacher = _teacher(source, recipe.revision)
     roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
@@ -136,7 +141,7 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
     for name, need in needs.items():
         if isinstance(need, Features):
             with torch.device("meta"):
-                rows[name] = _row(_size(_sight(recipe, needs).network()), 0, FLOAT)
+                rows[name] = _row(_size(judge(recipe).network()), 0, FLOAT)
         elif isinstance(need, Heads):
             count = _heads(recipe, needs, teacher, need)
             rows[name] = _row(count, count, FLOAT)
@@ -154,25 +159,14 @@ def _heads(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher, need: H
     """Parameters of a discriminator."""
     with torch.device("meta"):
         if isinstance(needs[need.of], Features):
-            read = _sight(recipe, needs).read(_places(recipe, needs).features)
-            return _size(PictureHeads(read, prompt_width(teacher.inputs(1))))
+            return _size(PictureHeads(judged(recipe), prompt_width(teacher.inputs(1))))
         read = _features(recipe, teacher)
         return sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
 
 
-def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
-    return choices(recipe, needs).get("discriminator", Places())
-
-
-def _sight(recipe: Recipe, needs: Mapping[str, Need]) -> Sight:
-    return Sight.of(_places(recipe, needs).network or PUBLISHED)
-
-
 def _features(recipe: Recipe, teacher: _Teacher) -> dict[str, Shape]:
     """The modules that a discriminator reads, and the shapes of what they return."""
-    said = None if recipe.discriminator is None else recipe.discriminator.features
-    known = teacher.known
-    return chosen(known.feature_shapes(teacher.denoiser), known.default_features(teacher.denoiser) if said is None else said)
+    return tapped(recipe, teacher.known.feature_shapes(teacher.denoiser), teacher.known.default_features(teacher.denoiser))
 
 
 def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice | Critic:
@@ -385,7 +379,7 @@ def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[st
 def _vision_downloads(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Mapping[str, int]]) -> list[str]:
     """A Hub network that judges pictures, if its weights are not in the cache yet."""
     name = next((name for name, need in needs.items() if isinstance(need, Features)), None)
-    if name is None or resources.locate(source := _sight(recipe, needs).source) is not None:
+    if name is None or resources.locate(source := judge(recipe).source) is not None:
         return []
     from huggingface_hub import try_to_load_from_cache
     if isinstance(try_to_load_from_cache(source, "model.safetensors"), str):

@@ -7,14 +7,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from ruamel.yaml import YAML
 
 from . import resources
+from .complaints import complaint, unknown
 from .errors import RequestError
 from .methods import METHODS, load_method
 from .source import Path_, Source, unwrapped
@@ -33,6 +46,8 @@ def _guidance(value: Any) -> float | tuple[float, float]:
     scales = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(w, bool) or not isinstance(w, int | float) for w in scales) or len(scales) not in (1, 2):
         raise ValueError("should be one scale such as 3.0, or a range such as [2.0, 5.0]")
+    if not all(map(math.isfinite, scales)):
+        raise ValueError("should be a finite number, or a range of two")
     if min(scales) < 1 or list(scales) != sorted(scales):
         raise ValueError("should be scales of at least 1 (1 is no guidance), a range from low to high")
     return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
@@ -47,7 +62,7 @@ def _prompts(value: Any) -> str | tuple[str, ...]:
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Lora(Strict):
@@ -179,7 +194,7 @@ class Recipe(Strict):
             try:
                 stage = cls.model_validate(own.values)
             except ValidationError as error:
-                complaints += [_complaint(own, (*e["loc"],), e) for e in error.errors()]
+                complaints += [complaint(own, (*e["loc"],), e, _fields) for e in error.errors()]
                 continue
             stage._source, stage._given, stage._previous, stage._teacher = own, source, made, teacher
             made = stage
@@ -208,17 +223,25 @@ class Recipe(Strict):
         """The error that says where in the recipe a choice was made: `raise recipe.refuse("steps", ...)`."""
         return RequestError(f"{self._source.where(tuple(path.split('.')))}: {path} {message}")
 
+    @contextmanager
+    def blaming(self, path: str, says: str) -> Iterator[None]:
+        """A RequestError from inside also says where in the recipe the choice was made: `with recipe.blaming("teacher", "cannot be loaded")`."""
+        try:
+            yield
+        except RequestError as error:
+            raise self.refuse(path, f"{says}: {error}") from error
+
     def method_settings(self) -> Any:
         """The method's dataclass, filled and checked. Imports torch."""
         kind = load_method(self.method).Settings
         names = [f.name for f in dataclasses.fields(kind)]
         for name in self.settings:
             if name not in names:
-                raise self.refuse(f"settings.{name}", _unknown(name, names, f"setting of {self.method}"))
+                raise self.refuse(f"settings.{name}", unknown(name, names, f"setting of {self.method}"))
         try:
-            return TypeAdapter(kind).validate_python(self.settings)
+            return TypeAdapter(with_config(ConfigDict(allow_inf_nan=False))(kind)).validate_python(self.settings)
         except ValidationError as error:
-            raise RequestError("\n".join(_complaint(self._source, ("settings", *e["loc"]), e) for e in error.errors())) from None
+            raise RequestError("\n".join(complaint(self._source, ("settings", *e["loc"]), e, _fields) for e in error.errors())) from None
 
     @property
     def name(self) -> str:
@@ -269,11 +292,9 @@ class Recipe(Strict):
     def _check(self) -> None:
         """What can be known to fail without loading anything."""
         if self.method not in METHODS:
-            raise self.refuse("method", f"is {self.method!r}, which " + _unknown(self.method, METHODS, "method"))
-        try:
+            raise self.refuse("method", f"is {self.method!r}, which " + unknown(self.method, METHODS, "method"))
+        with self.blaming("teacher", "cannot be loaded"):
             resources.pipeline(self.teacher)
-        except RequestError as error:
-            raise self.refuse("teacher", f"cannot be loaded: {error}") from None
         given = [name for name in KINDS if getattr(self.data, name) is not None]
         if len(given) != 1:
             raise self.refuse("data", f"should name one source, images, prompts, samples or pairs; found {' and '.join(given) or 'none'}")
@@ -319,40 +340,6 @@ def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     changed = {key: _changes(common[key], value) if isinstance(value, dict) and isinstance(common[key], dict) else value
                for key, value in own.items() if key not in common or value != common[key]}
     return changed | ({"settings": own["settings"]} if "method" in changed else {})
-
-
-def _unknown(name: str, valid: Iterable[str], what: str) -> str:
-    valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"is no {what}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")
-
-
-def _complaint(source: Source, path: Path_, error: Mapping[str, Any]) -> str:
-    """One line on what pydantic found."""
-    dotted = ".".join(str(part) for part in path)
-    if error["type"] == "extra_forbidden":
-        says = _unknown(str(path[-1]), _fields(path[:-1]), "entry of " + (".".join(map(str, path[:-1])) or "a recipe"))
-    elif error["type"] == "missing":
-        says = "is missing"
-    else:
-        says = f"is {error['input']!r}; it {_expected(error)}"
-    return f"{source.where(path)}: {dotted} {says}"
-
-
-_EXPECTED = {
-    "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",
-    "bool_type": "should be true or false", "list_type": "should be a list such as [1, 2, 4]", "dict_type": "should be a table",
-    "model_type": "should be a table of entries", "int_from_float": "should be a whole number",
-    "greater_than_equal": "should be at least {ge}", "greater_than": "should be above {gt}", "less_than": "should be below {lt}",
-    "less_than_equal": "should be at most {le}", "literal_error": "should be {expected}", "too_short": "should not be empty",
-    "int_parsing": "should be a whole number", "float_parsing": "should be a number", "value_error": "{error}",
-}
-
-
-def _expected(error: Mapping[str, Any]) -> str:
-    if error["type"] in _EXPECTED:
-        return _EXPECTED[error["type"]].format(**error.get("ctx", {}))
-    return f"is refused: {error['msg']}"
 
 
 def _fields(path: Path_) -> list[str]:

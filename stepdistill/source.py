@@ -67,6 +67,10 @@ class Source:
         return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
 
     def where(self, path: Path_) -> str:
+        """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands in."""
+        inner = next((said for key, said in self.places.items() if key[:len(path)] == path), None)
+        if inner is not None and path not in self.places:
+            return inner
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]

@@ -31,11 +31,13 @@ from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS, STOCHASTIC, Seen, unseen
 from .errors import RequestError
 from .evaluation.plans import Target
+from .judges import judged, tapped
 from .methods import METHODS, load_method
 from .methods.base import Features, Follows, Heads, Inference, Method, Need, Trained, due, middle
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, Weights, build_roles
 from .models.schedulers import stock_scheduler
+from .plane import check_plane
 from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
 
@@ -86,7 +88,8 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None,
     """
     settings, needs, said = checked(recipe)
     kind = load_method(recipe.method)
-    family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
+    with recipe.blaming("teacher", "cannot be loaded"):
+        family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
     inference, sampler = served(recipe, family)
     roles = _roles(recipe, family, needs, said, before).to(device)
     return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device,
@@ -98,6 +101,7 @@ def checked(recipe: Recipe) -> tuple[Any, dict[str, Need], dict[str, Setting]]:
 
     RequestError for what can be known not to work before anything is loaded, in this stage and between it and the one before.
     """
+    check_plane(recipe)
     settings, kind = recipe.method_settings(), load_method(recipe.method)
     if reason := kind.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
@@ -105,6 +109,8 @@ def checked(recipe: Recipe) -> tuple[Any, dict[str, Need], dict[str, Setting]]:
     _check_nodes(recipe, kind.waypoints(settings, recipe.steps))
     needs = kind.needs(settings, recipe.student.lora is None)
     said = choices(recipe, needs)
+    if any(isinstance(need, Features) for need in needs.values()):
+        judged(recipe)
     if recipe.previous is not None:
         _check_succession(recipe, needs, said)
     return settings, needs, said
@@ -212,6 +218,8 @@ def served(recipe: Recipe, family: Family) -> tuple[Inference, Sampler]:
 
 def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None) -> Roles:
     told = tuple(name for name, need in needs.items() if isinstance(need, Trained) and need.told_w)
+    if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
+        tapped(recipe, family.feature_shapes, family.default_features)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
     begun = ("student", "teacher") if recipe.taught_by_previous else ("student",)

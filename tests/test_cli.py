@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepdistill import listing
 from stepdistill.errors import RequestError
+from stepdistill.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +46,12 @@ def test_one_method_in_full(stepdistill):
     assert "2310.04378" in said and "nodes: int = 50" in said and "Luo et al. 2023" in said
 
 
+def test_a_method_in_full_has_the_whole_comment_of_its_last_setting():
+    said = listing.algorithm("lightning").splitlines()
+    assert said[-2].startswith("    judged_at: ") and said[-1].lstrip().startswith("# ") and "five times over at the end" in said[-1]
+    assert all(line.startswith("    ") for name in METHODS for line in listing.algorithm(name).split("settings:\n")[1].splitlines())
+
+
 def test_recipes_as_json(stepdistill):
     rows = {row["name"]: row for row in json.loads(stepdistill("recipes", "--json").stdout)}
     assert rows["shapes/lcm"] == {"name": "shapes/lcm", "path": str(ROOT / "recipes/shapes/lcm.yaml"), "method": "lcm",
@@ -61,6 +69,9 @@ def test_recipes_as_json(stepdistill):
     (("train", "shapes/lcm", "--set", "teacher=./nowhere"), "there is no pipeline at './nowhere'"),
     (("bench", "nowhere", "--nfe", "1,zwei"), "such as 1,2,4,8"),
     (("bench", "nowhere", "--nfe", "0"), "such as 1,2,4,8"),
+    (("bench", "nowhere", "--guidance", "1,nan"), "--guidance 1,nan: should be finite numbers of at least 1"),
+    (("sample", "nowhere", "--prompt", "a", "--guidance", "nan"), "--guidance nan: should be a finite number, such as 3.0"),
+    (("export", "nowhere", "--guidance", "inf"), "--guidance inf: should be a finite number, such as 3.0"),
 ])
 def test_a_bad_request_is_one_message_and_status_2(stepdistill, args, said):
     done = stepdistill(*args)

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepdistill.errors import RequestError
 from stepdistill.methods import load_method
+from stepdistill.plan import plan
 from stepdistill.recipe import Recipe, builtin, find
-from stepdistill.source import parse_set
-from stepdistill.work import choices, rates
+from stepdistill.source import Source, parse_set
+from stepdistill.work import choices, make, rates
 
 GOOD = """\
 method: lcm
@@ -68,7 +70,12 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("guidance: [2.0, 5.0]", "guidance: 0.5", 4, "at least 1"),
     ("student: {lora: {rank: 8}}", "student: lora", 3, "should be full, or {lora: {rank: 32}}"),
     ("nodes: 50", "nodes: many", 6, "settings.nodes is 'many'"),
-    ("nodes: 50", "nodes: 0", 6, "nodes must be at least 1"),
+    ("nodes: 50", "nodes: 0", 6, "settings: nodes must be at least 1; found 0"),
+    ("{nodes: 50}", "\n  nodes: 50\n  skip: 51", 8, "settings: skip must be from 1 to nodes = 50; found 51"),
+    ("nodes: 50", "huber_c: .nan", 6, "settings.huber_c is nan; it should be a finite number"),
+    ("lr: 1e-3", "lr: .inf", 12, "train.lr is inf; it should be a finite number"),
+    ("guidance: [2.0, 5.0]", "guidance: .nan", 4, "guidance is nan; it should be a finite number"),
+    ("guidance: [2.0, 5.0]", "guidance: [2.0, .inf]", 4, "should be a finite number, or a range of two"),
     ("images: shapes", "prompts: shapes", 8, "lcm trains on images or samples"),
     ("  images: shapes\n", "", 7, "one source, images, prompts, samples or pairs; found none"),
     ("batch: 4", "batch: 4\n  cache: true", 10, "endless"),
@@ -83,6 +90,27 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
 def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, said):
     message = refusal(write(old, new))
     assert f"mine.yaml:{line}:" in message and said in message
+
+
+@pytest.mark.parametrize(("method", "changes", "said"), [
+    ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1; found 0"),
+    ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: huber_c must be above 0 and target_decay"),
+    ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a finite number"),
+    ("sid", {"settings": {"t_range": [0.1, float("nan")]}}, "settings.t_range.1 is nan; it should be a finite number"),
+    ("sid", {"settings": {"alpha": -1.0}}, "settings: alpha must not be negative; found -1.0"),
+    ("sid", {"settings": {"critic_asked_at": 0.5}}, "settings: critic_asked_at is a scale of guidance, at least 1 (1 is none); found 0.5"),
+    ("sid", {"settings": {"critic_trained_at": 0.0}}, "settings: critic_trained_at is a scale of guidance, at least 1 (1 is none); found 0.0"),
+])
+def test_bad_settings_are_refused_at_their_place(method, changes, said):
+    with pytest.raises(RequestError) as caught:
+        Recipe.load(f"shapes/{method}", changes).method_settings()
+    assert said in str(caught.value)
+
+
+def test_an_entry_that_was_never_written_is_placed_at_what_was_written_of_it():
+    source = Source.of_mapping({"train": {}}).overridden({"settings.nodes": 0})
+    assert source.where(("settings",)) == source.where(("settings", "nodes")) == "--set settings.nodes"
+    assert source.where(("train",)) == "recipe"
 
 
 def test_critic_and_discriminator_have_rates_of_their_own(write):
@@ -175,3 +203,27 @@ def test_a_refusal_costs_no_torch(write):
     done = subprocess.run([sys.executable, "-c", code, write("steps: 4", "steps: 0")], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1])
     assert done.stdout.startswith("False") and "at least 1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("method", "discriminator", "said"), [
+    ("add", {"network": "./nowhere"}, "--set discriminator.network: discriminator.network cannot be used: there is no vision network ./nowhere"),
+    ("add", {"network": "assets/shapes-clip", "features": ["layers.99"]},
+     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read layers.99 of this network"),
+    ("dmd2", {"features": ["mid_blok"]},
+     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read mid_blok of this network"),
+])
+@pytest.mark.parametrize("command", [plan, lambda recipe: make(recipe, torch.device("cpu"))])
+def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method, discriminator, said):
+    made = {"method": method, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1,
+            "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
+    with pytest.raises(RequestError) as caught:
+        command(Recipe.load(made, {"discriminator": discriminator}))
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("made", [lambda folder: None, lambda folder: (folder / "model_index.json").write_text('{"_class_name": "Other"}')])
+def test_a_teacher_that_cannot_be_planned_on_is_refused_at_its_line(write, tiny_teacher, tmp_path, made):
+    (tmp_path / "empty").mkdir()
+    made(tmp_path / "empty")
+    with pytest.raises(RequestError, match=r"mine.yaml:2: teacher cannot be planned on: .*empty is "):
+        plan(Recipe.load(write(str(tiny_teacher), str(tmp_path / "empty"))))

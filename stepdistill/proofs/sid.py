@@ -65,7 +65,7 @@ def times(A: Tensor, x: Tensor) -> Tensor:
 def pathwise(problem: Problem) -> Check:
     """With any critic: in x the slope of |d|^2 is 2 alpha_t D' d, D of d = D x_t + e, and that of the product has two parts."""
     student, batch, alpha = problem.affine(), problem.batch(COUNT, data=False), problem.uniform(0.5, 1.5)
-    kappa, law = problem.uniform(0.3, 3.0), problem.law(problem.drawn_covariance())
+    kappa, law = problem.uniform(1.0, 3.0), problem.law(problem.drawn_covariance())
     method, worst = made(problem, student, law, STEPS, alpha=alpha, critic_asked_at=kappa), 0.0
     for step in exits(problem, COUNT, STEPS):
         found = gradient(method.student_loss(batch, step)["identity"], student)

@@ -69,8 +69,7 @@ def test_scales_left_out_are_the_teacher_s():
     assert scales(1.0) == (1.0, 1.0, 0.0), "nothing is guided, and no prompt need be dropped"
     assert scales(3.0) == (3.0, 3.0, 0.1) and scales((2.0, 5.0)) == (3.5, 3.5, 0.1)
     assert scales(3.0, critic_trained_at=1.0) == (1.0, 1.0, 0.0)
-    assert scales(3.0, critic_trained_at=1.0, critic_asked_at=-0.5, drop=0.2) == (1.0, -0.5, 0.2)
-    assert scales(1.0, critic_trained_at=0.0) == (0.0, 0.0, 0.1), "a critic that hears no prompt"
+    assert scales(3.0, critic_trained_at=1.0, critic_asked_at=1.5, drop=0.2) == (1.0, 1.5, 0.2)
 
 
 def test_student_and_critic_miss_the_same_prompts():

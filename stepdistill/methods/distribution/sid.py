@@ -44,6 +44,11 @@ class Settings:
         if not 0 <= low < high <= 1 or not 0 <= self.drop < 1 or self.critic_steps < 1:
             raise ValueError("t_range must be an interval in [0, 1], drop in [0, 1) and critic_steps at least 1; found "
                              f"{self.t_range}, {self.drop}, {self.critic_steps}")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must not be negative; found {self.alpha}")
+        for name in ("critic_trained_at", "critic_asked_at"):
+            if (scale := vars(self)[name]) is not None and scale < 1:
+                raise ValueError(f"{name} is a scale of guidance, at least 1 (1 is none); found {scale}")
 
 
 class SiD(Method):

@@ -85,7 +85,7 @@ class Layout:
 
 
 def layout(class_name: str) -> Layout:
-    """Of the pipelines of a class, a key of FAMILIES."""
+    """Of the pipelines of a class, a key of FAMILIES other than Toy, which has none."""
     return import_module(f".{FAMILIES[class_name]}", __package__).LAYOUT
 
 

@@ -1,7 +1,7 @@
 """Toy: the closed-form teacher of a mixture in the plane, and students that are it plus a small network, zero at first."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from ...diffusion.draws import key
 from ...diffusion.exact import GaussianMixture
 from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ...errors import RequestError
-from . import Layout
 
 SCHEDULERS = {"vp": DDIMScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 WIDTH, DEPTH, WAVES = 128, 3, 8
@@ -69,6 +68,12 @@ def load(source: str, class_name: str, revision: str | None, dtype: torch.dtype)
     return ToyFamily(source)
 
 
+class Points(nn.Identity):
+    """The codec of points."""
+
+    dtype = torch.float32
+
+
 class ToyFamily:
     """A family, see `families.Family`. The codec is the identity, and there is no stock pipeline to leave with."""
 
@@ -92,7 +97,7 @@ class ToyFamily:
         self.classes = int(self.toy.labels.max()) + 1
         self.network = self._network(False)
         self.feature_shapes, self.default_features = feature_shapes(self.network), default_features(self.network)
-        self.codec = nn.Identity()
+        self.codec = Points()
 
     def _network(self, told_w: bool) -> ToyNetwork:
         return ToyNetwork(self.toy.law(self.schedule, self.kind), self.classes, told_w).eval().requires_grad_(False)
@@ -135,11 +140,5 @@ class ToyFamily:
         return network
 
     def pipeline(self, network: nn.Module | None = None, scheduler: SchedulerMixin | None = None) -> Any:
-        raise RequestError("Toy has no pipeline in diffusers: its students are looked at with `stepdistill verify`")
-
-
-def _inputs(networks: Mapping[str, nn.Module], call: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
-    return {"x_t": empty(*SHAPE)}
-
-
-LAYOUT = Layout("network", ToyFamily.default_targets, RectifiedFlow(), "flow", feature_shapes, default_features, _inputs)
+        raise RequestError("Toy has no pipeline in diffusers, so its students are not sampled, benched or exported: their pictures lie "
+                           "in the run's samples/, and `stepdistill verify METHOD` trains and measures a method's recipe")
