@@ -90,21 +90,23 @@ def game(problem: Problem) -> Iterator[Check]:
     batch, step, student = problem.batch(COUNT), problem.step(COUNT), problem.affine()
     u, v = (0.3 * problem.normal(2, problem.dim) for _ in range(2))
     method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: x_r @ u.T + x_t @ v.T))
-    x_t, times = method.started(batch, step)
+    t, noise = node_of(step) / NODES, step.normal("noise", batch.shape)
+    r, x_t = t - 1 / STEPS, torch.where(t[:, None] == 1, noise, problem.schedule.add_noise(batch.x0, noise, t))
     found = gradient(method.student_loss(batch, step)["gan"], student)
     x_r = step.kept["x_r"]
-    q = problem.schedule.sigma(times[-1]) / problem.schedule.sigma(times[0])
-    slope = problem.schedule.alpha(times[-1]) - q * problem.schedule.alpha(times[0])      # of the landing in x_0
+    q = problem.schedule.sigma(r) / problem.schedule.sigma(t)
+    slope = problem.schedule.alpha(r) - q * problem.schedule.alpha(t)      # of the landing in x_0
     pull = -(torch.sigmoid(-(x_r @ u.T + x_t @ v.T)) @ u / 2) * slope[:, None] / COUNT
     known = torch.cat([pull.sum(0), (pull.T @ x_t).flatten()])
     yield Check("student's gradient against -sigmoid(-l) u down its one step; relative", difference(found, known), 1e-5)
 
     theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
-    method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: x_r @ theta.T))
+    method = made(problem, student, Judge(lambda x_r, r, x_t, t, cond: (like(1 + r, x_r) * cond.text * x_r) @ theta.T))
     critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
     found, = torch.autograd.grad(method.critic_loss(batch, critic)["discriminator"], theta)
-    apart = (x_r - landing(problem, x_t, node_of(step), batch.cond.text)).mean(0) / 4
-    yield Check("heads' slope at logit 0 against (student's - teacher's landing) / 2; relative", difference(found, apart.expand(2, -1)), 1e-5)
+    apart = (1 + r.clamp(min=1e-3))[:, None] * batch.cond.text * (x_r - landing(problem, x_t, node_of(step), batch.cond.text))
+    yield Check("heads' slope at logit 0 against (student's - teacher's landing) / 2, as they see it; relative",
+                difference(found, apart.mean(0).expand(2, -1) / 4), 1e-5)
 
     for objective in ("pair", "single"):
         yield Check(f"{objective}: losses from log 2 and 2 log 2, and the critic's slope, where the student lands as the teacher",
