@@ -38,7 +38,8 @@ def identities(problem: Problem) -> Iterator[Check]:
 
 def game(problem: Problem) -> Iterator[Check]:
     """On few samples, to the last digit."""
-    student, heads = problem.affine(), 0.1 * problem.normal(2, problem.dim)
+    affine, heads = problem.affine(), 0.1 * problem.normal(2, problem.dim)
+    student = Believer(problem.schedule, lambda x_t, t, cond: like(1 + t, x_t) * affine(x_t, t, cond).x0)
     batch, step = problem.batch(COUNT), problem.step(COUNT)
 
     blind = made(problem, student, lambda x, t, cond: 0 * x[:, :2])
@@ -51,23 +52,25 @@ def game(problem: Problem) -> Iterator[Check]:
     noise = step.normal("start", (problem.dim,))
     x_t = torch.where(t[:, None] == 1, noise, problem.schedule.add_noise(batch.x0, noise, t))
     alpha = problem.schedule.alpha(method.level(step.uniform("fake s")))
-    found = gradient(method.student_loss(batch, step)["gan"], student)
-    slope = -alpha[:, None] * heads.mean(0) / COUNT
+    found = gradient(method.student_loss(batch, step)["gan"], affine)
+    slope = -((1 + t) * alpha)[:, None] * heads.mean(0) / COUNT
     known = torch.cat([slope.sum(0), (slope.T @ x_t).flatten()])
-    yield Check("student's gradient against -alpha_s w, through x_0 = m + S x_t; relative", difference(found, known), 1e-5)
+    yield Check("student's gradient against -alpha_s w, through x_0 = (1 + t) (m + S x_t); relative", difference(found, known), 1e-5)
 
     theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
-    method = made(problem, student, lambda x, t, cond: x @ theta.T)
+    method = made(problem, student, lambda x, s, cond: (like(1 + s, x) * cond.text * x) @ theta.T)
     method.student_loss(batch, step)
     critic = problem.step(COUNT, "discriminator", kept=step.kept)
     found, = torch.autograd.grad(method.critic_loss(batch, critic)["discriminator"], theta)
     real, fake = (noised(problem, method, x, critic, name) for x, name in ((batch.x0, "real"), (step.kept["sample"], "fake")))
-    yield Check("heads' slope at logit 0 against fake - real; relative", difference(found, (fake - real).mean(0).expand(2, -1) / 2), 1e-5)
+    known = (batch.cond.text * (fake - real)).mean(0).expand(2, -1) / 2
+    yield Check("heads' slope at logit 0 against fake - real, as they see it; relative", difference(found, known), 1e-5)
 
 
 def noised(problem: Problem, method: LADD, x: Tensor, step, name: str) -> Tensor:
+    """What heads are shown of x, times 1 + s."""
     s = method.level(step.uniform(f"{name} s"))
-    return problem.schedule.add_noise(x, step.normal(f"{name} noise", x.shape[1:]), s)
+    return like(1 + s, x) * problem.schedule.add_noise(x, step.normal(f"{name} noise", x.shape[1:]), s)
 
 
 def law(problem: Problem) -> Iterator[Check]:
