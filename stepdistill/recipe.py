@@ -140,6 +140,7 @@ class Train(Strict):
     lr: float = Field(1e-4, gt=0)                # of AdamW
     warmup: int = Field(0, ge=0)                 # updates of linear warm-up
     decay: Literal["constant", "cosine"] = "constant"
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; players: [0, 0.99]
     weight_decay: float = Field(0.01, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float | None = Field(None, gt=0, lt=1)  # decay an update; None: no averaged student

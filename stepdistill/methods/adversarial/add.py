@@ -32,7 +32,7 @@ class Settings:
     nodes: int = 4                     # times that the student is trained at, evenly spaced, t = 1 among them (p)
     distillation_weight: float = 2.5   # lambda; 0 leaves the teacher out (p)
     distance: Literal["pixels", "latents"] = "pixels"    # in which it is taken: a latent costs no picture of the teacher's x_0 (p)
-    r1_weight: float = 1e-5            # gamma of the penalty on real pictures (p)
+    r1_weight: float = 1e-5            # gamma of the penalty on real pictures; 0 leaves it out (p)
     critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
 
     def __post_init__(self) -> None:
@@ -91,7 +91,8 @@ class ADD(Method):
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
         told = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
-        return {"discriminator": told, "r1": self.settings.r1_weight * r1(logits, real).mean()}
+        weight = self.settings.r1_weight
+        return {"discriminator": told} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
