@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from stepdistill import build, runs
 from stepdistill.evaluation import sweep
@@ -126,6 +127,10 @@ def figure(found: dict[str, dict[str, Any]], best: list[dict[str, Any]]) -> byte
         seen[family] += 1
     axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
     axis.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_locator(NullLocator())
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     drawn.tight_layout()
     buffer = io.BytesIO()
