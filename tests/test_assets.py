@@ -18,7 +18,7 @@ from stepdistill.models.families import call_of, load_teacher
 
 ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT = 11
-STUDENTS = {"shapes-lcm": "shapes-sd", "shapes-dmd2": "shapes-sd", "shapes-dmd2-1step": "shapes-sd", "shapes-sd3-dmd2": "shapes-sd3"}
+STUDENTS = {path.name: Path(json.loads((path / "stepdistill.json").read_text())["teacher"]).name for path in (ASSETS / "students").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,6 @@ def test_the_shipped_students_draw_it_in_their_few_steps(features, student):
     torch.manual_seed(0)                                  # for schedulers that pipelines hand no generator
     pixels = pipeline(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
     assert all_right(features, pixels * 2 - 1, 100) >= 0.9
-
-
-def test_every_shipped_student_is_tested():
-    assert {path.name for path in (ASSETS / "students").iterdir()} == set(STUDENTS)
 
 
 @pytest.mark.parametrize("folder", ["shapes-sd", "shapes-sd3", *(f"students/{name}" for name in STUDENTS)])
