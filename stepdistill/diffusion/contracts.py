@@ -16,7 +16,8 @@ class Condition:
     """What a network is told beside x_t and t. Every tensor has the batch as its first axis.
 
     text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64,
-    w (B,) the guidance scale told to a student (1 is conditional only), r (B,) the time to land on, in [0, 1];
+    w (B,) the guidance scale told to a student (1 is conditional only), or to a critic the exit of a sample (1 is the first),
+    r (B,) the time to land on, in [0, 1];
     null is the unconditional counterpart that guidance subtracts.
     """
 

@@ -17,10 +17,12 @@ def _scales(w: float | Tensor, batch: int) -> Tensor:
 
 
 def told(cond: Condition | None, w: float | Tensor) -> Condition:
-    """The condition with a scale, or (B,) of them, for a role that reads it. Like times, scales are float64 and stay on the CPU."""
+    """The condition, and its null, with a scale or (B,) of them for a role that reads it. Like times, scales are float64 and stay
+    on the CPU."""
     if cond is None:
         raise ValueError("a scale is told beside a condition, and there is none")
-    return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)))
+    null = None if cond.null is None else told(cond.null, w)
+    return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), null=null)
 
 
 @dataclass(frozen=True)

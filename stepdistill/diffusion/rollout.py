@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .contracts import Condition, Role
 from .draws import Step
+from .guidance import told
 from .sampler import Sampler
 
 
@@ -15,5 +16,17 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     micro-batches, so that all take as long; student, critic and discriminator draw it by this same law. Gradients flow
     through the last evaluation alone. shape: of one sample.
     """
-    exit = int(step.shared("exit") * sampler.nfe)
-    return sampler.simulate(role, step.normal("start", shape), exit, cond, lambda i: step.normal(f"renoise {i}", shape))
+    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond, lambda i: step.normal(f"renoise {i}", shape))
+
+
+def left_by(sampler: Sampler, step: Step) -> int:
+    """The evaluation that `rollout` of this step leaves by, from 0."""
+    return int(step.shared("exit") * sampler.nfe)
+
+
+def told_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
+    """The condition with this step's exit, counted from 1 and told as a scale is, for a critic that knows every exit's law.
+
+    A critic that is not told knows the mixture of them all, which can be right where none of them is.
+    """
+    return told(cond, 1.0 + left_by(sampler, step))

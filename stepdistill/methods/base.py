@@ -36,7 +36,8 @@ class Frozen:
 class Trained:
     """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first.
 
-    told_w: the network also reads the guidance scale, `cond.w`, through an embedding that contributes nothing at first.
+    told_w: the network also reads `cond.w`, the guidance scale or a critic's exit, through an embedding that contributes nothing
+    at first.
     """
 
     start: str = "teacher"

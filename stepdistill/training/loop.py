@@ -120,6 +120,7 @@ class Trainer:
 
     def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int, kept: dict[str, Any]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the run.
+        torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to come.
 
         Autocast keeps no copies of weights: one made by a pass without gradients would serve the student's pass too,
         which then had none.
@@ -127,7 +128,10 @@ class Trainer:
         step = Step(self.config.seed, index, index / self.config.updates, update.name, repeat, batch.ids, self.device,
                     kept)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(key(self.config.seed, "dropout", index, update.name, repeat, parallel.rank(), micro))
+            seed = key(self.config.seed, "dropout", index, update.name, repeat, parallel.rank(), micro)
+            torch.default_generator.manual_seed(seed)
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bf16", cache_enabled=False):
                 losses = update.loss(batch, step)
             (sum(losses.values()) / self.config.accumulate).backward()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from stepdistill.diffusion.contracts import Batch, Condition
+from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import Schedule, like
 from stepdistill.diffusion.weighting import dmd
@@ -178,6 +179,27 @@ def test_gradients_flow_through_the_last_evaluation_alone():
         step = moment(4, index=index)
         method.student_loss(prompts(4), step)["matching"].backward()
         assert weights.grad.nonzero().flatten().tolist() == [3 - int(step.shared("exit") * 4)]
+
+
+def test_a_critic_may_be_told_the_exit_of_the_very_sample_that_it_is_shown():
+    s, kind = SCHEDULES["vp"]
+    told: list[float] = []
+
+    def listening(x_t, t, cond):
+        told.extend(cond.w.unique().tolist())
+        return gaussian(s, -0.3, 1.44, kind)(x_t, t)
+    listening.schedule = s
+    student = lambda x_t, t, cond=None: predict(0.5 * x_t, x_t, t, s, "x0")
+    method, _ = make(settings=Settings(gan_weight=0, tell_exit=True), steps=4, student=student, critic=listening)
+    assert method.needs(method.settings, False)["critic"].told_w and not method.needs(PLAIN, False)["critic"].told_w
+    exit_of = lambda step: 1 + int(step.shared("exit") * 4)
+    for index in range(12):
+        step, own = moment(4, index=index), moment(4, "critic", repeat=1, index=index)
+        method.student_loss(prompts(4), step)
+        method.critic_loss(prompts(4), Step(0, index, 0.0, "critic", 0, torch.arange(4), kept=step.kept))
+        method.critic_loss(prompts(4), own)
+        assert told == [exit_of(step), exit_of(step), exit_of(own)]
+        told.clear()
 
 
 # -- the discriminator --------------------------------------------------------------------------------------------------

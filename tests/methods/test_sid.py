@@ -102,6 +102,29 @@ def test_every_step_is_trained_and_each_update_draws_its_own_sample():
     assert make(Student(), critic_steps=3).updates()[0].repeat == 3
 
 
+def test_a_guided_critic_may_be_told_the_exit_of_its_sample():
+    heard: list[float] = []
+
+    class Critic(TwoLaws):
+        def __call__(self, x_t, t, cond):
+            heard.extend(cond.w.unique().tolist())
+            return super().__call__(x_t, t, cond)
+
+    class Student(TwoLaws):
+        def __call__(self, x_t, t, cond):
+            assert cond.w is None
+            return predict(0.5 * x_t, x_t, t, self.schedule, "x0")
+
+    method = make(Student(), Critic(), TwoLaws(), guidance=2.0, steps=4, tell_exit=True)
+    assert method.needs(method.settings, False)["critic"].told_w
+    for index in range(12):
+        for loss, update in ((method.critic_loss, "critic"), (method.student_loss, "student")):
+            step = moment(2, update, index=index)
+            loss(prompted(2), step)
+            assert heard == [1 + int(step.shared("exit") * 4)]
+            heard.clear()
+
+
 def test_a_critic_that_is_the_teacher_gives_no_gradient():
     s, kind = SCHEDULES["flow"]
     teacher, student = gaussian(s, REAL_MEAN, REAL_VARIANCE, kind), affine(s, -2.0, 3.0)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...diffusion.contracts import Batch
+from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.prediction import Prediction
-from ...diffusion.rollout import rollout
+from ...diffusion.rollout import rollout, told_exit
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import dmd
 from ...losses.adversarial import fool, tell_apart
@@ -32,6 +32,7 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 class Settings:
     critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
     share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
+    tell_exit: bool = False            # tell the critic which step the sample left by; else it knows their mixture alone (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # noise levels at which the scores are matched (p)
     gan_weight: float = 5e-3           # of fooling the discriminator; 0 leaves it out, and real images with it (x)
     critic_gan_weight: float = 1e-2    # of telling real from fake, in the critic's update (x)
@@ -63,7 +64,8 @@ class DMD2(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")}
+        critic = Trained("teacher", told_w=settings.tell_exit)
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
         return needs | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
 
     @classmethod
@@ -80,37 +82,44 @@ class DMD2(Method):
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
-        step.kept["sample"] = x.detach()
+        cond = self.heard(batch, step)
+        step.kept.update(sample=x.detach(), cond=cond)
         t = self.matched(step.uniform("t"))
         seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the critic
         x_t = self.teacher.schedule.add_noise(seen, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
-        fake, logits = self.judged(x_t, t, batch)
+        fake, logits = self.judged(x_t, t, cond)
         losses = {"matching": distribution_matching(x, real, fake.x0.detach(), dmd(x.detach(), real)).mean()}
         return losses if logits is None else losses | {"gan": self.settings.gan_weight * fool(logits).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
-        x = self.sample(batch, step)
+        x, cond = self.sample(batch, step)
         t, eps = self.trained(step.uniform("t")), step.normal("noise", batch.shape)
-        prediction, logits = self.judged(self.critic.schedule.add_noise(x, eps, t), t, batch)
+        prediction, logits = self.judged(self.critic.schedule.add_noise(x, eps, t), t, cond)
         losses = {"denoising": denoising(prediction, x, eps).mean()}
         if logits is None:
             return losses
         t = self.trained(step.uniform("real t"))
         real = self.critic.schedule.add_noise(batch.x0, step.normal("real noise", batch.shape), t)
-        told = tell_apart(self.discriminator(real, t, batch.cond), logits).mean()
+        told = tell_apart(self.discriminator(real, t, cond), logits).mean()
         return losses | {"discriminator": self.settings.critic_gan_weight * told}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, batch: Batch, step: Step) -> Tensor:
-        """The sample that the student was just trained on, where the batch is shared, or a new one."""
-        return step.kept["sample"] if "sample" in step.kept else rollout(self.sampler, self.student, batch.cond, step, batch.shape)
+    def sample(self, batch: Batch, step: Step) -> tuple[Tensor, Condition]:
+        """The sample that the student was just trained on, where the batch is shared, or a new one; what the critic is told of it."""
+        if "sample" in step.kept:
+            return step.kept["sample"], step.kept["cond"]
+        return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.heard(batch, step)
 
-    def judged(self, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Prediction, Tensor | None]:
+    def heard(self, batch: Batch, step: Step) -> Condition:
+        """By the critic and the discriminator."""
+        return told_exit(batch.cond, self.sampler, step) if self.settings.tell_exit else batch.cond
+
+    def judged(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor | None]:
         """The critic's prediction and, of the same pass, the discriminator's logits."""
         if self.discriminator is None:
-            return self.critic(x_t, t, batch.cond), None
-        return self.discriminator.with_prediction(x_t, t, batch.cond)
+            return self.critic(x_t, t, cond), None
+        return self.discriminator.with_prediction(x_t, t, cond)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...diffusion.contracts import Batch
+from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.rollout import rollout
+from ...diffusion.rollout import rollout, told_exit
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, score_identity
@@ -36,6 +36,7 @@ class Settings:
     critic_trained_at: float | None = None    # kappa_1, a scale of guidance; None: the teacher's, of a range its middle (l)
     critic_asked_at: float | None = None      # kappa_2, a scale of guidance; None: as it is trained (l)
     critic_steps: int = 1              # critic updates a step (p, l)
+    tell_exit: bool = False            # tell the critic which of its steps the sample left by; else it knows the mixture (p)
     drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided (l)
     t_range: tuple[float, float] = (0.02, 0.98)    # noise levels, of student and critic alike (l)
 
@@ -66,7 +67,7 @@ class SiD(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")}
+        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher", told_w=settings.tell_exit)}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
@@ -81,13 +82,17 @@ class SiD(Method):
             x = rollout(self.sampler, self.student, cond, step, batch.shape)
         t, eps = self.level(step.uniform("t")), step.normal("noise", batch.shape)
         x_t = self.schedule.add_noise(x, eps, t)
-        return {"denoising": denoising(guided(self.critic, self.trained_at)(x_t, t, cond), x, eps).mean()}
+        return {"denoising": denoising(guided(self.critic, self.trained_at)(x_t, t, self.heard(cond, step)), x, eps).mean()}
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
         t = self.level(step.uniform("t"))
         x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
         real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
-        fake = guided(self.critic, self.asked_at)(x_t, t, batch.cond).x0
+        fake = guided(self.critic, self.asked_at)(x_t, t, self.heard(batch.cond, step)).x0
         weight = dmd(x.detach(), real.detach())
         return {"identity": score_identity(x, real, fake, self.settings.alpha, weight).mean()}
+
+    def heard(self, cond: Condition, step: Step) -> Condition:
+        """By the critic."""
+        return told_exit(cond, self.sampler, step) if self.settings.tell_exit else cond
