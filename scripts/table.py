@@ -68,7 +68,8 @@ def measure(name: str) -> None:
     if next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"] >= SHIPPED:
         out = STUDENTS / target.name
         shutil.rmtree(out, ignore_errors=True)
-        build.export(run, "lora" if recipe.student.lora else "pipeline", out=out)
+        scale = target.call["guidance_scale"]                # above 1 where the student is told it
+        build.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale, out)
         shutil.copy(run / "results.json", out / "results.json")
 
 
