@@ -198,8 +198,8 @@ def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str
     made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, (Heads, *FIXED)) or name in frozen}
     told = frozenset(name for name in made if _leader(name, needs) in told_w)
     if told and family.w_path is None:
-        raise RequestError(f"a {type(family.network).__name__} has no input for a guidance scale, so no student of it can be told one: "
-                           "fix the guidance, or leave it to the pipeline")
+        raise RequestError(f"a {type(family.network).__name__} has no input for a guidance scale or an exit, so no role of it can be "
+                           "told one: fix the guidance, or leave it to the pipeline, and leave exits untold")
     states = {name: _state(family, weights, made[name], name in told) for name, weights in (begin or {}).items()}
     networks = {name: family.fresh_network(family.network.state_dict(), name in told)
                 for name, setting in made.items() if isinstance(setting, Full)}
@@ -250,7 +250,12 @@ def _state(family: Family, weights: Weights, setting: Lora | Full, told_w: bool)
             bank.add_linear(family.w_path, ["student"], *family.w_features)
         bank.load_state_dict("student", state)
         state = bank.merged("student")
-    return state | ({f"{family.w_path}.weight": torch.zeros(family.w_features[::-1])} if told_w and not weights.told_w else {})
+    return state | (_unheard(family) if told_w and not weights.told_w else {})
+
+
+def _unheard(family: Family) -> dict[str, Tensor]:
+    """The layer that reads w, where it contributes nothing yet."""
+    return {f"{family.w_path}.weight": torch.zeros(family.w_features[::-1])}
 
 
 def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
@@ -258,7 +263,9 @@ def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
     start = need.leader if isinstance(need, Follows) else need.start if isinstance(need, Trained) else None
     if start is not None and not begun and (state := roles.state_dict(start)):
         whole = roles.is_lora(start) and not roles.is_lora(name)
-        roles.load_state_dict(name, roles.network(start).state_dict() if whole else state)
+        state = dict(roles.network(start).state_dict() if whole else state)
+        hears = name in roles.told_w and start not in roles.told_w
+        roles.load_state_dict(name, state | (_unheard(roles.family) if hears else {}))
     for parameter in roles.parameters(name):
         parameter.requires_grad_(isinstance(need, Trained | Heads))
 

@@ -7,7 +7,7 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Follows, Frozen, Trained
 from stepdistill.models.families import load_teacher
 from stepdistill.models.families.unet2d_condition import w_embedding
-from stepdistill.models.roles import Full, Lora, build_roles
+from stepdistill.models.roles import Full, Lora, Weights, build_roles
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "target": Follows("student", 0.5), "ema": Follows("student", 0.75)}
 SETTINGS = pytest.mark.parametrize("setting", [Lora(rank=4), Full()], ids=["lora", "full"])
@@ -187,3 +187,20 @@ def test_moving_keeps_the_parameters(family):
 def test_what_cannot_be_built_is_refused(family, needs, settings, error, says):
     with pytest.raises(error, match=says):
         build_roles(family, needs, settings)
+
+
+@SETTINGS
+def test_a_critic_that_is_told_begins_as_a_teacher_that_is_not(folders, family, inputs, perturb, setting):
+    """The teacher is another run's student."""
+    x, t, cond = inputs
+    before = build_roles(family, {"teacher": Frozen(), "student": Trained()}, {"student": setting})
+    perturb(before.parameters("student"))
+    weights = Weights(setting, {name: value.clone() for name, value in before.state_dict("student").items()})
+    wanted = before["student"](x, t, cond).raw.detach()
+    family = load_teacher(folders["epsilon"])
+    needs = {"teacher": Frozen(), "student": Trained(), "critic": Trained()}
+    roles = build_roles(family, needs, {"student": setting, "critic": setting}, told_w=("critic",), begin={"teacher": weights})
+    assert roles.told_w == {"critic"}
+    for name in needs:
+        found = roles[name](x, t, cond.replace(w=torch.tensor([1.0, 2.0, 4.0]))).raw
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
