@@ -18,7 +18,8 @@ from stepdistill.models.families import call_of, load_teacher
 
 ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT = 11
-STUDENTS = {path.name: Path(json.loads((path / "stepdistill.json").read_text())["teacher"]).name for path in sorted((ASSETS / "students").iterdir())}
+STUDENTS = {path.name: Path(json.loads((path / "stepdistill.json").read_text())["teacher"]).name
+            for path in sorted((ASSETS / "students").iterdir())}
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ class SCM(Method):
             return served
         time = shifted(uniform(), SHIFT)
         sigmas = [min(time(1 - i / steps), NOISIEST / (1 + NOISIEST)) for i in range(steps)]
-        return replace(served, config={"shift": 1.0, "use_dynamic_shifting": False}, call={**served.call, "sigmas": sigmas})
+        return replace(served, call={**served.call, "sigmas": sigmas})
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

@@ -27,7 +27,7 @@ from ...diffusion.rollout import rollout, told_exit
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, score_identity
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle, renoised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SiD(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule, self.level = self.teacher.schedule, discrete(levels(*settings.t_range))
-        w = sum(guidance) / 2 if isinstance(guidance, (tuple, list)) else guidance
+        w = middle(guidance)
         self.trained_at = w if settings.critic_trained_at is None else settings.critic_trained_at
         self.asked_at = self.trained_at if settings.critic_asked_at is None else settings.critic_asked_at
         self.drop = 0.0 if self.trained_at == self.asked_at == 1 else settings.drop
