@@ -19,7 +19,7 @@ def made(problem, student=None, w=1.0, decode=lambda x: x, **settings) -> ADD:
     return ADD(Settings(**settings), roles, w, problem.sampler(ADD.inference(Settings(), 4, problem.name)))
 
 
-@pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1}, {"distance": "lpips"}])
+@pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1}, {"noise": -1}, {"distance": "lpips"}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)
@@ -67,6 +67,23 @@ def test_the_heads_see_the_student_s_picture_and_leave_the_student_alone():
     known = torch.relu(1 - x0.sum(1)) + torch.relu(1 + fake.sum(1)) + torch.relu(1 - (x0**2).sum(1)) + torch.relu(1 + (fake**2).sum(1))
     torch.testing.assert_close(losses["discriminator"], known.mean())
     torch.testing.assert_close(losses["r1"], 1e-5 * torch.tensor(2.0 * problem.dim, dtype=torch.float64))
+
+
+def test_all_that_the_heads_see_may_be_noised_and_what_is_kept_is_not():
+    problem, seen = Problem(0, "vp"), []
+    student = problem.affine()
+    method, clean = made(problem, student, noise=0.5), made(problem, student)
+    method.features = lambda pixels: [seen.append(pixels) or pixels]
+    batch, step = problem.batch(4000), problem.step(4000)
+    method.student_loss(batch, step)
+    method.critic_loss(batch, problem.step(4000, "discriminator", kept=step.kept))
+    clean.student_loss(batch, other := problem.step(4000))
+    assert torch.equal(step.kept["pixels"], other.kept["pixels"])
+    noises = [found - known for found, known in zip(seen, (step.kept["pixels"], batch.x0, step.kept["pixels"]), strict=True)]
+    for noise in noises:                                   # the square of a deviation that is uniform up to 0.5 is 0.25 / 3 on average
+        assert noise.square().mean().item() == pytest.approx(0.25 / 3, rel=0.1)
+    assert not torch.equal(noises[0], noises[2])
+    assert abs(torch.corrcoef(torch.stack([noise.flatten() for noise in noises])) - torch.eye(3)).max() < 0.1
 
 
 def test_without_its_weight_the_teacher_is_not_asked():

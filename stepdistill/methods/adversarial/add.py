@@ -6,7 +6,8 @@
     discriminator  <- heads on a frozen vision network's features tell pictures from x, R1 at their inputs   (section 3.2)
 
 The heads are told the prompt, by projection. They are not told the picture that x_s was made of, which the paper finds to help
-above one step, and pictures are not augmented.
+above one step. Pictures are not augmented, but may be noised (the instance noise of Sønderby et al. 2017, arXiv:1610.04490): heads that
+tell two clouds apart with certainty leave no way from one mode to another.
 
 Sources of the defaults: (p) the paper. Its models themselves were trained with the weights c of noise-free score distillation.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
+from ...diffusion.schedule import like
 from ...diffusion.times import LEVELS, discrete, levels, nodes
 from ...losses.adversarial import hinge_fool, hinge_tell_apart, r1
 from ...losses.regression import squared
@@ -33,13 +35,15 @@ class Settings:
     distillation_weight: float = 2.5   # lambda; 0 leaves the teacher out (p)
     distance: Literal["pixels", "latents"] = "pixels"    # in which it is taken: a latent costs no picture of the teacher's x_0 (p)
     r1_weight: float = 1e-5            # gamma of the penalty on real pictures; 0 leaves it out (p)
+    noise: float = 0.0                 # largest deviation of noise on all that the heads see, uniform from 0; ours, against lost modes
     critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.critic_steps < 1:
             raise ValueError(f"nodes and critic_steps must be at least 1; found {self.nodes}, {self.critic_steps}")
-        if self.distillation_weight < 0 or self.r1_weight < 0:
-            raise ValueError(f"the weights must not be negative; found {self.distillation_weight}, {self.r1_weight}")
+        if self.distillation_weight < 0 or self.r1_weight < 0 or self.noise < 0:
+            raise ValueError("the weights and noise must not be negative; found "
+                             f"{self.distillation_weight}, {self.r1_weight}, {self.noise}")
         if self.distance not in ("pixels", "latents"):
             raise ValueError(f"distance must be 'pixels' or 'latents'; found {self.distance!r}")
 
@@ -80,14 +84,15 @@ class ADD(Method):
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), s), s, batch.cond).x0
         pixels = self.decode(x)
         step.kept["pixels"] = pixels.detach()
-        losses = {"gan": hinge_fool(self.discriminator(self.features(pixels), batch.cond)).sum(1).mean()}
+        losses = {"gan": hinge_fool(self.discriminator(self.features(self.seen(pixels, step, "fake")), batch.cond)).sum(1).mean()}
         if not self.settings.distillation_weight:
             return losses
         return losses | {"distillation": self.settings.distillation_weight * self.distillation(x, pixels, batch, step).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         with torch.no_grad():
-            real, fake = (self.features(pixels) for pixels in (self.decode(batch.x0), step.kept["pixels"]))
+            real, fake = (self.features(self.seen(pixels, step, name))
+                          for name, pixels in (("real", self.decode(batch.x0)), ("fake", step.kept["pixels"])))
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
         told = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
@@ -95,6 +100,13 @@ class ADD(Method):
         return {"discriminator": told} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
 
     # -- terms -------------------------------------------------------------------------------------------------------
+
+    def seen(self, pixels: Tensor, step: Step, name: str) -> Tensor:
+        """By the heads: `pixels` (B, C, H, W) as they are, or under noise."""
+        if not self.settings.noise:
+            return pixels
+        deviation = self.settings.noise * like(step.uniform(f"deviation of {name}"), pixels)
+        return pixels + deviation * step.normal(f"noise on {name}", pixels.shape[1:]).to(pixels)
 
     def distillation(self, x: Tensor, pixels: Tensor, batch: Batch, step: Step) -> Tensor:
         """c(t) |x - sg x_0(x_t)|^2 with c = alpha, (B,): its gradient is score distillation's."""
