@@ -41,12 +41,12 @@ def cloud(panels: Mapping[str, tuple[Tensor, Tensor]], path: Path | str, ways: M
 
     ways: title -> (n, steps + 1, 2), trajectories that are drawn over the points of that panel.
     """
-    columns = columns or len(panels)
+    columns = min(columns or len(panels), len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(2.9 * columns, 3.1 * rows), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (title, (points, classes)) in zip(axes, panels.items()):
+    for (title, (points, classes)), axis in zip(panels.items(), axes):     # in this order, or zip takes one axis too many
         colours = [COLOURS[label % len(COLOURS)] for label in classes.tolist()]
         axis.scatter(*points.T, s=2, c=colours, alpha=0.35, linewidths=0)
         for way in () if ways is None else ways.get(title, ()):

@@ -125,7 +125,7 @@ def convergence(name: str, seed: int, out: Path) -> Iterator[Check]:
                 raise
             continue
         found = states(work, found, distance)
-        shown[f"{name.removeprefix('toy/')}, {steps} steps"] = torch.stack([points_of(x)[:SHOWN] for x in found])
+        shown[f"{name.removeprefix('toy/')}, {steps} step{'s' * (steps > 1)}"] = torch.stack([points_of(x)[:SHOWN] for x in found])
         if measured:
             limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
             yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher {distance.of_teacher(work, steps) / unit:.3f}",

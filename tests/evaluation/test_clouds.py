@@ -30,3 +30,5 @@ def test_clouds_are_drawn_with_their_ways(tmp_path):
     cloud(panels, tmp_path / "c.png", {"4 steps": torch.randn(5, 5, 2)}, columns=2)
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size[0] > 400 and len(set(picture.convert("RGB").resize((40, 40)).getdata())) > 20
+        width, height = picture.size
+        assert set(picture.convert("RGB").crop((width // 2 + 9, height // 2 + 20, width, height)).getdata()) == {(255, 255, 255)}    # no empty axes
