@@ -27,7 +27,7 @@ from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import like
 from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
+from ..base import AS_GIVEN, Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class LCM(Method):
         scale = (low + high) / 2 if settings.told else 1.0     # in the pipeline, 1 switches guidance off
         call = {"num_inference_steps": steps, "guidance_scale": scale}
         if schedule == "flow":
-            return Inference("FlowMatchLCMScheduler", {"shift": settings.shift, "use_dynamic_shifting": False},
+            return Inference("FlowMatchLCMScheduler", AS_GIVEN | {"shift": settings.shift},
                              call | {"sigmas": sigmas_of_nodes(steps, settings.nodes)})
         if LEVELS % settings.nodes or settings.shift != 1:
             raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, the times of LCMScheduler, and "

@@ -29,7 +29,7 @@ from ...diffusion.flow_map import ddim_step, flow_map
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
+from ..base import AS_GIVEN, Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class TCD(Method):
             if settings.gamma not in schedulers:
                 raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, by "
                                  f"{schedulers[0]}, or 1, by {schedulers[1]}; found {settings.gamma:g}")
-            return Inference(schedulers[settings.gamma], {"shift": settings.shift, "use_dynamic_shifting": False},
+            return Inference(schedulers[settings.gamma], AS_GIVEN | {"shift": settings.shift},
                              call | {"sigmas": sigmas_of_nodes(steps, settings.nodes)})
         if LEVELS % settings.nodes or settings.shift != 1:
             raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide {LEVELS}, the times of TCDScheduler, and "
