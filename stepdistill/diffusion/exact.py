@@ -86,7 +86,7 @@ class GaussianMixture:
     """x_0 ~ sum_k weights_k N_k. weights: (K,), summing to 1; components share one schedule and one shape.
 
     A condition with a label (B,) keeps the components of that label (component k's is k unless `labels` (K,) says
-    otherwise), and a negative label keeps all: the null that guidance needs.
+    otherwise), and a negative label keeps all: the null that guidance needs. ValueError for a label that no component has.
     """
 
     weights: Tensor
@@ -125,7 +125,10 @@ class GaussianMixture:
         if cond is not None and cond.label is not None:
             labels = torch.arange(len(self.components)) if self.labels is None else self.labels
             label = cond.label[:, None]
-            prior = torch.where((label < 0) | (label == labels.to(label)), prior, -torch.inf).log_softmax(1)
+            kept = (label < 0) | (label == labels.to(label))
+            if not kept.any(1).all():
+                raise ValueError(f"a label is one of {sorted(set(labels.tolist()))}, or negative for all; found {cond.label.tolist()}")
+            prior = torch.where(kept, prior, -torch.inf).log_softmax(1)
         return prior + densities, along, variances
 
     def log_density(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:

@@ -85,6 +85,12 @@ def test_samples_have_the_moments():
     assert torch.allclose(which.bincount() / 100_000, torch.tensor([0.2, 0.5, 0.3]), atol=0.01)
 
 
+def test_a_label_that_no_component_has_is_refused():
+    x, t = torch.zeros(2, 2, 3, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"one of \[0, 1, 2\], or negative for all; found \[1, 3\]"):
+        mixture(SCHEDULES["flow"])(x, t, Condition(label=torch.tensor([1, 3])))
+
+
 def test_a_label_keeps_its_components_and_guidance_takes_the_null():
     role = mixture(SCHEDULES["vp"])
     x, t = torch.randn(4, 2, 3, generator=G(), dtype=torch.float64), torch.full((4,), 0.5, dtype=torch.float64)
