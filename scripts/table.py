@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from stepdistill import build, runs
 from stepdistill.evaluation import sweep
-from stepdistill.evaluation.curve import best_per_nfe, lines
+from stepdistill.evaluation.curve import DASHES, lines
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sheets import write_bytes
 from stepdistill.methods import METHODS
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 TABLE, STUDENTS, TEACHER = ROOT / "assets/table", ROOT / "assets/students", ROOT / "assets/shapes-sd/results.json"
 FIGURE, README = ROOT / "assets/figures/methods.png", ROOT / "README.md"
 NFE, SAMPLES, SHIPPED = (1, 2, 4, 8), 2000, 0.9
+SOLVERS = ("ddim", "heun", "dpmpp_2m")
 START, END = "<!-- table of methods: scripts/table.sh -->", "<!-- end of the table -->"
 COLOURS = {"consistency": "#1c7ed6", "trajectory": "#2f9e62", "distribution": "#d9480f", "adversarial": "#9c36b5"}
 MARKERS = "oDs^vP*X<>"
@@ -83,26 +85,24 @@ def rows() -> dict[str, dict[str, Any]]:
 def write() -> None:
     """The README's table and the figure."""
     found, teacher = rows(), read_results(TEACHER)["rows"]
-    _, best, _ = lines(teacher)
+    every, best, _ = lines(teacher)
+    solvers = {name: every[f"teacher:{name}"] for name in SOLVERS}
     few = next(row for row in best if row["nfe"] == 4)["metrics"]["fd"]
     many = next(row for row in best if row["nfe"] == 50)["metrics"]["fd"]
     text = ["| recipe | family | updates | minutes | " + " | ".join(f"FD at {n} NFE" for n in NFE) + " | all attributes | gap closed |",
             "|---|---|" + "---|" * (len(NFE) + 4)]
-    for row in best_per_nfe(teacher):
-        if row["nfe"] in (*NFE, 50):
-            text.append(_teacher_line(row))
+    text += [_teacher_line(name, some) for name, some in solvers.items()]
     text += [_line(name, said, few, many) for name, said in found.items()]
     whole = README.read_text(encoding="utf-8")
     before, after = whole.split(START)[0], whole.split(END)[1]
     README.write_text(before + START + "\n\n" + "\n".join(text) + "\n\n" + END + after, encoding="utf-8")
-    write_bytes(FIGURE, figure(found, best))
+    write_bytes(FIGURE, figure(found, solvers))
 
 
-def _teacher_line(row: dict[str, Any]) -> str:
-    m, solver = row["metrics"], row["target"].partition(":")[2]
-    cells = [f"{m['fd']:.2f}" if row["nfe"] == n else "" for n in NFE]
-    name = f"*teacher, {solver}, w = {row['guidance']:g}" + (", 50 NFE:* " + f"{m['fd']:.2f}" if row["nfe"] == 50 else "*")
-    return f"| {name} | | | | " + " | ".join(cells) + f" | {m['all_attributes']:.1%} | |"
+def _teacher_line(solver: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    found = {row["nfe"]: f"{row['metrics']['fd']:.2f}" for row in rows}
+    others = "".join(f"; {fd} at {n}" for n, fd in found.items() if n not in NFE)
+    return f"| *teacher, {solver}{others}* | | | | " + " | ".join(found.get(n, "") for n in NFE) + " | | |"
 
 
 def _line(name: str, said: dict[str, Any], few: float, many: float) -> str:
@@ -114,13 +114,14 @@ def _line(name: str, said: dict[str, Any], few: float, many: float) -> str:
             + f" | {own['all_attributes']:.1%} | {(few - own['fd']) / (few - many):.0%} |")
 
 
-def figure(found: dict[str, dict[str, Any]], best: list[dict[str, Any]]) -> bytes:
-    """FD against NFE, both logarithmic: methods in their family's colour, the best teacher solver as the line to beat."""
+def figure(found: Mapping[str, dict[str, Any]], solvers: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """FD against NFE, both logarithmic: methods in their family's colour, the teacher's solvers as the lines to beat."""
     drawn = Figure(figsize=(9.5, 5.6), dpi=140)
     FigureCanvasAgg(drawn)
     axis, seen = drawn.subplots(), dict.fromkeys(COLOURS, 0)
-    axis.plot([row["nfe"] for row in best], [row["metrics"]["fd"] for row in best], color="#1f2933", lw=2.2, marker="o", ms=4,
-              label="teacher, best solver")
+    for name, some in solvers.items():
+        axis.plot([row["nfe"] for row in some], [row["metrics"]["fd"] for row in some], color="#1f2933", lw=1.8, ls=DASHES[name],
+                  label=f"teacher, {name}")
     for name, said in found.items():
         family = METHODS[said["method"]].family
         points = sorted((row["nfe"], row["metrics"]["fd"]) for row in said["rows"])
