@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from stepdistill import build, runs
 from stepdistill.evaluation import sweep
-from stepdistill.evaluation.curve import DASHES, lines
+from stepdistill.evaluation.curve import DASHES, INK, lines
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sheets import write_bytes
 from stepdistill.methods import METHODS
@@ -120,7 +120,7 @@ def figure(found: Mapping[str, dict[str, Any]], solvers: Mapping[str, Sequence[M
     FigureCanvasAgg(drawn)
     axis, seen = drawn.subplots(), dict.fromkeys(COLOURS, 0)
     for name, some in solvers.items():
-        axis.plot([row["nfe"] for row in some], [row["metrics"]["fd"] for row in some], color="#1f2933", lw=1.8, ls=DASHES[name],
+        axis.plot([row["nfe"] for row in some], [row["metrics"]["fd"] for row in some], color=INK, lw=1.8, ls=DASHES[name],
                   label=f"teacher, {name}")
     for name, said in found.items():
         family = METHODS[said["method"]].family

@@ -19,7 +19,8 @@ def made(problem, student=None, w=1.0, decode=lambda x: x, **settings) -> ADD:
     return ADD(Settings(**settings), roles, w, problem.sampler(ADD.inference(Settings(), 4, problem.name)))
 
 
-@pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1}, {"noise": -1}, {"distance": "lpips"}])
+@pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1}, {"noise": -1},
+                                      {"distance": "lpips"}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)

@@ -84,15 +84,15 @@ class ADD(Method):
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), s), s, batch.cond).x0
         pixels = self.decode(x)
         step.kept["pixels"] = pixels.detach()
-        losses = {"gan": hinge_fool(self.discriminator(self.features(self.seen(pixels, step, "fake")), batch.cond)).sum(1).mean()}
+        losses = {"gan": hinge_fool(self.discriminator(self.seen(pixels, step, "fake"), batch.cond)).sum(1).mean()}
         if not self.settings.distillation_weight:
             return losses
         return losses | {"distillation": self.settings.distillation_weight * self.distillation(x, pixels, batch, step).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         with torch.no_grad():
-            real, fake = (self.features(self.seen(pixels, step, name))
-                          for name, pixels in (("real", self.decode(batch.x0)), ("fake", step.kept["pixels"])))
+            real = self.seen(self.decode(batch.x0), step, "real")
+            fake = self.seen(step.kept["pixels"], step, "fake")
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
         told = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
@@ -101,12 +101,12 @@ class ADD(Method):
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
-    def seen(self, pixels: Tensor, step: Step, name: str) -> Tensor:
-        """By the heads: `pixels` (B, C, H, W) as they are, or under noise."""
-        if not self.settings.noise:
-            return pixels
-        deviation = self.settings.noise * like(step.uniform(f"deviation of {name}"), pixels)
-        return pixels + deviation * step.normal(f"noise on {name}", pixels.shape[1:]).to(pixels)
+    def seen(self, pixels: Tensor, step: Step, name: str) -> list[Tensor]:
+        """By the heads: the features of `pixels` (B, C, H, W) as they are, or under noise."""
+        if self.settings.noise:
+            deviation = self.settings.noise * like(step.uniform(f"deviation of {name}"), pixels)
+            pixels = pixels + deviation * step.normal(f"noise on {name}", pixels.shape[1:]).to(pixels)
+        return self.features(pixels)
 
     def distillation(self, x: Tensor, pixels: Tensor, batch: Batch, step: Step) -> Tensor:
         """c(t) |x - sg x_0(x_t)|^2 with c = alpha, (B,): its gradient is score distillation's."""

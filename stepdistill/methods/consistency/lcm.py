@@ -27,7 +27,7 @@ from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import like
 from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import AS_GIVEN, Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
+from ..base import AS_GIVEN, Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle, sigmas_of_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,7 @@ class LCM(Method):
     def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
         if not 1 <= steps <= settings.nodes:
             raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
-        scale = (low + high) / 2 if settings.told else 1.0     # in the pipeline, 1 switches guidance off
+        scale = middle(guidance) if settings.told else 1.0     # in the pipeline, 1 switches guidance off
         call = {"num_inference_steps": steps, "guidance_scale": scale}
         if schedule == "flow":
             return Inference("FlowMatchLCMScheduler", AS_GIVEN | {"shift": settings.shift},
