@@ -18,13 +18,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from stepdistill import build, runs
+from stepdistill import api
 from stepdistill.evaluation import sweep
 from stepdistill.evaluation.curve import DASHES, INK, lines
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sheets import write_bytes
 from stepdistill.methods import METHODS
-from stepdistill.recipe import Recipe, builtin
+from stepdistill.recipe import Recipe
+from stepdistill.recipe.catalogue import builtin
+from stepdistill.run import folder as runs
 
 ROOT = Path(__file__).parents[1]
 TABLE, STUDENTS, TEACHER = ROOT / "assets/table", ROOT / "assets/students", ROOT / "assets/shapes-sd/results.json"
@@ -45,7 +47,7 @@ def main() -> None:
     said = parser.parse_args()
     if unknown := sorted(set(said.recipes) - set(known)):
         parser.error(f"there is no recipe shapes/{unknown[0]}: there are {', '.join(known)}")
-    build.quiet()
+    api.quiet()
     for name in () if said.write else said.recipes or known:
         measure(name)
         write()
@@ -59,11 +61,11 @@ def measure(name: str) -> None:
     """Trains what is left to train, benches, and writes the row and the export."""
     run, recipe = ROOT / "runs/table" / name, Recipe.load(f"shapes/{name}")
     if not runs.is_run(run) or not runs.finished(run, recipe):
-        build.train(recipe, out=run, resume=runs.is_run(run))
-    target = build.open_target(run, f"shapes-{name}").target
+        api.train(recipe, out=run, resume=runs.is_run(run))
+    target = api.open_target(run, f"shapes-{name}").target
     results = sweep.bench([target], NFE, SAMPLES, run, reuse=[TEACHER])
     rows = [row for row in results["rows"] if row["target"] == target.name]
-    seconds = sum(json.loads((folder / "timings.jsonl").read_text().splitlines()[-1])["seconds"] for folder in runs.folders(recipe, run))
+    seconds = sum(json.loads((folder / "timings.jsonl").read_text().splitlines()[-1])["seconds"] for folder in runs.stage_folders(recipe, run))
     kept = {"recipe": f"shapes/{name}", "method": recipe.method, "steps": recipe.steps, "minutes": seconds / 60,
             "updates": sum(stage.train.updates for stage in recipe.stages), "protocol": results["protocol"], "rows": rows}
     write_bytes(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
@@ -71,7 +73,7 @@ def measure(name: str) -> None:
         out = STUDENTS / target.name
         shutil.rmtree(out, ignore_errors=True)
         scale = target.call["guidance_scale"]                # above 1 where the student is told it
-        build.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale, out)
+        api.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale, out)
         shutil.copy(run / "results.json", out / "results.json")
 
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 from .errors import RequestError
 
 if TYPE_CHECKING:
-    from .build import bench, export, load, pairs, sample, train
+    from .api import bench, export, load, pairs, plan, sample, train
     from .proofs.run import verify
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "load", "pairs", "sample", "train", "verify"]
+__all__ = ["RequestError", "bench", "export", "load", "pairs", "plan", "sample", "train", "verify"]
 
 
 class _Export(ModuleType):
     """The package `stepdistill.export`, which can be called: stepdistill.export(run, to="lora")."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return import_module(".build", "stepdistill").export(*args, **options)
+        return import_module(".api", "stepdistill").export(*args, **options)
 
 
 class _Face(ModuleType):
@@ -29,7 +29,7 @@ class _Face(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module 'stepdistill' has no attribute {name!r}; it has {', '.join(__all__)}")
-        place = import_module(".proofs.run" if name == "verify" else ".build", "stepdistill")
+        place = import_module(".proofs.run" if name == "verify" else ".api", "stepdistill")
         return vars(self)[name] if name in vars(self) else vars(place)[name]
 
     def __setattr__(self, name: str, value: Any) -> None:

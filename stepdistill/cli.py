@@ -37,13 +37,13 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Distil a student as a recipe says."""
     from .recipe import Recipe
-    from .source import parse_set
+    from .recipe.yaml import parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
-    build = working()
-    run = build.train(chosen, out=out, resume=resume)
+    api = working()
+    run = api.train(chosen, out=out, resume=resume)
     from .parallel import rank
     if rank() == 0:
-        from .plane import on_toy
+        from .run.checks import on_toy
         after = f"its pictures: {run / 'samples'}" if on_toy(chosen) else f"next: stepdistill export {run} --to lora"
         say.print(f"trained: {run}\n{after}", soft_wrap=True)
 
@@ -52,7 +52,7 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
 def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     """Make and keep the teacher's pairs of noise and picture that a recipe trains on."""
     from .recipe import Recipe
-    from .source import parse_set
+    from .recipe.yaml import parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
     found = working().pairs(chosen, out=out)
     from .parallel import rank
@@ -69,8 +69,8 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            seed: int = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
     """Draw pictures with a student or a teacher."""
-    build = working()
-    build.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
+    api = working()
+    api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
     say.print(f"wrote {out}")
 
 
@@ -87,10 +87,10 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           seed: int = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
-    build = working()
+    api = working()
     from .data.prompts import all_captions, open_prompts
     texts = None if prompts is None else all_captions(open_prompts(prompts))
-    results = build.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, solvers=solvers.split(","),
+    results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, solvers=solvers.split(","),
                           features=features, reference=reference, prompts=texts)
     _emit(results, as_json, lambda: _show_results(results, out))
 
@@ -100,8 +100,8 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
            guidance: Guidance = None, out: Out = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
-    build = working()
-    say.print(f"proved and written: {build.export(run, to=to, guidance=guidance, out=out)}")
+    api = working()
+    say.print(f"proved and written: {api.export(run, to=to, guidance=guidance, out=out)}")
 
 
 @app.command()
@@ -124,21 +124,21 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
-    from . import listing
-    rows = listing.methods(name)
+    from .recipe import catalogue
+    rows = catalogue.methods(name)
     if name is None or as_json:
         _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
         return
     row = rows[0]
     say.print(f"[bold]{name}[/]  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n")
-    say.print(listing.algorithm(name), highlight=False, markup=False, soft_wrap=True)
+    say.print(catalogue.algorithm(name), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None, as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
-    from . import listing
-    rows = listing.recipes(name)
+    from .recipe import catalogue
+    rows = catalogue.recipes(name)
     if name is None or as_json:
         _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "method", "teacher"))))
         return
@@ -148,11 +148,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 @app.command()
 def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False) -> None:
     """Say what a run will cost, before anything is loaded."""
-    working()
-    from .plan import plan as make_plan
+    api = working()
     from .recipe import Recipe
-    from .source import parse_set
-    found = make_plan(Recipe.load(recipe, parse_set(set_ or [])))
+    from .recipe.yaml import parse_set
+    found = api.plan(Recipe.load(recipe, parse_set(set_ or [])))
     _emit(found, as_json, lambda: _show_plan(found))
 
 
@@ -188,9 +187,9 @@ def answer(command: Callable[[], object]) -> NoReturn:
 def working() -> Any:
     """The functions that do the work, with torch and diffusers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # it speaks while it is being imported
-    from . import build
-    build.quiet()
-    return build
+    from . import api
+    api.quiet()
+    return api
 
 
 def _fail(message: str, status: int) -> NoReturn:

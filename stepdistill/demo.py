@@ -14,7 +14,7 @@ from rich.console import Console
 from . import resources
 from .cli import answer, working
 from .recipe import Recipe
-from .source import parse_set
+from .recipe.yaml import parse_set
 
 if TYPE_CHECKING:
     from .evaluation.plans import Target
@@ -27,17 +27,17 @@ say = Console()
 
 def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
     """Everything lands in `out`, which is a run folder. samples: pictures a row, those of the shipped figures unless given."""
-    build = working()
+    api = working()
     begun = time.perf_counter()
     say.print(f"training {recipe.name}: {recipe.train.updates} updates of {recipe.method}")
-    run = build.train(recipe, out=out)
-    folder = build.export(run, "lora")
+    run = api.train(recipe, out=out)
+    folder = api.export(run, "lora")
     say.print(f"exported and proved: {folder}")
-    student = build.open_target(folder, "student")
-    teacher = build.open_target(recipe.teacher, "teacher").target
-    results = measure(student.target, teacher, student.scale, run, samples, resources.locate(recipe.teacher))
-    pictures(student.target, teacher, student.scale, run / "samples.png")
-    build.export(run, "lora")                     # once more: the model card now holds the table
+    student = api.open_target(folder, "student")
+    teacher = api.open_target(recipe.teacher, "teacher").target
+    results = measure(student.target, teacher, student.guidance, run, samples, resources.locate(recipe.teacher))
+    pictures(student.target, teacher, student.guidance, run / "samples.png")
+    api.export(run, "lora")                     # once more: the model card now holds the table
     _conclude(results, run, folder, time.perf_counter() - begun)
     return results
 

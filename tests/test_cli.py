@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepdistill import listing
+from stepdistill.recipe import catalogue
 from stepdistill.errors import RequestError
 from stepdistill.methods import METHODS
 
@@ -47,9 +47,9 @@ def test_one_method_in_full(stepdistill):
 
 
 def test_a_method_in_full_has_the_whole_comment_of_its_last_setting():
-    said = listing.algorithm("lightning").splitlines()
+    said = catalogue.algorithm("lightning").splitlines()
     assert said[-2].startswith("    judged_at: ") and said[-1].lstrip().startswith("# ") and "five times over at the end" in said[-1]
-    assert all(line.startswith("    ") for name in METHODS for line in listing.algorithm(name).split("settings:\n")[1].splitlines())
+    assert all(line.startswith("    ") for name in METHODS for line in catalogue.algorithm(name).split("settings:\n")[1].splitlines())
 
 
 def test_recipes_as_json(stepdistill):
@@ -192,8 +192,8 @@ def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
     from stepdistill.methods.distribution.dmd2 import DMD2, Settings
     from stepdistill.models.families import load_teacher
     from stepdistill.models.roles import Lora, build_roles
-    from stepdistill.plan import plan
     from stepdistill.recipe import Recipe
+    from stepdistill.run.plan import plan
     made = {"method": "dmd2", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 3.0, "steps": 4,
             "data": {"images": "shapes", "batch": 4}, "train": {"updates": 2}}
     count = lambda **settings: plan(Recipe.load(made | {"settings": settings}))

@@ -22,8 +22,8 @@ def test_stem_law(name):
 
 
 def test_every_recipe_is_of_a_method_with_its_name():
-    from stepdistill.recipe import builtin
-    from stepdistill.source import Source
+    from stepdistill.recipe.catalogue import builtin
+    from stepdistill.recipe.yaml import Source
     for name, path in builtin().items():
         method = Source.of_file(path).values["method"]
         assert path.stem.split("-")[0] == method, f"{name} is a recipe of {method}"

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import export, train
+from ..api import export, train
 from ..data.stream import Stream
 from ..errors import RequestError
 from ..methods.base import Follows, Frozen, middle
-from ..recipe import Recipe, builtin
-from ..runs import checkpoint_of
+from ..recipe import Recipe
+from ..recipe.catalogue import builtin
+from ..run.checks import learning_rates
+from ..run.data import dataset
+from ..run.folder import checkpoint_of
+from ..run.setup import Run, setup
 from ..training import TrainConfig, Trainer, checkpoints
-from ..work import Work, dataset, make, rates
 from .problem import Check
 
 STEPS, BATCH, COUNT = 2, 2, 4
@@ -38,7 +41,7 @@ def recipe(method: str) -> Recipe:
 
 def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
     said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
-    work = make(said, torch.device("cpu"))
+    work = setup(said, torch.device("cpu"))
     yield from moves(work, out / "moved")
     whole = train(said, out=out / "whole")
     yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
@@ -51,10 +54,10 @@ def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
         yield Check(f"exports that a stock pipeline does not reproduce ({error})", 1, 0)
 
 
-def moves(work: Work, run: Path) -> Iterator[Check]:
+def moves(work: Run, run: Path) -> Iterator[Check]:
     """Trains two steps and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
-    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
+    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=learning_rates(recipe))
     stream = Stream(dataset(work), BATCH, recipe.train.seed, work.family.latent_shape)
     trainer = Trainer(work.method, roles, stream, config, run)
     own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}         # adapters lie on the teacher's network

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import train
+from ..api import train
 from ..data.toy import SHAPE, Toy, write
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import Step
@@ -22,8 +22,9 @@ from ..diffusion.solvers import ddim
 from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
 from ..models.schedulers import stock_scheduler
-from ..recipe import Recipe, builtin
-from ..work import Work, open_run
+from ..recipe import Recipe
+from ..recipe.catalogue import builtin
+from ..run.setup import Run, open_run
 from .problem import NAMES, Check, Problem
 
 COUNT, SHOWN, WAYS = 20_000, 3000, 24
@@ -53,9 +54,9 @@ class Distance:
                  for k, known in self.within.items()]
         return sum(apart) / len(apart)
 
-    def cond(self, work: Work) -> Condition:
+    def cond(self, work: Run) -> Condition:
         cond = work.family.encode(self.toy.captions(torch.arange(COUNT)))
-        return cond.replace(w=torch.ones(COUNT)) if work.roles[work.best].told_w else cond
+        return cond.replace(w=torch.ones(COUNT)) if work.roles[work.sampling_role].told_w else cond
 
     @cached_property
     def moment(self) -> Step:
@@ -63,7 +64,7 @@ class Distance:
         return Step(self.toy.seed, 0, 0.0, "measured", 0, torch.arange(COUNT))
 
     @torch.no_grad()
-    def of_teacher(self, work: Work, steps: int) -> float:
+    def of_teacher(self, work: Run, steps: int) -> float:
         """By DDIM."""
         times, cond = torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.cond(work).replace(w=None)
         return self.of(ddim(work.roles.base, self.moment.normal("start", SHAPE), times, cond))
@@ -93,7 +94,7 @@ def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
     return Recipe.load({**moved(plain), "train": {**plain["train"], "seed": seed}, **changes})
 
 
-def sampler(work: Work, steps: int) -> Sampler:
+def sampler(work: Run, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
     family = work.family
     inference = type(work.method).inference(work.method.settings, steps, family.schedule_name, work.recipe.guidance)
@@ -102,9 +103,9 @@ def sampler(work: Work, steps: int) -> Sampler:
 
 
 @torch.no_grad()
-def states(work: Work, found: Sampler, distance: Distance) -> list[Tensor]:
+def states(work: Run, found: Sampler, distance: Distance) -> list[Tensor]:
     """Of every evaluation and, the last, the samples: (COUNT, 2, 1, 1) each."""
-    cond, role = distance.cond(work), work.roles[work.best]
+    cond, role = distance.cond(work), work.roles[work.sampling_role]
     draw = lambda i: distance.moment.normal(f"renoise {i}", SHAPE)
     return [found.rollout(role, distance.moment.normal("start", SHAPE), i, cond, draw) for i in range(found.nfe + 1)]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import build
+from .. import api
 from ..methods import METHODS, load_method
 from .contract import contract
 from .convergence import convergence, draw, recipes
@@ -113,7 +113,7 @@ def measure(task: Task) -> list[Row]:
     os.environ["STEPDISTILL_CACHE"] = str(task.work / "cache")
     rows = []
     with (task.out / "logs" / f"{task.name}.log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        build.quiet()
+        api.quiet()
         try:
             for check in _checks(task):
                 figure = check.figure if isfinite(check.figure) else None

@@ -9,10 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError
-from .methods import METHODS
-from .recipe import builtin, find
-from .source import Source
+from .. import resources
+from ..errors import RequestError
+from ..methods import METHODS
+from .yaml import Source
 
 
 def methods(name: str | None = None) -> list[dict[str, Any]]:
@@ -45,3 +45,20 @@ def recipes(name: str | None = None) -> list[dict[str, str]]:
         values = Source.of_file(path).values
         rows.append({"name": key, "path": str(path), "method": values.get("method", ""), "teacher": values.get("teacher", "")})
     return rows
+
+
+def find(name: str | Path) -> Path:
+    """A recipe by its path, or by its built-in name."""
+    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}"):
+        path = resources.locate(candidate)
+        if path is not None and path.is_file():
+            return path
+    near = difflib.get_close_matches(str(name), list(builtin()), n=1)
+    raise RequestError(f"there is no recipe '{name}': expected a YAML file or a built-in name; "
+                       + (f"did you mean {near[0]}?" if near else f"built in are {', '.join(builtin())}"))
+
+
+def builtin() -> dict[str, Path]:
+    """Name -> file of the recipes that ship."""
+    root = resources.SHARE / "recipes"
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe, in the words of one."""
+"""What pydantic finds wrong with a recipe, in the words of a recipe; and the names that entries had in earlier versions."""
 from __future__ import annotations
 
 import difflib
@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .source import Path_, Source
+from .yaml import EntryPath, Source
+
+# Entries as earlier versions named them -> their names now. Recipes and run folders of those versions go on.
+EARLIER_NAMES: dict[EntryPath, str] = {}
 
 _EXPECTED = {
     "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",
@@ -19,7 +22,12 @@ _EXPECTED = {
 }
 
 
-def complaint(source: Source, path: Path_, error: Mapping[str, Any], entries: Callable[[Path_], list[str]]) -> str:
+def current(source: Source) -> Source:
+    """The same recipe with the names of today. RequestError where an entry stands under both names."""
+    return source.renamed(EARLIER_NAMES)
+
+
+def complaint(source: Source, path: EntryPath, error: Mapping[str, Any], entries: Callable[[EntryPath], list[str]]) -> str:
     """One line on one error. entries: those that the table at a path can have."""
     if path == ("settings",) and error["type"] == "value_error":
         return _of_settings(source, str(error["ctx"]["error"]))

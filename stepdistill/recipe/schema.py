@@ -5,7 +5,6 @@ Nothing here imports torch until `method_settings`, so a typo costs a fraction o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import io
 import math
 from collections.abc import Iterator, Mapping
@@ -26,12 +25,13 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from . import resources
-from .complaints import complaint, unknown
-from .errors import RequestError
-from .methods import METHODS, load_method
-from .source import Path_, Source, unwrapped
+from .. import resources
+from ..errors import RequestError
+from ..methods import METHODS, load_method
+from .catalogue import find
+from .messages import complaint, current, unknown
 from .stages import KINDS, staged
+from .yaml import EntryPath, Source, unwrapped
 
 
 def _full_or_lora(value: Any) -> Any:
@@ -188,7 +188,7 @@ class Recipe(Strict):
         RequestError names file and line, what was found, and the nearest valid name.
         """
         source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
-        source = source.overridden(overrides or {})
+        source = current(source.overridden(overrides or {}))
         made: Recipe | None = None
         complaints: list[str] = []
         for teacher, own in staged(source):
@@ -204,6 +204,11 @@ class Recipe(Strict):
         for stage in made.stages:
             stage._check()
         return made
+
+    @classmethod
+    def of(cls, recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any]) -> Recipe:
+        """A recipe as it is, or loaded with these entries changed."""
+        return recipe if isinstance(recipe, Recipe) else cls.load(recipe, overrides)
 
     @property
     def previous(self) -> Recipe | None:
@@ -319,23 +324,6 @@ class Recipe(Strict):
             raise self.refuse("train.accumulate", f"is {self.train.accumulate}, which does not divide the batch of {data.batch}")
 
 
-def find(name: str | Path) -> Path:
-    """A recipe by its path, or by its built-in name."""
-    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}"):
-        path = resources.locate(candidate)
-        if path is not None and path.is_file():
-            return path
-    near = difflib.get_close_matches(str(name), list(builtin()), n=1)
-    raise RequestError(f"there is no recipe '{name}': expected a YAML file or a built-in name; "
-                       + (f"did you mean {near[0]}?" if near else f"built in are {', '.join(builtin())}"))
-
-
-def builtin() -> dict[str, Path]:
-    """Name -> file of the recipes that ship."""
-    root = resources.SHARE / "recipes"
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
-
-
 def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What makes `own` of `common`, a table's entries one by one; all settings where they are another method's."""
     changed = {key: _changes(common[key], value) if isinstance(value, dict) and isinstance(common[key], dict) else value
@@ -343,7 +331,7 @@ def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return changed | ({"settings": own["settings"]} if "method" in changed else {})
 
 
-def _fields(path: Path_) -> list[str]:
+def _fields(path: EntryPath) -> list[str]:
     """The entries that the table at `path` can have."""
     model: type[BaseModel] = Recipe
     for key in path:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import RequestError
-from .source import Path_, Source, leaves
+from ..errors import RequestError
+from .yaml import EntryPath, Source, leaves
 
 KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each in place of the others
 TEACHERS = ("base", "previous")
@@ -39,7 +39,7 @@ def staged(source: Source) -> list[tuple[str, Source]]:
     return found
 
 
-def _each(source: Source, at: Path_, table: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _each(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A table whose steps are a list stands for one a number."""
     steps = table.get("steps")
     if steps == []:
@@ -47,7 +47,7 @@ def _each(source: Source, at: Path_, table: Mapping[str, Any]) -> Iterator[Mappi
     return ({**table, "steps": count} for count in steps) if isinstance(steps, list) else iter([table])
 
 
-def _teacher(source: Source, at: Path_, table: Mapping[str, Any], first: bool) -> str:
+def _teacher(source: Source, at: EntryPath, table: Mapping[str, Any], first: bool) -> str:
     said = table.get("teacher", TEACHERS[0])
     if said not in TEACHERS:
         raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of a stage is {said!r}; it should be base, the recipe's pipeline, "
@@ -58,7 +58,7 @@ def _teacher(source: Source, at: Path_, table: Mapping[str, Any], first: bool) -
     return said
 
 
-def _merged(source: Source, at: Path_, table: Mapping[str, Any]) -> Source:
+def _merged(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Source:
     """The entries of all stages with this one's over them. Of another method all settings are the stage's own, and a kind of
     data takes the place of another."""
     own = {path: value for path, value in leaves(table) if path != ("teacher",) and not source.was_set(path)}
@@ -72,9 +72,9 @@ def _merged(source: Source, at: Path_, table: Mapping[str, Any]) -> Source:
     return Source(source.name, merged.values, merged.places | tables)
 
 
-def _replaced(common: Mapping[str, Any], own: Mapping[Path_, Any]) -> list[tuple[Path_, Any]]:
+def _replaced(common: Mapping[str, Any], own: Mapping[EntryPath, Any]) -> list[tuple[EntryPath, Any]]:
     """What of the recipe does not hold for a stage that says `own`."""
-    gone: list[tuple[Path_, Any]] = []
+    gone: list[tuple[EntryPath, Any]] = []
     if "method" in common and own.get(("method",), common["method"]) != common["method"]:
         gone.append((("settings",), {}))
     named = {path[1] for path, value in own.items() if path[0] == "data" and len(path) > 1 and value is not None}

@@ -13,9 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from .errors import RequestError
+from ..errors import RequestError
 
-Path_ = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
+EntryPath = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
 SET = "--set "
 
 
@@ -25,7 +25,7 @@ class Source:
 
     name: str
     values: dict[str, Any]
-    places: dict[Path_, str]
+    places: dict[EntryPath, str]
 
     @classmethod
     def of_file(cls, path: Path) -> Source:
@@ -49,7 +49,7 @@ class Source:
         """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
         return self.changed(leaves(overrides), lambda path: f"{SET}{'.'.join(path)}")
 
-    def changed(self, entries: Iterable[tuple[Path_, Any]], place: Callable[[Path_], str]) -> Source:
+    def changed(self, entries: Iterable[tuple[EntryPath, Any]], place: Callable[[EntryPath], str]) -> Source:
         """Each of `entries`, path and value, put over what is there; place(path): where it was written."""
         values, places = unwrapped(self.values), dict(self.places)
         for path, value in entries:
@@ -62,11 +62,35 @@ class Source:
             places[path] = place(path)
         return Source(self.name, values, places)
 
-    def was_set(self, path: Path_) -> bool:
+    def renamed(self, names: Mapping[EntryPath, str]) -> Source:
+        """With entries renamed, in the recipe and in its stages: path -> the new last part of it.
+
+        RequestError where an entry stands under both names.
+        """
+        places: dict[EntryPath, str] = {}
+        for path, place in self.places.items():
+            places[_renamed(path, names)] = place
+        return Source(self.name, self._renamed(self.values, (), names), places)
+
+    def _renamed(self, value: Any, path: EntryPath, names: Mapping[EntryPath, str]) -> Any:
+        if isinstance(value, list):
+            return [self._renamed(inner, (*path, i), names) for i, inner in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            new = str(_renamed((*path, key), names)[-1])
+            if new != key and new in value:
+                raise RequestError(f"{self.where((*path, key))}: {key} is the earlier name of {new}, which is given too: "
+                                   "leave one of them out")
+            found[new] = self._renamed(inner, (*path, key), names)
+        return found
+
+    def was_set(self, path: EntryPath) -> bool:
         """Whether an entry, or the table that it stands in, was --set."""
         return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
 
-    def where(self, path: Path_) -> str:
+    def where(self, path: EntryPath) -> str:
         """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands in."""
         inner = next((said for key, said in self.places.items() if key[:len(path)] == path), None)
         if inner is not None and path not in self.places:
@@ -84,6 +108,13 @@ class Source:
         return " ".join([shlex.quote(self.name), *(f"--set {shlex.quote(text)}" for text in sets)])
 
 
+def _renamed(path: EntryPath, names: Mapping[EntryPath, str]) -> EntryPath:
+    """An entry's place by its name of today. In a stage it is named as in the recipe."""
+    own = path[2:] if path[:1] == ("stages",) and len(path) > 2 else path
+    before = path[:len(path) - len(own)]
+    return (*before, *(names.get(own[:i + 1], part) for i, part in enumerate(own)))
+
+
 def parse_set(texts: Iterable[str]) -> dict[str, Any]:
     """["train.lr=1e-3", "student=full"] -> dotted name -> value, each value read as YAML."""
     parsed: dict[str, Any] = {}
@@ -98,9 +129,9 @@ def parse_set(texts: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def _lines(node: CommentedMap | CommentedSeq, path: Path_ = ()) -> dict[Path_, int]:
+def _lines(node: CommentedMap | CommentedSeq, path: EntryPath = ()) -> dict[EntryPath, int]:
     """Entry -> its line, from 0."""
-    found: dict[Path_, int] = {}
+    found: dict[EntryPath, int] = {}
     items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
     for key, value in items:
         found[(*path, key)] = (node.lc.key(key) if isinstance(node, CommentedMap) else node.lc.item(key))[0]

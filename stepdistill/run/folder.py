@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from . import parallel
-from .data.cache import flat
-from .errors import RequestError
-from .recipe import Recipe
-from .training import checkpoints
+from .. import parallel, resources
+from ..data.cache import flat
+from ..errors import RequestError
+from ..recipe import Recipe
+from ..training import checkpoints
 
 RECIPE, ENVIRONMENT, RESULTS, STAGES = "recipe.yaml", "environment.json", "results.json", "stages"
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -59,7 +59,7 @@ def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
     return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
 
 
-def folders(recipe: Recipe, run: Path) -> list[Path]:
+def stage_folders(recipe: Recipe, run: Path) -> list[Path]:
     """Where its stages lie: the last in the run's own folder, those before in stages/1, stages/2, ..., each a run of its own."""
     return [*(run / STAGES / str(i + 1) for i in range(len(recipe.stages) - 1)), run]
 
@@ -76,6 +76,15 @@ def begin(run: Path, recipe: Recipe, device: torch.device) -> None:
         run.mkdir(parents=True, exist_ok=True)
         (run / ENVIRONMENT).write_text(json.dumps(environment(device), indent=1) + "\n", encoding="utf-8")
         (run / RECIPE).write_text(recipe.dump(), encoding="utf-8")
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of a Hub teacher: the one that the cache holds, since it was loaded a moment ago."""
+    if resources.locate(recipe.teacher) is not None:
+        return recipe
+    from huggingface_hub import try_to_load_from_cache
+    index = try_to_load_from_cache(recipe.teacher, "model_index.json", revision=recipe.revision)
+    return recipe.pinned(Path(index).parent.name) if isinstance(index, str) else recipe
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -12,24 +12,22 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import resources
-from .diffusion.contracts import Batch, Condition, Pairs
-from .diffusion.draws import Step
-from .diffusion.guidance import self_guided
-from .diffusion.prediction import Prediction
-from .diffusion.sampler import Sampler
-from .diffusion.schedule import Schedule
-from .errors import RequestError, gist
-from .judges import judge, judged, tapped
-from .methods import load_method
-from .methods.base import FIXED, Codec, Features, Follows, Heads, Method, Need, Trained
-from .models.discriminator import Shape, head, paired, tap
-from .models.families import FAMILIES, Layout, call_of, layout
-from .models.schedulers import stock_scheduler
-from .models.vision import PictureHeads, prompt_width
-from .plane import on_toy
-from .recipe import Critic, Recipe, RoleChoice
-from .work import checked, needs_of
+from .. import resources
+from ..diffusion.contracts import Batch, Condition, Pairs
+from ..diffusion.draws import Step
+from ..diffusion.guidance import self_guided
+from ..diffusion.prediction import Prediction
+from ..diffusion.sampler import Sampler
+from ..diffusion.schedule import Schedule
+from ..errors import RequestError, gist
+from ..methods import load_method
+from ..methods.base import FIXED, Codec, Features, Follows, Heads, Method, Need, Trained
+from ..models.discriminator import Shape, head, paired, tap
+from ..models.families import FAMILIES, Layout, call_of, layout
+from ..models.schedulers import stock_scheduler
+from ..models.vision import PictureHeads, prompt_width
+from ..recipe.schema import Critic, Recipe, RoleChoice
+from .checks import check, needs_of, network_features, on_toy, vision_features, vision_network
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
@@ -57,7 +55,8 @@ def _stage(recipe: Recipe) -> dict[str, Any]:
     if on_toy(recipe):
         raise recipe.refuse("teacher", f"is {recipe.teacher}, a Toy, which there is nothing to plan of: its recipes train within a minute, "
                             "by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
-    settings, needs, _ = checked(recipe)
+    checked = check(recipe)
+    settings, needs = checked.settings, checked.needs
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
     with recipe.blaming("teacher", "cannot be planned on"):
@@ -141,7 +140,7 @@ def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict
     for name, need in needs.items():
         if isinstance(need, Features):
             with torch.device("meta"):
-                rows[name] = _row(_size(judge(recipe).network()), 0, FLOAT)
+                rows[name] = _row(_size(vision_network(recipe).network()), 0, FLOAT)
         elif isinstance(need, Heads):
             count = _heads(recipe, needs, teacher, need)
             rows[name] = _row(count, count, FLOAT)
@@ -159,14 +158,14 @@ def _heads(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher, need: H
     """Parameters of a discriminator."""
     with torch.device("meta"):
         if isinstance(needs[need.of], Features):
-            return _size(PictureHeads(judged(recipe), prompt_width(teacher.inputs(1))))
+            return _size(PictureHeads(vision_features(recipe), prompt_width(teacher.inputs(1))))
         read = _features(recipe, teacher)
         return sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
 
 
 def _features(recipe: Recipe, teacher: _Teacher) -> dict[str, Shape]:
     """The modules that a discriminator reads, and the shapes of what they return."""
-    return tapped(recipe, teacher.known.feature_shapes(teacher.denoiser), teacher.known.default_features(teacher.denoiser))
+    return network_features(recipe, teacher.known.feature_shapes(teacher.denoiser), teacher.known.default_features(teacher.denoiser))
 
 
 def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice | Critic:
@@ -379,7 +378,7 @@ def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[st
 def _vision_downloads(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Mapping[str, int]]) -> list[str]:
     """A Hub network that judges pictures, if its weights are not in the cache yet."""
     name = next((name for name, need in needs.items() if isinstance(need, Features)), None)
-    if name is None or resources.locate(source := judge(recipe).source) is not None:
+    if name is None or resources.locate(source := vision_network(recipe).source) is not None:
         return []
     from huggingface_hub import try_to_load_from_cache
     if isinstance(try_to_load_from_cache(source, "model.safetensors"), str):

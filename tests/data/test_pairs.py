@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepdistill import build
+from stepdistill import api
 from stepdistill.data.cache import Cache
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.contracts import Condition
@@ -18,10 +18,11 @@ from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.solvers import SOLVERS
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Inference, Method, Trained, Update
-from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
+from stepdistill.run.data import dataset, fill_pairs, pairs_shelf
+from stepdistill.run.plan import plan
+from stepdistill.run.setup import setup
 from stepdistill.training import TrainConfig, Trainer, checkpoints
-from stepdistill.work import dataset, fill_pairs, make, pairs_shelf
 
 PROMPTS = ["a red ring", "a blue square"]
 RECIPE = {"method": "lcm", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2, "train": {"updates": 1},
@@ -43,7 +44,7 @@ def recipe(tiny_teacher):
 @pytest.fixture(scope="module")
 def work(recipe):
     """Work on a changed recipe with one loaded teacher, which is what no change here concerns."""
-    base = make(recipe(), torch.device("cpu"))
+    base = setup(recipe(), torch.device("cpu"))
     return lambda **changes: replace(base, recipe=recipe(**changes))
 
 
@@ -53,7 +54,7 @@ def named(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs") / "named"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPDISTILL_CACHE", str(folder.parent / "cache"))
-        found = build.pairs(recipe(), out=folder)
+        found = api.pairs(recipe(), out=folder)
     assert (found.folder, found.count, found.made) == (folder, 5, 5)
     return folder
 
@@ -136,10 +137,10 @@ def test_whatever_changes_the_pairs_leads_to_others_in_the_cache(work, cache):
 
 
 def test_training_makes_the_pairs_that_are_absent(recipe, cache, tmp_path):
-    run = build.train(recipe(data__pairs__nodes=2), out=tmp_path / "run")
+    run = api.train(recipe(data__pairs__nodes=2), out=tmp_path / "run")
     assert checkpoints.latest(run).name == "step-000001" and "nodes: 2" in (run / "recipe.yaml").read_text()
     assert len(list(cache.glob("pairs-*/*.safetensors"))) == 1
-    assert build.pairs(Recipe.load(run / "recipe.yaml")).made == 0
+    assert api.pairs(Recipe.load(run / "recipe.yaml")).made == 0
 
 
 def test_a_plan_counts_the_states_that_are_kept(recipe):
@@ -150,7 +151,7 @@ def test_a_plan_counts_the_states_that_are_kept(recipe):
 # -- a folder by its name ------------------------------------------------------------------------------------------------
 
 def test_a_named_folder_is_trained_on_and_its_pairs_are_those_of_the_cache(recipe, work, named):
-    assert build.pairs(recipe(), out=named).made == 0
+    assert api.pairs(recipe(), out=named).made == 0
     carried, cached = (dataset(work(**changes)).pairs(torch.arange(5)) for changes in ({"data__pairs__path": str(named)}, {}))
     assert torch.equal(carried.noise, cached.noise) and torch.equal(carried.nodes, cached.nodes)
 
@@ -171,7 +172,7 @@ def test_a_folder_of_other_pairs_is_refused_by_what_differs(work, named, entry):
 
 
 def test_a_folder_is_of_this_teacher_wherever_it_lies_and_of_no_other(recipe, named, tmp_path, tiny_teacher):
-    work = lambda **changes: make(recipe(data__pairs__path=str(named), **changes), torch.device("cpu"))
+    work = lambda **changes: setup(recipe(data__pairs__path=str(named), **changes), torch.device("cpu"))
     shutil.copytree(tiny_teacher, tmp_path / "copy", copy_function=shutil.copyfile)
     (tmp_path / "copy/README.md").write_text("moved to another machine")
     weights = tmp_path / "copy/unet/diffusion_pytorch_model.safetensors"
@@ -208,12 +209,12 @@ def test_a_folder_that_does_not_hold_them_all_is_not_trained_on(work, tmp_path):
 ])
 def test_what_cannot_be_meant_is_refused(recipe, changes, said):
     with pytest.raises(RequestError, match=said):
-        make(recipe(**changes), torch.device("cpu"))
+        setup(recipe(**changes), torch.device("cpu"))
 
 
 def test_pairs_are_made_for_recipes_that_train_on_them(tiny_teacher):
     with pytest.raises(RequestError, match="data names images; pairs are made for"):
-        build.pairs({**RECIPE, "teacher": str(tiny_teacher), "data": {"images": "shapes", "batch": 4}})
+        api.pairs({**RECIPE, "teacher": str(tiny_teacher), "data": {"images": "shapes", "batch": 4}})
 
 
 # -- batches of pairs ----------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ class Imitates(Method):
 def test_two_micro_batches_of_pairs_train_what_one_does(recipe, tmp_path):
     trained = {}
     for accumulate in (1, 2):
-        made = make(recipe(data__pairs__nodes=2), torch.device("cpu"))
+        made = setup(recipe(data__pairs__nodes=2), torch.device("cpu"))
         start = {name: tensor.clone() for name, tensor in made.roles.state_dict("student").items()}
         stream = Stream(dataset(made), 4, seed=0, shape=made.family.latent_shape)
         config = TrainConfig(updates=3, lr=1e-2, accumulate=accumulate)

@@ -6,10 +6,11 @@ import torch
 from stepdistill.errors import RequestError
 from stepdistill.methods.adversarial.add import ADD, Settings
 from stepdistill.methods.adversarial.ladd import LADD
-from stepdistill.plan import plan
 from stepdistill.proofs.problem import Believer, Problem
 from stepdistill.recipe import Recipe
-from stepdistill.work import choices, make
+from stepdistill.run.checks import configured
+from stepdistill.run.plan import plan
+from stepdistill.run.setup import setup
 
 
 def made(problem, student=None, w=1.0, decode=lambda x: x, **settings) -> ADD:
@@ -105,7 +106,7 @@ def recipe(tiny_teacher):
 
 
 def test_a_plan_counts_the_roles_that_are_made(recipe):
-    found, roles = plan(recipe()), make(recipe(), torch.device("cpu")).roles
+    found, roles = plan(recipe()), setup(recipe(), torch.device("cpu")).roles
     count = lambda parameters: sum(p.numel() for p in parameters)
     assert found["roles"]["discriminator"]["parameters"] == count(roles.parameters("discriminator"))
     assert found["roles"]["features"] == {"parameters": (n := count(roles["features"].parameters())), "trained": 0, "bytes": 4 * n}
@@ -118,4 +119,4 @@ def test_a_recipe_keeps_the_network_s_name_and_refuses_one_that_nobody_reads(rec
     needs = LADD.needs(LADD.Settings(), full=False)
     with pytest.raises(RequestError, match="discriminator.network is assets/shapes-clip, but the discriminator of ladd reads the features of its "
                                            "teacher, not of pictures"):
-        choices(recipe(method="ladd"), needs)
+        configured(recipe(method="ladd"), needs)

@@ -6,8 +6,8 @@ import torch
 from stepdistill.diffusion.contracts import Batch, Pairs
 from stepdistill.methods import METHODS
 from stepdistill.methods.distribution.dmd import DMD, Settings
-from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
+from stepdistill.run.plan import plan
 
 from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts
 

@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from stepdistill import build
+from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.export import read_settings
 from stepdistill.methods.trajectory.guided import GuidedDistillation, Settings
 from stepdistill.proofs.guided import made
 from stepdistill.proofs.problem import Believer, Problem
 from stepdistill.recipe import Recipe
-from stepdistill.work import checked, handed, make
+from stepdistill.run.checks import check
+from stepdistill.run.setup import previous_student, setup
 
 STAGES = [{"method": "guided", "settings": {}, "steps": 8}, {"steps": [4, 2], "teacher": "previous"}]
 
@@ -37,22 +38,22 @@ def test_its_student_is_told_unless_said_otherwise():
 
 
 def test_what_comes_after_is_told_too(tiny_teacher):
-    with pytest.raises(RequestError, match="told no guidance scale, and that of the stage before is told a guidance scale"):
-        checked(Recipe.load(recipe(tiny_teacher) | {"settings": {}}).stages[1])
+    with pytest.raises(RequestError, match="has no guidance embedding, and that of the stage before has a guidance embedding"):
+        check(Recipe.load(recipe(tiny_teacher) | {"settings": {}}).stages[1])
     with pytest.raises(RequestError, match="guidance is 4.0, but the teacher is the student of the stage before, which has learned"):
-        checked(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 4.0}]}).stages[1])
-    assert checked(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 2.0}]}).stages[1])
+        check(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 4.0}]}).stages[1])
+    assert check(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 2.0}]}).stages[1])
 
 
 def test_both_stages_on_a_real_pipeline_leave_as_one_lora_at_a_scale(tiny_teacher, tmp_path, monkeypatch):
     """Every stage's teacher is told the scales that its student is told."""
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
-    run = build.train(recipe(tiny_teacher), out=tmp_path / "run")
+    run = api.train(recipe(tiny_teacher), out=tmp_path / "run")
     last = Recipe.load(run / "recipe.yaml")
     assert [(stage.method, stage.steps) for stage in last.stages] == [("guided", 8), ("progressive", 4), ("progressive", 2)]
-    work = make(last, torch.device("cpu"), before=handed(last, run / "stages/2"))
+    work = setup(last, torch.device("cpu"), previous=previous_student(last, run / "stages/2"))
     assert set(work.roles.told_w) == {"teacher", "student", "ema"}
     assert work.roles.state_dict("teacher")[f"{work.family.w_path}.weight"].any(), "the layer that reads the scale has learned"
-    folder = build.export(run, guidance=1.5, out=tmp_path / "lora")
+    folder = api.export(run, guidance=1.5, out=tmp_path / "lora")
     said = read_settings(folder)
     assert said["guidance"] == 1.5 and said["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0} and said["scheduler"] == "DDIMScheduler"

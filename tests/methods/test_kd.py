@@ -10,7 +10,7 @@ from stepdistill.methods.trajectory.kd import KD, Settings
 from stepdistill.proofs.kd import made, traveller
 from stepdistill.proofs.problem import NAMES, Believer, Problem
 from stepdistill.recipe import Recipe
-from stepdistill.work import make
+from stepdistill.run.setup import setup
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -68,9 +68,9 @@ def test_a_recipe_without_the_nodes_is_refused_before_a_pair_is_made(tiny_teache
     table = {"method": "kd", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 4, "train": {"updates": 1},
              "data": {"pairs": {"prompts": ["a red ring"], "solver": "ddim", "steps": 4, "nodes": 2}, "count": 4, "batch": 4}}
     with pytest.raises(RequestError, match="data.pairs.nodes is 2; a student of 4 steps lands on 4 evenly spaced states"):
-        make(Recipe.load(table), torch.device("cpu"))
+        setup(Recipe.load(table), torch.device("cpu"))
     table["data"]["pairs"]["nodes"] = 4
-    assert make(Recipe.load(table), torch.device("cpu")).method.steps == 4
+    assert setup(Recipe.load(table), torch.device("cpu")).method.steps == 4
 
 
 def test_other_step_counts_and_settings_are_refused():

@@ -7,7 +7,7 @@ from stepdistill.methods.trajectory.progressive import Progressive, Settings
 from stepdistill.proofs.problem import NAMES, Believer, Problem
 from stepdistill.proofs.progressive import closed, made
 from stepdistill.recipe import Recipe
-from stepdistill.work import checked
+from stepdistill.run.checks import check
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -66,8 +66,8 @@ def test_a_halving_is_of_powers_of_two_before_anything_is_loaded(tmp_path):
     (tmp_path / "teacher").mkdir()                   # nothing to load in it
     recipe = {"method": "progressive", "teacher": str(tmp_path / "teacher"), "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
     stages = lambda first, *rest: Recipe.load(recipe | {"stages": [{"steps": first}, {"steps": list(rest), "teacher": "previous"}]}).stages
-    assert all(checked(stage) for stage in stages(32, 16, 8, 4, 2, 1)) and all(checked(stage) for stage in stages(12, 6, 3))
+    assert all(check(stage) for stage in stages(32, 16, 8, 4, 2, 1)) and all(check(stage) for stage in stages(12, 6, 3))
     for wrong, said in (((12, 8, 4), "steps is 8 after 12: .* the stage before has 16. A halving to 8 begins at a power of two times 8"),
                         ((32, 8), "steps is 8 after 32"), ((4, 4), "steps is 4 after 4"), ((2, 4), "steps is 4 after 2")):
         with pytest.raises(RequestError, match=said):
-            [checked(stage) for stage in stages(*wrong)]
+            [check(stage) for stage in stages(*wrong)]

@@ -9,8 +9,8 @@ from stepdistill.methods.distribution.sid import Settings, SiD
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, build_roles
-from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
+from stepdistill.run.plan import plan
 
 from .closed import predict
 from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts

@@ -22,8 +22,9 @@ from stepdistill.data.stream import Stream
 from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.recipe import Recipe
+from stepdistill.run.data import dataset
+from stepdistill.run.setup import setup
 from stepdistill.training import TrainConfig, Trainer, checkpoints, launched
-from stepdistill.work import dataset, make
 
 ROOT, UPDATES, BATCH = Path(__file__).parents[2], 3, 4
 IMAGES = {"images": "shapes", "count": 16, "cache": True, "batch": BATCH}
@@ -54,7 +55,7 @@ class Enough(Exception):
 def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1) -> None:
     """Goes on with the run folder/name to step `until`, and writes down what every update trained on."""
     table = {"teacher": teacher, "student": LORA, "steps": 2, "train": {"updates": UPDATES, "ema": 0.5}}
-    work = make(Recipe.load(table | CASES[name]), launched())
+    work = setup(Recipe.load(table | CASES[name]), launched())
     work.family.network.double()
     stream = Stream(dataset(work), BATCH, seed=3, shape=work.family.latent_shape)
 

@@ -5,8 +5,8 @@ import torch
 
 from stepdistill.models.adapters import AdapterBank
 from stepdistill.proofs.contract import contract, moves, recipe
+from stepdistill.run.setup import setup
 from stepdistill.training import checkpoints
-from stepdistill.work import make
 
 CPU = torch.device("cpu")
 
@@ -25,14 +25,14 @@ def test_swapped_adapters_are_seen(tmp_path, monkeypatch):
     use, other = AdapterBank.use, {"student": "critic", "critic": "student"}
     monkeypatch.setattr(AdapterBank, "use", lambda self, name: use(self, other.get(name, name)))
     try:
-        red = failed(moves(make(recipe("dmd2"), CPU), tmp_path / "run"))
+        red = failed(moves(setup(recipe("dmd2"), CPU), tmp_path / "run"))
     except RuntimeError as error:                       # nothing that requires a gradient has been asked
         red = [str(error)]
     assert red
 
 
 def test_a_teacher_that_moves_is_seen(tmp_path):
-    work = make(recipe("lcm"), CPU)
+    work = setup(recipe("lcm"), CPU)
     loss = work.method.loss
 
     def shaken(batch, step):
@@ -44,7 +44,7 @@ def test_a_teacher_that_moves_is_seen(tmp_path):
 
 
 def test_a_role_that_stays_is_seen(tmp_path, monkeypatch):
-    work = make(recipe("lcm"), CPU)
+    work = setup(recipe("lcm"), CPU)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     assert failed(moves(work, tmp_path / "run")) == ["roles that updates train, or that follow one, and that did not move"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepdistill import build
+from stepdistill import api
 from stepdistill.training import Trainer, checkpoints
 
 ROLES = ("student", "critic", "discriminator", "ema")
@@ -48,7 +48,7 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
         assert all(p.grad is None for name in ROLES for p in trainer.roles.parameters(name))
 
     monkeypatch.setattr(Trainer, "run", watched)
-    folder = build.train(recipe(tiny_teacher), out=tmp_path / "run")
+    folder = api.train(recipe(tiny_teacher), out=tmp_path / "run")
     assert [name for name, _ in seen] == ["student", *["critic+discriminator"] * 2] * 2
     for name, changed in seen:
         assert changed.keys() == ({"student", "ema"} if name == "student" else {"critic", "discriminator"})
@@ -63,27 +63,27 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
     saved = checkpoints.load(checkpoints.latest(folder))
     assert saved.keys() == {f"role-{name}" for name in ROLES} | {f"optimizer-{name}" for name in ROLES if name != "ema"}
     assert {key.split(".")[1] for key in saved["role-discriminator"]} == {"mid_block", "up_blocks_0"}
-    assert build.open_target(folder, "student").scale == 2.0
+    assert api.open_target(folder, "student").guidance == 2.0
 
 
 @pytest.mark.parametrize("changes", [{"student": "full", "critic": "full"}, {"train": {"precision": "bf16", "accumulate": 2}}],
                          ids=["full", "lora bf16"])
 def test_a_resumed_run_is_the_same_run(tiny_teacher, tmp_path, changes):
     said = recipe(tiny_teacher, **changes)
-    whole = build.train(said, out=tmp_path / "whole", **{"train.checkpoint_every": 1})
+    whole = api.train(said, out=tmp_path / "whole", **{"train.checkpoint_every": 1})
     part = tmp_path / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints/step-000002")
-    build.train(said, out=part, resume=True, **{"train.checkpoint_every": 1})
+    api.train(said, out=part, resume=True, **{"train.checkpoint_every": 1})
     one, two = (checkpoints.load(checkpoints.latest(folder)) for folder in (whole, part))
     assert one.keys() == two.keys() and all(torch.equal(one[name][key], two[name][key]) for name in one for key in one[name])
 
 
 WORKER = """
 import json, sys
-from stepdistill import build
+from stepdistill import api
 if __name__ == "__main__":
-    build.train(json.loads(sys.argv[1]), out="run")
+    api.train(json.loads(sys.argv[1]), out="run")
 """
 
 
@@ -95,7 +95,7 @@ def test_two_processes_train_what_one_does(tiny_teacher, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
                             env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-2000:]
-    build.train(said, out=tmp_path / "one")
+    api.train(said, out=tmp_path / "one")
     one, two = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run"))
     assert one.keys() == two.keys()
     other = ("step.", "exp_avg_sq.")

@@ -11,7 +11,7 @@ from stepdistill import resources, train
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.reference import ShapesSource
 
-from .evaluation.conftest import clip_folder  # noqa: F401
+from ..evaluation.conftest import clip_folder  # noqa: F401
 
 
 def test_figures_follow_the_run_and_its_resumption(tmp_path, tiny_teacher, clip_folder, monkeypatch):  # noqa: F811
@@ -40,4 +40,4 @@ def test_too_few_samples_are_told_before_training(tmp_path, tiny_teacher, clip_f
 
 
 def test_share_is_the_checkout():
-    assert resources.SHARE == Path(__file__).parents[1]
+    assert resources.SHARE == Path(__file__).parents[2]

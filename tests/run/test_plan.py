@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, T5Config
 from stepdistill.methods.base import Frozen, Trained
 from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, build_roles
-from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
+from stepdistill.run.plan import plan
 
 
 def recipe(teacher, rank: int = 2, **data) -> Recipe:

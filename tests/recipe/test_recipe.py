@@ -11,10 +11,12 @@ import torch
 
 from stepdistill.errors import RequestError
 from stepdistill.methods import load_method
-from stepdistill.plan import plan
-from stepdistill.recipe import Recipe, builtin, find
-from stepdistill.source import Source, parse_set
-from stepdistill.work import choices, make, rates
+from stepdistill.recipe import Recipe
+from stepdistill.recipe.catalogue import builtin, find
+from stepdistill.recipe.yaml import Source, parse_set
+from stepdistill.run.checks import configured, learning_rates
+from stepdistill.run.plan import plan
+from stepdistill.run.setup import setup
 
 GOOD = """\
 method: lcm
@@ -117,13 +119,13 @@ def test_critic_and_discriminator_have_rates_of_their_own(write):
     path = write("method: lcm", "method: dmd2\ncritic: {lora: {rank: 4}, lr: 5e-4}\ndiscriminator: {features: [mid_block], lr: 2e-4}")
     path.write_text(path.read_text().replace("settings: {nodes: 50}\n", ""))
     recipe = Recipe.load(path)
-    assert rates(recipe) == {"critic": 5e-4, "discriminator": 2e-4} and recipe.discriminator.features == ["mid_block"]
+    assert learning_rates(recipe) == {"critic": 5e-4, "discriminator": 2e-4} and recipe.discriminator.features == ["mid_block"]
     again = Recipe.load(recipe.resolved())
-    assert again.resolved() == recipe.resolved() and rates(again) == rates(recipe)
-    assert rates(Recipe.load(path, {"critic": "full", "discriminator": None})) == {}
+    assert again.resolved() == recipe.resolved() and learning_rates(again) == learning_rates(recipe)
+    assert learning_rates(Recipe.load(path, {"critic": "full", "discriminator": None})) == {}
     assert Recipe.load(path, {"critic": "full"}).resolved()["critic"] == "full"
     full = Recipe.load(path, {"critic": {"lora": None}})
-    assert full.critic.lora is None and rates(Recipe.load(full.resolved()))["critic"] == 5e-4
+    assert full.critic.lora is None and learning_rates(Recipe.load(full.resolved()))["critic"] == 5e-4
     for old, new, said in (("features: [mid_block]", "features: []", "mine.yaml:3: discriminator.features is []; it should not be empty"),
                            ("lr: 2e-4", "lr: 0", "discriminator.lr is 0; it should be above 0"),
                            ("lr: 5e-4", "lrr: 5e-4", "critic.lrr is no entry of critic; did you mean lr?")):
@@ -144,7 +146,7 @@ def test_a_discriminator_that_no_update_trains_is_refused(tiny_teacher, changes,
     recipe = Recipe.load(made, changes)
     needs = load_method(recipe.method).needs(recipe.method_settings(), full=False)
     with pytest.raises(RequestError, match=said):
-        choices(recipe, needs)
+        configured(recipe, needs)
 
 
 def test_every_mistake_is_told_at_once(write):
@@ -201,7 +203,7 @@ def test_a_refusal_costs_no_torch(write):
     code = ("import sys\nfrom stepdistill.recipe import Recipe\n"
             "try: Recipe.load(sys.argv[1])\nexcept ValueError as error: print('torch' in sys.modules, error)")
     done = subprocess.run([sys.executable, "-c", code, write("steps: 4", "steps: 0")], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1])
+                          cwd=Path(__file__).parents[2])
     assert done.stdout.startswith("False") and "at least 1" in done.stdout, done.stderr
 
 
@@ -212,7 +214,7 @@ def test_a_refusal_costs_no_torch(write):
     ("dmd2", {"features": ["mid_blok"]},
      "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read mid_blok of this network"),
 ])
-@pytest.mark.parametrize("command", [plan, lambda recipe: make(recipe, torch.device("cpu"))])
+@pytest.mark.parametrize("command", [plan, lambda recipe: setup(recipe, torch.device("cpu"))])
 def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method, discriminator, said):
     made = {"method": method, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1,
             "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}

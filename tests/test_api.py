@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tiny import save_tiny_sd3
 
-from stepdistill import build
+from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.export import read_settings
 
@@ -36,8 +36,8 @@ def pixels(pictures) -> torch.Tensor:
 
 
 def test_train_export_load(recipe, teacher, tmp_path):
-    run = build.train(recipe, out=tmp_path / "run")
-    folder = build.export(run)
+    run = api.train(recipe, out=tmp_path / "run")
+    folder = api.export(run)
     said = read_settings(folder)
     assert said["call"] == {"num_inference_steps": 3, "guidance_scale": 1.0, "sigmas": [1.0, 5 / 7, 3 / 7], "max_sequence_length": 0}
     weights = load_file(folder / said["weights"])
@@ -45,23 +45,23 @@ def test_train_export_load(recipe, teacher, tmp_path):
     assert len(moved) == len(weights) // 2 - 1                # all but the last block's add_q_proj
     pipe = StableDiffusion3Pipeline.from_pretrained(teacher, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
-    settings = build.load(pipe, folder)
+    settings = api.load(pipe, folder)
     pictures = pipe(PROMPTS, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
     assert pictures.shape == (2, 3, 16, 16) and torch.isfinite(pictures).all()
-    of_run, of_export = (pixels(build.sample(target, PROMPTS)) for target in (run, folder))
+    of_run, of_export = (pixels(api.sample(target, PROMPTS)) for target in (run, folder))
     assert (of_run - of_export).abs().max() <= 1              # a merged adapter rounds differently
     assert (of_run[0] - of_run[1]).abs().max() > 1
-    again = build.sample(folder, PROMPTS)
+    again = api.sample(folder, PROMPTS)
     assert torch.equal(pixels(again), of_export)              # though the scheduler draws from the global generator
 
 
 def test_a_teacher_with_a_call_of_its_own_is_sampled_with_it(teacher):
-    assert len(build.sample(teacher, PROMPTS, steps=2)) == 2
-    opened = build.open_target(teacher, "teacher")
+    assert len(api.sample(teacher, PROMPTS, steps=2)) == 2
+    opened = api.open_target(teacher, "teacher")
     assert opened.target.call is None and opened.target.given == {"max_sequence_length": 0}
 
 
 def test_a_scale_cannot_be_told(recipe, tmp_path):
     with pytest.raises(RequestError, match="no input for a guidance scale"):
-        build.train(recipe, out=tmp_path / "run", **{"settings.told": True})
+        api.train(recipe, out=tmp_path / "run", **{"settings.told": True})
     assert not (tmp_path / "run").exists()

@@ -9,17 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepdistill import build, runs
+from stepdistill import api
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.guidance import guided
 from stepdistill.errors import RequestError
 from stepdistill.export import read_settings
-from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
-from stepdistill.source import parse_set
+from stepdistill.recipe.yaml import parse_set
+from stepdistill.run import folder as runs
+from stepdistill.run.checks import check
+from stepdistill.run.data import dataset
+from stepdistill.run.plan import plan
+from stepdistill.run.setup import open_run, previous_student, setup
 from stepdistill.training import Stopped, checkpoints
-from stepdistill.work import checked, handed, make, open_run
 
 CPU = torch.device("cpu")
 GOOD = """\
@@ -107,14 +110,14 @@ def test_a_dumped_recipe_has_the_same_stages(write, tmp_path):
     ("steps: 2\nsettings", "stages_: []\nsettings", 5, "did you mean stages?"),
     ("    settings: {skip: 2}", "    student: {lora: {rank: 4}}", 14, "a LoRA stays what it is, or becomes full"),
     ("{steps: 4, ", "{student: full, ", 3, "student is {lora: {rank: 2}}, but it begins as the student of the stage before, which is full"),
-    ("{steps: 4, ", "{settings: {told: true}, ", 1, "let both be told one by their settings (told: true), or neither"),
-    ("    settings: {skip: 2}", "    settings: {told: true}", 1, "is told a guidance scale, and that of the stage before is told no"),
+    ("{steps: 4, ", "{settings: {told: true}, ", 1, "let both have one by their settings (told: true), or neither"),
+    ("    settings: {skip: 2}", "    settings: {told: true}", 1, "has a guidance embedding, and that of the stage before has no"),
     ("    settings: {skip: 2}", "    guidance: 1.0", 14, "but the teacher is the student of the stage before, which has learned 2.0"),
 ])
 def test_a_bad_stage_is_refused_with_its_line(write, old, new, line, said):
     with pytest.raises(RequestError) as caught:
         for stage in Recipe.load(write(old, new)).stages:
-            checked(stage)
+            check(stage)
     assert f"mine.yaml:{line}:" in str(caught.value) and said in str(caught.value)
 
 
@@ -127,12 +130,12 @@ def test_stages_are_a_list_of_tables(write, stages, said):
 def test_a_critic_begins_as_the_teacher(write):
     path = write("    settings: {skip: 2}", "    method: dmd2\n    critic: {lora: {rank: 3}}")
     with pytest.raises(RequestError, match="mine.yaml:15: critic is {lora: {rank: 3}}, but it begins as the student of the stage before"):
-        checked(Recipe.load(path).stages[1])
-    assert checked(Recipe.load(path, {"critic": "full"}).stages[1])
+        check(Recipe.load(path).stages[1])
+    assert check(Recipe.load(path, {"critic": "full"}).stages[1])
     path = write("guidance: 2.0", "guidance: [1.0, 3.0]")
     path.write_text(path.read_text().replace("settings: {skip: 2}", "method: dmd2").replace("nodes: 10", "told: true"))
-    with pytest.raises(RequestError, match="is dmd2, whose student is told no guidance scale"):
-        checked(Recipe.load(path).stages[1])
+    with pytest.raises(RequestError, match="is dmd2, whose student has no guidance embedding"):
+        check(Recipe.load(path).stages[1])
 
 
 def test_a_plan_counts_stages(write):
@@ -163,7 +166,7 @@ def run(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPDISTILL_CACHE", str(folder / "cache"))
-        return build.train(recipe, out=folder / "run")
+        return api.train(recipe, out=folder / "run")
 
 
 @pytest.fixture
@@ -192,7 +195,7 @@ def test_each_stage_is_a_run_folder_and_the_last_lies_in_the_run_s_own(run):
 
 def test_a_stage_begins_with_the_best_student_before_which_is_its_teacher_too(recipe, run, inputs):
     whole = Recipe.load(recipe)
-    work = make(whole, CPU, before=handed(whole, run / "stages/1"))
+    work = setup(whole, CPU, previous=previous_student(whole, run / "stages/1"))
     best = checkpoints.load_role(checkpoints.latest(run / "stages/1"), "ema")
     assert not same(best, checkpoints.load_role(checkpoints.latest(run / "stages/1"), "student"))
     for role in ("teacher", "student", "ema"):
@@ -205,7 +208,7 @@ def test_a_stage_begins_with_the_best_student_before_which_is_its_teacher_too(re
         assert torch.equal(guided(work.roles["teacher"], 2.0)(*inputs(work)).raw, known), "its guidance lies within"
         assert not torch.equal(work.roles.base(*inputs(work)).raw, known)
         assert torch.equal(work.roles.base(*inputs(work)).raw, before.roles["teacher"](*inputs(before)).raw)
-    batch = Stream(build.dataset(work), 4, 0).batch(0, "student")
+    batch = Stream(dataset(work), 4, 0).batch(0, "student")
     sum(work.method.updates()[0].loss(batch, Step(0, 0, 0.0, "student", 0, batch.ids)).values()).backward()
     assert all(p.grad is None for p in work.roles.parameters("teacher")) and any(p.grad.any() for p in work.roles.parameters("student"))
 
@@ -213,11 +216,11 @@ def test_a_stage_begins_with_the_best_student_before_which_is_its_teacher_too(re
 def test_one_lora_on_the_base_leaves_at_the_end_without_the_stages_before(run, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(run, alone, ignore=shutil.ignore_patterns("stages"))
-    folder = build.export(alone, out=tmp_path / "lora")
+    folder = api.export(alone, out=tmp_path / "lora")
     state = checkpoints.load_role(checkpoints.latest(run), "ema")
     weights = load_file(folder / read_settings(folder)["weights"])
     assert len(weights) == len(state) and {v.shape for v in weights.values()} == {v.shape for v in state.values()}
-    pixels = [torch.tensor(list(build.sample(target, "a red ring")[0].getdata())) for target in (alone, folder)]
+    pixels = [torch.tensor(list(api.sample(target, "a red ring")[0].getdata())) for target in (alone, folder)]
     assert (pixels[0] - pixels[1]).abs().max() <= 1
 
 
@@ -234,7 +237,7 @@ def test_resuming_goes_on_in_the_stage_where_it_stopped_bit_for_bit(recipe, run,
         shutil.copytree(run, part)
         shutil.rmtree(part / "checkpoints/step-000002")
     begun = (part / "stages/1/checkpoints/step-000002").stat().st_mtime_ns
-    build.train(recipe, out=part, resume=True)
+    api.train(recipe, out=part, resume=True)
     for folder in ("stages/1", "."):
         found, known = (checkpoints.load(checkpoints.latest(whole / folder)) for whole in (part, run))
         assert found.keys() == known.keys() and all(same(found[name], known[name]) for name in known)
@@ -244,15 +247,15 @@ def test_resuming_goes_on_in_the_stage_where_it_stopped_bit_for_bit(recipe, run,
 
 def test_only_the_whole_run_is_resumed_with_its_own_recipe(recipe, run):
     with pytest.raises(RequestError, match="is a stage of .*run: resume that run"):
-        build.train(run / "stages/1/recipe.yaml", out=run / "stages/1", resume=True)
+        api.train(run / "stages/1/recipe.yaml", out=run / "stages/1", resume=True)
     with pytest.raises(RequestError, match="stages.1.train.updates was 3, now 4"):
-        build.train(recipe | {"stages": [{"train": {"updates": 4}}, {"teacher": "previous"}]}, out=run, resume=True)
+        api.train(recipe | {"stages": [{"train": {"updates": 4}}, {"teacher": "previous"}]}, out=run, resume=True)
 
 
 def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path):
     for last, said in (({"steps": 11}, "steps is 11, which cannot be sampled"), ({"data": {"prompts": ["a"]}}, "lcm trains on images")):
         with pytest.raises(RequestError, match=said):
-            build.train(recipe | {"stages": [{}, last]}, out=tmp_path / "run")
+            api.train(recipe | {"stages": [{}, last]}, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
@@ -260,10 +263,10 @@ def test_a_lora_becomes_full_between_stages_and_is_told_its_scale(recipe, tmp_pa
     """The full student of stage 2 is what the adapter of stage 1 was; stage 3 goes on from all its weights."""
     full = {"student": "full", "teacher": "previous", "train": {"updates": 1, "lr": 1e-3}}
     made = Recipe.load(recipe | {"settings": {"nodes": 10, "told": True}, "guidance": [1.0, 3.0], "stages": [{}, full, full]})
-    run = build.train(made, out=tmp_path / "run")
-    works = [open_run(folder) for folder in runs.folders(made, run)]
-    places = zip(made.stages[1:], runs.folders(made, run), strict=False)
-    starts = [make(stage, CPU, before=handed(stage, folder)) for stage, folder in places]
+    run = api.train(made, out=tmp_path / "run")
+    works = [open_run(folder) for folder in runs.stage_folders(made, run)]
+    places = zip(made.stages[1:], runs.stage_folders(made, run), strict=False)
+    starts = [setup(stage, CPU, previous=previous_student(stage, folder)) for stage, folder in places]
     w = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     with torch.no_grad():
         for before, start in zip(works, starts, strict=False):
@@ -273,7 +276,7 @@ def test_a_lora_becomes_full_between_stages_and_is_told_its_scale(recipe, tmp_pa
             with pytest.raises(ValueError, match="told its guidance scale"):
                 start.roles["teacher"](*inputs(start))
     assert starts[0].roles.is_lora("teacher") and not starts[0].roles.is_lora("student") and not starts[1].roles.is_lora("teacher")
-    folder = build.export(run, to="pipeline", guidance=2.0, out=tmp_path / "pipeline")
+    folder = api.export(run, to="pipeline", guidance=2.0, out=tmp_path / "pipeline")
     assert read_settings(folder)["call"]["guidance_scale"] == 2.0
 
 
@@ -282,16 +285,16 @@ def test_what_the_student_before_makes_is_kept_apart_from_what_the_base_makes(re
     data = {"samples": {"prompts": ["a red ring"], "solver": "ddim", "steps": 2}, "images": None, "cache": False, "count": 4}
     stage = Recipe.load(recipe | {"data": recipe["data"] | data})
     latents = []
-    for one, before in ((stage.previous, None), (stage, handed(stage, run / "stages/1"))):
-        work = make(one, CPU, before=before)
-        latents.append(build.dataset(work)[torch.arange(4)][0])
+    for one, before in ((stage.previous, None), (stage, previous_student(stage, run / "stages/1"))):
+        work = setup(one, CPU, previous=before)
+        latents.append(dataset(work)[torch.arange(4)][0])
     assert (latents[0] - latents[1]).abs().max() > 1e-3
     with pytest.raises(RequestError, match="made by the student of the stage before"):
         pairs = {"pairs": data["samples"], "samples": None}
-        build.pairs(recipe | {"stages": [{}, {"teacher": "previous", "data": pairs | {"cache": False}}]})
+        api.pairs(recipe | {"stages": [{}, {"teacher": "previous", "data": pairs | {"cache": False}}]})
 
 
 def test_an_interrupted_stage_says_what_is_kept(recipe, tmp_path):
     with pytest.raises(Stopped, match="stages/1/checkpoints|No checkpoint"):
-        build.train(recipe | {"train": recipe["train"] | {"lr": 1e30, "clip": None}}, out=tmp_path / "run")
+        api.train(recipe | {"train": recipe["train"] | {"lr": 1e30, "clip": None}}, out=tmp_path / "run")
     assert runs.is_run(tmp_path / "run") and runs.is_run(tmp_path / "run/stages/1")

@@ -3,26 +3,26 @@ from __future__ import annotations
 
 import pytest
 
-from stepdistill import build
+from stepdistill import api
 from stepdistill.errors import RequestError
-from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
-from stepdistill.work import checked
+from stepdistill.run.checks import check
+from stepdistill.run.plan import plan
 
 SHORT = {"train.updates": 2, "train.warmup": 0, "data.batch": 8}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return build.train("toy/lcm", out=tmp_path_factory.mktemp("toy") / "run", **SHORT)
+    return api.train("toy/lcm", out=tmp_path_factory.mktemp("toy") / "run", **SHORT)
 
 
 @pytest.mark.parametrize("use", [
-    lambda run: build.sample(run, "class 0"),
-    lambda run: build.bench(run, out=run / "bench"),
-    lambda run: build.export(run),
-    lambda run: build.sample("assets/toy", "class 0"),
-    lambda run: build.bench("assets/toy", out=run / "bench"),
+    lambda run: api.sample(run, "class 0"),
+    lambda run: api.bench(run, out=run / "bench"),
+    lambda run: api.export(run),
+    lambda run: api.sample("assets/toy", "class 0"),
+    lambda run: api.bench("assets/toy", out=run / "bench"),
 ])
 def test_what_needs_a_pipeline_says_what_there_is_instead(run, use):
     with pytest.raises(RequestError, match=r"Toy has no pipeline in diffusers.* samples/, and `stepdistill verify METHOD`"):
@@ -42,9 +42,9 @@ def test_what_needs_a_pipeline_says_what_there_is_instead(run, use):
 ])
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(tmp_path, name, changes, said):
     with pytest.raises(RequestError, match=said):
-        checked(Recipe.load(name, changes))
+        check(Recipe.load(name, changes))
     with pytest.raises(RequestError, match=said):
-        build.train(name, out=tmp_path / "run", **changes)
+        api.train(name, out=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 

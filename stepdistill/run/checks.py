@@ -1,0 +1,214 @@
+"""What can be known not to work before any weights are read. Every refusal of a combination stands here, with the recipe's line."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import resources
+from ..data.toy import is_toy
+from ..diffusion.solvers import SOLVERS, STOCHASTIC
+from ..methods import METHODS, load_method
+from ..methods.base import Features, Heads, Need, Trained
+from ..models.discriminator import Shape, chosen
+from ..models.roles import Full, Lora, Places, Setting
+from ..models.vision import PlaneSight, Sight, sight_of
+from ..recipe.schema import Critic, Recipe, RoleChoice
+
+
+@dataclass(frozen=True)
+class Checked:
+    """settings: the method's own. needs: role -> what it is. roles: how each role is trained that the recipe configures."""
+
+    settings: Any
+    needs: Mapping[str, Need]
+    roles: Mapping[str, Setting]
+
+
+def check(recipe: Recipe) -> Checked:
+    """RequestError for what cannot work, in this stage and between it and the one before."""
+    _check_toy(recipe)
+    settings, method = recipe.method_settings(), load_method(recipe.method)
+    if reason := method.refusal(settings, recipe.data.kind):
+        raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
+    _check_solver(recipe)
+    _check_nodes(recipe, method.waypoints(settings, recipe.steps))
+    needs = method.needs(settings, recipe.student.lora is None)
+    roles = configured(recipe, needs)
+    if any(isinstance(need, Features) for need in needs.values()):
+        vision_features(recipe)
+    if recipe.previous is not None:
+        _check_succession(recipe, needs, roles)
+    return Checked(settings, needs, roles)
+
+
+def needs_of(recipe: Recipe) -> dict[str, Need]:
+    return load_method(recipe.method).needs(recipe.method_settings(), recipe.student.lora is None)
+
+
+# -- roles -----------------------------------------------------------------------------------------------------------
+
+def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
+    """How each role that the recipe configures is trained. RequestError for one that the method does not train."""
+    trained = [name for name, need in needs.items() if isinstance(need, Trained | Heads)]
+    for name in ("critic", "discriminator"):
+        if vars(recipe)[name] is not None and name not in trained:
+            when = "with these settings " if name in METHODS[recipe.method].needs else ""
+            raise recipe.refuse(name, f"is given, but {when}{recipe.method} trains no {name}; "
+                                f"it trains {', '.join(trained)}")
+    roles: dict[str, Setting] = {"student": role_setting(recipe.student)}
+    if recipe.critic is not None:
+        roles["critic"] = role_setting(recipe.critic)
+    if recipe.discriminator is not None:
+        roles["discriminator"] = _places(recipe, needs)
+    return roles
+
+
+def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
+    if choice.lora is None:
+        return Full()
+    targets = choice.lora.targets
+    return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
+
+
+def learning_rates(recipe: Recipe) -> dict[str, float]:
+    """Role -> its learning rate, of those that have one of their own."""
+    own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
+    return {name: choice.lr for name, choice in own.items() if choice is not None and choice.lr is not None}
+
+
+def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
+    features, network = recipe.discriminator.features, recipe.discriminator.network
+    if network is not None and not isinstance(needs[needs["discriminator"].of], Features):
+        raise recipe.refuse("discriminator.network", f"is {network}, but the discriminator of {recipe.method} reads the "
+                            f"features of its {needs['discriminator'].of}, not of pictures")
+    return Places(None if features is None else tuple(features),
+                  None if network is None else str(resources.locate(network) or network))
+
+
+# -- what a discriminator reads --------------------------------------------------------------------------------------
+
+def vision_network(recipe: Recipe) -> Sight | PlaneSight:
+    """The network whose features of pictures a discriminator reads, before its weights are."""
+    name = None if recipe.discriminator is None else recipe.discriminator.network
+    with recipe.blaming("discriminator.network", "cannot be used"):
+        return sight_of(on_toy(recipe), None if name is None else str(resources.locate(name) or name))
+
+
+def vision_features(recipe: Recipe) -> dict[str, Shape]:
+    """What a discriminator reads of its `vision_network`."""
+    network = vision_network(recipe)
+    with recipe.blaming("discriminator.features", "cannot be read"):
+        return network.read(None if recipe.discriminator is None else recipe.discriminator.features)
+
+
+def network_features(recipe: Recipe, shapes: Mapping[str, Shape], default: tuple[str, ...]) -> dict[str, Shape]:
+    """What a discriminator reads of a network of the teacher's kind, whose features and default ones these are."""
+    asked = None if recipe.discriminator is None else recipe.discriminator.features
+    with recipe.blaming("discriminator.features", "cannot be read"):
+        return chosen(shapes, default if asked is None else asked)
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+def _check_solver(recipe: Recipe) -> None:
+    data = recipe.data
+    serving = [name for name in SOLVERS if data.kind == "samples" or name not in STOCHASTIC]
+    if data.made is not None and data.made.solver not in serving:
+        why = " (a noise has a picture of its own only where no other noise is drawn)"
+        raise recipe.refuse(f"data.{data.kind}.solver", f"is {data.made.solver}; {data.kind} are made by one of "
+                            f"{', '.join(serving)}" + why * (data.made.solver in STOCHASTIC))
+
+
+def _check_nodes(recipe: Recipe, waypoints: int) -> None:
+    pairs = recipe.data.pairs
+    if pairs is not None and pairs.nodes % waypoints:
+        raise recipe.refuse("data.pairs.nodes", f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} "
+                            f"evenly spaced states of the teacher's way, and a multiple of {waypoints} holds them")
+
+
+# -- stages ----------------------------------------------------------------------------------------------------------
+
+def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
+    """What a stage begins with must fit it: the student of the one before, and the teacher where that is the same."""
+    _check_guidance_embedding(recipe, needs)
+    _check_kept_form(recipe, needs, roles)
+    before = recipe.previous
+    if not recipe.taught_by_previous:
+        return
+    embeds = needs_of(before)["student"].told_w
+    (low, high), (lowest, highest) = (w if isinstance(w, tuple) else (w, w) for w in (recipe.guidance, before.guidance))
+    if not lowest <= low <= high <= highest or not embeds and (low, high) != (lowest, highest):
+        raise recipe.refuse("guidance", f"is {recipe.guidance}, but the teacher is the student of the stage before, which "
+                            f"has learned {before.guidance}" + " and has no guidance embedding" * (not embeds))
+    if reason := load_method(recipe.method).succession(recipe.steps, before.steps):
+        raise recipe.refuse("steps", f"is {recipe.steps} after {before.steps}: {reason}")
+
+
+def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    has = {True: "has a guidance embedding", False: "has no guidance embedding"}
+    embeds, embedded = needs["student"].told_w, needs_of(recipe.previous)["student"].told_w
+    if embedded and not embeds or recipe.taught_by_previous and embeds != embedded:
+        raise recipe.refuse("method", f"is {recipe.method}, whose student {has[embeds]}, and that of the stage before "
+                            f"{has[embedded]}: let both have one by their settings (told: true), or neither")
+
+
+def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
+    """A LoRA stays what it is, or becomes full."""
+    before, taught, student = recipe.previous, recipe.taught_by_previous, roles["student"]
+    begins = {"student": student} | {name: roles.get(name, student) for name, need in needs.items()
+                                     if taught and isinstance(need, Trained) and need.start == "teacher"}
+    for name, setting in begins.items():
+        if setting not in (Full(), role_setting(before.student)):
+            raise recipe.refuse(name, f"is {_as_written(setting)}, but it begins as the student of the stage before, which "
+                                f"is {_as_written(role_setting(before.student))}: a LoRA stays what it is, or becomes full")
+        if needs_of(before)["student"].told_w and not needs[name].told_w:
+            raise recipe.refuse("method", f"is {recipe.method}, whose {name} begins as the teacher and has no guidance "
+                                "embedding, which the student of the stage before has: let teacher be base")
+
+
+def _as_written(setting: Setting) -> str:
+    """As a recipe writes it."""
+    entries = ", ".join(f"{name}: {value}" for name, value in vars(setting).items() if value is not None)
+    return f"{{lora: {{{entries}}}}}" if isinstance(setting, Lora) else "full"
+
+
+# -- Toy -------------------------------------------------------------------------------------------------------------
+
+def on_toy(recipe: Recipe) -> bool:
+    return is_toy(resources.pipeline(recipe.teacher))
+
+
+def _check_toy(recipe: Recipe) -> None:
+    """RequestError for what Toy has not, and for data of another kind than the teacher's."""
+    toy = on_toy(recipe)
+    path, data = _data(recipe)
+    if toy and not _is_toy_folder(data):
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own folder, "
+                            f"{recipe.teacher}")
+    if not toy and _is_toy_folder(data):
+        raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher {recipe.teacher} "
+                            f"is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
+    if not toy:
+        return
+    if recipe.evaluate.reference is not None:
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher is Toy, "
+                            f"whose samples are points of the plane: leave it out, and `stepdistill verify {recipe.method}` measures them")
+    if recipe.train.gradient_checkpointing:
+        raise recipe.refuse("train.gradient_checkpointing", "is on, but the teacher is Toy, whose network has no blocks to compute again: "
+                            "leave it off")
+    if recipe.discriminator is not None and recipe.discriminator.network is not None:
+        raise recipe.refuse("discriminator.network", f"is {recipe.discriminator.network}, which judges pictures, but the teacher is Toy, "
+                            "whose samples are points of the plane with features of their own: leave it out")
+
+
+def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
+    """Where the recipe names its images or prompts, and which."""
+    data = recipe.data
+    if data.made is not None:
+        return f"data.{data.kind}.prompts", data.made.prompts
+    return f"data.{data.kind}", data.images or data.prompts
+
+
+def _is_toy_folder(data: str | tuple[str, ...]) -> bool:
+    return isinstance(data, str) and (found := resources.locate(data)) is not None and is_toy(found)

@@ -1,0 +1,154 @@
+"""From a run to what its batches come from: captions, images, the teacher's samples and pairs."""
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import parallel, resources
+from ..data.cache import Cache, Report, Shelf, contents, fingerprint, silent
+from ..data.datasets import (
+    SAMPLES_PER_FILE,
+    Dataset,
+    Encoders,
+    cached_images,
+    live_images,
+    prompts_only,
+    teacher_pairs,
+    teacher_samples,
+)
+from ..data.images import open_images
+from ..data.prompts import Captions, open_prompts
+from ..diffusion.draws import key
+from ..diffusion.guidance import guided
+from ..diffusion.solvers import SOLVERS, Seen, unseen
+from ..methods.base import due
+from ..models.families import Family
+from .setup import Run
+
+
+def captions(run: Run) -> Captions:
+    """The pictures or prompts that the recipe names."""
+    data, seed = run.recipe.data, run.recipe.train.seed
+    if data.kind == "images":
+        return open_images(_found(data.images), pixels_of(run.family), seed, data.count)
+    named = data.prompts if data.made is None else data.made.prompts
+    return open_prompts(_found(named) if isinstance(named, str) else list(named), seed)
+
+
+def dataset(run: Run, report: Report = silent) -> Dataset:
+    """What batches come from; whatever is to be kept on disk is made here, by the first rank."""
+    data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
+    with parallel.main_first():
+        if data.kind == "images":
+            return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
+        if data.kind == "prompts":
+            return prompts_only(captions(run), encoders, cache)
+        if data.kind == "pairs":
+            return _pairs(run, cache)
+        return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
+
+
+def preview_prompts(run: Run, count: int = 4) -> list[str]:
+    """Of the pictures to look at: the recipe's, else the first of its data."""
+    if run.recipe.evaluate.prompts:
+        return list(run.recipe.evaluate.prompts)
+    found = captions(run)
+    return found.captions(torch.arange(count if found.count is None else min(count, found.count)))
+
+
+def pixels_of(family: Family) -> int:
+    """The side of the teacher's pictures."""
+    return family.decode(torch.zeros(1, *family.latent_shape)).shape[-1]
+
+
+# -- the teacher's samples and pairs ---------------------------------------------------------------------------------
+
+def pairs_shelf(run: Run, cache: Cache, out: str | Path | None = None) -> Shelf:
+    """Where the recipe's pairs lie or are to lie: the cache, unless the recipe or `out` names a folder.
+
+    RequestError for a folder that holds pairs made otherwise. There the teacher is known by what its files hold, so that
+    pairs can be carried to another machine.
+    """
+    recipe, family = run.recipe, run.family
+    name = recipe.data.pairs.path if out is None else str(out)
+    teacher = _identity(family) | ({} if name is None else {"teacher": contents(family.source)})
+    identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": teacher}
+    folder = None if name is None else resources.locate(name) or Path(name)
+    shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
+    if name is not None and (otherwise := shelf.found_otherwise()):
+        raise recipe.refuse("data.pairs.path" if out is None else "--out", f"is {name}, whose pairs were made otherwise: "
+                            f"{'; '.join(otherwise)}. The right ones are made by `stepdistill pairs {recipe.arguments} "
+                            "--out FOLDER`, with a folder of their own")
+    return shelf
+
+
+def fill_pairs(run: Run, shelf: Shelf, cache: Cache) -> Dataset:
+    """The recipe's pairs, once those that are missing have been made."""
+    pairs = run.recipe.data.pairs
+    times = _times(pairs.steps)[pairs.steps // pairs.nodes::pairs.steps // pairs.nodes]
+    return teacher_pairs(captions(run), shelf, partial(_generate_pairs, run), times, _encoders(run), cache)
+
+
+def _pairs(run: Run, cache: Cache) -> Dataset:
+    """For training: a folder that the recipe names must hold them all, so that a slip in its name is noticed."""
+    recipe, shelf = run.recipe, pairs_shelf(run, cache)
+    if recipe.data.pairs.path is not None and (made := shelf.made()) < recipe.data.count:
+        raise recipe.refuse("data.pairs.path", f"is {recipe.data.pairs.path}, which holds {made} of {recipe.data.count} pairs: "
+                            f"`stepdistill pairs {recipe.arguments}` makes them")
+    return fill_pairs(run, shelf, cache)
+
+
+@torch.no_grad()
+def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> Tensor:
+    """The teacher's latents of numbered samples, a function of their numbers."""
+    made = run.recipe.data.made
+    teacher = guided(run.roles["teacher"], _guidance(run))
+    return SOLVERS[made.solver](teacher, _noise(run, ids, "start"), _times(made.steps), run.family.encode(texts),
+                                lambda i, _: _noise(run, ids, i), seen)
+
+
+def _generate_pairs(run: Run, ids: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """The noises of those samples, and the states that are kept of the ways from there: (B, ...), (B, n, ...)."""
+    made, nodes = run.recipe.data.pairs, []
+    _generate(run, ids, texts, lambda i, x: nodes.append(x) if due(i + 1, made.steps // made.nodes) else None)
+    return _noise(run, ids, "start"), torch.stack(nodes, 1)
+
+
+def _noise(run: Run, ids: Tensor, name: object) -> Tensor:
+    draw = lambda i: torch.Generator().manual_seed(key(run.recipe.train.seed, "teacher sample", name, i))
+    return torch.stack([torch.randn(run.family.latent_shape, generator=draw(i)) for i in ids.tolist()]).to(run.device)
+
+
+def _times(steps: int) -> Tensor:
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def _made_by(run: Run) -> dict[str, Any]:
+    """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
+    made = run.recipe.data.made.model_dump(exclude={"prompts", "path"})
+    student = {"student": run.previous} if run.previous is not None and run.recipe.taught_by_previous else {}
+    return made | {"guidance": _guidance(run), "seed": run.recipe.train.seed} | student
+
+
+def _guidance(run: Run) -> float:
+    own = run.recipe.data.made.guidance
+    return run.guidance if own is None else own
+
+
+def _encoders(run: Run) -> Encoders:
+    return Encoders(run.family.encode, run.family.encode_images, _identity(run.family), run.device)
+
+
+def _identity(family: Family) -> dict[str, Any]:
+    dtype = str(next(family.network.parameters()).dtype)
+    return {"teacher": fingerprint(family.source), "revision": family.revision, "dtype": dtype}
+
+
+def _found(name: str) -> str:
+    """A path of the recipe as it is found from here; `shapes` stays `shapes`."""
+    found = None if name == "shapes" else resources.locate(name)
+    return name if found is None else str(found)

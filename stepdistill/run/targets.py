@@ -1,0 +1,89 @@
+"""From a run, an export or a pipeline to what `sample` and `bench` call."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from .. import resources
+from ..data.toy import is_toy
+from ..errors import RequestError, gist
+from ..evaluation.plans import Target
+from ..export import open_export, read_settings
+from ..export.folder import fresh_pipeline, is_export
+from ..methods.base import middle
+from ..models.families import call_of, load_teacher
+from .folder import is_run
+from .setup import Run, open_run
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A target. Of a student also where its teacher lies and the guidance scale that it was trained at."""
+
+    target: Target
+    source: str
+    teacher: str | None = None
+    revision: str | None = None
+    guidance: float | None = None
+
+
+def open_target(name: str | Path, called: str) -> Opened:
+    """A run folder, an export folder, or a pipeline by folder or Hub id. called: its name in tables."""
+    found = resources.locate(name)
+    if found is not None and is_run(found):
+        run = open_run(found)
+        return Opened(student_target(run, called), str(found), run.family.source, run.family.revision, run.guidance)
+    if found is not None and is_export(found):
+        return _open_export(found, called)
+    source = resources.pipeline(str(name))
+    return Opened(Target(called, _pipeline(source, None), given=call_of(source)), source)
+
+
+def student_target(run: Run, name: str) -> Target:
+    """A run's student as a stock pipeline, for a bench."""
+    network = run.roles.network(run.sampling_role).to(run.family.codec.dtype)
+    return Target(name, run.family.pipeline(network, run.scheduler()), run.recipe.method, dict(run.inference.call))
+
+
+def teachers(opened: Sequence[Opened]) -> list[Target]:
+    """The pipelines that were asked for and those that students were made from, each once."""
+    given = {o.source: o.target.pipeline for o in opened if o.teacher is None}
+    made = {o.teacher: o.revision for o in opened if o.teacher is not None and o.teacher not in given}
+    pipelines = given | {source: _pipeline(source, revision) for source, revision in made.items()}
+    name = lambda source: "teacher" if len(pipelines) == 1 else Path(source).name
+    return [Target(name(source), pipeline, given=call_of(source)) for source, pipeline in pipelines.items()]
+
+
+def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
+    """RequestError where a scheduler has no such number of steps."""
+    steps = call.get("num_inference_steps")
+    if steps is None or "timesteps" in call or "sigmas" in call:
+        return
+    try:
+        deepcopy(scheduler).set_timesteps(steps)
+    except ValueError as error:
+        raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+
+
+def _open_export(folder: Path, called: str) -> Opened:
+    settings = read_settings(folder)
+    teacher = resources.pipeline(settings["teacher"])
+    pipeline, call = open_export(folder, teacher)
+    trained = settings["trained_guidance"]
+    guidance = None if trained is None else middle(trained)
+    return Opened(Target(called, pipeline, settings["method"], call), str(folder), teacher, settings["revision"], guidance)
+
+
+def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
+    try:
+        if source.endswith(".safetensors") or is_toy(source):           # Toy has none, and says so
+            return load_teacher(source).pipeline()
+        return fresh_pipeline(DiffusionPipeline, source, revision)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {gist(error)}") from error
