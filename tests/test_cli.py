@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepdistill.recipe import catalogue
 from stepdistill.errors import RequestError
 from stepdistill.methods import METHODS
+from stepdistill.recipe import catalogue
 
 ROOT = Path(__file__).parents[1]
 

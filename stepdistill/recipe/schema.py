@@ -66,13 +66,13 @@ class Strict(BaseModel):
 
 
 class Lora(Strict):
-    rank: int = Field(32, ge=1)
-    alpha: float | None = Field(None, gt=0)                  # None: the rank, a scale of 1
-    targets: list[str] | None = Field(None, min_length=1)    # None: the family's own list
+    rank: int = Field(32, ge=1)                               # r of peft's LoraConfig
+    alpha: float | None = Field(None, gt=0)                  # lora_alpha; none: the rank, a scale of 1
+    targets: list[str] | None = Field(None, min_length=1)    # ends of module names, such as to_q; none: the family's own list
 
 
 class RoleChoice(Strict):
-    """lora None: all weights are trained."""
+    """lora none: all weights are trained."""
 
     lora: Lora | None
 
@@ -80,14 +80,14 @@ class RoleChoice(Strict):
 class Critic(Strict):
     """As the student's; all weights with a rate of their own are {lora: null, lr: 1e-5}."""
 
-    lora: Lora | None
-    lr: float | None = Field(None, gt=0)         # None: train.lr
+    lora: Lora | None                            # a LoRA on the base; none: all weights
+    lr: float | None = Field(None, gt=0)         # none: train.lr
 
 
 class Discriminator(Strict):
-    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; None: the network's usual ones
-    network: str | None = None                   # that judges pictures: a vision transformer's folder or Hub id; None: DINOv2, small
-    lr: float | None = Field(None, gt=0)         # None: train.lr
+    features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; none: the family's own
+    network: str | None = None                   # vision transformer that sees pictures, a folder or Hub id; none: DINOv2 small
+    lr: float | None = Field(None, gt=0)         # none: train.lr
 
 
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(_prompts)]
@@ -97,31 +97,31 @@ Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
 class Samples(Strict):
     """The teacher's own pictures, made once with a solver of diffusion/solvers.py and kept."""
 
-    prompts: Prompts
-    solver: str = "dpmpp_2m"
-    steps: int = Field(25, ge=1)
-    guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
+    prompts: Prompts                             # shapes, a .txt file of one prompt a line, or a list
+    solver: str = "dpmpp_2m"                     # of diffusion/solvers.py
+    steps: int = Field(25, ge=1)                 # of the solver
+    guidance: float | None = Field(None, ge=1)   # guidance scale; none: the recipe's, of a range its middle
 
 
 class Pairs(Strict):
     """The teacher's ways from noise to its own pictures, made once with a deterministic solver and kept."""
 
-    prompts: Prompts
-    solver: str = "dpmpp_2m"
-    steps: int = Field(25, ge=1)
-    guidance: float | None = Field(None, ge=1)   # None: the recipe's, of a range its middle
+    prompts: Prompts                             # shapes, a .txt file of one prompt a line, or a list
+    solver: str = "dpmpp_2m"                     # a deterministic one of diffusion/solvers.py
+    steps: int = Field(25, ge=1)                 # of the solver
+    guidance: float | None = Field(None, ge=1)   # guidance scale; none: the recipe's, of a range its middle
     nodes: int = Field(1, ge=1)                  # states of a way that are kept beside its noise, evenly spaced, the last its end
-    path: str | None = None                      # a folder of pairs, as `stepdistill pairs --out` writes it; None: the cache
+    path: str | None = None                      # a folder that `stepdistill pairs --out` wrote; none: the cache
 
 
 class Data(Strict):
     """Exactly one of images, prompts, samples and pairs."""
 
     images: str | None = None                    # shapes, or a folder of captioned images
-    prompts: Prompts | None = None
-    samples: Samples | None = None
-    pairs: Pairs | None = None
-    count: int | None = Field(None, ge=1)        # of images, samples or pairs; None: all of a folder, endless Shapes
+    prompts: Prompts | None = None               # prompts alone: shapes, a .txt file of one a line, or a list
+    samples: Samples | None = None               # pictures that the teacher makes
+    pairs: Pairs | None = None                   # noises, and the pictures that the teacher makes of them
+    count: int | None = Field(None, ge=1)        # of images, samples or pairs; none: all of a folder, endless Shapes
     cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
     batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
 
@@ -136,41 +136,41 @@ class Data(Strict):
 
 
 class Train(Strict):
-    updates: int = Field(ge=1)
+    updates: int = Field(ge=1)                   # training steps, each of all updates that are due
     lr: float = Field(1e-4, gt=0)                # of AdamW
     warmup: int = Field(0, ge=0)                 # updates of linear warm-up
-    decay: Literal["constant", "cosine"] = "constant"
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; players: [0, 0.99]
-    weight_decay: float = Field(0.01, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    ema: float | None = Field(None, gt=0, lt=1)  # decay an update; None: no averaged student
-    clip: float | None = Field(1.0, gt=0)        # largest gradient norm; None: any
+    decay: Literal["constant", "cosine"] = "constant"    # of the learning rate after the warm-up
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; for adversaries [0, 0.99]
+    weight_decay: float = Field(0.01, ge=0)      # of AdamW
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the passes; trained weights stay float32
+    ema: float | None = Field(None, gt=0, lt=1)  # decay an update of the averaged student; none: no average
+    clip: float | None = Field(1.0, gt=0)        # largest norm of a role's gradient; none: any
     accumulate: int = Field(1, ge=1)             # micro-batches that a batch is cut into
-    seed: int = Field(0, ge=0)
-    checkpoint_every: int | None = Field(None, ge=1)     # updates; None: at the end only
+    seed: int = Field(0, ge=0)                   # of data, noise and first weights
+    checkpoint_every: int | None = Field(None, ge=1)     # updates; none: at the end only
     log_every: int = Field(10, ge=1)             # updates
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
 
 
 class Evaluate(Strict):
-    every: int | None = Field(None, ge=1)        # updates; None: at the end only
-    nfe: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)
-    samples: int = Field(1000, ge=2)
-    prompts: list[str] = []                      # of the grid of pictures; none: the first of the data
-    reference: str | None = None                 # what figures are measured against: shapes, a folder of images; None: no figures
-    features: str = "assets/shapes-clip"         # where they are measured: a CLIPModel's folder, or inception
+    every: int | None = Field(None, ge=1)        # updates between previews; none: at the end only
+    nfe: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)      # network evaluations at which figures are taken
+    samples: int = Field(1000, ge=2)             # pictures a figure is taken of
+    prompts: list[str] = []                      # of the preview; none: the first of the data
+    reference: str | None = None                 # figures are measured against it: shapes, a folder of images; none: no figures
+    features: str = "assets/shapes-clip"         # their feature space: a CLIPModel's folder, or inception
 
 
 class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
-    method: str
+    method: str                                  # a name of `stepdistill methods`
     teacher: str                                 # a folder, a Hub id, a single .safetensors file
-    revision: str | None = None                  # of a Hub id
-    student: Choice = RoleChoice(lora=Lora())
-    critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # None: as the student
-    discriminator: Discriminator | None = None
-    guidance: Annotated[float | tuple[float, float], PlainValidator(_guidance)] = 1.0
+    revision: str | None = None                  # branch, tag or commit of a Hub id
+    student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
+    critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
+    discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
+    guidance: Annotated[float | tuple[float, float], PlainValidator(_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
     steps: int = Field(4, ge=1)                  # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass
     data: Data

@@ -1,0 +1,108 @@
+"""Writes the pages of docs/ that are read off the code: docs/recipes.md from the schema, docs/methods.md from the methods.
+
+    python scripts/make_docs.py            # a test holds that the pages are as this would write them
+"""
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from stepdistill.methods import METHODS
+from stepdistill.recipe import catalogue, schema
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
+          "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
+          "evaluate": schema.Evaluate}
+WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table", "RoleChoice": "full | table",
+         "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
+         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list", "tuple": "range", "Any": "value"}
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+RECIPES = """# Recipe reference
+
+A recipe is a YAML file of choices. This page is written by `scripts/make_docs.py` from the schema that reads recipes. A run's
+`recipe.yaml` shows every value that was used. Each entry can be changed on the command line: `--set train.lr=1e-4`.
+
+`settings` are the method's own: see [methods](methods.md). `stages` is a list of small tables, each of which changes entries
+for its stage; see [concepts](concepts.md#stages).
+"""
+METHOD_PAGE = """# Methods
+
+One paper, one file in `stepdistill/methods/`. This page is written by `scripts/make_docs.py` from those files: the algorithm as each
+file's docstring states it, and its settings with their defaults and sources. `stepdistill methods NAME` prints the same.
+
+| method | paper | family | best at steps | trains on |
+|---|---|---|---|---|
+"""
+
+
+def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the schema."""
+    lines, first = inspect.getsourcelines(model)
+    tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
+    for node in tree.body[0].body:
+        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
+            comment = lines[node.end_lineno - 1].partition("  #")[2].strip()
+            field = model.model_fields[node.target.id]
+            yield node.target.id, _takes(node.annotation, field.metadata), _default(field), comment
+
+
+def _takes(annotation: ast.expr, bounds: list[Any]) -> str:
+    """An annotation in plain words, with its bounds."""
+    text = re.sub(r"Annotated\[(.+?), \w+\(.*?\)\]", r"\1", ast.unparse(annotation)).removesuffix(" | None")
+    if text.startswith("Literal"):
+        return " | ".join(ast.literal_eval(text.removeprefix("Literal")))
+    for word, plain in WORDS.items():
+        text = re.sub(rf"\b{word}\b", plain, text)
+    said = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items() if name in dir(bound)]
+    return ", ".join([text, *said])
+
+
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        return "must be given"
+    if isinstance(field.default, BaseModel):
+        return "see its table"
+    return {"None": "none", "True": "true", "False": "false"}.get(str(field.default), str(field.default)) or "''"
+
+
+def recipe_page() -> str:
+    parts = [RECIPES]
+    for name, model in TABLES.items():
+        parts.append(f"## {name or 'The recipe'}\n")
+        if model.__doc__ and model is not schema.Recipe:
+            parts.append(inspect.cleandoc(model.__doc__) + "\n")
+        parts.append("| entry | takes | default | |\n|---|---|---|---|")
+        parts.append("".join(f"| `{entry}` | {_cell(takes)} | {default} | {_cell(meaning)} |\n"
+                             for entry, takes, default, meaning in entries(model)))
+    return "\n".join(parts)
+
+
+def method_page() -> str:
+    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | {entry.family} "
+            f"| {_span(entry.steps)} | {', '.join(entry.data)} |\n" for name, entry in METHODS.items()]
+    parts = [f"\n## {name}\n\n```text\n{catalogue.algorithm(name)}\n```\n" for name in METHODS]
+    return METHOD_PAGE + "".join(rows) + "".join(parts)
+
+
+def _span(steps: tuple[int, int]) -> str:
+    return str(steps[0]) if steps[0] == steps[1] else f"{steps[0]}–{steps[1]}"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\|", r"\\|", text)
+
+
+PAGES = {"recipes.md": recipe_page, "methods.md": method_page}
+
+if __name__ == "__main__":
+    for page, write in PAGES.items():
+        (DOCS / page).write_text(write().rstrip() + "\n", encoding="utf-8")
+        print(f"wrote docs/{page}")
