@@ -1,7 +1,8 @@
 """The table of methods on the shipped teacher. For each recipe: train, measure, export, and write its row and the README.
 
 A row is assets/table/NAME.json: what was trained, and the student's rows of the bench. The teacher's come from
-assets/shapes-sd/results.json. A student is shipped in assets/students once nine of ten pictures have all attributes right.
+assets/shapes-sd/results.json. Exports lie in runs/table/NAME/export. Those of resources.STUDENTS ship, so theirs replace the folders
+of assets/students, once nine of ten pictures have all attributes right.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from stepdistill import build, runs
+from stepdistill import build, resources, runs
 from stepdistill.evaluation import sweep
 from stepdistill.evaluation.curve import DASHES, INK, lines
 from stepdistill.evaluation.report import read_results
@@ -67,12 +68,14 @@ def measure(name: str) -> None:
     kept = {"recipe": f"shapes/{name}", "method": recipe.method, "steps": recipe.steps, "minutes": seconds / 60,
             "updates": sum(stage.train.updates for stage in recipe.stages), "protocol": results["protocol"], "rows": rows}
     write_bytes(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
-    if next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"] >= SHIPPED:
-        out = STUDENTS / target.name
-        shutil.rmtree(out, ignore_errors=True)
-        scale = target.call["guidance_scale"]                # above 1 where the student is told it
-        build.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale, out)
-        shutil.copy(run / "results.json", out / "results.json")
+    right = next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"]
+    ships = target.name in resources.STUDENTS and right >= SHIPPED
+    if ships:
+        shutil.rmtree(STUDENTS / target.name, ignore_errors=True)
+    scale = target.call["guidance_scale"]                # above 1 where the student is told it
+    out = build.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale,
+                       STUDENTS / target.name if ships else None)
+    shutil.copy(run / "results.json", out / "results.json")
 
 
 def rows() -> dict[str, dict[str, Any]]:
