@@ -1,7 +1,8 @@
-"""The table of methods on the shipped teacher. For each recipe: train, measure, export, and write its row and the README.
+"""The table of methods on the shipped teacher. For each recipe: train, measure, export, and write its row and the page.
 
 A row is assets/table/NAME.json: what was trained, and the student's rows of the bench. The teacher's come from
-assets/shapes-sd/results.json. A student is shipped in assets/students once nine of ten pictures have all attributes right.
+assets/shapes-sd/results.json. Exports lie in runs/table/NAME/export. Those of resources.STUDENTS ship, so theirs replace the folders
+of assets/students, once nine of ten pictures have all attributes right.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from stepdistill import api
+from stepdistill import api, resources
 from stepdistill.evaluation import sweep
 from stepdistill.evaluation.curve import DASHES, INK, lines
 from stepdistill.evaluation.report import read_results
@@ -30,7 +31,7 @@ from stepdistill.run import folder as runs
 
 ROOT = Path(__file__).parents[1]
 TABLE, STUDENTS, TEACHER = ROOT / "assets/table", ROOT / "assets/students", ROOT / "assets/shapes-sd/results.json"
-FIGURE, README = ROOT / "assets/figures/methods.png", ROOT / "README.md"
+FIGURE, PAGE = ROOT / "assets/figures/methods.png", ROOT / "docs" / "results.md"
 NFE, SAMPLES, SHIPPED = (1, 2, 4, 8), 2000, 0.9
 SOLVERS = ("ddim", "heun", "dpmpp_2m")
 START, END = "<!-- table of methods: scripts/table.sh -->", "<!-- end of the table -->"
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(known)}")
     parser.add_argument("--commit", action="store_true", help="commit each row as it comes")
-    parser.add_argument("--write", action="store_true", help="write the README and the figure from the rows that there are, and stop")
+    parser.add_argument("--write", action="store_true", help="write docs/results.md and the figure from the rows that there are, and stop")
     said = parser.parse_args()
     if unknown := sorted(set(said.recipes) - set(known)):
         parser.error(f"there is no recipe shapes/{unknown[0]}: there are {', '.join(known)}")
@@ -52,7 +53,7 @@ def main() -> None:
         measure(name)
         write()
         if said.commit:
-            subprocess.run(["git", "add", "assets", "README.md"], cwd=ROOT, check=True)
+            subprocess.run(["git", "add", "assets", "docs"], cwd=ROOT, check=True)
             subprocess.run(["git", "commit", "-m", f"table: shapes/{name}"], cwd=ROOT, check=True)
     write()
 
@@ -69,12 +70,14 @@ def measure(name: str) -> None:
     kept = {"recipe": f"shapes/{name}", "method": recipe.method, "steps": recipe.steps, "minutes": seconds / 60,
             "updates": sum(stage.train.updates for stage in recipe.stages), "protocol": results["protocol"], "rows": rows}
     write_bytes(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
-    if next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"] >= SHIPPED:
-        out = STUDENTS / target.name
-        shutil.rmtree(out, ignore_errors=True)
-        scale = target.call["guidance_scale"]                # above 1 where the student is told it
-        api.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale, out)
-        shutil.copy(run / "results.json", out / "results.json")
+    right = next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"]
+    ships = target.name in resources.STUDENTS and right >= SHIPPED
+    if ships:
+        shutil.rmtree(STUDENTS / target.name, ignore_errors=True)
+    scale = target.call["guidance_scale"]                # above 1 where the student has a guidance embedding
+    out = api.export(run, "lora" if recipe.student.lora else "pipeline", None if scale == 1 else scale,
+                     STUDENTS / target.name if ships else None)
+    shutil.copy(run / "results.json", out / "results.json")
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -85,7 +88,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def write() -> None:
-    """The README's table and the figure."""
+    """The table of docs/results.md and the figure."""
     found, teacher = rows(), read_results(TEACHER)["rows"]
     every, best, _ = lines(teacher)
     solvers = {name: every[f"teacher:{name}"] for name in SOLVERS}
@@ -95,9 +98,9 @@ def write() -> None:
             "|---|---|" + "---|" * (len(NFE) + 4)]
     text += [_teacher_line(name, some) for name, some in solvers.items()]
     text += [_line(name, said, few, many) for name, said in found.items()]
-    whole = README.read_text(encoding="utf-8")
+    whole = PAGE.read_text(encoding="utf-8")
     before, after = whole.split(START)[0], whole.split(END)[1]
-    README.write_text(before + START + "\n\n" + "\n".join(text) + "\n\n" + END + after, encoding="utf-8")
+    PAGE.write_text(before + START + "\n\n" + "\n".join(text) + "\n\n" + END + after, encoding="utf-8")
     write_bytes(FIGURE, figure(found, solvers))
 
 

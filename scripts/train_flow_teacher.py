@@ -25,6 +25,7 @@ from train_teacher import TRAIN_SEED, advance, ramp
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepdistill.data.shapes import captions, render, scenes
+from stepdistill.export.dtypes import save_pipeline
 
 CALL = {"max_sequence_length": 0}                        # what every call of the pipeline is given: no tokens in T5's place
 SHIFT = 1.0                                              # of the sampling grid; larger pictures than 8 x 8 latents want more
@@ -148,8 +149,8 @@ def main() -> None:
 
 
 def finish(args, pipeline: StableDiffusion3Pipeline, updates: int, seconds: float) -> None:
-    """Saves the whole pipeline in half precision."""
-    pipeline.to(torch.float16).save_pretrained(args.out)
+    """Saves the whole pipeline in half precision, so that a plain stock call runs it in float32."""
+    save_pipeline(pipeline.to(torch.float32), args.out, torch.float16)
     (args.out / "stepdistill.json").write_text(json.dumps({"call": CALL}, indent=1) + "\n")
     made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr, "images": args.images,
             "train_seed": TRAIN_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from stepdistill.data.shapes import captions, render, scenes
+from stepdistill.export.dtypes import save_pipeline
 
 TRAIN_SEED = 4
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -131,10 +132,10 @@ def main() -> None:
 
 
 def finish(args, vae, text, tokenizer, ema, updates: int, seconds: float) -> None:
-    """Saves the whole pipeline in half precision."""
+    """Saves the whole pipeline in half precision, so that a plain stock call runs it in float32."""
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=ema, scheduler=DDIMScheduler(**SCHEDULER),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.to(torch.float16).save_pretrained(args.out)
+    save_pipeline(pipeline.to(torch.float32), args.out, torch.float16)
     made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr, "images": args.images,
             "train_seed": TRAIN_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in ema.parameters())}

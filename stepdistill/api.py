@@ -112,15 +112,19 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     return MadePairs(shelf.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
-def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None) -> Path:
-    """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder."""
+def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
+           dtype: str | None = None) -> Path:
+    """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder.
+
+    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
+    """
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.inference, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, teacher=resources.portable(opened.recipe.teacher),
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
-    export_student(student, to, out, guidance)
+    export_student(student, to, out, guidance, dtype)
     return out
 
 

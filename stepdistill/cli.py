@@ -98,10 +98,12 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
 @app.command()
 def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
            to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
-           guidance: Guidance = None, out: Out = None) -> None:
+           guidance: Guidance = None, out: Out = None,
+           dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
+                                                          "given, float32 of a pipeline.")] = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
-    say.print(f"proved and written: {api.export(run, to=to, guidance=guidance, out=out)}")
+    say.print(f"proved and written: {api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)}")
 
 
 @app.command()

@@ -8,6 +8,10 @@ from .errors import RequestError
 
 PACKAGE = Path(__file__).resolve().parent
 SHARE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE / "_share"
+REPOSITORY = "https://github.com/stepdistill/stepdistill"
+STUDENTS = {"shapes-lcm": "shapes/lcm", "shapes-dmd2": "shapes/dmd2", "shapes-dmd2-1step": "shapes/dmd2-1step",
+            "shapes-sd3-dmd2": "shapes-sd3/dmd2"}
+"""Folders of assets/students, which lie in the repository and not in a wheel, and the recipes that train them."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -38,5 +42,21 @@ def pipeline(name: str) -> str:
         return str(found)
     if _HUB_ID.fullmatch(name) and locate(Path(name).parts[0]) is None:
         return name
+    if Path(name).parts[:2] == ("assets", "students"):
+        raise RequestError(_how_to_get(Path(name).name))
     raise RequestError(f"there is no pipeline at '{name}': expected a folder with a model_index.json, a single .safetensors "
                        f"file, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (looked in {Path.cwd()} and {SHARE})")
+
+
+def _how_to_get(student: str) -> str:
+    """What to do about a student of assets/students that is not here."""
+    if student not in STUDENTS:
+        return (f"there is no student assets/students/{student}: the repository holds {', '.join(STUDENTS)}. The others are trained by "
+                "their recipes, which `stepdistill recipes` lists")
+    recipe, run = STUDENTS[student], f"runs/{student}"
+    return (f"assets/students/{student} lies in the repository and not in the installed package. Clone it and name the folder there:\n"
+            f"  git clone --depth 1 {REPOSITORY}\n"
+            f"  stepdistill sample stepdistill/assets/students/{student} --prompt \"...\"\n"
+            f"or train it, and name the run:\n"
+            f"  stepdistill train {recipe} --out {run}\n"
+            f"  stepdistill sample {run} --prompt \"...\"")

@@ -3,18 +3,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor
 
+from stepdistill import resources
 from stepdistill.data.shapes import captions, render, scenes
 from stepdistill.evaluation.features import load_features
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation
 from stepdistill.export import open_export
 from stepdistill.models.families import call_of, load_teacher
+from stepdistill.recipe import Recipe
 
 ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT = 11
@@ -29,7 +36,7 @@ def features():
 
 @pytest.fixture(scope="module")
 def teacher() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "shapes-sd", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "shapes-sd")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -42,6 +49,57 @@ def all_right(features, pixels: torch.Tensor, count: int) -> float:
 def test_the_world_is_small():
     world = [path for name in ("shapes-clip", "shapes-sd") for path in (ASSETS / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in world) <= 15 * 2**20
+
+
+def test_a_clone_is_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ASSETS.parent, capture_output=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    tracked = [ASSETS.parent / name.decode() for name in listed.stdout.split(b"\0") if name]
+    assert sum(path.stat().st_size for path in tracked if path.exists()) <= 45e6
+
+
+def test_four_students_ship_and_each_has_its_recipe():
+    assert set(STUDENTS) == set(resources.STUDENTS)
+    for student, recipe in resources.STUDENTS.items():
+        said = json.loads((ASSETS / "students" / student / "stepdistill.json").read_text())
+        chosen = Recipe.load(recipe)
+        assert (said["method"], said["steps"], said["teacher"]) == (chosen.method, chosen.steps, chosen.teacher)
+
+
+@pytest.mark.parametrize("folder", ["shapes-sd", "shapes-sd3", *(f"students/{name}" for name in STUDENTS)])
+def test_weights_are_stored_in_half_precision(folder):
+    for path in (ASSETS / folder).rglob("*.safetensors"):
+        assert {value.dtype for value in load_file(path).values()} == {torch.float16}, path
+
+
+@pytest.mark.parametrize("cls,folder,absent", [
+    (StableDiffusionPipeline, "shapes-sd", ()), (DiffusionPipeline, "shapes-sd", ()),
+    (StableDiffusion3Pipeline, "shapes-sd3", ("text_encoder_3", "tokenizer_3"))])
+def test_the_plain_stock_call_of_a_shipped_pipeline_runs(cls, folder, absent):
+    """absent: what diffusers wants to be told that a pipeline is without."""
+    pipeline = cls.from_pretrained(ASSETS / folder, **dict.fromkeys(absent))
+    assert {part.dtype for part in pipeline.components.values() if isinstance(part, torch.nn.Module)} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red ring left of a blue square on a plain navy background").images[0]
+    assert image.size == (32, 32) and max(high - low for low, high in image.getextrema()) > 50
+
+
+def test_the_plain_stock_call_of_the_shipped_clip_runs():
+    model, processor = CLIPModel.from_pretrained(ASSETS / "shapes-clip"), CLIPProcessor.from_pretrained(ASSETS / "shapes-clip")
+    scene = scenes(torch.arange(2), HELD_OUT)
+    pictures = ((render(scene) / 2 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    inputs = processor(text=captions(scene), images=list(pictures), padding=True, return_tensors="pt")
+    assert model(**inputs).logits_per_image.argmax(1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_snippet_on_a_shipped_card_runs_as_it_stands(student, tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(ASSETS)
+    monkeypatch.chdir(tmp_path)
+    card = (ASSETS / "students" / student / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
+    assert Image.open(tmp_path / "sample.png").size == (32, 32)
 
 
 def test_the_judge_knows_real_pictures(features):

@@ -38,7 +38,26 @@ def test_the_wheel_holds_code_types_recipes_and_assets(wheel):
     for needed in ("stepdistill/py.typed", "stepdistill/_share/recipes/shapes/lcm.yaml", "stepdistill/_share/assets/shapes-clip/tokenizer.json"):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
+    assert not [name for name in names if name.startswith(("tests/", "scripts/")) or "/students/" in name]
+
+
+def test_the_wheel_is_small(wheel):
+    assert wheel.stat().st_size <= 25e6
+
+
+def test_a_wheel_says_how_to_get_the_students(site, tmp_path):
+    done = installed(site, tmp_path, "-m", "stepdistill", "sample", "assets/students/shapes-lcm", "--prompt", "a red ring")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == """error: assets/students/shapes-lcm lies in the repository and not in the installed package. \
+Clone it and name the folder there:
+  git clone --depth 1 https://github.com/stepdistill/stepdistill
+  stepdistill sample stepdistill/assets/students/shapes-lcm --prompt "..."
+or train it, and name the run:
+  stepdistill train shapes/lcm --out runs/shapes-lcm
+  stepdistill sample runs/shapes-lcm --prompt "..."
+"""
+    other = installed(site, tmp_path, "-m", "stepdistill", "bench", "assets/students/shapes-tcd")
+    assert other.returncode == 2 and "there is no student assets/students/shapes-tcd: the repository holds shapes-lcm" in other.stderr
 
 
 def test_every_pin_is_a_public_version():

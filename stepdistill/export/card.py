@@ -68,7 +68,14 @@ def _facts(said: Mapping[str, Any]) -> str:
     return (f"## Settings\n\n- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {settings}\n"
             f"- guidance at inference: {_guidance(said)}\n"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
-            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)")
+            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- {_rounding(said)}")
+
+
+def _rounding(said: Mapping[str, Any]) -> str:
+    if said["dtype"] == "float32":
+        return "weights: float32, as they were trained"
+    return (f"weights: {said['dtype']}, rounded before the proof; on its images the largest difference to the student before it was "
+            f"rounded is {said['proof']['rounding']:.1e} on [0, 1] pixels")
 
 
 def _guidance(said: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""The three forms in which a student leaves. Each writer fills a folder and returns the name of its weights file."""
+"""The three forms in which a student leaves. Each writer fills a folder from a student and pipeline as they leave
+(`leaving.Leaving`) and returns the name of its weights file."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import RequestError
+from .dtypes import save_pipeline
 from .fold import folded
 from .student import Lora, Student
 
@@ -18,31 +20,28 @@ def component(pipe: DiffusionPipeline) -> str:
     return next(name for name in ("unet", "transformer") if name in pipe.components)
 
 
-def write_lora(student: Student, base: DiffusionPipeline, guidance: float | None, folder: Path) -> str:
-    lora, name = adapter(student, base, guidance, "lora"), component(base)
+def write_lora(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
+    lora, name = student.lora, component(pipe)
     contiguous = {key: value.contiguous() for key, value in lora.state.items()}
-    base.save_lora_weights(folder, **{f"{name}_lora_layers": contiguous, f"{name}_lora_adapter_metadata": lora.metadata()})
+    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": contiguous, f"{name}_lora_adapter_metadata": lora.metadata()})
     return "pytorch_lora_weights.safetensors"
 
 
-def write_comfyui(student: Student, base: DiffusionPipeline, guidance: float | None, folder: Path) -> str:
+def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
     """kohya's keys on diffusers' module names, which ComfyUI, AUTOMATIC1111 and diffusers itself read."""
-    if component(base) != "unet":
-        raise RequestError(f"kohya's LoRA keys are written for UNets; {type(base).__name__} has a transformer: "
-                           "use --to lora, which ComfyUI reads for transformers")
     weights = f"{student.method}-{student.steps}step.safetensors"
-    base.write_lora_layers(kohya(adapter(student, base, guidance, "comfyui")), folder, is_main_process=True,
-                           weight_name=weights, save_function=None, safe_serialization=True)
+    pipe.write_lora_layers(kohya(student.lora), folder, is_main_process=True, weight_name=weights, save_function=None,
+                           safe_serialization=True)
     return weights
 
 
-def write_pipeline(student: Student, base: DiffusionPipeline, guidance: float | None, folder: Path) -> str:
+def write_pipeline(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
     """The whole pipeline, an adapter merged into its network; a told student keeps reading its scale."""
-    student.family.pipeline(student.network(), student.scheduler).save_pretrained(folder)
-    return f"{component(base)}/diffusion_pytorch_model.safetensors"
+    save_pipeline(pipe, folder, dtype)
+    return f"{component(pipe)}/diffusion_pytorch_model.safetensors"
 
 
-WRITERS: dict[str, Callable[[Student, DiffusionPipeline, float | None, Path], str]] = {
+WRITERS: dict[str, Callable[[Student, DiffusionPipeline, torch.dtype, Path], str]] = {
     "lora": write_lora, "pipeline": write_pipeline, "comfyui": write_comfyui}
 
 
@@ -50,6 +49,9 @@ def adapter(student: Student, base: DiffusionPipeline, guidance: float | None, t
     """The student as an adapter on the stock denoiser, its guidance folded in if it was told."""
     if student.lora is None:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
+    if to == "comfyui" and component(base) != "unet":
+        raise RequestError(f"kohya's LoRA keys are written for UNets; {type(base).__name__} has a transformer: "
+                           "use --to lora, which ComfyUI reads for transformers")
     if student.cond_proj is None:
         return student.lora
     if guidance is None:

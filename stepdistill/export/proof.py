@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from ..diffusion.guidance import guided
@@ -31,38 +31,42 @@ class Proof:
 
 
 @torch.no_grad()
-def prove(student: Student, folder: Path, lora: Lora | None, guidance: float | None) -> Proof:
+def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
-    lora: the adapter that was to be written, None for a pipeline; guidance: the scale that a told student is told.
-    Both sides draw from one seeded generator in the same order: first the latents, then the noise of each step, which some
-    pipelines take from the global generator.
+    student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline. guidance: the
+    scale that a told student is told. Both sides draw from one seeded generator in the same order: first the latents, then
+    the noise of each step, which some pipelines take from the global generator.
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4.
     """
     said = read_settings(folder)
     pipe, call = open_export(folder, student.family.source)
-    if lora is not None:
-        _same_adapter(pipe, lora)
+    if student.lora is not None:
+        _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
-    prompts = list(islice(cycle(student.prompts), IMAGES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        stock = pipe(prompts, generator=torch.Generator().manual_seed(SEED), output_type="pt", **call).images
-    ours = reference(student, pipe, call, prompts, guidance)
-    difference = (stock - ours).abs().max().item()
+        stock = pipe(_prompts(student), generator=torch.Generator().manual_seed(SEED), output_type="pt", **call).images
+    ours = reference(student, pipe.scheduler, call, guidance)
+    return Proof(stock, within(stock, ours, f"the stock {type(pipe).__name__} with {said['scheduler']} and {call}"))
+
+
+def within(images: Tensor, ours: Tensor, what: str) -> float:
+    """The largest difference of two sets of images in [0, 1]. RequestError if it is above 1e-4."""
+    difference = (images - ours).abs().max().item()
     if not difference <= TOLERANCE:
-        raise RequestError(f"the export was refused: the stock {type(pipe).__name__} with {said['scheduler']} and {call} "
-                           f"differs from this run's own sampler by {difference:.2e} (mean {(stock - ours).abs().mean():.2e}) "
-                           f"on [0, 1] pixels, where {TOLERANCE:.0e} is allowed; nothing was written")
-    return Proof(stock, difference)
+        raise RequestError(f"the export was refused: {what} differs from this run's own sampler by {difference:.2e} "
+                           f"(mean {(images - ours).abs().mean():.2e}) on [0, 1] pixels, where {TOLERANCE:.0e} is allowed; "
+                           "nothing was written")
+    return difference
 
 
-def reference(student: Student, pipe: DiffusionPipeline, call: Mapping[str, Any], prompts: list[str],
-              guidance: float | None) -> Tensor:
-    """Our sampler's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
-    family, generator = student.family, torch.Generator().manual_seed(SEED)
-    sampler = Sampler.of_call(pipe.scheduler, student.steps, family.schedule, call)
+@torch.no_grad()
+def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, Any], guidance: float | None) -> Tensor:
+    """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]."""
+    family, generator, prompts = student.family, torch.Generator().manual_seed(SEED), _prompts(student)
+    sampler = Sampler.of_call(scheduler, student.steps, family.schedule, call)
     shape = (len(prompts), *family.latent_shape)
     noise = torch.randn(shape, generator=generator)
     if not family.seeded_steps:
@@ -76,12 +80,17 @@ def reference(student: Student, pipe: DiffusionPipeline, call: Mapping[str, Any]
     return (family.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
+def _prompts(student: Student) -> list[str]:
+    return list(islice(cycle(student.prompts), IMAGES))
+
+
 def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:
-    """The loaded adapter holds exactly the written keys and values."""
+    """The loaded adapter holds exactly the written keys and values, in float32."""
     loaded = {re.sub(r"\.lora_([AB])\.[^.]+\.", r".lora_\1.", key): value
               for key, value in pipe.components[component(pipe)].state_dict().items() if ".lora_" in key}
-    wrong = {"missing": sorted(lora.state.keys() - loaded.keys()), "unexpected": sorted(loaded.keys() - lora.state.keys()),
-             "changed": sorted(key for key in lora.state.keys() & loaded.keys() if not torch.equal(lora.state[key], loaded[key]))}
+    written = {key: value.float() for key, value in lora.state.items()}
+    wrong = {"missing": sorted(written.keys() - loaded.keys()), "unexpected": sorted(loaded.keys() - written.keys()),
+             "changed": sorted(key for key in written.keys() & loaded.keys() if not torch.equal(written[key], loaded[key]))}
     found = "; ".join(f"{len(keys)} {name}, first {keys[0]}" for name, keys in wrong.items() if keys)
     if found:
         raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; nothing was written")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.contracts import Role
+from .dtypes import rounded
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -25,7 +26,7 @@ from ..models.schedulers import stock_scheduler
 class Lora:
     """An adapter in peft's terms: W <- W + scaling B A.
 
-    state: "<module>.lora_A.weight" (r, in, ...) and "<module>.lora_B.weight" (out, r, ...), float32.
+    state: "<module>.lora_A.weight" (r, in, ...) and "<module>.lora_B.weight" (out, r, ...), float32 unless `rounded`.
     alpha, rank_pattern and alpha_pattern as in peft's LoraConfig: a pattern is a regular expression of a module's tail.
     """
 
@@ -65,6 +66,10 @@ class Lora:
         return replace(self, state={**self.state, down: row, up: column},
                        rank_pattern={tail: rank, **self.rank_pattern},
                        alpha_pattern={tail: scaling * rank, **self.alpha_pattern})
+
+    def rounded(self, dtype: torch.dtype) -> Lora:
+        """The same adapter with its weights in dtype. RequestError where a weight is beyond its range."""
+        return replace(self, state=rounded(self.state, dtype))
 
     def metadata(self) -> dict[str, Any]:
         """The keyword arguments of peft's LoraConfig that define the adapter, in plain JSON types.

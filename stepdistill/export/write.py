@@ -17,35 +17,40 @@ from safetensors import SafetensorError
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from .card import card
+from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
-from .formats import WRITERS, adapter
+from .formats import WRITERS
+from .leaving import leave
 from .proof import IMAGES, TOLERANCE, Proof, prove
 from .student import Student
 
 
-def export_student(student: Student, to: str, out: str | Path, guidance: float | None = None) -> Proof:
+def export_student(student: Student, to: str, out: str | Path, guidance: float | None = None, dtype: str | None = None) -> Proof:
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
     guidance: the scale of a student that is told one; a LoRA is folded at it, a pipeline takes it as its default call.
+    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
     out = Path(out)
     if to not in WRITERS:
         raise RequestError(f"there is no export --to {to}; there are {', '.join(WRITERS)}")
+    dtype = chosen(dtype, to)
     _may_write(out, student)
     call, scale = _settings(student, to, guidance)
-    base = student.family.pipeline()
+    leaving = leave(student, to, call, scale, DTYPES[dtype])
     with _aside(out) as folder:
-        lora = None if to == "pipeline" else adapter(student, base, scale, to)
-        weights = WRITERS[to](student, base, scale, folder)
+        weights = WRITERS[to](leaving.student, leaving.pipe, DTYPES[dtype], folder)
         student.scheduler.save_pretrained(folder / "scheduler")
-        said = _said(student, type(base).__name__, to, call, scale, weights)
+        said = _said(student, type(leaving.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
         _write(folder / SETTINGS, said)
-        proof = prove(student, folder, lora, scale)
-        said["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32"}
+        proof = prove(leaving.student, folder, scale)
+        rounding = 0.0 if leaving.unrounded is None else (proof.images - leaving.unrounded).abs().max().item()
+        said["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32",
+                         "rounding": rounding}
         _write(folder / SETTINGS, said)
         (folder / "README.md").write_text(card(said, out.as_posix(), student.results, student.prompts[0]), encoding="utf-8")
-        _picture(base, proof).save(folder / "samples.png")
+        _picture(leaving.pipe, proof).save(folder / "samples.png")
     return proof
 
 

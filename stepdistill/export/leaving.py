@@ -1,0 +1,84 @@
+"""The student as it leaves: in one form, at one guidance scale, its weights rounded to one dtype."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..models.adapters import AdapterBank, LoraConfig
+from ..models.denoiser import Denoiser
+from ..models.families import Family, load_teacher
+from .dtypes import round_pipeline_
+from .formats import adapter, component
+from .proof import reference, within
+from .student import Lora, Student
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """student: computes in float32 with the values that are written; its `lora` is what is written, None for a pipeline.
+
+    pipe: the stock pipeline that is written, or that writes the LoRA. unrounded: (B, 3, H, W) in [0, 1], the images of the
+    proof as the student draws them before it is rounded; None where nothing is rounded.
+    """
+
+    student: Student
+    pipe: DiffusionPipeline
+    unrounded: Tensor | None
+
+
+def leave(student: Student, to: str, call: Mapping[str, Any], guidance: float | None, dtype: torch.dtype) -> Leaving:
+    """`student` in the form `to`, with the values that its weights have in dtype.
+
+    guidance: the scale that a student told one is told. RequestError where the form, before it is rounded, does not give
+    the student's images to 1e-4, or where a weight is beyond the range of dtype.
+    """
+    if to == "pipeline":
+        return _pipeline(student, call, guidance, dtype)
+    pipe = student.family.pipeline()
+    lora = adapter(student, pipe, guidance, to)
+    if dtype == torch.float32:
+        return Leaving(replace(student, lora=lora), pipe, None)
+    unrounded = reference(student, student.scheduler, call, guidance)
+    worn = _on_base(student.family, pipe, lora)
+    within(reference(_stock(student, worn, lora), student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded")
+    lora = lora.rounded(dtype)
+    worn.bank.load_state_dict("student", lora.state)
+    return Leaving(_stock(student, worn, lora), pipe, unrounded)
+
+
+def _pipeline(student: Student, call: Mapping[str, Any], guidance: float | None, dtype: torch.dtype) -> Leaving:
+    network = student.network()
+    if dtype == torch.float32:
+        return Leaving(replace(student, lora=None), student.family.pipeline(network, student.scheduler), None)
+    unrounded = reference(student, student.scheduler, call, guidance)
+    whole = replace(student, lora=None, role=Denoiser(student.family, network, told_w=student.told))
+    within(reference(whole, student.scheduler, call, guidance), unrounded, "the pipeline before it is rounded")
+    family = load_teacher(student.family.source, student.family.revision)          # one of its own: its codec is rounded too
+    pipe = family.pipeline(network, student.scheduler)
+    round_pipeline_(pipe, dtype)
+    return Leaving(replace(whole, family=family, role=Denoiser(family, network, told_w=student.told)), pipe, unrounded)
+
+
+@dataclass(frozen=True)
+class _Worn:
+    role: Denoiser
+    bank: AdapterBank
+
+
+def _on_base(family: Family, pipe: DiffusionPipeline, lora: Lora) -> _Worn:
+    """The adapter on the pipeline's own network, computed as a stock pipeline computes it."""
+    network = pipe.components[component(pipe)]
+    bank = AdapterBank(network, {"student": LoraConfig(**lora.metadata())})
+    bank.load_state_dict("student", lora.state)
+    return _Worn(Denoiser(family, network, partial(bank.use, "student")), bank)
+
+
+def _stock(student: Student, worn: _Worn, lora: Lora) -> Student:
+    """The student whose guidance scale, if it was told one, is within the adapter."""
+    return replace(student, role=worn.role, lora=lora, cond_proj=None)
