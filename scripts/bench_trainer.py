@@ -29,7 +29,7 @@ from stepdistill.data.stream import Stream, permuted  # noqa: E402
 from stepdistill.diffusion.draws import Step, key  # noqa: E402
 from stepdistill.methods.base import Follows  # noqa: E402
 from stepdistill.methods.consistency.lcm import LCM, Settings  # noqa: E402
-from stepdistill.models.families import load_teacher  # noqa: E402
+from stepdistill.models.teacher import load_teacher  # noqa: E402
 from stepdistill.models.roles import Lora, build_roles  # noqa: E402
 from stepdistill.training import TrainConfig, Trainer  # noqa: E402
 

@@ -27,14 +27,14 @@ from .errors import RequestError, gist
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
-from .export import Student, export_student, load, open_export, read_settings
+from .export import Student, check, export_student, load, open_export, read_settings
 from .export.folder import fresh_pipeline, is_export
 from .methods.base import middle
-from .models.families import call_of, load_teacher
+from .models.teacher import call_of, family_at, load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
 from .watch import CLOUD, Watch
-from .work import checked, dataset, fill_pairs, handed, make, open_run, pairs_shelf, prompts, rates, served
+from .work import checked, dataset, fill_pairs, handed, make, needs_of, open_run, pairs_shelf, prompts, rates, served
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "export", "load", "pairs", "sample", "train"]
@@ -71,7 +71,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run
     with _reported() as report:
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    watch = Watch(work, folder, prompts(work, CLOUD if work.family.plane else 4))
+    watch = Watch(work, folder, prompts(work, CLOUD if work.family.family.samples == "points" else 4))
     config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
     trainer = Trainer(work.method, work.roles, stream, config, folder, [watch])
     begun = {run: whole, folder: recipe}
@@ -118,8 +118,11 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder."""
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
+    recipe = runs.recipe_of(run)
+    check(to, guidance, family_at(resources.pipeline(recipe.teacher), recipe.revision), needs_of(recipe)["student"].reads,
+          recipe.student.lora is not None, recipe.guidance)
     work = open_run(run)
-    student = Student.of(work.roles, work.best, work.inference, work.recipe.method, run.resolve().name, guidance=work.recipe.guidance,
+    student = Student.of(work.roles, work.best, work.stock, work.recipe.method, run.resolve().name, guidance=work.recipe.guidance,
                          teacher=resources.portable(work.recipe.teacher), results=runs.results_of(run), prompts=tuple(prompts(work)))
     export_student(student, to, out, guidance)
     return out

@@ -43,8 +43,10 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     run = build.train(chosen, out=out, resume=resume)
     from .parallel import rank
     if rank() == 0:
-        from .plane import on_toy
-        after = f"its pictures: {run / 'samples'}" if on_toy(chosen) else f"next: stepdistill export {run} --to lora"
+        from .models.teacher import family_at
+        from .resources import pipeline
+        stays = family_at(pipeline(chosen.teacher), chosen.revision).no_pipeline is not None
+        after = f"its pictures: {run / 'samples'}" if stays else f"next: stepdistill export {run} --to lora"
         say.print(f"trained: {run}\n{after}", soft_wrap=True)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from . import resources
 from .models.discriminator import Shape, chosen
-from .models.vision import PlaneSight, Sight, sight_of
-from .plane import on_toy
+from .models.teacher import family_at
+from .models.vision import PlaneSight, Sight
 from .recipe import Recipe
 
 
@@ -14,7 +14,8 @@ def judge(recipe: Recipe) -> Sight | PlaneSight:
     """The network whose features of samples a discriminator reads, before its weights are."""
     name = None if recipe.discriminator is None else recipe.discriminator.network
     with recipe.blaming("discriminator.network", "cannot be used"):
-        return sight_of(on_toy(recipe), None if name is None else str(resources.locate(name) or name))
+        family = family_at(resources.pipeline(recipe.teacher), recipe.revision)
+        return family.vision(None if name is None else str(resources.locate(name) or name))
 
 
 def judged(recipe: Recipe) -> dict[str, Shape]:

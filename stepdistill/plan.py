@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,15 +17,12 @@ from .diffusion.guidance import self_guided
 from .diffusion.prediction import Prediction
 from .diffusion.sampler import Sampler
 from .diffusion.schedule import Schedule
-from .errors import RequestError, gist
 from .judges import judge, judged, tapped
 from .methods import load_method
 from .methods.base import FIXED, Codec, Features, Follows, Heads, Method, Need, Trained
 from .models.discriminator import Shape, head, paired, tap
-from .models.families import FAMILIES, Layout, call_of, layout
-from .models.schedulers import stock_scheduler
-from .models.vision import PictureHeads, prompt_width
-from .plane import on_toy
+from .models.teacher import Teacher, family_at, load_teacher
+from .models.vision import PictureHeads, prompt_vector
 from .recipe import Critic, Recipe, RoleChoice
 from .work import checked, needs_of
 
@@ -54,14 +49,16 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _stage(recipe: Recipe) -> dict[str, Any]:
     source = resources.pipeline(recipe.teacher)
-    if on_toy(recipe):
+    with recipe.blaming("teacher", "cannot be planned on"):
+        family = family_at(source, recipe.revision)
+    if family.no_pipeline is not None:
         raise recipe.refuse("teacher", f"is {recipe.teacher}, a Toy, which there is nothing to plan of: its recipes train within a minute, "
                             "by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
     settings, needs, _ = checked(recipe)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
     with recipe.blaming("teacher", "cannot be planned on"):
-        teacher = _teacher(source, recipe.revision)
+        teacher = load_teacher(source, recipe.revision, device="meta")
     roles = _roles(recipe, needs, teacher)
     weights = sum(row["bytes"] for row in roles.values())
     trained = sum(row["trained"] for row in roles.values())
@@ -71,59 +68,12 @@ def _stage(recipe: Recipe) -> dict[str, Any]:
             "downloads": _downloads(source, recipe.revision, roles, teacher) + _vision_downloads(recipe, needs, roles)}
 
 
-# -- networks without weights ----------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class _Teacher:
-    """A pipeline without weights: its networks by name, its scheduler, what its family knows, what its calls are given."""
-
-    parts: Mapping[str, nn.Module]
-    scheduler: diffusers.SchedulerMixin
-    known: Layout
-    call: Mapping[str, Any]
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.parts[self.known.denoiser]
-
-    def inputs(self, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """What the denoiser is called with, on the meta device; gradients flow back to the latents."""
-        told = self.known.inputs(self.parts, self.call, lambda *shape: torch.empty(batch, *shape, device="meta", dtype=dtype))
-        next(_tensors(told)).requires_grad_()
-        return told
-
-
 def _tensors(told: Mapping[str, Any]) -> Iterator[Tensor]:
     for value in told.values():
         if isinstance(value, Tensor):
             yield value
-        elif value is not None:
+        elif isinstance(value, Mapping):
             yield from _tensors(value)
-
-
-def _teacher(source: str, revision: str | None) -> _Teacher:
-    try:
-        index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{source} is no diffusers pipeline: {gist(error)}") from error
-    if index["_class_name"] not in FAMILIES:
-        raise RequestError(f"{source} is a {index['_class_name']}; supported are {', '.join(FAMILIES)}")
-    if "scheduler" not in index:
-        raise RequestError(f"{source} is no whole pipeline: its model_index.json names no scheduler")
-    known = layout(index["_class_name"])
-    names = [name for name in (known.denoiser, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-             if index.get(name, [None])[0] is not None]
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler", revision=revision)
-    return _Teacher({name: _network(source, revision, name, *index[name]) for name in names}, scheduler, known, call_of(source))
-
-
-def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module:
-    with torch.device("meta"):
-        if library == "diffusers":
-            cls = getattr(diffusers, kind)
-            return cls.from_config(cls.load_config(source, subfolder=name, revision=revision))
-        cls = getattr(transformers, kind)
-        return cls(cls.config_class.from_pretrained(source, subfolder=name, revision=revision))
 
 
 def _size(network: nn.Module) -> int:
@@ -132,12 +82,12 @@ def _size(network: nn.Module) -> int:
 
 # -- roles -----------------------------------------------------------------------------------------------------------------
 
-def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, dict[str, int]]:
+def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: Teacher) -> dict[str, dict[str, int]]:
     base = 2 if recipe.train.precision == "bf16" and recipe.student.lora is not None else FLOAT
-    rows = {"base" if recipe.taught_by_previous else "teacher": _row(_size(teacher.denoiser), 0, base)}
+    rows = {"base" if recipe.taught_by_previous else "teacher": _row(teacher.sizes[teacher.family.denoiser], 0, base)}
     if recipe.taught_by_previous:
         rows["teacher"] = _row(_count(teacher, recipe.previous.student), 0, FLOAT)
-    rows |= {name: _row(_size(part), 0, base) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
+    rows |= {name: _row(size, 0, base) for name, size in teacher.sizes.items() if name != teacher.family.denoiser}
     for name, need in needs.items():
         if isinstance(need, Features):
             with torch.device("meta"):
@@ -155,18 +105,18 @@ def _row(parameters: int, trained: int, width: int) -> dict[str, int]:
     return {"parameters": parameters, "trained": trained, "bytes": parameters * width}
 
 
-def _heads(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher, need: Heads) -> int:
+def _heads(recipe: Recipe, needs: Mapping[str, Need], teacher: Teacher, need: Heads) -> int:
     """Parameters of a discriminator."""
     with torch.device("meta"):
         if isinstance(needs[need.of], Features):
-            return _size(PictureHeads(judged(recipe), prompt_width(teacher.inputs(1))))
+            return _size(PictureHeads(judged(recipe), prompt_vector(teacher.encode([teacher.null_prompt])).shape[-1]))
         read = _features(recipe, teacher)
         return sum(_size(head(shape)) for shape in (paired(read) if need.pair else read).values())
 
 
-def _features(recipe: Recipe, teacher: _Teacher) -> dict[str, Shape]:
+def _features(recipe: Recipe, teacher: Teacher) -> dict[str, Shape]:
     """The modules that a discriminator reads, and the shapes of what they return."""
-    return tapped(recipe, teacher.known.feature_shapes(teacher.denoiser), teacher.known.default_features(teacher.denoiser))
+    return tapped(recipe, teacher.feature_shapes, teacher.default_features)
 
 
 def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice | Critic:
@@ -176,12 +126,12 @@ def _choice(recipe: Recipe, needs: Mapping[str, Need], name: str) -> RoleChoice 
     return recipe.critic if name == "critic" and recipe.critic is not None else recipe.student
 
 
-def _count(teacher: _Teacher, choice: RoleChoice | Critic) -> int:
+def _count(teacher: Teacher, choice: RoleChoice | Critic) -> int:
     """Parameters of an adapter, or of a copy."""
     if choice.lora is None:
-        return _size(teacher.denoiser)
-    targets = choice.lora.targets or teacher.known.targets
-    layers = [module for name, module in teacher.denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        return teacher.sizes[teacher.family.denoiser]
+    targets = choice.lora.targets or teacher.family.targets
+    layers = [module for name, module in teacher.network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
               and any(name == target or name.endswith(f".{target}") for target in targets)]
     return choice.lora.rank * sum(_rows_and_columns(layer) for layer in layers)
 
@@ -255,7 +205,7 @@ class _Moment(Step):
         return self.at
 
 
-def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _Teacher) -> tuple[dict[str, float], float]:
+def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: Teacher) -> tuple[dict[str, float], float]:
     """Network evaluations a sample and step, by running the method's own losses on roles that count; and `_Tally.held`.
 
     They are a mean over the exits of the student's rollouts. A pass that ends at a discriminator's last feature counts as
@@ -263,7 +213,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     """
     tally = _Tally()
     free: dict[type, Any] = {Codec: lambda latents: latents, Features: lambda pixels: [pixels]}      # of the denoiser's evaluations
-    roles: dict[str, Any] = {name: free.get(type(need)) or _Counted(name, teacher.known.schedule, tally)
+    roles: dict[str, Any] = {name: free.get(type(need)) or _Counted(name, teacher.schedule, tally)
                              for name, need in needs.items() if not isinstance(need, Heads)}
     if recipe.taught_by_previous:
         roles["teacher"] = self_guided(roles["teacher"], needs_of(recipe.previous)["student"].told_w)
@@ -272,7 +222,7 @@ def _passes(recipe: Recipe, settings: Any, needs: Mapping[str, Need], teacher: _
     roles |= {name: _CountedHeads(read, share) if isinstance(read, _Counted) else lambda maps, cond: maps[0].flatten(1)[:, :1]
               for name, read in heads.items()}
     method = load_method(recipe.method)(settings, roles, recipe.guidance, _sampler(recipe, settings, teacher))
-    shape, ids = (teacher.denoiser.config.in_channels, 2, 2), torch.arange(2)
+    shape, ids = (teacher.latent_shape[0], 2, 2), torch.arange(2)
     null = Condition(text=torch.zeros(2, 1, 1))
     x0 = None if recipe.data.kind == "prompts" else torch.zeros(2, *shape)
     batch = Batch(ids, Condition(text=torch.zeros(2, 1, 1), null=null), x0, shape, _pairs(recipe, shape))
@@ -306,28 +256,33 @@ def _short(count: float) -> float:
     return int(near) if (near := round(count, 3)).is_integer() else near
 
 
-def _sampler(recipe: Recipe, settings: Any, teacher: _Teacher) -> Sampler:
+def _sampler(recipe: Recipe, settings: Any, teacher: Teacher) -> Sampler:
     try:
-        inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.known.schedule_name, recipe.guidance)
-        scheduler = stock_scheduler(inference.scheduler, inference.config, teacher.scheduler)
-        return Sampler.of_call(scheduler, recipe.steps, teacher.known.schedule, inference.call)
+        return teacher.sampler(teacher.stock_call(load_method(recipe.method).inference(settings, recipe.steps, teacher.schedule, recipe.guidance)))
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
-def _share(recipe: Recipe, teacher: _Teacher) -> float:
+def _share(recipe: Recipe, teacher: Teacher) -> float:
     """Of the arithmetic of a whole pass, what one takes that ends after the discriminator's last feature."""
     counts = []
     for names, leave in (((), False), (tuple(_features(recipe, teacher)), True)):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, tap(teacher.denoiser, names, leave):
-            teacher.denoiser(**teacher.inputs(1))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, tap(teacher.network, names, leave):
+            teacher.network(**_measured(teacher, 1))
         counts.append(counter.get_total_flops())
     return counts[1] / counts[0]
 
 
-def _activations(recipe: Recipe, teacher: _Teacher) -> int:
+def _measured(teacher: Teacher, batch: int) -> dict[str, Any]:
+    """What its network is called with; gradients flow back to the latents."""
+    told = teacher.inputs(batch)
+    next(_tensors(told)).requires_grad_()
+    return told
+
+
+def _activations(recipe: Recipe, teacher: Teacher) -> int:
     """Bytes that autograd keeps of one micro-batch, counted in a pass on the meta device."""
-    network, batch = teacher.denoiser, recipe.data.batch // recipe.train.accumulate
+    network, batch = teacher.network, recipe.data.batch // recipe.train.accumulate
     width = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     if recipe.train.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -345,13 +300,13 @@ def _activations(recipe: Recipe, teacher: _Teacher) -> int:
 
     kept: list[Tensor] = []                # alive to the end, so that no two storages share an id
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(**teacher.inputs(batch, width), return_dict=False)
+        network(**_measured(teacher, batch))
     return sum(seen.values())
 
 
 # -- disk and net ----------------------------------------------------------------------------------------------------------
 
-def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], teacher: _Teacher) -> int:
+def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], teacher: Teacher) -> int:
     """Bytes of checkpoints (every role and both moments), the export, and the cache, unless an earlier stage has filled it."""
     adapters = [row for name, row in roles.items() if name not in (*teacher.parts, "teacher", "base")]
     each = sum(row["bytes"] + row["trained"] * ADAM for row in adapters)
@@ -364,12 +319,12 @@ def _disk(recipe: Recipe, roles: Mapping[str, Mapping[str, int]], teacher: _Teac
     return count * each + roles["student"]["bytes"] + cached * sample
 
 
-def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[str, int]], teacher: _Teacher) -> list[str]:
+def _downloads(source: str, revision: str | None, roles: Mapping[str, Mapping[str, int]], teacher: Teacher) -> list[str]:
     """A Hub teacher whose weights are not in the cache yet."""
     if resources.locate(source) is not None:
         return []
     from huggingface_hub import try_to_load_from_cache
-    whole = f"{teacher.known.denoiser}/diffusion_pytorch_model.safetensors"
+    whole = f"{teacher.family.denoiser}/diffusion_pytorch_model.safetensors"
     if any(isinstance(try_to_load_from_cache(source, file, revision=revision), str) for file in (whole, f"{whole}.index.json")):
         return []
     size = sum(row["parameters"] for name, row in roles.items() if row["trained"] == 0) * FLOAT

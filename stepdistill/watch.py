@@ -62,7 +62,7 @@ class Watch:
         student = self.work.family.decode(student_samples(self.work, self.noise, self.cond))
         rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.work.recipe.steps} steps")
         path = self.run / "samples" / f"step-{step:06d}.png"
-        if self.work.family.plane:
+        if self.work.family.family.samples == "points":
             cloud({row: (points_of(drawn), self.cond.label) for row, drawn in zip(rows, (self.teacher, student))}, path)
         else:
             sheet([self.teacher, student], path, rows)
@@ -85,7 +85,7 @@ class Watch:
 def student_samples(work: Work, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
     """Latents of the student as it will be sampled."""
     sampler, role = work.method.sampler, work.roles[work.best]
-    if role.told_w:
+    if "w" in role.reads:
         cond = cond.replace(w=torch.full((len(cond),), work.scale, device=work.device))
     return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
 

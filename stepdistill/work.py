@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from .errors import RequestError
 from .evaluation.plans import Target
 from .judges import judged, tapped
 from .methods import METHODS, load_method
-from .methods.base import Features, Follows, Heads, Inference, Method, Need, Trained, due, middle
-from .models.families import Family, load_teacher
+from .methods.base import Features, Follows, Heads, Method, Need, Trained, due, middle
 from .models.roles import Full, Lora, Places, Roles, Setting, Weights, build_roles
-from .models.schedulers import stock_scheduler
+from .models.schedulers import StockCall, stock_scheduler
+from .models.teacher import Teacher, load_teacher
 from .plane import check_plane
 from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
@@ -55,10 +55,10 @@ class Work:
     """A recipe with everything that it names made. best: the role that samples. before: checksum of the student that it began with."""
 
     recipe: Recipe
-    family: Family
+    family: Teacher
     roles: Roles
     method: Method
-    inference: Inference
+    stock: StockCall
     device: torch.device
     before: str | None = None
 
@@ -72,12 +72,13 @@ class Work:
         return middle(self.recipe.guidance)
 
     def scheduler(self) -> SchedulerMixin:
-        return stock_scheduler(self.inference.scheduler, self.inference.config, self.family.scheduler)
+        return stock_scheduler(self.stock.scheduler, self.stock.config, self.family.scheduler)
 
     def target(self, name: str) -> Target:
         """The student as a stock pipeline, for a bench."""
-        pipeline = self.family.pipeline(self.roles.network(self.best).to(self.family.codec.dtype), self.scheduler())
-        return Target(name, pipeline, self.recipe.method, dict(self.inference.call))
+        network = self.roles.stock_network(self.best, self.method.sampler, self.scale)
+        pipeline = self.family.pipeline(network.to(self.family.codec.dtype), self.scheduler())
+        return Target(name, pipeline, self.recipe.method, dict(self.stock.call))
 
 
 def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, before: Before | None = None) -> Work:
@@ -90,9 +91,9 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None,
     kind = load_method(recipe.method)
     with recipe.blaming("teacher", "cannot be loaded"):
         family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
-    inference, sampler = served(recipe, family)
+    stock, sampler = served(recipe, family)
     roles = _roles(recipe, family, needs, said, before).to(device)
-    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device,
+    return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), stock, device,
                 None if before is None else before.checksum)
 
 
@@ -204,26 +205,23 @@ def _choice(choice: RoleChoice | Critic) -> Lora | Full:
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
 
 
-def served(recipe: Recipe, family: Family) -> tuple[Inference, Sampler]:
+def served(recipe: Recipe, family: Teacher) -> tuple[StockCall, Sampler]:
     """How the student is sampled. RequestError for a number of steps that its scheduler does not serve."""
     kind = load_method(recipe.method)
     try:
-        inference = kind.inference(recipe.method_settings(), recipe.steps, family.schedule_name, recipe.guidance)
-        inference = replace(inference, call={**inference.call, **family.call})
-        scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, Sampler.of_call(scheduler, recipe.steps, family.schedule, inference.call)
+        stock = family.stock_call(kind.inference(recipe.method_settings(), recipe.steps, family.schedule, recipe.guidance))
+        return stock, family.sampler(stock)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
-def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None) -> Roles:
-    told = tuple(name for name, need in needs.items() if isinstance(need, Trained) and need.told_w)
+def _roles(recipe: Recipe, family: Teacher, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None) -> Roles:
     if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
         tapped(recipe, family.feature_shapes, family.default_features)
     if recipe.train.ema is not None:
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
     begun = ("student", "teacher") if recipe.taught_by_previous else ("student",)
-    return build_roles(family, needs, said, told_w=told, begin={} if before is None else dict.fromkeys(begun, before.weights),
+    return build_roles(family, needs, said, begin={} if before is None else dict.fromkeys(begun, before.weights),
                        gradient_checkpointing=recipe.train.gradient_checkpointing, seed=recipe.train.seed)
 
 
@@ -242,7 +240,7 @@ def handed(recipe: Recipe, run: Path) -> Before:
     """What the stage before leaves to this one, from its run folder."""
     before, folder = recipe.previous, runs.checkpoint_of(run)
     role = best_of(before)
-    weights = Weights(_choice(before.student), checkpoints.load_role(folder, role), needs_of(before)["student"].told_w)
+    weights = Weights(_choice(before.student), checkpoints.load_role(folder, role), needs_of(before)["student"].reads)
     return Before(weights, checkpoints.checksum_of(folder, role))
 
 
@@ -367,12 +365,12 @@ def _encoders(work: Work) -> Encoders:
     return Encoders(work.family.encode, work.family.encode_images, _identity(work.family), work.device)
 
 
-def pixels_of(family: Family) -> int:
+def pixels_of(family: Teacher) -> int:
     """The side of the teacher's pictures."""
     return family.decode(torch.zeros(1, *family.latent_shape)).shape[-1]
 
 
-def _identity(family: Family) -> dict[str, Any]:
+def _identity(family: Teacher) -> dict[str, Any]:
     return {"teacher": fingerprint(family.source), "revision": family.revision, "dtype": str(next(family.network.parameters()).dtype)}
 
 

@@ -10,8 +10,8 @@ from tiny import save_tiny_sd3
 from transformers import CLIPTextConfig, T5Config
 
 from stepdistill.methods.base import Frozen, Trained
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 from stepdistill.plan import plan
 from stepdistill.recipe import Recipe
 

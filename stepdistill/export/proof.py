@@ -65,9 +65,11 @@ def reference(student: Student, pipe: DiffusionPipeline, call: Mapping[str, Any]
     sampler = Sampler.of_call(pipe.scheduler, student.steps, family.schedule, call)
     shape = (len(prompts), *family.latent_shape)
     noise = torch.randn(shape, generator=generator)
-    if not family.seeded_steps:
+    if not family.family.seeded_steps:
         generator = torch.Generator().manual_seed(SEED)
     cond, role = family.encode(prompts), student.role
+    if "r" in student.reads:
+        role = sampler.telling(role)
     if student.told:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
     else:

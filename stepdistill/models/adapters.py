@@ -42,14 +42,14 @@ def matching(network: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer without bias that each adapter has of its own and the base has not: x (B, I) -> (B, O).
+    """A linear layer without bias that some adapters have, each of its own width, and the base has not: x (B, I) -> (B, O).
 
-    All start at zero. `active` is the bank's list of active adapters.
+    All start at zero. widths: I of each adapter; `active` is the bank's list of active adapters.
     """
 
-    def __init__(self, names: Sequence[str], in_features: int, out_features: int, active: list[str]) -> None:
+    def __init__(self, widths: Mapping[str, int], out_features: int, active: list[str]) -> None:
         super().__init__()
-        self.weights = nn.ParameterDict({name: torch.zeros(out_features, in_features) for name in names})
+        self.weights = nn.ParameterDict({name: torch.zeros(out_features, width) for name, width in widths.items()})
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ class AdapterBank:
                     generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
                     parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / self.configs[name].r)
 
-    def add_linear(self, path: str, names: Sequence[str], in_features: int, out_features: int) -> None:
-        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of those adapters."""
+    def add_linear(self, path: str, widths: Mapping[str, int], out_features: int) -> None:
+        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of the adapters in `widths`."""
         parent, _, leaf = path.rpartition(".")
-        layer = AdapterLinear(names, in_features, out_features, self._active).to(next(self.network.parameters()).device)
+        layer = AdapterLinear(widths, out_features, self._active).to(next(self.network.parameters()).device)
         setattr(self.network.get_submodule(parent), leaf, layer)
-        for name in names:
+        for name in widths:
             self._parameters[name][f"{path}.weight"] = layer.weights[name]
 
     @property

@@ -131,7 +131,7 @@ class Discriminator(nn.Module):
         return self._read(self._maps(found, x_t))
 
     def _maps(self, found: Mapping[str, Any], x_t: Tensor) -> dict[str, Tensor]:
-        return {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
+        return {name: self.role.teacher.feature_map(output, x_t).float() for name, output in found.items()}
 
     def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(maps[self.features[0]].device.type, enabled=False):

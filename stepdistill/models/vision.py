@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,9 +144,9 @@ class PlaneFeatures(nn.Module):
         return [states[place + 1][:, :, None, None] for place in self.places]
 
 
-def sight_of(plane: bool, source: str | None) -> Sight | PlaneSight:
-    """Of a family's samples: points of the plane, or pictures, by the network that a recipe names or the published one."""
-    return PlaneSight() if plane else Sight.of(source or PUBLISHED)
+def published(source: str | None) -> Sight:
+    """The vision network that a recipe names, or the published one."""
+    return Sight.of(source or PUBLISHED)
 
 
 class ToldHead(nn.Module):
@@ -189,9 +188,3 @@ def prompt_vector(cond: Condition) -> Tensor:
         return cond.text.mean(1)
     angles = cond.label[:, None] * torch.arange(1, CLASS_WAVES + 1, device=cond.label.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def prompt_width(inputs: Mapping[str, Any]) -> int:
-    """D of `prompt_vector`, from what a layout says its denoiser is called with."""
-    pooled = inputs.get("pooled_projections", (inputs.get("added_cond_kwargs") or {}).get("text_embeds"))
-    return (inputs["encoder_hidden_states"] if pooled is None else pooled).shape[-1]

@@ -21,7 +21,6 @@ from ..diffusion.sampler import Sampler
 from ..diffusion.solvers import ddim
 from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
-from ..models.schedulers import stock_scheduler
 from ..recipe import Recipe, builtin
 from ..work import Work, open_run
 from .problem import NAMES, Check, Problem
@@ -55,7 +54,7 @@ class Distance:
 
     def cond(self, work: Work) -> Condition:
         cond = work.family.encode(self.toy.captions(torch.arange(COUNT)))
-        return cond.replace(w=torch.ones(COUNT)) if work.roles[work.best].told_w else cond
+        return cond.replace(w=torch.ones(COUNT)) if "w" in work.roles[work.best].reads else cond
 
     @cached_property
     def moment(self) -> Step:
@@ -73,8 +72,9 @@ def problem(seed: int, method: str, folder: Path) -> Path:
     """The drawn mixture's folder, under the seed's own kind of noise if the method serves it."""
     kind, first = load_method(method), Problem(seed, NAMES[0]).uniform() < 0.5
     for noise in NAMES if first else reversed(NAMES):
+        drawn, recipe = Problem(seed, noise), Recipe.load(recipes(method)[0])
         try:
-            kind.inference(Recipe.load(recipes(method)[0]).method_settings(), Recipe.load(recipes(method)[0]).steps, noise)
+            drawn.sampler(kind.inference(recipe.method_settings(), recipe.steps, drawn.schedule))
         except ValueError:
             continue
         return write(folder / noise, seed, noise)
@@ -96,9 +96,7 @@ def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
 def sampler(work: Work, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
     family = work.family
-    inference = type(work.method).inference(work.method.settings, steps, family.schedule_name, work.recipe.guidance)
-    scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-    return Sampler.of_call(scheduler, steps, family.schedule, inference.call)
+    return family.sampler(family.stock_call(type(work.method).inference(work.method.settings, steps, family.schedule, work.recipe.guidance)))
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import torch
 
 from stepdistill.export import Student
 from stepdistill.methods.base import Follows, Frozen, Inference, Trained
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Full, Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import save_tiny, save_tiny_sd3

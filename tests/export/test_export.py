@@ -27,8 +27,8 @@ from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
 from stepdistill.export.folder import is_export
 from stepdistill.methods.base import Inference
-from stepdistill.models.families import absent_parts, load_teacher
 from stepdistill.models.roles import Full, Lora
+from stepdistill.models.teacher import absent_parts, load_teacher
 
 LORA = "pytorch_lora_weights.safetensors"
 LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
