@@ -68,8 +68,8 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
     if "w" not in reads and guidance is not None:
         raise RequestError(f"--guidance {guidance:g} chooses the scale of a student that is told one; this student was not: "
                            "leave --guidance out")
-    if "w" in reads and guidance is None and not keeps(to, family):
-        instead = ", or use --to pipeline, which keeps the choice" if keeps("pipeline", family) else ""
+    if "w" in reads and guidance is None and not keeps(to, family, reads):
+        instead = ", or use --to pipeline, which keeps the choice" if keeps("pipeline", family, reads) else ""
         raise RequestError(f"this student is told its guidance scale and its weights hold one: add --guidance W"
                            f"{'' if trained is None else f' (it was trained at {trained})'}{instead}")
     if guidance is not None and isinstance(trained, (tuple, list)) and not trained[0] <= guidance <= trained[1]:
@@ -77,9 +77,10 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
                            f"{trained[1]:g}")
 
 
-def keeps(to: str, family: Family) -> bool:
-    """Whether an export leaves the guidance scale of a student that is told one to the call."""
-    return to == "pipeline" and "w" in family.time.stock
+def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:
+    """Whether an export leaves the guidance scale of a student that is told one to the call: its class must have an input for it, and
+    for all else that the student reads."""
+    return to == "pipeline" and "w" in reads and not family.time.own(reads)
 
 
 def adapter(student: Student, call: Call, guidance: float | None) -> Lora:

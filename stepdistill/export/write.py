@@ -52,7 +52,7 @@ def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[s
     call, spoken = dict(student.call), student.family.family.guidance
     if not student.told:
         return call, None
-    if not keeps(to, student.family.family):
+    if not keeps(to, student.family.family, student.reads):
         return call | spoken.none, guidance
     scale = call[spoken.embedded] if guidance is None else guidance
     return call | {spoken.embedded: scale}, scale
@@ -64,7 +64,7 @@ def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale:
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
             "teacher": student.teacher or student.family.source,
             "revision": student.family.revision, "role": student.role_name, "run": student.run,
-            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "keeps": keeps(to, student.family.family),
+            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "keeps": keeps(to, student.family.family, student.reads),
             "fixed_steps": "r" in student.reads, "guidance": scale,
             "trained_guidance": student.guidance, "teacher_call": dict(student.family.call),
             "without": list(student.family.without), "global_noise": sampler.stochastic and not student.family.family.seeded_steps,

@@ -174,16 +174,17 @@ class Roles(Mapping[str, Role]):
         return self.teacher.fresh_network(self.bank.merged(name if self.is_lora(name) else None), reads)
 
     def stock_network(self, name: str, sampler: Sampler, w: float | None = None) -> nn.Module:
-        """As `network`, but always of the stock class: numbers that it has no input for are folded into its weights, as they are in
-        this sampler's steps; w: the guidance scale."""
+        """As `network`, but always of the stock class: where it reads numbers that this has no input for, all that it reads are folded
+        into its weights, as they are in this sampler's steps; w: the guidance scale. (One of them left to the class's own input
+        would be read through the folded weights.)"""
         network, reads, time = self.network(name), self.reads.get(name, ()), self.teacher.family.time
-        if not (own := time.own(reads)):
+        if not time.own(reads):
             return network
-        state = dict(network.state_dict())
-        key, layer = f"{time.first}.weight", f"{time.sinusoids}.layer.weight"
-        a, b = self.teacher.folded({layer: state.pop(layer).cpu()}, own, state[key].cpu(), sampler, w)
+        state, key = dict(network.state_dict()), f"{time.first}.weight"
+        layers = {f"{path}.weight": state.pop(f"{path}.weight").cpu() for path in time.layers(reads)}
+        a, b = self.teacher.folded(layers, reads, state[key].cpu(), sampler, w)
         state[key] = state[key] + (b.double() @ a.double()).to(state[key])
-        return self.teacher.fresh_network(state, tuple(n for n in reads if n not in own))
+        return self.teacher.fresh_network(state)
 
     def lora_state_dict(self, name: str) -> dict[str, Tensor]:
         """For `save_lora_weights(unet_lora_layers=...)`; pass `lora_metadata` with it, or alpha is lost."""

@@ -14,7 +14,7 @@ from stepdistill.diffusion.sampler import Sampler
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Trained
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.roles import Full, Lora, build_roles
+from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.teacher import call_of, load_teacher
 
 PROMPTS = ["a red ring", "a blue square"]
@@ -146,14 +146,6 @@ def test_blocks_give_maps(family):
     patches = network.proj_out(network.norm_out(maps["transformer_blocks.2"].flatten(2).transpose(1, 2), told))
     corner = patches.unflatten(1, (4, 2)).unflatten(3, (2, 2, 16))[:, :, :, 0, 1].permute(0, 3, 1, 2)
     torch.testing.assert_close(raw[:, :, 0::2, 1::2], corner)
-
-
-@pytest.mark.parametrize("setting", [Lora(2), Full()])
-def test_it_cannot_be_told_a_scale(family, setting):
-    with pytest.raises(RequestError, match="SD3Transformer2DModel has no input for a guidance scale"):
-        build_roles(family, {"teacher": Frozen(), "student": Trained()}, {"student": setting}, told_w=("student",))
-    with pytest.raises(ValueError, match="no input for a guidance scale"):
-        family.fresh_network(family.network.state_dict(), told_w=True)
 
 
 def test_in_bfloat16(folders):
