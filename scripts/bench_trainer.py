@@ -29,8 +29,8 @@ from stepdistill.data.stream import Stream, permuted  # noqa: E402
 from stepdistill.diffusion.draws import Step, key  # noqa: E402
 from stepdistill.methods.base import Follows  # noqa: E402
 from stepdistill.methods.consistency.lcm import LCM, Settings  # noqa: E402
-from stepdistill.models.families import load_teacher  # noqa: E402
 from stepdistill.models.roles import Lora, build_roles  # noqa: E402
+from stepdistill.models.teacher import load_teacher  # noqa: E402
 from stepdistill.training import TrainConfig, Trainer  # noqa: E402
 
 SEED, GUIDANCE, LR, CLIP, DECAY, C = 0, 3.0, 1e-3, 1.0, 0.98, 0.001

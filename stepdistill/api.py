@@ -24,9 +24,10 @@ from .evaluation import sweep
 from .evaluation.plans import SOLVERS
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load
+from .export import check as check_export
 from .recipe import Recipe
 from .run import folder
-from .run.checks import check, learning_rates
+from .run.checks import check, family, learning_rates, needs_of
 from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
 from .run.plan import plan
 from .run.preview import Preview
@@ -65,9 +66,9 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before."""
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
-        sampling(later, stage.family)
+        sampling(later, stage.teacher)
     with _progress() as report:
-        stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.family.latent_shape)
+        stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"})
     trainer = Trainer(stage.method, stage.roles, stream, TrainConfig(**entries, rates=learning_rates(recipe)), place,
@@ -120,9 +121,11 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     """
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
+    recipe = folder.recipe_of(run)
+    check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None, recipe.guidance)
     opened = open_run(run)
-    student = Student.of(opened.roles, opened.sampling_role, opened.inference, opened.recipe.method, run.resolve().name,
-                         guidance=opened.recipe.guidance, teacher=resources.portable(opened.recipe.teacher),
+    student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
+                         guidance=opened.recipe.guidance, base_model=resources.portable(opened.recipe.teacher),
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
     export_student(student, to, out, guidance, dtype)
     return out

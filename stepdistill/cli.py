@@ -43,8 +43,8 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     run = api.train(chosen, out=out, resume=resume)
     from .parallel import rank
     if rank() == 0:
-        from .run.checks import on_toy
-        after = f"its pictures: {run / 'samples'}" if on_toy(chosen) else f"next: stepdistill export {run} --to lora"
+        from .run.checks import family
+        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {run} --to lora"
         say.print(f"trained: {run}\n{after}", soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from stepdistill.evaluation.features import load_features
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation
 from stepdistill.export import open_export
-from stepdistill.models.families import call_of, load_teacher
+from stepdistill.models.teacher import call_of, load_teacher
 from stepdistill.recipe import Recipe
 
 ASSETS = Path(__file__).parents[1] / "assets"

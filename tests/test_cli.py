@@ -180,8 +180,8 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
     found = json.loads(stepdistill("plan", recipe, "--json").stdout)
     assert set(found) == {"roles", "bytes", "peak", "passes", "disk", "downloads"}
     from stepdistill.methods.base import Frozen, Trained
-    from stepdistill.models.families import load_teacher
     from stepdistill.models.roles import Lora, build_roles
+    from stepdistill.models.teacher import load_teacher
     roles = build_roles(load_teacher(tiny_teacher), {"teacher": Frozen(), "student": Trained()}, {"student": Lora(2)})
     assert found["roles"]["student"]["parameters"] == sum(p.numel() for p in roles.parameters("student"))
     assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
@@ -190,8 +190,8 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
 def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
     """Means over rollouts of 1 to 4 evaluations, the heads' own passes by the arithmetic of the network's first half."""
     from stepdistill.methods.distribution.dmd2 import DMD2, Settings
-    from stepdistill.models.families import load_teacher
     from stepdistill.models.roles import Lora, build_roles
+    from stepdistill.models.teacher import load_teacher
     from stepdistill.recipe import Recipe
     from stepdistill.run.plan import plan
     made = {"method": "dmd2", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 3.0, "steps": 4,

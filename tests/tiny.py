@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,3 +94,8 @@ def save_tiny_sd3(folder: Path, t5: bool = False, call: dict | None = None) -> P
     if call is not None:
         (folder / "stepdistill.json").write_text(json.dumps({"call": call}), encoding="utf-8")
     return folder
+
+
+def reading(needs: dict, *roles: str, numbers: tuple[str, ...] = ("w",)) -> dict:
+    """The same needs, where these roles read numbers beside their time."""
+    return {name: replace(need, reads=numbers) if name in roles else need for name, need in needs.items()}

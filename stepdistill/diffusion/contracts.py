@@ -1,7 +1,8 @@
 """The records that pass between layers: a condition, a batch, and what a role is."""
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Callable, Iterator, Protocol
 
 import torch
@@ -10,14 +11,17 @@ from torch import Tensor
 from .prediction import Prediction
 from .schedule import Schedule
 
+EXTRAS = ("w", "r")               # of the numbers in Condition.extra, those that can be given and read by name
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Condition:
-    """What a network is told beside x_t and t. Every tensor has the batch as its first axis.
+    """What a network reads beside x_t and t. Every tensor has the batch as its first axis.
 
-    text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64,
-    w (B,) the guidance scale told to a student (1 is conditional only), or to a critic the exit of a sample (1 is the first),
-    r (B,) the time to land on, in [0, 1];
+    text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64.
+    extra: numbers (B,) by name that a student or a critic reads through an embedding of its own: w, the guidance scale (1 is
+    conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1]. `Condition(w=...)` and
+    `cond.replace(w=...)` set them, None takes them away, and cond.w is None where there is none.
     null is the unconditional counterpart that guidance subtracts.
     """
 
@@ -26,46 +30,63 @@ class Condition:
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     label: Tensor | None = None
-    w: Tensor | None = None
-    r: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
     null: Condition | None = None
 
+    def __init__(self, **given: Any) -> None:
+        extra = {**given.pop("extra", {}), **{name: given.pop(name) for name in EXTRAS if name in given}}
+        if unknown := given.keys() - {f.name for f in fields(self)}:
+            raise TypeError(f"a Condition has no {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(self))}")
+        for f in fields(self):
+            object.__setattr__(self, f.name, given.get(f.name))
+        object.__setattr__(self, "extra", {name: value for name, value in extra.items() if value is not None})
+
+    @property
+    def w(self) -> Tensor | None:
+        return self.extra.get("w")
+
+    @property
+    def r(self) -> Tensor | None:
+        return self.extra.get("r")
+
     def replace(self, **changes: Any) -> Condition:
-        return replace(self, **changes)
+        return Condition(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
         """The same record with f applied to every tensor, those of `null` too."""
-        return Condition(**{name: f(value) if isinstance(value, Tensor) else value.map(f) for name, value in self._items()})
+        null = None if self.null is None else self.null.map(f)
+        return Condition(**{name: f(value) for name, value in self._tensors()}, extra={n: f(v) for n, v in self.extra.items()}, null=null)
 
     def __getitem__(self, index: Any) -> Condition:
         return self.map(lambda tensor: tensor[index])
 
     def dropped(self, chosen: Tensor) -> Condition:
-        """Unconditional where chosen, (B,) bool. ValueError without a `null`."""
+        """Unconditional where chosen, (B,) bool; extra stays. ValueError without a `null`."""
         if self.null is None:
             raise ValueError("conditions can be dropped only where cond.null says what stands in for them")
         changed = {name: torch.where(chosen.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), getattr(self.null, name), value)
-                   for name, value in self._items() if getattr(self.null, name) is not None}
-        return replace(self, **changed)
+                   for name, value in self._tensors() if getattr(self.null, name) is not None}
+        return self.replace(**changed)
 
     def to(self, *args: Any, **kwargs: Any) -> Condition:
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def __len__(self) -> int:
-        return len(next(value for _, value in self._items() if isinstance(value, Tensor)))
+        return len(next(value for _, value in (*self._tensors(), *self.extra.items())))
 
     @staticmethod
     def cat(parts: list[Condition]) -> Condition:
         """Joins along the batch. All parts must hold the same fields; `null` is joined where every part has one."""
-        names = [{name for name, _ in part._items() if name != "null"} for part in parts]
+        names = [({name for name, _ in part._tensors()}, part.extra.keys()) for part in parts]
         if any(n != names[0] for n in names):
-            raise ValueError(f"conditions of different make cannot be joined: {[sorted(n) for n in names]}")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names[0]}
+            raise ValueError(f"conditions of different make cannot be joined: {[sorted(one | two) for one, two in names]}")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in parts[0]._tensors()}
+        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
         nulls = [part.null for part in parts if part.null is not None]
-        return Condition(**joined, null=Condition.cat(nulls) if len(nulls) == len(parts) else None)
+        return Condition(**joined, extra=extra, null=Condition.cat(nulls) if len(nulls) == len(parts) else None)
 
-    def _items(self) -> Iterator[tuple[str, Any]]:
-        return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f.name, value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor))
 
 
 @dataclass(frozen=True)

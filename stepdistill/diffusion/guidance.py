@@ -69,9 +69,9 @@ class Guided:
             if not inside.any():
                 return self.role(x_t, t, cond)
             w = torch.where(inside.to(w.device), w, 1.0)
-        both = self.role(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat([cond.null, replace(cond, null=None)]))
+        both = self.role(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat([cond.null, cond.replace(null=None)]))
         without, given = both.raw.chunk(2)
-        return replace(both, raw=without + like(w, given) * (given - without), x_t=x_t, t=t)
+        return replace(both, raw=both.combine(given, without, like(w, given)), x_t=x_t, t=t)
 
 
 def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
@@ -79,7 +79,8 @@ def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None =
 
     w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives `role` itself. Outside the interval of t
     (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing raw
-    outputs mixes every view alike, since views are linear at one x_t and t. A `self_guided` role is told w, or is what it is.
+    outputs mixes every view alike, since views are linear at one x_t and t. A family whose pipeline mixes otherwise says so in the
+    prediction's `combine`. A `self_guided` role is told w, or is what it is.
     """
     if isinstance(role, SelfGuided):
         if interval is not None:

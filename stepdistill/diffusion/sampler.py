@@ -89,6 +89,10 @@ class Sampler:
         """As `of`, from all keyword arguments of a pipeline call: those that do not shape the sampler are passed over."""
         return cls.of(scheduler, k, schedule, **{key: call[key] for key in SHAPING if key in call})
 
+    def telling(self, role: Role) -> Role:
+        """The role as this sampler asks a flow map: told, as cond.r, where the step from each of its times lands."""
+        return _Landing(role, self)
+
     @property
     def times(self) -> Tensor:
         """What the network is told at each evaluation, as t: (nfe,) float64."""
@@ -136,6 +140,24 @@ class Sampler:
 
     def _predict(self, role: Role, x: Tensor, e: Evaluation, cond: Condition | None) -> Prediction:
         return replace(role(x, _times(e.told, x), cond), t=_times(e.level, x))
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """See `Sampler.telling`."""
+
+    role: Role
+    sampler: Sampler
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.role.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        if cond is None:
+            raise ValueError("where a step lands is told beside a condition, and there is none")
+        landings = torch.tensor([e.landing for e in self.sampler.evaluations], dtype=torch.float64)
+        return self.role(x_t, t, cond.replace(r=landings[(t.cpu()[:, None] - self.sampler.times).abs().argmin(1)]))
 
 
 def _times(t: float, x: Tensor) -> Tensor:

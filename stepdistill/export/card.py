@@ -66,7 +66,7 @@ def _facts(said: Mapping[str, Any]) -> str:
     settings = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
     proof = said["proof"]
     return (f"## Settings\n\n- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {settings}\n"
-            f"- guidance at inference: {_guidance(said)}\n"
+            f"- guidance at inference: {_guidance(said)}\n{_steps(said)}"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
             f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- {_rounding(said)}")
 
@@ -78,9 +78,13 @@ def _rounding(said: Mapping[str, Any]) -> str:
             f"rounded is {said['proof']['rounding']:.1e} on [0, 1] pixels")
 
 
+def _steps(said: Mapping[str, Any]) -> str:
+    return f"- steps: exactly {said['steps']}, whose landings are folded into the weights\n" if said["fixed_steps"] else ""
+
+
 def _guidance(said: Mapping[str, Any]) -> str:
     scale = said["call"]["guidance_scale"]
-    if said["told"] and said["format"] == "pipeline":
+    if said["told"] and said["keeps"]:
         return f"the network is told the scale, so it costs no second evaluation; {scale:g} here{_range(said)}"
     if said["told"]:
         return f"the scale {said['guidance']:g} is folded into the weights; leave `guidance_scale` at {scale:g}"

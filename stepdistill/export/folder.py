@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import RequestError, gist
-from ..models.families import SETTINGS, absent_parts
+from ..models.teacher import SETTINGS, absent_parts
 from .formats import component
 
 

@@ -2,8 +2,9 @@
 (`leaving.Leaving`) and returns the name of its weights file."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,6 +14,12 @@ from ..errors import RequestError
 from .dtypes import save_pipeline
 from .fold import folded
 from .student import Lora, Student
+
+if TYPE_CHECKING:
+    from ..models.families import Family
+
+Call = Mapping[str, Any]
+Trained = float | tuple[float, float] | None
 
 
 def component(pipe: DiffusionPipeline) -> str:
@@ -36,7 +43,8 @@ def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype,
 
 
 def write_pipeline(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
-    """The whole pipeline, an adapter merged into its network; a told student keeps reading its scale."""
+    """The whole pipeline, an adapter merged into its network. A student keeps reading the numbers that its class has an input
+    for."""
     save_pipeline(pipe, folder, dtype)
     return f"{component(pipe)}/diffusion_pytorch_model.safetensors"
 
@@ -45,25 +53,42 @@ WRITERS: dict[str, Callable[[Student, DiffusionPipeline, torch.dtype, Path], str
     "lora": write_lora, "pipeline": write_pipeline, "comfyui": write_comfyui}
 
 
-def adapter(student: Student, base: DiffusionPipeline, guidance: float | None, to: str) -> Lora:
-    """The student as an adapter on the stock denoiser, its guidance folded in if it was told."""
-    if student.lora is None:
-        raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
-    if to == "comfyui" and component(base) != "unet":
-        raise RequestError(f"kohya's LoRA keys are written for UNets; {type(base).__name__} has a transformer: "
+def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...], lora: bool, trained: Trained) -> None:
+    """RequestError for an export that cannot be, known before anything is loaded.
+
+    reads: the numbers that the student reads beside its time; lora: whether it is an adapter; trained: the scale or the range of scales
+    that it was trained at.
+    """
+    if family.no_pipeline is not None:
+        raise RequestError(family.no_pipeline)
+    if to not in WRITERS:
+        raise RequestError(f"there is no export --to {to}; there are {', '.join(WRITERS)}")
+    if to == "comfyui" and family.denoiser != "unet":
+        raise RequestError(f"kohya's LoRA keys are written for UNets; the network of the family {family.name} is a {family.denoiser}: "
                            "use --to lora, which ComfyUI reads for transformers")
-    if student.cond_proj is None:
-        return student.lora
-    if guidance is None:
-        raise RequestError(f"this student is told its guidance scale and a LoRA holds one: add --guidance W"
-                           f"{_trained(student)}, or use --to pipeline, which keeps the choice")
-    told = torch.arange(student.scheduler.config["num_train_timesteps"])
-    return folded(student.lora, student.cond_proj, embedding(base, guidance, student.cond_proj.shape[1]), base.unet, told)
+    if to != "pipeline" and not lora:
+        raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
+    if "w" not in reads and guidance is not None:
+        raise RequestError(f"--guidance {guidance:g} chooses the scale of a student that is told one; this student was not: "
+                           "leave --guidance out")
+    if "w" in reads and guidance is None and not keeps(to, family, reads):
+        instead = ", or use --to pipeline, which keeps the choice" if keeps("pipeline", family, reads) else ""
+        raise RequestError(f"this student is told its guidance scale and its weights hold one: add --guidance W"
+                           f"{'' if trained is None else f' (it was trained at {trained})'}{instead}")
+    if guidance is not None and isinstance(trained, (tuple, list)) and not trained[0] <= guidance <= trained[1]:
+        raise RequestError(f"--guidance {guidance:g} is outside what this student was trained for: choose from {trained[0]:g} to "
+                           f"{trained[1]:g}")
 
 
-def embedding(pipe: DiffusionPipeline, guidance: float, dim: int) -> Tensor:
-    """The scale as the stock pipeline tells it: (dim,), sinusoids of w - 1."""
-    return pipe.get_guidance_scale_embedding(torch.tensor([guidance - 1.0]), embedding_dim=dim)[0]
+def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:
+    """Whether an export leaves the guidance scale of a student that is told one to the call: its class must have an input for it, and
+    for all else that the student reads."""
+    return to == "pipeline" and "w" in reads and not family.time.own(reads)
+
+
+def adapter(student: Student, call: Call, guidance: float | None) -> Lora:
+    """The student as an adapter on the stock denoiser, the numbers that it reads folded in."""
+    return folded(student, student.sampler(call), guidance) if student.reads else student.lora
 
 
 def kohya(lora: Lora) -> dict[str, Tensor]:
@@ -77,6 +102,3 @@ def kohya(lora: Lora) -> dict[str, Tensor]:
         state[f"{name}.alpha"] = torch.tensor(lora.scaling(module) * len(down), dtype=torch.float32)
     return state
 
-
-def _trained(student: Student) -> str:
-    return "" if student.guidance is None else f" (it was trained at {student.guidance})"

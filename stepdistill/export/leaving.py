@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..models.adapters import AdapterBank, LoraConfig
 from ..models.denoiser import Denoiser
-from ..models.families import Family, load_teacher
+from ..models.teacher import Teacher, load_teacher
 from .dtypes import round_pipeline_
-from .formats import adapter, component
+from .formats import adapter, component, keeps
 from .proof import reference, within
 from .student import Lora, Student
 
@@ -40,12 +40,12 @@ def leave(student: Student, to: str, call: Mapping[str, Any], guidance: float | 
     """
     if to == "pipeline":
         return _pipeline(student, call, guidance, dtype)
-    pipe = student.family.pipeline()
-    lora = adapter(student, pipe, guidance, to)
+    pipe = student.teacher.pipeline()
+    lora = adapter(student, call, guidance)
     if dtype == torch.float32:
         return Leaving(replace(student, lora=lora), pipe, None)
     unrounded = reference(student, student.scheduler, call, guidance)
-    worn = _on_base(student.family, pipe, lora)
+    worn = _on_base(student.teacher, pipe, lora)
     within(reference(_stock(student, worn, lora), student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded")
     lora = lora.rounded(dtype)
     worn.bank.load_state_dict("student", lora.state)
@@ -53,16 +53,17 @@ def leave(student: Student, to: str, call: Mapping[str, Any], guidance: float | 
 
 
 def _pipeline(student: Student, call: Mapping[str, Any], guidance: float | None, dtype: torch.dtype) -> Leaving:
-    network = student.network()
+    network = student.network(student.sampler(call), guidance)
+    reads = student.reads if keeps("pipeline", student.teacher.family, student.reads) else ()
     if dtype == torch.float32:
-        return Leaving(replace(student, lora=None), student.family.pipeline(network, student.scheduler), None)
+        return Leaving(replace(student, lora=None), student.teacher.pipeline(network, student.scheduler), None)
     unrounded = reference(student, student.scheduler, call, guidance)
-    whole = replace(student, lora=None, role=Denoiser(student.family, network, told_w=student.told))
+    whole = replace(student, lora=None, role=Denoiser(student.teacher, network, reads=reads), reads=reads)
     within(reference(whole, student.scheduler, call, guidance), unrounded, "the pipeline before it is rounded")
-    family = load_teacher(student.family.source, student.family.revision)          # one of its own: its codec is rounded too
-    pipe = family.pipeline(network, student.scheduler)
+    teacher = load_teacher(student.teacher.source, student.teacher.revision)         # one of its own: its codec is rounded too
+    pipe = teacher.pipeline(network, student.scheduler)
     round_pipeline_(pipe, dtype)
-    return Leaving(replace(whole, family=family, role=Denoiser(family, network, told_w=student.told)), pipe, unrounded)
+    return Leaving(replace(whole, teacher=teacher, role=Denoiser(teacher, network, reads=reads)), pipe, unrounded)
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class _Worn:
     bank: AdapterBank
 
 
-def _on_base(family: Family, pipe: DiffusionPipeline, lora: Lora) -> _Worn:
+def _on_base(teacher: Teacher, pipe: DiffusionPipeline, lora: Lora) -> _Worn:
     """The adapter on the pipeline's own network, computed as a stock pipeline computes it."""
     network = pipe.components[component(pipe)]
     bank = AdapterBank(network, {"student": LoraConfig(**lora.metadata())})
     bank.load_state_dict("student", lora.state)
-    return _Worn(Denoiser(family, network, partial(bank.use, "student")), bank)
+    return _Worn(Denoiser(teacher, network, partial(bank.use, "student")), bank)
 
 
 def _stock(student: Student, worn: _Worn, lora: Lora) -> Student:
     """The student whose guidance scale, if it was told one, is within the adapter."""
-    return replace(student, role=worn.role, lora=lora, cond_proj=None)
+    return replace(student, role=worn.role, lora=lora, reads=(), layers={})

@@ -40,7 +40,7 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4.
     """
     said = read_settings(folder)
-    pipe, call = open_export(folder, student.family.source)
+    pipe, call = open_export(folder, student.teacher.source)
     if student.lora is not None:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
@@ -65,19 +65,21 @@ def within(images: Tensor, ours: Tensor, what: str) -> float:
 @torch.no_grad()
 def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, Any], guidance: float | None) -> Tensor:
     """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]."""
-    family, generator, prompts = student.family, torch.Generator().manual_seed(SEED), _prompts(student)
-    sampler = Sampler.of_call(scheduler, student.steps, family.schedule, call)
-    shape = (len(prompts), *family.latent_shape)
+    teacher, generator, prompts = student.teacher, torch.Generator().manual_seed(SEED), _prompts(student)
+    sampler = Sampler.of_call(scheduler, student.steps, teacher.schedule, call)
+    shape = (len(prompts), *teacher.latent_shape)
     noise = torch.randn(shape, generator=generator)
-    if not family.seeded_steps:
+    if not teacher.family.seeded_steps:
         generator = torch.Generator().manual_seed(SEED)
-    cond, role = family.encode(prompts), student.role
+    cond, role = teacher.encode(prompts), student.role
+    if "r" in student.reads:
+        role = sampler.telling(role)
     if student.told:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
     else:
         role = guided(role, max(1.0, call["guidance_scale"]))       # stock pipelines guide above 1 only
     latents = sampler(role, noise, cond, lambda i: torch.randn(shape, generator=generator))
-    return (family.decode(latents) / 2 + 0.5).clamp(0, 1)
+    return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
 def _prompts(student: Student) -> list[str]:

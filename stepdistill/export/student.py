@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.contracts import Role
+from ..diffusion.sampler import Sampler
+from ..models.schedulers import StockCall, stock_scheduler
 from .dtypes import rounded
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from ..methods.base import Inference
-    from ..models.families import Family
     from ..models.roles import Roles
-from ..models.schedulers import stock_scheduler
+    from ..models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,14 @@ class Lora:
         return next(matches, self.alpha) / len(self.state[f"{module}.lora_A.weight"])
 
     def extended(self, module: str, a: Tensor, b: Tensor) -> Lora:
-        """The same adapter with the term b a^T added to the weight of one linear module. a: (in,), b: (out,)."""
+        """The same adapter with the term b a added to the weight of one linear module. a: (n, in), b: (out, n)."""
         down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-        row, column = a[None], b[:, None]
         scaling = 1.0
         if down in self.state:
             scaling = self.scaling(module)
-            row, column = torch.cat([self.state[down], row]), torch.cat([self.state[up], column / scaling], 1)
-        rank, tail = len(row), re.escape(module)
-        return replace(self, state={**self.state, down: row, up: column},
+            a, b = torch.cat([self.state[down], a]), torch.cat([self.state[up], b / scaling], 1)
+        rank, tail = len(a), re.escape(module)
+        return replace(self, state={**self.state, down: a, up: b},
                        rank_pattern={tail: rank, **self.rank_pattern},
                        alpha_pattern={tail: scaling * rank, **self.alpha_pattern})
 
@@ -84,42 +83,47 @@ class Lora:
 class Student:
     """One role of a finished run, ready to leave. Everything is float32 and on the CPU.
 
-    family: the teacher's; it encodes, decodes and builds stock pipelines. role: the student as it samples.
-    lora: its adapter, None if it trained all weights. network: makes a stock network that computes the same, adapters
-    merged. cond_proj: (in, D) of a student told its guidance scale, else None. scheduler: the stock scheduler of its
-    inference; call: the literal keyword arguments of its pipeline call, num_inference_steps and guidance_scale among
-    them. run names the run: an export may be replaced by the same run's alone. guidance: what it was trained at, a
-    scale or a range. teacher: what users call the teacher, its source unless given. results: results.json as read, or None.
+    teacher: encodes, decodes and builds stock pipelines. role: the student as it samples.
+    lora: its adapter, None if it trained all weights. network(sampler, w): makes a stock network that computes the same, adapters
+    merged and numbers that its class cannot read folded in. reads: the numbers that it reads beside its time; layers: the weights that
+    read them. scheduler: the stock scheduler of its inference; call: the literal keyword arguments of its pipeline
+    call, num_inference_steps and guidance_scale among them. run names the run: an export may be replaced by the same run's alone. guidance: what it was trained at, a
+    scale or a range. base_model: what users call the teacher, its source unless given. results: results.json as read, or None.
     """
 
-    family: Family
+    teacher: Teacher
     role: Role
     role_name: str
     lora: Lora | None
-    network: Callable[[], nn.Module]
-    cond_proj: Tensor | None
+    network: Callable[[Sampler, float | None], nn.Module]
+    reads: tuple[str, ...]
+    layers: Mapping[str, Tensor]
     scheduler: SchedulerMixin
     call: Mapping[str, Any]
     method: str
     run: str
     guidance: float | tuple[float, float] | None = None
-    teacher: str | None = None
+    base_model: str | None = None
     results: Mapping[str, Any] | None = None
     prompts: tuple[str, ...] = ("",)
 
     @classmethod
-    def of(cls, roles: Roles, name: str, inference: Inference, method: str, run: str, **more: Any) -> Student:
+    def of(cls, roles: Roles, name: str, stock: StockCall, method: str, run: str, **more: Any) -> Student:
         """The role `name` ("ema" if the run has one, else "student") of roles on the CPU. more: the fields with defaults."""
-        family, state = roles.family, roles.state_dict(name)
+        teacher, state, reads = roles.teacher, roles.state_dict(name), roles.reads[name]
         lora = Lora.of(state, roles.lora_metadata(name)) if roles.is_lora(name) else None
-        scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        cond_proj = None if family.w_path is None else state.get(f"{family.w_path}.weight")
-        return cls(family, roles[name], name, lora, partial(roles.network, name), cond_proj, scheduler, inference.call, method, run,
+        scheduler = stock_scheduler(stock.scheduler, stock.config, teacher.scheduler)
+        layers = {f"{path}.weight": state[f"{path}.weight"] for path in teacher.family.time.layers(reads)}
+        return cls(teacher, roles[name], name, lora, partial(roles.stock_network, name), reads, layers, scheduler, stock.call, method, run,
                    **more)
 
     @property
     def told(self) -> bool:
-        return self.cond_proj is not None
+        """Whether it has a guidance embedding."""
+        return "w" in self.reads
+
+    def sampler(self, call: Mapping[str, Any]) -> Sampler:
+        return Sampler.of_call(self.scheduler, self.steps, self.teacher.schedule, call)
 
     @property
     def steps(self) -> int:

@@ -14,12 +14,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
-from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
-from .formats import WRITERS
+from .formats import WRITERS, check, keeps
 from .leaving import leave
 from .proof import IMAGES, TOLERANCE, Proof, prove
 from .student import Student
@@ -33,8 +32,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
     out = Path(out)
-    if to not in WRITERS:
-        raise RequestError(f"there is no export --to {to}; there are {', '.join(WRITERS)}")
+    check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance)
     dtype = chosen(dtype, to)
     _may_write(out, student)
     call, scale = _settings(student, to, guidance)
@@ -56,37 +54,26 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
 
 def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
     """(the keyword arguments of the pipeline call, the scale that a told student is told: None for any other)."""
-    call = dict(student.call)
+    call, spoken = dict(student.call), student.teacher.family.guidance
     if not student.told:
-        if guidance is not None:
-            raise RequestError(f"--guidance {guidance:g} chooses the scale of a student that is told one; this student was "
-                               f"not, and samples at guidance_scale={call['guidance_scale']:g}: leave --guidance out")
         return call, None
-    _in_range(student, guidance)
-    if to != "pipeline":
-        return {**call, "guidance_scale": 1.0}, guidance
-    scale = call["guidance_scale"] if guidance is None else guidance
-    return {**call, "guidance_scale": scale}, scale
-
-
-def _in_range(student: Student, guidance: float | None) -> None:
-    if guidance is None or not isinstance(student.guidance, (tuple, list)):
-        return
-    low, high = student.guidance
-    if not low <= guidance <= high:
-        raise RequestError(f"--guidance {guidance:g} is outside what this student was trained for: choose from {low:g} to {high:g}")
+    if not keeps(to, student.teacher.family, student.reads):
+        return call | spoken.none, guidance
+    scale = call[spoken.embedded] if guidance is None else guidance
+    return call | {spoken.embedded: scale}, scale
 
 
 def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None, weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
-    sampler = Sampler.of_call(student.scheduler, student.steps, student.family.schedule, call)
+    sampler = student.sampler(call)
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
-            "teacher": student.teacher or student.family.source,
-            "revision": student.family.revision, "role": student.role_name, "run": student.run,
-            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "guidance": scale,
-            "trained_guidance": student.guidance, "teacher_call": dict(student.family.call),
-            "without": list(student.family.without), "global_noise": sampler.stochastic and not student.family.seeded_steps,
-            "told_times": student.family.told_time(sampler.times).tolist(),
+            "teacher": student.base_model or student.teacher.source,
+            "revision": student.teacher.revision, "role": student.role_name, "run": student.run,
+            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "keeps": keeps(to, student.teacher.family, student.reads),
+            "fixed_steps": "r" in student.reads, "guidance": scale,
+            "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
+            "without": list(student.teacher.without), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
+            "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 

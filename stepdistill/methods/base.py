@@ -3,21 +3,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..diffusion.consistency import TIMESTEP_SCALING
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
-from ..diffusion.times import LEVELS
+from ..diffusion.schedule import Schedule
 
-# Of a flow's scheduler that takes a call's sigmas as they are, whatever the teacher's own grid.
-AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
-            "use_exponential_sigmas": False, "use_beta_sigmas": False}
-DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
 
@@ -36,12 +31,12 @@ class Frozen:
 class Trained:
     """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first.
 
-    told_w: the network also reads `cond.w`, the guidance scale or a critic's exit, through an embedding that contributes nothing
-    at first.
+    reads: names of numbers in `cond.extra` that its network also reads, through an embedding that contributes nothing at first:
+    "w", the guidance scale or a critic's exit, "r", the time to land on.
     """
 
     start: str = "teacher"
-    told_w: bool = False
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,74 +95,29 @@ class Update:
 
 @dataclass(frozen=True)
 class Inference:
-    """How a student is sampled: a stock scheduler and the literal keyword arguments of the pipeline call.
+    """How a student is sampled, in words of the mathematics; the teacher's family spells it for its stock pipeline.
 
-    `scheduler` names a class of diffusers; `config` is changed on top of the teacher's own scheduler config.
+    steps: evaluations of the network. noise: the share of fresh noise in each step: 0 is DDIM's or Euler's step, 1 is x_0 noised
+    again to the next time (Luo et al. 2023, arXiv:2310.04378), between them is TCD's gamma. nodes: the even grid from which
+    `steps` times are taken; None: steps. times: the times themselves, descending in [0, 1], where they are no even grid. end: where
+    the last step lands, 0 the data. shift: of a flow's nodes towards noise. guidance: what the student's guidance embedding
+    reads; None where it has none. The pipeline itself never guides. exact_grid: every step lands where the next begins and the
+    network is asked; False: times may be rounded to those that a discrete schedule has.
     """
 
-    scheduler: str
-    config: Mapping[str, Any]
-    call: Mapping[str, Any]
-
-
-def renoised(steps: int, schedule: str) -> Inference:
-    """The sampler of distribution matching: x_0, noised again to the next of `steps` equally spaced times.
-
-    Yin et al. 2024, arXiv:2405.14867, section 4.4. LCMScheduler's own boundary scalings differ from it by less than
-    1e-6 at these times. Where `steps` do not divide 1000 its times are floor(1000 / steps) apart. A flow's sigmas are its
-    times, whatever the shift of the teacher's own grid.
-    """
-    call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
-    if schedule == "vp":
-        return Inference("LCMScheduler", {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING, "clip_sample": False,
-                                          "thresholding": False}, call)
-    return Inference("FlowMatchLCMScheduler", AS_GIVEN, call | {"sigmas": [1 - i / steps for i in range(steps)]})
-
-
-def deterministic(steps: int, schedule: str) -> Inference:
-    """The sampler of trajectory methods: DDIM from t = 1 over `steps` equal steps, each of which lands where the next begins.
-
-    ValueError where the stock scheduler does not. DDIMScheduler, told time 1000 - 1000 i / steps - 1, rounded, lands
-    floor(1000 / steps) below: where steps do not divide 1000 the state is at another noise level than the network is told
-    (3 steps: at 333, told 332). A flow's sigmas are its times, whatever the shift of the teacher's own grid.
-    """
-    if steps < 1:
-        raise ValueError(f"a sampler takes at least 1 step; found {steps}")
-    call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
-    if schedule == "flow":
-        config = {**AS_GIVEN, "stochastic_sampling": False}
-        return Inference("FlowMatchEulerDiscreteScheduler", config, call | {"sigmas": [1 - i / steps for i in range(steps)]})
-    if LEVELS % steps:
-        near = [max(d for d in DIVISORS if d < steps), *(d for d in DIVISORS if d > steps)][:2]
-        raise ValueError(f"DDIMScheduler takes equal steps only where their number divides its {LEVELS} times; found {steps}, and "
-                         f"{' or '.join(map(str, near))} would be right")
-    config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
-    return Inference("DDIMScheduler", config, call)
-
-
-def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
-    """The `sigmas` of a flow's call, `steps` of the `nodes` ends of equal segments, chosen as LCMScheduler chooses times."""
-    return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
+    steps: int
+    noise: float = 0.0
+    nodes: int | None = None
+    times: tuple[float, ...] | None = None
+    end: float = 0.0
+    shift: float = 1.0
+    guidance: float | None = None
+    exact_grid: bool = True
 
 
 def middle(guidance: Guidance) -> float:
     """A scale as it is, of a range its middle."""
     return float(guidance) if isinstance(guidance, int | float) else sum(guidance) / 2
-
-
-def equal_steps(steps: int, schedule: str, scale: float = 1.0) -> Inference:
-    """`deterministic`, and for other numbers of steps on a VP schedule one that rounds its times: a halving of 16 steps has them.
-
-    EulerDiscreteScheduler's trailing steps land where the next begin, whatever their number. It starts from noise that is
-    alpha^2 / 2 too small, 0.2 % for Stable Diffusion; DDIMScheduler, which does not, is taken where it serves. scale: what a
-    student that is told a guidance scale is told.
-    """
-    if schedule == "vp" and 1 <= steps <= LEVELS and LEVELS % steps:
-        config = {"timestep_spacing": "trailing", "timestep_type": "discrete", "interpolation_type": "linear", "final_sigmas_type": "zero",
-                  "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-        return Inference("EulerDiscreteScheduler", config, {"num_inference_steps": steps, "guidance_scale": scale})
-    found = deterministic(steps, schedule)
-    return replace(found, call={**found.call, "guidance_scale": scale})
 
 
 class Method(ABC):
@@ -207,10 +157,10 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def inference(cls, settings: Any, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        """The stock scheduler that serves `steps` evaluations. schedule: "vp" or "flow". ValueError if none does.
+    def inference(cls, settings: Any, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        """How a student of `steps` evaluations is sampled. schedule: the teacher's. ValueError where the settings do not serve it.
 
-        guidance: the recipe's. It reaches the call only where the student is told its scale.
+        guidance: the recipe's. Only a student with a guidance embedding reads it.
         """
 
     @abstractmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,14 +43,14 @@ def matching(network: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer without bias that each adapter has of its own and the base has not: x (B, I) -> (B, O).
+    """A linear layer without bias that some adapters have, each of its own width, and the base has not: x (B, I) -> (B, O).
 
-    All start at zero. `active` is the bank's list of active adapters.
+    All start at zero. widths: I of each adapter; `active` is the bank's list of active adapters.
     """
 
-    def __init__(self, names: Sequence[str], in_features: int, out_features: int, active: list[str]) -> None:
+    def __init__(self, widths: Mapping[str, int], out_features: int, active: list[str]) -> None:
         super().__init__()
-        self.weights = nn.ParameterDict({name: torch.zeros(out_features, in_features) for name in names})
+        self.weights = nn.ParameterDict({name: torch.zeros(out_features, width) for name, width in widths.items()})
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class AdapterBank:
             _check_targets(network, config.target_modules)
         self.network, self.configs = network.requires_grad_(False), dict(configs)
         self._active: list[str] = []
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _same_device(network):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             for name, config in self.configs.items():
                 inject_adapter_in_model(config, network, adapter_name=name)
@@ -112,16 +113,16 @@ class AdapterBank:
             for path, parameter in parameters.items():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-                if ".lora_A." in path:
+                if ".lora_A." in path and not parameter.is_meta:
                     generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
                     parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / self.configs[name].r)
 
-    def add_linear(self, path: str, names: Sequence[str], in_features: int, out_features: int) -> None:
-        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of those adapters."""
+    def add_linear(self, path: str, widths: Mapping[str, int], out_features: int) -> None:
+        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of the adapters in `widths`."""
         parent, _, leaf = path.rpartition(".")
-        layer = AdapterLinear(names, in_features, out_features, self._active).to(next(self.network.parameters()).device)
+        layer = AdapterLinear(widths, out_features, self._active).to(next(self.network.parameters()).device)
         setattr(self.network.get_submodule(parent), leaf, layer)
-        for name in names:
+        for name in widths:
             self._parameters[name][f"{path}.weight"] = layer.weights[name]
 
     @property
@@ -185,6 +186,11 @@ class AdapterBank:
                     plain[f"{path}.weight"] += layer.get_delta_weight(name).float()
             plain |= {path: value.clone() for path, value in self.state_dict(name).items() if ".lora_" not in path}
         return plain
+
+
+def _same_device(network: nn.Module) -> AbstractContextManager:
+    """Within, what is made lies on the meta device where the network does, and has no bytes either."""
+    return torch.device("meta") if next(network.parameters()).is_meta else nullcontext()
 
 
 def _layers(network: nn.Module) -> list[str]:

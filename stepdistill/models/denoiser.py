@@ -3,33 +3,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.prediction import Prediction
-from .families import Family
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
 
 
 class Denoiser:
-    """One network, or one adapter of a network, under its family's conventions.
+    """One network, or one adapter of a network, under its teacher's conventions.
 
     context: entered around every call; an adapter bank hands in `partial(bank.use, name)`.
-    told_w: whether this role reads the guidance scale `cond.w`. A role that does not never sees it, so that teacher and
-    student may share a batch's condition; a role that does refuses a condition without it.
+    reads: the numbers of `cond.extra` that this role reads. It never sees others, so that teacher and student may share a
+    batch's condition; it refuses a condition without its own.
     """
 
-    def __init__(self, family: Family, network: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext,
-                 told_w: bool = False) -> None:
-        self.family, self.network, self.context, self.told_w = family, network, context, told_w
-        self.schedule = family.schedule
+    def __init__(self, teacher: Teacher, network: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext,
+                 reads: tuple[str, ...] = ()) -> None:
+        self.teacher, self.network, self.context, self.reads = teacher, network, context, reads
+        self.schedule = teacher.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        """x_t (B, C, H, W); t (B,) float64 in [0, 1]. The raw output has the dtype of x_t."""
-        if self.told_w and (cond is None or cond.w is None):
-            raise ValueError("this role is told its guidance scale, but the condition has no w: pass cond.replace(w=...)")
-        if not self.told_w and cond is not None and cond.w is not None:
-            cond = cond.replace(w=None)
+        """x_t (B, ...); t (B,) float64 in [0, 1]. The raw output has the dtype of x_t."""
+        if missing := [name for name in self.reads if cond is None or name not in cond.extra]:
+            raise ValueError(f"this role reads {', '.join(self.reads)}, but the condition has no {', '.join(missing)}: pass "
+                             f"cond.replace({missing[0]}=...)")
+        if cond is not None and (self.reads or cond.extra):
+            cond = cond.replace(extra={name: cond.extra[name] for name in self.reads})
         with self.context():
-            raw = self.family.predict(self.network, x_t, t, cond)
-        return Prediction(raw, x_t, t, self.schedule, self.family.kind)
+            raw = self.teacher.predict(self.network, x_t, t, cond)
+        return Prediction(raw, x_t, t, self.schedule, self.teacher.kind, self.teacher.family.combine)

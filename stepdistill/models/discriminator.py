@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import sqrt
 from typing import Any
 
@@ -131,10 +131,10 @@ class Discriminator(nn.Module):
         return self._read(self._maps(found, x_t))
 
     def _maps(self, found: Mapping[str, Any], x_t: Tensor) -> dict[str, Tensor]:
-        return {name: self.role.family.feature_map(output, x_t).float() for name, output in found.items()}
+        return {name: self.role.teacher.feature_map(output, x_t).float() for name, output in found.items()}
 
     def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
-        with torch.autocast(maps[self.features[0]].device.type, enabled=False):
+        with uncast(maps[self.features[0]]):
             return torch.stack([self.heads[slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
 
 
@@ -147,6 +147,11 @@ def initialise(heads: nn.ModuleDict, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / sqrt(parameter[0].numel()))
         elif path.endswith("bias"):
             parameter.zero_()
+
+
+def uncast(x: Tensor) -> AbstractContextManager:
+    """Within, nothing is cast to 16 bits. Tensors without values are never cast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def slug(name: str) -> str:

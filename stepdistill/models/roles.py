@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.guidance import SelfGuided, self_guided
-from ..errors import RequestError
+from ..diffusion.sampler import Sampler
 from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, LoraConfig, lora_config
 from .denoiser import Denoiser
 from .discriminator import Discriminator, Shape, chosen, paired
 from .ema import Ema
-from .families import Family
+from .extra_embedding import install
 from .recompute import recomputed
-from .vision import PictureHeads, PlaneFeatures, Vision, prompt_vector, sight_of
+from .teacher import Teacher
+from .vision import PictureHeads, PlaneFeatures, Vision, prompt_vector
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ Setting = Lora | Full | Places
 
 @dataclass(frozen=True)
 class Weights:
-    """A student of another run on the same base. state: of its adapter or its network, with the layer that reads w if told_w."""
+    """A student of another run on the same base. state: of its adapter or its network, with the layers of the numbers it `reads`."""
 
     setting: Lora | Full
     state: Mapping[str, Tensor]
-    told_w: bool = False
+    reads: tuple[str, ...] = ()
 
 
 Role = Denoiser | Discriminator | SelfGuided | PictureHeads | Vision | PlaneFeatures | Callable[[Tensor], Tensor]
@@ -71,15 +72,15 @@ class Roles(Mapping[str, Role]):
     seed: of the heads' first values.
     """
 
-    def __init__(self, family: Family, needs: Mapping[str, Need], told_w: frozenset[str], bank: AdapterBank | None,
+    def __init__(self, teacher: Teacher, needs: Mapping[str, Need], reads: Mapping[str, tuple[str, ...]], bank: AdapterBank | None,
                  networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], visions: Mapping[str, Vision | PlaneFeatures],
                  seed: int) -> None:
-        self.family, self.needs, self.told_w, self.bank, self.networks = family, dict(needs), told_w, bank, dict(networks)
+        self.teacher, self.needs, self.reads, self.bank, self.networks = teacher, dict(needs), dict(reads), bank, dict(networks)
         self.visions = dict(visions)
-        pixels = {name: family.pixels for name, need in needs.items() if isinstance(need, Codec)}
+        pixels = {name: teacher.pixels for name, need in needs.items() if isinstance(need, Codec)}
         self._denoisers = {name: self._denoiser(name) for name, need in needs.items() if not isinstance(need, Heads | Codec | Features)}
         self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed) for name, shapes in features.items()}
-        taught = {name: self_guided(self._denoisers[name], name in told_w) for name, need in needs.items()
+        taught = {name: self_guided(self._denoisers[name], "w" in reads[name]) for name, need in needs.items()
                   if isinstance(need, Frozen) and (name in networks or self.is_lora(name))}
         self._roles: dict[str, Role] = self._denoisers | self._discriminators | self.visions | pixels | taught
         self._modules = self.networks | self._discriminators
@@ -88,18 +89,18 @@ class Roles(Mapping[str, Role]):
 
     def _denoiser(self, name: str) -> Denoiser:
         if name in self.networks:
-            return Denoiser(self.family, self.networks[name], told_w=name in self.told_w)
-        return self._on_base(name if self.is_lora(name) else None, name in self.told_w)
+            return Denoiser(self.teacher, self.networks[name], reads=self.reads[name])
+        return self._on_base(name if self.is_lora(name) else None, self.reads.get(name, ()))
 
     def _discriminator(self, of: str, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
         if of not in self.visions:
             return Discriminator(self._denoisers[of], shapes, seed)
-        width = prompt_vector(self.family.encode([self.family.null_prompt])).shape[-1]
+        width = prompt_vector(self.teacher.encode([self.teacher.null_prompt])).shape[-1]
         return PictureHeads(shapes, width, seed)
 
-    def _on_base(self, adapter: str | None, told_w: bool = False) -> Denoiser:
+    def _on_base(self, adapter: str | None, reads: tuple[str, ...] = ()) -> Denoiser:
         context = nullcontext if self.bank is None else partial(self.bank.use, adapter)
-        return Denoiser(self.family, self.family.network, context, told_w)
+        return Denoiser(self.teacher, self.teacher.network, context, reads)
 
     @property
     def base(self) -> Denoiser:
@@ -129,7 +130,7 @@ class Roles(Mapping[str, Role]):
         return list(self._modules[name].parameters()) if name in self._modules else []
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint holds of a role: its adapter or its network (with the layer that reads w, if it has one), its
+        """What a checkpoint holds of a role: its adapter or its network (with the layers of the numbers it reads), its
         heads, or nothing for the base. The tensors are the living ones."""
         if self.is_lora(name):
             return self.bank.state_dict(name)
@@ -156,20 +157,34 @@ class Roles(Mapping[str, Role]):
                 self.follow(name)
 
     def to(self, device: torch.device | str) -> Roles:
-        """Moves the family and every role; parameters stay the same objects."""
-        self.family.to(device)
+        """Moves the teacher and every role; parameters stay the same objects."""
+        self.teacher.to(device)
         for module in (*self._modules.values(), *self.visions.values()):
             module.to(device)
         return self
 
     def network(self, name: str) -> nn.Module:
-        """The role as a new stock float32 network, an adapter merged into it: for `network.save_pretrained`."""
-        told_w = name in self.told_w
+        """The role as a new float32 network, an adapter merged into it: stock, for `network.save_pretrained`, unless it reads numbers
+        that its class has no input for."""
+        reads = self.reads.get(name, ())
         if name in self.networks:
-            return self.family.fresh_network(self.networks[name].state_dict(), told_w)
+            return self.teacher.fresh_network(self.networks[name].state_dict(), reads)
         if self.bank is None:
-            return self.family.fresh_network(self.family.network.state_dict(), told_w)
-        return self.family.fresh_network(self.bank.merged(name if self.is_lora(name) else None), told_w)
+            return self.teacher.fresh_network(self.teacher.network.state_dict(), reads)
+        return self.teacher.fresh_network(self.bank.merged(name if self.is_lora(name) else None), reads)
+
+    def stock_network(self, name: str, sampler: Sampler, w: float | None = None) -> nn.Module:
+        """As `network`, but always of the stock class: where it reads numbers that this has no input for, all that it reads are folded
+        into its weights, as they are in this sampler's steps; w: the guidance scale. (One of them left to the class's own input
+        would be read through the folded weights.)"""
+        network, reads, time = self.network(name), self.reads.get(name, ()), self.teacher.family.time
+        if not time.own(reads):
+            return network
+        state, key = dict(network.state_dict()), f"{time.first}.weight"
+        layers = {f"{path}.weight": state.pop(f"{path}.weight").cpu() for path in time.layers(reads)}
+        a, b = self.teacher.folded(layers, reads, state[key].cpu(), sampler, w)
+        state[key] = state[key] + (b.double() @ a.double()).to(state[key])
+        return self.teacher.fresh_network(state)
 
     def lora_state_dict(self, name: str) -> dict[str, Tensor]:
         """For `save_lora_weights(unet_lora_layers=...)`; pass `lora_metadata` with it, or alpha is lost."""
@@ -180,47 +195,55 @@ class Roles(Mapping[str, Role]):
         return self.bank.metadata(name)
 
 
-def build_roles(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting], *, told_w: tuple[str, ...] = (),
+def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting], *,
                 begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
     trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
     Places, the family's own unless given.
 
-    told_w: roles that read the guidance scale cond.w, and with them their followers; the layer that reads it starts at
+    A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them start at
     zero. Every role equals its start at first. begin: trained and frozen roles that are another run's student at first; a
     frozen one stays it. seed: of the first values of adapters and heads. ValueError for needs and settings that do not go
     together, RequestError for LoRA targets and features that the network has not.
     """
-    _check(needs, settings, told_w)
+    _check(needs, settings)
     frozen = {name: weights for name, weights in (begin or {}).items() if isinstance(needs[name], Frozen)}
     settings = {**settings, **{name: weights.setting for name, weights in frozen.items()}}
-    told_w += tuple(name for name, weights in frozen.items() if weights.told_w)
     made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, (Heads, *FIXED)) or name in frozen}
-    told = frozenset(name for name in made if _leader(name, needs) in told_w)
-    if told and family.w_path is None:
-        raise RequestError(f"a {type(family.network).__name__} has no input for a guidance scale or an exit, so no role of it can be "
-                           "told one: fix the guidance, or leave it to the pipeline, and leave exits untold")
-    states = {name: _state(family, weights, made[name], name in told) for name, weights in (begin or {}).items()}
-    networks = {name: family.fresh_network(family.network.state_dict(), name in told)
+    reads = {name: frozen[name].reads if name in frozen else needs[_leader(name, needs)].reads for name in made}
+    states = {name: _state(teacher, weights, made[name], reads[name]) for name, weights in (begin or {}).items()}
+    networks = {name: teacher.fresh_network(teacher.network.state_dict(), reads[name])
                 for name, setting in made.items() if isinstance(setting, Full)}
-    configs = {name: _config(family, setting) for name, setting in made.items() if isinstance(setting, Lora)}
-    bank = AdapterBank(family.network, configs, seed) if configs else None
-    if bank is not None and (readers := [name for name in configs if name in told]):
-        bank.add_linear(family.w_path, readers, *family.w_features)
-    features, visions = _judges(family, needs, settings)
-    roles = Roles(family, needs, told, bank, networks, features, visions, seed)
+    configs = {name: _config(teacher, setting) for name, setting in made.items() if isinstance(setting, Lora)}
+    bank = _bank(teacher, teacher.network, configs, {name: reads[name] for name in configs}, seed) if configs else None
+    features, visions = _judges(teacher, needs, settings)
+    roles = Roles(teacher, needs, reads, bank, networks, features, visions, seed)
     for name, state in states.items():
         roles.load_state_dict(name, state)
     for name, need in needs.items():
         _start(roles, name, need, name in states)
     if gradient_checkpointing:
-        family.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
+        teacher.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
         for network in networks.values():
             network.enable_gradient_checkpointing(recomputed)
     return roles
 
 
-def _judges(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
+def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig], reads: Mapping[str, tuple[str, ...]], seed: int = 0) -> AdapterBank:
+    """Adapters on a network, each with layers for the numbers that it reads."""
+    bank, time = AdapterBank(network, configs, seed), teacher.family.time
+    widths: dict[str, dict[str, int]] = {}
+    for name, numbers in reads.items():
+        for path, width in time.layers(numbers).items():
+            widths.setdefault(path, {})[name] = width
+    if any(time.own(numbers) for numbers in reads.values()):
+        install(network, time.sinusoids)
+    for path, own in widths.items():
+        bank.add_linear(path, own, time.out(network, path))
+    return bank
+
+
+def _judges(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
     """What each discriminator's heads lie on, and the vision networks among that."""
     features: dict[str, dict[str, Shape]] = {}
     visions: dict[str, Vision | PlaneFeatures] = {}
@@ -228,34 +251,34 @@ def _judges(family: Family, needs: Mapping[str, Need], settings: Mapping[str, Se
         if isinstance(need, Heads):
             places = settings.get(name, Places())
             if isinstance(needs[need.of], Features):
-                sight = sight_of(family.plane, places.network)
+                sight = teacher.family.vision(places.network)
                 features[name] = sight.read(places.features)
-                visions[need.of] = sight.features(tuple(features[name]))
+                visions[need.of] = sight.features(tuple(features[name]), teacher.device)
             else:
-                shapes = chosen(family.feature_shapes, family.default_features if places.features is None else places.features)
+                shapes = chosen(teacher.feature_shapes, teacher.default_features if places.features is None else places.features)
                 features[name] = paired(shapes) if need.pair else shapes
     return features, visions
 
 
-def _config(family: Family, setting: Lora) -> LoraConfig:
-    return lora_config(setting.rank, family.default_targets if setting.targets is None else setting.targets, setting.alpha)
+def _config(teacher: Teacher, setting: Lora) -> LoraConfig:
+    return lora_config(setting.rank, teacher.default_targets if setting.targets is None else setting.targets, setting.alpha)
 
 
-def _state(family: Family, weights: Weights, setting: Lora | Full, told_w: bool) -> dict[str, Tensor]:
-    """These weights as a role of this setting holds them. The family's network must not carry adapters yet."""
+def _state(teacher: Teacher, weights: Weights, setting: Lora | Full, reads: tuple[str, ...]) -> dict[str, Tensor]:
+    """These weights as a role of this setting holds them. The teacher's network must not carry adapters yet."""
     state = dict(weights.state)
     if isinstance(weights.setting, Lora) and isinstance(setting, Full):
-        bank = AdapterBank(family.fresh_network(family.network.state_dict()), {"student": _config(family, weights.setting)})
-        if weights.told_w:
-            bank.add_linear(family.w_path, ["student"], *family.w_features)
+        network = teacher.fresh_network(teacher.network.state_dict())
+        bank = _bank(teacher, network, {"student": _config(teacher, weights.setting)}, {"student": weights.reads})
         bank.load_state_dict("student", state)
         state = bank.merged("student")
-    return state | (_unheard(family) if told_w and not weights.told_w else {})
+    return _silent(teacher, reads) | state
 
 
-def _unheard(family: Family) -> dict[str, Tensor]:
-    """The layer that reads w, where it contributes nothing yet."""
-    return {f"{family.w_path}.weight": torch.zeros(family.w_features[::-1])}
+def _silent(teacher: Teacher, reads: tuple[str, ...]) -> dict[str, Tensor]:
+    """The layers that read these numbers, where they contribute nothing yet."""
+    time = teacher.family.time
+    return {f"{path}.weight": torch.zeros(time.out(teacher.network, path), width) for path, width in time.layers(reads).items()}
 
 
 def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
@@ -264,16 +287,15 @@ def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
     if start is not None and not begun and (state := roles.state_dict(start)):
         whole = roles.is_lora(start) and not roles.is_lora(name)
         state = dict(roles.network(start).state_dict() if whole else state)
-        hears = name in roles.told_w and start not in roles.told_w
-        roles.load_state_dict(name, state | (_unheard(roles.family) if hears else {}))
+        roles.load_state_dict(name, _silent(roles.teacher, roles.reads[name]) | state)
     for parameter in roles.parameters(name):
         parameter.requires_grad_(isinstance(need, Trained | Heads))
 
 
-def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting], told_w: tuple[str, ...]) -> None:
+def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> None:
     heads = {name: need for name, need in needs.items() if isinstance(need, Heads)}
     trained = [name for name, need in needs.items() if isinstance(need, Trained)]
-    if unknown := sorted({*settings} - {*trained, *heads} | {*told_w} - {*trained}):
+    if unknown := sorted({*settings} - {*trained, *heads}):
         raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains {', '.join((*trained, *heads))}")
     if wrong := [name for name, setting in settings.items() if isinstance(setting, Places) != (name in heads)]:
         raise ValueError(f"{', '.join(wrong)}: heads are made at Places, networks as Lora or Full; found {settings[wrong[0]]}")

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import key
 from ..errors import RequestError, gist
-from .discriminator import WIDTH, Shape, chosen, head, initialise, slug
+from .discriminator import WIDTH, Shape, chosen, head, initialise, slug, uncast
 
 PUBLISHED = "facebook/dinov2-small"      # Sauer et al. 2023, arXiv:2311.17042, table 1: the best of four
 CLASS_WAVES, PLANE_WIDTH = 4, 128
@@ -76,8 +75,12 @@ class Sight:
         cls, path = CLASSES[self.config.model_type]
         return cls(self.config).get_submodule(path)
 
-    def features(self, names: Sequence[str]) -> Vision:
-        return Vision(self, names)
+    def features(self, names: Sequence[str], device: torch.device) -> Vision:
+        """On the meta device a network without weights."""
+        if device.type == "meta":
+            with device:
+                return Vision(self, names, self.network())
+        return Vision(self, names, self.trained())
 
     def trained(self) -> nn.Module:
         cls, path = CLASSES[self.config.model_type]
@@ -93,18 +96,18 @@ class Vision(nn.Module):
     pixels (B, 3, H, W) in [-1, 1]; those of another size than the network's are brought to it, bicubic and antialiased.
     """
 
-    def __init__(self, sight: Sight, names: Sequence[str]) -> None:
+    def __init__(self, sight: Sight, names: Sequence[str], network: nn.Module) -> None:
         super().__init__()
         self.side, self.places = sight.side, [tuple(sight.shapes).index(name) for name in names]
         self.grid = sight.shapes[names[0]][1:]
-        self.network = sight.trained().eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(sight.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(sight.std)[:, None, None], persistent=False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         if pixels.shape[-2:] != (self.side, self.side):
             pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True)
-        with torch.autocast(pixels.device.type, enabled=False):
+        with uncast(pixels):
             shown = (pixels.float() / 2 + 0.5 - self.mean) / self.std
             tokens = self.network(pixel_values=shown, output_hidden_states=True).hidden_states
         return [self._map(tokens[place]) for place in self.places]
@@ -123,7 +126,7 @@ class PlaneSight:
     def read(self, names: Sequence[str] | None) -> dict[str, Shape]:
         return chosen(self.shapes, tuple(self.shapes) if names is None else names)
 
-    def features(self, names: Sequence[str]) -> PlaneFeatures:
+    def features(self, names: Sequence[str], device: torch.device) -> PlaneFeatures:
         return PlaneFeatures(names)
 
 
@@ -145,9 +148,9 @@ class PlaneFeatures(nn.Module):
         return [states[place + 1][:, :, None, None] for place in self.places]
 
 
-def sight_of(plane: bool, source: str | None) -> Sight | PlaneSight:
-    """Of a family's samples: points of the plane, or pictures, by the network that a recipe names or the published one."""
-    return PlaneSight() if plane else Sight.of(source or PUBLISHED)
+def published(source: str | None) -> Sight:
+    """The vision network that a recipe names, or the published one."""
+    return Sight.of(source or PUBLISHED)
 
 
 class ToldHead(nn.Module):
@@ -176,7 +179,7 @@ class PictureHeads(nn.Module):
         initialise(self.heads, seed)
 
     def forward(self, maps: Sequence[Tensor], cond: Condition) -> Tensor:
-        with torch.autocast(maps[0].device.type, enabled=False):
+        with uncast(maps[0]):
             vector = prompt_vector(cond).float()
             return torch.stack([told(x, vector) for told, x in zip(self.heads.values(), maps, strict=True)], dim=1)
 
@@ -189,9 +192,3 @@ def prompt_vector(cond: Condition) -> Tensor:
         return cond.text.mean(1)
     angles = cond.label[:, None] * torch.arange(1, CLASS_WAVES + 1, device=cond.label.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def prompt_width(inputs: Mapping[str, Any]) -> int:
-    """D of `prompt_vector`, from what a layout says its denoiser is called with."""
-    pooled = inputs.get("pooled_projections", (inputs.get("added_cond_kwargs") or {}).get("text_embeds"))
-    return (inputs["encoder_hidden_states"] if pooled is None else pooled).shape[-1]

@@ -29,7 +29,7 @@ class Pictures:
     def made(self, problem: Problem, student, w: Tensor) -> ADD:
         heads = lambda maps, cond: torch.stack([m @ head for m, head in zip(maps, w)], 1)
         roles = {"teacher": problem.teacher, "student": student, "decode": self.decode, "features": self.features, "discriminator": heads}
-        return ADD(Settings(), roles, problem.w, problem.sampler(ADD.inference(Settings(), STEPS, problem.name)))
+        return ADD(Settings(), roles, problem.w, problem.sampler(ADD.inference(Settings(), STEPS, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:

@@ -16,7 +16,7 @@ COUNT, NODES, STEPS = 256, 18, 2
 
 def made(problem: Problem, student: Role, target: Role) -> CD:
     settings = Settings(nodes=NODES)
-    sampler = problem.sampler(CD.inference(settings, STEPS, problem.name))
+    sampler = problem.sampler(CD.inference(settings, STEPS, problem.schedule))
     return CD(settings, {"teacher": problem.teacher, "student": student, "target": target}, problem.w, sampler)
 
 
@@ -60,6 +60,6 @@ def identities(problem: Problem) -> Iterator[Check]:
     away = (method.grid[:, None] - nodes(problem)).abs()
     yield Check("nodes from the nearest of Karras et al.'s, the sampler's and the origin, and those from the nearest node",
                 largest(away.amin(1).max().item(), away.amin(0).max().item()), 1e-12)
-    once = problem.sampler(CD.inference(Settings(), 1, problem.name))
+    once = problem.sampler(CD.inference(Settings(), 1, problem.schedule))
     found, known = once(student, x, batch.cond), path.carried(x, torch.ones(COUNT, dtype=torch.float64), origin)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)

@@ -46,7 +46,7 @@ def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
     whole = train(said, out=out / "whole")
     yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
     try:
-        scale = middle(said.guidance) if work.roles.told_w else None
+        scale = middle(said.guidance) if "w" in work.roles.reads["student"] else None
         folder = export(whole, "lora" if said.student.lora else "pipeline", scale, out / "export")
         missing = [part for part in ("stepdistill.json", "README.md", "scheduler") if not (folder / part).exists()]
         yield Check("parts that are missing of an export, which a stock pipeline has reproduced", len(missing), 0)
@@ -58,10 +58,10 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
     """Trains two steps and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
     config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=learning_rates(recipe))
-    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.family.latent_shape)
+    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape)
     trainer = Trainer(work.method, roles, stream, config, run)
     own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}         # adapters lie on the teacher's network
-    base = {name: tensor for name, tensor in work.family.network.state_dict(keep_vars=True).items() if id(tensor) not in own}
+    base = {name: tensor for name, tensor in work.teacher.network.state_dict(keep_vars=True).items() if id(tensor) not in own}
     before, base_before = {name: _copy(roles.state_dict(name)) for name in roles.names}, _copy(base)
     for index in range(STEPS):
         trainer.step(index)
@@ -72,7 +72,7 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
     yield Check("roles that updates train, or that follow one, and that did not move", len((trained | follow) - moved), 0)
     yield Check("roles that moved and that no update trains", len(moved - trained - follow), 0)
     yield Check("tensors of the teacher's network that moved", _apart(base_before, base), 0)
-    reached = [p for p in work.family.network.parameters() if id(p) not in own and p.grad is not None]
+    reached = [p for p in work.teacher.network.parameters() if id(p) not in own and p.grad is not None]
     reached += [p for name in frozen for p in roles.parameters(name) if p.grad is not None]
     yield Check("weights of frozen roles that a gradient reached", len(reached), 0)
 

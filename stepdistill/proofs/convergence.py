@@ -21,7 +21,6 @@ from ..diffusion.sampler import Sampler
 from ..diffusion.solvers import ddim
 from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
-from ..models.schedulers import stock_scheduler
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
 from ..run.setup import Run, open_run
@@ -55,8 +54,8 @@ class Distance:
         return sum(apart) / len(apart)
 
     def cond(self, work: Run) -> Condition:
-        cond = work.family.encode(self.toy.captions(torch.arange(COUNT)))
-        return cond.replace(w=torch.ones(COUNT)) if work.roles[work.sampling_role].told_w else cond
+        cond = work.teacher.encode(self.toy.captions(torch.arange(COUNT)))
+        return cond.replace(w=torch.ones(COUNT)) if "w" in work.roles[work.sampling_role].reads else cond
 
     @cached_property
     def moment(self) -> Step:
@@ -74,8 +73,9 @@ def problem(seed: int, method: str, folder: Path) -> Path:
     """The drawn mixture's folder, under the seed's own kind of noise if the method serves it."""
     kind, first = load_method(method), Problem(seed, NAMES[0]).uniform() < 0.5
     for noise in NAMES if first else reversed(NAMES):
+        drawn, recipe = Problem(seed, noise), Recipe.load(recipes(method)[0])
         try:
-            kind.inference(Recipe.load(recipes(method)[0]).method_settings(), Recipe.load(recipes(method)[0]).steps, noise)
+            drawn.sampler(kind.inference(recipe.method_settings(), recipe.steps, drawn.schedule))
         except ValueError:
             continue
         return write(folder / noise, seed, noise)
@@ -96,10 +96,8 @@ def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
 
 def sampler(work: Run, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
-    family = work.family
-    inference = type(work.method).inference(work.method.settings, steps, family.schedule_name, work.recipe.guidance)
-    scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-    return Sampler.of_call(scheduler, steps, family.schedule, inference.call)
+    teacher = work.teacher
+    return teacher.sampler(teacher.stock_call(type(work.method).inference(work.method.settings, steps, teacher.schedule, work.recipe.guidance)))
 
 
 @torch.no_grad()

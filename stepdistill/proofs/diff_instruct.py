@@ -17,7 +17,7 @@ COUNT, MANY = 256, 5_000
 def made(problem: Problem, student: Affine, w: float, critic: Role | None = None) -> DiffInstruct:
     """With the critic that is exact for the student, unless another is given."""
     roles = {"teacher": problem.teacher, "student": student, "critic": critic or problem.law(*reversed(student.law))}
-    return DiffInstruct(Settings(), roles, w, problem.sampler(DiffInstruct.inference(Settings(), 1, problem.name)))
+    return DiffInstruct(Settings(), roles, w, problem.sampler(DiffInstruct.inference(Settings(), 1, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:

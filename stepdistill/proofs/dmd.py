@@ -17,7 +17,7 @@ COUNT, MANY = 256, 5_000
 
 def made(problem: Problem, student: Affine, critic: Role) -> DMD:
     roles = {"teacher": problem.teacher, "student": student, "critic": critic}
-    return DMD(Settings(regression_weight=0.4), roles, problem.w, problem.sampler(DMD.inference(Settings(), 1, problem.name)))
+    return DMD(Settings(regression_weight=0.4), roles, problem.w, problem.sampler(DMD.inference(Settings(), 1, problem.schedule)))
 
 
 def paired(problem: Problem, count: int) -> Batch:

@@ -39,7 +39,7 @@ def made(problem: Problem, student: Affine, critic: Role, w: float, steps: int =
     roles = {"teacher": problem.teacher, "student": student, "critic": critic}
     settings = PLAIN if judges is None else GAN
     return DMD2(settings, roles if judges is None else roles | {"discriminator": Judge(critic, judges)}, w,
-                problem.sampler(DMD2.inference(settings, steps, problem.name)))
+                problem.sampler(DMD2.inference(settings, steps, problem.schedule)))
 
 
 def noised(problem: Problem, method: DMD2, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:

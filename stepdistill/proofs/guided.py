@@ -21,7 +21,7 @@ COUNT, STEPS = 512, 8
 
 def made(problem: Problem, student: Role, w: Guidance, teacher: Role | None = None, **settings: Any) -> GuidedDistillation:
     asked = Settings(**settings)
-    sampler = problem.sampler(GuidedDistillation.inference(asked, STEPS, problem.name))
+    sampler = problem.sampler(GuidedDistillation.inference(asked, STEPS, problem.schedule))
     return GuidedDistillation(asked, {"teacher": teacher or problem.teacher, "student": student}, w, sampler)
 
 

@@ -18,7 +18,7 @@ COUNT, MANY = 256, 20_000
 
 
 def made(problem: Problem, student: Role, steps: int) -> KD:
-    sampler = problem.sampler(KD.inference(Settings(), steps, problem.name))
+    sampler = problem.sampler(KD.inference(Settings(), steps, problem.schedule))
     return KD(Settings(), {"teacher": problem.teacher, "student": student}, problem.w, sampler)
 
 

@@ -16,7 +16,7 @@ COUNT, FEW, MANY, STEPS = 256, 5_000, 40_000, 4
 
 def made(problem: Problem, student, discriminator, **settings) -> LADD:
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator}
-    return LADD(Settings(**{"warm": 0, **settings}), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.name)))
+    return LADD(Settings(**{"warm": 0, **settings}), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.schedule)))
 
 
 def exact(problem: Problem) -> Believer:

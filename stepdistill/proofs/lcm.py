@@ -15,7 +15,7 @@ COUNT, NODES = 256, 10
 
 def made(problem: Problem, student: Role, nodes: int = NODES, **roles: Role) -> LCM:
     settings = Settings(nodes=nodes, loss="squared")
-    sampler = problem.sampler(LCM.inference(settings, 1, problem.name, problem.w))
+    sampler = problem.sampler(LCM.inference(settings, 1, problem.schedule, problem.w))
     return LCM(settings, {"teacher": problem.teacher, "student": student} | roles, problem.w, sampler)
 
 

@@ -36,7 +36,7 @@ class Judge:
 def made(problem: Problem, student, judge=None, w: float = 1.0, **settings) -> Lightning:
     settings = Settings(nodes=NODES, **settings)
     roles = {"teacher": problem.teacher, "student": student} | ({} if judge is None else {"discriminator": judge})
-    return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, STEPS, problem.name)))
+    return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, STEPS, problem.schedule)))
 
 
 def landing(problem: Problem, x_t: Tensor, node: Tensor, mean: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..diffusion.prediction import Prediction, truth
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving, like
 from ..methods.base import Inference
-from ..models.schedulers import stock_scheduler
+from ..models.schedulers import sampler_of, stock_call
 
 KINDS = {"vp": ("v", "eps"), "flow": ("velocity",)}      # what a network may predict
 NAMES = tuple(KINDS)
@@ -254,8 +254,7 @@ class Problem:
 
     def sampler(self, inference: Inference) -> Sampler:
         """The sampler that a method trains and exports with on this noise."""
-        scheduler = stock_scheduler(inference.scheduler, inference.config, self.scheduler)
-        return Sampler.of_call(scheduler, inference.call["num_inference_steps"], self.schedule, inference.call)
+        return sampler_of(stock_call(inference, self.schedule), self.schedule, self.scheduler)
 
     def _scheduler(self) -> SchedulerMixin:
         if self.name == "flow":

@@ -24,7 +24,7 @@ COUNT, STEPS = 256, 4
 def made(problem: Problem, teacher: Role, student: Role, steps: int = STEPS, w: Guidance | None = None,
          **settings: Any) -> Progressive:
     asked = Settings(**settings)
-    sampler = problem.sampler(Progressive.inference(asked, steps, problem.name))
+    sampler = problem.sampler(Progressive.inference(asked, steps, problem.schedule))
     return Progressive(asked, {"teacher": teacher, "student": student}, problem.w if w is None else w, sampler)
 
 

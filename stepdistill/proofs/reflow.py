@@ -17,7 +17,7 @@ COUNT, FEW, MANY = 256, 5_000, 20_000
 
 
 def made(problem: Problem, student: Role, steps: int = 1, **settings: bool) -> Reflow:
-    sampler = problem.sampler(Reflow.inference(Settings(), steps, problem.name))
+    sampler = problem.sampler(Reflow.inference(Settings(), steps, problem.schedule))
     return Reflow(Settings(**settings), {"teacher": problem.teacher, "student": student}, problem.w, sampler)
 
 

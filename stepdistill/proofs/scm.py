@@ -20,7 +20,7 @@ TINY = 1e-4                       # radians to either side of a time
 def made(problem: Problem, student: Role, w: float, **settings) -> SCM:
     chosen = Settings(**{"derivative": "exact", **settings})
     roles = {"teacher": problem.teacher, "student": student}
-    return SCM(chosen, roles, w, problem.sampler(SCM.inference(chosen, 1, problem.name)))
+    return SCM(chosen, roles, w, problem.sampler(SCM.inference(chosen, 1, problem.schedule)))
 
 
 def believer(problem: Problem, w: float, flows: bool) -> Believer:

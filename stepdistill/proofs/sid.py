@@ -37,7 +37,7 @@ class Stretched:
 
 def made(problem: Problem, student: Role, critic: Role, steps: int = 1, **settings: float) -> SiD:
     roles, said = {"teacher": problem.teacher, "student": student, "critic": critic}, Settings(**settings)
-    return SiD(said, roles, problem.w, problem.sampler(SiD.inference(said, steps, problem.name)))
+    return SiD(said, roles, problem.w, problem.sampler(SiD.inference(said, steps, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:

@@ -16,7 +16,7 @@ COUNT, MANY = 256, 5_000
 
 def made(problem: Problem, student: Role, critic: Role, w: float) -> SwiftBrush:
     roles = {"teacher": problem.teacher, "student": student, "critic": critic}
-    return SwiftBrush(Settings(), roles, w, problem.sampler(SwiftBrush.inference(Settings(), 1, problem.name)))
+    return SwiftBrush(Settings(), roles, w, problem.sampler(SwiftBrush.inference(Settings(), 1, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:

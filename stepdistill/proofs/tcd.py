@@ -21,7 +21,7 @@ GAMMA = {"vp": 0.3, "flow": 0.0}
 
 def made(problem: Problem, student: Role, **roles: Role) -> TCD:
     settings = Settings(nodes=NODES, gamma=GAMMA[problem.name])
-    sampler = problem.sampler(TCD.inference(settings, STEPS, problem.name))
+    sampler = problem.sampler(TCD.inference(settings, STEPS, problem.schedule))
     return TCD(settings, {"teacher": problem.teacher, "student": student} | roles, problem.w, sampler)
 
 
@@ -54,7 +54,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     if problem.name == "vp":
         yield Check("signal, old and fresh noise after a step of the sampler against algorithm 4", noise_added(problem, method), 1e-9)
     noise, end = problem.normal(COUNT, problem.dim), torch.full((COUNT,), method.end, dtype=torch.float64)
-    once = problem.sampler(TCD.inference(method.settings, 1, problem.name))
+    once = problem.sampler(TCD.inference(method.settings, 1, problem.schedule))
     found, known = once(path.landing(end), noise, batch.cond), path.carried(noise, torch.ones_like(end), end)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)
 

@@ -20,7 +20,7 @@ COUNT, NODES = 256, 40
 
 def made(problem: Problem, steps: int, student: Role, target: Role) -> TRACT:
     roles = {"teacher": problem.teacher, "student": student, "target": target}
-    return TRACT(Settings(nodes=NODES), roles, problem.w, problem.sampler(TRACT.inference(Settings(nodes=NODES), steps, problem.name)))
+    return TRACT(Settings(nodes=NODES), roles, problem.w, problem.sampler(TRACT.inference(Settings(nodes=NODES), steps, problem.schedule)))
 
 
 def gains(problem: Problem) -> Tensor:

@@ -11,8 +11,10 @@ from ..diffusion.solvers import SOLVERS, STOCHASTIC
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
 from ..models.discriminator import Shape, chosen
+from ..models.families import Family
 from ..models.roles import Full, Lora, Places, Setting
-from ..models.vision import PlaneSight, Sight, sight_of
+from ..models.teacher import family_at
+from ..models.vision import PlaneSight, Sight
 from ..recipe.schema import Critic, Recipe, RoleChoice
 
 
@@ -27,7 +29,7 @@ class Checked:
 
 def check(recipe: Recipe) -> Checked:
     """RequestError for what cannot work, in this stage and between it and the one before."""
-    _check_toy(recipe)
+    _check_family(recipe)
     settings, method = recipe.method_settings(), load_method(recipe.method)
     if reason := method.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
@@ -92,7 +94,7 @@ def vision_network(recipe: Recipe) -> Sight | PlaneSight:
     """The network whose features of pictures a discriminator reads, before its weights are."""
     name = None if recipe.discriminator is None else recipe.discriminator.network
     with recipe.blaming("discriminator.network", "cannot be used"):
-        return sight_of(on_toy(recipe), None if name is None else str(resources.locate(name) or name))
+        return family(recipe).vision(None if name is None else str(resources.locate(name) or name))
 
 
 def vision_features(recipe: Recipe) -> dict[str, Shape]:
@@ -136,7 +138,7 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
     before = recipe.previous
     if not recipe.taught_by_previous:
         return
-    embeds = needs_of(before)["student"].told_w
+    embeds = "w" in needs_of(before)["student"].reads
     (low, high), (lowest, highest) = (w if isinstance(w, tuple) else (w, w) for w in (recipe.guidance, before.guidance))
     if not lowest <= low <= high <= highest or not embeds and (low, high) != (lowest, highest):
         raise recipe.refuse("guidance", f"is {recipe.guidance}, but the teacher is the student of the stage before, which "
@@ -147,7 +149,7 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
 
 def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     has = {True: "has a guidance embedding", False: "has no guidance embedding"}
-    embeds, embedded = needs["student"].told_w, needs_of(recipe.previous)["student"].told_w
+    embeds, embedded = ("w" in needs["student"].reads, "w" in needs_of(recipe.previous)["student"].reads)
     if embedded and not embeds or recipe.taught_by_previous and embeds != embedded:
         raise recipe.refuse("method", f"is {recipe.method}, whose student {has[embeds]}, and that of the stage before "
                             f"{has[embedded]}: let both have one by their settings (told: true), or neither")
@@ -162,7 +164,7 @@ def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[s
         if setting not in (Full(), role_setting(before.student)):
             raise recipe.refuse(name, f"is {_as_written(setting)}, but it begins as the student of the stage before, which "
                                 f"is {_as_written(role_setting(before.student))}: a LoRA stays what it is, or becomes full")
-        if needs_of(before)["student"].told_w and not needs[name].told_w:
+        if "w" in needs_of(before)["student"].reads and "w" not in needs[name].reads:
             raise recipe.refuse("method", f"is {recipe.method}, whose {name} begins as the teacher and has no guidance "
                                 "embedding, which the student of the stage before has: let teacher be base")
 
@@ -173,33 +175,34 @@ def _as_written(setting: Setting) -> str:
     return f"{{lora: {{{entries}}}}}" if isinstance(setting, Lora) else "full"
 
 
-# -- Toy -------------------------------------------------------------------------------------------------------------
+# -- the teacher's family --------------------------------------------------------------------------------------------
 
-def on_toy(recipe: Recipe) -> bool:
-    return is_toy(resources.pipeline(recipe.teacher))
+def family(recipe: Recipe) -> Family:
+    """The family of the recipe's teacher, before any weights are read."""
+    with recipe.blaming("teacher", "cannot be loaded"):
+        return family_at(resources.pipeline(recipe.teacher), recipe.revision)
 
 
-def _check_toy(recipe: Recipe) -> None:
-    """RequestError for what Toy has not, and for data of another kind than the teacher's."""
-    toy = on_toy(recipe)
-    path, data = _data(recipe)
-    if toy and not _is_toy_folder(data):
-        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own folder, "
-                            f"{recipe.teacher}")
-    if not toy and _is_toy_folder(data):
-        raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher {recipe.teacher} "
-                            f"is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
-    if not toy:
-        return
-    if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher is Toy, "
-                            f"whose samples are points of the plane: leave it out, and `stepdistill verify {recipe.method}` measures them")
-    if recipe.train.gradient_checkpointing:
-        raise recipe.refuse("train.gradient_checkpointing", "is on, but the teacher is Toy, whose network has no blocks to compute again: "
-                            "leave it off")
-    if recipe.discriminator is not None and recipe.discriminator.network is not None:
-        raise recipe.refuse("discriminator.network", f"is {recipe.discriminator.network}, which judges pictures, but the teacher is Toy, "
-                            "whose samples are points of the plane with features of their own: leave it out")
+def _check_family(recipe: Recipe) -> None:
+    """RequestError for entries that the teacher's family does not serve, and for data of another kind than its samples."""
+    served = family(recipe)
+    points, (path, data) = served.samples == "points", _data(recipe)
+    if points and not _are_points(data):
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
+                            f"folder, {recipe.teacher}")
+    if not points and _are_points(data):
+        raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
+                            f"{recipe.teacher} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
+    for entry, reason in served.unserved.items():
+        if (value := _entry(recipe, entry)) not in (None, False):
+            raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
+
+
+def _entry(recipe: Recipe, path: str) -> object:
+    found: object = recipe
+    for name in path.split("."):
+        found = None if found is None else getattr(found, name)
+    return found
 
 
 def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
@@ -210,5 +213,5 @@ def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
     return f"data.{data.kind}", data.images or data.prompts
 
 
-def _is_toy_folder(data: str | tuple[str, ...]) -> bool:
+def _are_points(data: str | tuple[str, ...]) -> bool:
     return isinstance(data, str) and (found := resources.locate(data)) is not None and is_toy(found)

@@ -26,7 +26,7 @@ from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..methods.base import due
-from ..models.families import Family
+from ..models.teacher import Teacher
 from .setup import Run
 
 
@@ -34,7 +34,7 @@ def captions(run: Run) -> Captions:
     """The pictures or prompts that the recipe names."""
     data, seed = run.recipe.data, run.recipe.train.seed
     if data.kind == "images":
-        return open_images(_found(data.images), pixels_of(run.family), seed, data.count)
+        return open_images(_found(data.images), pixels_of(run.teacher), seed, data.count)
     named = data.prompts if data.made is None else data.made.prompts
     return open_prompts(_found(named) if isinstance(named, str) else list(named), seed)
 
@@ -60,9 +60,9 @@ def preview_prompts(run: Run, count: int = 4) -> list[str]:
     return found.captions(torch.arange(count if found.count is None else min(count, found.count)))
 
 
-def pixels_of(family: Family) -> int:
+def pixels_of(teacher: Teacher) -> int:
     """The side of the teacher's pictures."""
-    return family.decode(torch.zeros(1, *family.latent_shape)).shape[-1]
+    return teacher.decode(torch.zeros(1, *teacher.latent_shape)).shape[-1]
 
 
 # -- the teacher's samples and pairs ---------------------------------------------------------------------------------
@@ -73,10 +73,10 @@ def pairs_shelf(run: Run, cache: Cache, out: str | Path | None = None) -> Shelf:
     RequestError for a folder that holds pairs made otherwise. There the teacher is known by what its files hold, so that
     pairs can be carried to another machine.
     """
-    recipe, family = run.recipe, run.family
+    recipe, teacher = run.recipe, run.teacher
     name = recipe.data.pairs.path if out is None else str(out)
-    teacher = _identity(family) | ({} if name is None else {"teacher": contents(family.source)})
-    identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": teacher}
+    made_on = _identity(teacher) | ({} if name is None else {"teacher": contents(teacher.source)})
+    identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": made_on}
     folder = None if name is None else resources.locate(name) or Path(name)
     shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
     if name is not None and (otherwise := shelf.found_otherwise()):
@@ -107,7 +107,7 @@ def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> T
     """The teacher's latents of numbered samples, a function of their numbers."""
     made = run.recipe.data.made
     teacher = guided(run.roles["teacher"], _guidance(run))
-    return SOLVERS[made.solver](teacher, _noise(run, ids, "start"), _times(made.steps), run.family.encode(texts),
+    return SOLVERS[made.solver](teacher, _noise(run, ids, "start"), _times(made.steps), run.teacher.encode(texts),
                                 lambda i, _: _noise(run, ids, i), seen)
 
 
@@ -120,7 +120,7 @@ def _generate_pairs(run: Run, ids: Tensor, texts: list[str]) -> tuple[Tensor, Te
 
 def _noise(run: Run, ids: Tensor, name: object) -> Tensor:
     draw = lambda i: torch.Generator().manual_seed(key(run.recipe.train.seed, "teacher sample", name, i))
-    return torch.stack([torch.randn(run.family.latent_shape, generator=draw(i)) for i in ids.tolist()]).to(run.device)
+    return torch.stack([torch.randn(run.teacher.latent_shape, generator=draw(i)) for i in ids.tolist()]).to(run.device)
 
 
 def _times(steps: int) -> Tensor:
@@ -140,12 +140,12 @@ def _guidance(run: Run) -> float:
 
 
 def _encoders(run: Run) -> Encoders:
-    return Encoders(run.family.encode, run.family.encode_images, _identity(run.family), run.device)
+    return Encoders(run.teacher.encode, run.teacher.encode_images, _identity(run.teacher), run.device)
 
 
-def _identity(family: Family) -> dict[str, Any]:
-    dtype = str(next(family.network.parameters()).dtype)
-    return {"teacher": fingerprint(family.source), "revision": family.revision, "dtype": dtype}
+def _identity(teacher: Teacher) -> dict[str, Any]:
+    dtype = str(next(teacher.network.parameters()).dtype)
+    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype}
 
 
 def _found(name: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from .. import parallel, resources
 from ..data.cache import flat
 from ..errors import RequestError
+from ..models.teacher import cached_file
 from ..recipe import Recipe
 from ..training import checkpoints
 
@@ -82,9 +83,8 @@ def pinned(recipe: Recipe) -> Recipe:
     """The recipe with the commit of a Hub teacher: the one that the cache holds, since it was loaded a moment ago."""
     if resources.locate(recipe.teacher) is not None:
         return recipe
-    from huggingface_hub import try_to_load_from_cache
-    index = try_to_load_from_cache(recipe.teacher, "model_index.json", revision=recipe.revision)
-    return recipe.pinned(Path(index).parent.name) if isinstance(index, str) else recipe
+    index = cached_file(recipe.teacher, "model_index.json", recipe.revision)
+    return recipe if index is None else recipe.pinned(index.parent.name)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Preview:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
-        self.cond = run.family.encode(preview_prompts(run, CLOUD if run.family.plane else 4))
+        self.cond = run.teacher.encode(preview_prompts(run, CLOUD if run.teacher.family.samples == "points" else 4))
         self.teacher: Tensor | None = None
         asked = run.recipe.evaluate
         self.figures: Evaluation | None = None
@@ -57,11 +57,11 @@ class Preview:
     def pictures(self, step: int) -> None:
         """samples/step-000200.png: the teacher's row above the student's, from the same noise."""
         if self.teacher is None:
-            self.teacher = self.run.family.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
-        student = self.run.family.decode(student_samples(self.run, self.noise, self.cond))
+            self.teacher = self.run.teacher.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
+        student = self.run.teacher.decode(student_samples(self.run, self.noise, self.cond))
         rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps")
         path = self.folder / "samples" / f"step-{step:06d}.png"
-        if self.run.family.plane:
+        if self.run.teacher.family.samples == "points":
             cloud({row: (points_of(drawn), self.cond.label) for row, drawn in zip(rows, (self.teacher, student))}, path)
         else:
             sheet([self.teacher, student], path, rows)
@@ -76,7 +76,7 @@ class Preview:
 
     def noise(self, name: str) -> Tensor:
         """(B, ...) unit normal, a function of the name and the run's seed."""
-        shape, seed, device = self.run.family.latent_shape, self.run.recipe.train.seed, self.run.device
+        shape, seed, device = self.run.teacher.latent_shape, self.run.recipe.train.seed, self.run.device
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(key(seed, "watch", name, i))) for i in range(len(self.cond))]
         return torch.stack(draws).to(device)
 
@@ -84,7 +84,7 @@ class Preview:
 def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
     """Latents of the student as it will be sampled."""
     sampler, role = run.method.sampler, run.roles[run.sampling_role]
-    if role.told_w:
+    if "w" in role.reads:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
     return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
 

@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 
 from .. import resources
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
-from ..methods.base import Features, Follows, Heads, Inference, Method, Trained, middle
-from ..models.families import Family, load_teacher
+from ..methods.base import Features, Follows, Heads, Method, middle
 from ..models.roles import Roles, Weights, build_roles
-from ..models.schedulers import stock_scheduler
+from ..models.schedulers import StockCall, stock_scheduler
+from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe
 from ..training import checkpoints
 from . import folder
@@ -32,13 +33,14 @@ class Previous:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with everything that it names. previous: the checksum of the student that it began with."""
+    """A recipe with everything that it names. stock: how a stock pipeline samples the student. previous: the checksum of the
+    student that it began with."""
 
     recipe: Recipe
-    family: Family
+    teacher: Teacher
     roles: Roles
     method: Method
-    inference: Inference
+    stock: StockCall
     device: torch.device
     previous: str | None = None
 
@@ -52,7 +54,7 @@ class Run:
         return middle(self.recipe.guidance)
 
     def scheduler(self) -> SchedulerMixin:
-        return stock_scheduler(self.inference.scheduler, self.inference.config, self.family.scheduler)
+        return stock_scheduler(self.stock.scheduler, self.stock.config, self.teacher.scheduler)
 
 
 def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, previous: Previous | None = None) -> Run:
@@ -63,21 +65,20 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     """
     checked = check(recipe)
     with recipe.blaming("teacher", "cannot be loaded"):
-        family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
-    inference, sampler = sampling(recipe, family)
-    roles = _roles(recipe, family, checked, previous).to(device)
+        teacher = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe), device)
+    stock, sampler = sampling(recipe, teacher)
+    roles = _roles(recipe, teacher, checked, previous).to(device)
     method = load_method(recipe.method)(checked.settings, roles, recipe.guidance, sampler)
-    return Run(recipe, family, roles, method, inference, device, None if previous is None else previous.checksum)
+    return Run(recipe, teacher, roles, method, stock, device, None if previous is None else previous.checksum)
 
 
-def sampling(recipe: Recipe, family: Family) -> tuple[Inference, Sampler]:
+def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
     """How the student is sampled. RequestError for a number of steps that its scheduler does not serve."""
     method = load_method(recipe.method)
     try:
-        inference = method.inference(recipe.method_settings(), recipe.steps, family.schedule_name, recipe.guidance)
-        inference = replace(inference, call={**inference.call, **family.call})
-        scheduler = stock_scheduler(inference.scheduler, inference.config, family.scheduler)
-        return inference, Sampler.of_call(scheduler, recipe.steps, family.schedule, inference.call)
+        inference = method.inference(recipe.method_settings(), recipe.steps, teacher.schedule, recipe.guidance)
+        stock = teacher.stock_call(inference)
+        return stock, teacher.sampler(stock)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
@@ -91,8 +92,12 @@ def previous_student(recipe: Recipe, run: Path) -> Previous:
     """What the stage before leaves to this one, from its run folder."""
     before, checkpoint = recipe.previous, folder.checkpoint_of(run)
     role = sampling_role(before)
-    weights = Weights(role_setting(before.student), checkpoints.load_role(checkpoint, role), needs_of(before)["student"].told_w)
-    return Previous(weights, checkpoints.checksum_of(checkpoint, role))
+    return Previous(student_weights(before, checkpoints.load_role(checkpoint, role)), checkpoints.checksum_of(checkpoint, role))
+
+
+def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
+    """The student of a recipe, with which a stage after it can begin. state: of its sampling role."""
+    return Weights(role_setting(recipe.student), state, needs_of(recipe)["student"].reads)
 
 
 def open_run(run: str | Path) -> Run:
@@ -107,16 +112,15 @@ def open_run(run: str | Path) -> Run:
     return opened
 
 
-def _roles(recipe: Recipe, family: Family, checked: Checked, previous: Previous | None) -> Roles:
+def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previous | None) -> Roles:
     needs = dict(checked.needs)
-    embeds = tuple(name for name, need in needs.items() if isinstance(need, Trained) and need.told_w)
     if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
-        network_features(recipe, family.feature_shapes, family.default_features)
+        network_features(recipe, teacher.feature_shapes, teacher.default_features)
     if recipe.train.ema is not None:
         needs["ema"] = Follows("student", recipe.train.ema)
     begins = ("student", "teacher") if recipe.taught_by_previous else ("student",)
     begin: Mapping[str, Weights] = {} if previous is None else dict.fromkeys(begins, previous.weights)
-    return build_roles(family, needs, checked.roles, told_w=embeds, begin=begin,
+    return build_roles(teacher, needs, checked.roles, begin=begin,
                        gradient_checkpointing=recipe.train.gradient_checkpointing, seed=recipe.train.seed)
 
 

@@ -11,13 +11,13 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from .. import resources
-from ..data.toy import is_toy
 from ..errors import RequestError, gist
 from ..evaluation.plans import Target
 from ..export import open_export, read_settings
 from ..export.folder import fresh_pipeline, is_export
 from ..methods.base import middle
-from ..models.families import call_of, load_teacher
+from ..models.families import FAMILIES, family_of
+from ..models.teacher import call_of, class_at, load_teacher
 from .folder import is_run
 from .setup import Run, open_run
 
@@ -38,7 +38,7 @@ def open_target(name: str | Path, called: str) -> Opened:
     found = resources.locate(name)
     if found is not None and is_run(found):
         run = open_run(found)
-        return Opened(student_target(run, called), str(found), run.family.source, run.family.revision, run.guidance)
+        return Opened(student_target(run, called), str(found), run.teacher.source, run.teacher.revision, run.guidance)
     if found is not None and is_export(found):
         return _open_export(found, called)
     source = resources.pipeline(str(name))
@@ -47,8 +47,9 @@ def open_target(name: str | Path, called: str) -> Opened:
 
 def student_target(run: Run, name: str) -> Target:
     """A run's student as a stock pipeline, for a bench."""
-    network = run.roles.network(run.sampling_role).to(run.family.codec.dtype)
-    return Target(name, run.family.pipeline(network, run.scheduler()), run.recipe.method, dict(run.inference.call))
+    network = run.roles.stock_network(run.sampling_role, run.method.sampler, run.guidance)
+    pipeline = run.teacher.pipeline(network.to(run.teacher.codec.dtype), run.scheduler())
+    return Target(name, pipeline, run.recipe.method, dict(run.stock.call))
 
 
 def teachers(opened: Sequence[Opened]) -> list[Target]:
@@ -81,8 +82,11 @@ def _open_export(folder: Path, called: str) -> Opened:
 
 
 def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
+    kind = class_at(source, revision)
+    if kind in FAMILIES and (reason := family_of(kind).no_pipeline):
+        raise RequestError(reason)
     try:
-        if source.endswith(".safetensors") or is_toy(source):           # Toy has none, and says so
+        if source.endswith(".safetensors"):
             return load_teacher(source).pipeline()
         return fresh_pipeline(DiffusionPipeline, source, revision)
     except (OSError, SafetensorError, ValueError) as error:

@@ -242,7 +242,7 @@ class Imitates(Method):
 
     @classmethod
     def inference(cls, settings, steps, schedule, guidance=1.0):
-        return Inference("DDIMScheduler", {}, {})
+        return Inference(steps)
 
     def updates(self):
         return [Update(("student",), self.loss)]

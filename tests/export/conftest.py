@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from stepdistill.export import Student
-from stepdistill.methods.base import Follows, Frozen, Inference, Trained
-from stepdistill.models.families import load_teacher
+from stepdistill.methods.base import Follows, Frozen, Trained
 from stepdistill.models.roles import Full, Lora, build_roles
+from stepdistill.models.schedulers import StockCall
+from stepdistill.models.teacher import load_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import save_tiny, save_tiny_sd3
 
-LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
-FLOW_LCM = Inference("FlowMatchLCMScheduler", {"shift": 2.0},
+LCM = StockCall("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
+FLOW_LCM = StockCall("FlowMatchLCMScheduler", {"shift": 2.0},
                      {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]})
 LORA = Lora(rank=4, alpha=6.0)           # alpha other than the rank: a loader that loses it shows
 
@@ -33,18 +34,19 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def make(teachers: dict[str, Path]) -> Callable[..., Student]:
-    """make(kind="epsilon", setting=LORA, told=False, inference=its kind's LCM, **fields of Student): the "ema" of a run."""
+    """make(kind="epsilon", setting=LORA, told=False, stock=its kind's LCM, reads=(), **fields of Student): the "ema" of a run."""
     def student(kind: str = "epsilon", setting: Lora | Full = LORA, told: bool = False,
-                inference: Inference | None = None, **more) -> Student:
-        needs = {"teacher": Frozen(), "student": Trained("teacher"), "ema": Follows("student", 0.9)}
-        inference = inference or (FLOW_LCM if kind.startswith("sd3") else LCM)
-        roles = build_roles(load_teacher(teachers[kind]), needs, {"student": setting}, told_w=("student",) if told else ())
+                stock: StockCall | None = None, reads: tuple[str, ...] = (), **more) -> Student:
+        needs = {"teacher": Frozen(), "student": Trained("teacher", reads or ("w",) * told), "ema": Follows("student", 0.9)}
+        stock = stock or (FLOW_LCM if kind.startswith("sd3") else LCM)
+        roles = build_roles(load_teacher(teachers[kind]), needs, {"student": setting})
         generator = torch.Generator().manual_seed(1)
+        layers = [f"{path}.weight" for path in roles.teacher.family.time.layers(roles.reads["ema"])]
         with torch.no_grad():
             for key, weight in roles.state_dict("ema").items():
-                scale = 0.3 if ".lora_B." in key or "cond_proj" in key else 0.02
+                scale = 0.3 if ".lora_B." in key or key in layers else 0.02
                 weight += scale * torch.randn(weight.shape, generator=generator)
-        inference = replace(inference, call={**inference.call, **roles.family.call})
+        stock = replace(stock, call={**stock.call, **roles.teacher.call})
         prompts = ("a large red ring", "a small blue square on green", "two triangles")
-        return Student.of(roles, "ema", inference, "lcm", "run-1", **{"prompts": prompts, **more})
+        return Student.of(roles, "ema", stock, "lcm", "run-1", **{"prompts": prompts, **more})
     return student

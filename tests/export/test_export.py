@@ -26,18 +26,18 @@ from safetensors.torch import load_file
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
 from stepdistill.export.folder import is_export
-from stepdistill.methods.base import Inference
-from stepdistill.models.families import absent_parts, load_teacher
 from stepdistill.models.roles import Full, Lora
+from stepdistill.models.schedulers import StockCall
+from stepdistill.models.teacher import absent_parts, load_teacher
 
 LORA = "pytorch_lora_weights.safetensors"
-LCM = Inference("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
-DDIM = Inference("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+LCM = StockCall("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
+DDIM = StockCall("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True},
                  {"num_inference_steps": 4, "guidance_scale": 3.0})
-TCD = Inference("TCDScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.3})
+TCD = StockCall("TCDScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.3})
 
 
-FLOW_EULER = Inference("FlowMatchEulerDiscreteScheduler", {},
+FLOW_EULER = StockCall("FlowMatchEulerDiscreteScheduler", {},
                        {"num_inference_steps": 2, "guidance_scale": 3.0, "sigmas": [1.0, 0.5]})
 
 
@@ -173,7 +173,7 @@ def test_what_an_sd3_export_says(make, tmp_path, teachers):
     with safe_open(tmp_path / "lora" / LORA, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 6.0
         assert all(key.startswith("transformer.") for key in file.keys())
-    with pytest.raises(RequestError, match="kohya's LoRA keys are written for UNets; StableDiffusion3Pipeline has a transformer"):
+    with pytest.raises(RequestError, match="kohya's LoRA keys are written for UNets; the network of the family sd3 is a transformer"):
         export_student(make("sd3"), "comfyui", tmp_path / "kohya")
 
 

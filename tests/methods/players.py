@@ -13,8 +13,8 @@ from stepdistill.diffusion.exact import Gaussian
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow, Schedule
-from stepdistill.methods.base import renoised
-from stepdistill.models.schedulers import stock_scheduler
+from stepdistill.methods.base import Inference
+from stepdistill.models.schedulers import Guidance, StockCall, sampler_of, stock_call
 
 from .closed import predict, stable_diffusion
 
@@ -50,9 +50,14 @@ def affine(schedule: Schedule, mean: float, deviation: float) -> Affine:
 
 
 def few_steps(steps: int, schedule: str = "vp") -> Sampler:
-    """The sampler of `renoised` for teachers of Stable Diffusion's or Stable Diffusion 3's noise."""
-    found = renoised(steps, schedule)
-    return Sampler.of_call(stock_scheduler(found.scheduler, found.config, TEACHERS[schedule]), steps, SCHEDULES[schedule][0], found.call)
+    """Of students whose x_0 is noised again, for teachers of Stable Diffusion's or Stable Diffusion 3's noise."""
+    return sampler_of(stock_call(Inference(steps, noise=1.0), SCHEDULES[schedule][0]), SCHEDULES[schedule][0], TEACHERS[schedule])
+
+
+def spelled(method, settings, steps: int, schedule: str, *guidance) -> StockCall:
+    """A method's inference as a pipeline that can embed a guidance scale is called. schedule: a key of SCHEDULES."""
+    found = SCHEDULES[schedule][0]
+    return stock_call(method.inference(settings, steps, found, *guidance), found, Guidance(embedded="guidance_scale"))
 
 
 def prompts(count: int, shape: tuple[int, ...] = (1,)) -> Batch:

@@ -12,12 +12,14 @@ from stepdistill.run.checks import configured
 from stepdistill.run.plan import plan
 from stepdistill.run.setup import setup
 
+from .players import spelled
+
 
 def made(problem, student=None, w=1.0, decode=lambda x: x, **settings) -> ADD:
     heads = lambda maps, cond: torch.stack([m.sum(1) for m in maps], 1)
     roles = {"teacher": problem.teacher, "student": student or problem.affine(), "decode": decode,
              "features": lambda pixels: [pixels, pixels**2], "discriminator": heads}
-    return ADD(Settings(**settings), roles, w, problem.sampler(ADD.inference(Settings(), 4, problem.name)))
+    return ADD(Settings(**settings), roles, w, problem.sampler(ADD.inference(Settings(), 4, problem.schedule)))
 
 
 @pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1}, {"noise": -1},
@@ -30,9 +32,9 @@ def test_settings_that_mean_nothing_are_refused(settings):
 def test_it_samples_at_the_times_that_it_trains_at():
     problem = Problem(0, "vp")
     for steps in (1, 2, 4):
-        assert {round(4 * t, 9) for t in problem.sampler(ADD.inference(Settings(), steps, "vp")).times.tolist()} <= {1, 2, 3, 4}
+        assert {round(4 * t, 9) for t in problem.sampler(ADD.inference(Settings(), steps, problem.schedule)).times.tolist()} <= {1, 2, 3, 4}
     with pytest.raises(ValueError, match="divide 4; found 3 steps"):
-        ADD.inference(Settings(), 3, "vp")
+        spelled(ADD, Settings(), 3, "vp")
 
 
 def test_the_student_is_asked_at_four_times_and_of_noise_alone_at_the_last():

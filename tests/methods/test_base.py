@@ -4,8 +4,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.times import trailing
-from stepdistill.methods.base import DIVISORS, deterministic, equal_steps, middle, renoised
-from stepdistill.models.schedulers import stock_scheduler
+from stepdistill.methods.base import Inference, middle
+from stepdistill.models.schedulers import DIVISORS, Guidance, StockCall, sampler_of, stock_call, stock_scheduler
 
 from .players import SCHEDULES
 
@@ -15,43 +15,45 @@ TEACHERS = {
 }
 
 
-def sampler(steps: int, schedule: str, made=deterministic, **config) -> Sampler:
-    found = made(steps, schedule)
-    grid = {"sigmas": found.call["sigmas"]} if schedule == "flow" else {}
-    return Sampler.of(stock_scheduler(found.scheduler, {**found.config, **config}, TEACHERS[schedule]), steps, SCHEDULES[schedule][0], **grid)
+def stock(schedule: str, *args, **fields) -> StockCall:
+    return stock_call(Inference(*args, **fields), SCHEDULES[schedule][0], Guidance(embedded="guidance_scale"))
+
+
+def sampler(schedule: str, steps: int, **fields) -> Sampler:
+    return sampler_of(stock(schedule, steps, **fields), SCHEDULES[schedule][0], TEACHERS[schedule])
 
 
 @pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in DIVISORS), *(("flow", k) for k in (1, 2, 3, 4, 7, 8, 50))])
 def test_a_deterministic_sampler_takes_equal_steps_that_meet(schedule, steps):
     """Told time, level and the landing before are one number, from 1 down to 0."""
-    made = sampler(steps, schedule)
+    made = sampler(schedule, steps)
     edges = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     told, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("told", "level", "landing"))
     for found, known in [(told, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
         torch.testing.assert_close(found.double(), known, rtol=0, atol=1e-5)
     assert made.start == 1 and not made.stochastic and landing[-1] == 0
-    assert deterministic(steps, schedule).call["guidance_scale"] == 1
+    assert stock(schedule, steps).call["guidance_scale"] == 1
 
 
 def test_other_numbers_of_steps_are_refused_with_what_would_be_right():
     for steps, near in [(3, "2 or 4"), (6, "5 or 8"), (7, "5 or 8"), (999, "500 or 1000"), (1001, "1000")]:
         with pytest.raises(ValueError, match=f"found {steps}, and {near} would be right"):
-            deterministic(steps, "vp")
+            stock("vp", steps)
     for schedule in TEACHERS:
         with pytest.raises(ValueError, match="at least 1 step; found 0"):
-            deterministic(0, schedule)
+            stock(schedule, 0)
 
 
 def test_the_refused_numbers_land_elsewhere_than_the_network_is_told():
     """3 steps: the second lands at time 333, and the third is told 332."""
-    scheduler = stock_scheduler("DDIMScheduler", deterministic(4, "vp").config, TEACHERS["vp"])
+    scheduler = stock_scheduler("DDIMScheduler", stock("vp", 4).config, TEACHERS["vp"])
     rows = Sampler.of(scheduler, 3, SCHEDULES["vp"][0]).evaluations
     assert round(1000 * rows[1].landing - 1, 3) == 333 and round(1000 * rows[2].told - 1) == 332
 
 
 @pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in (1, 3, 8, 16, 32, 64, 80, 500)), *(("flow", k) for k in (1, 3, 16))])
 def test_any_number_of_equal_steps_meets_at_the_trailing_times_which_the_doubled_grid_holds(schedule, steps):
-    made, s = sampler(steps, schedule, equal_steps), SCHEDULES[schedule][0]
+    made, s = sampler(schedule, steps, exact_grid=False), SCHEDULES[schedule][0]
     edges = trailing(steps, s)
     told, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("told", "level", "landing"))
     for found, known in [(told, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
@@ -61,16 +63,40 @@ def test_any_number_of_equal_steps_meets_at_the_trailing_times_which_the_doubled
 
 
 def test_equal_steps_tell_a_scale_and_are_refused_where_there_are_no_times():
-    assert equal_steps(16, "vp", 2.5).call == {"num_inference_steps": 16, "guidance_scale": 2.5}
-    assert equal_steps(4, "vp", 2.5).call["guidance_scale"] == 2.5 and equal_steps(4, "vp").call["guidance_scale"] == 1
+    assert stock("vp", 16, guidance=2.5, exact_grid=False).call == {"num_inference_steps": 16, "guidance_scale": 2.5}
+    assert stock("vp", 4, guidance=2.5, exact_grid=False).call["guidance_scale"] == 2.5 and stock("vp", 4, exact_grid=False).call["guidance_scale"] == 1
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"found {steps}"):
-            equal_steps(steps, "vp")
+            stock("vp", steps, exact_grid=False)
     assert middle(3) == 3.0 and middle((1.0, 4.0)) == 2.5
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_a_renoised_flow_is_asked_at_equal_steps_whatever_the_teacher_s_grid(steps):
     """The teacher's own grid is shifted, dynamic, terminal and Karras's."""
-    made = sampler(steps, "flow", renoised)
+    made = sampler("flow", steps, noise=1.0)
     assert made.times.tolist() == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6) and made.stochastic == (steps > 1)
+
+
+@pytest.mark.parametrize("schedule, fields, says", [
+    ("vp", {"shift": 3.0}, "not shifted; found shift = 3"), ("vp", {"noise": 0.3}, "share of fresh noise"), ("vp", {"nodes": 8}, "finer"),
+    ("vp", {"end": 0.1, "noise": 0.3}, "TCDScheduler ends"), ("vp", {"times": (0.6, 0.3)}, "LCMScheduler alone takes"),
+    ("flow", {"noise": 0.3}, "FlowMatchEulerDiscreteScheduler adds none, FlowMatchLCMScheduler all of it; found 0.3"),
+    ("flow", {"end": 0.001}, "end on the data")])
+def test_an_inference_that_no_stock_scheduler_does_is_refused(schedule, fields, says):
+    with pytest.raises(ValueError, match=says):
+        stock(schedule, 2, **fields)
+
+
+def test_times_of_its_own_reach_the_call():
+    """One step from t = 0.626, the time that a network is told as 625, and sigmas as they are."""
+    found = stock("vp", 1, noise=1.0, times=(0.626,))
+    assert found.call["timesteps"] == [625] and found.scheduler == "LCMScheduler"
+    assert sampler("vp", 1, noise=1.0, times=(0.626,)).times.tolist() == pytest.approx([0.626])
+    assert stock("flow", 2, times=(0.9, 0.4)).call["sigmas"] == [0.9, 0.4]
+    assert sampler("flow", 2, times=(0.9, 0.4)).times.tolist() == pytest.approx([0.9, 0.4])
+
+
+def test_a_pipeline_without_a_guidance_embedding_is_called_without_guidance():
+    found = stock_call(Inference(4, guidance=5.0), SCHEDULES["flow"][0], Guidance({"cfg": 0, "other": 1}))
+    assert found.call == {"num_inference_steps": 4, "cfg": 0, "other": 1, "sigmas": [1.0, 0.75, 0.5, 0.25]}

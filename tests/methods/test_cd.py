@@ -10,7 +10,7 @@ from stepdistill.methods.consistency.cd import CD, Settings, bridge, grid
 
 from ..diffusion.schedules import SCHEDULES
 from .closed import STD, Teacher, batch
-from .players import few_steps, moment
+from .players import few_steps, moment, spelled
 
 F64 = torch.float64
 
@@ -68,9 +68,9 @@ def test_two_evaluations_of_the_teacher_one_of_the_target_without_gradient_one_o
 
 
 def test_the_sampler_is_the_stock_one_at_times_of_the_grid():
-    found = CD.inference(Settings(), 4, "vp")
+    found = spelled(CD, Settings(), 4, "vp")
     assert found.scheduler == "LCMScheduler" and found.config["original_inference_steps"] == 4
-    assert CD.inference(Settings(), 4, "flow").call["sigmas"] == [1.0, 0.75, 0.5, 0.25]
+    assert spelled(CD, Settings(), 4, "flow").call["sigmas"] == [1.0, 0.75, 0.5, 0.25]
     schedule = VariancePreserving.of(DDIMScheduler().alphas_cumprod)
     assert 18 < len(grid(schedule, 18, few_steps(4).times)) <= 22
 

@@ -4,7 +4,7 @@ import torch
 from stepdistill.methods.base import Inference
 from stepdistill.methods.distribution.diff_instruct import DiffInstruct, Settings
 
-from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts
+from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts, spelled
 
 COUNT = 40_000
 
@@ -52,6 +52,6 @@ def test_the_critic_s_optimum_is_the_student_s_exact_denoiser():
 
 
 def test_only_one_step_is_served():
-    assert isinstance(DiffInstruct.inference(Settings(), 1, "vp"), Inference)
+    assert isinstance(DiffInstruct.inference(Settings(), 1, SCHEDULES["vp"][0]), Inference)
     with pytest.raises(ValueError, match="one-step students, found 4 steps"):
-        DiffInstruct.inference(Settings(), 4, "vp")
+        spelled(DiffInstruct, Settings(), 4, "vp")

@@ -9,7 +9,7 @@ from stepdistill.methods.distribution.dmd import DMD, Settings
 from stepdistill.recipe import Recipe
 from stepdistill.run.plan import plan
 
-from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts
+from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts, spelled
 
 COUNT = 64
 
@@ -72,7 +72,7 @@ def test_a_weight_of_zero_leaves_the_scores_alone():
 def test_pairs_are_all_it_trains_on_and_one_step_all_it_makes(tiny_teacher):
     assert METHODS["dmd"].data == ("pairs",)
     with pytest.raises(ValueError, match="one-step students, found 4 steps"):
-        DMD.inference(Settings(), 4, "vp")
+        spelled(DMD, Settings(), 4, "vp")
     made = {"method": "dmd", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 1,
             "data": {"pairs": {"prompts": "shapes", "steps": 4}, "count": 8, "batch": 4}, "train": {"updates": 2}}
     # forward: the student twice, the teacher guided, the critic twice; backward: the student twice, the critic once

@@ -5,8 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepdistill.diffusion.contracts import Batch
 from stepdistill.methods.distribution.dmd2 import DMD2, Settings
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Full, build_roles
+from stepdistill.models.teacher import load_teacher
 from stepdistill.training import TrainConfig, Trainer
 
 from ..tiny import save_tiny

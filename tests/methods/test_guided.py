@@ -11,6 +11,8 @@ from stepdistill.recipe import Recipe
 from stepdistill.run.checks import check
 from stepdistill.run.setup import previous_student, setup
 
+from .players import spelled
+
 STAGES = [{"method": "guided", "settings": {}, "steps": 8}, {"steps": [4, 2], "teacher": "previous"}]
 
 
@@ -31,8 +33,8 @@ def test_each_sample_has_a_scale_of_its_own_and_no_prompt_is_dropped():
 
 def test_its_student_is_told_unless_said_otherwise():
     assert GuidedDistillation.needs(Settings(), False)["student"].told_w and not GuidedDistillation.needs(Settings(told=False), False)["student"].told_w
-    assert GuidedDistillation.inference(Settings(), 16, "vp", (2.0, 5.0)).call["guidance_scale"] == 3.5
-    assert GuidedDistillation.inference(Settings(told=False), 8, "flow", 3.0).call["guidance_scale"] == 1.0
+    assert spelled(GuidedDistillation, Settings(), 16, "vp", (2.0, 5.0)).call["guidance_scale"] == 3.5
+    assert spelled(GuidedDistillation, Settings(told=False), 8, "flow", 3.0).call["guidance_scale"] == 1.0
     with pytest.raises(ValueError, match="weight must be 'truncated' or 'v'; found 1"):
         Settings(weight=1)
 

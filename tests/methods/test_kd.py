@@ -12,6 +12,8 @@ from stepdistill.proofs.problem import NAMES, Believer, Problem
 from stepdistill.recipe import Recipe
 from stepdistill.run.setup import setup
 
+from .players import spelled
+
 
 @pytest.mark.parametrize("noise", NAMES)
 def test_the_student_is_asked_at_the_nodes_and_nowhere_else(noise):
@@ -75,7 +77,7 @@ def test_a_recipe_without_the_nodes_is_refused_before_a_pair_is_made(tiny_teache
 
 def test_other_step_counts_and_settings_are_refused():
     with pytest.raises(ValueError, match="found 3, and 2 or 4 would be right"):
-        KD.inference(Settings(), 3, "vp")
-    assert KD.inference(Settings(), 3, "flow").call["sigmas"] == [1.0, 1 - 1 / 3, 1 - 2 / 3]
+        spelled(KD, Settings(), 3, "vp")
+    assert spelled(KD, Settings(), 3, "flow").call["sigmas"] == [1.0, 1 - 1 / 3, 1 - 2 / 3]
     with pytest.raises(ValueError, match="loss must be 'squared' or 'absolute'; found 'l2'"):
         Settings(loss="l2")

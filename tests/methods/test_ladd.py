@@ -7,6 +7,8 @@ from stepdistill.diffusion.sampler import Sampler
 from stepdistill.methods.adversarial.ladd import LADD, Settings
 from stepdistill.proofs.problem import Believer, Problem
 
+from .players import spelled
+
 COUNT = 400
 
 
@@ -14,7 +16,7 @@ def made(problem, student=None, discriminator=None, **settings) -> LADD:
     """A student that believes in what it is given."""
     student = student or Believer(problem.schedule, lambda x_t, t, cond: x_t)
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator or (lambda x, t, cond: x[:, :2])}
-    return LADD(Settings(**settings), roles, 1.0, problem.sampler(LADD.inference(Settings(), 4, problem.name)))
+    return LADD(Settings(**settings), roles, 1.0, problem.sampler(LADD.inference(Settings(), 4, problem.schedule)))
 
 
 @pytest.mark.parametrize("settings", [{"shares": (0.5, 0.4)}, {"shares": (1.5, -0.5, 0, 0)}, {"shares": ()}, {"shares": (1.0,)},
@@ -28,7 +30,7 @@ def test_settings_that_mean_nothing_are_refused(settings):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_every_time_of_its_samplers_is_one_that_it_trains_at(noise, steps):
     problem = Problem(0, noise)
-    sampler = problem.sampler(LADD.inference(Settings(), steps, noise))
+    sampler = problem.sampler(LADD.inference(Settings(), steps, problem.schedule))
     assert isinstance(sampler, Sampler) and sampler.nfe == steps
     assert {round(t * 4, 9) for t in sampler.times.tolist()} <= {1, 2, 3, 4}
 
@@ -36,7 +38,7 @@ def test_every_time_of_its_samplers_is_one_that_it_trains_at(noise, steps):
 @pytest.mark.parametrize("steps", [0, 3, 8])
 def test_other_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError, match=f"divide 4; found {steps} steps"):
-        LADD.inference(Settings(), steps, "vp")
+        spelled(LADD, Settings(), steps, "vp")
 
 
 @pytest.mark.parametrize("index, expected", [(0, [0, 0, 0.5, 0.5]), (499, [0, 0, 0.5, 0.5]), (500, [0.7, 0.1, 0.1, 0.1])])
@@ -88,9 +90,9 @@ def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
 @pytest.mark.parametrize("count, served", [(3, False), (7, False), (5, True)])
 def test_a_number_of_nodes_that_lcm_scheduler_cannot_space_evenly_is_refused(count, served):
     settings = Settings(shares=(1 / count,) * count, first_shares=(1 / count,) * count)
-    assert LADD.inference(settings, count, "flow").call["num_inference_steps"] == count
+    assert spelled(LADD, settings, count, "flow").call["num_inference_steps"] == count
     if served:
-        assert LADD.inference(settings, count, "vp").call["num_inference_steps"] == count
+        assert spelled(LADD, settings, count, "vp").call["num_inference_steps"] == count
     else:
         with pytest.raises(ValueError, match=f"divides its 1000; ladd is set to {count}"):
-            LADD.inference(settings, count, "vp")
+            spelled(LADD, settings, count, "vp")

@@ -18,6 +18,7 @@ from stepdistill.methods.consistency.lcm import LCM, Settings
 from stepdistill.models.schedulers import stock_scheduler
 
 from .closed import SCHEDULES, STD, Teacher, batch, contraction, guided_mean, predict, stable_diffusion
+from .players import spelled
 
 
 @dataclass
@@ -129,7 +130,7 @@ def test_the_target_role_is_asked_without_gradient_and_with_the_same_condition()
 
 @pytest.mark.parametrize("steps, told", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None), (50, None)])
 def test_sampling_times_are_training_nodes(steps, told):
-    inference = LCM.inference(Settings(), steps, "vp", 3.0)
+    inference = spelled(LCM, Settings(), steps, "vp", 3.0)
     scheduler = LCMScheduler.from_config(DDIMScheduler(beta_schedule="scaled_linear").config, **inference.config)
     scheduler.set_timesteps(inference.call["num_inference_steps"])
     assert told is None or scheduler.timesteps.tolist() == told
@@ -138,21 +139,21 @@ def test_sampling_times_are_training_nodes(steps, told):
 
 
 def test_the_call():
-    assert LCM.inference(Settings(), 4, "vp", (2.0, 6.0)).call == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert LCM.inference(Settings(told=True), 4, "vp", (2.0, 6.0)).call["guidance_scale"] == 4.0
+    assert spelled(LCM, Settings(), 4, "vp", (2.0, 6.0)).call == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert spelled(LCM, Settings(told=True), 4, "vp", (2.0, 6.0)).call["guidance_scale"] == 4.0
     for steps, schedule in [(0, "vp"), (51, "vp"), (0, "flow"), (51, "flow")]:
         with pytest.raises(ValueError, match="lcm"):
-            LCM.inference(Settings(), steps, schedule)
+            spelled(LCM, Settings(), steps, schedule)
     for wrong in (Settings(nodes=30), Settings(shift=3.0)):
         with pytest.raises(ValueError, match=f"nodes = {wrong.nodes}, shift = {wrong.shift}"):
-            LCM.inference(wrong, 4, "vp")
+            spelled(LCM, wrong, 4, "vp")
 
 
 @pytest.mark.parametrize("nodes, steps, shift", [(50, 1, 1.0), (50, 4, 1.0), (10, 4, 3.0), (7, 3, 3.0), (8, 8, 1.0), (16, 4, 1.0)])
 def test_sampling_times_of_a_flow_are_training_nodes(nodes, steps, shift):
     """The stock scheduler of a teacher with another shift, as a pipeline would call it."""
     settings = Settings(nodes=nodes, shift=shift)
-    inference = LCM.inference(settings, steps, "flow", 3.0)
+    inference = spelled(LCM, settings, steps, "flow", 3.0)
     scheduler = stock_scheduler(inference.scheduler, inference.config, FlowMatchEulerDiscreteScheduler(shift=2.0))
     assert type(scheduler) is FlowMatchLCMScheduler
     assert inference.call["num_inference_steps"] == len(inference.call["sigmas"]) == steps and inference.call["guidance_scale"] == 1.0
@@ -192,5 +193,5 @@ def test_settings_are_checked(wrong):
 def test_needs_are_those_of_the_table():
     assert load_method("lcm") is LCM
     assert LCM.needs(Settings(), full=True) == {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
-    assert LCM.needs(Settings(told=True), full=False) == {"teacher": Frozen(), "student": Trained("teacher", told_w=True)}
+    assert LCM.needs(Settings(told=True), full=False) == {"teacher": Frozen(), "student": Trained("teacher", reads=("w",))}
     assert METHODS["lcm"].needs == tuple(LCM.needs(Settings(), full=True)) and METHODS["lcm"].data == LCM.data

@@ -8,6 +8,8 @@ from stepdistill.methods.base import Frozen, Heads, Trained
 from stepdistill.proofs.lightning import Judge
 from stepdistill.proofs.problem import Believer, Problem
 
+from .players import spelled
+
 COUNT = 200
 
 
@@ -16,7 +18,7 @@ def made(problem, steps=2, w=1.0, judge=None, student=None, **settings) -> Light
     settings = Settings(**{"nodes": 8, **settings})
     roles = {"teacher": problem.teacher, "student": student or Believer(problem.schedule, lambda x_t, t, cond: x_t),
              "discriminator": judge or Judge(lambda x_r, r, x_t, t, cond: x_r)}
-    return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, steps, problem.name)))
+    return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, steps, problem.schedule)))
 
 
 @pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0}, {"judged_at": (0.0,)},
@@ -29,7 +31,7 @@ def test_settings_that_mean_nothing_are_refused(settings):
 @pytest.mark.parametrize("settings, steps", [({"nodes": 32}, 3), ({"nodes": 32, "starts": 4}, 8), ({"nodes": 3}, 3), ({}, 0)])
 def test_stages_that_no_stock_scheduler_samples_are_refused(settings, steps):
     with pytest.raises(ValueError, match=f"found {steps}"):
-        Lightning.inference(Settings(**settings), steps, "vp")
+        spelled(Lightning, Settings(**settings), steps, "vp")
 
 
 def test_each_objective_has_its_roles():

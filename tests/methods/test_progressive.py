@@ -9,6 +9,8 @@ from stepdistill.proofs.progressive import closed, made
 from stepdistill.recipe import Recipe
 from stepdistill.run.checks import check
 
+from .players import spelled
+
 
 @pytest.mark.parametrize("noise", NAMES)
 @pytest.mark.parametrize("steps", [1, 4, 16])
@@ -52,12 +54,12 @@ def test_the_weight_of_v_is_one_more():
 
 
 def test_the_step_counts_that_are_served():
-    assert Progressive.inference(Settings(), 4, "vp").scheduler == "DDIMScheduler"
-    assert Progressive.inference(Settings(), 16, "vp").scheduler == "EulerDiscreteScheduler"
-    assert Progressive.inference(Settings(), 501, "flow").call["num_inference_steps"] == 501
-    assert Progressive.inference(Settings(told=True), 4, "vp", (1.0, 4.0)).call["guidance_scale"] == 2.5
+    assert spelled(Progressive, Settings(), 4, "vp").scheduler == "DDIMScheduler"
+    assert spelled(Progressive, Settings(), 16, "vp").scheduler == "EulerDiscreteScheduler"
+    assert spelled(Progressive, Settings(), 501, "flow").call["num_inference_steps"] == 501
+    assert spelled(Progressive, Settings(told=True), 4, "vp", (1.0, 4.0)).call["guidance_scale"] == 2.5
     with pytest.raises(ValueError, match="takes two steps for each, and has 1000 times; found 501"):
-        Progressive.inference(Settings(), 501, "vp")
+        spelled(Progressive, Settings(), 501, "vp")
     with pytest.raises(ValueError, match="weight must be 'truncated' or 'v'; found 'snr'"):
         Settings(weight="snr")
 

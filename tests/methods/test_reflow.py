@@ -8,7 +8,7 @@ from stepdistill.methods.trajectory.reflow import Reflow, Settings, along
 from stepdistill.proofs.problem import NAMES, Believer, Problem
 from stepdistill.proofs.reflow import made, straight
 
-from .players import SCHEDULES
+from .players import SCHEDULES, spelled
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -75,7 +75,7 @@ def test_settings_are_checked(wrong):
 
 
 def test_what_serves_it():
-    assert Reflow.inference(Settings(), 4, "vp").scheduler == "DDIMScheduler"
-    assert Reflow.inference(Settings(), 4, "flow").scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert spelled(Reflow, Settings(), 4, "vp").scheduler == "DDIMScheduler"
+    assert spelled(Reflow, Settings(), 4, "flow").scheduler == "FlowMatchEulerDiscreteScheduler"
     with pytest.raises(ValueError, match="found 3, and 2 or 4"):
-        Reflow.inference(Settings(), 3, "vp")
+        spelled(Reflow, Settings(), 3, "vp")

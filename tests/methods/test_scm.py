@@ -12,10 +12,11 @@ from stepdistill.diffusion.views import viewed
 from stepdistill.losses.tangent import exact, trig_difference
 from stepdistill.methods.base import Frozen, Trained
 from stepdistill.methods.consistency.scm import RADIAN, SCM, TRIG, Settings
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 
 from .closed import SCHEDULES, STD, Teacher, batch, guided_mean, predict
+from .players import spelled
 
 EXACT, SECANT = Settings(derivative="exact"), Settings()
 
@@ -114,7 +115,7 @@ def test_settings_that_cannot_be(wrong, said):
 
 
 def test_the_stock_scheduler_noises_x0_again():
-    vp, flow = (SCM.inference(Settings(), 2, name) for name in ("vp", "flow"))
+    vp, flow = (spelled(SCM, Settings(), 2, name) for name in ("vp", "flow"))
     assert vp.scheduler == "LCMScheduler" and vp.config["original_inference_steps"] == 2
     assert flow.scheduler == "FlowMatchLCMScheduler" and flow.config["shift"] == 1
     start, middle = flow.call["sigmas"]

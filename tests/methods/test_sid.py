@@ -7,8 +7,8 @@ from stepdistill.diffusion.contracts import Batch, Condition
 from stepdistill.diffusion.schedule import like
 from stepdistill.methods.distribution.sid import Settings, SiD
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run.plan import plan
 

@@ -6,7 +6,7 @@ from stepdistill.diffusion.schedule import like
 from stepdistill.methods.distribution.swiftbrush import Settings, SwiftBrush
 
 from .closed import predict
-from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts
+from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts, spelled
 
 COUNT = 64
 
@@ -74,4 +74,4 @@ def test_the_critic_denoises_the_student_s_own_sample_and_misses_some_prompts():
 
 def test_only_one_step_is_served():
     with pytest.raises(ValueError, match="one-step students, found 2 steps"):
-        SwiftBrush.inference(Settings(), 2, "vp")
+        spelled(SwiftBrush, Settings(), 2, "vp")

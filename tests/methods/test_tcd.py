@@ -5,18 +5,18 @@ from diffusers import TCDScheduler
 
 from stepdistill.diffusion.flow_map import flow_map
 from stepdistill.diffusion.sampler import Sampler
-from stepdistill.methods.base import Follows, Frozen, Inference, Trained
+from stepdistill.methods.base import Follows, Frozen, Trained
 from stepdistill.methods.consistency.tcd import TCD, Settings
-from stepdistill.models.schedulers import stock_scheduler
+from stepdistill.models.schedulers import StockCall, stock_scheduler
 
 from .closed import SCHEDULES, Teacher, batch
-from .players import TEACHERS, moment
+from .players import TEACHERS, moment, spelled
 
 F64 = torch.float64
 
 
 def made(settings: Settings, schedule: str, steps: int = 4, **roles) -> TCD:
-    found = TCD.inference(settings, steps, schedule)
+    found = spelled(TCD, settings, steps, schedule)
     sampler = Sampler.of_call(stock_scheduler(found.scheduler, found.config, TEACHERS[schedule]), steps, SCHEDULES[schedule][0], found.call)
     teacher = Teacher(*SCHEDULES[schedule])
     return TCD(settings, {"teacher": teacher, "student": teacher} | roles, 1.0, sampler)
@@ -79,8 +79,8 @@ def test_one_network_cannot_land_on_every_r_and_its_best_is_between():
 
 
 def test_the_call_says_eta_and_the_sampler_ends_where_the_targets_do():
-    found = TCD.inference(Settings(), 4, "vp")
-    assert found == Inference("TCDScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.2})
+    found = spelled(TCD, Settings(), 4, "vp")
+    assert found == StockCall("TCDScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.2})
     method = made(Settings(), "vp")
     assert method.sampler.stochastic and method.end == 0.001 == pytest.approx(method.sampler.evaluations[-1].landing, abs=1e-7)
     assert method.sampler.times.tolist() == pytest.approx([1.0, 0.76, 0.5, 0.26])
@@ -91,18 +91,18 @@ def test_the_call_says_eta_and_the_sampler_ends_where_the_targets_do():
 @pytest.mark.parametrize("gamma, scheduler, stochastic", [(0.0, "FlowMatchEulerDiscreteScheduler", False), (1.0, "FlowMatchLCMScheduler", True)])
 def test_a_flow_is_served_at_both_ends_of_gamma(gamma, scheduler, stochastic):
     settings = Settings(nodes=8, gamma=gamma)
-    assert TCD.inference(settings, 4, "flow").scheduler == scheduler
+    assert spelled(TCD, settings, 4, "flow").scheduler == scheduler
     method = made(settings, "flow")
     assert method.end == 0 and method.sampler.stochastic == stochastic
     assert torch.allclose(method.sampler.times, torch.tensor([1, 0.75, 0.5, 0.25], dtype=F64))
 
 
 @pytest.mark.parametrize("settings, steps, schedule, says", [
-    (Settings(), 4, "flow", "gamma: 0.*FlowMatchEuler.*or 1.*FlowMatchLCM.*found 0.2"), (Settings(), 51, "vp", "1 to 50 steps"),
+    (Settings(), 4, "flow", "gamma: 0, none, or 1, all of it; found 0.2"), (Settings(), 51, "vp", "1 to 50 steps"),
     (Settings(), 0, "vp", "1 to 50 steps"), (Settings(nodes=30), 4, "vp", "divide 1000.*nodes = 30"), (Settings(shift=3.0), 4, "vp", "no shift")])
 def test_what_no_scheduler_serves_is_refused(settings, steps, schedule, says):
     with pytest.raises(ValueError, match=says):
-        TCD.inference(settings, steps, schedule)
+        spelled(TCD, settings, steps, schedule)
 
 
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"skip": 51}, {"gamma": 1.5}, {"gamma": -0.1}, {"loss": "l1"}, {"huber_c": 0.0},

@@ -7,6 +7,8 @@ from stepdistill.methods.trajectory.tract import TRACT, Settings
 from stepdistill.proofs.problem import NAMES, Believer, Problem
 from stepdistill.proofs.tract import NODES, closed, made
 
+from .players import spelled
+
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 40])
 def test_times(steps):
@@ -59,13 +61,13 @@ def test_all_nodes_of_a_segment_lead_to_one_place_at_the_fixed_point():
 
 
 def test_the_step_counts_that_are_served():
-    assert TRACT.inference(Settings(), 4, "vp").scheduler == "DDIMScheduler"
+    assert spelled(TRACT, Settings(), 4, "vp").scheduler == "DDIMScheduler"
     for schedule, steps in (("vp", 25), ("flow", 16)):
         with pytest.raises(ValueError, match=f"nodes, 40, into one segment a step: {steps} steps want a multiple of {steps}"):
-            TRACT.inference(Settings(), steps, schedule)
+            spelled(TRACT, Settings(), steps, schedule)
     with pytest.raises(ValueError, match="found 3, and 2 or 4 would be right"):
-        TRACT.inference(Settings(nodes=30), 3, "vp")
-    assert TRACT.inference(Settings(nodes=30), 3, "flow").call["num_inference_steps"] == 3
+        spelled(TRACT, Settings(nodes=30), 3, "vp")
+    assert spelled(TRACT, Settings(nodes=30), 3, "flow").call["num_inference_steps"] == 3
 
 
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"target_decay": 1.0}])

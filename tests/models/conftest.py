@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from stepdistill.models.families import load_teacher
+from stepdistill.models.teacher import load_teacher
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Follows, Frozen, Heads, Trained
 from stepdistill.models.adapters import AdapterBank, lora_config
 from stepdistill.models.discriminator import tap
-from stepdistill.models.families import load_teacher
 from stepdistill.models.recompute import Enough, recomputed
 from stepdistill.models.roles import Full, Lora, Places, build_roles
+from stepdistill.models.teacher import load_teacher
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "critic": Trained(), "discriminator": Heads("critic")}
 ALL = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")

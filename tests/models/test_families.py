@@ -12,21 +12,23 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 
 from stepdistill.diffusion.contracts import Condition
+from stepdistill.diffusion.schedule import VariancePreserving
 from stepdistill.errors import RequestError
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.families import FAMILIES, load_teacher
-from stepdistill.models.families.unet2d_condition import w_embedding
+from stepdistill.models.extra_embedding import embedding
+from stepdistill.models.families import FAMILIES
+from stepdistill.models.teacher import load_teacher
 
 
 @pytest.mark.parametrize(("prediction_type", "kind"), [("epsilon", "eps"), ("v_prediction", "v")])
-def test_a_role_predicts_what_the_unet_does_at_the_same_told_time(folders, prediction_type, kind):
+def test_a_role_predicts_what_the_unet_does_at_the_same_timestep(folders, prediction_type, kind):
     family = load_teacher(folders[prediction_type])
     stock = family.pipeline()
     x, told = torch.randn(4, *family.latent_shape), torch.tensor([0, 19, 499, 999])
     cond = family.encode(["a red circle"] * 4)
     prediction = Denoiser(family, family.network)(x, (told.double() + 1) / 1000, cond)
     assert torch.equal(prediction.raw, family.network(x, told, cond.text).sample)
-    assert (prediction.kind, family.kind, family.schedule_name) == (kind, kind, "vp")
+    assert prediction.kind == family.kind == kind and isinstance(family.schedule, VariancePreserving)
     for i, node in enumerate(told.tolist()):
         _, x0 = ddim_views(stock.scheduler, prediction.raw[i], node, x[i])
         torch.testing.assert_close(prediction.x0[i], x0, rtol=1e-4, atol=1e-4)
@@ -41,9 +43,9 @@ def ddim_views(scheduler, raw, node, x):
 
 def test_told_times_are_whole_at_every_node_and_exact_between(family):
     nodes = torch.arange(1000)
-    assert torch.equal(family.told_time((nodes.double() + 1) / 1000), nodes.double())
-    assert family.told_time(torch.tensor([0.12345678])).dtype == torch.float64
-    torch.testing.assert_close(family.told_time(torch.tensor([0.5005], dtype=torch.float64)),
+    assert torch.equal(family.timestep((nodes.double() + 1) / 1000), nodes.double())
+    assert family.timestep(torch.tensor([0.12345678])).dtype == torch.float64
+    torch.testing.assert_close(family.timestep(torch.tensor([0.5005], dtype=torch.float64)),
                                torch.tensor([499.5], dtype=torch.float64))
 
 
@@ -77,8 +79,8 @@ def test_the_codec_is_the_pipelines(family):
     ours = family.decode(images).permute(0, 2, 3, 1).numpy() / 2 + 0.5
     assert np.abs(ours - pixels).max() < 1e-6
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    mean = family.codec.encode(pictures).latent_dist.mean
-    torch.testing.assert_close(family.encode_images(pictures), mean * family.codec.config.scaling_factor)
+    mean = family.codec.network.encode(pictures).latent_dist.mean
+    torch.testing.assert_close(family.encode_images(pictures), mean * family.codec.network.config.scaling_factor)
     draws = [family.encode_images(pictures, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -88,8 +90,8 @@ def test_w_is_embedded_as_stock_pipelines_embed_guidance_scale(family):
     scales = [1.0, 1.5, 3.0, 7.3, 8.123456789, 15.0]
     theirs = torch.cat([stock.get_guidance_scale_embedding(torch.tensor(scale - 1).repeat(1), embedding_dim=256)
                         for scale in scales])
-    assert torch.equal(w_embedding(torch.tensor(scales, dtype=torch.float64)), theirs)
-    torch.testing.assert_close(w_embedding(torch.tensor(scales)), theirs, rtol=0, atol=3e-3)
+    assert torch.equal(embedding("w", torch.tensor(scales, dtype=torch.float64)), theirs)
+    torch.testing.assert_close(embedding("w", torch.tensor(scales)), theirs, rtol=0, atol=3e-3)
 
 
 def test_a_fresh_network_is_stock_and_computes_the_same(family, inputs):

@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from tiny import tiny_pipeline
 
 from stepdistill.methods.base import Follows
 from stepdistill.methods.distribution.dmd2 import DMD2, Settings
 from stepdistill.models.discriminator import tap
-from stepdistill.models.families.unet2d_condition import UNet2DCondition, feature_shapes
+from stepdistill.models.families.unet2d_condition import FAMILY, feature_shapes
 from stepdistill.models.roles import Lora, Places, build_roles
+from stepdistill.models.teacher import Teacher
 
 CONFIGS = {                                            # as published, with the parameters that the published weights have
     "sd15": ({"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8},
@@ -30,10 +31,10 @@ def network(name: str) -> UNet2DConditionModel:
         return UNet2DConditionModel(**CONFIGS[name][0])
 
 
-def family(name: str) -> UNet2DCondition:
+def family(name: str) -> Teacher:
     """With this network in bfloat16; all else is tiny, and of no matter here."""
     parts = {**tiny_pipeline().components, "unet": network(name).bfloat16()}
-    return UNet2DCondition(StableDiffusionPipeline(**parts, requires_safety_checker=False), name, None, {})
+    return Teacher(FAMILY, parts, name)
 
 
 def size(parameters) -> int:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import reading
 
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Follows, Frozen, Trained
-from stepdistill.models.families import load_teacher
-from stepdistill.models.families.unet2d_condition import w_embedding
+from stepdistill.models.extra_embedding import embedding
 from stepdistill.models.roles import Full, Lora, Weights, build_roles
+from stepdistill.models.teacher import load_teacher
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "target": Follows("student", 0.5), "ema": Follows("student", 0.75)}
 SETTINGS = pytest.mark.parametrize("setting", [Lora(rank=4), Full()], ids=["lora", "full"])
@@ -21,7 +22,7 @@ def clones(roles, name):
 @pytest.mark.parametrize("told_w", [(), ("student",)], ids=["plain", "told"])
 def test_at_the_start_every_role_is_the_teacher(family, inputs, setting, told_w):
     before = family.predict(family.network, *inputs)
-    roles = build_roles(family, NEEDS, {"student": setting}, told_w=told_w)
+    roles = build_roles(family, reading(NEEDS, *told_w), {"student": setting})
     x, t, cond = inputs
     assert tuple(roles) == roles.names == tuple(NEEDS)
     for name in roles:
@@ -61,7 +62,7 @@ def test_followers_step_in_float32_and_others_stay(family, perturb, setting):
 
 @SETTINGS
 def test_only_the_student_gets_gradients(family, inputs, perturb, setting):
-    roles = build_roles(family, NEEDS, {"student": setting}, told_w=("student",), gradient_checkpointing=True)
+    roles = build_roles(family, reading(NEEDS, "student"), {"student": setting}, gradient_checkpointing=True)
     perturb(roles.parameters("student"))
     x, t, cond = inputs
     told = cond.replace(w=torch.tensor([2.0, 3.0, 4.0]))
@@ -91,7 +92,7 @@ def test_checkpointing_changes_no_gradient(folders, perturb, setting, inputs):
 
 @SETTINGS
 def test_states_round_trip(folders, inputs, perturb, setting):
-    one, two = (build_roles(load_teacher(folders["epsilon"]), NEEDS, {"student": setting}, told_w=("student",)) for _ in range(2))
+    one, two = (build_roles(load_teacher(folders["epsilon"]), reading(NEEDS, "student"), {"student": setting}) for _ in range(2))
     for seed, name in enumerate(("student", "target", "ema")):
         perturb(one.parameters(name), seed)
         two.load_state_dict(name, one.state_dict(name))
@@ -107,7 +108,7 @@ def test_states_round_trip(folders, inputs, perturb, setting):
 
 @SETTINGS
 def test_a_told_student_reads_w_and_the_teacher_does_not(family, inputs, perturb, setting):
-    roles = build_roles(family, NEEDS, {"student": setting}, told_w=("student",))
+    roles = build_roles(family, reading(NEEDS, "student"), {"student": setting})
     perturb([roles.state_dict("student")["time_embedding.cond_proj.weight"]], size=0.5)
     x, t, cond = inputs
     low, high = (cond.replace(w=torch.full((3,), w)) for w in (2.0, 9.0))
@@ -130,13 +131,13 @@ def test_an_untold_student_does_not_see_w(family, inputs, perturb):
 @SETTINGS
 @pytest.mark.parametrize("told_w", [(), ("student",)], ids=["plain", "told"])
 def test_a_role_leaves_as_a_stock_network(family, inputs, perturb, tmp_path, setting, told_w):
-    roles = build_roles(family, NEEDS, {"student": setting}, told_w=told_w)
+    roles = build_roles(family, reading(NEEDS, *told_w), {"student": setting})
     perturb(roles.parameters("student"))
     roles.network("student").save_pretrained(tmp_path)
     stock = type(family.network).from_pretrained(tmp_path)
     x, t, cond = inputs
     w = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
-    told = w_embedding(w) if told_w else None
+    told = embedding("w", w) if told_w else None
     raw = stock(x, torch.tensor([999, 499, 19]), cond.text, timestep_cond=told).sample
     torch.testing.assert_close(raw, roles["student"](x, t, cond.replace(w=w)).raw, rtol=1e-4, atol=1e-5)
     teacher = family.predict(roles.network("teacher"), x, t, cond)
@@ -144,7 +145,7 @@ def test_a_role_leaves_as_a_stock_network(family, inputs, perturb, tmp_path, set
 
 
 def test_a_told_student_runs_in_a_stock_pipeline_at_any_guidance_scale(family, perturb):
-    roles = build_roles(family, NEEDS, {"student": Lora(4)}, told_w=("student",))
+    roles = build_roles(family, reading(NEEDS, "student"), {"student": Lora(4)})
     perturb(roles.parameters("student"))
     x, scale = torch.randn(1, *family.latent_shape), 4.3
     stock = family.pipeline(roles.network("student"))
@@ -172,7 +173,7 @@ def test_full_roles_are_float32_on_a_bfloat16_teacher(folders, inputs):
 
 
 def test_moving_keeps_the_parameters(family):
-    roles = build_roles(family, NEEDS, {"student": Lora(4)}, told_w=("student",))
+    roles = build_roles(family, reading(NEEDS, "student"), {"student": Lora(4)})
     before = list(map(id, roles.parameters("student")))
     assert list(map(id, roles.to("cpu").parameters("student"))) == before
 
@@ -199,8 +200,8 @@ def test_a_critic_that_is_told_begins_as_a_teacher_that_is_not(folders, family, 
     wanted = before["student"](x, t, cond).raw.detach()
     family = load_teacher(folders["epsilon"])
     needs = {"teacher": Frozen(), "student": Trained(), "critic": Trained()}
-    roles = build_roles(family, needs, {"student": setting, "critic": setting}, told_w=("critic",), begin={"teacher": weights})
-    assert roles.told_w == {"critic"}
+    roles = build_roles(family, reading(needs, "critic"), {"student": setting, "critic": setting}, begin={"teacher": weights})
+    assert {name for name, numbers in roles.reads.items() if numbers} == {"critic"}
     for name in needs:
         found = roles[name](x, t, cond.replace(w=torch.tensor([1.0, 2.0, 4.0]))).raw
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

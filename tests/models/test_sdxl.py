@@ -8,8 +8,8 @@ from tiny import ASSETS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepdistill.methods.base import Frozen, Trained
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -71,7 +71,7 @@ def test_one_guided_step_is_the_pipelines(family):
 
 def test_an_adapter_on_it(family, perturb):
     cond, x, t = family.encode(PROMPTS), torch.randn(2, *family.latent_shape), torch.tensor([0.5, 1.0], dtype=torch.float64)
-    roles = build_roles(family, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)}, told_w=("student",),
+    roles = build_roles(family, {"teacher": Frozen(), "student": Trained(reads=("w",))}, {"student": Lora(4)},
                         gradient_checkpointing=True)
     told = cond.replace(w=torch.tensor([2.0, 8.0]))
     before = roles["teacher"](x, t, cond).raw

@@ -7,8 +7,8 @@ from stepdistill.data.toy import SHAPE, Toy, write
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Heads, Trained
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Full, Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 
 
 @pytest.fixture(params=["vp", "flow"])
@@ -46,7 +46,7 @@ def test_students_begin_as_their_teacher_and_learn(family, setting):
 
 
 def test_a_student_can_be_told_its_scale(family):
-    roles = build_roles(family, {"teacher": Frozen(), "student": Trained("teacher", told_w=True)}, {"student": Full()}, told_w=("student",))
+    roles = build_roles(family, {"teacher": Frozen(), "student": Trained("teacher", reads=("w",))}, {"student": Full()})
     x, t, _ = moment(family)
     cond = family.encode(["class 1"] * len(x)).replace(w=torch.full((len(x),), 3.0))
     assert torch.equal(roles["student"](x, t, cond).raw, roles["teacher"](x, t, cond).raw)

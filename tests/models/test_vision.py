@@ -10,8 +10,8 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model, ViTConfig
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Codec, Features, Frozen, Heads, Trained
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Lora, Places, build_roles
+from stepdistill.models.teacher import load_teacher
 from stepdistill.models.vision import PictureHeads, Sight, Vision, prompt_vector
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "decode": Codec(), "features": Features(), "discriminator": Heads("features")}

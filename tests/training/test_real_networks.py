@@ -5,8 +5,8 @@ import torch
 from stepdistill.diffusion.contracts import Batch
 from stepdistill.methods.base import Follows
 from stepdistill.methods.consistency.lcm import LCM, Settings
-from stepdistill.models.families import load_teacher
 from stepdistill.models.roles import Full, Lora, build_roles
+from stepdistill.models.teacher import load_teacher
 from stepdistill.training import TrainConfig, Trainer, checkpoints
 
 from ..tiny import save_tiny

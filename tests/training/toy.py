@@ -48,7 +48,7 @@ class ToyMethod(Method):
 
     @classmethod
     def inference(cls, settings, steps, schedule, guidance=1.0):
-        return Inference("DDIMScheduler", {}, {})
+        return Inference(steps)
 
     def updates(self):
         return [Update(("critic",), self.critic_loss, every=2, repeat=2), Update(("student",), self.student_loss)]

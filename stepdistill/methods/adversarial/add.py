@@ -22,11 +22,11 @@ from torch import Tensor
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import like
+from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, discrete, levels, nodes
 from ...losses.adversarial import hinge_fool, hinge_tell_apart, r1
 from ...losses.regression import squared
-from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,14 @@ class ADD(Method):
                 "discriminator": Heads("features")}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps < 1 or settings.nodes % steps:
             raise ValueError(f"add trains its student at {settings.nodes} times, those of a sampler whose steps divide {settings.nodes}; "
                              f"found {steps} steps")
-        if schedule == "vp" and LEVELS % settings.nodes:
-            raise ValueError(f"LCMScheduler has evenly spaced times only where their number divides its {LEVELS}; add is set to {settings.nodes}")
-        return renoised(steps, schedule)
+        if isinstance(schedule, VariancePreserving) and LEVELS % settings.nodes:
+            raise ValueError(f"a discrete schedule has evenly spaced times only where their number divides its {LEVELS}; "
+                             f"add is set to {settings.nodes}")
+        return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         count = self.settings.critic_steps

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.schedule import RectifiedFlow
+from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
 from ...losses.adversarial import hinge_fool, hinge_tell_apart
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,14 @@ class LADD(Method):
         return {"teacher": Frozen(), "student": Trained("teacher"), "discriminator": Heads("teacher")}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         count = len(settings.shares)
         if steps < 1 or count % steps:
             raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide {count}; found {steps} steps")
-        if schedule == "vp" and LEVELS % count:
-            raise ValueError(f"LCMScheduler has evenly spaced times only where their number divides its {LEVELS}; ladd is set to {count}")
-        return renoised(steps, schedule)
+        if isinstance(schedule, VariancePreserving) and LEVELS % count:
+            raise ValueError(f"a discrete schedule has evenly spaced times only where their number divides its {LEVELS}; "
+                             f"ladd is set to {count}")
+        return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         count = self.settings.critic_steps

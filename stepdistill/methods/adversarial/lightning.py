@@ -25,11 +25,11 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, flow_map
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import like
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import LEVELS, discrete
 from ...losses.adversarial import fool, tell_apart
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, deterministic
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class Lightning(Method):
         return needs | {"critic": Trained("teacher"), "discriminator": Heads("critic", pair=settings.objective == "pair")}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps < 1 or settings.nodes % steps or (settings.starts or steps) % steps:
             raise ValueError(f"a stage of lightning joins a whole number of its teacher's {settings.nodes} steps into one, and begins at "
                              f"all of the student's times; found {steps} steps and starts = {settings.starts}")
-        return deterministic(steps, schedule)
+        return Inference(steps)
 
     def updates(self) -> list[Update]:
         if self.judged is None:

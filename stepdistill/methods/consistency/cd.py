@@ -31,7 +31,7 @@ from ...diffusion.schedule import RectifiedFlow, Schedule, like
 from ...diffusion.solvers import heun_step
 from ...diffusion.times import LEVELS, karras
 from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 SIGMAS = (0.002, 80.0)            # ends of the grid in sigma / alpha, where the schedule reaches so far (p)
 PURE = 1e-6                       # a state whose alpha is less is pure noise: Heun's coordinate x / alpha ends there
@@ -68,8 +68,8 @@ class CD(Method):
         return {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", settings.target_decay)}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return renoised(steps, schedule)
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

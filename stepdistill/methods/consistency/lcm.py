@@ -19,15 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...diffusion.consistency import TIMESTEP_SCALING, consistency
+from ...diffusion.consistency import consistency
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import like
+from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import AS_GIVEN, Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle, sigmas_of_nodes
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +65,18 @@ class LCM(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", told_w=settings.told)}
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
         return needs | {"target": Follows("student", settings.target_decay)} if full else needs
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if not 1 <= steps <= settings.nodes:
             raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        scale = middle(guidance) if settings.told else 1.0     # in the pipeline, 1 switches guidance off
-        call = {"num_inference_steps": steps, "guidance_scale": scale}
-        if schedule == "flow":
-            return Inference("FlowMatchLCMScheduler", AS_GIVEN | {"shift": settings.shift},
-                             call | {"sigmas": sigmas_of_nodes(steps, settings.nodes)})
-        if LEVELS % settings.nodes or settings.shift != 1:
-            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, the times of LCMScheduler, and "
-                             f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
-        config = {"original_inference_steps": settings.nodes, "timestep_scaling": TIMESTEP_SCALING,
-                  "clip_sample": False, "thresholding": False}
-        return Inference("LCMScheduler", config, call)
+        scale = middle(guidance) if settings.told else None
+        if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
+            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide its {LEVELS} times, and no shift; found "
+                             f"nodes = {settings.nodes}, shift = {settings.shift}")
+        return Inference(steps, noise=1.0, nodes=settings.nodes, shift=settings.shift, guidance=scale)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

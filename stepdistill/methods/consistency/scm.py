@@ -16,7 +16,7 @@ Sources of the defaults: (p) the paper, (s) SANA-Sprint's released training of t
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import pi
 from typing import Literal
 
@@ -26,11 +26,11 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import TrigFlow
+from ...diffusion.schedule import Schedule, TrigFlow, VariancePreserving
 from ...diffusion.times import LEVELS, log_normal, shifted, uniform
 from ...diffusion.views import viewed
 from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_tangent
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 TRIG = TrigFlow()
 RADIAN = 2 / pi                   # in the times of TRIG
@@ -76,13 +76,11 @@ class SCM(Method):
         return {"teacher": Frozen(), "student": Trained("teacher")}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        served = renoised(steps, schedule)
-        if schedule == "vp":
-            return served
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        if isinstance(schedule, VariancePreserving):
+            return Inference(steps, noise=1.0)
         time = shifted(uniform(), SHIFT)
-        sigmas = [min(time(1 - i / steps), NOISIEST / (1 + NOISIEST)) for i in range(steps)]
-        return replace(served, call={**served.call, "sigmas": sigmas})
+        return Inference(steps, noise=1.0, times=tuple(min(time(1 - i / steps), NOISIEST / (1 + NOISIEST)) for i in range(steps)))
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

@@ -27,9 +27,10 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, flow_map
 from ...diffusion.guidance import drawn, guided
+from ...diffusion.schedule import Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, shifted, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import AS_GIVEN, Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, sigmas_of_nodes
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +75,17 @@ class TCD(Method):
         return needs | {"target": Follows("student", settings.target_decay)} if full else needs
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if not 1 <= steps <= settings.nodes:
             raise ValueError(f"tcd with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        call = {"num_inference_steps": steps, "guidance_scale": 1.0}       # in the pipeline, 1 switches guidance off
-        if schedule == "flow":
-            schedulers = {0: "FlowMatchEulerDiscreteScheduler", 1: "FlowMatchLCMScheduler"}
-            if settings.gamma not in schedulers:
-                raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, by "
-                                 f"{schedulers[0]}, or 1, by {schedulers[1]}; found {settings.gamma:g}")
-            return Inference(schedulers[settings.gamma], AS_GIVEN | {"shift": settings.shift},
-                             call | {"sigmas": sigmas_of_nodes(steps, settings.nodes)})
-        if LEVELS % settings.nodes or settings.shift != 1:
-            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide {LEVELS}, the times of TCDScheduler, and "
-                             f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
-        return Inference("TCDScheduler", {"original_inference_steps": settings.nodes}, call | {"eta": settings.gamma})
+        discrete = isinstance(schedule, VariancePreserving)
+        if not discrete and settings.gamma not in (0, 1):
+            raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, none, or 1, all of "
+                             f"it; found {settings.gamma:g}")
+        if discrete and (LEVELS % settings.nodes or settings.shift != 1):
+            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide its {LEVELS} times, and no shift; found "
+                             f"nodes = {settings.nodes}, shift = {settings.shift}")
+        return Inference(steps, noise=settings.gamma, nodes=settings.nodes, end=origin(schedule), shift=settings.shift)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

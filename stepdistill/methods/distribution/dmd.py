@@ -20,11 +20,12 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout
+from ...diffusion.schedule import Schedule
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,10 @@ class DMD(Method):
         return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps != 1:
             raise ValueError(f"dmd makes one-step students, found {steps} steps: dmd2 makes few-step ones")
-        return renoised(steps, schedule)
+        return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, shares=1)]

@@ -21,11 +21,12 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.prediction import Prediction
 from ...diffusion.rollout import rollout, told_exit
+from ...diffusion.schedule import Schedule
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import dmd
 from ...losses.adversarial import fool, tell_apart
 from ...losses.matching import denoising, distribution_matching
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, renoised
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,13 @@ class DMD2(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        critic = Trained("teacher", told_w=settings.tell_exit)
+        critic = Trained("teacher", reads=("w",) * settings.tell_exit)
         needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
         return needs | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return renoised(steps, schedule)
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         s, two = self.settings, ("critic", "discriminator")

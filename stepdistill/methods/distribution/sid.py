@@ -24,10 +24,11 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout, told_exit
+from ...diffusion.schedule import Schedule
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, score_identity
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle, renoised
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,11 @@ class SiD(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher", told_w=settings.tell_exit)}
+        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher", reads=("w",) * settings.tell_exit)}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return renoised(steps, schedule)
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps), Update(("student",), self.student_loss)]

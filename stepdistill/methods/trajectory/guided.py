@@ -20,10 +20,11 @@ import torch
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided, told
+from ...diffusion.schedule import Schedule
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, equal_steps, middle
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,11 @@ class GuidedDistillation(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher", told_w=settings.told)}
+        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return equal_steps(steps, schedule, middle(guidance) if settings.told else 1.0)
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        return Inference(steps, guidance=middle(guidance) if settings.told else None, exact_grid=False)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

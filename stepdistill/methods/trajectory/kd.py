@@ -25,9 +25,10 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Pairs
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import flow_map
+from ...diffusion.schedule import Schedule
 from ...errors import RequestError
 from ...losses.regression import absolute, squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, deterministic
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,8 @@ class KD(Method):
         return steps
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return deterministic(steps, schedule)
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        return Inference(steps)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

@@ -25,10 +25,11 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, secant_target
 from ...diffusion.guidance import drawn, guided, told
+from ...diffusion.schedule import Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, trailing
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, equal_steps, middle
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,13 @@ class Progressive(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher", told_w=settings.told)}
+        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        if schedule == "vp" and 2 * steps > LEVELS:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        if isinstance(schedule, VariancePreserving) and 2 * steps > LEVELS:
             raise ValueError(f"the teacher of progressive takes two steps for each, and has {LEVELS} times; found {steps} steps")
-        return equal_steps(steps, schedule, middle(guidance) if settings.told else 1.0)
+        return Inference(steps, guidance=middle(guidance) if settings.told else None, exact_grid=False)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

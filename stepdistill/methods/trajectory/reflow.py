@@ -30,7 +30,7 @@ from ...diffusion.prediction import Prediction
 from ...diffusion.schedule import RectifiedFlow, Schedule
 from ...diffusion.times import Law, discrete, levels, uniform
 from ...losses.regression import pseudo_huber, squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, deterministic
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class Reflow(Method):
         return {"teacher": Frozen(), "student": Trained("teacher")}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        return deterministic(steps, schedule)
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        return Inference(steps)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

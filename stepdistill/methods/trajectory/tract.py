@@ -24,10 +24,10 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, flow_map, secant_target
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import like
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.weighting import truncated_snr
 from ...losses.regression import squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, deterministic
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,10 @@ class TRACT(Method):
         return {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", settings.target_decay)}
 
     @classmethod
-    def inference(cls, settings: Settings, steps: int, schedule: str, guidance: Guidance = 1.0) -> Inference:
-        found = deterministic(steps, schedule)
-        if settings.nodes % steps:
+    def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
+        if steps < 1 or settings.nodes % steps:
             raise ValueError(f"tract cuts its nodes, {settings.nodes}, into one segment a step: {steps} steps want a multiple of {steps}")
-        return found
+        return Inference(steps)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]

@@ -1,0 +1,68 @@
+"""The kinds of codecs: how pixels become the latents that a network knows, and latents pixels."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Codec:
+    """An autoencoder whose latents are moved and scaled, by one number or by channel: latents = (z - shift) scale.
+
+    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1).
+    """
+
+    def __init__(self, network: nn.Module, scale: float | Tensor, shift: float | Tensor = 0.0) -> None:
+        self.network, self.scale, self.shift = network.eval().requires_grad_(False), scale, shift
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """pixels (B, 3, H, W) in [-1, 1] -> latents, float32: the posterior's mode, or a sample of it where a generator is given."""
+        posterior = self.network.encode(pixels.to(self.network.device, self.dtype)).latent_dist
+        z = posterior.mode() if generator is None else posterior.sample(generator)
+        return (z.float() - _on(self.shift, z)) * _on(self.scale, z)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels (B, 3, H, W), float32, [-1, 1] and a little beyond, with gradients to the latents."""
+        latents = latents.to(self.network.device, self.dtype)
+        z = latents / _on(self.scale, latents) + _on(self.shift, latents)
+        return self.network.decode(z.to(self.dtype), return_dict=False)[0].float()
+
+
+class Points(Codec):
+    """Where samples are what the network sees: nothing is encoded."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None: ...
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return pixels
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+def scaled(vae: Any) -> Codec:
+    """By the scaling factor of its config: Stable Diffusion 1 and 2, SDXL."""
+    return Codec(vae, vae.config.scaling_factor)
+
+
+def shifted(vae: Any) -> Codec:
+    """By the shift and the scaling factor of its config: Stable Diffusion 3, Flux."""
+    return Codec(vae, vae.config.scaling_factor, vae.config.shift_factor)
+
+
+def normalised(vae: Any) -> Codec:
+    """By the mean and the deviation of each channel, and the scaling factor: SDXL pipelines whose codec has latents_mean."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    return Codec(vae, vae.config.scaling_factor / std, mean)
+
+
+def _on(value: float | Tensor, x: Tensor) -> float | Tensor:
+    return value.to(x.device) if isinstance(value, Tensor) else value

@@ -1,0 +1,400 @@
+"""A teacher: what all families share. Loading, null conditions, a network of its own for a role, a stock pipeline again."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file as hub_file
+
+from ..diffusion.contracts import Condition
+from ..diffusion.prediction import PARAMETERISATIONS
+from ..diffusion.sampler import Sampler
+from ..diffusion.schedule import Schedule, VariancePreserving
+from ..diffusion.times import LEVELS
+from ..errors import RequestError, gist
+from ..methods.base import Inference
+from .adapters import matching
+from .extra_embedding import added, fold, install, reading
+from .families import FAMILIES, Family, family_of
+from .schedulers import StockCall, sampler_of, stock_call
+
+SETTINGS = "stepdistill.json"                      # beside model_index.json
+LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
+
+
+class Teacher:
+    """A loaded pipeline under the conventions of its family. The network is frozen and in evaluation mode.
+
+    family: what differs for its kind. source, revision: where it was loaded from: folder, file or Hub id. call: the keyword
+    arguments that every call of its stock pipeline is given. parts: its components by name; scheduler: its own. network: the one
+    that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
+    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device.
+    read: the stock pipeline again, with these components; None where there is none.
+    """
+
+    def __init__(self, family: Family, parts: Mapping[str, Any], source: str, revision: str | None = None, *,
+                 loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (),
+                 read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
+        _check(family, parts, source)
+        self.family, self.parts, self.source, self.revision, self.without = family, dict(parts), source, revision, without
+        self.loaded, self._read, self.call = loaded, read, call_of(source)
+        self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
+        self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
+        self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts)
+        self.default_targets = matching(self.network, family.targets)
+        self.feature_shapes, self.default_features = family.feature_shapes(self.network), family.default_features(self.network)
+        # Parameters of each component that has any, before adapters lie on the network.
+        self.sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if isinstance(part, nn.Module)}
+        self._null: Condition | None = None
+
+    @property
+    def name(self) -> str:
+        return self.family.name
+
+    @property
+    def null_prompt(self) -> str:
+        return self.family.null_prompt
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's own weights, which adapters on it have not."""
+        return self.network.get_submodule(self.family.time.first).weight.dtype
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Moves the network, with the adapters on it, the text encoders and the codec."""
+        for part in self.parts.values():
+            if isinstance(part, nn.Module):
+                part.to(device)
+        self._null = None
+        return self
+
+    # -- conditions and latents --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Condition:
+        """The condition of prompts. null is what the stock pipeline subtracts; its tensors are one row, expanded. On the meta device
+        tensors of the same shapes and dtypes."""
+        make = self._shaped if self.device.type == "meta" else self._encoded
+        if self._null is None:
+            self._null = make([self.null_prompt], True)
+        return make(prompts, False).replace(null=self._null.map(lambda row: row.expand(len(prompts), *row.shape[1:])))
+
+    def _encoded(self, prompts: list[str], null: bool) -> Condition:
+        return self.family.encode(self, list(prompts), null)
+
+    def _shaped(self, prompts: list[str], null: bool) -> Condition:
+        shapes = self.family.condition_shapes(self.parts, self.call)
+        dtypes = {name: torch.int64 if name == "label" else self.dtype for name in shapes}
+        return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
+
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """pixels (B, 3, H, W) in [-1, 1] -> latents as the network knows them, float32: the posterior's mode, or a sample of it where
+        a generator is given."""
+        return self.codec.encode(pixels.to(self.device), generator)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels (B, 3, H, W) in [-1, 1], float32, clipped as the stock pipeline does; points as they are."""
+        return self.pixels(latents).clamp(-1, 1) if self.family.samples == "pictures" else latents
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """As `decode`, but not clipped, and with gradients to the latents: a pixel beyond the range is to find its way back."""
+        return self.codec.pixels(latents)
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """t (B,) in [0, 1] -> what the network is told, (B,) float64 on the CPU."""
+        return self.family.timestep(t.double().cpu(), self.scheduler)
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
+        """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of cond.extra."""
+        if cond is None:
+            raise ValueError("this network is told a text or a class: pass a condition from teacher.encode(prompts)")
+        time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
+        timestep = self.timestep(t).to(x_t.device, self.family.timestep_dtype)
+        given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
+        with reading(network, time.sinusoids, {name: cond.extra[name] for name in time.own(tuple(cond.extra))}):
+            raw = network(**given)
+        return self.family.output(raw, x_t).to(x_t.dtype)
+
+    def feature_map(self, output: Any, x_t: Tensor) -> Tensor:
+        """What a module returned in the pass of x_t, as a map (B, C, H, W)."""
+        return self.family.feature_map(self.network, output, x_t)
+
+    def inputs(self, batch: int) -> dict[str, Any]:
+        """What the denoiser's forward is called with, for a batch of null prompts at t = 1: for measuring."""
+        x_t = torch.zeros(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
+        told = self.timestep(torch.ones(batch)).to(self.device, self.family.timestep_dtype)
+        return self.family.inputs(self.network, x_t, told, self.encode([self.null_prompt] * batch))
+
+    def fresh_network(self, state: Mapping[str, Tensor], reads: Sequence[str] = ()) -> nn.Module:
+        """A float32 network of its own with these weights. reads: the numbers beside its time that it reads; their layers are zero
+        unless in `state`."""
+        time = self.family.time
+        network = self.family.fresh(self.network, time.config(reads))
+        layers = time.layers(reads)
+        if own := f"{time.sinusoids}.layer" if time.own(reads) else None:
+            install(network, time.sinusoids, nn.Linear(layers[own], time.out(network, own), bias=False))
+        network = network.to_empty(device=self.device) if any(p.is_meta for p in network.parameters()) else network.to(self.device)
+        blank = {f"{path}.weight": torch.zeros_like(network.get_submodule(path).weight) for path in layers}
+        network.load_state_dict({**blank, **state})
+        return network.eval().requires_grad_(False)
+
+    def sinusoids(self, timestep: Tensor) -> Tensor:
+        """Of what the network is told (N,) -> (N, D) float64, made in the network's own float32."""
+        place = self.network.get_submodule(self.family.time.sinusoids)
+        return place(timestep.to(self.device, self.family.timestep_dtype)).double().cpu()
+
+    def folded(self, layers: Mapping[str, Tensor], reads: Sequence[str], weight: Tensor, sampler: Sampler,
+               w: float | None) -> tuple[Tensor, Tensor]:
+        """What these numbers add in a sampler's steps as a term b a on the weights of the time embedding's first linear layer:
+        (a (n, D), b (O, n)), see `extra_embedding.fold`. layers: the weights that read them; weight: (O, D); w: the guidance scale."""
+        every = torch.linspace(1 / LEVELS, 1, LEVELS, dtype=torch.float64)
+        return fold(added(self.family.time, layers, numbers(reads, sampler, w)), weight.double(),
+                    self.sinusoids(self.timestep(sampler.times)), self.sinusoids(self.timestep(every)))
+
+    # -- stock -------------------------------------------------------------------------------------------------------
+
+    def stock_call(self, inference: Inference) -> StockCall:
+        """How its stock pipeline samples so. ValueError where no stock scheduler does."""
+        found = stock_call(inference, self.schedule, self.family.guidance)
+        return StockCall(found.scheduler, found.config, {**found.call, **self.call}, found.components)
+
+    def sampler(self, stock: StockCall) -> Sampler:
+        """The sampler that training and the stock pipeline share. ValueError for what its scheduler does not serve."""
+        return sampler_of(stock, self.schedule, self.scheduler)
+
+    def pipeline(self, network: nn.Module | None = None, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
+        """A new stock pipeline, its network and scheduler read from the source unless given. Codec and text encoders, which nobody
+        trains, are shared with this teacher. RequestError where the family has none."""
+        if self._read is None:
+            raise RequestError(self.family.no_pipeline or f"{self.source} was opened without weights")
+        given = {self.family.denoiser: network, "scheduler": scheduler}
+        shared = {name: part for name, part in self.parts.items() if name not in given}
+        return self._read(shared | {name: part for name, part in given.items() if part is not None}).to(self.device)
+
+
+def numbers(reads: Sequence[str], sampler: Sampler, w: float | None) -> dict[str, Tensor]:
+    """What a student reads at each evaluation of a sampler, (k,) float64: its guidance scale, and where its step lands."""
+    if "w" in reads and w is None:
+        raise RequestError("this student reads its guidance scale, and weights hold one: say which")
+    known = {"w": torch.full((sampler.nfe,), 1.0 if w is None else w, dtype=torch.float64),
+             "r": torch.tensor([e.landing for e in sampler.evaluations], dtype=torch.float64)}
+    if unknown := [name for name in reads if name not in known]:
+        raise RequestError(f"nothing says which {', '.join(unknown)} a student is to read in its steps")
+    return {name: known[name] for name in reads}
+
+
+def _check(family: Family, parts: Mapping[str, Any], source: str) -> None:
+    """RequestError for pipelines of a supported class whose parts their family does not translate."""
+    reasons = [reason for reason, holds in family.refusals(parts).items() if holds]
+    if not reasons:
+        reasons = _noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]), parts["scheduler"])
+    if reasons:
+        raise RequestError(f"the teacher {source} cannot be distilled here: {'; '.join(reasons)}")
+
+
+def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
+    """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
+    said = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
+            if scheduler.config.get(key) not in (None, False)}
+    if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
+        return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step students are read at {LEVELS} "
+                f"times only: a teacher of {LEVELS} is served"]
+    end = torch.ones(1, dtype=torch.float64)
+    a, b = PARAMETERISATIONS[kind](schedule, end)
+    apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
+    if apart >= LEAST:
+        return []
+    named = ", ".join(f"{key}: {value}" for key, value in said.items())
+    return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a network that predicts "
+            f"noise says nothing about the picture; its scheduler_config.json says {named}. A zero terminal signal-to-noise ratio "
+            "(rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
+
+
+# Loading ---------------------------------------------------------------------------------------------------------------
+
+def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str | None = None) -> Teacher:
+    """Loads a diffusers pipeline: a folder, a Hub id (revision: branch, tag or commit), or one .safetensors file.
+
+    dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU unless given;
+    on "meta" every network is built from its config, no weights are read, and conditions are shapes. RequestError, before any
+    weights are read, for what is missing, damaged or of an unsupported class.
+    """
+    source, meta = str(source), device is not None and torch.device(device).type == "meta"
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise RequestError(f"a teacher is loaded in float32 or bfloat16, not in {dtype}: codecs overflow in float16")
+    class_name = class_at(source, revision)
+    family = _known(source, class_name)
+    if not meta and Path(source).is_dir():
+        for file in sorted(Path(source).rglob("*.safetensors")):
+            _check_safetensors(file)
+    if family.open is not None:
+        teacher = Teacher(family, family.open(source, dtype), source)
+    elif meta:
+        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision)
+    else:
+        absent = absent_parts(source, revision) if family.optional else {}
+        without = tuple(name for name in family.optional if name in absent)
+        arguments = {"dtype": dtype, **family.arguments(class_name), **dict.fromkeys(without)}
+        read = lambda parts: _read(source, class_name, revision, arguments | parts)
+        loaded = read({})
+        teacher = Teacher(family, loaded.components, source, revision, loaded=loaded, without=without, read=read)
+    return teacher if device is None else teacher.to(device)
+
+
+def family_at(source: str, revision: str | None = None) -> Family:
+    """The family of a pipeline, by what its folder, file or Hub index says. RequestError for what is no pipeline of a known one."""
+    return _known(source, class_at(source, revision))
+
+
+def _known(source: str, class_name: str) -> Family:
+    if class_name not in FAMILIES:
+        raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(FAMILIES)}")
+    return family_of(class_name)
+
+
+def class_at(source: str, revision: str | None = None) -> str:
+    """The class of a pipeline. RequestError for what is none."""
+    path = Path(source)
+    return _class_of_file(path) if path.is_file() else _class_of_folder(path) if path.is_dir() else _class_on_hub(source, revision)
+
+
+def call_of(source: str) -> dict[str, Any]:
+    """The keyword arguments that every call of a local pipeline is given, as its stepdistill.json says; {} without one.
+
+    The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
+    under "teacher_call".
+    """
+    path = Path(source) / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return dict(said.get("teacher_call", {}) if "method" in said else said["call"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
+                           f"({type(error).__name__}: {error})") from error
+
+
+def cached_file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a Hub repository as the cache holds it; None where it is not there. Asks nothing of the network."""
+    found = hub_file(source, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+                     _raise_exceptions_for_connection_errors=False)
+    return None if found is None else Path(found)
+
+
+def absent_parts(source: str, revision: str | None = None) -> dict[str, None]:
+    """The parts that a pipeline folder or Hub id lists as null, for from_pretrained: it wants to be told them again where
+    its class does not know them as optional."""
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
+
+
+def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str, Any]) -> DiffusionPipeline:
+    cls = getattr(diffusers, class_name)
+    try:
+        single = source.endswith(".safetensors")
+        pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
+        return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
+    except OSError as error:
+        raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error
+
+
+def _without_weights(source: str, revision: str | None, family: Family, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The components of a pipeline on the meta device, made from their configs, and its scheduler; no tokenizers."""
+    if source.endswith(".safetensors"):
+        raise RequestError(f"{source} is one file of weights, which holds no configs, so it cannot be opened without reading it: give the "
+                           "pipeline as a folder or a Hub id")
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    if "scheduler" not in index:
+        raise RequestError(f"{source} is no whole pipeline: its model_index.json names no scheduler")
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler", revision=revision)
+    dropped = {"scheduler", *family.arguments(class_name)}
+    listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
+    networks = {name: _network(source, revision, name, *made_by) for name, made_by in listed.items()}
+    return {"scheduler": scheduler} | {name: network.to(dtype) for name, network in networks.items() if network is not None}
+
+
+def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module | None:
+    """None for what is no network, such as a tokenizer."""
+    made_by = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
+    if not isinstance(made_by, type) or not issubclass(made_by, nn.Module):
+        return None
+    try:
+        with torch.device("meta"):
+            if library == "diffusers":
+                return made_by.from_config(made_by.load_config(source, subfolder=name, revision=revision))
+            return made_by(made_by.config_class.from_pretrained(source, subfolder=name, revision=revision))
+    except OSError as error:
+        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {gist(error)}") from error
+
+
+def _class_of_folder(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise RequestError(f"{folder} is no diffusers pipeline: it has no model_index.json (it holds {held}). "
+                           "A teacher is a folder that `pipeline.save_pretrained` wrote")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        class_name = parts["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher anew") from error
+    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
+               and name != "safety_checker" and not (folder / name).is_dir()]
+    if missing:
+        raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is no such "
+                           "folder beside it; save or download the teacher anew")
+    return class_name
+
+
+def _class_of_file(file: Path) -> str:
+    """Of the checkpoints in one file, SDXL's hold a second text encoder under this name."""
+    if file.suffix != ".safetensors":
+        raise RequestError(f"{file} is no .safetensors file: a teacher is a folder, a Hub id or one .safetensors file")
+    keys = _check_safetensors(file)
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise RequestError(f"{file} holds no whole Stable Diffusion checkpoint: no tensor's name begins with "
+                           f"model.diffusion_model. (the first is {keys[0] if keys else 'missing'})")
+    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in keys):
+        raise RequestError(f"{file} is a Stable Diffusion 3 in one file, which may or may not hold its text encoders: give its "
+                           "pipeline as a folder or a Hub id, such as stabilityai/stable-diffusion-3-medium-diffusers")
+    xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+
+
+def _class_on_hub(source: str, revision: str | None) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or Path(source).parent.is_dir():
+        raise RequestError(f"there is no folder or file {source} (looked in {Path.cwd()}): a teacher is a pipeline folder, "
+                           "a Hub id such as owner/name, or one .safetensors file")
+    try:
+        return DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
+    except (OSError, ValueError) as error:
+        reason = gist(error)
+        raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
+
+
+def _check_safetensors(file: Path) -> list[str]:
+    """The names of its tensors. Reads the header only, which also tells how long the file must be."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise RequestError(f"{file} is damaged or cut short ({error}; it has {file.stat().st_size:,} bytes): "
+                           "copy or download it anew") from error

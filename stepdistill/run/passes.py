@@ -1,0 +1,155 @@
+"""What a training step asks of its networks: passes, and the activations that autograd keeps. Counted on the meta device."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..diffusion.contracts import Batch, Pairs
+from ..diffusion.draws import Step
+from ..methods.base import Heads, Update
+from ..models.discriminator import tap
+from ..models.recompute import Enough
+from .checks import network_features
+from .setup import Run
+
+
+@dataclass
+class Tally:
+    """Evaluations of the network a sample and step, forward and with gradients; held: the most bytes that autograd keeps."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    held: int = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Moment(Step):
+    """A step whose shared draws, such as the exit of a rollout, all fall on `at`."""
+
+    at: float = 0.5
+
+    def shared(self, name: str) -> float:
+        return self.at
+
+
+def tallied(run: Run) -> Tally:
+    """By running the method's own losses, with as many samples as a micro-batch has.
+
+    A pass that ends at a discriminator's last feature counts as its share of a whole pass's arithmetic. Passes are a mean over
+    the exits of the student's rollouts: their count grows evenly from exit to exit, so the first and the last one tell it.
+    """
+    tally, batch, share = Tally(), _batch(run), _share(run)
+    networks, last = [run.teacher.network, *run.roles.networks.values()], run.method.sampler.nfe - 1
+    with ExitStack() as counting:
+        for network in networks:
+            if run.recipe.train.precision != "fp32":        # as autocast computes
+                network.to(torch.bfloat16)
+            counting.enter_context(_counted(network.train(), run, tally, share))
+        for exit in (0, last):
+            _step(run, batch, tally, (exit + 0.5) / (last + 1))
+    return tally
+
+
+def _step(run: Run, batch: Batch, tally: Tally, at: float) -> None:
+    """One training step of two, with batches shared as training shares them. Repeats on batches of their own cost the same."""
+    kept: dict[str, Any] = {}
+    for update in run.method.updates():
+        shares = min(update.shares, update.repeat)
+        for repeat, count in ((0, shares), (shares, update.repeat - shares)):
+            if count:
+                kept = kept if repeat < shares else {}
+                tally.weight = count / (2 * update.every * len(batch))
+                step = _Moment(0, 0, 0.0, update.name, repeat, batch.ids, run.teacher.device, kept=kept, at=at)
+                tally.held = max(tally.held, _held(run, update, batch, step))
+
+
+def _held(run: Run, update: Update, batch: Batch, step: Step) -> int:
+    """Bytes that autograd keeps for the gradients of one update."""
+    for name in run.roles.names:
+        for parameter in run.roles.parameters(name):
+            parameter.requires_grad_(name in update.trains)
+    own = {id(p) for network in (run.teacher.network, *run.roles.networks.values()) for p in network.parameters()}
+    kept: list[Tensor] = []                                 # alive to the end, so that no two storages share an id
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        update.loss(batch, step)
+    storages = [tensor.untyped_storage() for tensor in kept if id(tensor) not in own]
+    return sum({id(storage): storage.nbytes() for storage in storages}.values())
+
+
+@contextmanager
+def _counted(network: nn.Module, run: Run, tally: Tally, share: float) -> Iterator[None]:
+    """Counts the passes of a network, and those that gradients go back through. share: of a pass that ends early."""
+    forward = network.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        tensors = list(tensors_in((*args, *kwargs.values())))
+        back = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or _trains(network, run))
+        count = tally.weight * len(tensors[0])
+        try:
+            return forward(*args, **kwargs)
+        except Enough:
+            count *= share
+            raise
+        finally:
+            tally.forward += count
+            tally.backward += count * back
+
+    network.forward = counting
+    try:
+        yield
+    finally:
+        del network.forward
+
+
+def _trains(network: nn.Module, run: Run) -> bool:
+    """Whether the network as it is asked now, under its active adapter, is being trained."""
+    bank = run.roles.bank
+    if network is not run.teacher.network or bank is None:
+        return any(parameter.requires_grad for parameter in network.parameters())
+    return bank.active is not None and any(parameter.requires_grad for parameter in bank.parameters_of(bank.active))
+
+
+def _share(run: Run) -> float:
+    """Of the arithmetic of a whole pass, what one takes that ends after the discriminator's last feature."""
+    if not any(isinstance(need, Heads) and need.of not in run.roles.visions for need in run.roles.needs.values()):
+        return 1.0
+    teacher, counts = run.teacher, []
+    names = tuple(network_features(run.recipe, teacher.feature_shapes, teacher.default_features))
+    for read, leave in (((), False), (names, True)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, tap(teacher.network, read, leave):
+            teacher.network(**teacher.inputs(1))
+        counts.append(counter.get_total_flops())
+    return counts[1] / counts[0]
+
+
+def _batch(run: Run) -> Batch:
+    """A micro-batch of one process, on the meta device."""
+    data, shape = run.recipe.data, run.teacher.latent_shape
+    count = data.batch // run.recipe.train.accumulate
+    empty = lambda *sizes: torch.empty(count, *sizes, device=run.teacher.device)
+    x0 = None if data.kind == "prompts" else empty(*shape)
+    pairs = None
+    if data.pairs is not None:
+        times = torch.linspace(1, 0, data.pairs.nodes + 1, dtype=torch.float64)[1:]
+        pairs = Pairs(empty(*shape), empty(data.pairs.nodes, *shape), times.expand(count, -1))
+    return Batch(torch.arange(count), run.teacher.encode([run.teacher.null_prompt] * count), x0, shape, pairs)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from tensors_in(value.values())
