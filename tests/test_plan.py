@@ -52,7 +52,7 @@ def test_the_plan_of_stable_diffusion_3_from_its_configs(tmp_path):
         SD3Transformer2DModel(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192,
                               sample_size=128).save_config(tmp_path / "transformer")
         AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16,
-                      block_out_channels=(128, 256, 512, 512), layers_per_block=2).save_config(tmp_path / "vae")
+                      block_out_channels=(128, 256, 512, 512), layers_per_block=2, shift_factor=0.0609).save_config(tmp_path / "vae")
     CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12,
                    projection_dim=768).save_pretrained(tmp_path / "text_encoder")
     CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32,
