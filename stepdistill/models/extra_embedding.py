@@ -38,11 +38,12 @@ class StockInput:
 @dataclass(frozen=True)
 class TimeEmbedding:
     """Where a network embeds its time. first: its first linear layer; sinusoids: the module whose output that layer reads.
-    stock: the numbers that the class can read by itself."""
+    stock: the numbers that the class can read by itself. width: of the sinusoids, where the layer reads more than them."""
 
     first: str
     sinusoids: str
     stock: Mapping[str, StockInput] = field(default_factory=dict)
+    width: int | None = None
 
     def own(self, reads: Sequence[str]) -> tuple[str, ...]:
         """Of these numbers those that the class has no input for: one layer of ours reads them, in this order."""
@@ -60,7 +61,7 @@ class TimeEmbedding:
     def out(self, network: nn.Module, path: str) -> int:
         """The width of what the layer at `path` adds: of our own, that of the sinusoids."""
         return next((stock.out for stock in self.stock.values() if stock.path == path and stock.out),
-                    network.get_submodule(self.first).in_features)
+                    self.width or network.get_submodule(self.first).in_features)
 
 
 class ExtraEmbedding(nn.Module):
@@ -76,7 +77,7 @@ class ExtraEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         s = self.sinusoids(timestep)
-        return s if self.given is None else s + self.layer(self.given.to(s.device, s.dtype))
+        return s if self.given is None else s + self.layer(self.given.to(s.device)).to(s.dtype)
 
 
 def install(network: nn.Module, path: str, layer: nn.Module | None = None) -> None:

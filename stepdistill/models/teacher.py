@@ -333,7 +333,8 @@ def _without_weights(source: str, revision: str | None, family: Family, class_na
 
 def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module | None:
     """None for what is no network, such as a tokenizer."""
-    made_by = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    made_by = getattr(libraries[library], kind) if library in libraries else None
     if not isinstance(made_by, type) or not issubclass(made_by, nn.Module):
         return None
     try:

@@ -54,8 +54,8 @@ def test_both_stages_on_a_real_pipeline_leave_as_one_lora_at_a_scale(tiny_teache
     last = Recipe.load(run / "recipe.yaml")
     assert [(stage.method, stage.steps) for stage in last.stages] == [("guided", 8), ("progressive", 4), ("progressive", 2)]
     work = setup(last, torch.device("cpu"), previous=previous_student(last, run / "stages/2"))
-    assert set(work.roles.told_w) == {"teacher", "student", "ema"}
-    assert work.roles.state_dict("teacher")[f"{work.family.w_path}.weight"].any(), "the layer that reads the scale has learned"
+    assert {name for name, numbers in work.roles.reads.items() if "w" in numbers} == {"teacher", "student", "ema"}
+    assert work.roles.state_dict("teacher")["time_embedding.cond_proj.weight"].any(), "the layer that reads the scale has learned"
     folder = api.export(run, guidance=1.5, out=tmp_path / "lora")
     said = read_settings(folder)
     assert said["guidance"] == 1.5 and said["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0} and said["scheduler"] == "DDIMScheduler"

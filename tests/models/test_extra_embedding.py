@@ -28,6 +28,8 @@ def moment(teacher):
 @pytest.mark.parametrize("setting", [Lora(2), Full()], ids=["lora", "full"])
 @pytest.mark.parametrize("numbers", [("w",), ("r",), ("w", "r")], ids="+".join)
 def test_a_role_reads_numbers_that_say_nothing_at_first(teacher, perturb, setting, numbers):
+    if teacher.name == "toy" and setting != Full():
+        pytest.skip("adapters of Toy lie before a layer that is zero")
     needs = {"teacher": Frozen(), "student": Trained("teacher", numbers), "critic": Trained(), "ema": Follows("student", 0.0)}
     roles = build_roles(teacher, needs, {"student": setting, "critic": setting})
     x, t, cond = moment(teacher)
@@ -40,8 +42,9 @@ def test_a_role_reads_numbers_that_say_nothing_at_first(teacher, perturb, settin
     torch.testing.assert_close(roles["critic"](x, t, high).raw, base, rtol=1e-5, atol=1e-5)
     roles["student"](x, t, low).raw.square().mean().backward()
     paths = teacher.family.time.layers(numbers)
-    grads = dict(zip(roles.state_dict("student"), (p.grad for p in roles.parameters("student")), strict=True))
-    assert all(grads[f"{path}.weight"].any() for path in paths)
+    own = dict(roles.networks["student"].named_parameters()) if "student" in roles.networks else \
+        dict(zip(roles.state_dict("student"), roles.parameters("student"), strict=True))
+    assert all(own[f"{path}.weight"].grad.any() for path in paths)
     roles.follow("student")
     torch.testing.assert_close(roles["ema"](x, t, low).raw, roles["student"](x, t, low).raw)
     torch.testing.assert_close(teacher.predict(roles.network("student"), x, t, low.replace(extra={n: low.extra[n] for n in numbers})),

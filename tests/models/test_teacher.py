@@ -28,7 +28,8 @@ def folder(request, tmp_path):
 
 def test_on_the_meta_device_all_has_the_shapes_that_it_has_when_loaded(folder, monkeypatch):
     real = load_teacher(folder)
-    monkeypatch.setattr(type(real.loaded), "from_pretrained", None, raising=False)
+    if real.loaded is not None:
+        monkeypatch.setattr(type(real.loaded), "from_pretrained", None)
     meta = load_teacher(folder, device="meta")
     assert {p.device.type for p in meta.network.parameters()} == {"meta"}
     assert meta.sizes == {name: size for name, size in real.sizes.items()} and meta.schedule == real.schedule and meta.kind == real.kind

@@ -74,7 +74,7 @@ class LCM(Method):
             raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
         scale = middle(guidance) if settings.told else None
         if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
-            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide its {LEVELS} times, and no shift; found "
+            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and no shift; found "
                              f"nodes = {settings.nodes}, shift = {settings.shift}")
         return Inference(steps, noise=1.0, nodes=settings.nodes, shift=settings.shift, guidance=scale)
 

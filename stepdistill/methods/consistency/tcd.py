@@ -83,7 +83,7 @@ class TCD(Method):
             raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, none, or 1, all of "
                              f"it; found {settings.gamma:g}")
         if discrete and (LEVELS % settings.nodes or settings.shift != 1):
-            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide its {LEVELS} times, and no shift; found "
+            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and no shift; found "
                              f"nodes = {settings.nodes}, shift = {settings.shift}")
         return Inference(steps, noise=settings.gamma, nodes=settings.nodes, end=origin(schedule), shift=settings.shift)
 

@@ -15,7 +15,7 @@ from ...errors import RequestError
 from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding
 from ..schedulers import Guidance
-from ..toy_network import LAYERS, WIDTH, ToyNetwork
+from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork
 from ..vision import PlaneSight
 from . import Family, Parts
 
@@ -65,7 +65,7 @@ def latent_shape(parts: Parts) -> tuple[int, ...]:
 FAMILY = Family(
     name="toy", denoiser="network", schedule=schedule, kind=kind, open=open_toy, fresh=fresh, encode=encode, inputs=inputs,
     timestep=lambda t, scheduler: t, timestep_dtype=torch.float64, latent_shape=latent_shape,
-    time=TimeEmbedding("embed", "waves", {"w": StockInput("w_in", 2, {"w_in": True}, WIDTH)}),
+    time=TimeEmbedding("embed", "waves", {"w": StockInput("w_in", 2, {"w_in": True}, WIDTH)}, 2 * WAVES),
     condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(), guidance=Guidance(embedded="guidance_scale"),
     feature_shapes=lambda network: dict.fromkeys(LAYERS, (WIDTH, 1, 1)), default_features=lambda network: LAYERS[-1:],
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
