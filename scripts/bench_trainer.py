@@ -81,7 +81,7 @@ def trainer(world: World, run_dir: Path, turns: Turns) -> list[float]:
 def hand(world: World, run_dir: Path, turns: Turns) -> list[float]:
     """As one would write it for this one case: v or eps, DDIM, the boundary scalings from a table, nothing else."""
     roles, (x_all, cond_all) = world.roles, world.data[torch.arange(world.data.count)]
-    network, bank, kind = roles.family.network, roles.bank, roles["student"].family.kind
+    network, bank, kind = roles.teacher.network, roles.bank, roles["student"].teacher.kind
     text_all, null = cond_all.text, cond_all.null.text[:1].expand(world.batch, -1, -1)
     student, ema = roles.parameters("student"), roles.parameters("ema")
     adamw = torch.optim.AdamW(student, lr=LR, weight_decay=0.01, fused=True)

@@ -64,7 +64,7 @@ def solved(work, pairs, indices, end: int, start: int = 0, x=None):
     """The recipe's solver anew, from the pairs' noise or from x, between two nodes of its grid."""
     said = work.recipe.data.pairs
     times = torch.linspace(1, 0, said.steps + 1, dtype=torch.float64)[start:end + 1]
-    cond = work.family.encode([PROMPTS[i % 2] for i in indices.tolist()])
+    cond = work.teacher.encode([PROMPTS[i % 2] for i in indices.tolist()])
     return SOLVERS[said.solver](guided(work.roles["teacher"], 2.0), pairs.noise if x is None else x, times, cond)
 
 

@@ -191,7 +191,7 @@ def test_a_critic_may_be_told_the_exit_of_the_very_sample_that_it_is_shown():
     listening.schedule = s
     student = lambda x_t, t, cond=None: predict(0.5 * x_t, x_t, t, s, "x0")
     method, _ = make(settings=Settings(gan_weight=0, tell_exit=True), steps=4, student=student, critic=listening)
-    assert method.needs(method.settings, False)["critic"].told_w and not method.needs(PLAIN, False)["critic"].told_w
+    assert method.needs(method.settings, False)["critic"].reads and not method.needs(PLAIN, False)["critic"].reads
     exit_of = lambda step: 1 + int(step.shared("exit") * 4)
     for index in range(12):
         step, own = moment(4, index=index), moment(4, "critic", repeat=1, index=index)

@@ -116,7 +116,7 @@ def test_a_guided_critic_may_be_told_the_exit_of_its_sample():
             return predict(0.5 * x_t, x_t, t, self.schedule, "x0")
 
     method = make(Student(), Critic(), TwoLaws(), guidance=2.0, steps=4, tell_exit=True)
-    assert method.needs(method.settings, False)["critic"].told_w
+    assert method.needs(method.settings, False)["critic"].reads
     for index in range(12):
         for loss, update in ((method.critic_loss, "critic"), (method.student_loss, "student")):
             step = moment(2, update, index=index)

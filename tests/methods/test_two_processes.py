@@ -56,8 +56,8 @@ def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1
     """Goes on with the run folder/name to step `until`, and writes down what every update trained on."""
     table = {"teacher": teacher, "student": LORA, "steps": 2, "train": {"updates": UPDATES, "ema": 0.5}}
     work = setup(Recipe.load(table | CASES[name]), launched())
-    work.family.network.double()
-    stream = Stream(dataset(work), BATCH, seed=3, shape=work.family.latent_shape)
+    work.teacher.network.double()
+    stream = Stream(dataset(work), BATCH, seed=3, shape=work.teacher.latent_shape)
 
     def stop(step: int) -> None:
         if step == until:

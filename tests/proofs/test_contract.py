@@ -37,7 +37,7 @@ def test_a_teacher_that_moves_is_seen(tmp_path):
 
     def shaken(batch, step):
         with torch.no_grad():
-            next(p for name, p in work.family.network.named_parameters() if "lora_" not in name).add_(1e-6)
+            next(p for name, p in work.teacher.network.named_parameters() if "lora_" not in name).add_(1e-6)
         return loss(batch, step)
     work.method.loss = shaken
     assert failed(moves(work, tmp_path / "run")) == ["tensors of the teacher's network that moved"]

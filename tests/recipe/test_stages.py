@@ -173,7 +173,7 @@ def run(recipe, tmp_path_factory):
 def inputs():
     g = torch.Generator().manual_seed(0)
     return lambda work, w=None: (torch.randn(3, 4, 8, 8, generator=g.manual_seed(0)), torch.tensor([1.0, 0.6, 0.2], dtype=torch.float64),
-                                 work.family.encode(["a red ring", "a", ""]).replace(w=w))
+                                 work.teacher.encode(["a red ring", "a", ""]).replace(w=w))
 
 
 def same(one, other) -> bool:

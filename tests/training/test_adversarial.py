@@ -38,7 +38,7 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
     seen, run = [], Trainer.run
 
     def watched(trainer, update, *rest):
-        network = trainer.roles.family.network
+        network = trainer.roles.teacher.network
         before, base = states(trainer.roles), {key: value.clone() for key, value in network.state_dict().items() if ".lora_" not in key}
         run(trainer, update, *rest)
         changed = moved(before, states(trainer.roles))
