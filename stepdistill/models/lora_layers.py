@@ -41,7 +41,7 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     if out.dtype == low.dtype:
         out.addmm_(low, b.t().to(low.dtype), alpha=scale)          # autocast casts no operand of an in-place product
     else:
-        out.add_(F.linear(low, b), alpha=scale)                    # of float32 to 16 bits: rounded once, after the sum
+        out.add_(F.linear(low, b * scale))                         # float32 to 16 bits: rounded once, as is its gradient
     return out.view(*x.shape[:-1], -1)
 
 
@@ -56,7 +56,8 @@ def convolution(layer: Layer, x: Tensor) -> Tensor:
     if _alike(base, down) and _merges(places, x, base.weight, down.weight):
         change = (up.weight.flatten(1) @ down.weight.flatten(1)).view_as(base.weight)
         return F.conv2d(x, base.weight.add(change, alpha=scale), base.bias, base.stride, base.padding)
-    return base(x).add_(up(down(_read(x, down.weight))), alpha=scale)
+    out, low = base(x), down(_read(x, down.weight))
+    return out.add_(up(low), alpha=scale) if out.dtype == low.dtype else out.add_(up(low * scale))
 
 
 def _read(x: Tensor, weight: Tensor) -> Tensor:
