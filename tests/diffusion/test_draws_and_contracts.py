@@ -73,7 +73,7 @@ def test_a_number_is_the_hash_of_its_place_however_many_are_drawn():
     assert torch.equal(STEP.normal("noise", (2, 3)), torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, 6)).float().view(4, 2, 3))
     large = STEP.normal("noise", (count,))
     assert torch.equal(large, torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, count)).float())
-    assert fractions(seed, torch.tensor(ids[:0]), 5).shape == (0, 5)
+    assert fractions(seed, torch.tensor(ids)[:0], 5).shape == (0, 5)
 
 
 def condition() -> Condition:
