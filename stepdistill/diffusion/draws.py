@@ -7,6 +7,7 @@ sample's id and j (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -29,23 +30,35 @@ def _signed(word: int) -> int:
 GOLDEN, FIRST, SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
+BLOCK = 1 << 15                   # numbers that are drawn at a time: their words stay in a core's own cache
+
+
 def _right(words: Tensor, n: int) -> Tensor:
     """A shift that fills with zeros; int64's own repeats the sign."""
-    return (words >> n) & ((1 << (64 - n)) - 1)
+    return (words >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
 def _scatter(words: Tensor) -> Tensor:
-    """SplitMix64's finaliser: a bijection of 64-bit words that scatters neighbours (Steele et al. 2014)."""
-    words = (words ^ _right(words, 30)) * FIRST
-    words = (words ^ _right(words, 27)) * SECOND
-    return words ^ _right(words, 31)
+    """SplitMix64's finaliser, in place: a bijection of 64-bit words that scatters neighbours (Steele et al. 2014)."""
+    words.bitwise_xor_(_right(words, 30)).mul_(FIRST)
+    words.bitwise_xor_(_right(words, 27)).mul_(SECOND)
+    return words.bitwise_xor_(_right(words, 31))
 
 
-def fractions(key: int, ids: Tensor, count: int) -> Tensor:
-    """Uniform in (0, 1), (B, count) float64 on the CPU: a function of (key, id, column). ids (B,) int64."""
-    rows = _scatter(_scatter(ids.cpu() * GOLDEN + key) + GOLDEN)
-    words = _scatter(rows[:, None] + torch.arange(1, count + 1) * GOLDEN)
-    return (_right(words, 12).double() + 0.5) * 2.0**-52
+def fractions(key: int, ids: Tensor, count: int, transform: Callable[[Tensor], Tensor] | None = None,
+              dtype: torch.dtype = torch.float64) -> Tensor:
+    """Uniform in (0, 1), (B, count) float64 on the CPU: a function of (key, id, column). ids (B,) int64.
+
+    transform: applied to each of them, in float64; the results are kept in `dtype`.
+    """
+    rows = _scatter(_scatter(ids.cpu() * GOLDEN + key) + GOLDEN)[:, None]
+    columns = torch.arange(1, count + 1) * GOLDEN
+    drawn = torch.empty(len(ids), count, dtype=dtype)
+    width = max(1, BLOCK // max(1, len(ids)))
+    for piece, column in zip(drawn.split(width, 1), columns.split(width), strict=True):
+        uniform = _right(_scatter(rows + column), 12).double().add_(0.5).mul_(2.0**-52)
+        piece.copy_(uniform if transform is None else transform(uniform))
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -68,12 +81,12 @@ class Step:
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, (B, *shape) float32 on `device`: `shape` is that of one sample."""
-        drawn = torch.special.ndtri(self._fractions(name, prod(shape)))
-        return drawn.float().reshape(-1, *shape).to(self.device)
+        drawn = fractions(self._key(name), self.ids, prod(shape), torch.special.ndtri, torch.float32)
+        return drawn.reshape(-1, *shape).to(self.device, non_blocking=True)
 
     def uniform(self, name: str) -> Tensor:
         """Uniform in (0, 1), (B,) float64 on the CPU."""
-        return self._fractions(name, 1)[:, 0]
+        return fractions(self._key(name), self.ids, 1)[:, 0]
 
     def integers(self, name: str, high: int) -> Tensor:
         """Uniform on 0 .. high - 1, (B,) int64 on the CPU."""
@@ -85,6 +98,3 @@ class Step:
 
     def _key(self, *name: str) -> int:
         return key(self.seed, self.index, self.update, self.repeat, *name)
-
-    def _fractions(self, name: str, count: int) -> Tensor:
-        return fractions(self._key(name), self.ids, count)

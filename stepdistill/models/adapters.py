@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diffusion.draws import key
 from ..errors import RequestError
+from . import lora_layers
 from .recompute import recomputed
 
 
@@ -40,6 +42,22 @@ def matching(network: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
     """Those of `targets` that name at least one linear layer or convolution of the network."""
     names = _layers(network)
     return tuple(target for target in targets if any(_matches(name, target) for name in names))
+
+
+class LoraLinear(lora.Linear):
+    """peft's layer with a forward of our own, for a base that is torch's own linear layer."""
+
+    forward = lora_layers.linear
+
+
+class LoraConv2d(lora.Conv2d):
+    """peft's layer with a forward of our own, for a base that is torch's own convolution."""
+
+    forward = lora_layers.convolution
+
+
+# A quantised base has classes of its own, in torch's and in peft's terms: those keep peft's forward.
+OURS = {(lora.Linear, nn.Linear): LoraLinear, (lora.Conv2d, nn.Conv2d): LoraConv2d}
 
 
 class AdapterLinear(nn.Module):
@@ -83,8 +101,10 @@ class AdapterBank:
     def __init__(self, network: nn.Module, configs: Mapping[str, LoraConfig], seed: int = 0) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
             raise ValueError("this network carries adapters already: make one bank with all roles, or load the network anew")
-        for config in configs.values():
+        for name, config in configs.items():
             _check_targets(network, config.target_modules)
+            if other := [key for key in ("lora_dropout", "use_dora", "lora_bias") if getattr(config, key)]:
+                raise ValueError(f"adapter {name!r} has {', '.join(other)}; those of a bank are plain LoRA: take `lora_config`")
         self.network, self.configs = network.requires_grad_(False), dict(configs)
         self._active: list[str] = []
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _same_device(network):
@@ -94,6 +114,7 @@ class AdapterBank:
         self._layers = {path: m for path, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
         for layer in self._layers.values():
             layer._active_adapter = self._active
+            layer.__class__ = OURS.get((type(layer), type(layer.base_layer)), type(layer))
         self._parameters = {name: self._collect(name) for name in self.configs}
         self._initialise(seed)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepdistill.diffusion.contracts import Batch, Condition
-from stepdistill.diffusion.draws import Step, key
+from stepdistill.diffusion.draws import BLOCK, Step, fractions, key
 
 STEP = Step(seed=5, index=17, progress=0.1, update="student", repeat=0, ids=torch.tensor([40, 7, 1003, 9]))
 
@@ -50,6 +50,30 @@ def test_keys_do_not_run_together():
     """They are the same on every machine: the number stands here."""
     assert key("ab", "c") != key("a", "bc") and key(1, 23) != key(12, 3)
     assert key(5, 17, "student") == 9172374944138130150
+
+
+def splitmix(word: int) -> int:
+    """The finaliser of Java's SplittableRandom, in integers without an end."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def test_a_number_is_the_hash_of_its_place_however_many_are_drawn():
+    """Runs are resumed by it: the numbers of one version are those of the next. Blocks of numbers end within a row."""
+    golden, seed, ids, count = 0x9E3779B97F4A7C15, 9172374944138130150, [40, 7, 1003, 9], BLOCK // 2
+    found = fractions(seed, torch.tensor(ids), count)
+    assert found.shape == (4, count) and BLOCK // 4 < count
+    for column in (0, 1, BLOCK // 4 - 1, BLOCK // 4, count - 1):
+        for row, name in enumerate(ids):
+            start = splitmix((splitmix((name * golden + seed) % 2**64) + golden) % 2**64)
+            word = splitmix((start + (column + 1) * golden) % 2**64)
+            assert found[row, column].item() == ((word >> 12) + 0.5) * 2.0**-52
+    assert torch.equal(found[:, :3], fractions(seed, torch.tensor(ids), 3))
+    assert torch.equal(STEP.normal("noise", (2, 3)), torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, 6)).float().view(4, 2, 3))
+    large = STEP.normal("noise", (count,))
+    assert torch.equal(large, torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, count)).float())
+    assert fractions(seed, torch.tensor(ids)[:0], 5).shape == (0, 5)
 
 
 def condition() -> Condition:
