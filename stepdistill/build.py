@@ -72,7 +72,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     watch = Watch(work, folder, prompts(work, CLOUD if work.family.plane else 4))
-    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
+    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention"}), rates=rates(recipe))
     trainer = Trainer(work.method, work.roles, stream, config, folder, [watch])
     begun = {run: whole, folder: recipe}
     for place in [place for place in begun if not runs.is_run(place)]:          # asked of all before one is written

@@ -28,6 +28,9 @@ def check_plane(recipe: Recipe) -> None:
     if recipe.train.gradient_checkpointing:
         raise recipe.refuse("train.gradient_checkpointing", "is on, but the teacher is Toy, whose network has no blocks to compute again: "
                             "leave it off")
+    if recipe.train.attention not in ("auto", "sdpa"):
+        raise recipe.refuse("train.attention", f"is {recipe.train.attention}, but the teacher is Toy, whose network has no attention: "
+                            "leave it out")
     if recipe.discriminator is not None and recipe.discriminator.network is not None:
         raise recipe.refuse("discriminator.network", f"is {recipe.discriminator.network}, which judges pictures, but the teacher is Toy, "
                             "whose samples are points of the plane with features of their own: leave it out")

@@ -150,6 +150,7 @@ class Train(Strict):
     checkpoint_every: int | None = Field(None, ge=1)     # updates; None: at the end only
     log_every: int = Field(10, ge=1)             # updates
     gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"     # the kernel; auto: what diffusers chose
 
 
 class Evaluate(Strict):

@@ -34,12 +34,15 @@ from .evaluation.plans import Target
 from .judges import judged, tapped
 from .methods import METHODS, load_method
 from .methods.base import Features, Follows, Heads, Inference, Method, Need, Trained, due, middle
+from .models.attention import check_attention
 from .models.families import Family, load_teacher
 from .models.roles import Full, Lora, Places, Roles, Setting, Weights, build_roles
 from .models.schedulers import stock_scheduler
 from .plane import check_plane
 from .recipe import Critic, Recipe, RoleChoice
 from .training import checkpoints
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,23 @@ class Work:
         return Target(name, pipeline, self.recipe.method, dict(self.inference.call))
 
 
-def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, before: Before | None = None) -> Work:
+def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, before: Before | None = None,
+         attention: str | None = None) -> Work:
     """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work.
 
     before: what a stage after the first is trained from. Without it, as for a run that is only looked at, the student begins
-    as the base, and the base is the teacher.
+    as the base, and the base is the teacher. dtype, attention: as the recipe says, unless given.
     """
     settings, needs, said = checked(recipe)
+    attention = recipe.train.attention if attention is None else attention
+    if attention != "auto":
+        with recipe.blaming("train.attention", f"is {attention}, which cannot serve"):
+            check_attention(attention, resources.pipeline(recipe.teacher), recipe.revision, device, PRECISIONS[recipe.train.precision])
     kind = load_method(recipe.method)
     with recipe.blaming("teacher", "cannot be loaded"):
         family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
     inference, sampler = served(recipe, family)
-    roles = _roles(recipe, family, needs, said, before).to(device)
+    roles = _roles(recipe, family, needs, said, before, attention).to(device)
     return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device,
                 None if before is None else before.checksum)
 
@@ -216,7 +224,8 @@ def served(recipe: Recipe, family: Family) -> tuple[Inference, Sampler]:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
-def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None) -> Roles:
+def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping[str, Setting], before: Before | None,
+           attention: str) -> Roles:
     told = tuple(name for name, need in needs.items() if isinstance(need, Trained) and need.told_w)
     if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
         tapped(recipe, family.feature_shapes, family.default_features)
@@ -224,7 +233,7 @@ def _roles(recipe: Recipe, family: Family, needs: dict[str, Need], said: Mapping
         needs = needs | {"ema": Follows("student", recipe.train.ema)}
     begun = ("student", "teacher") if recipe.taught_by_previous else ("student",)
     return build_roles(family, needs, said, told_w=told, begin={} if before is None else dict.fromkeys(begun, before.weights),
-                       gradient_checkpointing=recipe.train.gradient_checkpointing, seed=recipe.train.seed)
+                       gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention, seed=recipe.train.seed)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -249,7 +258,7 @@ def handed(recipe: Recipe, run: Path) -> Before:
 def open_run(run: str | Path) -> Work:
     """A run with its sampling role as the last checkpoint left it, in float32 on the CPU."""
     run = Path(run)
-    work = make(runs.recipe_of(run), torch.device("cpu"), torch.float32)
+    work = make(runs.recipe_of(run), torch.device("cpu"), torch.float32, attention="auto")
     folder = runs.checkpoint_of(run)
     state = checkpoints.load_role(folder, work.best)
     try:

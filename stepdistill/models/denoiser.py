@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.prediction import Prediction
+from .attention import differentiable, has_tangent
 from .families import Family
 
 
 class Denoiser:
-    """One network, or one adapter of a network, under its family's conventions.
+    """One network, or one adapter of a network, under its family's conventions. It can be differentiated forward.
 
     context: entered around every call; an adapter bank hands in `partial(bank.use, name)`.
     told_w: whether this role reads the guidance scale `cond.w`. A role that does not never sees it, so that teacher and
@@ -30,6 +31,11 @@ class Denoiser:
             raise ValueError("this role is told its guidance scale, but the condition has no w: pass cond.replace(w=...)")
         if not self.told_w and cond is not None and cond.w is not None:
             cond = cond.replace(w=None)
-        with self.context():
+        with self.context(), self._attention(x_t, t, cond):
             raw = self.family.predict(self.network, x_t, t, cond)
         return Prediction(raw, x_t, t, self.schedule, self.family.kind)
+
+    def _attention(self, x_t: Tensor, t: Tensor, cond: Condition | None) -> AbstractContextManager:
+        """The chosen kernels have no derivative forward, so within torch.func.jvp attention is computed as it is written."""
+        given = [x_t, t, *(() if cond is None else (value for value in vars(cond).values() if isinstance(value, Tensor)))]
+        return differentiable(self.network) if has_tangent(*given) else nullcontext()

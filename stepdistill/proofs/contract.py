@@ -54,7 +54,7 @@ def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
 def moves(work: Work, run: Path) -> Iterator[Check]:
     """Trains two steps and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
-    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=rates(recipe))
+    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention"}), rates=rates(recipe))
     stream = Stream(dataset(work), BATCH, recipe.train.seed, work.family.latent_shape)
     trainer = Trainer(work.method, roles, stream, config, run)
     own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}         # adapters lie on the teacher's network
