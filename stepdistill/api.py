@@ -27,13 +27,13 @@ from .export import Student, export_student, load
 from .export import check as check_export
 from .recipe import Recipe
 from .run import folder
-from .run.checks import check, family, learning_rates, needs_of
+from .run.checks import check, family, needs_of
 from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
 from .run.plan import plan
 from .run.preview import Preview
-from .run.setup import open_run, previous_student, sampling, setup
+from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.targets import must_serve, open_target, teachers
-from .training import TrainConfig, Trainer, launched
+from .training import Trainer, launched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "export", "load", "pairs", "plan", "sample", "train"]
@@ -70,9 +70,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     with _progress() as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"})
-    trainer = Trainer(stage.method, stage.roles, stream, TrainConfig(**entries, rates=learning_rates(recipe)), place,
-                      [Preview(stage, place)])
+    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
     begun = {run: whole, place: recipe}
     for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written
         folder.begin(new, folder.pinned(begun[new]), device)

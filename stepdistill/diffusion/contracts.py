@@ -85,6 +85,10 @@ class Condition:
         nulls = [part.null for part in parts if part.null is not None]
         return Condition(**joined, extra=extra, null=Condition.cat(nulls) if len(nulls) == len(parts) else None)
 
+    def tensors(self) -> list[Tensor]:
+        """All of them but those of `null`."""
+        return [value for _, value in (*self._tensors(), *self.extra.items())]
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         return ((f.name, value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor))
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.prediction import Prediction
+from .attention import differentiable, has_tangent
 
 if TYPE_CHECKING:
     from .teacher import Teacher
 
 
 class Denoiser:
-    """One network, or one adapter of a network, under its teacher's conventions.
+    """One network, or one adapter of a network, under its teacher's conventions. It can be differentiated forward.
 
     context: entered around every call; an adapter bank hands in `partial(bank.use, name)`.
     reads: the numbers of `cond.extra` that this role reads. It never sees others, so that teacher and student may share a
@@ -34,6 +35,11 @@ class Denoiser:
                              f"cond.replace({missing[0]}=...)")
         if cond is not None and (self.reads or cond.extra):
             cond = cond.replace(extra={name: cond.extra[name] for name in self.reads})
-        with self.context():
+        with self.context(), self._attention(x_t, t, cond):
             raw = self.teacher.predict(self.network, x_t, t, cond)
         return Prediction(raw, x_t, t, self.schedule, self.teacher.kind, self.teacher.family.combine)
+
+    def _attention(self, x_t: Tensor, t: Tensor, cond: Condition | None) -> AbstractContextManager:
+        """The chosen kernels have no derivative forward, so within torch.func.jvp attention is computed as it is written."""
+        given = [x_t, t, *(() if cond is None else cond.tensors())]
+        return differentiable(self.network) if has_tangent(*given) else nullcontext()

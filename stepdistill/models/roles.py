@@ -14,6 +14,7 @@ from ..diffusion.guidance import SelfGuided, self_guided
 from ..diffusion.sampler import Sampler
 from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Trained
 from .adapters import AdapterBank, LoraConfig, lora_config
+from .attention import set_attention
 from .denoiser import Denoiser
 from .discriminator import Discriminator, Shape, chosen, paired
 from .ema import Ema
@@ -196,13 +197,15 @@ class Roles(Mapping[str, Role]):
 
 
 def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting], *,
-                begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False, seed: int = 0) -> Roles:
+                begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False, attention: str = "auto",
+                seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
     trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
     Places, the family's own unless given.
 
     A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them start at
-    zero. Every role equals its start at first. begin: trained and frozen roles that are another run's student at first; a
+    zero. Every role equals its start at first. attention: of all networks, see attention.py. begin: trained and frozen roles
+    that are another run's student at first; a
     frozen one stays it. seed: of the first values of adapters and heads. ValueError for needs and settings that do not go
     together, RequestError for LoRA targets and features that the network has not.
     """
@@ -222,6 +225,8 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
         roles.load_state_dict(name, state)
     for name, need in needs.items():
         _start(roles, name, need, name in states)
+    for network in (teacher.network, *networks.values()):
+        set_attention(network, attention)
     if gradient_checkpointing:
         teacher.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
         for network in networks.values():

@@ -15,11 +15,10 @@ from ..errors import RequestError
 from ..methods.base import Follows, Frozen, middle
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
-from ..run.checks import learning_rates
 from ..run.data import dataset
 from ..run.folder import checkpoint_of
-from ..run.setup import Run, setup
-from ..training import TrainConfig, Trainer, checkpoints
+from ..run.setup import Run, setup, train_config
+from ..training import Trainer, checkpoints
 from .problem import Check
 
 STEPS, BATCH, COUNT = 2, 2, 4
@@ -57,9 +56,8 @@ def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
 def moves(work: Run, run: Path) -> Iterator[Check]:
     """Trains two steps and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
-    config = TrainConfig(**recipe.train.model_dump(exclude={"ema", "gradient_checkpointing"}), rates=learning_rates(recipe))
     stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape)
-    trainer = Trainer(work.method, roles, stream, config, run)
+    trainer = Trainer(work.method, roles, stream, train_config(recipe), run)
     own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}         # adapters lie on the teacher's network
     base = {name: tensor for name, tensor in work.teacher.network.state_dict(keep_vars=True).items() if id(tensor) not in own}
     before, base_before = {name: _copy(roles.state_dict(name)) for name in roles.names}, _copy(base)

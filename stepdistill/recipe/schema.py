@@ -150,6 +150,7 @@ class Train(Strict):
     checkpoint_every: int | None = Field(None, ge=1)     # updates; none: at the end only
     log_every: int = Field(10, ge=1)             # updates
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
 
 
 class Evaluate(Strict):

@@ -5,15 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import resources
 from ..data.toy import is_toy
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
+from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
 from ..models.families import Family
 from ..models.roles import Full, Lora, Places, Setting
-from ..models.teacher import family_at
+from ..models.teacher import family_at, load_teacher
 from ..models.vision import PlaneSight, Sight
 from ..recipe.schema import Critic, Recipe, RoleChoice
 
@@ -109,6 +112,18 @@ def network_features(recipe: Recipe, shapes: Mapping[str, Shape], default: tuple
     asked = None if recipe.discriminator is None else recipe.discriminator.features
     with recipe.blaming("discriminator.features", "cannot be read"):
         return chosen(shapes, default if asked is None else asked)
+
+
+def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
+    """RequestError for a backend that cannot compute the teacher's attention on this device."""
+    if backend == "auto" or device.type == "meta":
+        return
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.precision]
+    with recipe.blaming("train.attention", f"is {backend}, which cannot serve"):
+        check_backend(backend, device, dtype)
+        source = resources.pipeline(recipe.teacher)
+        if not source.endswith(".safetensors"):              # a single file has no config
+            check_backend(backend, device, dtype, load_teacher(source, recipe.revision, device="meta").network)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

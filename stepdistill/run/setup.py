@@ -18,9 +18,9 @@ from ..models.roles import Roles, Weights, build_roles
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe
-from ..training import checkpoints
+from ..training import TrainConfig, checkpoints
 from . import folder
-from .checks import Checked, check, needs_of, network_features, role_setting
+from .checks import Checked, check, check_attention, learning_rates, needs_of, network_features, role_setting
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,19 @@ class Run:
         return stock_scheduler(self.stock.scheduler, self.stock.config, self.teacher.scheduler)
 
 
-def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, previous: Previous | None = None) -> Run:
+def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, previous: Previous | None = None,
+          attention: str | None = None) -> Run:
     """Loads the teacher and builds the roles on it. RequestError, with the recipe's line, for what cannot work.
 
     previous: what a stage after the first is trained from. Without it, as for a run that is only looked at, the student
-    begins as the base, and the base is the teacher.
+    begins as the base, and the base is the teacher. dtype, attention: as the recipe says, unless given.
     """
-    checked = check(recipe)
+    checked, attention = check(recipe), attention or recipe.train.attention
+    check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
         teacher = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe), device)
     stock, sampler = sampling(recipe, teacher)
-    roles = _roles(recipe, teacher, checked, previous).to(device)
+    roles = _roles(recipe, teacher, checked, previous, attention).to(device)
     method = load_method(recipe.method)(checked.settings, roles, recipe.guidance, sampler)
     return Run(recipe, teacher, roles, method, stock, device, None if previous is None else previous.checksum)
 
@@ -102,7 +104,7 @@ def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
 
 def open_run(run: str | Path) -> Run:
     """A run with its sampling role as the last checkpoint left it, in float32 on the CPU."""
-    opened = setup(folder.recipe_of(Path(run)), torch.device("cpu"), torch.float32)
+    opened = setup(folder.recipe_of(Path(run)), torch.device("cpu"), torch.float32, attention="auto")
     checkpoint = folder.checkpoint_of(Path(run))
     state = checkpoints.load_role(checkpoint, opened.sampling_role)
     try:
@@ -112,7 +114,14 @@ def open_run(run: str | Path) -> Run:
     return opened
 
 
-def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previous | None) -> Roles:
+def train_config(recipe: Recipe) -> TrainConfig:
+    """What of the recipe's `train` is the loop's; the rest is the networks'."""
+    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention"})
+    return TrainConfig(**entries, rates=learning_rates(recipe))
+
+
+def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previous | None,
+           attention: str) -> Roles:
     needs = dict(checked.needs)
     if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
         network_features(recipe, teacher.feature_shapes, teacher.default_features)
@@ -121,7 +130,7 @@ def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previou
     begins = ("student", "teacher") if recipe.taught_by_previous else ("student",)
     begin: Mapping[str, Weights] = {} if previous is None else dict.fromkeys(begins, previous.weights)
     return build_roles(teacher, needs, checked.roles, begin=begin,
-                       gradient_checkpointing=recipe.train.gradient_checkpointing, seed=recipe.train.seed)
+                       gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention, seed=recipe.train.seed)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

@@ -70,8 +70,8 @@ def test_one_whole_pass_gives_prediction_and_the_same_logits(family, inputs, per
     assert all(counted[name] == 1 for name in (*ALL, "conv_out"))
     assert torch.equal(prediction.raw, roles["critic"](*inputs).raw) and prediction.t is inputs[1]
     assert torch.equal(logits, roles["discriminator"](*inputs)) and logits.shape == (3, 5)
-    with torch.no_grad():
-        assert torch.equal(roles["discriminator"](*inputs), logits)
+    with torch.no_grad():                                 # adapters may be computed merged here: equal up to rounding
+        torch.testing.assert_close(roles["discriminator"](*inputs), logits, rtol=1e-3, atol=1e-6)
     assert (prediction.raw - roles["teacher"](*inputs).raw).abs().max() > 1e-2 and not hooks(network)
 
 

@@ -12,9 +12,10 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Codec, Features, Frozen, Heads, Trained
 from stepdistill.models.roles import Lora, Places, build_roles
 from stepdistill.models.teacher import load_teacher
-from stepdistill.models.vision import PictureHeads, Sight, Vision, prompt_vector
+from stepdistill.models.vision import PictureHeads, Sight, prompt_vector
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "decode": Codec(), "features": Features(), "discriminator": Heads("features")}
+CPU = torch.device("cpu")
 CLIP = str(ASSETS / "shapes-clip")
 
 
@@ -43,7 +44,7 @@ def test_the_layers_that_are_read_are_those_published(dino):
 
 def test_maps_are_the_patches_of_the_network_s_own_pass(dino):
     sight = Sight.of(dino)
-    vision, shown = Vision(sight, ("embeddings", "layers.5", "layers.11")), pixels(28)
+    vision, shown = sight.features(("embeddings", "layers.5", "layers.11"), CPU), pixels(28)
     mean, std = (torch.tensor(values)[:, None, None] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
         tokens = Dinov2Model.from_pretrained(dino).eval()((shown / 2 + 0.5 - mean) / std, output_hidden_states=True).hidden_states
@@ -53,7 +54,7 @@ def test_maps_are_the_patches_of_the_network_s_own_pass(dino):
 
 
 def test_a_clip_model_is_read_at_its_vision_side():
-    vision, shown = Vision(Sight.of(CLIP), ("layers.0",)), pixels(32)
+    vision, shown = Sight.of(CLIP).features(("layers.0",), CPU), pixels(32)
     with torch.no_grad():
         tokens = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).vision_model(shown, output_hidden_states=True).hidden_states
     torch.testing.assert_close(vision(shown)[0], tokens[1][:, 1:].transpose(1, 2).unflatten(2, (8, 8)))
@@ -61,7 +62,7 @@ def test_a_clip_model_is_read_at_its_vision_side():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_reach_pixels_of_any_size_and_no_weight(dino, autocast):
-    vision, shown = Vision(Sight.of(dino), ("layers.2", "layers.11")), pixels(20).requires_grad_()
+    vision, shown = Sight.of(dino).features(("layers.2", "layers.11"), CPU), pixels(20).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, autocast):
         maps = vision(shown)
     assert all(m.dtype == torch.float32 for m in maps)
@@ -96,7 +97,7 @@ def test_roles_of_a_method_that_judges_pictures(folders, inputs, perturb):
     logits.sum().backward()
     own = {id(p) for name in ("student", "discriminator") for p in roles.parameters(name)}
     assert all(p.grad is not None and p.grad.any() for name in ("student", "discriminator") for p in roles.parameters(name))
-    frozen = (*family.network.parameters(), *family.codec.parameters(), *roles["features"].parameters())
+    frozen = (*family.network.parameters(), *family.codec.network.parameters(), *roles["features"].parameters())
     assert all(p.grad is None for p in frozen if id(p) not in own)
     assert roles.to("cpu")["features"] is roles["features"]
 
