@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .schedule import moved
+
 
 def key(*parts: object) -> int:
     """A 63-bit seed, a function of its parts alone: the same on every machine and in every process."""
@@ -69,7 +71,7 @@ class Step:
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, (B, *shape) float32 on `device`: `shape` is that of one sample."""
         drawn = torch.special.ndtri(self._fractions(name, prod(shape)))
-        return drawn.float().reshape(-1, *shape).to(self.device)
+        return moved(drawn.float().reshape(-1, *shape), self.device)
 
     def uniform(self, name: str) -> Tensor:
         """Uniform in (0, 1), (B,) float64 on the CPU."""

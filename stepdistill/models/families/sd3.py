@@ -9,7 +9,7 @@ from diffusers import SchedulerMixin, SD3Transformer2DModel, StableDiffusion3Pip
 from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow
+from ...diffusion.schedule import RectifiedFlow, moved
 from ...errors import RequestError, gist
 from ..adapters import matching
 from . import Layout, absent_parts, call_of
@@ -127,7 +127,7 @@ class SD3:
         if cond is None or cond.text is None or cond.pooled is None:
             raise ValueError("this network is told a text and its pooled embedding: pass a condition from family.encode(prompts)")
         dtype = network.pos_embed.proj.weight.dtype
-        return network(hidden_states=x_t.to(dtype), timestep=self.told_time(t).to(x_t.device, torch.float32),
+        return network(hidden_states=x_t.to(dtype), timestep=moved(self.told_time(t).float(), x_t.device),
                        encoder_hidden_states=cond.text.to(dtype), pooled_projections=cond.pooled.to(dtype),
                        return_dict=False)[0].to(x_t.dtype)
 

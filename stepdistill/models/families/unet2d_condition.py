@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import VariancePreserving
+from ...diffusion.schedule import VariancePreserving, moved
 from ...errors import RequestError, gist
 from ..adapters import matching
 from . import Layout, call_of
@@ -153,9 +153,9 @@ class UNet2DCondition:
         if cond is None or cond.text is None:
             raise ValueError("this network is told a text: pass a condition from family.encode(prompts)")
         dtype = network.conv_in.weight.dtype
-        w = None if cond.w is None else w_embedding(cond.w).to(x_t.device, dtype)
+        w = None if cond.w is None else moved(w_embedding(cond.w).to(dtype), x_t.device)
         added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
-        told = self.told_time(t).to(x_t.device, torch.float32)
+        told = moved(self.told_time(t).float(), x_t.device)
         return network(x_t.to(dtype), told, cond.text.to(dtype), timestep_cond=w, added_cond_kwargs=added,
                        return_dict=False)[0].to(x_t.dtype)
 
