@@ -19,17 +19,19 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources, runs
+from .cards import advice, check_card
 from .data.cache import Cache, Report
 from .data.stream import Stream
 from .data.toy import is_toy
 from .diffusion.draws import key
-from .errors import RequestError, gist
+from .errors import OutOfMemory, RequestError, gist
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load, open_export, read_settings
 from .export.folder import fresh_pipeline, is_export
 from .methods.base import middle
+from .models.compiled import compile_blocks
 from .models.families import call_of, load_teacher
 from .recipe import Recipe
 from .training import TrainConfig, Trainer, launched
@@ -55,6 +57,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     run = runs.place(recipe, out, resume)
     for stage in recipe.stages:
         checked(stage)
+    check_card(recipe, device)
     before: Path | None = None
     for stage, folder in zip(recipe.stages, runs.folders(recipe, run), strict=True):
         if folder == run or not runs.finished(folder, stage):
@@ -68,6 +71,9 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run
     work = make(recipe, device, before=None if before is None else handed(recipe, before))
     for stage in whole.stages[len(recipe.stages):]:
         served(stage, work.family)
+    if recipe.train.compile:
+        with recipe.blaming("train.compile", "is on, and cannot be"):
+            compile_blocks(work.roles)
     with _reported() as report:
         stream = Stream(dataset(work, report), recipe.data.batch, recipe.train.seed, work.family.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
@@ -79,7 +85,10 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run
         runs.begin(place, _pinned(begun[place]), device)
     if parallel.rank() == 0 and len(whole.stages) > 1:
         Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
-    trainer.train(resume)
+    try:
+        trainer.train(resume)
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error} {advice(recipe)}") from error
 
 
 @dataclass(frozen=True)

@@ -133,11 +133,12 @@ def _size(network: nn.Module) -> int:
 # -- roles -----------------------------------------------------------------------------------------------------------------
 
 def _roles(recipe: Recipe, needs: Mapping[str, Need], teacher: _Teacher) -> dict[str, dict[str, int]]:
-    base = 2 if recipe.train.precision == "bf16" and recipe.student.lora is not None else FLOAT
+    base = 2 if recipe.train.precision != "fp32" and recipe.student.lora is not None else FLOAT
     rows = {"base" if recipe.taught_by_previous else "teacher": _row(_size(teacher.denoiser), 0, base)}
     if recipe.taught_by_previous:
         rows["teacher"] = _row(_count(teacher, recipe.previous.student), 0, FLOAT)
-    rows |= {name: _row(_size(part), 0, base) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
+    others = FLOAT if recipe.train.precision == "fp16" else base
+    rows |= {name: _row(_size(part), 0, others) for name, part in teacher.parts.items() if name != teacher.known.denoiser}
     for name, need in needs.items():
         if isinstance(need, Features):
             with torch.device("meta"):
@@ -328,7 +329,7 @@ def _share(recipe: Recipe, teacher: _Teacher) -> float:
 def _activations(recipe: Recipe, teacher: _Teacher) -> int:
     """Bytes that autograd keeps of one micro-batch, counted in a pass on the meta device."""
     network, batch = teacher.denoiser, recipe.data.batch // recipe.train.accumulate
-    width = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    width = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16        # or as wide
     if recipe.train.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     network.train()

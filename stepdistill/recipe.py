@@ -142,7 +142,7 @@ class Train(Strict):
     decay: Literal["constant", "cosine"] = "constant"
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; players: [0, 0.99]
     weight_decay: float = Field(0.01, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = Field(None, gt=0, lt=1)  # decay an update; None: no averaged student
     clip: float | None = Field(1.0, gt=0)        # largest gradient norm; None: any
     accumulate: int = Field(1, ge=1)             # micro-batches that a batch is cut into
@@ -150,6 +150,7 @@ class Train(Strict):
     checkpoint_every: int | None = Field(None, ge=1)     # updates; None: at the end only
     log_every: int = Field(10, ge=1)             # updates
     gradient_checkpointing: bool = False
+    compile: bool = False                        # torch.compile, by repeated block
 
 
 class Evaluate(Strict):

@@ -90,6 +90,8 @@ def make(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None,
     kind = load_method(recipe.method)
     with recipe.blaming("teacher", "cannot be loaded"):
         family = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe))
+    if dtype is None and recipe.train.precision == "fp16" and recipe.student.lora and (recipe.critic is None or recipe.critic.lora):
+        family.network.half()                         # alone: codecs overflow in float16
     inference, sampler = served(recipe, family)
     roles = _roles(recipe, family, needs, said, before).to(device)
     return Work(recipe, family, roles, kind(settings, roles, recipe.guidance, sampler), inference, device,

@@ -28,7 +28,7 @@ MAY = {
     "errors.py": ("", ""),
     "resources.py": ("", ""),
 }
-TOP = ("proofs", "build.py", "work.py", "runs.py", "watch.py", "plane.py", "judges.py", "plan.py", "recipe.py", "complaints.py", "source.py", "stages.py", "listing.py", "cli.py", "demo.py", "__init__.py", "__main__.py")
+TOP = ("proofs", "build.py", "work.py", "runs.py", "watch.py", "plane.py", "judges.py", "plan.py", "cards.py", "recipe.py", "complaints.py", "source.py", "stages.py", "listing.py", "cli.py", "demo.py", "__init__.py", "__main__.py")
 ONLY = {                                         # module -> the one place that imports it
     "peft": ("models/adapters.py",),
     "accelerate": ("training/launch.py",),
