@@ -19,14 +19,16 @@ from . import parallel, resources
 from .data.cache import Cache, Report
 from .data.stream import Stream
 from .diffusion.draws import key
-from .errors import RequestError
+from .errors import OutOfMemory, RequestError
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load
 from .export import check as check_export
+from .models.compiled import compile_blocks
 from .recipe import Recipe
 from .run import folder
+from .run.cards import advice, check_card
 from .run.checks import check, family, needs_of
 from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
 from .run.plan import plan
@@ -53,6 +55,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     run = folder.place(recipe, out, resume)
     for stage in recipe.stages:
         check(stage)
+    check_card(recipe, device)
     before: Path | None = None
     for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
         if place == run or not folder.finished(place, stage):
@@ -67,6 +70,9 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
         sampling(later, stage.teacher)
+    if recipe.train.compile:
+        with recipe.blaming("train.compile", "is on, and cannot be"):
+            compile_blocks(stage.roles)
     with _progress() as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
@@ -76,7 +82,10 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
         folder.begin(new, folder.pinned(begun[new]), device)
     if parallel.rank() == 0 and len(whole.stages) > 1:
         Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
-    trainer.train(resume)
+    try:
+        trainer.train(resume)
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error} {advice(recipe)}") from error
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ class Stopped(RuntimeError):
     """
 
 
+class OutOfMemory(Stopped):
+    """The GPU was too small. The message says what was held, by role."""
+
+
 def gist(error: Exception) -> str:
     """The first two lines of a library's message, which may be long; its class where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

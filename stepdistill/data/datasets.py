@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.contracts import Condition, Pairs
+from ..diffusion.schedule import moved
 from ..errors import RequestError
 from .cache import Cache, Shelf, Store
 from .images import Images
@@ -116,11 +117,11 @@ def teacher_pairs(source: Captions, shelf: Shelf, generate: GeneratePairs, times
     store = cache.fill(shelf, make)
 
     def ways(indices: Tensor) -> Pairs:
-        noise, nodes = (store.rows(name, indices).to(encoders.device) for name in ("noise", "nodes"))
+        noise, nodes = (moved(store.rows(name, indices), encoders.device) for name in ("noise", "nodes"))
         return Pairs(noise, nodes, times.expand(len(indices), -1))
 
     text = stored_text(store.texts, encoders.text, encoders.identity, cache, encoders.device)
-    return Samples(len(store), text, lambda indices: store.rows("nodes", indices)[:, -1].to(encoders.device), ways)
+    return Samples(len(store), text, lambda indices: moved(store.rows("nodes", indices)[:, -1], encoders.device), ways)
 
 
 def _prompts(source: Captions, indices: Tensor) -> list[str]:
@@ -130,7 +131,7 @@ def _prompts(source: Captions, indices: Tensor) -> list[str]:
 
 def _stored(store: Store, encoders: Encoders, cache: Cache) -> Samples:
     text = stored_text(store.texts, encoders.text, encoders.identity, cache, encoders.device)
-    return Samples(len(store), text, lambda indices: store.rows("latents", indices).to(encoders.device))
+    return Samples(len(store), text, lambda indices: moved(store.rows("latents", indices), encoders.device))
 
 
 def _text(source: Captions, encoders: Encoders, cache: Cache) -> Text:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.contracts import Condition
+from ..diffusion.schedule import moved
 from .cache import Cache, Store
 from .prompts import Captions, ListedPrompts
 
@@ -45,7 +46,7 @@ class StoredText:
 
     def __call__(self, indices: Tensor) -> Condition:
         rows = self.row[indices]
-        fields = {name: self.store.rows(name, rows).to(self.device) for name in self.store.names}
+        fields = {name: moved(self.store.rows(name, rows), self.device) for name in self.store.names}
         return Condition(**fields, null=self.null.map(lambda one: one.expand(len(rows), *one.shape[1:])))
 
 

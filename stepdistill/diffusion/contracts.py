@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .prediction import Prediction
-from .schedule import Schedule
+from .schedule import Schedule, moved
 
 EXTRAS = ("w", "r")               # of the numbers in Condition.extra, those that can be given and read by name
 
@@ -64,7 +64,7 @@ class Condition:
         """Unconditional where chosen, (B,) bool; extra stays. ValueError without a `null`."""
         if self.null is None:
             raise ValueError("conditions can be dropped only where cond.null says what stands in for them")
-        changed = {name: torch.where(chosen.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), getattr(self.null, name), value)
+        changed = {name: torch.where(moved(chosen, value.device).reshape(-1, *[1] * (value.ndim - 1)), getattr(self.null, name), value)
                    for name, value in self._tensors() if getattr(self.null, name) is not None}
         return self.replace(**changed)
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .schedule import moved
+
 
 def key(*parts: object) -> int:
     """A 63-bit seed, a function of its parts alone: the same on every machine and in every process."""
@@ -82,7 +84,7 @@ class Step:
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, (B, *shape) float32 on `device`: `shape` is that of one sample."""
         drawn = fractions(self._key(name), self.ids, prod(shape), torch.special.ndtri, torch.float32)
-        return drawn.reshape(-1, *shape).to(self.device, non_blocking=True)
+        return moved(drawn.reshape(-1, *shape), self.device)
 
     def uniform(self, name: str) -> Tensor:
         """Uniform in (0, 1), (B,) float64 on the CPU."""

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`. On its way to a GPU the host does not wait: the driver has copied it when the call returns.
+
+    The way back waits, as it must: a CPU tensor would be read before it is written.
+    """
+    up = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
+    return tensor.to(device, non_blocking=up)
+
+
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """Gives a coefficient of shape (B,) the trailing axes, dtype and device of x, (B, ...)."""
-    return coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(device=x.device, dtype=x.dtype)
+    return moved(coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype), x.device)
 
 
 class Schedule(ABC):

@@ -28,7 +28,8 @@ def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: 
     (1 - alpha) E weight |d|^2. Zhou et al. 2024, arXiv:2404.04057.
     """
     d = real - fake
-    return weight.to(x) * (d * ((1 - alpha) * d + fake - x)).flatten(1).mean(1)
+    error = (d * ((1 - alpha) * d + fake - x)).flatten(1).mean(1)
+    return like(weight, error) * error
 
 
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:

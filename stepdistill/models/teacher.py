@@ -18,7 +18,7 @@ from transformers.utils import cached_file as hub_file
 from ..diffusion.contracts import Condition
 from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import Schedule, VariancePreserving
+from ..diffusion.schedule import Schedule, VariancePreserving, moved
 from ..diffusion.times import LEVELS
 from ..errors import RequestError, gist
 from ..methods.base import Inference
@@ -125,7 +125,7 @@ class Teacher:
         if cond is None:
             raise ValueError("this network is told a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
-        timestep = self.timestep(t).to(x_t.device, self.family.timestep_dtype)
+        timestep = moved(self.timestep(t).to(self.family.timestep_dtype), x_t.device)
         given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
         with reading(network, time.sinusoids, {name: cond.extra[name] for name in time.own(tuple(cond.extra))}):
             raw = network(**given)

@@ -118,7 +118,7 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
     """RequestError for a backend that cannot compute the teacher's attention on this device."""
     if backend == "auto" or device.type == "meta":
         return
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]
     with recipe.blaming("train.attention", f"is {backend}, which cannot serve"):
         check_backend(backend, device, dtype)
         source = resources.pipeline(recipe.teacher)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import parallel, resources
+from .. import __version__, parallel, resources
 from ..data.cache import flat
 from ..errors import RequestError
 from ..models.teacher import cached_file
@@ -21,7 +21,7 @@ from ..recipe import Recipe
 from ..training import checkpoints
 
 RECIPE, ENVIRONMENT, RESULTS, STAGES = "recipe.yaml", "environment.json", "results.json", "stages"
-PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
 def place(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
@@ -92,7 +92,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv,
             "python": platform.python_version(), "platform": platform.platform(), "device": f"{device.type}: {name}",
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": parallel.world_size(),
-            "packages": {name: version(name) for name in PACKAGES}}
+            "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}}
 
 
 def is_run(folder: Path) -> bool:

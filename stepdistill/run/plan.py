@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import resources
 from ..methods.base import Heads, Trained
@@ -61,7 +62,7 @@ def _rows(run: Run) -> dict[str, dict[str, int]]:
     """A row for each network of the pipeline, and for each role that has weights of its own."""
     teacher, roles = run.teacher, run.roles
     base = "base" if run.recipe.taught_by_previous else "teacher"
-    rows = {base if name == teacher.family.denoiser else name: {"parameters": size, "trained": 0, "bytes": size * teacher.dtype.itemsize}
+    rows = {base if name == teacher.family.denoiser else name: {"parameters": size, "trained": 0, "bytes": size * _width(teacher.parts[name])}
             for name, size in teacher.sizes.items()}
     for name, need in roles.needs.items():
         own = list(roles.visions[name].parameters()) if name in roles.visions else roles.parameters(name)
@@ -74,6 +75,11 @@ def _rows(run: Run) -> dict[str, dict[str, int]]:
 def _short(count: float) -> float:
     """To three digits after the point, none where it is whole."""
     return int(near) if (near := round(count, 3)).is_integer() else near
+
+
+def _width(network: nn.Module) -> int:
+    """Bytes of one of its own weights; adapters on it are float32."""
+    return min(parameter.dtype.itemsize for parameter in network.parameters())
 
 
 # -- disk and net ----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
         teacher = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe), device)
+    if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
+        teacher.network.half()                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)
     roles = _roles(recipe, teacher, checked, previous, attention).to(device)
     method = load_method(recipe.method)(checked.settings, roles, recipe.guidance, sampler)
@@ -135,6 +137,9 @@ def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previou
 
 def _dtype(recipe: Recipe) -> torch.dtype:
     """Of the teacher: half the memory where it stays frozen; a role of all weights starts from all their digits."""
-    roles = [recipe.student] + ([] if recipe.critic is None else [recipe.critic])
-    frozen = all(role.lora is not None for role in roles)
-    return torch.bfloat16 if recipe.train.precision == "bf16" and frozen else torch.float32
+    return torch.bfloat16 if recipe.train.precision == "bf16" and _frozen(recipe) else torch.float32
+
+
+def _frozen(recipe: Recipe) -> bool:
+    """Whether the base only carries adapters."""
+    return all(role.lora is not None for role in (recipe.student, recipe.critic) if role is not None)

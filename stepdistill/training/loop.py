@@ -1,24 +1,29 @@
 """The training loop. It knows roles and updates; it knows no method."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from .. import parallel
 from ..diffusion.contracts import Batch
 from ..diffusion.draws import Step, key
-from ..errors import RequestError, Stopped
+from ..errors import OutOfMemory, RequestError, Stopped
 from ..methods.base import FIXED, Method, Update, due
 from . import checkpoints
 from .launch import launched
-from .optimizers import RoleOptimizer, TrainConfig, learning_rate
+from .memory import held
+from .optimizers import RoleOptimizer, TrainConfig, learning_rate, load_scales, scales
 from .stopping import interruptions
 from .tracking import Tracker
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WARM = 8                                       # steps within which every state of a compiled network turns up
 
 
 class Stream(Protocol):
@@ -65,6 +70,7 @@ class Trainer:
         if unknown := config.rates.keys() - trained:
             raise ValueError(f"{sorted(unknown)} have learning rates, but the updates train {sorted(trained)}")
         self.optimizers = {role: RoleOptimizer(roles.parameters(role), config) for role in trained}
+        self.scalers = {update.name: GradScaler(self.device.type, enabled=config.precision == "fp16") for update in self.updates}
         frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, FIXED)}
         self.saved = [role for role in roles.names if role not in frozen]
         self.enabled: tuple[str, ...] = ()
@@ -75,36 +81,63 @@ class Trainer:
     def train(self, resume: bool = False) -> None:
         """Trains to the last step and saves it. resume: goes on from the latest checkpoint, or begins if there is none.
 
-        Stopped on Ctrl-C, on a full disk and on a loss that is not finite; RequestError if the folder holds another run.
+        Stopped on Ctrl-C, on a full disk and on a loss that is not finite, OutOfMemory where the GPU is too small;
+        RequestError if the folder holds another run.
         """
         if resume:
             self.resume()
         elif (self.run_dir / "metrics.jsonl").exists() or checkpoints.latest(self.run_dir):
             raise RequestError(f"{self.run_dir} holds a run. Resume it, or choose another folder.")
         try:
+            if self.config.compile:
+                self.warm_up()
             with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config.updates, self.done) as tracker:
                 for index in range(self.done, self.config.updates):
                     self.finish(index + 1, self.step(index), tracker, interrupted)
         except KeyboardInterrupt:                       # Ctrl-C for the second time
             raise Stopped(f"interrupted within step {self.done + 1}. {self._kept()}") from None
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self._kept()}") from error
         except OSError as error:
             raise Stopped(f"stopped after step {self.done}: {error}. {self._kept()}") from error
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One training step: every update that is due. Returns losses and gradient norms by name, () each."""
         logs: dict[str, Tensor] = {}
-        shared: Shared | None = None
-        for update in self.updates:
-            if update.due(index):
-                for repeat in range(update.repeat):
-                    if shared is None or repeat >= update.shares:
-                        shared = Shared(update.name, repeat, [{} for _ in range(self.config.accumulate)])
-                    self.run(update, index, repeat, shared, logs)
+        for update, repeat, shared in self.due(index):
+            self.run(update, index, repeat, shared, logs)
         self.done = index + 1
         return logs
 
+    def due(self, index: int) -> Iterator[tuple[Update, int, Shared]]:
+        """The optimizer steps of a training step: the update, its repeat, and whose batch it sees."""
+        shared: Shared | None = None
+        for update in self.updates:
+            for repeat in range(update.repeat if update.due(index) else 0):
+                if shared is None or repeat >= update.shares:
+                    shared = Shared(update.name, repeat, [{} for _ in range(self.config.accumulate)])
+                yield update, repeat, shared
+
+    def warm_up(self) -> None:
+        """Compiles every state that training meets: runs the first steps and drops their gradients, until two compile
+        nothing. Draws and batches are functions of the step, so the run is the same with it as without."""
+        graphs, quiet, index = torch._dynamo.utils.counters["stats"], 0, 0
+        while quiet < 2 and index < WARM:
+            before = graphs["unique_graphs"]
+            for update, repeat, shared in self.due(index):
+                self.gradients(update, index, repeat, shared, {})
+                for role in update.trains:
+                    self.optimizers[role].drop()
+            quiet, index = quiet + 1 if graphs["unique_graphs"] == before else 0, index + 1
+        self.images = 0
+
     def run(self, update: Update, index: int, repeat: int, shared: Shared, logs: dict[str, Tensor]) -> None:
         """One optimizer step on the roles of this update; all other roles are frozen."""
+        self.gradients(update, index, repeat, shared, logs)
+        self.apply(update, index, logs)
+
+    def gradients(self, update: Update, index: int, repeat: int, shared: Shared, logs: dict[str, Tensor]) -> None:
+        """Those of one optimizer step."""
         rank, world = parallel.rank(), parallel.world_size()
         self.enable(update.trains)
         for micro in range(self.config.accumulate):
@@ -113,10 +146,19 @@ class Trainer:
             self.images += len(batch) * world
             for name, value in losses.items():
                 _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
+
+    def apply(self, update: Update, index: int, logs: dict[str, Tensor]) -> None:
+        """Steps the roles of this update, and those that follow them. In fp16 a step whose gradient overflowed is left out
+        and counted as skipped, and the next ones are scaled by less."""
+        scaler = self.scalers[update.name]
         for role in update.trains:
-            norm = self.optimizers[role].step(learning_rate(self.config, index, role))
+            norm = self.optimizers[role].step(learning_rate(self.config, index, role), scaler)
+            if scaler.is_enabled():
+                _mean(logs, f"skipped/{role}", 1 - norm.isfinite().float(), update.repeat)
+                norm = norm.nan_to_num(0, 0, 0)
             _mean(logs, f"grad_norm/{role}", norm, update.repeat)
             self.roles.follow(role)
+        scaler.update()
 
     def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int, kept: dict[str, Any]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the run.
@@ -132,9 +174,10 @@ class Trainer:
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
-            with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bf16", cache_enabled=False):
+            dtype = DTYPES.get(self.config.precision)
+            with torch.autocast(self.device.type, dtype, dtype is not None, cache_enabled=False):
                 losses = update.loss(batch, step)
-            (sum(losses.values()) / self.config.accumulate).backward()
+            self.scalers[update.name].scale(sum(losses.values()) / self.config.accumulate).backward()
         return losses
 
     def enable(self, trains: tuple[str, ...]) -> None:
@@ -173,7 +216,8 @@ class Trainer:
         """Every role that changes and every optimizer, written by rank 0."""
         if parallel.rank() == 0:
             checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
-                             | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()})
+                             | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()}
+                             | ({"scales": scales(self.scalers)} if self.config.precision == "fp16" else {}))
         parallel.barrier()
 
     def resume(self) -> None:
@@ -183,6 +227,7 @@ class Trainer:
             return
         found = checkpoints.load(folder)
         expected = {f"role-{role}" for role in self.saved} | {f"optimizer-{role}" for role in self.optimizers}
+        expected |= {"scales"} if self.config.precision == "fp16" else set()
         if found.keys() != expected:
             raise RequestError(f"{folder} holds {', '.join(sorted(found))}; this recipe needs {', '.join(sorted(expected))}. "
                                "Resume with the recipe that the run was begun with.")
@@ -193,6 +238,8 @@ class Trainer:
             raise RequestError(f"{folder} does not fit this recipe: {error}") from error
         for role, optimizer in self.optimizers.items():
             optimizer.load(found[f"optimizer-{role}"])
+        if "scales" in found:
+            load_scales(self.scalers, found["scales"])
         self.done = checkpoints.step_of(folder)
 
     def _agreed(self, interrupted: bool, logging: bool) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from .. import parallel
 
@@ -27,7 +28,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float | None = 1.0                # largest norm of a role's gradient; None: any
     accumulate: int = 1                     # micro-batches an update
-    precision: Literal["fp32", "bf16"] = "fp32"            # bf16: autocast; weights and optimizer stay float32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"    # 16 bits: autocast; weights and optimizer stay float32
+    compile: bool = False                   # networks are compiled: every state is warmed up before the first step
     seed: int = 0
     checkpoint_every: int | None = None     # steps; the last step is always saved
     log_every: int = 10                     # steps between transfers of losses from the device
@@ -61,14 +63,20 @@ class RoleOptimizer:
         self.adamw = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
                                        fused=parameters[0].device.type in FUSED)
 
-    def step(self, lr: float) -> Tensor:
-        """Averages the gradients over ranks, clips, steps and drops them. Returns their norm before clipping, ()."""
+    def step(self, lr: float, scaler: GradScaler) -> Tensor:
+        """Averages the gradients over ranks, unscales and clips them, steps and drops them. Returns their norm before
+        clipping, (). Where a scaled gradient overflowed the norm is not finite, and the scaler leaves the step out."""
         parallel.all_reduce_mean_([p.grad for p in self.parameters if p.grad is not None])
+        scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
         self.adamw.param_groups[0]["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        scaler.step(self.adamw)
+        self.drop()
         return norm
+
+    def drop(self) -> None:
+        """The gradients."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Flat: "exp_avg.3" is the moment of the fourth parameter. A parameter that never had a gradient has none."""
@@ -81,3 +89,16 @@ class RoleOptimizer:
             name, i = key.rsplit(".", 1)
             states.setdefault(int(i), {})[name] = tensor
         self.adamw.load_state_dict({"state": states, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+def scales(scalers: Mapping[str, GradScaler]) -> dict[str, Tensor]:
+    """Flat: the loss scale of each update, and how many steps it has held."""
+    states = {name: scaler.state_dict() for name, scaler in scalers.items()}
+    return {f"{name}.{key}": torch.tensor(state[key], dtype=torch.float64) for name, state in states.items()
+            for key in ("scale", "_growth_tracker")}
+
+
+def load_scales(scalers: Mapping[str, GradScaler], saved: Mapping[str, Tensor]) -> None:
+    for name, scaler in scalers.items():
+        scaler.load_state_dict(scaler.state_dict() | {"scale": saved[f"{name}.scale"].item(),
+                                                      "_growth_tracker": int(saved[f"{name}._growth_tracker"])})

@@ -117,4 +117,4 @@ class ADD(Method):
             aim = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
             aim = self.decode(aim) if self.settings.distance == "pixels" else aim
         error = squared(pixels if self.settings.distance == "pixels" else x, aim)
-        return self.schedule.alpha(t).to(error) * error
+        return like(self.schedule.alpha(t), error) * error

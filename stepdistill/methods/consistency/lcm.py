@@ -84,7 +84,7 @@ class LCM(Method):
     def loss(self, batch: Batch, step: Step) -> Losses:
         t, s = self.times(step)
         w = drawn(self.guidance, step)
-        told = torch.as_tensor(w, dtype=torch.float32, device=batch.x0.device).expand(len(batch))
+        told = torch.as_tensor(w, dtype=torch.float32).expand(len(batch))
         cond = batch.cond.replace(w=told) if self.settings.told else batch.cond
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
         with torch.no_grad():

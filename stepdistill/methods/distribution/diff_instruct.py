@@ -16,7 +16,7 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout
-from ...diffusion.schedule import Schedule
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import log_normal
 from ...diffusion.weighting import edm
 from ...losses.matching import distribution_matching
@@ -64,7 +64,7 @@ class DiffInstruct(Method):
         t = self.level(step.uniform("t"))
         x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
         error = squared(self.critic(x_t, t, batch.cond).x0, x)
-        return {"denoising": (edm(self.schedule, t, self.settings.sigma_data).to(error) * error).mean()}
+        return {"denoising": (like(edm(self.schedule, t, self.settings.sigma_data), error) * error).mean()}
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)

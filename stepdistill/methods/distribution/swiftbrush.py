@@ -17,7 +17,7 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout
-from ...diffusion.schedule import Schedule
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import discrete, levels
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
@@ -72,4 +72,4 @@ class SwiftBrush(Method):
         x, eps, t = step.kept["sample"], step.normal("noise", batch.shape), self.trained(step.uniform("t"))
         cond = batch.cond.dropped(step.uniform("drop") < self.settings.drop) if self.settings.drop else batch.cond
         error = squared(self.critic(self.schedule.add_noise(x, eps, t), t, cond).eps, eps)
-        return {"denoising": (self.schedule.alpha(t).to(error) ** 2 * error).mean()}
+        return {"denoising": (like(self.schedule.alpha(t), error) ** 2 * error).mean()}

@@ -20,7 +20,7 @@ import torch
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided, told
-from ...diffusion.schedule import Schedule
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import squared
@@ -64,4 +64,4 @@ class GuidedDistillation(Method):
         with torch.no_grad():
             target = guided(self.teacher, w)(x_t, t, batch.cond).x0
         error = squared(self.student(x_t, t, told(batch.cond, w) if self.settings.told else batch.cond).x0, target)
-        return {"guided": (self.weight(self.schedule, t).to(error) * error).mean()}
+        return {"guided": (like(self.weight(self.schedule, t), error) * error).mean()}

@@ -25,7 +25,7 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, secant_target
 from ...diffusion.guidance import drawn, guided, told
-from ...diffusion.schedule import Schedule, VariancePreserving
+from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, trailing
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import squared
@@ -80,7 +80,7 @@ class Progressive(Method):
         with torch.no_grad():
             target = self.target(x_t, t, m, r, batch.cond, w)
         error = squared(self.student(x_t, t, told(batch.cond, w) if self.settings.told else batch.cond).x0, target)
-        return {"progressive": (self.weight(self.schedule, t).to(error) * error).mean()}
+        return {"progressive": (like(self.weight(self.schedule, t), error) * error).mean()}
 
     def target(self, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Condition, w: float | Tensor) -> Tensor:
         """The x_0 that takes x_t at t to r in one step as the teacher goes there in two, by m. Times (B,), descending."""

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import VariancePreserving
+from ...diffusion.schedule import VariancePreserving, moved
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..schedulers import Guidance
@@ -51,7 +51,7 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.text is None:
         raise ValueError("this network is told a text: pass a condition from teacher.encode(prompts)")
-    w = None if cond.w is None else embedding("w", cond.w).to(x_t)
+    w = None if cond.w is None else moved(embedding("w", cond.w).to(x_t.dtype), x_t.device)
     added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(x_t), "time_ids": cond.time_ids.to(x_t)}
     return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w, "added_cond_kwargs": added, "return_dict": False}
 
