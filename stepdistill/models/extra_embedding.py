@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.schedule import moved
 from ..errors import RequestError
 
 WIDTH = 256                                        # of the sinusoids of one number
@@ -77,7 +78,7 @@ class ExtraEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         s = self.sinusoids(timestep)
-        return s if self.given is None else s + self.layer(self.given.to(s.device)).to(s.dtype)
+        return s if self.given is None else s + self.layer(moved(self.given, s.device)).to(s.dtype)
 
 
 def install(network: nn.Module, path: str, layer: nn.Module | None = None) -> None:
