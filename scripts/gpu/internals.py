@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.build import bench, quiet, train
+from stepdistill.build import open_target, quiet, train
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.contracts import Condition
+from stepdistill.evaluation import sweep
 from stepdistill.models.compiled import compile_blocks
 from stepdistill.plan import plan
 from stepdistill.recipe import Recipe, builtin
@@ -19,7 +20,7 @@ from stepdistill.runs import finished, folders, is_run
 from stepdistill.training import TrainConfig, Trainer
 from stepdistill.work import dataset, make, rates
 
-__all__ = ["Recipe", "bench", "builtin", "compiled", "fill_cache", "finished", "folders", "is_run", "open_trainer", "plan", "quiet", "train"]
+__all__ = ["Recipe", "bench_student", "builtin", "compiled", "fill_cache", "finished", "folders", "is_run", "open_trainer", "plan", "quiet", "train"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ def compiled(trainer: Trainer) -> None:
     """Compiles the blocks of a trainer's networks, and warms up every state."""
     compile_blocks(trainer.roles)
     trainer.warm_up()
+
+
+def bench_student(run: Path, nfe: list[int], samples: int, out: Path, reuse: list[Path], device: torch.device) -> dict[str, Any]:
+    """Results of a run's student alone; the teacher's rows are those of `reuse`."""
+    target = open_target(run, "student").target
+    target.pipeline.to(device)
+    return sweep.bench([target], nfe, samples, out, reuse=reuse, device=device)
 
 
 def fill_cache(recipe: Recipe, device: torch.device) -> None:
