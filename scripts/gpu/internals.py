@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.api import bench, plan, quiet, train
+from stepdistill.api import plan, quiet, train
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.contracts import Condition
+from stepdistill.evaluation import sweep
 from stepdistill.models.compiled import compile_blocks
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.catalogue import builtin
 from stepdistill.run.data import dataset
 from stepdistill.run.folder import finished, is_run, stage_folders
 from stepdistill.run.setup import setup, train_config
+from stepdistill.run.targets import open_target
 from stepdistill.training import Trainer
 
-__all__ = ["Recipe", "bench", "builtin", "compiled", "fill_cache", "finished", "is_run", "open_trainer", "plan", "quiet", "stage_folders", "train"]
+__all__ = ["Recipe", "bench_student", "builtin", "compiled", "fill_cache", "finished", "is_run", "open_trainer", "plan", "quiet",
+           "stage_folders", "train"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ def compiled(trainer: Trainer) -> None:
     """Compiles the blocks of a trainer's networks, and warms up every state."""
     compile_blocks(trainer.roles)
     trainer.warm_up()
+
+
+def bench_student(run: Path, nfe: list[int], samples: int, out: Path, reuse: list[Path], device: torch.device) -> dict[str, Any]:
+    """Results of a run's student alone; the teacher's rows are those of `reuse`."""
+    target = open_target(run, "student").target
+    target.pipeline.to(device)
+    return sweep.bench([target], nfe, samples, out, reuse=reuse, device=device)
 
 
 def fill_cache(recipe: Recipe, device: torch.device) -> None:

@@ -1,0 +1,45 @@
+"""Tests of a card: `pytest -m gpu tests/gpu`. With STEPDISTILL_GPU_TINY=1 those that can run on the CPU do so there."""
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+TINY = os.environ.get("STEPDISTILL_GPU_TINY") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/gpu/" in item.path.as_posix():
+            item.add_marker(pytest.mark.gpu)
+            if not TINY and not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="torch finds no CUDA card"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu") if TINY else torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def card(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("only a card can show this")
+    return device
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["STEPDISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def exact() -> None:
+    """float32 products as they are, and kernels that always add in the same order."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
