@@ -62,7 +62,12 @@ def convolution(layer: Layer, x: Tensor) -> Tensor:
 
 def _read(x: Tensor, weight: Tensor) -> Tensor:
     """The input as an adapter reads it: in its own precision, but for autocast, which casts what it wants cast."""
-    return x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    return x if x.dtype == weight.dtype or _cast(x) else x.to(weight.dtype)
+
+
+def _cast(x: Tensor) -> bool:
+    """Whether autocast casts what is computed of it. Tensors without values are never cast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _alike(base: nn.Module, down: nn.Module) -> bool:
@@ -74,6 +79,6 @@ def _merges(places: int, x: Tensor, weight: Tensor, a: Tensor) -> bool:
     """Whether to form W + s B A: r I O products, where two passes over an input of `places` vectors take r (I + O) each."""
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
         return False
-    if not x.dtype == weight.dtype == a.dtype == torch.float32 or torch.is_autocast_enabled(x.device.type):
+    if not x.dtype == weight.dtype == a.dtype == torch.float32 or _cast(x):
         return False
     return places * (len(weight) + weight.numel() // len(weight)) >= weight.numel()

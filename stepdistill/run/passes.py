@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.contracts import Batch, Pairs
@@ -82,10 +83,30 @@ def _held(run: Run, update: Update, batch: Batch, step: Step) -> int:
         kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         update.loss(batch, step)
     storages = [tensor.untyped_storage() for tensor in kept if id(tensor) not in own]
     return sum({id(storage): storage.nbytes() for storage in storages}.values())
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused kernel keeps for its gradients: its arguments and its output, not the weights of attention."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device torch computes attention as it is written, and keeps what a kernel on a GPU or a CPU does not."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            named = [kwargs[name] for name in ("query", "key", "value") if kwargs and name in kwargs]
+            return _Attention.apply(*[*args, *named][:3])
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

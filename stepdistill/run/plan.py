@@ -34,7 +34,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         if family(stage).no_pipeline:
             raise stage.refuse("teacher", f"is {stage.teacher}, a Toy, which there is nothing to plan of: its recipes train within a "
                                "minute, by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
-        run = setup(stage, META, previous=previous)
+        run = setup(stage, META, previous=previous, attention="auto")
         found.append(_stage(run))
         previous = Previous(student_weights(stage, run.roles.state_dict(run.sampling_role)), "")
     if len(found) == 1:

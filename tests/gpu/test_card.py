@@ -53,10 +53,12 @@ def test_a_student_is_sampled_as_on_the_cpu(tiny_teacher, device, exact):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train(tiny_teacher, tmp_path, device, method, precision):
-    run = stepdistill.train(recipe(tiny_teacher, method, **{"train.precision": precision}), out=tmp_path / "run")
+    updates = 16 if precision == "fp16" else 3             # the scale of the loss comes down first
+    asked = recipe(tiny_teacher, method, **{"train.precision": precision, "train.updates": updates})
+    run = stepdistill.train(asked, out=tmp_path / "run")
     saved = checkpoints.load(checkpoints.latest(run))
     moved = [value.abs().max() for key, value in saved["role-student"].items() if "lora_B" in key]
-    assert len(rows(run)) == 3 and max(moved) > 0 and all(value.isfinite() for value in moved)
+    assert len(rows(run)) == updates and max(moved) > 0 and all(value.isfinite() for value in moved)
 
 
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
