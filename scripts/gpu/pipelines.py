@@ -13,9 +13,16 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
-
 from common import ROOT
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 DENOISERS = {"StableDiffusionPipeline": "unet", "StableDiffusionXLPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import stepdistill
-from stepdistill.build import load
 from stepdistill.diffusion.draws import Step
 from stepdistill.models.families import load_teacher
 from stepdistill.recipe import Recipe, Train
@@ -53,10 +52,12 @@ def test_a_student_is_sampled_as_on_the_cpu(tiny_teacher, device, exact):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train(tiny_teacher, tmp_path, device, method, precision):
-    run = stepdistill.train(recipe(tiny_teacher, method, **{"train.precision": precision}), out=tmp_path / "run")
+    updates = 12 if precision == "fp16" else 3         # whose first ones may be left out, while the scale falls
+    asked = recipe(tiny_teacher, method, **{"train.precision": precision, "train.updates": updates})
+    run = stepdistill.train(asked, out=tmp_path / "run")
     saved = checkpoints.load(checkpoints.latest(run))
     moved = [value.abs().max() for key, value in saved["role-student"].items() if "lora_B" in key]
-    assert len(rows(run)) == 3 and max(moved) > 0 and all(value.isfinite() for value in moved)
+    assert len(rows(run)) == updates and max(moved) > 0 and all(value.isfinite() for value in moved)
 
 
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
@@ -90,9 +91,7 @@ def test_a_student_leaves_as_a_lora_that_stock_diffusers_runs(tiny_teacher, tmp_
     run = stepdistill.train(recipe(tiny_teacher, "lcm"), out=tmp_path / "run")
     folder = stepdistill.export(run, out=tmp_path / "lora")
     pipeline = load_teacher(tiny_teacher).pipeline()
-    student = load(pipeline, folder)
-    call = json.loads((folder / "stepdistill.json").read_text())["call"]
-    pipeline = (pipeline if student is None else student) if hasattr(student, "unet") or student is None else pipeline
+    call = stepdistill.load(pipeline, folder)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline("a red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
