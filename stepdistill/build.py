@@ -24,7 +24,7 @@ from .data.cache import Cache, Report
 from .data.stream import Stream
 from .data.toy import is_toy
 from .diffusion.draws import key
-from .errors import OutOfMemory, RequestError, gist
+from .errors import RequestError, Stopped, gist
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS, Target
 from .evaluation.sheets import sheet
@@ -87,8 +87,10 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, folder: Path, run
         Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
     try:
         trainer.train(resume)
-    except OutOfMemory as error:
-        raise OutOfMemory(f"{error} {advice(recipe)}") from error
+    except Stopped as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise Stopped(f"{error} {advice(recipe)}") from error.__cause__
+        raise
 
 
 @dataclass(frozen=True)

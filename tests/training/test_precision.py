@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepdistill import build, cards
-from stepdistill.errors import OutOfMemory, RequestError
+from stepdistill.errors import RequestError, Stopped
 from stepdistill.methods.base import Update
 from stepdistill.models.families import load_teacher
 from stepdistill.recipe import Recipe
@@ -84,7 +84,7 @@ class Greedy(ToyMethod):
 
 def test_out_of_memory_says_what_was_held_and_keeps_the_last_checkpoint(tmp_path):
     made = trainer(tmp_path, method=Greedy, updates=5, checkpoint_every=2)
-    with pytest.raises(OutOfMemory, match=r"out of memory in step 4: held were, with gradients and moments, .*critic 0.00 GB.*"
+    with pytest.raises(Stopped, match=r"out of memory in step 4: held were, with gradients and moments, .*critic 0.00 GB.*"
                        r"student 0.00 GB.*step-000002 is kept: resume"):
         made.train()
 
@@ -96,7 +96,7 @@ def test_out_of_memory_says_what_helps(tiny_teacher, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("stepdistill.training.loop.Trainer.step", fails)
-    with pytest.raises(OutOfMemory, match="What helps, cheapest first: train.precision: bf16, train.gradient_checkpointing: true, "
+    with pytest.raises(Stopped, match="What helps, cheapest first: train.precision: bf16, train.gradient_checkpointing: true, "
                        "train.accumulate: 4, student: {lora: {rank: 32}}"):
         build.train(recipe(tiny_teacher, student="full"), out=tmp_path / "run")
 
