@@ -32,6 +32,7 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--jobs", type=int, default=5, help="trainings at once")
     made.add_argument("--recipes", nargs="*", default=WANTED)
+    made.add_argument("--fill", action="store_true", help="make the cached latents that trainings share, and stop")
     made.add_argument("--one", nargs=3, metavar=("RECIPE", "SEED", "FOLDER"), help=argparse.SUPPRESS)
     args = made.parse_args()
     clock, device = Clock(args.seconds), device_of(args)
@@ -39,6 +40,9 @@ def main() -> None:
     if args.one:
         name, seed, folder = args.one
         row(name, int(seed), Path(folder), args.tiny, device)
+        return
+    if args.fill:
+        internals.fill_cache(recipe(WANTED[0], 0, args.tiny), device)
         return
     record = Record("world", args, device)
     recipes, seeds = (("lcm",), 1) if args.tiny else (args.recipes, args.seeds)
