@@ -4,6 +4,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
 if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    [ -e .venv/bin/python ] && PYTHON=.venv/bin/python
+    if [ -e .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
 fi
