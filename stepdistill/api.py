@@ -19,7 +19,7 @@ from . import parallel, resources
 from .data.cache import Cache, Report
 from .data.stream import Stream
 from .diffusion.draws import key
-from .errors import OutOfMemory, RequestError
+from .errors import RequestError, Stopped
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS
 from .evaluation.sheets import sheet
@@ -84,8 +84,10 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
         Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
     try:
         trainer.train(resume)
-    except OutOfMemory as error:
-        raise OutOfMemory(f"{error} {advice(recipe)}") from error
+    except Stopped as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise Stopped(f"{error} {advice(recipe)}") from error.__cause__
+        raise
 
 
 @dataclass(frozen=True)

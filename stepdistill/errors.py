@@ -9,13 +9,9 @@ class RequestError(ValueError):
 
 
 class Stopped(RuntimeError):
-    """Training had to stop: Ctrl-C, a full disk, a loss that is not finite. The message says where, why, what is kept and
-    how to go on. Commands print it without a traceback and exit with status 1.
+    """Training had to stop: Ctrl-C, a full disk, a loss that is not finite, a GPU that is too small. The message says
+    where, why, what is kept and how to go on. Commands print it without a traceback and exit with status 1.
     """
-
-
-class OutOfMemory(Stopped):
-    """The GPU was too small. The message says what was held, by role."""
 
 
 def gist(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--jobs", type=int, default=5, help="trainings at once")
     made.add_argument("--recipes", nargs="*", default=WANTED)
+    made.add_argument("--fill", action="store_true", help="make the cached latents that trainings share, and stop")
     made.add_argument("--one", nargs=3, metavar=("RECIPE", "SEED", "FOLDER"), help=argparse.SUPPRESS)
     args = made.parse_args()
     clock, device = Clock(args.seconds), device_of(args)
@@ -39,6 +41,9 @@ def main() -> None:
     if args.one:
         name, seed, folder = args.one
         row(name, int(seed), Path(folder), args.tiny, device)
+        return
+    if args.fill:
+        internals.fill_cache(recipe(WANTED[0], 0, args.tiny), device)
         return
     record = Record("world", args, device)
     recipes, seeds = (("lcm",), 1) if args.tiny else (args.recipes, args.seeds)
@@ -84,7 +89,7 @@ def work(left: list[tuple[str, int]], record: Record, clock: Clock, args: argpar
     try:
         while clock.left > 0:
             for job in _next(waiting, args.jobs - len(running)):
-                running[job] = _start(job, args.tiny)
+                running[job] = _start(job, args.tiny, args.jobs)
             if not running:
                 return
             time.sleep(POLL)
@@ -106,14 +111,15 @@ def _folder(job: tuple[str, int]) -> Path:
     return RUNS / f"{job[0]}-{job[1]}"
 
 
-def _start(job: tuple[str, int], tiny: bool) -> subprocess.Popen:
+def _start(job: tuple[str, int], tiny: bool, jobs: int) -> subprocess.Popen:
     folder = _folder(job)
     if tiny:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--one", job[0], str(job[1]), str(folder), *(["--tiny"] if tiny else [])]
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | threads)
 
 
 def _finish(job: tuple[str, int], status: int, record: Record, jobs: int) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch.amp import GradScaler
 from .. import parallel
 from ..diffusion.contracts import Batch
 from ..diffusion.draws import Step, key
-from ..errors import OutOfMemory, RequestError, Stopped
+from ..errors import RequestError, Stopped
 from ..methods.base import FIXED, Method, Update, due
 from . import checkpoints
 from .launch import launched
@@ -81,8 +82,8 @@ class Trainer:
     def train(self, resume: bool = False) -> None:
         """Trains to the last step and saves it. resume: goes on from the latest checkpoint, or begins if there is none.
 
-        Stopped on Ctrl-C, on a full disk and on a loss that is not finite, OutOfMemory where the GPU is too small;
-        RequestError if the folder holds another run.
+        Stopped on Ctrl-C, on a full disk, on a loss that is not finite and where the GPU is too small; RequestError if the
+        folder holds another run.
         """
         if resume:
             self.resume()
@@ -97,7 +98,7 @@ class Trainer:
         except KeyboardInterrupt:                       # Ctrl-C for the second time
             raise Stopped(f"interrupted within step {self.done + 1}. {self._kept()}") from None
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self._kept()}") from error
+            raise Stopped(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self._kept()}") from error
         except OSError as error:
             raise Stopped(f"stopped after step {self.done}: {error}. {self._kept()}") from error
 
@@ -207,8 +208,10 @@ class Trainer:
             if saving or stopping:
                 tracker.sync()
                 self.save(step)
-            for tell in self.on_step:                     # before a stop: a resumed run does not tell of this step again
-                tell(step)
+            # Pictures come in batches of their own size, for which nothing is compiled anew.
+            with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+                for tell in self.on_step:                 # before a stop: a resumed run does not tell of this step again
+                    tell(step)
             if stopping:
                 raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import stepdistill
-from stepdistill.api import load
 from stepdistill.diffusion.draws import Step
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
@@ -53,7 +52,7 @@ def test_a_student_is_sampled_as_on_the_cpu(tiny_teacher, device, exact):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train(tiny_teacher, tmp_path, device, method, precision):
-    updates = 16 if precision == "fp16" else 3             # the scale of the loss comes down first
+    updates = 12 if precision == "fp16" else 3         # whose first ones may be left out, while the scale falls
     asked = recipe(tiny_teacher, method, **{"train.precision": precision, "train.updates": updates})
     run = stepdistill.train(asked, out=tmp_path / "run")
     saved = checkpoints.load(checkpoints.latest(run))
@@ -92,7 +91,7 @@ def test_a_student_leaves_as_a_lora_that_stock_diffusers_runs(tiny_teacher, tmp_
     run = stepdistill.train(recipe(tiny_teacher, "lcm"), out=tmp_path / "run")
     folder = stepdistill.export(run, out=tmp_path / "lora")
     pipeline = load_teacher(tiny_teacher).pipeline()
-    call = load(pipeline, folder)
+    call = stepdistill.load(pipeline, folder)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline("a red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images

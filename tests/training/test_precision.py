@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stepdistill import build, cards
-from stepdistill.errors import OutOfMemory, RequestError
+from stepdistill import api
+from stepdistill.errors import RequestError, Stopped
 from stepdistill.methods.base import Update
-from stepdistill.models.families import load_teacher
+from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
+from stepdistill.run import cards
+from stepdistill.run.setup import setup
 from stepdistill.training import checkpoints
 
 from .toy import ToyMethod, trainer
@@ -64,10 +66,10 @@ def test_a_resumed_run_in_fp16_is_the_same_run(tmp_path):
 
 def test_fp16_trains_adapters_in_float32_on_a_float16_network_and_a_float32_codec(tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
-    made = build.make(recipe(tiny_teacher, **{"train.precision": "fp16"}), torch.device("cpu"))
-    assert made.family.network.conv_in.weight.dtype == torch.float16 and made.family.codec.dtype == torch.float32
+    made = setup(recipe(tiny_teacher, **{"train.precision": "fp16"}), torch.device("cpu"))
+    assert made.teacher.network.conv_in.weight.dtype == torch.float16 and made.teacher.codec.dtype == torch.float32
     assert {p.dtype for p in made.roles.parameters("student")} == {torch.float32}
-    run = build.train(recipe(tiny_teacher, **{"train.precision": "fp16"}), out=tmp_path / "run")
+    run = api.train(recipe(tiny_teacher, **{"train.precision": "fp16"}), out=tmp_path / "run")
     saved = checkpoints.load(checkpoints.latest(run))
     moved = [value.abs().max() for key, value in saved["role-student"].items() if "lora_B" in key]
     assert all(torch.isfinite(value) for value in moved) and max(moved) > 0
@@ -84,7 +86,7 @@ class Greedy(ToyMethod):
 
 def test_out_of_memory_says_what_was_held_and_keeps_the_last_checkpoint(tmp_path):
     made = trainer(tmp_path, method=Greedy, updates=5, checkpoint_every=2)
-    with pytest.raises(OutOfMemory, match=r"out of memory in step 4: held were, with gradients and moments, .*critic 0.00 GB.*"
+    with pytest.raises(Stopped, match=r"out of memory in step 4: held were, with gradients and moments, .*critic 0.00 GB.*"
                        r"student 0.00 GB.*step-000002 is kept: resume"):
         made.train()
 
@@ -96,9 +98,9 @@ def test_out_of_memory_says_what_helps(tiny_teacher, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("stepdistill.training.loop.Trainer.step", fails)
-    with pytest.raises(OutOfMemory, match="What helps, cheapest first: train.precision: bf16, train.gradient_checkpointing: true, "
+    with pytest.raises(Stopped, match="What helps, cheapest first: train.precision: bf16, train.gradient_checkpointing: true, "
                        "train.accumulate: 4, student: {lora: {rank: 32}}"):
-        build.train(recipe(tiny_teacher, student="full"), out=tmp_path / "run")
+        api.train(recipe(tiny_teacher, student="full"), out=tmp_path / "run")
 
 
 def card(name: str = "Tesla T4", major: int = 7, minor: int = 5, memory: float = 16e9) -> SimpleNamespace:
