@@ -226,7 +226,8 @@ def _teachers(opened: Sequence[Opened]) -> list[Target]:
     made = {o.teacher: o.revision for o in opened if o.teacher is not None and o.teacher not in given}
     pipelines = given | {source: _pipeline(source, revision) for source, revision in made.items()}
     single = len(pipelines) == 1
-    return [Target("teacher" if single else Path(source).name, pipeline, given=call_of(source)) for source, pipeline in pipelines.items()]
+    return [Target("teacher" if single else Path(source).name, pipeline, given=call_of(source), companion=source in made)
+            for source, pipeline in pipelines.items()]
 
 
 def _must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
