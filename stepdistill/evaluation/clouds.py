@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .sheets import write_bytes
@@ -41,6 +39,9 @@ def cloud(panels: Mapping[str, tuple[Tensor, Tensor]], path: Path | str, ways: M
 
     ways: title -> (n, steps + 1, 2), trajectories that are drawn over the points of that panel.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because it takes a quarter of a second
+    from matplotlib.figure import Figure
+
     columns = min(columns or len(panels), len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(2.9 * columns, 3.1 * rows), dpi=110)

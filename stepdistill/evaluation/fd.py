@@ -4,14 +4,17 @@ Everything is computed in float64 on the CPU. n is the number of generated sampl
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 SPLITS = 48               # random partitions behind each point of the extrapolation
 RESAMPLES = 200
+BLOCKS, LEFT_OUT, ORDERS = 10, (1, 2, 3), 4      # of a small reference: tenths, of which one to three are left out, in random orders
 KID_BLOCK = 1000
 
 
@@ -55,7 +58,7 @@ def frechet(mean: Tensor, covariance: Tensor, reference: Moments) -> Tensor:
 class Reference:
     """Moments of the reference in two independent halves: they tell how much its finite size adds to a distance.
 
-    subset: (m, D) float32, features of some of its members, for the distances that need samples.
+    subset: (m, D) float32, features of some of its members, or of all where they are few, for what needs samples.
     """
 
     halves: tuple[Moments, Moments]
@@ -64,6 +67,11 @@ class Reference:
     @cached_property
     def whole(self) -> Moments:
         return self.halves[0] + self.halves[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the subset is all there is."""
+        return len(self.subset) == self.whole.count
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,13 @@ def least_samples(dim: int) -> int:
 
 
 def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> Estimate:
-    """The Fréchet distance at infinitely many samples, with an interval that holds it in about 95 of 100 repetitions.
+    """The Fréchet distance at infinitely many samples of both sides, with an interval that holds it in about 95 of 100 repetitions.
 
     Chong & Forsyth 2020, arXiv:1911.07023: the plug-in distance of n samples is too large by c / n + O(1 / n^2). The
     points are the averages over random partitions into 1, 2 and 3 equal parts; the parabola in 1 / n through them
-    has the value 3 f(n) - 3 f(n / 2) + f(n / 3) at 1 / n = 0. The reference's own c / N is removed alike, by halves.
-    May be slightly negative where the truth is 0. features: (n, D) with n >= least_samples(D).
+    has the value 3 f(n) - 3 f(n / 2) + f(n / 3) at 1 / n = 0. What the reference's own size adds is removed too, see `_surplus`,
+    and the interval holds the chance of its pictures beside that of the samples. May be slightly negative where the truth is 0.
+    features: (n, D) with n >= least_samples(D).
     """
     x = features.double().cpu()
     if len(x) < least_samples(x.shape[1]):
@@ -93,10 +102,52 @@ def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> E
     here = Moments.of(x)
     plug_in = frechet(here.mean, here.covariance, reference.whole)
     halves, thirds = (_partitioned(x, parts, reference.whole, generator) for parts in (2, 3))
-    finite = sum(frechet(here.mean, here.covariance, half) for half in reference.halves) / 2 - plug_in
-    value = (3 * plug_in - 3 * halves + thirds - finite).item()
-    margin = 1.96 * _deviation(x, here, reference.whole, generator)
+    value = (3 * plug_in - 3 * halves + thirds - _surplus(reference, here, plug_in, generator)).item()
+    y = reference.subset.double().cpu()
+    by_reference = _influence_variance(y, reference.whole, here).item() / reference.whole.count
+    margin = 1.96 * (_variance(x, here, reference.whole, generator) + by_reference) ** 0.5
     return Estimate(value, value - margin, value + margin)
+
+
+def _surplus(reference: Reference, here: Moments, plug_in: Tensor, generator: torch.Generator) -> Tensor:
+    """What the reference's finite size N adds to the plug-in distance.
+
+    A large one: c / N, from its halves. Where it is so small that its features are all at hand, terms to 1 / N^3: the generalised
+    jackknife (Schucany, Gray & Owen 1971) of orders 1 to 3, over tenths of it. All choices of the tenths to leave out count alike,
+    so the chance of the pictures cancels in the differences.
+    """
+    if not reference.complete:
+        return sum(frechet(here.mean, here.covariance, half) for half in reference.halves) / 2 - plug_in
+    y = reference.subset.double().cpu()
+    orders = [y[torch.randperm(len(y), generator=generator)].tensor_split(BLOCKS) for _ in range(ORDERS)]
+    points = [(len(y), plug_in)] + [_without(orders, count, here) for count in LEFT_OUT]
+    return plug_in - _at_infinity(points)
+
+
+def _without(orders: Sequence[Sequence[Tensor]], count: int, other: Moments) -> tuple[float, Tensor]:
+    """The mean size of what is left, and its mean plug-in distance to `other`, over all ways to leave out `count` blocks."""
+    out = torch.tensor(list(combinations(range(BLOCKS), count)))
+    sizes, distances = [], []
+    for blocks in orders:
+        number = torch.tensor([len(block) for block in blocks], dtype=torch.float64)
+        sums, squares = torch.stack([block.sum(0) for block in blocks]), torch.stack([block.T @ block for block in blocks])
+        left, total, square = (whole.sum(0) - whole[out].sum(1) for whole in (number, sums, squares))
+        mean = total / left[:, None]
+        scatter = square - left[:, None, None] * mean[:, :, None] * mean[:, None, :]
+        distances.append(frechet(mean, scatter / (left - 1)[:, None, None], other).mean())
+        sizes.append(left.mean().item())
+    return sum(sizes) / len(sizes), torch.stack(distances).mean()
+
+
+def _at_infinity(points: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The polynomial in 1 / n through the points (n, value), at 1 / n = 0."""
+    total = torch.zeros((), dtype=torch.float64)
+    for n, value in points:
+        weight = 1.0
+        for other, _ in points:
+            weight *= 1.0 if other == n else n / (n - other)
+        total += weight * value
+    return total
 
 
 def _partitioned(x: Tensor, parts: int, reference: Moments, generator: torch.Generator) -> Tensor:
@@ -111,8 +162,8 @@ def _partitioned(x: Tensor, parts: int, reference: Moments, generator: torch.Gen
     return torch.stack(distances).mean()
 
 
-def _deviation(x: Tensor, here: Moments, reference: Moments, generator: torch.Generator) -> float:
-    """Standard deviation of the distance by the bootstrap, corrected where the distance is near 0.
+def _variance(x: Tensor, here: Moments, reference: Moments, generator: torch.Generator) -> float:
+    """Of the distance, by the samples: from the bootstrap, corrected where the distance is near 0.
 
     The distance's variance has a linear part L and a quadratic part Q. Around the sample, which lies off the
     reference by chance even if the truth does not, the linear part reads L + 2 Q: the bootstrap gives L + 3 Q, and
@@ -126,11 +177,11 @@ def _deviation(x: Tensor, here: Moments, reference: Moments, generator: torch.Ge
         centred = x - mean
         distances.append(frechet(mean, (centred * weight[:, None]).T @ centred / (len(x) - 1), reference))
     bootstrap = torch.stack(distances).var()
-    return torch.maximum(2 * _influence_variance(x, here, reference) - bootstrap, bootstrap / 3).sqrt().item()
+    return torch.maximum(2 * _influence_variance(x, here, reference) / len(x) - bootstrap, bootstrap / 3).item()
 
 
 def _influence_variance(x: Tensor, here: Moments, reference: Moments) -> Tensor:
-    """Var(f'(x)) / n for the derivative f'(x) = 2 (m - m_r) . (x - m) + (x - m)^T (1 - T) (x - m) of the distance.
+    """Var(f'(x)), n times the distance's by n of x, for the derivative f'(x) = 2 (m - m_r) . (x - m) + (x - m)^T (1 - T) (x - m) of the distance.
 
     T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport map between the two Gaussians.
     """
@@ -139,24 +190,22 @@ def _influence_variance(x: Tensor, here: Moments, reference: Moments) -> Tensor:
     transport = reference.root @ (vectors * inverse) @ vectors.T @ reference.root
     centred = x - here.mean
     slope = centred - centred @ transport
-    return (2 * centred @ (here.mean - reference.mean) + (slope * centred).sum(1)).var() / len(x)
+    return (2 * centred @ (here.mean - reference.mean) + (slope * centred).sum(1)).var()
 
 
 def kid(features: Tensor, subset: Tensor) -> float:
-    """Unbiased squared MMD under the kernel (x . y / D + 1)^3, Bińkowski et al. 2018, arXiv:1801.01401.
+    """Unbiased squared MMD under the kernel (x . y / D + 1)^3, Bińkowski et al. 2018, arXiv:1801.01401, by torchmetrics.
 
-    The mean over disjoint blocks of up to 1,000 generated features, (n, D), against blocks of the reference's subset.
+    features (n, D), subset (m, D): of generated pictures, and of the reference's. The mean over disjoint blocks of one size, at most
+    1,000: each is taken at least once, so that nothing is drawn and equal features give an equal figure.
     """
-    x, y = features.double().cpu(), subset.double().cpu()
-    blocks = [block for block in x.split(KID_BLOCK) if 2 * len(block) >= min(len(x), KID_BLOCK)]
-    others = [block for block in y.split(KID_BLOCK) if len(block) > 1]
-    return sum(_mmd(block, others[i % len(others)]) for i, block in enumerate(blocks)) / len(blocks)
+    from torchmetrics.image.kid import poly_mmd  # here, because torchmetrics brings matplotlib's pyplot with it
 
-
-def _mmd(x: Tensor, y: Tensor) -> float:
-    kernel = lambda a, b: (a @ b.T / x.shape[1] + 1) ** 3
-    within = lambda a: (kernel(a, a).sum() - kernel(a, a).diagonal().sum()) / (len(a) * (len(a) - 1))
-    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
+    both = [side.double().cpu() for side in (subset, features)]
+    size = min(len(side) // -(-len(side) // KID_BLOCK) for side in both)
+    real, fake = ([block for block in side.split(size) if len(block) == size] for side in both)
+    pairs = [(real[i % len(real)], fake[i % len(fake)]) for i in range(max(len(real), len(fake)))]
+    return sum(poly_mmd(*pair).item() for pair in pairs) / len(pairs)
 
 
 def precision_recall(features: Tensor, subset: Tensor, k: int = 3) -> tuple[float, float]:

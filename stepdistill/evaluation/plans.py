@@ -55,6 +55,7 @@ class Target:
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
     pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside.
+    companion: nobody asked for it; where it cannot be run, its rows are left out.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Target:
     method: str | None = None
     call: Mapping[str, Any] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    companion: bool = False
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
@@ -96,12 +98,19 @@ class Plan:
 
 def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
           say: Callable[[str], None]) -> list[Plan]:
-    """The rows of a target in the order of their evaluations. RequestError if none of `nfe` can be met."""
+    """The rows of a target in the order of their evaluations. RequestError if none of `nfe` can be met; of a companion that is
+    said, and it has no rows."""
     target.pipeline.set_progress_bar_config(disable=True)
-    rows = _teacher(target, nfe, guidance, solvers, say) if target.call is None else _student(target, nfe, say)
-    if not rows:
-        raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with guidance={list(guidance)} and "
-                           f"solvers={list(solvers)}: a guided step takes two evaluations, k steps of heun take 2 k - 1")
+    try:
+        rows = _teacher(target, nfe, guidance, solvers, say) if target.call is None else _student(target, nfe, say)
+        if not rows:
+            raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with guidance={list(guidance)} and "
+                               f"solvers={list(solvers)}: a guided step takes two evaluations, k steps of heun take 2 k - 1")
+    except RequestError as error:
+        if not target.companion or not {*solvers} <= SOLVERS.keys():
+            raise
+        say(f"{target.name}, which stands beside the students, is left out: {error}")
+        return []
     return sorted(rows, key=lambda row: row.nfe)
 
 

@@ -40,8 +40,8 @@ class Source(Protocol):
     def real(self, count: int) -> Iterator[Tensor]:
         """Fresh pictures, none of the reference; where prompts() are captions, of exactly these."""
 
-    def alike(self, prompts: int, each: int) -> Tensor | None:
-        """(prompts * each, 3, H, W): several real pictures of each of the first prompts(); None if there are none."""
+    def alike(self, prompts: int, each: int) -> Iterator[Tensor] | None:
+        """prompts * each pictures: several real pictures of each of the first prompts(); None if there are none."""
 
 
 class ShapesSource:
@@ -60,10 +60,11 @@ class ShapesSource:
     def real(self, count: int) -> Iterator[Tensor]:
         return (render(scenes(ids, HELD_OUT_SEED)) for ids in torch.arange(count).split(BLOCK))
 
-    def alike(self, prompts: int, each: int) -> Tensor:
+    def alike(self, prompts: int, each: int) -> Iterator[Tensor]:
         """A caption leaves 15 numbers unsaid: these are drawn afresh, from ids that no prompt uses."""
-        attributes = scenes(torch.arange(prompts), HELD_OUT_SEED).attributes.repeat_interleave(each, 0)
-        return render(Scenes(attributes, scenes(2**32 + torch.arange(prompts * each), HELD_OUT_SEED).unsaid))
+        for ids in torch.arange(prompts * each).split(BLOCK):
+            attributes = scenes(ids // each, HELD_OUT_SEED).attributes
+            yield render(Scenes(attributes, scenes(2**32 + ids, HELD_OUT_SEED).unsaid))
 
 
 class FolderSource:

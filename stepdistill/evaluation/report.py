@@ -10,7 +10,6 @@ from typing import Any, Mapping, Sequence
 from rich.table import Table
 
 from ..errors import RequestError
-from .curve import curve
 from .protocol import demand_same
 from .sheets import write_bytes
 
@@ -47,6 +46,8 @@ def write_results(results: Results, out: Path) -> None:
 
 def write_report(results: Results, out: Path) -> None:
     """curve.png and report.html beside results.json; the sample grid is made of the strips under out/samples."""
+    from .curve import curve  # here, because matplotlib takes a quarter of a second
+
     drawn = curve(results["rows"], results["protocol"]["dim"])
     write_bytes(out / "curve.png", drawn)
     write_bytes(out / "report.html", _page(results, drawn, out).encode())

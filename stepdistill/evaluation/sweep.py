@@ -75,13 +75,17 @@ class Evaluation:
 
     def real(self) -> tuple[dict[str, Any], Tensor]:
         """The row of fresh real pictures against the reference, and some of them."""
-        blocks = list(self.source.real(self.samples))
-        images = torch.cat([self.features.images(block) for block in blocks])
+        found, shown = [], torch.empty(0)
+        for block in self.source.real(self.samples):     # features are kept, and of the pictures the first ones
+            found.append(self.features.images(block))
+            if len(shown) < SHOWN:
+                shown = torch.cat([shown, block])[:SHOWN].clone() if len(shown) else block[:SHOWN].clone()
         again = None if self.own_prompts else self.source.alike(self.groups, EACH)
-        alike = None if again is None else self.features.images(again).unflatten(0, (-1, EACH))
+        alike = None if again is None else torch.cat([self.features.images(block) for block in again]).unflatten(0, (-1, EACH))
+        images = torch.cat(found)
         row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples, "seed": self.seed,
                "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None, "images_per_s": None}
-        return row, torch.cat(blocks[:SHOWN])[:SHOWN]
+        return row, shown
 
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:

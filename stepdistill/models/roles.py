@@ -225,12 +225,11 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
         roles.load_state_dict(name, state)
     for name, need in needs.items():
         _start(roles, name, need, name in states)
-    for network in (teacher.network, *networks.values()):
+    again = {teacher.network: recomputed if bank is None else bank.checkpoint, **dict.fromkeys(networks.values(), recomputed)}
+    for network, checkpoint in again.items():
         set_attention(network, attention)
-    if gradient_checkpointing:
-        teacher.network.enable_gradient_checkpointing(recomputed if bank is None else bank.checkpoint)
-        for network in networks.values():
-            network.enable_gradient_checkpointing(recomputed)
+        if gradient_checkpointing:
+            network.enable_gradient_checkpointing(checkpoint)
     return roles
 
 

@@ -58,7 +58,7 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     made = {o.teacher: o.revision for o in opened if o.teacher is not None and o.teacher not in given}
     pipelines = given | {source: _pipeline(source, revision) for source, revision in made.items()}
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source).name
-    return [Target(name(source), pipeline, given=call_of(source)) for source, pipeline in pipelines.items()]
+    return [Target(name(source), pipeline, given=call_of(source), companion=source in made) for source, pipeline in pipelines.items()]
 
 
 def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:

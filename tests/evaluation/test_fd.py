@@ -87,6 +87,20 @@ def test_the_finite_reference_is_extrapolated_too():
     assert plain.mean() > margin
 
 
+@pytest.mark.parametrize("pictures", [130, 400])
+@pytest.mark.parametrize("size", [0.0, 0.4])
+def test_the_interval_against_a_small_reference_covers(size, pictures):
+    """The chance of its pictures counts, and what their number adds is removed: scripts/check_interval.py has more repetitions."""
+    generated, reference, truth = problem(size)
+    trials, held = 24, 0
+    for trial in range(trials):
+        x = generated.mean + gaussian(500, DIM, seed=1000 + trial) @ generated.root
+        y = reference.mean + gaussian(pictures, DIM, seed=2000 + trial) @ reference.root
+        found = frechet_infinity(x, Reference((Moments.of(y[0::2]), Moments.of(y[1::2])), y), seed=trial)
+        held += found.low <= truth <= found.high
+    assert held >= 20, f"{held} of {trials} intervals hold {truth}"
+
+
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="takes 51"):
         frechet_infinity(gaussian(least_samples(16) - 1, 16, seed=0), known(Moments.of(gaussian(100, 16, seed=1))))
@@ -98,13 +112,20 @@ def test_same_features_give_the_same_figure():
 
 
 def test_kid_is_unbiased_and_equals_the_double_sum():
-    x, y = gaussian(40, 8, seed=0), 0.5 + gaussian(30, 8, seed=1)
+    x, y = gaussian(40, 8, seed=0), 0.5 + gaussian(40, 8, seed=1)
     k = lambda a, b: (a @ b / 8 + 1) ** 3
     pairs = lambda s: sum(k(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j) / (len(s) * (len(s) - 1))
     cross = sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
     assert kid(x, y) == pytest.approx((pairs(x) + pairs(y) - 2 * cross).item(), rel=1e-9)
     same = torch.tensor([kid(gaussian(200, 8, seed=10 + i), gaussian(200, 8, seed=90 + i)) for i in range(40)])
     assert abs(same.mean()) < 3 * same.std() / 40**0.5
+
+
+@pytest.mark.parametrize(("n", "m", "size", "rounds"), [(30, 40, 30, 1), (20, 45, 20, 2), (1500, 700, 700, 2)])
+def test_kid_takes_blocks_of_one_size(n, m, size, rounds):
+    x, y = gaussian(n, 4, seed=0), gaussian(m, 4, seed=1)
+    block = lambda side, i: side[i % (len(side) // size) * size:][:size]
+    assert kid(x, y) == pytest.approx(sum(kid(block(x, i), block(y, i)) for i in range(rounds)) / rounds)
 
 
 def test_kid_averages_over_blocks():

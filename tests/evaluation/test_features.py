@@ -1,14 +1,18 @@
 """The feature space, the judge, and the reference computed in it."""
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPModel
 
 from stepdistill.data.shapes import SLOTS, captions, render, scenes
 from stepdistill.errors import RequestError
+from stepdistill.evaluation.fd import Moments, frechet, kid
 from stepdistill.evaluation.features import clip_score, load_features, resized
 from stepdistill.evaluation.reference import (
     ShapesSource,
@@ -107,7 +111,7 @@ def test_real_pictures_are_those_of_the_prompts():
     source = ShapesSource(10)
     assert source.prompts(4) == captions(scenes(torch.arange(4), 5))
     assert torch.equal(torch.cat(list(source.real(4))), render(scenes(torch.arange(4), 5)))
-    alike = source.alike(2, 3)
+    alike = torch.cat(list(source.alike(2, 3)))
     assert alike.shape == (6, 3, 32, 32) and not torch.equal(alike[0], alike[1])
     assert not torch.equal(alike[0], render(scenes(torch.arange(1), 5))[0])
 
@@ -123,3 +127,40 @@ def test_a_folder_of_images_keeps_some_apart(tmp_path):
     assert source.alike(1, 4) is None
     with pytest.raises(RequestError, match="prompts"):
         source.prompts(3)
+
+
+class Extractor(torch.nn.Module):
+    """Our features as torchmetrics takes them. It asks for their width by a picture of bytes."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.features = load_features(folder)
+
+    def forward(self, pixels):
+        return self.features.images(pixels.float()).double()
+
+
+def test_torchmetrics_finds_the_same_distances_with_our_extractor(clip_folder):
+    extractor, pictures = Extractor(clip_folder), [render(scenes(torch.arange(60), seed)) for seed in (1, 2)]
+    pictures[1] = (1.3 * pictures[1]).clamp(-1, 1)
+    fid, kernel = FrechetInceptionDistance(extractor, input_img_size=(3, 32, 32)), KernelInceptionDistance(extractor, subsets=2, subset_size=60)
+    for metric in (fid.set_dtype(torch.float64), kernel):
+        metric.update(pictures[0], real=True)
+        metric.update(pictures[1], real=False)
+    real, made = (extractor(side) for side in pictures)
+    here = Moments.of(made)
+    assert frechet(here.mean, here.covariance, Moments.of(real)).item() == pytest.approx(fid.compute().item(), rel=1e-6)
+    assert kid(made, real) == pytest.approx(kernel.compute()[0].item(), rel=1e-9)
+
+
+def test_figures_need_no_torchvision_and_matplotlib_comes_with_a_picture(tmp_path):
+    done = subprocess.run([sys.executable, "-c", """
+import sys
+sys.modules["torchvision"] = None
+import stepdistill.api
+assert "matplotlib" not in sys.modules, "imported before anything is drawn"
+import torch
+from stepdistill.evaluation.fd import kid
+print(kid(torch.eye(8), torch.eye(8)))
+"""], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and float(done.stdout) < 0, done.stderr

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +89,37 @@ def test_student_rows_keep_their_call_and_leave_out_what_the_sampler_does_not_se
     rows = plans(student, [1, 4, 8], [3.0], ["ddim"], said.append)
     assert [(row.nfe, row.steps, row.guidance, row.call["num_inference_steps"]) for row in rows] == [(1, 1, 1.0, 1), (4, 4, 1.0, 4)]
     assert len(said) == 1 and "student is not run at 8 steps" in said[0]
+
+
+def test_a_companion_that_nobody_asked_for_never_refuses_a_request(teacher, student, clip_folder, tmp_path):
+    """One guided step takes two evaluations, so that this teacher has no row at one."""
+    beside, said = replace(teacher, companion=True), []
+    assert plans(beside, [1], [2.0], ["ddim"], said.append) == []
+    assert len(said) == 1 and "teacher, which stands beside the students, is left out: teacher can be run at none of nfe=[1]" in said[0]
+    results = run([student, beside], clip_folder, tmp_path, nfe=[1], guidance=[2.0], solvers=["ddim"])
+    assert [row["target"] for row in results["rows"]] == ["real", "student"]
+    with pytest.raises(RequestError, match="unknown solver 'dmi'"):
+        plans(beside, [1], [2.0], ["dmi"], quiet)
+
+
+def test_real_pictures_are_not_held(clip_folder, monkeypatch):
+    """Of the 24 blocks that are given out, the one at work, the one before and the last of the row's first part may be alive."""
+    context = Evaluation(SAMPLES, features=clip_folder, reference="shapes:200", say=quiet)
+    alive, blocks = [], torch.rand(12, 3, 3, 32, 32) * 2 - 1
+
+    def stream(count, each=None):
+        for block in blocks:
+            fresh = block.clone()
+            alive.append(weakref.ref(fresh))
+            assert sum(made() is not None for made in alive) <= 3
+            yield fresh
+    monkeypatch.setattr(context.source, "real", stream)
+    monkeypatch.setattr(context.source, "alike", lambda prompts, each: stream(prompts))
+    monkeypatch.setattr(context, "measure", lambda images, alike, captioned: {"images": images, "alike": alike})
+    row, shown = context.real()
+    assert torch.equal(shown, blocks.flatten(0, 1)[:10])
+    torch.testing.assert_close(row["metrics"]["images"], context.features.images(blocks.flatten(0, 1)))
+    assert row["metrics"]["alike"].shape == (9, 4, DIM)
 
 
 def test_a_guided_student_pays_for_its_guidance(student):

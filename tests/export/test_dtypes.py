@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, open_export, read_settings
 from stepdistill.export.dtypes import DTYPES, round_, rounded
-from stepdistill.models.families import absent_parts
 from stepdistill.models.roles import Full, Lora
+from stepdistill.models.teacher import absent_parts
 
 
 def dtypes(folder: Path) -> set[torch.dtype]:
