@@ -58,8 +58,9 @@ def prove(student: Student, folder: Path, lora: Lora | None, guidance: float | N
         fuse(pipe)
         apart = (_called(pipe, prompts, call) - stock).abs().max().item()
         if not apart <= TOLERANCE:
-            raise RequestError(f"the export was refused: with the LoRA fused, as the card's snippet has it, the stock {type(pipe).__name__} "
-                               f"differs from itself by {apart:.2e} on [0, 1] pixels, where {TOLERANCE:.0e} is allowed; nothing was written")
+            raise RequestError(f"the export was refused: with the LoRA fused, as in the card's snippet, the stock "
+                               f"{type(pipe).__name__} differs from itself by {apart:.2e} on [0, 1] pixels, where "
+                               f"{TOLERANCE:.0e} is allowed; nothing was written")
     return Proof(stock, difference)
 
 
