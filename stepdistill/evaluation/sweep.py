@@ -111,7 +111,10 @@ class Evaluation:
                 "latency_ms": self.latency(plan), "images_per_s": len(found) / seconds}, shown
 
     def latency(self, plan: Plan, calls: int = 5) -> float:
-        """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up."""
+        """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up.
+
+        An exported LoRA is fused by then, as its card has it.
+        """
         times = []
         for i in range(calls + 1):
             begin = time.perf_counter()

@@ -35,6 +35,8 @@ def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
         loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
         lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}{without}).to(torch.float32)",
                   f"pipe.load_lora_weights(folder{name})",
+                  "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
+                  "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added",
                   f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if said["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]

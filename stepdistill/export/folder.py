@@ -63,17 +63,28 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
     return dict(said["call"])
 
 
-def open_export(folder: str | Path, teacher: str | Path | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
+def open_export(folder: str | Path, teacher: str | Path | None = None,
+                fused: bool = True) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
 
-    teacher: where the base pipeline lies now, if not where the folder says.
+    teacher: where the base pipeline lies now, if not where the folder says. fused: a LoRA is added to the weights, so that a
+    call costs what one of the base does; otherwise it lies beside them.
     """
     said = read_settings(folder)
     cls = getattr(diffusers, said["pipeline"])
     if said["format"] == "pipeline":
         return fresh_pipeline(cls, str(folder), None), dict(said["call"])
     pipe = fresh_pipeline(cls, str(teacher or said["teacher"]), said["revision"])
-    return pipe, load(pipe, folder)
+    call = load(pipe, folder)
+    if fused:
+        fuse(pipe)
+    return pipe, call
+
+
+def fuse(pipe: DiffusionPipeline) -> None:
+    """Adds the loaded LoRA to the denoiser's weights and removes its layers: the pipeline is a plain one then."""
+    pipe.fuse_lora(components=[component(pipe)])
+    pipe.unload_lora_weights()
 
 
 def fresh_pipeline(cls: type[DiffusionPipeline], source: str, revision: str | None) -> DiffusionPipeline:

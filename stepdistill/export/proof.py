@@ -15,7 +15,7 @@ from torch import Tensor
 from ..diffusion.guidance import guided
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
-from .folder import open_export, read_settings
+from .folder import fuse, open_export, read_settings
 from .formats import component
 from .student import Lora, Student
 
@@ -35,21 +35,30 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
     student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline. guidance: the
-    scale that a told student is told. Both sides draw from one seeded generator in the same order: first the latents, then
-    the noise of each step, which some pipelines take from the global generator.
-    RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4.
+    scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same order: first the
+    latents, then the noise of each step, which some pipelines take from the global generator.
+    RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4; by as much may those of a LoRA that
+    is fused differ from those of one that is not.
     """
     said = read_settings(folder)
-    pipe, call = open_export(folder, student.teacher.source)
+    pipe, call = open_export(folder, student.teacher.source, fused=False)
     if student.lora is not None:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
+    stock, ours = _called(pipe, student, call), reference(student, pipe.scheduler, call, guidance)
+    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {said['scheduler']} and {call}")
+    if student.lora is not None:
+        fuse(pipe)
+        within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
+    return Proof(stock, difference)
+
+
+def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) -> Tensor:
+    """The stock pipeline's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        stock = pipe(_prompts(student), generator=torch.Generator().manual_seed(SEED), output_type="pt", **call).images
-    ours = reference(student, pipe.scheduler, call, guidance)
-    return Proof(stock, within(stock, ours, f"the stock {type(pipe).__name__} with {said['scheduler']} and {call}"))
+        return pipe(_prompts(student), generator=torch.Generator().manual_seed(SEED), output_type="pt", **call).images
 
 
 def within(images: Tensor, ours: Tensor, what: str) -> float:

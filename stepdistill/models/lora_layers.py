@@ -1,12 +1,11 @@
 """What a linear layer and a convolution with LoRA adapters compute: W x + s B A x, s = alpha / rank (arXiv:2106.09685).
 
-The layers are peft's, with peft's names and parameters, and give peft's values; only what lies around the two products is
-left out. In small and many layers that was a quarter of an update: a sum of its own, a product with the scale, casts there and
-back, the look at settings that no adapter of ours has. So these functions serve plain LoRA without dropout, of which at most one
-is active, on a base that is not merged.
+The layers are peft's, with peft's names and parameters, and give peft's values. Only what lies around the two products is
+left out: a sum of its own, a product with the scale, casts there and back, the look at settings that no adapter of ours
+has. So these functions serve plain LoRA without dropout, of which at most one is active, on a base that is not merged.
 
-Where no gradient is wanted and all is float32, W + s B A is formed anew for each call if that is less work than two more passes
-over the input. On a 16-bit base it never is: what one update of an adapter adds is below the rounding of W.
+Where no gradient is wanted and all is float32, W + s B A is formed anew for each call if that is less work than two more
+passes over the input. On a 16-bit base it never is: what one update of an adapter adds is below the rounding of W.
 """
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     if out.dtype == low.dtype:
         out.addmm_(low, b.t().to(low.dtype), alpha=scale)          # autocast casts no operand of an in-place product
     else:
-        out.add_(F.linear(low, b * scale))                         # float32 to 16 bits: rounded once, as is its gradient
+        out.add_(F.linear(low, b * scale))                     # float32 to 16 bits: rounded once, as is its gradient
     return out.view(*x.shape[:-1], -1)
 
 
@@ -71,12 +70,12 @@ def _cast(x: Tensor) -> bool:
 
 
 def _alike(base: nn.Module, down: nn.Module) -> bool:
-    """Whether the two convolutions of an adapter are one with a weight of the base's shape: peft's first has no groups."""
+    """Whether an adapter's two convolutions are one with a weight of the base's shape: peft's first has no groups."""
     return base.groups == 1 and base.dilation == down.dilation and base.padding_mode == down.padding_mode
 
 
 def _merges(places: int, x: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Whether to form W + s B A: r I O products, where two passes over an input of `places` vectors take r (I + O) each."""
+    """Whether to form W + s B A: r I O products, where two passes over `places` vectors take r (I + O) for each."""
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
         return False
     if not x.dtype == weight.dtype == a.dtype == torch.float32 or _cast(x):

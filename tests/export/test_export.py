@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
 from stepdistill.export.folder import is_export
+from stepdistill.export.formats import component
 from stepdistill.models.roles import Full, Lora
 from stepdistill.models.schedulers import StockCall
 from stepdistill.models.teacher import absent_parts, load_teacher
@@ -160,6 +161,12 @@ def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, gui
     torch.manual_seed(0)
     expected = pipe("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
     torch.testing.assert_close(to_tensor("sample.png"), expected, atol=0.51 / 255, rtol=0)
+    beside, _ = open_export(tmp_path / "out", fused=False)
+    layers = [any("lora" in name for name, _ in p.components[component(p)].named_modules()) for p in (pipe, beside)]
+    assert layers == [False, to != "pipeline"]
+    torch.manual_seed(0)
+    again = beside("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)
 
 
 def test_what_an_sd3_export_says(make, tmp_path, teachers):
