@@ -25,6 +25,8 @@ from stepdistill.recipe import Recipe
 from stepdistill.training import TrainConfig, Trainer, checkpoints, launched
 from stepdistill.work import dataset, make
 
+from ..unmagnified import unmagnified
+
 ROOT, UPDATES, BATCH = Path(__file__).parents[2], 3, 4
 IMAGES = {"images": "shapes", "count": 16, "cache": True, "batch": BATCH}
 PROMPTS = {"prompts": ["a red ring", "a blue square", "a green cross"], "batch": BATCH}
@@ -62,8 +64,9 @@ def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1
         if step == until:
             raise Enough
 
-    config = TrainConfig(updates=UPDATES, lr=1e-3, accumulate=accumulate, clip=None, checkpoint_every=1, seed=3)
-    trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
+    config = TrainConfig(updates=UPDATES, lr=0.1, accumulate=accumulate, clip=None, checkpoint_every=1, seed=3)
+    with unmagnified():
+        trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
     with pytest.MonkeyPatch.context() as patch, suppress(Enough):
         seen = {"gradients": gradients(trainer), "exits": exits(trainer, patch)}
         normal = Step.normal                            # a network answers in the precision of the state that it is asked about

@@ -8,6 +8,7 @@ import torch
 from stepdistill import parallel
 from stepdistill.training import checkpoints
 
+from ..unmagnified import unmagnified
 from .toy import trainer
 
 WORKER = """
@@ -16,6 +17,7 @@ from pathlib import Path
 from stepdistill import parallel
 from stepdistill.training import launched
 from tests.training.toy import trainer
+from tests.unmagnified import unmagnified
 launched()
 mine = [torch.full((2,), float(parallel.rank())), torch.full((3,), 2.0 * parallel.rank(), dtype=torch.float64)]
 parallel.all_reduce_mean_(mine)
@@ -25,7 +27,8 @@ with parallel.main_first():
     found = Path(sys.argv[1], "cache").exists()
     Path(sys.argv[1], "cache").touch()
 assert found == (parallel.rank() == 1)
-trainer(Path(sys.argv[1], "run"), accumulate=2).train()
+with unmagnified():
+    trainer(Path(sys.argv[1], "run"), accumulate=2, lr=0.3).train()
 torch.distributed.destroy_process_group()
 """
 
@@ -46,7 +49,8 @@ def test_two_processes_train_what_one_does(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
                             env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-2000:]
-    trainer(tmp_path / "one").train()
+    with unmagnified():
+        trainer(tmp_path / "one", lr=0.3).train()
     one, two = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run"))
     for name in one:
         for key in one[name]:
