@@ -99,8 +99,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
 def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
            to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
            guidance: Guidance = None, out: Out = None,
-           dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless given, float32 of "
-                                                          "a pipeline.")] = None) -> None:
+           dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
+                                                          "given, float32 of a pipeline.")] = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     build = working()
     say.print(f"proved and written: {build.export(run, to=to, guidance=guidance, out=out, dtype=dtype)}")

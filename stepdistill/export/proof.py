@@ -34,9 +34,9 @@ class Proof:
 def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
-    student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline. guidance: the
-    scale that a told student is told. Both sides draw from one seeded generator in the same order: first the latents, then
-    the noise of each step, which some pipelines take from the global generator.
+    student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline.
+    guidance: the scale that a told student is told. Both sides draw from one seeded generator in the same order: first
+    the latents, then the noise of each step, which some pipelines take from the global generator.
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4.
     """
     said = read_settings(folder)
@@ -57,8 +57,8 @@ def within(images: Tensor, ours: Tensor, what: str) -> float:
     difference = (images - ours).abs().max().item()
     if not difference <= TOLERANCE:
         raise RequestError(f"the export was refused: {what} differs from this run's own sampler by {difference:.2e} "
-                           f"(mean {(images - ours).abs().mean():.2e}) on [0, 1] pixels, where {TOLERANCE:.0e} is allowed; "
-                           "nothing was written")
+                           f"(mean {(images - ours).abs().mean():.2e}) on [0, 1] pixels, where {TOLERANCE:.0e} is "
+                           "allowed; nothing was written")
     return difference
 
 
@@ -90,7 +90,8 @@ def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:
               for key, value in pipe.components[component(pipe)].state_dict().items() if ".lora_" in key}
     written = {key: value.float() for key, value in lora.state.items()}
     wrong = {"missing": sorted(written.keys() - loaded.keys()), "unexpected": sorted(loaded.keys() - written.keys()),
-             "changed": sorted(key for key in written.keys() & loaded.keys() if not torch.equal(written[key], loaded[key]))}
+             "changed": sorted(key for key in written.keys() & loaded.keys()
+                               if not torch.equal(written[key], loaded[key]))}
     found = "; ".join(f"{len(keys)} {name}, first {keys[0]}" for name, keys in wrong.items() if keys)
     if found:
         raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; nothing was written")

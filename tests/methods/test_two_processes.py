@@ -31,7 +31,7 @@ ROOT, UPDATES, BATCH = Path(__file__).parents[2], 3, 4
 IMAGES = {"images": "shapes", "count": 16, "cache": True, "batch": BATCH}
 PROMPTS = {"prompts": ["a red ring", "a blue square", "a green cross"], "batch": BATCH}
 LORA = {"lora": {"rank": 2}}
-pytestmark = pytest.mark.long              # tests/training/test_parallel.py and test_adversarial.py hold the same of Toy and of dmd2
+pytestmark = pytest.mark.long      # tests/training: test_parallel.py and test_adversarial.py hold the same in seconds
 CASES = {
     "lcm": {"method": "lcm", "guidance": [2.0, 4.0], "data": IMAGES},
     "dmd2": {"method": "dmd2", "guidance": 2.0, "data": PROMPTS, "critic": LORA, "settings": {"critic_steps": 2, "gan_weight": 0.0}},

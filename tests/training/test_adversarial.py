@@ -104,7 +104,8 @@ def test_two_processes_train_what_one_does(tiny_teacher, tmp_path):
         build.train(said, out=tmp_path / "one")
     one, two = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run"))
     assert one.keys() == two.keys()
-    joined = lambda tensors: torch.cat([tensors[key].flatten().double() for key in sorted(tensors) if not key.startswith("step.")])
+    joined = lambda tensors: torch.cat([tensors[key].flatten().double() for key in sorted(tensors)
+                                        if not key.startswith("step.")])
     for name in one:                       # weights, means of gradients, and means of their squares
         off = (joined(two[name]) - joined(one[name])).norm() / joined(one[name]).norm()
         assert off < 1e-4, (name, off)
