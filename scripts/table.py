@@ -1,8 +1,8 @@
 """The table of methods on the shipped teacher. For each recipe: train, measure, export, and write its row and the page.
 
 A row is assets/table/NAME.json: what was trained, and the student's rows of the bench. The teacher's come from
-assets/shapes-sd/results.json. Exports lie in runs/table/NAME/export. Those of resources.STUDENTS ship, so theirs replace the folders
-of assets/students, once nine of ten pictures have all attributes right.
+assets/shapes-sd/results.json. Exports lie in runs/table/NAME/export. Those of resources.STUDENTS ship: they replace the
+folders of assets/students, once nine of ten pictures have all attributes right.
 """
 from __future__ import annotations
 

@@ -51,10 +51,11 @@ def pipeline(name: str) -> str:
 def _how_to_get(student: str) -> str:
     """What to do about a student of assets/students that is not here."""
     if student not in STUDENTS:
-        return (f"there is no student assets/students/{student}: the repository holds {', '.join(STUDENTS)}. The others are trained by "
-                "their recipes, which `stepdistill recipes` lists")
+        return (f"there is no student assets/students/{student}: the repository holds {', '.join(STUDENTS)}. "
+                "The others are trained by their recipes, which `stepdistill recipes` lists")
     recipe, run = STUDENTS[student], f"runs/{student}"
-    return (f"assets/students/{student} lies in the repository and not in the installed package. Clone it and name the folder there:\n"
+    return (f"assets/students/{student} lies in the repository and not in the installed package. "
+            "Clone it and name the folder there:\n"
             f"  git clone --depth 1 {REPOSITORY}\n"
             f"  stepdistill sample stepdistill/assets/students/{student} --prompt \"...\"\n"
             f"or train it, and name the run:\n"

@@ -86,7 +86,7 @@ def test_the_plain_stock_call_of_a_shipped_pipeline_runs(cls, folder, absent):
 
 
 def test_the_plain_stock_call_of_the_shipped_clip_runs():
-    model, processor = CLIPModel.from_pretrained(ASSETS / "shapes-clip"), CLIPProcessor.from_pretrained(ASSETS / "shapes-clip")
+    model, processor = (cls.from_pretrained(ASSETS / "shapes-clip") for cls in (CLIPModel, CLIPProcessor))
     scene = scenes(torch.arange(2), HELD_OUT)
     pictures = ((render(scene) / 2 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     inputs = processor(text=captions(scene), images=list(pictures), padding=True, return_tensors="pt")

@@ -46,9 +46,10 @@ def test_the_wheel_is_small(wheel):
 
 
 def test_a_wheel_says_how_to_get_the_students(site, tmp_path):
-    done = installed(site, tmp_path, "-m", "stepdistill", "sample", "assets/students/shapes-lcm", "--prompt", "a red ring")
+    student = "assets/students/shapes-lcm"
+    done = installed(site, tmp_path, "-m", "stepdistill", "sample", student, "--prompt", "a red ring")
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr == """error: assets/students/shapes-lcm lies in the repository and not in the installed package. \
+    assert done.stderr == f"""error: {student} lies in the repository and not in the installed package. \
 Clone it and name the folder there:
   git clone --depth 1 https://github.com/stepdistill/stepdistill
   stepdistill sample stepdistill/assets/students/shapes-lcm --prompt "..."
@@ -57,7 +58,8 @@ or train it, and name the run:
   stepdistill sample runs/shapes-lcm --prompt "..."
 """
     other = installed(site, tmp_path, "-m", "stepdistill", "bench", "assets/students/shapes-tcd")
-    assert other.returncode == 2 and "there is no student assets/students/shapes-tcd: the repository holds shapes-lcm" in other.stderr
+    assert other.returncode == 2
+    assert "there is no student assets/students/shapes-tcd: the repository holds shapes-lcm" in other.stderr
 
 
 def test_every_pin_is_a_public_version():

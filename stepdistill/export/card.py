@@ -76,8 +76,8 @@ def _facts(said: Mapping[str, Any]) -> str:
 def _rounding(said: Mapping[str, Any]) -> str:
     if said["dtype"] == "float32":
         return "weights: float32, as they were trained"
-    return (f"weights: {said['dtype']}, rounded before the proof; on its images the largest difference to the student before it was "
-            f"rounded is {said['proof']['rounding']:.1e} on [0, 1] pixels")
+    return (f"weights: {said['dtype']}, rounded before the proof; on its images the largest difference to the student "
+            f"before it was rounded is {said['proof']['rounding']:.1e} on [0, 1] pixels")
 
 
 def _steps(said: Mapping[str, Any]) -> str:

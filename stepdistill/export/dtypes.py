@@ -13,14 +13,15 @@ from ..errors import RequestError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULTS = {"lora": "float16", "comfyui": "float16", "pipeline": "float32"}
-"""A LoRA keeps its small values small, so half precision costs it little. A merged weight does not: what training changed by
-less than half a unit in the last place of the weight is lost. So a pipeline keeps float32 unless it is asked for less."""
+"""Half precision costs a LoRA little. A merged weight it costs what training changed by less than half a unit in the
+last place of the weight. So a pipeline keeps float32 unless it is asked for less."""
 
 
 def chosen(dtype: str | None, to: str) -> str:
     """The name of the dtype for the form `to`, its default unless given. RequestError for another name."""
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"there is no --dtype {dtype}; there are {', '.join(DTYPES)} (default of --to {to}: {DEFAULTS[to]})")
+        raise RequestError(f"there is no --dtype {dtype}; there are {', '.join(DTYPES)} "
+                           f"(default of --to {to}: {DEFAULTS[to]})")
     return dtype or DEFAULTS[to]
 
 
@@ -28,14 +29,17 @@ def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     """The same weights in dtype. RequestError where a finite one has no finite neighbour there."""
     found = {key: value.to(dtype) for key, value in state.items()}
     if beyond := [key for key, value in found.items() if not value.isfinite().all() and state[key].isfinite().all()]:
-        raise RequestError(f"{len(beyond)} tensors hold values beyond {dtype} (at most {torch.finfo(dtype).max:g}), first {beyond[0]} with "
-                           f"{state[beyond[0]].abs().max():g}: use --dtype bfloat16, which has the range of float32, or float32")
+        first, most = beyond[0], torch.finfo(dtype).max
+        raise RequestError(f"{len(beyond)} tensors hold values beyond {dtype} (at most {most:g}), first {first} with "
+                           f"{state[first].abs().max():g}: use --dtype bfloat16, which has float32's range, or float32")
     return found
 
 
 @torch.no_grad()
 def round_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the weights of a float32 module the values that they have in dtype; they stay float32. RequestError as `rounded`."""
+    """Gives the weights of a float32 module the values that they have in dtype. They stay float32.
+
+    RequestError as `rounded`."""
     own = {key: value for key, value in module.state_dict().items() if value.is_floating_point()}
     for key, value in rounded(own, dtype).items():
         own[key].copy_(value)
@@ -44,8 +48,8 @@ def round_(module: nn.Module, dtype: torch.dtype) -> None:
 def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, dtype: torch.dtype) -> None:
     """Writes a float32 pipeline in one dtype, so that a plain stock call runs it in float32. `pipe` stays float32.
 
-    A stock `from_pretrained` makes the networks of diffusers float32, whatever their files hold, and those of transformers
-    what their config.json says under "dtype". Both must agree, or the call fails ("Half and Float").
+    A stock `from_pretrained` makes the networks of diffusers float32, whatever their files hold, and those of
+    transformers what their config.json says under "dtype". Both must agree, or the call fails ("Half and Float").
     """
     for module in _modules(pipe):
         module.to(dtype)
@@ -55,7 +59,8 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, dtype: torch.dtyp
     for path in Path(folder).glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if "dtype" in config:
-            path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            config["dtype"] = "float32"
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def round_pipeline_(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:

@@ -29,8 +29,8 @@ def component(pipe: DiffusionPipeline) -> str:
 
 def write_lora(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
     lora, name = student.lora, component(pipe)
-    contiguous = {key: value.contiguous() for key, value in lora.state.items()}
-    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": contiguous, f"{name}_lora_adapter_metadata": lora.metadata()})
+    layers = {key: value.contiguous() for key, value in lora.state.items()}
+    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora.metadata()})
     return "pytorch_lora_weights.safetensors"
 
 

@@ -21,10 +21,10 @@ from .student import Lora, Student
 
 @dataclass(frozen=True)
 class Leaving:
-    """student: computes in float32 with the values that are written; its `lora` is what is written, None for a pipeline.
+    """student: computes in float32 with the values that are written. Its `lora` is what is written; None: a pipeline.
 
-    pipe: the stock pipeline that is written, or that writes the LoRA. unrounded: (B, 3, H, W) in [0, 1], the images of the
-    proof as the student draws them before it is rounded; None where nothing is rounded.
+    pipe: the stock pipeline that is written, or that writes the LoRA. unrounded: (B, 3, H, W) in [0, 1], the images of
+    the proof as the student draws them before it is rounded; None where nothing is rounded.
     """
 
     student: Student
@@ -35,8 +35,8 @@ class Leaving:
 def leave(student: Student, to: str, call: Mapping[str, Any], guidance: float | None, dtype: torch.dtype) -> Leaving:
     """`student` in the form `to`, with the values that its weights have in dtype.
 
-    guidance: the scale that a student told one is told. RequestError where the form, before it is rounded, does not give
-    the student's images to 1e-4, or where a weight is beyond the range of dtype.
+    guidance: the scale that a student told one is told. RequestError where the form, before it is rounded, does not
+    give the student's images to 1e-4, or where a weight is beyond the range of dtype.
     """
     if to == "pipeline":
         return _pipeline(student, call, guidance, dtype)
@@ -46,7 +46,8 @@ def leave(student: Student, to: str, call: Mapping[str, Any], guidance: float | 
         return Leaving(replace(student, lora=lora), pipe, None)
     unrounded = reference(student, student.scheduler, call, guidance)
     worn = _on_base(student.teacher, pipe, lora)
-    within(reference(_stock(student, worn, lora), student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded")
+    whole = _stock(student, worn, lora)
+    within(reference(whole, student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded")
     lora = lora.rounded(dtype)
     worn.bank.load_state_dict("student", lora.state)
     return Leaving(_stock(student, worn, lora), pipe, unrounded)

@@ -66,8 +66,8 @@ def within(images: Tensor, ours: Tensor, what: str) -> float:
     difference = (images - ours).abs().max().item()
     if not difference <= TOLERANCE:
         raise RequestError(f"the export was refused: {what} differs from this run's own sampler by {difference:.2e} "
-                           f"(mean {(images - ours).abs().mean():.2e}) on [0, 1] pixels, where {TOLERANCE:.0e} is allowed; "
-                           "nothing was written")
+                           f"(mean {(images - ours).abs().mean():.2e}) on [0, 1] pixels, where {TOLERANCE:.0e} is "
+                           "allowed; nothing was written")
     return difference
 
 
@@ -101,7 +101,8 @@ def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:
               for key, value in pipe.components[component(pipe)].state_dict().items() if ".lora_" in key}
     written = {key: value.float() for key, value in lora.state.items()}
     wrong = {"missing": sorted(written.keys() - loaded.keys()), "unexpected": sorted(loaded.keys() - written.keys()),
-             "changed": sorted(key for key in written.keys() & loaded.keys() if not torch.equal(written[key], loaded[key]))}
+             "changed": sorted(key for key in written.keys() & loaded.keys()
+                               if not torch.equal(written[key], loaded[key]))}
     found = "; ".join(f"{len(keys)} {name}, first {keys[0]}" for name, keys in wrong.items() if keys)
     if found:
         raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; nothing was written")

@@ -24,7 +24,8 @@ from .proof import IMAGES, TOLERANCE, Proof, prove
 from .student import Student
 
 
-def export_student(student: Student, to: str, out: str | Path, guidance: float | None = None, dtype: str | None = None) -> Proof:
+def export_student(student: Student, to: str, out: str | Path, guidance: float | None = None,
+                   dtype: str | None = None) -> Proof:
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
     guidance: the scale of a student that is told one; a LoRA is folded at it, a pipeline takes it as its default call.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unmagnified import unmagnified
 
 from stepdistill import api
 from stepdistill.data.cache import Cache
@@ -259,8 +260,9 @@ def test_two_micro_batches_of_pairs_train_what_one_does(recipe, tmp_path):
         made = setup(recipe(data__pairs__nodes=2), torch.device("cpu"))
         start = {name: tensor.clone() for name, tensor in made.roles.state_dict("student").items()}
         stream = Stream(dataset(made), 4, seed=0, shape=made.family.latent_shape)
-        config = TrainConfig(updates=3, lr=1e-2, accumulate=accumulate)
-        Trainer(Imitates({}, made.roles, 1.0, None), made.roles, stream, config, tmp_path / str(accumulate)).train()
+        config = TrainConfig(updates=3, lr=0.1, accumulate=accumulate)
+        with unmagnified():
+            Trainer(Imitates({}, made.roles, 1.0, None), made.roles, stream, config, tmp_path / str(accumulate)).train()
         trained[accumulate] = checkpoints.load_role(checkpoints.latest(tmp_path / str(accumulate)), "student")
     for name, tensor in trained[1].items():
         torch.testing.assert_close(tensor, trained[2][name], rtol=1e-5, atol=1e-5)

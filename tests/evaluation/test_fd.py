@@ -54,7 +54,7 @@ def test_moments_of_two_sets_add_up():
     torch.testing.assert_close(parts.covariance, whole.covariance)
 
 
-@pytest.mark.parametrize("size", [0.04, 0.4])
+@pytest.mark.parametrize("size", [pytest.param(0.04, marks=pytest.mark.long), 0.4])
 def test_extrapolation_is_unbiased_and_its_interval_covers(size):
     """At n = 2,000 and D = 64, as the protocol has it: the plug-in distance is off by many intervals, this one is not."""
     generated, reference, truth = problem(size)

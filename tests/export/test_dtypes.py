@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from stepdistill.cli import app
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, open_export, read_settings
 from stepdistill.export.dtypes import DTYPES, round_, rounded
@@ -19,7 +22,8 @@ from stepdistill.models.teacher import absent_parts
 
 def dtypes(folder: Path) -> set[torch.dtype]:
     """Of all weights of an export; the alphas of kohya's format are numbers beside them."""
-    return {value.dtype for path in folder.rglob("*.safetensors") for key, value in load_file(path).items() if not key.endswith(".alpha")}
+    weights = [item for path in folder.rglob("*.safetensors") for item in load_file(path).items()]
+    return {value.dtype for key, value in weights if not key.endswith(".alpha")}
 
 
 def pictures(folder: Path, teacher: Path) -> torch.Tensor:
@@ -31,8 +35,9 @@ def pictures(folder: Path, teacher: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind,to,told,dtype", [
-    ("epsilon", "lora", False, "float16"), ("epsilon", "lora", False, "bfloat16"), ("epsilon", "lora", False, "float32"),
-    ("epsilon", "lora", True, "float16"), ("epsilon", "comfyui", True, "bfloat16"), ("epsilon", "pipeline", True, "float16"),
+    ("epsilon", "lora", False, "float16"), ("epsilon", "lora", False, "bfloat16"),
+    ("epsilon", "lora", False, "float32"), ("epsilon", "lora", True, "float16"),
+    ("epsilon", "comfyui", True, "bfloat16"), ("epsilon", "pipeline", True, "float16"),
     ("sd3", "lora", False, "float16"), ("sd3-t5", "pipeline", False, "bfloat16")])
 def test_what_is_written_is_rounded_and_its_cost_is_said(make, tmp_path, teachers, kind, to, told, dtype):
     """The cost stated is the difference of the written student to the float32 export of the same student."""
@@ -42,11 +47,13 @@ def test_what_is_written_is_rounded_and_its_cost_is_said(make, tmp_path, teacher
     said = read_settings(tmp_path / "out")
     assert dtypes(tmp_path / "out") == {DTYPES[dtype]} and said["dtype"] == dtype
     assert proof.difference < 1e-5 and said["proof"]["dtype"] == "float32"
-    cost = (pictures(tmp_path / "out", teachers[kind]) - pictures(tmp_path / "whole", teachers[kind])).abs().max().item()
+    rough, whole = (pictures(tmp_path / name, teachers[kind]) for name in ("out", "whole"))
+    cost = (rough - whole).abs().max().item()
     assert said["proof"]["rounding"] == pytest.approx(cost, abs=2e-5)
     assert (cost == 0) == (dtype == "float32")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"weights: {dtype}, " in card and (dtype == "float32" or f"{said['proof']['rounding']:.1e} on [0, 1] pixels" in card)
+    assert f"weights: {dtype}, " in card
+    assert dtype == "float32" or f"{said['proof']['rounding']:.1e} on [0, 1] pixels" in card
 
 
 @pytest.mark.parametrize("to,dtype", [("lora", "float16"), ("comfyui", "float16"), ("pipeline", "float32")])
@@ -91,14 +98,22 @@ def test_rounding_hides_no_other_difference(make, tmp_path, setting, to):
 
 
 def test_another_dtype_is_refused(make, tmp_path):
-    with pytest.raises(RequestError, match=r"no --dtype fp16; there are float16, bfloat16, float32 \(default of --to lora: float16\)"):
+    known = r"no --dtype fp16; there are float16, bfloat16, float32 \(default of --to lora: float16\)"
+    with pytest.raises(RequestError, match=known):
         export_student(make(), "lora", tmp_path / "out", dtype="fp16")
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_hands_it_on(tmp_path):
+    run = shutil.copytree(Path(__file__).parents[1] / "fixtures/version-0.1/run-critic", tmp_path / "run")
+    done = CliRunner().invoke(app, ["export", str(run), "--dtype", "float32", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and read_settings(tmp_path / "out")["dtype"] == "float32"
+
+
 def test_a_value_beyond_the_range_is_refused():
     state = {"a": torch.ones(2), "b": torch.tensor([1.0, -7e4])}
-    with pytest.raises(RequestError, match=r"1 tensors hold values beyond torch.float16 \(at most 65504\), first b with 70000: use --dtype bf"):
+    beyond = r"1 tensors hold values beyond torch.float16 \(at most 65504\), first b with 70000: use --dtype bf"
+    with pytest.raises(RequestError, match=beyond):
         rounded(state, torch.float16)
     assert rounded(state, torch.bfloat16)["b"].dtype == torch.bfloat16
 

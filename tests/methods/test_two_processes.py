@@ -26,10 +26,13 @@ from stepdistill.run.data import dataset
 from stepdistill.run.setup import setup
 from stepdistill.training import TrainConfig, Trainer, checkpoints, launched
 
+from ..unmagnified import unmagnified
+
 ROOT, UPDATES, BATCH = Path(__file__).parents[2], 3, 4
 IMAGES = {"images": "shapes", "count": 16, "cache": True, "batch": BATCH}
 PROMPTS = {"prompts": ["a red ring", "a blue square", "a green cross"], "batch": BATCH}
 LORA = {"lora": {"rank": 2}}
+pytestmark = pytest.mark.long      # tests/training: test_parallel.py and test_adversarial.py hold the same in seconds
 CASES = {
     "lcm": {"method": "lcm", "guidance": [2.0, 4.0], "data": IMAGES},
     "dmd2": {"method": "dmd2", "guidance": 2.0, "data": PROMPTS, "critic": LORA, "settings": {"critic_steps": 2, "gan_weight": 0.0}},
@@ -63,8 +66,9 @@ def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1
         if step == until:
             raise Enough
 
-    config = TrainConfig(updates=UPDATES, lr=1e-3, accumulate=accumulate, clip=None, checkpoint_every=1, seed=3)
-    trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
+    config = TrainConfig(updates=UPDATES, lr=0.1, accumulate=accumulate, clip=None, checkpoint_every=1, seed=3)
+    with unmagnified():
+        trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
     with pytest.MonkeyPatch.context() as patch, suppress(Enough):
         seen = {"gradients": gradients(trainer), "exits": exits(trainer, patch)}
         normal = Step.normal                            # a network answers in the precision of the state that it is asked about

@@ -3,11 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from stepdistill import parallel
 from stepdistill.training import checkpoints
 
+from ..unmagnified import unmagnified
 from .toy import trainer
 
 WORKER = """
@@ -15,7 +17,9 @@ import sys, torch
 from pathlib import Path
 from stepdistill import parallel
 from stepdistill.training import launched
+from tests.training.test_parallel import until
 from tests.training.toy import trainer
+from tests.unmagnified import unmagnified
 launched()
 mine = [torch.full((2,), float(parallel.rank())), torch.full((3,), 2.0 * parallel.rank(), dtype=torch.float64)]
 parallel.all_reduce_mean_(mine)
@@ -25,9 +29,24 @@ with parallel.main_first():
     found = Path(sys.argv[1], "cache").exists()
     Path(sys.argv[1], "cache").touch()
 assert found == (parallel.rank() == 1)
-trainer(Path(sys.argv[1], "run"), accumulate=2).train()
+with unmagnified():
+    trainer(Path(sys.argv[1], "run"), accumulate=2, lr=0.3).train()
+    until(Path(sys.argv[1], "moved"), 5, accumulate=2)
 torch.distributed.destroy_process_group()
 """
+
+
+class Enough(Exception):
+    pass
+
+
+def until(run: Path, last: int, **config) -> None:
+    """Goes on with a run and leaves it in the middle, after step `last`: what is kept is of an earlier one."""
+    def stop(step: int) -> None:
+        if step == last:
+            raise Enough
+    with pytest.raises(Enough):
+        trainer(run, [stop], checkpoint_every=2, lr=0.3, **config).train(resume=True)
 
 
 def test_one_process_needs_no_group():
@@ -39,16 +58,24 @@ def test_one_process_needs_no_group():
         parallel.barrier()
 
 
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_train_what_one_does_and_a_run_may_move_between_them(tmp_path):
+    """moved: steps 1 and 2 on one process, 3 and 4 on two, 5 to 7 on one."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py", str(tmp_path)]
     (tmp_path / "worker.py").write_text(WORKER)
+    with unmagnified():
+        until(tmp_path / "moved", 3)
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
                             env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-2000:]
-    trainer(tmp_path / "one").train()
-    one, two = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run"))
+    with unmagnified():
+        trainer(tmp_path / "one", lr=0.3).train()
+        again = trainer(tmp_path / "moved", lr=0.3)
+        again.train(resume=True)
+    assert again.stream.asked[0][0] == 4
+    one, run, moved = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run", "moved"))
     for name in one:
         for key in one[name]:
-            torch.testing.assert_close(one[name][key], two[name][key], rtol=1e-5, atol=1e-5)
+            for other in (run, moved):
+                torch.testing.assert_close(other[name][key], one[name][key], rtol=1e-5, atol=1e-5)
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 7
