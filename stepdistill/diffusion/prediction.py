@@ -49,9 +49,16 @@ def truth(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, kind: str) -> 
     return like(a, x0) * x0 + like(b, x0) * eps
 
 
+def linear(given: Tensor, without: Tensor, w: Tensor) -> Tensor:
+    """Classifier-free guidance of raw outputs: Ho & Salimans 2022, arXiv:2207.12598."""
+    return without + w * (given - without)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A network's output at x_t. raw, x_t: (B, ...); t: (B,) float64; kind: a key of PARAMETERISATIONS.
+
+    combine: how its pipeline mixes the raw outputs with and without a condition, combine(given, without, w), w (B, 1, ...).
 
     A row is singular where it cannot tell x_0 from eps (x0 at sigma = 0, eps at alpha = 0): there the raw output is
     still the view of its own kind, and the others are not finite.
@@ -62,6 +69,7 @@ class Prediction:
     t: Tensor
     schedule: Schedule
     kind: str
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
 
     @cached_property
     def _solved(self) -> tuple[Tensor, Tensor]:

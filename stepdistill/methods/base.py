@@ -4,7 +4,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from ..diffusion.consistency import TIMESTEP_SCALING
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
-from ..diffusion.times import LEVELS
+from ..diffusion.schedule import Schedule
+from ..diffusion.times import LEVELS, NOISE_LAWS, Law, NoiseLaw, noise_law
 
 # Of a flow's scheduler that takes a call's sigmas as they are, whatever the teacher's own grid.
 AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
@@ -148,6 +149,36 @@ def deterministic(steps: int, schedule: str) -> Inference:
 def sigmas_of_nodes(steps: int, nodes: int) -> list[float]:
     """The `sigmas` of a flow's call, `steps` of the `nodes` ends of equal segments, chosen as LCMScheduler chooses times."""
     return [(nodes - nodes * i // steps) / nodes for i in range(steps)]
+
+
+class NoiseSettings(Protocol):
+    """The entries of a method's settings that say at which noise levels student and critic are trained.
+
+    noise_law, t_range, mean, std, shift: see `times.noise_law`.
+    """
+
+    noise_law: NoiseLaw
+    t_range: tuple[float, float]
+    mean: float
+    std: float
+    shift: float
+
+
+def check_noise(settings: NoiseSettings) -> None:
+    """ValueError for noise settings that no law has."""
+    low, high = settings.t_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"t_range must be an interval in [0, 1]; found {settings.t_range}")
+    if settings.noise_law not in NOISE_LAWS:
+        raise ValueError(f"noise_law is one of {', '.join(NOISE_LAWS)}; found {settings.noise_law!r}")
+    if settings.std <= 0 or settings.shift <= 0:
+        raise ValueError(f"std and shift must be above 0; found {settings.std}, {settings.shift}")
+
+
+def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = False) -> Law:
+    """The law of the settings, in t_range; whole: at all times, for a critic that is to know more than it is asked."""
+    t_range = (0.0, 1.0) if whole else settings.t_range
+    return noise_law(settings.noise_law, schedule, t_range, settings.mean, settings.std, settings.shift)
 
 
 def middle(guidance: Guidance) -> float:
