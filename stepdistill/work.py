@@ -192,9 +192,13 @@ def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
 
 
 def rates(recipe: Recipe) -> dict[str, float]:
-    """Role -> its learning rate, of those that have one of their own."""
+    """Role -> its learning rate, of those that have one of their own. A discriminator beside a critic learns at the critic's, unless
+    it has another: they are one network's features and heads, and one optimizer's in the published training."""
     own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
-    return {name: said.lr for name, said in own.items() if said is not None and said.lr is not None}
+    found = {name: said.lr for name, said in own.items() if said is not None and said.lr is not None}
+    if "critic" in found and "discriminator" in needs_of(recipe):
+        found.setdefault("discriminator", found["critic"])
+    return found
 
 
 def _choice(choice: RoleChoice | Critic) -> Lora | Full:

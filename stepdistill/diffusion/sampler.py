@@ -17,7 +17,7 @@ from .contracts import Condition, Role
 from .flow_map import ddim_step
 from .prediction import Prediction
 from .schedule import RectifiedFlow, Schedule, VariancePreserving
-from .solvers import dpmpp_2m_step, heun_step
+from .solvers import dpmpp_2m_step, trapezoid
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -148,7 +148,7 @@ def _ddim(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def _heun(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
-    return heun_step(history[-2], history[-1])
+    return trapezoid(history[-2], history[-1])
 
 
 def _dpmpp_2m(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:

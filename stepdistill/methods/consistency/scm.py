@@ -29,7 +29,7 @@ from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import TrigFlow
 from ...diffusion.times import LEVELS, log_normal, shifted, uniform
 from ...diffusion.views import viewed
-from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_tangent
+from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_pair, trig_tangent
 from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, renoised
 
 TRIG = TrigFlow()
@@ -47,16 +47,16 @@ class Settings:
     std: float = 1.6              # of ln(tan theta) (p, s)
     warmup: float = 0.1           # share of the training in which r grows (p: 10,000 updates; s: 4,000)
     damping: float = 0.1          # c (p), against the root mean square of g (f)
-    derivative: Literal["exact", "difference"] = "difference"    # of F along the teacher (p: exact); see `SCM.slope`
-    width: float = 0.05           # of a difference, in radians of theta
+    derivative: Literal["exact", "pair", "difference"] = "pair"    # of F along the teacher (p: exact); see `SCM.slope`
+    width: float = 0.03           # of a difference, in radians of theta
 
     def __post_init__(self) -> None:
         if self.std <= 0 or self.damping <= 0 or self.width <= 0:
             raise ValueError(f"std, damping and width must be above 0; found {self.std}, {self.damping}, {self.width}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a share of the training, from 0 to 1; found {self.warmup}")
-        if self.derivative not in ("exact", "difference"):
-            raise ValueError(f"derivative must be 'exact' or 'difference'; found {self.derivative!r}")
+        if self.derivative not in ("exact", "pair", "difference"):
+            raise ValueError(f"derivative must be 'exact', 'pair' or 'difference'; found {self.derivative!r}")
 
 
 class SCM(Method):
@@ -115,9 +115,14 @@ class SCM(Method):
         of diffusers are told up to 1,000 times through sinusoids as fast as a radian a time, and what a variance-preserving
         one says between two of them nobody taught it: of the shipped teachers the exact x + dF / dtheta is mostly that, two
         to three times as large as by differences.
+
+        A difference is off by its width, and so is the student where the loss rests: one-step samples of data of deviation 0.2, 0.5
+        and 1 are too wide by 15, 5 and 1 % by one difference of width 0.05; by a pair of differences, at a third more evaluations, by
+        less than 0.05 % at 0.03 in float32.
         """
         def field(x: Tensor, t: Tensor) -> Tensor:
             return self.student(x, t, cond).v
         if self.settings.derivative == "exact":
             return exact(field, x, t, velocity, RADIAN)
-        return trig_difference(field, x, t, velocity, self.settings.width, self.first)
+        difference = {"pair": trig_pair, "difference": trig_difference}[self.settings.derivative]
+        return difference(field, x, t, velocity, self.settings.width, self.first)
