@@ -26,7 +26,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import TrigFlow
+from ...diffusion.schedule import RectifiedFlow, Schedule, TrigFlow, VariancePreserving
 from ...diffusion.times import LEVELS, log_normal, shifted, uniform
 from ...diffusion.views import viewed
 from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_pair, trig_tangent
@@ -34,7 +34,8 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 TRIG = TrigFlow()
 RADIAN = 2 / pi                   # in the times of TRIG
-NOISIEST = 80.0                   # tan theta where sampling starts, or the schedule's end: g is 0 at pure noise, and teaches nothing
+NOISIEST = 80.0                   # sigma / alpha where sampling starts, or the schedule's end: g is 0 at pure noise, and teaches nothing
+NOISIEST_FLOW = 999.0             # of a flow: at sigma = 0.999 unit noise, which samplers begin with, is 0.1 % too loud; at 80 1.2 %
 FIRST = 1 / LEVELS                # of a network's own times, those that it was taught
 INSIDE = 0.1 / LEVELS             # how far from the ends they are drawn: a told time that is all but whole is rounded, and has
                                   # no derivative
@@ -69,7 +70,7 @@ class SCM(Method):
         self.own = roles["student"].schedule
         self.level = log_normal(self.own, settings.mean, settings.std)
         self.first = self.trig(torch.tensor([FIRST], dtype=torch.float64)).item()
-        self.last = min(self.own.time_at(torch.tensor([NOISIEST], dtype=torch.float64).atan()).item(), 1 - INSIDE)
+        self.last = min(start(self.own), 1 - INSIDE)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -81,7 +82,7 @@ class SCM(Method):
         if schedule == "vp":
             return served
         time = shifted(uniform(), SHIFT)
-        sigmas = [min(time(1 - i / steps), NOISIEST / (1 + NOISIEST)) for i in range(steps)]
+        sigmas = [min(time(1 - i / steps), start(RectifiedFlow())) for i in range(steps)]
         return replace(served, call={**served.call, "sigmas": sigmas})
 
     def updates(self) -> list[Update]:
@@ -126,3 +127,11 @@ class SCM(Method):
             return exact(field, x, t, velocity, RADIAN)
         difference = {"pair": trig_pair, "difference": trig_difference}[self.settings.derivative]
         return difference(field, x, t, velocity, self.settings.width, self.first)
+
+
+def start(schedule: Schedule) -> float:
+    """The networks' own time at which training is cut and sampling begins, one place for both: that of NOISIEST, on discrete nodes
+    the last one below it, or 1 where the schedule ends before."""
+    noisiest = NOISIEST_FLOW if isinstance(schedule, RectifiedFlow) else NOISIEST
+    t = schedule.time_at(torch.tensor([noisiest], dtype=torch.float64).atan()).item()
+    return int(t * schedule.nodes + 1e-6) / schedule.nodes if isinstance(schedule, VariancePreserving) else t
