@@ -93,7 +93,8 @@ def noise_law(name: str, schedule: Schedule, t_range: tuple[float, float] = (0.0
     if name == "shifted":
         shares = (edges / (shift - (shift - 1) * edges)).diff()
     elif name in ("lognormal", "mixture"):
-        shares = torch.special.ndtr((schedule.angle(edges).tan().log() - mean) / std).diff()
+        below = torch.special.ndtr((schedule.angle(edges).tan().log() - mean) / std)
+        shares = torch.where(edges == 1, 1.0, below).diff()              # t = 1 stands for all noise beyond the schedule's end
     else:
         raise ValueError(f"noise_law is one of {', '.join(NOISE_LAWS)}; found {name!r}")
     if not shares.sum() > 1e-9:
