@@ -9,7 +9,8 @@ from torch import Tensor
 from .contracts import Condition, Role
 from .draws import Step
 from .prediction import Prediction
-from .schedule import Schedule, like
+from .schedule import like
+from .wrapper import Wrapper
 
 
 def _scales(w: float | Tensor, batch: int) -> Tensor:
@@ -26,16 +27,11 @@ def told(cond: Condition | None, w: float | Tensor) -> Condition:
 
 
 @dataclass(frozen=True)
-class SelfGuided:
+class SelfGuided(Wrapper):
     """See `self_guided`. w: what it is told, where it is told anything."""
 
-    role: Role
     told: bool
     w: float | Tensor | None = None
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.role.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         return self.role(x_t, t, cond if not self.told or self.w is None else told(cond, self.w))
@@ -48,16 +44,11 @@ def self_guided(role: Role, told: bool) -> Role:
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(Wrapper):
     """See `guided`."""
 
-    role: Role
     w: float | Tensor
     interval: tuple[float, float] | None
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.role.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None or cond.null is None:
@@ -77,29 +68,35 @@ class Guided:
 def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null).
 
-    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives `role` itself. Outside the interval of t
+    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided. Outside the interval of t
     (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing raw
-    outputs mixes every view alike, since views are linear at one x_t and t. A family whose pipeline mixes otherwise says so in the
-    prediction's `combine`. A `self_guided` role is told w, or is what it is.
+    outputs mixes every view alike, since views are linear at one x_t and t; a pipeline that mixes otherwise says so in the
+    prediction's `combine`.
+
+    It looks through every `Wrapper`: guided(viewed(r)) is viewed(guided(r)), so that a network's own outputs are mixed, and a
+    `self_guided` role is never guided again, wherever it lies: it is told w, or is what it is. ValueError for a role that
+    `guided` has guided already, and for an interval where the guidance lies within.
     """
     if isinstance(role, SelfGuided):
         if interval is not None:
             raise ValueError("a role that has its guidance within has it at all times: leave the interval out")
         return replace(role, w=w)
-    return role if isinstance(w, (int, float)) and w == 1 else Guided(role, w, interval)
+    if isinstance(w, (int, float)) and w == 1 and not isinstance(role, Wrapper):
+        return role
+    if isinstance(role, Guided):
+        raise ValueError(f"this role is guided already, at w = {role.w}: guide the role that it was made of, once")
+    if isinstance(role, Wrapper):
+        inner = None if interval is None else tuple(role.inner_time(torch.tensor(interval, dtype=torch.float64)).tolist())
+        return role.over(lambda wrapped: guided(wrapped, w, inner))
+    return Guided(role, w, interval)
 
 
 @dataclass(frozen=True)
-class Autoguided:
+class Autoguided(Wrapper):
     """See `autoguided`."""
 
-    role: Role
     bad: Role
     w: float | Tensor
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.role.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         good, bad = self.role(x_t, t, cond), self.bad(x_t, t, cond)

@@ -17,7 +17,8 @@ from .contracts import Condition, Role
 from .flow_map import ddim_step
 from .prediction import Prediction
 from .schedule import RectifiedFlow, Schedule, VariancePreserving
-from .solvers import dpmpp_2m_step, heun_step
+from .solvers import dpmpp_2m_step, trapezoid
+from .wrapper import Wrapper
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -143,15 +144,10 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class _Landing:
+class _Landing(Wrapper):
     """See `Sampler.telling`."""
 
-    role: Role
     sampler: Sampler
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.role.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None:
@@ -170,7 +166,7 @@ def _ddim(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def _heun(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:
-    return heun_step(history[-2], history[-1])
+    return trapezoid(history[-2], history[-1])
 
 
 def _dpmpp_2m(history: list[Prediction], r: Tensor, noise: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ state that step i arrives at, at times[i + 1].
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Callable, Iterator
 
@@ -54,15 +55,44 @@ def _slope(p: Prediction) -> Tensor:
     return p.eps - p.x0 if isinstance(p.schedule, RectifiedFlow) else p.eps
 
 
-def heun_step(here: Prediction, there: Prediction) -> Tensor:
-    """The trapezoidal step from here.x_t to there.t, where `there` was evaluated at the end of an Euler step."""
+NOISY = 20.0                      # sigma / alpha beyond which `heun_step` may give way to DDIM's; Stable Diffusion ends at 14.6
+
+
+def trapezoid(here: Prediction, there: Prediction) -> Tensor:
+    """Heun's rule as stock schedulers have it: from here.x_t to there.t, where `there` was evaluated at the end of an Euler step."""
     x, ((m_t, u_t), (m_r, u_r)) = here.x_t, (_straight(p.schedule, p.t) for p in (here, there))
     return like(m_r / m_t, x) * x + like(m_r * (u_r - u_t) / 2, x) * (_slope(here) + _slope(there))
 
 
+def long_step(schedule: Schedule, t: Tensor, r: Tensor) -> Tensor:
+    """Whether DDIM's step from t to r, (B,), is nearer to the ODE than Heun's: (B,) bool.
+
+    Heun's rule integrates x / alpha in u = sigma / alpha. Near pure noise of data of deviation 1 the exact state there is
+    sqrt(1 + u^2) times a constant, DDIM's step from u_t >> 1 to u_r lands on u_r, short by 1 / (2 u_r), and the trapezoid beyond it
+    by (u_t - u_r) / (2 u_r^2): less is DDIM's where u_t > 3 u_r. On alpha = 0 the trapezoid is not even defined. Below NOISY it is
+    left alone, as in the stock schedulers. A flow is integrated in sigma, which has no such end.
+    """
+    if isinstance(schedule, RectifiedFlow):
+        return torch.zeros_like(t, dtype=torch.bool, device="cpu")
+    ratio_t, ratio_r = (schedule.angle(u).tan().abs() for u in (t, r))
+    return (ratio_t > NOISY) & (ratio_t > 3 * ratio_r)
+
+
+def heun_step(here: Prediction, there: Prediction) -> Tensor:
+    """`trapezoid`, or DDIM's step where it is nearer (`long_step`)."""
+    euler = ddim_step(here, there.t)
+    long = long_step(here.schedule, here.t, there.t)
+    if not long.any():
+        return trapezoid(here, there)
+    # Where the trapezoid is not used it is taken from `there` to itself, so that no infinite number reaches a gradient.
+    near = replace(here, t=torch.where(long, there.t, here.t))
+    return torch.where(like(long, euler).bool(), euler, trapezoid(near, there))
+
+
 def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
          seen: Seen = unseen) -> Tensor:
-    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: order 2, 2K evaluations; a last step to t = 0 is Euler's."""
+    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: order 2, 2K evaluations; a last step to t = 0 is Euler's, and so is a long
+    one from nearly pure noise (`long_step`)."""
     for i, t, r in _steps(times, len(x)):
         here = role(x, t, cond)
         x = ddim_step(here, r)

@@ -9,18 +9,25 @@ from torch import Tensor
 from .contracts import Condition, Role
 from .prediction import Prediction
 from .schedule import Schedule, like
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class Viewed:
-    """See `viewed`."""
+class Viewed(Wrapper):
+    """See `viewed`. shown: the schedule that it is presented under."""
 
-    role: Role
-    schedule: Schedule
+    shown: Schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.shown
+
+    def inner_time(self, t: Tensor) -> Tensor:
+        return self.role.schedule.time_at(self.shown.angle(t))
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         own, angle = self.role.schedule, self.schedule.angle(t)
-        own_t = own.time_at(angle)
+        own_t = self.inner_time(t)
         norm, own_norm = (torch.hypot(s.alpha(u), s.sigma(u)) for s, u in ((self.schedule, t), (own, own_t)))
         p = self.role(like(own_norm / norm, x_t) * x_t, own_t, cond)
         # On the unit circle x = cos x_0 + sin eps and v = cos eps - sin x_0, and v is the view that is regular at both

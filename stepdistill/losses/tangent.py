@@ -43,6 +43,23 @@ def trig_difference(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: flo
         return (cos * f(x, t) - f(cos * x - sin * velocity, (t - back * 2 / pi).clamp(min=first))) / sin
 
 
+@torch.no_grad()
+def trig_pair(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: float, first: float = 0.0) -> Tensor:
+    """`trig_difference` extrapolated from a width and its half (Richardson 1911): of second order, three evaluations.
+
+    It looks back as well, and is the backward differentiation formula of order 2, which damps what errs. Rounding errors of f are
+    about six times those of one difference of this width: 4e-5 |f| for float32 at 0.03.
+    """
+    back, radian = ((t - first) * pi / 2).clamp(max=width), 2 / pi
+    with torch.autocast(x.device.type, enabled=False):
+        now = f(x, t)
+
+        def secant(angle: Tensor) -> Tensor:
+            cos, sin = like(angle.cos(), x), like(angle.sin(), x)
+            return (cos * now - f(cos * x - sin * velocity, (t - angle * radian).clamp(min=first))) / sin
+        return 2 * secant(back / 2) - secant(back)
+
+
 def trig_tangent(x: Tensor, t: Tensor, v: Tensor, velocity: Tensor, slope: Tensor, r: float = 1.0) -> Tensor:
     """cos df / dtheta of the consistency function f = cos x - sin v under TrigFlow, theta = pi t / 2.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule
+from ..diffusion.times import NOISE_LAWS, Law, NoiseLaw, noise_law
 
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
@@ -113,6 +114,36 @@ class Inference:
     shift: float = 1.0
     guidance: float | None = None
     exact_grid: bool = True
+
+
+class NoiseSettings(Protocol):
+    """The entries of a method's settings that say at which noise levels student and critic are trained.
+
+    noise_law, t_range, mean, std, shift: see `times.noise_law`.
+    """
+
+    noise_law: NoiseLaw
+    t_range: tuple[float, float]
+    mean: float
+    std: float
+    shift: float
+
+
+def check_noise(settings: NoiseSettings) -> None:
+    """ValueError for noise settings that no law has."""
+    low, high = settings.t_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"t_range must be an interval in [0, 1]; found {settings.t_range}")
+    if settings.noise_law not in NOISE_LAWS:
+        raise ValueError(f"noise_law is one of {', '.join(NOISE_LAWS)}; found {settings.noise_law!r}")
+    if settings.std <= 0 or settings.shift <= 0:
+        raise ValueError(f"std and shift must be above 0; found {settings.std}, {settings.shift}")
+
+
+def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = False) -> Law:
+    """The law of the settings, in t_range; whole: at all times, for a critic that is to know more than it is asked."""
+    t_range = (0.0, 1.0) if whole else settings.t_range
+    return noise_law(settings.noise_law, schedule, t_range, settings.mean, settings.std, settings.shift)
 
 
 def middle(guidance: Guidance) -> float:

@@ -7,7 +7,7 @@ import torch
 
 from ..diffusion.consistency import consistency
 from ..diffusion.contracts import Role
-from ..methods.consistency.cd import CD, PURE, Settings
+from ..methods.consistency.cd import CD, Settings
 from .problem import Affine, Check, Problem, difference, gradient, largest, stock_times
 from .trajectory import Trajectory, ddim_factor, heun_factor
 
@@ -33,9 +33,9 @@ def nodes(problem: Problem) -> torch.Tensor:
 
 
 def heun(problem: Problem, grid: torch.Tensor) -> Trajectory:
-    """By Heun's steps, and Euler's from pure noise and to t = 0."""
+    """By Heun's steps, and Euler's to t = 0."""
     path, euler = (Trajectory.of(problem, grid, factor) for factor in (heun_factor, ddim_factor))
-    inner = (problem.schedule.alpha(grid[:-1]) > PURE) & (grid[1:] > 0)
+    inner = grid[1:] > 0
     return Trajectory(problem, grid, torch.where(inner[:, None], path.factors, euler.factors))
 
 

@@ -44,4 +44,5 @@ def identities(problem: Problem) -> Iterator[Check]:
     weight = (problem.schedule.alpha(t) / problem.schedule.sigma(t)) ** 2 + 1
     yield from pupil.checks(loss, (weight * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "x0")).mean())
     levels = problem.schedule.time_at(normal_values(Settings().mean, Settings().std).exp().atan())
+    levels = (1000 * levels).round().clamp(1, 1000) / 1000          # the nearest time that networks know
     yield from heard(problem, lambda student, critic: made(problem, student, problem.w, critic), levels, levels, shares=False)

@@ -13,10 +13,10 @@ from ..diffusion.draws import Step
 from ..diffusion.guidance import guided, self_guided
 from ..diffusion.schedule import like
 from ..diffusion.solvers import ddim
-from ..diffusion.times import trailing
 from ..methods.base import Guidance
 from ..methods.trajectory.progressive import Progressive, Settings
-from .problem import Affine, Believer, Check, Problem, difference, gradient, reaching
+from ..models.schedulers import stock_scheduler
+from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, reaching
 
 COUNT, STEPS = 256, 4
 
@@ -26,6 +26,30 @@ def made(problem: Problem, teacher: Role, student: Role, steps: int = STEPS, w: 
     asked = Settings(**settings)
     sampler = problem.sampler(Progressive.inference(asked, steps, problem.schedule))
     return Progressive(asked, {"teacher": teacher, "student": student}, problem.w if w is None else w, sampler)
+
+
+def grid_of(problem: Problem, steps: int) -> Tensor:
+    """The times of a student of `steps` steps and those between, (2 steps + 1,)."""
+    return made(problem, problem.teacher, problem.teacher, steps).grid
+
+
+def stock_grids(problem: Problem) -> Check:
+    """Stages of 96 and 48 steps: what a student is trained at, against what the stock scheduler tells, and where its teacher was asked."""
+    apart = []
+    for steps in (96, 48, 16):
+        grid = grid_of(problem, steps)
+        inference = Progressive.inference(Settings(), steps, problem.name)
+        scheduler = stock_scheduler(inference.scheduler, inference.config, problem.scheduler)
+        if problem.name == "flow":
+            scheduler.set_timesteps(sigmas=inference.call["sigmas"])
+            told = scheduler.timesteps.double() / 1000
+        else:
+            scheduler.set_timesteps(steps)
+            told = (scheduler.timesteps.double() + 1) / 1000
+        apart.append((grid[:-1:2] - told).abs().max().item())
+        if (grid.diff() >= 0).any():
+            apart.append(1.0)
+    return Check("times of the student at 96, 48 and 16 steps from those that the stock scheduler tells", largest(*apart), 1e-6)
 
 
 def gain(problem: Problem, t: Tensor, r: Tensor) -> Tensor:
@@ -45,7 +69,7 @@ def closed(problem: Problem, steps: int, w: float | None) -> Believer:
     """The student whose one step is two of the teacher guided at w, or at the scale that it is told:
     x_0 = m + (G(t, m) G(m, r) - q) / (alpha_r - q alpha_t) (x_t - alpha_t m), q = sigma_r / sigma_t."""
     schedule, axes = problem.schedule, torch.linalg.eigh(problem.covariance).eigenvectors
-    grid = trailing(2 * steps, schedule)
+    grid = grid_of(problem, steps)
 
     def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         i = nearest(grid, t)
@@ -60,7 +84,7 @@ def halved(problem: Problem, steps: int, to: int) -> Role:
     """The students of a halving from the guided teacher's 2 `steps`, each the perfect one of its stage, up to that of `to` steps."""
     role: Role = problem.teacher
     while steps >= to:
-        method, grid = made(problem, role, role, steps), trailing(2 * steps, problem.schedule)
+        method, grid = made(problem, role, role, steps), grid_of(problem, steps)
 
         def believes(x_t: Tensor, t: Tensor, cond: Condition, method=method, grid=grid) -> Tensor:
             i = nearest(grid, t)
@@ -71,6 +95,7 @@ def halved(problem: Problem, steps: int, to: int) -> Role:
 
 def identities(problem: Problem) -> Iterator[Check]:
     batch, step, noise = problem.batch(COUNT), problem.step(COUNT), problem.normal(COUNT, problem.dim)
+    yield stock_grids(problem)
     rest, usual = (made(problem, problem.teacher, closed(problem, STEPS, w)).loss(batch, step)["progressive"] for w in (problem.w, 1.0))
     yield Check("loss at the closed form of the guided teacher's two steps, over that at the unguided's", (rest / usual).item(), 1e-18)
 
@@ -82,7 +107,7 @@ def identities(problem: Problem) -> Iterator[Check]:
 
     for steps in (1, STEPS):
         drawn = made(problem, problem.teacher, student := closed(problem, steps, problem.w), steps).sampler(student, noise, batch.cond)
-        far = ddim(guided(problem.teacher, problem.w), noise, trailing(2 * steps, problem.schedule), batch.cond)
+        far = ddim(guided(problem.teacher, problem.w), noise, grid_of(problem, steps), batch.cond)
         yield Check(f"sample in {steps} steps against the guided teacher's in {2 * steps}; relative", difference(drawn, far), 1e-9)
 
     small, cond, start = noise[:16], batch.cond[:16], torch.ones(16, dtype=torch.float64)

@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import atan
 
 import torch
 from torch import Tensor
 
 from ..diffusion.contracts import Condition, Role
+from ..diffusion.guidance import self_guided
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
-from ..methods.consistency.scm import FIRST, INSIDE, NOISIEST, RADIAN, SCM, TRIG, Settings
+from ..losses.tangent import trig_difference, trig_pair
+from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, SCM, TRIG, Settings, start
 from .problem import Believer, Check, Law, Problem, difference, gradient, largest, normal_values, off_law
 
 COUNT, MANY = 256, 20_000
@@ -42,12 +43,63 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("at the first step, tangent at the guided teacher, over that at one of another scale", least / usual, 1e-9)
 
     yield from arbitrary(problem)
+    yield from stages(problem)
+    yield from at_the_defaults(problem)
 
     noise = problem.normal(COUNT, problem.dim)
     start = torch.full((COUNT,), flow.sampler.evaluations[0].level, dtype=torch.float64)
     ends = problem.teacher.of(problem.guided_cond(COUNT, problem.w)).flow(noise, start, 0 * start)
     landed = flow.sampler(believer(problem, problem.w, flows=True), noise, problem.cond(COUNT))
     yield Check("one step of the flow map against the guided teacher's ODE; relative", difference(landed, ends), 1e-5)
+
+
+def stages(problem: Problem) -> Iterator[Check]:
+    """`guided {told: false}`, and then this method with that student as its teacher: its guidance lies within."""
+    batch, begun = problem.batch(COUNT), problem.step(COUNT, progress=0.5)
+    taught = self_guided(believer(problem, problem.w, flows=False), told=False)
+
+    def tangent(w: float) -> float:
+        roles = {"teacher": taught, "student": believer(problem, w, flows=True)}
+        settings = Settings(derivative="exact")
+        return SCM(settings, roles, problem.w, problem.sampler(SCM.inference(settings, 1, problem.name))).loss(batch, begun)["consistency"].sqrt().item()
+    yield Check("tangent at the flow map of a teacher with its guidance within, over that at another scale's",
+                tangent(problem.w) / tangent(problem.w - 1), 1e-9)
+
+
+def at_the_defaults(problem: Problem) -> Iterator[Check]:
+    """The widest that one-step samples can be off: where the default loss rests, the student follows its own recursion of differences.
+
+    Marched up from the exact flow map at `FIRST`, for Gaussian data of deviation 0.2, 0.5 and 1, F(x) = c(theta) x.
+    """
+    worst = largest(*(abs(rest_width(problem, deviation, Settings()) - 1) for deviation in (0.2, 0.5, 1.0)))
+    yield Check("width of one-step samples where the loss at the default derivative rests, from the data's; relative", worst, 0.01)
+
+
+def rest_width(problem: Problem, deviation: float, settings: Settings, count: int = 500) -> float:
+    """Of samples, over the data's: `count` noise levels up to where sampling begins."""
+    ends = torch.tensor([FIRST, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
+    angles = torch.linspace(*problem.schedule.angle(ends).tolist(), count, dtype=torch.float64)
+    variance = angles.cos() ** 2 * deviation**2 + angles.sin() ** 2
+    velocity = angles.sin() * angles.cos() * (1 - deviation**2) / variance
+    known = ((angles.cos() - deviation / variance.sqrt()) / angles.sin())[:1]
+    for i in range(1, count):
+        low, high = (residual(torch.cat([known, torch.tensor([c], dtype=torch.float64)]), angles, velocity[i], settings) for c in (0.0, 1.0))
+        known = torch.cat([known, (low / (low - high)).reshape(1)])      # it is linear in the last coefficient
+    return ((angles[-1].cos() - angles[-1].sin() * known[-1]) / (deviation / variance[-1].sqrt())).item()
+
+
+def residual(known: Tensor, angles: Tensor, velocity: Tensor, settings: Settings) -> Tensor:
+    """(velocity - F) cos - (x + slope) sin at x = 1 and the last of the angles that have a coefficient of F in `known` (n,)."""
+    last, step = len(known) - 1, angles[1] - angles[0]
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        place = (t / RADIAN - angles[0]) / step
+        low = place.floor().long().clamp(0, last - 1)
+        return (known[low] + (place - low) * (known[low + 1] - known[low]))[:, None].to(x) * x
+    x, t = torch.ones(1, 1, dtype=torch.float64), (angles[last] * RADIAN).reshape(1)
+    difference = {"pair": trig_pair, "difference": trig_difference}[settings.derivative]
+    slope = difference(field, x, t, velocity * x, settings.width, (angles[0] * RADIAN).item())
+    return (angles[last].cos() * (velocity - known[-1]) - angles[last].sin() * (1 + slope)).squeeze()
 
 
 def arbitrary(problem: Problem) -> Iterator[Check]:
@@ -80,5 +132,5 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
 
 def published_times(problem: Problem, settings: Settings) -> Tensor:
     """Of the law, cut off where a network knows no more times and where sampling starts."""
-    first, last = problem.schedule.angle(torch.tensor([FIRST + INSIDE, 1 - INSIDE], dtype=torch.float64)).tolist()
-    return normal_values(settings.mean, settings.std).exp().atan().clamp(first, min(last, atan(NOISIEST))) * RADIAN
+    ends = torch.tensor([FIRST + INSIDE, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
+    return normal_values(settings.mean, settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN

@@ -77,9 +77,13 @@ def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
 
 
 def learning_rates(recipe: Recipe) -> dict[str, float]:
-    """Role -> its learning rate, of those that have one of their own."""
+    """Role -> its learning rate, of those that have one of their own. A discriminator beside a critic learns at the critic's,
+    unless it has another: they are one network's features and heads, and one optimizer's in the published training."""
     own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
-    return {name: choice.lr for name, choice in own.items() if choice is not None and choice.lr is not None}
+    found = {name: choice.lr for name, choice in own.items() if choice is not None and choice.lr is not None}
+    if "critic" in found and "discriminator" in needs_of(recipe):
+        found.setdefault("discriminator", found["critic"])
+    return found
 
 
 def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:

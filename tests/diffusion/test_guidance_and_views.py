@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import ast
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from stepdistill.diffusion import guidance
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.exact import Gaussian
 from stepdistill.diffusion.guidance import autoguided, guided, self_guided, told
-from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.prediction import Prediction, linear
 from stepdistill.diffusion.views import viewed
 
 from .schedules import SCHEDULES
@@ -123,3 +128,86 @@ def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
     assert told(cond, 2).w.dtype == F64 and cond.w is None
     with pytest.raises(ValueError, match="beside a condition"):
         told(None, 2.0)
+
+
+class Network(Told):
+    """As Told, and it notes the scales that it is told; its outputs are mixed by `combine`."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.combine, self.scales = combine, []
+
+    def __call__(self, x_t, t, cond=None):
+        self.scales.append(None if cond.w is None else cond.w.tolist())
+        return replace(super().__call__(x_t, t, cond), combine=self.combine)
+
+
+def capped(given, without, w):
+    """A guidance that is not linear."""
+    return without + w * (given - without).clamp(max=0.4)
+
+
+VIEWS = {"viewed": lambda role: viewed(role, SCHEDULES["flow"]), "viewed in trig": lambda role: viewed(role, SCHEDULES["trig"]),
+         "autoguided": lambda role: autoguided(role, role, 1.5)}
+WITHIN = {"self-guided": lambda role: self_guided(role, told=False), "self-guided, told": lambda role: self_guided(role, told=True)}
+WRAPPERS = VIEWS | WITHIN
+
+
+@pytest.mark.parametrize("inner", VIEWS)
+@pytest.mark.parametrize("outer", VIEWS)
+@pytest.mark.parametrize("combine", [linear, capped])
+def test_guidance_mixes_the_network_s_own_outputs_within_any_two_wrappers(outer, inner, combine):
+    _, x, t, cond = case()
+    wrapped = lambda role: VIEWS[outer](VIEWS[inner](role))
+    found, known = guided(wrapped(Network(combine)), 3.0), wrapped(guided(Network(combine), 3.0))
+    assert torch.equal(found(x, t, cond).raw, known(x, t, cond).raw)
+    unguided = wrapped(Network(combine))(x, t, cond).x0
+    assert (found(x, t, cond).x0 - unguided).abs().min() > 0.01
+    assert torch.allclose(guided(wrapped(Network(combine)), 1.0)(x, t, cond).x0, unguided)
+
+
+@pytest.mark.parametrize("inner, outer", [(a, b) for a in WRAPPERS for b in WRAPPERS if {a, b} & WITHIN.keys()])
+def test_guidance_within_is_found_under_any_wrapper_and_not_added_to(outer, inner):
+    _, x, t, cond = case()
+    role = Network(linear)
+    wrapped = WRAPPERS[outer](WRAPPERS[inner](role))
+    alone = wrapped(x, t, cond)
+    asked = len(role.batches)
+    assert torch.equal(guided(wrapped, 3.0)(x, t, cond).raw, alone.raw)
+    assert role.batches == [3] * (2 * asked)
+    tells = "told" in (outer if outer in WITHIN else inner)             # the outer of two decides
+    assert role.scales[:asked] == [None] * asked and role.scales[asked:] == [[3.0] * 3 if tells else None] * asked
+    with pytest.raises(ValueError, match="leave the interval out"):
+        guided(wrapped, 3.0, (0.2, 0.8))
+
+
+@pytest.mark.parametrize("wrap", VIEWS.values())
+def test_nothing_is_guided_twice(wrap):
+    role = guided(Network(linear), 2.0)
+    for found in (role, wrap(role)):
+        with pytest.raises(ValueError, match="guided already, at w = 2.0"):
+            guided(found, 3.0)
+
+
+def test_an_interval_is_of_the_times_that_are_seen():
+    _, x, t, cond = case()
+    seen = guided(viewed(Network(linear), SCHEDULES["flow"]), 3.0, (0.4, 0.6))(x, t, cond)
+    on, off = (guided(viewed(Network(linear), SCHEDULES["flow"]), w)(x, t, cond) for w in (3.0, 1.0))
+    assert torch.allclose(seen.raw, torch.where(torch.tensor([[False], [True], [False]]), on.raw, off.raw))
+
+
+def test_every_role_that_is_made_of_a_role_is_a_wrapper():
+    """So that `guided` sees what lies in it: a class of the maths or the models that holds a Role and answers as one."""
+    found = []
+    for part in ("diffusion", "models", "methods", "losses"):
+        for path in sorted((Path(guidance.__file__).parents[1] / part).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    holds = [a for a in node.body if isinstance(a, ast.AnnAssign) and ast.unparse(a.annotation) == "Role"]
+                    calls = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__call__"]
+                    bases = [ast.unparse(base) for base in node.bases]
+                    if "Wrapper" in bases:
+                        found.append(node.name)
+                    elif holds and calls:
+                        assert node.name == "Wrapper", f"{path.name}: {node.name} holds a role and is none of Wrapper's"
+    assert {"Viewed", "Guided", "SelfGuided", "Autoguided"} <= set(found)

@@ -96,3 +96,33 @@ def test_the_learned_variance_is_least_where_it_equals_the_loss():
     weighting.uncertain(loss, u).sum().backward()
     assert torch.allclose(u.grad, torch.zeros(2), atol=1e-6)
     assert (weighting.uncertain(loss, u + 0.1) > weighting.uncertain(loss, u)).all()
+
+
+@pytest.mark.parametrize("name", ["vp", "vp-zero", "flow"])
+@pytest.mark.parametrize("law", times.NOISE_LAWS)
+@pytest.mark.parametrize("t_range", [(0.0, 1.0), (0.02, 0.9)])
+def test_a_law_of_noise_levels_is_what_its_name_says(name, law, t_range):
+    """Against draws of the continuous law, each moved to the nearest time that networks know, those outside t_range left out."""
+    s, u = SCHEDULES[name], (torch.arange(400_000, dtype=F64) + 0.5) / 400_000
+    near = lambda t: (1000 * t).round().clamp(1, 1000) / 1000
+    low, high = (times.levels(*t_range)[i] for i in (0, -1))
+    kept = lambda t: t[(t > low - 1e-9) & (t < high + 1e-9)]
+    cut = {"uniform": times.discrete(times.levels(*t_range))(u), "lognormal": kept(near(times.log_normal(s, -0.8, 1.4)(u))),
+           "shifted": kept(near(times.shifted(times.uniform(), 2.5)(u)))}
+    mean = lambda t: torch.stack([t.mean(), (t**2).mean(), (t < 0.3).double().mean()])
+    known = (mean(cut["uniform"]) + mean(cut["lognormal"])) / 2 if law == "mixture" else mean(cut[law])
+    found = times.noise_law(law, s, t_range, mean=-0.8, std=1.4, shift=2.5)(u)
+    assert torch.allclose(mean(found), known, atol=2e-3), (mean(found), known)
+    assert low <= found.min() and found.max() <= high and torch.allclose(near(found), found)
+
+
+def test_a_uniform_law_is_that_of_the_stock_times():
+    u = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=F64)
+    assert torch.equal(times.noise_law("uniform", SCHEDULES["vp"], (0.02, 0.98))(u), times.discrete(times.levels(0.02, 0.98))(u))
+
+
+def test_a_law_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="one of uniform, lognormal, shifted, mixture; found 'cosine'"):
+        times.noise_law("cosine", SCHEDULES["vp"])
+    with pytest.raises(ValueError, match="puts no draw in t_range"):
+        times.noise_law("lognormal", SCHEDULES["vp"], (0.9, 1.0), mean=-9.0, std=0.1)

@@ -178,5 +178,5 @@ def test_passes_of_a_step(tiny_teacher, guidance, forward, backward):
 
 @pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"drop": 1.0}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
-    with pytest.raises(ValueError, match="t_range must be an interval"):
+    with pytest.raises(ValueError, match="must be|at least 1"):
         Settings(**changes)

@@ -122,6 +122,8 @@ def test_critic_and_discriminator_have_rates_of_their_own(write):
     assert learning_rates(recipe) == {"critic": 5e-4, "discriminator": 2e-4} and recipe.discriminator.features == ["mid_block"]
     again = Recipe.load(recipe.resolved())
     assert again.resolved() == recipe.resolved() and learning_rates(again) == learning_rates(recipe)
+    assert learning_rates(Recipe.load(path, {"discriminator": None})) == {"critic": 5e-4, "discriminator": 5e-4}        # the critic's
+    assert learning_rates(Recipe.load(path, {"discriminator": None, "settings": {"gan_weight": 0}})) == {"critic": 5e-4}
     assert learning_rates(Recipe.load(path, {"critic": "full", "discriminator": None})) == {}
     assert Recipe.load(path, {"critic": "full"}).resolved()["critic"] == "full"
     full = Recipe.load(path, {"critic": {"lora": None}})

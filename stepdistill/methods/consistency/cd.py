@@ -34,7 +34,6 @@ from ...losses.regression import pseudo_huber, squared
 from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 SIGMAS = (0.002, 80.0)            # ends of the grid in sigma / alpha, where the schedule reaches so far (p)
-PURE = 1e-6                       # a state whose alpha is less is pure noise: Heun's coordinate x / alpha ends there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +93,9 @@ def grid(schedule: Schedule, count: int, asked: Tensor) -> Tensor:
 
 
 def bridge(teacher: Role, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-    """Heun's step from t to s; DDIM's, which is Euler's, from pure noise and to t = 0, where Heun's rule is not defined."""
+    """Heun's step from t to s; DDIM's, which is Euler's, to t = 0, where Heun's rule is not defined."""
     here = teacher(x_t, t, cond)
     x_s = ddim_step(here, s)
-    inner = (teacher.schedule.alpha(t) > PURE) & (s > 0)
+    inner = s > 0
     there = teacher(x_s, torch.where(inner, s, t), cond)
     return torch.where(like(inner, x_s) > 0, heun_step(here, there), x_s)

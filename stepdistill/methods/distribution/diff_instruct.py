@@ -17,22 +17,26 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout
 from ...diffusion.schedule import Schedule, like
-from ...diffusion.times import log_normal
+from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import edm
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    mean: float = -1.2                 # of ln(sigma / alpha), student and critic alike (r)
-    std: float = 1.2                   # of ln(sigma / alpha) (r)
+    noise_law: NoiseLaw = "lognormal"  # of the levels at which student and critic are trained: uniform, lognormal, shifted, mixture (r)
+    t_range: tuple[float, float] = (0.0, 1.0)      # of these, those of both (r)
+    mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture (r)
+    std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture (r)
+    shift: float = 3.0                 # of shifted: towards noise above 1
     sigma_data: float = 1.0            # deviation of the data: 1 for scaled latents (r: 0.5, for pixels in [-1, 1])
 
     def __post_init__(self) -> None:
-        if self.std <= 0 or self.sigma_data <= 0:
-            raise ValueError(f"std and sigma_data must be above 0; found {self.std}, {self.sigma_data}")
+        check_noise(self)
+        if self.sigma_data <= 0:
+            raise ValueError(f"sigma_data must be above 0; found {self.sigma_data}")
 
 
 class DiffInstruct(Method):
@@ -43,7 +47,7 @@ class DiffInstruct(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule = self.teacher.schedule
-        self.level = log_normal(self.schedule, settings.mean, settings.std)
+        self.level = noise_levels(settings, self.schedule)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:

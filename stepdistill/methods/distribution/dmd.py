@@ -21,24 +21,27 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout
 from ...diffusion.schedule import Schedule
-from ...diffusion.times import discrete, levels
+from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     # A latent that is wholly wrong, about sqrt(2) away, then pulls with 2 sqrt(2) / 4 = 0.7, and the scores with about 1.
     regression_weight: float = 0.25    # of the pairs; the paper's 0.25 is one of LPIPS
-    t_range: tuple[float, float] = (0.02, 0.98)    # noise levels at which the scores are matched (p)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (p)
+    t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
+    mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
+    std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
+    shift: float = 3.0                 # of shifted: towards noise above 1
 
     def __post_init__(self) -> None:
-        low, high = self.t_range
-        if not 0 <= low < high <= 1 or self.regression_weight < 0:
-            raise ValueError("t_range must be an interval in [0, 1] and regression_weight must not be negative; found "
-                             f"{self.t_range}, {self.regression_weight}")
+        check_noise(self)
+        if self.regression_weight < 0:
+            raise ValueError(f"regression_weight must not be negative; found {self.regression_weight}")
 
 
 class DMD(Method):
@@ -49,7 +52,7 @@ class DMD(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule = self.teacher.schedule
-        self.matched, self.trained = discrete(levels(*settings.t_range)), discrete(levels())
+        self.matched, self.trained = (noise_levels(settings, self.teacher.schedule, whole) for whole in (False, True))
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:

@@ -22,11 +22,11 @@ from ...diffusion.guidance import drawn, guided
 from ...diffusion.prediction import Prediction
 from ...diffusion.rollout import rollout, told_exit
 from ...diffusion.schedule import Schedule
-from ...diffusion.times import discrete, levels
+from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.adversarial import fool, tell_apart
 from ...losses.matching import denoising, distribution_matching
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,18 @@ class Settings:
     critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
     share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
     tell_exit: bool = False            # tell the critic which step the sample left by; else it knows their mixture alone (p)
-    t_range: tuple[float, float] = (0.02, 0.98)    # noise levels at which the scores are matched (p)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (p)
+    t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
+    mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
+    std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
+    shift: float = 3.0                 # of shifted: towards noise above 1
     gan_weight: float = 5e-3           # of fooling the discriminator; 0 leaves it out, and real images with it (x)
     critic_gan_weight: float = 1e-2    # of telling real from fake, in the critic's update (x)
 
     def __post_init__(self) -> None:
-        low, high = self.t_range
-        if self.critic_steps < 1 or not 0 <= low < high <= 1:
-            raise ValueError(f"critic_steps must be at least 1 and t_range an interval in [0, 1]; found {self.critic_steps}, {self.t_range}")
+        check_noise(self)
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps must be at least 1; found {self.critic_steps}")
         if self.gan_weight < 0 or self.critic_gan_weight < 0:
             raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, {self.critic_gan_weight}")
 
@@ -54,7 +58,7 @@ class DMD2(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.discriminator = roles.get("discriminator")
-        self.matched, self.trained = discrete(levels(*settings.t_range)), discrete(levels())
+        self.matched, self.trained = (noise_levels(settings, self.teacher.schedule, whole) for whole in (False, True))
 
     @classmethod
     def refusal(cls, settings: Settings, data: str) -> str | None:

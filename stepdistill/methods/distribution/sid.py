@@ -25,10 +25,10 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout, told_exit
 from ...diffusion.schedule import Schedule
-from ...diffusion.times import discrete, levels
+from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, score_identity
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, middle, noise_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,16 @@ class Settings:
     critic_steps: int = 1              # critic updates a step (p, l)
     tell_exit: bool = False            # tell the critic which of its steps the sample left by; else it knows the mixture (p)
     drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided (l)
-    t_range: tuple[float, float] = (0.02, 0.98)    # noise levels, of student and critic alike (l)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which student and critic are trained: uniform, lognormal, shifted, mixture (l)
+    t_range: tuple[float, float] = (0.02, 0.98)    # of these, those of both (l)
+    mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
+    std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
+    shift: float = 3.0                 # of shifted: towards noise above 1
 
     def __post_init__(self) -> None:
-        low, high = self.t_range
-        if not 0 <= low < high <= 1 or not 0 <= self.drop < 1 or self.critic_steps < 1:
-            raise ValueError("t_range must be an interval in [0, 1], drop in [0, 1) and critic_steps at least 1; found "
-                             f"{self.t_range}, {self.drop}, {self.critic_steps}")
+        check_noise(self)
+        if not 0 <= self.drop < 1 or self.critic_steps < 1:
+            raise ValueError(f"drop must be in [0, 1) and critic_steps at least 1; found {self.drop}, {self.critic_steps}")
         if self.alpha < 0:
             raise ValueError(f"alpha must not be negative; found {self.alpha}")
         for name in ("critic_trained_at", "critic_asked_at"):
@@ -60,7 +63,7 @@ class SiD(Method):
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
-        self.schedule, self.level = self.teacher.schedule, discrete(levels(*settings.t_range))
+        self.schedule, self.level = self.teacher.schedule, noise_levels(settings, self.teacher.schedule)
         w = middle(guidance)
         self.trained_at = w if settings.critic_trained_at is None else settings.critic_trained_at
         self.asked_at = self.trained_at if settings.critic_asked_at is None else settings.critic_asked_at

@@ -18,21 +18,25 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout
 from ...diffusion.schedule import Schedule, like
-from ...diffusion.times import discrete, levels
+from ...diffusion.times import NoiseLaw
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    t_range: tuple[float, float] = (0.02, 0.98)    # noise levels at which the scores are matched (r)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (r)
+    t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (r)
+    mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
+    std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
+    shift: float = 3.0                 # of shifted: towards noise above 1
     drop: float = 0.1                  # share of prompts that the critic does not see, so that it can be guided (r)
 
     def __post_init__(self) -> None:
-        low, high = self.t_range
-        if not 0 <= low < high <= 1 or not 0 <= self.drop < 1:
-            raise ValueError(f"t_range must be an interval in [0, 1] and drop in [0, 1); found {self.t_range}, {self.drop}")
+        check_noise(self)
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1); found {self.drop}")
 
 
 class SwiftBrush(Method):
@@ -43,7 +47,7 @@ class SwiftBrush(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule = self.teacher.schedule
-        self.matched, self.trained = discrete(levels(*settings.t_range)), discrete(levels())
+        self.matched, self.trained = (noise_levels(settings, self.teacher.schedule, whole) for whole in (False, True))
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:

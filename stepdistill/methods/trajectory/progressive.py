@@ -25,6 +25,7 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, secant_target
 from ...diffusion.guidance import drawn, guided, told
+from ...diffusion.sampler import Sampler
 from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, trailing
 from ...diffusion.weighting import snr_plus_one, truncated_snr
@@ -50,7 +51,7 @@ class Progressive(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student = roles["teacher"], roles["student"]
         self.schedule = self.student.schedule
-        self.grid = trailing(2 * sampler.nfe, self.schedule)
+        self.grid = doubled(sampler, self.schedule)
         self.weight = {"truncated": truncated_snr, "v": snr_plus_one}[settings.weight]
 
     @classmethod
@@ -87,3 +88,11 @@ class Progressive(Method):
         teacher = guided(self.teacher, w)
         x_m = ddim_step(teacher(x_t, t, cond), m)
         return secant_target(x_t, ddim_step(teacher(x_m, m, cond), r), t, r, self.schedule)
+
+
+def doubled(sampler: Sampler, schedule: Schedule) -> Tensor:
+    """Times of the student's own sampler, as it tells them, and where its last step lands, with one more between any two: (2 steps + 1,)
+    float64, descending. On discrete nodes those between are rounded to one, halves to even, as stock schedulers round."""
+    own = torch.cat([sampler.times, torch.tensor([sampler.evaluations[-1].landing], dtype=torch.float64)])
+    middle = trailing(2 * sampler.nfe, schedule)[1::2]
+    return torch.cat([torch.stack([own[:-1], middle], 1).flatten(), own[-1:]])
