@@ -27,7 +27,7 @@ MAY = {
                    "torchmetrics torch_fidelity matplotlib diffusers transformers safetensors numpy PIL rich"),
     "export": ("models data diffusion parallel.py", "diffusers transformers peft safetensors numpy PIL"),
     "recipe": ("methods/__init__.py", "pydantic ruamel"),
-    "run": ("recipe training evaluation export methods models data losses diffusion parallel.py", "diffusers safetensors"),
+    "run": ("__init__.py recipe training evaluation export methods models data losses diffusion parallel.py", "diffusers safetensors"),
     "api.py": (EVERYTHING, "diffusers transformers rich PIL"),
     "cli.py": (f"proofs {EVERYTHING} __init__.py", "typer rich"),
     "demo.py": (f"cli.py {EVERYTHING}", "typer rich"),

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
 from .prompts import Captions
-from .toy import Toy, is_toy
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files

@@ -8,9 +8,9 @@ from typing import Protocol, Sequence
 import torch
 from torch import Tensor
 
+from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
-from .toy import Toy, is_toy
 
 
 class Captions(Protocol):

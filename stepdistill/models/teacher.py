@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file as hub_file
 
@@ -26,6 +24,7 @@ from .adapters import matching
 from .extra_embedding import added, fold, install, reading
 from .families import FAMILIES, Family, family_of
 from .schedulers import StockCall, sampler_of, stock_call
+from .sources import check_safetensors, class_at
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
@@ -243,7 +242,7 @@ def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.d
     family = _known(source, class_name)
     if not meta and Path(source).is_dir():
         for file in sorted(Path(source).rglob("*.safetensors")):
-            _check_safetensors(file)
+            check_safetensors(file)
     if family.open is not None:
         teacher = Teacher(family, family.open(source, dtype), source)
     elif meta:
@@ -267,12 +266,6 @@ def _known(source: str, class_name: str) -> Family:
     if class_name not in FAMILIES:
         raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(FAMILIES)}")
     return family_of(class_name)
-
-
-def class_at(source: str, revision: str | None = None) -> str:
-    """The class of a pipeline. RequestError for what is none."""
-    path = Path(source)
-    return _class_of_file(path) if path.is_file() else _class_of_folder(path) if path.is_dir() else _class_on_hub(source, revision)
 
 
 def call_of(source: str) -> dict[str, Any]:
@@ -344,58 +337,3 @@ def _network(source: str, revision: str | None, name: str, library: str, kind: s
             return made_by(made_by.config_class.from_pretrained(source, subfolder=name, revision=revision))
     except OSError as error:
         raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {gist(error)}") from error
-
-
-def _class_of_folder(folder: Path) -> str:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise RequestError(f"{folder} is no diffusers pipeline: it has no model_index.json (it holds {held}). "
-                           "A teacher is a folder that `pipeline.save_pretrained` wrote")
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-        class_name = parts["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher anew") from error
-    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
-               and name != "safety_checker" and not (folder / name).is_dir()]
-    if missing:
-        raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is no such "
-                           "folder beside it; save or download the teacher anew")
-    return class_name
-
-
-def _class_of_file(file: Path) -> str:
-    """Of the checkpoints in one file, SDXL's hold a second text encoder under this name."""
-    if file.suffix != ".safetensors":
-        raise RequestError(f"{file} is no .safetensors file: a teacher is a folder, a Hub id or one .safetensors file")
-    keys = _check_safetensors(file)
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise RequestError(f"{file} holds no whole Stable Diffusion checkpoint: no tensor's name begins with "
-                           f"model.diffusion_model. (the first is {keys[0] if keys else 'missing'})")
-    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in keys):
-        raise RequestError(f"{file} is a Stable Diffusion 3 in one file, which may or may not hold its text encoders: give its "
-                           "pipeline as a folder or a Hub id, such as stabilityai/stable-diffusion-3-medium-diffusers")
-    xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
-    return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-
-
-def _class_on_hub(source: str, revision: str | None) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or Path(source).parent.is_dir():
-        raise RequestError(f"there is no folder or file {source} (looked in {Path.cwd()}): a teacher is a pipeline folder, "
-                           "a Hub id such as owner/name, or one .safetensors file")
-    try:
-        return DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
-    except (OSError, ValueError) as error:
-        reason = gist(error)
-        raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
-
-
-def _check_safetensors(file: Path) -> list[str]:
-    """The names of its tensors. Reads the header only, which also tells how long the file must be."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise RequestError(f"{file} is damaged or cut short ({error}; it has {file.stat().st_size:,} bytes): "
-                           "copy or download it anew") from error

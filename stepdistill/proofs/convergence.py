@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..api import train
-from ..data.toy import SHAPE, Toy, write
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
 from ..diffusion.solvers import ddim
+from ..diffusion.toy import SHAPE, Toy, write
 from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
 from ..recipe import Recipe

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import resources
-from ..data.toy import is_toy
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
+from ..diffusion.toy import is_toy
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
 from ..models.attention import check_backend

@@ -17,7 +17,8 @@ from ..export import open_export, read_settings
 from ..export.folder import fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of
-from ..models.teacher import call_of, class_at, load_teacher
+from ..models.sources import class_at
+from ..models.teacher import call_of, load_teacher
 from .folder import is_run
 from .setup import Run, open_run
 

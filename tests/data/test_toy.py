@@ -7,8 +7,8 @@ import torch
 
 from stepdistill.data.images import open_images
 from stepdistill.data.prompts import open_prompts
-from stepdistill.data.toy import Toy, caption, is_toy, labels_of, write
 from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.diffusion.toy import Toy, caption, is_toy, labels_of, write
 from stepdistill.errors import RequestError
 
 MANY = torch.arange(40_000)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import save_tiny, save_tiny_sd3
 
-from stepdistill.data.toy import write
 from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.toy import write
 from stepdistill.methods.base import Follows, Frozen, Trained
 from stepdistill.models.roles import Full, Lora, Weights, build_roles
 from stepdistill.models.teacher import load_teacher

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_sdxl import save_tiny_xl
 from tiny import save_tiny, save_tiny_sd3
 
-from stepdistill.data.toy import write
+from stepdistill.diffusion.toy import write
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Heads, Inference, Trained
 from stepdistill.models.codecs import normalised

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepdistill.data.toy import SHAPE, Toy, write
+from stepdistill.diffusion.toy import SHAPE, Toy, write
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Heads, Trained
 from stepdistill.models.denoiser import Denoiser

@@ -66,7 +66,7 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("steps: 4", "steps: four", 5, "steps is 'four'; it should be a whole number"),
     ("steps: 4", "steps: 4.5", 5, "it should be a whole number"),
     ("lr: 1e-3", "lr: -1", 12, "train.lr is -1; it should be above 0"),
-    ("lr: 1e-3", "precision: fp8", 12, "'fp32' or 'bf16'"),
+    ("lr: 1e-3", "precision: fp8", 12, "'bf16' or 'fp16'"),
     ("  lr: 1e-3", "  ema: 1.0", 12, "below 1"),
     ("guidance: [2.0, 5.0]", "guidance: [5.0, 2.0]", 4, "from low to high"),
     ("guidance: [2.0, 5.0]", "guidance: 0.5", 4, "at least 1"),
@@ -229,5 +229,5 @@ def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, 
 def test_a_teacher_that_cannot_be_planned_on_is_refused_at_its_line(write, tiny_teacher, tmp_path, made):
     (tmp_path / "empty").mkdir()
     made(tmp_path / "empty")
-    with pytest.raises(RequestError, match=r"mine.yaml:2: teacher cannot be planned on: .*empty is "):
+    with pytest.raises(RequestError, match=r"mine.yaml:2: teacher cannot be loaded: .*empty is "):
         plan(Recipe.load(write(str(tiny_teacher), str(tmp_path / "empty"))))

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from ...data.toy import SHAPE, Toy, labels_of
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
+from ...diffusion.toy import SHAPE, Toy, labels_of
 from ...errors import RequestError
 from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion.draws import fractions, key
-from ..diffusion.exact import Gaussian, GaussianMixture
-from ..diffusion.schedule import Schedule
 from ..errors import RequestError
+from .draws import fractions, key
+from .exact import Gaussian, GaussianMixture
+from .schedule import Schedule
 
 CLASSES, MODES = 2, 3                       # of the drawn problem; modes are those of one class
 SHAPE = (2, 1, 1)
