@@ -2,8 +2,8 @@
 
 A path is a choice of settings, steps and guidance that a recipe can make. On a path a method's updates are played as
 the loop plays them, with networks that are affine in the state and in the prompt. Values and gradients are then known
-in closed form: `known` of a method's own file writes them down from its paper, in float64, without the losses, guidance,
-rollouts and laws of times of the code under test. What it trusts is the schedule, the draws and what a kind means.
+in closed form: `known` of a method's own file writes them down from its paper, in float64, without the losses,
+guidance, rollouts and laws of times of the code under test. It trusts the schedule, the draws and what a kind means.
 """
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..diffusion.contracts import Batch, Condition, Pairs
+from ..diffusion.contracts import Batch, Pairs
 from ..diffusion.draws import Step
-from ..diffusion.prediction import Prediction, truth
-from ..diffusion.schedule import Schedule
+from ..diffusion.sampler import Sampler
 from ..methods.base import Guidance, Method, Need
-from .problem import Check, Law, Problem, largest
+from .affine import Net
+from .problem import Check, Law, Problem, difference, largest
 
 COUNT, TOLERANCE = 24, 1e-7
 VP = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
@@ -73,81 +73,6 @@ class Exact(Step):
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return super().normal(name, shape).double()
-
-
-# Networks ------------------------------------------------------------------------------------------
-
-@dataclass
-class Net:
-    """A role whose x_0 is m + (1 + t) S x_t + U text + p t + q w, put as a network of its kind puts it.
-
-    w is 0 where the condition has none.
-    """
-
-    schedule: Schedule
-    kind: str
-    numbers: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, problem: Problem, kind: str | None = None) -> Net:
-        vector, matrix = (problem.dim,), (problem.dim, problem.dim)
-        shapes = {"m": vector, "S": matrix, "U": matrix, "p": vector, "q": vector}
-        numbers = {name: (0.6 * problem.normal(*shape)).requires_grad_() for name, shape in shapes.items()}
-        return cls(problem.schedule, kind or problem.kind, numbers)
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        x0 = self._affine(x_t, t, cond.text, cond.w)
-        eps = (x_t - self.schedule.alpha(t)[:, None] * x0) / self.schedule.sigma(t)[:, None]
-        return Prediction(truth(x0, eps, t, self.schedule, self.kind), x_t, t, self.schedule, self.kind)
-
-    def _affine(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> Tensor:
-        n, t = self.numbers, t[:, None]
-        told = 0 if w is None else w[:, None] * n["q"]
-        return n["m"] + (1 + t) * (x @ n["S"].T) + text @ n["U"].T + t * n["p"] + told
-
-    @torch.no_grad()
-    def x0(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None = None) -> Tensor:
-        """(B, D), no gradient. A guided network is this one at the guided text, since it is affine in text."""
-        return self._affine(x, t, text, w)
-
-    def slopes(self, pull: Tensor, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None = None) -> Tensor:
-        """Of a loss in all numbers, flat, where `pull` (B, D) is its slope in x_0."""
-        told = torch.zeros(len(x), dtype=torch.float64) if w is None else w
-        parts = pull.sum(0), pull.T @ ((1 + t)[:, None] * x), pull.T @ text, pull.T @ t, pull.T @ told
-        return torch.cat([part.flatten() for part in parts])
-
-    def back(self, pull: Tensor, t: Tensor) -> Tensor:
-        """The slope in x_t (B, D) that `pull`, a slope in x_0, makes."""
-        return (1 + t)[:, None] * (pull @ self.numbers["S"].detach())
-
-
-@dataclass
-class QuadraticHeads:
-    """K logits z Q z + u z + c s + e text + o w of features z (B, F), levels s (B, L) and the prompt."""
-
-    numbers: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, problem: Problem, features: int, levels: int = 1, count: int = 2) -> QuadraticHeads:
-        shapes = {"Q": (count, features, features), "u": (count, features), "c": (count, levels),
-                  "e": (count, problem.dim), "o": (count,)}
-        return cls({name: (0.3 * problem.normal(*shape)).requires_grad_() for name, shape in shapes.items()})
-
-    def __call__(self, z: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        n = self.numbers
-        logits = torch.einsum("bf,kfg,bg->bk", z, n["Q"], z) + z @ n["u"].T + s @ n["c"].T + cond.text @ n["e"].T
-        return logits if cond.w is None else logits + cond.w[:, None] * n["o"]
-
-    def slopes(self, pull: Tensor, z: Tensor, s: Tensor, text: Tensor, w: Tensor | None = None) -> Tensor:
-        """Of a loss in all numbers, flat, where `pull` (B, K) is its slope in the logits."""
-        told = torch.zeros(len(z), dtype=torch.float64) if w is None else w
-        parts = torch.einsum("bk,bf,bg->kfg", pull, z, z), pull.T @ z, pull.T @ s, pull.T @ text, pull.T @ told
-        return torch.cat([part.flatten() for part in parts])
-
-    def back(self, pull: Tensor, z: Tensor) -> Tensor:
-        """The slope in z (B, F) that `pull`, a slope in the logits, makes."""
-        Q, u = self.numbers["Q"].detach(), self.numbers["u"].detach()
-        return torch.einsum("bk,kfg,bg->bf", pull, Q + Q.mT, z) + pull @ u
 
 
 # The order of updates ------------------------------------------------------------------------------
@@ -238,17 +163,25 @@ def turns(problem: Problem, path: Path, settings: Any, roles: Mapping[str, Any],
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A method as its paper has it. roles: a drawn network for each; orders, needs: of settings; known: of a turn."""
+    """A method as its paper has it. roles: a drawn network for each; orders, needs: of settings; known: of a turn.
+
+    defaults: the published values of its settings. renoised: its sampler noises x_0 anew at each step; else it is DDIM.
+    """
 
     method: type[Method]
     roles: Callable[[Problem, Any], dict[str, Any]]
     orders: Callable[[Any], list[Order]]
     needs: Callable[[Any], dict[str, Need]]
     known: Callable[[Turn], Known]
+    defaults: Mapping[str, Any]
+    renoised: bool = True
 
 
 def rows(algorithm: Algorithm, problem: Problem, paths: Sequence[Path]) -> Iterator[Check]:
-    """A row a path: the worst of all its turns, on all schedules that it is measured on."""
+    """A row of the defaults, and one a path: the worst of all its turns, on all schedules that it is measured on."""
+    found = vars(algorithm.method.Settings())
+    wrong = sum(found[name] != value for name, value in algorithm.defaults.items())
+    yield Check("settings whose defaults are not the published ones", wrong, 0)
     others = siblings(problem)
     for path in paths:
         where = [problem, *(others if path.elsewhere else ())]
@@ -276,7 +209,8 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     if made != orders or algorithm.method.needs(settings, False) != algorithm.needs(settings):
         return float("inf")
     losses = {update.trains: update.loss for update in updates}
-    return largest(*(of_turn(losses[turn.trains](turn.batch, turn.step), algorithm.known(turn), turn)
+    sample = off_sample(problem, method.sampler, roles["student"], path.steps, algorithm.renoised)
+    return largest(sample, *(of_turn(losses[turn.trains](turn.batch, turn.step), algorithm.known(turn), turn)
                      for turn in turns(problem, path, settings, roles, orders, index)))
 
 
@@ -294,17 +228,39 @@ def of_turn(losses: Mapping[str, Tensor], known: Known, turn: Turn) -> float:
     return largest(*figures)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x)."""
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
 # Laws and rollouts, by hand ------------------------------------------------------------------------
 
 def stock_time(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """The times (i + 1) / 1000 with i from 1000 low to 1000 high, 999 at most, evenly, by their place u in [0, 1)."""
     first, last = round(1000 * low), min(round(1000 * high), 999)
     return (first + (u * (last - first + 1)).floor() + 1) / 1000
+
+
+def renoised(problem: Problem, x0: Tensor, x: Tensor, t: Tensor, r: Tensor, noise: Tensor) -> Tensor:
+    """x_0 noised to r: with LCMScheduler's boundary, of 1e-6 at the times of few steps, on a VP schedule."""
+    told = 10 * (1000 * t[0] - 1)
+    if problem.name == "vp":
+        x0 = told / (told**2 + 0.25).sqrt() * x0 + 0.25 / (told**2 + 0.25) * x
+    return problem.schedule.alpha(r)[:, None] * x0 + problem.schedule.sigma(r)[:, None] * noise
+
+
+def stepped(problem: Problem, x0: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """DDIM from t > 0 to r, and (B,) how much of x_0 the landing holds."""
+    kept = problem.schedule.sigma(r) / problem.schedule.sigma(t)
+    share = problem.schedule.alpha(r) - kept * problem.schedule.alpha(t)
+    return share[:, None] * x0 + kept[:, None] * x_t, share
+
+
+def off_sample(problem: Problem, sampler: Sampler, student: Net, steps: int, fresh: bool) -> float:
+    """How far the method's sampler ends from even steps by hand, of x_0 that is noised anew or of DDIM; relative."""
+    start, cond = problem.normal(COUNT, problem.dim), problem.prompts(COUNT)
+    noises = problem.normal(steps, COUNT, problem.dim)
+    x = start
+    for i in range(steps):
+        t, r = (torch.full((COUNT,), 1 - n / steps, dtype=torch.float64) for n in (i, i + 1))
+        x0 = student.x0(x, t, cond.text)
+        x = renoised(problem, x0, x, t, r, noises[i]) if fresh else stepped(problem, x0, x, t, r)[0]
+    return difference(sampler(student, start, cond, lambda i: noises[i]).detach(), x)
 
 
 @dataclass(frozen=True)
@@ -319,15 +275,12 @@ class Sample:
 
 def rolled(turn: Turn, text: Tensor | None = None) -> Sample:
     """The student's own sample, by this turn's draws: x_0, noised anew to the next of even times, up to the exit."""
-    student, schedule, steps = turn.roles["student"], turn.problem.schedule, turn.path.steps
+    student, steps = turn.roles["student"], turn.path.steps
     text = turn.text if text is None else text
     x, t, exit = turn.noise("start"), torch.ones(len(text), dtype=torch.float64), int(turn.step.shared("exit") * steps)
     for i in range(exit):
-        x0, told = student.x0(x, t, text), 10 * (1000 * t[0] - 1)
-        if turn.problem.name == "vp":                            # LCMScheduler's boundary, of 1e-6 at these times
-            x0 = told / (told**2 + 0.25).sqrt() * x0 + 0.25 / (told**2 + 0.25) * x
-        t = t - 1 / steps
-        x = schedule.alpha(t)[:, None] * x0 + schedule.sigma(t)[:, None] * turn.noise(f"renoise {i}")
+        r = t - 1 / steps
+        x, t = renoised(turn.problem, student.x0(x, t, text), x, t, r, turn.noise(f"renoise {i}")), r
     return Sample(student.x0(x, t, text), x, t, torch.full_like(t, 1.0 + exit))
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.adversarial.add import ADD
 from ..methods.base import Codec, Features, Frozen, Heads, Trained
-from .paths import Algorithm, Known, Net, Order, Path, QuadraticHeads, Turn, rows, stock_time
+from .affine import Net, QuadraticHeads
+from .paths import Algorithm, Known, Order, Path, Turn, rows, stock_time
 from .problem import Check, Problem
 
 TOY = {"nodes": 1, "distillation_weight": 0.2, "noise": 1.0}
@@ -172,6 +173,8 @@ ALGORITHM = Algorithm(
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "decode": Codec(),
                             "features": Features(), "discriminator": Heads("features")},
     known=known,
+    defaults={"nodes": 4, "distillation_weight": 2.5, "distance": "pixels", "r1_weight": 1e-5, "noise": 0.0,
+              "critic_steps": 1},
 )
 
 

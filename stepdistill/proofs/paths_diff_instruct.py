@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.diff_instruct import DiffInstruct
-from .paths import Algorithm, Known, Net, Order, Path, Turn, denoised, rolled, rows
+from .affine import Net
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, rolled, rows
 from .problem import Check, Problem
 
 PATHS = (
@@ -45,6 +46,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("critic",)), Order(("student",))],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")},
     known=known,
+    defaults={"mean": -1.2, "std": 1.2, "sigma_data": 1.0},
 )
 
 

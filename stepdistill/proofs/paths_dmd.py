@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.dmd import DMD
-from .paths import Algorithm, Known, Net, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .affine import Net
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
 from .problem import Check, Problem
 
 PATHS = (
@@ -40,6 +41,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("student",)), Order(("critic",), shares=1)],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")},
     known=known,
+    defaults={"t_range": (0.02, 0.98)},
 )
 
 

@@ -12,21 +12,8 @@ from ..diffusion.contracts import Condition
 from ..diffusion.prediction import Prediction
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.distribution.dmd2 import DMD2
-from .paths import (
-    Algorithm,
-    Known,
-    Net,
-    Order,
-    Path,
-    QuadraticHeads,
-    Turn,
-    denoised,
-    output_scale,
-    rolled,
-    rows,
-    softplus,
-    stock_time,
-)
+from .affine import Net, QuadraticHeads, softplus
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
@@ -39,7 +26,7 @@ PATHS = (
     Path("shapes/dmd2-1step", SHARED, elsewhere=True),
     Path("toy/dmd2, four exits told, not guided", TOY | TOLD | {"t_range": (0.02, 0.9)}, steps=4, guidance=1.0,
          moments=MANY, elsewhere=True),
-    Path("toy/dmd2-1step, not guided", TOY | {"t_range": (0.02, 0.7)}, guidance=1.0),
+    Path("toy/dmd2-1step, not guided", TOY | {"t_range": (0.02, 0.7)}, guidance=1.0, elsewhere=True),
     Path("a range of guidance", {"critic_steps": 1}, guidance=(1.5, 4.0)),
     Path("critic_steps 3, fresh samples after the first", {"critic_steps": 3}, steps=2, moments=MANY),
     Path("share_rollout with the exit told", TOLD | {"critic_steps": 3, "share_rollout": True}, steps=2, moments=MANY),
@@ -134,7 +121,11 @@ def needs(settings: Any) -> dict[str, Any]:
     return found | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
 
 
-ALGORITHM = Algorithm(DMD2, roles, orders, needs, known)
+ALGORITHM = Algorithm(
+    DMD2, roles, orders, needs, known,
+    defaults={"critic_steps": 5, "share_rollout": False, "tell_exit": False, "t_range": (0.02, 0.98),
+              "gan_weight": 5e-3, "critic_gan_weight": 1e-2},
+)
 
 
 def paths(problem: Problem) -> Iterator[Check]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.adversarial.ladd import LADD
 from ..methods.base import Frozen, Heads, Trained
-from .paths import Algorithm, Known, Net, Order, Path, QuadraticHeads, Turn, rows
+from .affine import Net, QuadraticHeads
+from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
 
 ENDS = (0, 60, 499, 500)                # moments: of the warm-up's end at its default, and at that of shapes/ladd
@@ -102,6 +103,8 @@ ALGORITHM = Algorithm(
                              Order(("discriminator",), settings.critic_steps, shares=settings.critic_steps)],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "discriminator": Heads("teacher")},
     known=known,
+    defaults={"shares": (0.7, 0.1, 0.1, 0.1), "first_shares": (0.0, 0.0, 0.5, 0.5), "warm": 500, "mean": 1.0,
+              "std": 1.0},
 )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.adversarial.lightning import Lightning
 from ..methods.base import Frozen, Heads, Trained
-from .paths import Algorithm, Known, Net, Order, Path, QuadraticHeads, Turn, rows, softplus
+from .affine import Net, QuadraticHeads, softplus
+from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
 from .problem import Check, Problem
 
 SHOWN = (0.01, 0.25, 0.5, 0.75)         # judged_at, as published
@@ -75,14 +76,6 @@ def start(turn: Turn) -> Start:
     return Start(torch.where(t[:, None] == 1, noise, x_t), t, (t - 1 / turn.path.steps).clamp(min=0))
 
 
-def stepped(turn: Turn, x0: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """DDIM from t > 0 to r, and (B,) how much of x_0 the landing holds."""
-    schedule = turn.problem.schedule
-    kept = schedule.sigma(r) / schedule.sigma(t)
-    share = schedule.alpha(r) - kept * schedule.alpha(t)
-    return share[:, None] * x0 + kept[:, None] * x_t, share
-
-
 def taught(turn: Turn, begun: Start) -> Tensor:
     """Sample by sample: the guided teacher's steps of 1 / nodes from t down to r, not one more."""
     text, count, ends = turn.guided(turn.scale), turn.settings.nodes, []
@@ -90,13 +83,13 @@ def taught(turn: Turn, begun: Start) -> Tensor:
         x, place = begun.x_t[i:i + 1], round(begun.t[i].item() * count)
         for node in range(place, round(begun.r[i].item() * count), -1):
             t, r = (torch.tensor([n / count], dtype=torch.float64) for n in (node, node - 1))
-            x, _ = stepped(turn, turn.roles["teacher"].x0(x, t, text[i:i + 1]), x, t, r)
+            x, _ = stepped(turn.problem, turn.roles["teacher"].x0(x, t, text[i:i + 1]), x, t, r)
         ends.append(x)
     return torch.cat(ends)
 
 
 def landed(turn: Turn, begun: Start) -> tuple[Tensor, Tensor]:
-    return stepped(turn, turn.roles["student"].x0(begun.x_t, begun.t, turn.text), begun.x_t, begun.t, begun.r)
+    return stepped(turn.problem, turn.roles["student"].x0(begun.x_t, begun.t, turn.text), begun.x_t, begun.t, begun.r)
 
 
 @torch.no_grad()
@@ -155,7 +148,11 @@ def needs(settings: Any) -> dict[str, Any]:
     return found | {"critic": Trained("teacher"), "discriminator": Heads("critic", pair=settings.objective == "pair")}
 
 
-ALGORITHM = Algorithm(Lightning, roles, orders, needs, known)
+ALGORITHM = Algorithm(
+    Lightning, roles, orders, needs, known,
+    defaults={"objective": "pair", "starts": None, "judged_at": ()},
+    renoised=False,
+)
 
 
 def paths(problem: Problem) -> Iterator[Check]:

@@ -7,7 +7,8 @@ import torch
 
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.sid import SiD
-from .paths import Algorithm, Known, Net, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .affine import Net
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
@@ -18,7 +19,7 @@ PATHS = (
     Path("shapes/sid, a critic that is not guided", {"critic_trained_at": 1.0}, elsewhere=True),
     Path("toy/sid, four exits told, not guided", TOY | {"tell_exit": True}, steps=4, guidance=1.0, moments=MANY,
          elsewhere=True),
-    Path("toy/sid-1step, not guided", TOY, guidance=1.0),
+    Path("toy/sid-1step, not guided", TOY, guidance=1.0, elsewhere=True),
     Path("a range of guidance, its middle for the critic", guidance=(1.5, 4.0), moments=(0, 1)),
     Path("alpha 1.2", {"alpha": 1.2}),
     Path("alpha 0", {"alpha": 0.0}),
@@ -73,6 +74,8 @@ ALGORITHM = Algorithm(
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"),
                             "critic": Trained("teacher", told_w=settings.tell_exit)},
     known=known,
+    defaults={"alpha": 1.0, "critic_trained_at": None, "critic_asked_at": None, "critic_steps": 1, "drop": 0.1,
+              "t_range": (0.02, 0.98)},
 )
 
 

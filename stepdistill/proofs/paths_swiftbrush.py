@@ -7,7 +7,8 @@ import torch
 
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.swiftbrush import SwiftBrush
-from .paths import Algorithm, Known, Net, Order, Path, Turn, denoised, rolled, rows, stock_time
+from .affine import Net
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, rolled, rows, stock_time
 from .problem import Check, Problem
 
 PATHS = (
@@ -42,6 +43,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("student",)), Order(("critic",), shares=1)],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")},
     known=known,
+    defaults={"t_range": (0.02, 0.98), "drop": 0.1},
 )
 
 
