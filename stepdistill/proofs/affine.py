@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..diffusion.contracts import Condition
 from ..diffusion.prediction import Prediction, truth
-from ..diffusion.schedule import Schedule
+from ..diffusion.schedule import Schedule, like
 from .problem import Problem
 
 
@@ -31,8 +31,8 @@ class Net:
         return cls(problem.schedule, kind or problem.kind, numbers)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        x0 = self._affine(x_t, t, cond.text, cond.w)
-        eps = (x_t - self.schedule.alpha(t)[:, None] * x0) / self.schedule.sigma(t)[:, None]
+        x0 = self._affine(x_t.flatten(1), t, cond.text, cond.w).reshape(x_t.shape)
+        eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t), x_t)
         return Prediction(truth(x0, eps, t, self.schedule, self.kind), x_t, t, self.schedule, self.kind)
 
     def _affine(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..diffusion.contracts import Batch, Pairs
 from ..diffusion.draws import Step
+from ..diffusion.guidance import self_guided
 from ..diffusion.sampler import Sampler
 from ..methods.base import Guidance, Method, Need
 from .affine import Net
@@ -57,7 +58,8 @@ def siblings(problem: Problem) -> list[Under]:
 class Path:
     """What a recipe chooses. guidance: None is the problem's own scale, above 1. moments: indices of the steps played.
 
-    elsewhere: the row is also measured on the schedules of `siblings`.
+    elsewhere: the row is also measured on the schedules of `siblings`. within: the teacher is the student of a stage
+    before, which has its guidance within.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Path:
     guidance: Guidance | None = None
     moments: tuple[int, ...] = (0,)
     elsewhere: bool = False
+    within: bool = False
 
 
 class Exact(Step):
@@ -81,7 +84,8 @@ class Exact(Step):
 class Turn:
     """One optimizer step: whom it trains, on which batch, at which moment. before: the turn whose batch it shares.
 
-    text, null (B, D): the batch's prompts and their null.
+    The method is given samples of shape (1, D, 1). All tensors here are flat, (B, D): text, null and x0 of the batch,
+    its noises, the noise and the end of its pairs.
     """
 
     problem: Problem
@@ -102,9 +106,18 @@ class Turn:
         return self.batch.cond.null.text
 
     @property
+    def x0(self) -> Tensor:
+        return self.batch.x0.flatten(1)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.batch.pairs.noise.flatten(1), self.batch.pairs.nodes[:, -1].flatten(1)
+
+    @property
     def scale(self) -> float | Tensor:
         """Of this moment: the path's, uniform on a range."""
         w = self.problem.w if self.path.guidance is None else self.path.guidance
+        w = 1.0 if self.path.within else w
         return w if isinstance(w, float) else w[0] + (w[1] - w[0]) * self.step.uniform("guidance")
 
     def noise(self, name: str) -> Tensor:
@@ -121,19 +134,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a turn: values of losses by name, and flat gradients of their sum by role. All roles that are
-    not named take none; of those in `unasked`, which the loop freezes at this moment, nothing is said."""
+    """What is known of a turn: all losses by name, with their values where these say something, and flat gradients of
+    their sum by role. All roles that are not named take none; of those in `unasked`, which the loop freezes at this
+    moment, nothing is said."""
 
-    values: Mapping[str, Tensor]
+    values: Mapping[str, Tensor | None]
     slopes: Mapping[str, Tensor]
     unasked: Sequence[str] = ()
 
 
 def batch_of(problem: Problem, offset: int) -> Batch:
     """Prompts, data, and pairs whose nodes are anything, all of one sample each."""
-    x0, noise = problem.normal(COUNT, problem.dim), problem.normal(COUNT, problem.dim)
-    times = torch.tensor([[0.5, 0.0]], dtype=torch.float64).expand(COUNT, -1)
-    pairs = Pairs(noise, problem.normal(COUNT, 2, problem.dim), times)
+    shape = (1, problem.dim, 1)
+    x0, noise, nodes = problem.normal(COUNT, *shape), problem.normal(COUNT, *shape), problem.normal(COUNT, 2, *shape)
+    pairs = Pairs(noise, nodes, torch.tensor([[0.5, 0.0]], dtype=torch.float64).expand(COUNT, -1))
     return Batch(torch.arange(offset, offset + COUNT), problem.prompts(COUNT), x0, pairs=pairs)
 
 
@@ -202,11 +216,13 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     """The largest difference of a step of training from what is known of it; infinite where updates or roles differ."""
     settings = algorithm.method.Settings(**path.settings)
     orders, roles = algorithm.orders(settings), algorithm.roles(problem, settings)
-    method = algorithm.method(settings, roles, problem.w if path.guidance is None else path.guidance,
+    given = roles | ({"teacher": self_guided(roles["teacher"], False)} if path.within else {})
+    method = algorithm.method(settings, given, problem.w if path.guidance is None else path.guidance,
                               problem.sampler(algorithm.method.inference(settings, path.steps, problem.name)))
     updates = method.updates()
     made = [Order(update.trains, update.repeat, update.shares) for update in updates if update.every == 1]
-    if made != orders or algorithm.method.needs(settings, False) != algorithm.needs(settings):
+    needs = [algorithm.method.needs(settings, full) for full in (False, True)]
+    if made != orders or needs != [algorithm.needs(settings)] * 2:
         return float("inf")
     losses = {update.trains: update.loss for update in updates}
     sample = off_sample(problem, method.sampler, roles["student"], path.steps, algorithm.renoised)
@@ -215,8 +231,14 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
 
 
 def of_turn(losses: Mapping[str, Tensor], known: Known, turn: Turn) -> float:
-    """The largest difference of values, relative, and of gradients, relative to a role's largest."""
-    figures = [((losses[name] - value).abs() / (value.abs() + 1e-3)).item() for name, value in known.values.items()]
+    """The largest difference of values, relative, and of gradients, relative to a role's largest.
+
+    Infinite where the losses are others.
+    """
+    if known.values.keys() != losses.keys():
+        return float("inf")
+    values = [(losses[name], value) for name, value in known.values.items() if value is not None]
+    figures = [((found - value).abs() / (value.abs() + 1e-3)).item() for found, value in values]
     for name, role in turn.roles.items():
         if name in known.unasked or not hasattr(role, "numbers"):
             continue
@@ -260,7 +282,9 @@ def off_sample(problem: Problem, sampler: Sampler, student: Net, steps: int, fre
         t, r = (torch.full((COUNT,), 1 - n / steps, dtype=torch.float64) for n in (i, i + 1))
         x0 = student.x0(x, t, cond.text)
         x = renoised(problem, x0, x, t, r, noises[i]) if fresh else stepped(problem, x0, x, t, r)[0]
-    return difference(sampler(student, start, cond, lambda i: noises[i]).detach(), x)
+    shape = (COUNT, 1, problem.dim, 1)
+    found = sampler(student, start.reshape(shape), cond, lambda i: noises[i].reshape(shape)).detach()
+    return difference(found.flatten(1), x)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ PATHS = (
 
 @dataclass
 class Curved:
-    """f(x) = A x + (B x)^2, one sample a row."""
+    """f(x) = A x + (B x)^2 of a sample's numbers. Of samples (B, 1, D, 1) it makes such, of rows (B, D) rows."""
 
     A: Tensor
     B: Tensor
@@ -47,7 +47,9 @@ class Curved:
         return cls(0.7 * problem.normal(made, given), 0.4 * problem.normal(made, given))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.A.T + (x @ self.B.T) ** 2
+        flat = x.flatten(1)
+        found = flat @ self.A.T + (flat @ self.B.T) ** 2
+        return found if x.ndim == 2 else found[:, None, :, None]
 
     def back(self, pull: Tensor, x: Tensor) -> Tensor:
         """The slope in x that `pull`, a slope in f, makes."""
@@ -67,7 +69,7 @@ class MapHeads:
 
     def __call__(self, maps: list[Tensor], cond: Condition) -> Tensor:
         none = torch.zeros(len(cond.text), 1, dtype=torch.float64)
-        return torch.cat([head(m, none, cond) for head, m in zip(self.heads, maps)], 1)
+        return torch.cat([head(m.flatten(1), none, cond) for head, m in zip(self.heads, maps)], 1)
 
     def slopes(self, pull: Tensor, maps: list[Tensor], text: Tensor) -> Tensor:
         none = torch.zeros(len(text), 1, dtype=torch.float64)
@@ -111,7 +113,7 @@ def sample(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
     """The student's x_0, what it is given, and the time."""
     schedule, noise, count = turn.problem.schedule, turn.noise("start"), turn.settings.nodes
     s = ((turn.step.uniform("s") * count).floor() + 1) / count
-    x_s = schedule.alpha(s)[:, None] * turn.batch.x0 + schedule.sigma(s)[:, None] * noise
+    x_s = schedule.alpha(s)[:, None] * turn.x0 + schedule.sigma(s)[:, None] * noise
     x_s = torch.where(s[:, None] == 1, noise, x_s)                # pure, whatever alpha is there
     return turn.roles["student"].x0(x_s, s, turn.text), x_s, s
 
@@ -150,7 +152,7 @@ def of_student(turn: Turn) -> Known:
 def of_heads(turn: Turn) -> Known:
     s, (decode, features, heads) = turn.settings, players(turn)
     values, slope = {"discriminator": torch.zeros(())}, 0
-    for latents, name, sign in ((turn.batch.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
+    for latents, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         maps = features(shown(turn, decode(latents), name))
         short = 1 - sign * heads(maps, turn.batch.cond)           # of the margin
         values["discriminator"] = values["discriminator"] + torch.where(short > 0, short, 0).sum(1).mean()

@@ -37,7 +37,7 @@ def known(turn: Turn) -> Known:
     x_t = turn.noised(sample.x, t)
     real = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale))
     pull = (turn.roles["critic"].x0(x_t, t, turn.text) - real) / real.numel()
-    return Known({}, {"student": turn.roles["student"].slopes(pull, sample.given, sample.t, turn.text)})
+    return Known({"matching": None}, {"student": turn.roles["student"].slopes(pull, sample.given, sample.t, turn.text)})
 
 
 ALGORITHM = Algorithm(

@@ -28,10 +28,10 @@ def known(turn: Turn) -> Known:
     x_t = turn.noised(sample.x, t)
     real, fake = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale)), turn.roles["critic"].x0(x_t, t, turn.text)
     pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
-    noise, weight = turn.batch.pairs.noise, turn.settings.regression_weight
-    off = student.x0(noise, sample.t, turn.text) - turn.batch.pairs.nodes[:, -1]
+    (noise, end), weight = turn.pair, turn.settings.regression_weight
+    off = student.x0(noise, sample.t, turn.text) - end
     slope = student.slopes(pull, sample.given, sample.t, turn.text)
-    return Known({"regression": weight * off.square().mean()},
+    return Known({"matching": None, "regression": weight * off.square().mean()},
                  {"student": slope + student.slopes(2 * weight * off / off.numel(), noise, sample.t, turn.text)})
 
 

@@ -31,6 +31,7 @@ PATHS = (
     Path("critic_steps 3, fresh samples after the first", {"critic_steps": 3}, steps=2, moments=MANY),
     Path("share_rollout with the exit told", TOLD | {"critic_steps": 3, "share_rollout": True}, steps=2, moments=MANY),
     Path("the exit told, fresh samples, with the discriminator", TOLD | {"critic_steps": 3}, steps=4, moments=MANY),
+    Path("a teacher with its guidance within", {"critic_steps": 1}, within=True),
     Path("no discriminator", {"gan_weight": 0.0}, elsewhere=True),
     Path("gan_weight 0.7", {"gan_weight": 0.7, "critic_steps": 1}),
     Path("critic_gan_weight 0.9", {"critic_gan_weight": 0.9, "critic_steps": 1}),
@@ -55,7 +56,7 @@ class OnCritic:
 
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor]:
         prediction = self.critic(x_t, t, cond)
-        return prediction, self.heads(prediction.x0, t[:, None], cond)
+        return prediction, self.heads(prediction.x0.flatten(1), t[:, None], cond)
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
@@ -76,12 +77,12 @@ def of_student(turn: Turn) -> Known:
     fake = critic.x0(x_t, t, turn.text, told)
     pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
     if not s.gan_weight:
-        return Known({}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)})
+        return Known({"matching": None}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)})
     heads, logits = turn.roles["discriminator"].heads, logits_at(turn, x_t, t, told)
     fooled = -s.gan_weight * torch.sigmoid(-logits) / logits.numel()
     pull = pull + turn.problem.schedule.alpha(t)[:, None] * critic.back(heads.back(fooled, fake), t)
     value = s.gan_weight * softplus(-logits).mean()
-    return Known({"gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
+    return Known({"matching": None, "gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
                  unasked=("critic", "discriminator"))
 
 
@@ -99,7 +100,7 @@ def of_critic(turn: Turn) -> Known:
         return Known({"denoising": value}, {"critic": slope})
     heads, t_real = turn.roles["discriminator"].heads, stock_time(turn.step.uniform("real t"))
     game, slope_of_heads = torch.zeros(()), 0
-    fake, real = turn.noised(sample.x, t), turn.noised(turn.batch.x0, t_real, "real noise")
+    fake, real = turn.noised(sample.x, t), turn.noised(turn.x0, t_real, "real noise")
     for x_t, at, sign in ((fake, t, 1), (real, t_real, -1)):
         logits, features = logits_at(turn, x_t, at, told), critic.x0(x_t, at, turn.text, told)
         game = game + s.critic_gan_weight * softplus(sign * logits).mean()

@@ -39,7 +39,7 @@ class Judge:
     numbers: dict[str, Tensor]
 
     def __call__(self, x_s: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        return QuadraticHeads(self.numbers)(x_s, s[:, None], cond)
+        return QuadraticHeads(self.numbers)(x_s.flatten(1), s[:, None], cond)
 
 
 def drawn_from(u: Tensor, shares: Sequence[float]) -> Tensor:
@@ -61,7 +61,7 @@ def sample(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
     """The student's x_0, what it is given, and the time."""
     s, schedule, noise = turn.settings, turn.problem.schedule, turn.noise("start")
     t = drawn_from(turn.step.uniform("t"), s.first_shares if turn.step.index < s.warm else s.shares)
-    x_t = schedule.alpha(t)[:, None] * turn.batch.x0 + schedule.sigma(t)[:, None] * noise
+    x_t = schedule.alpha(t)[:, None] * turn.x0 + schedule.sigma(t)[:, None] * noise
     x_t = torch.where(t[:, None] == 1, noise, x_t)                # pure, whatever alpha is there
     return turn.roles["student"].x0(x_t, t, turn.text), x_t, t
 
@@ -83,7 +83,7 @@ def known(turn: Turn) -> Known:
         return Known({"gan": -logits.mean()}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
                      unasked=("discriminator",))
     value, slope = torch.zeros(()), 0
-    for x, name, sign in ((turn.batch.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
+    for x, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         x_s, s, logits = seen(turn, x, name)
         short = 1 - sign * logits                                 # of the margin
         value = value + torch.where(short > 0, short, 0).mean()

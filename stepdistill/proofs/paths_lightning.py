@@ -27,6 +27,8 @@ PATHS = (
     Path("mse of an unguided teacher", {"objective": "mse", "nodes": 8}, steps=4, guidance=1.0),
     Path("a range of guidance, mse", {"objective": "mse", "nodes": 8}, steps=2, guidance=(1.5, 4.0)),
     Path("a range of guidance, pair", {"nodes": 8}, steps=2, guidance=(1.5, 4.0)),
+    Path("a teacher with its guidance within, pair", {"nodes": 8}, steps=2, within=True),
+    Path("a teacher with its guidance within, mse", {"objective": "mse", "nodes": 8}, steps=2, within=True),
     Path("nodes 4, as many as steps", {"nodes": 4}, steps=4),
     Path("starts of twice the steps, mse", {"objective": "mse", "nodes": 8, "starts": 4}, steps=2, elsewhere=True),
     Path("starts of twice the steps, pair", {"nodes": 8, "starts": 4}, steps=2),
@@ -44,10 +46,10 @@ class Judge:
     numbers: dict[str, Tensor]
 
     def __call__(self, x_r: Tensor, r: Tensor, cond: Condition) -> Tensor:
-        return QuadraticHeads(self.numbers)(x_r, r[:, None], cond)
+        return QuadraticHeads(self.numbers)(x_r.flatten(1), r[:, None], cond)
 
     def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return QuadraticHeads(self.numbers)(torch.cat([x_r, x_t], 1), torch.stack([r, t], 1), cond)
+        return QuadraticHeads(self.numbers)(torch.cat([x_r, x_t], 1).flatten(1), torch.stack([r, t], 1), cond)
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def start(turn: Turn) -> Start:
     s, schedule, noise = turn.settings, turn.problem.schedule, turn.noise("noise")
     count = s.starts or turn.path.steps
     t = ((turn.step.uniform("start") * count).floor() + 1) / count
-    x_t = schedule.alpha(t)[:, None] * turn.batch.x0 + schedule.sigma(t)[:, None] * noise
+    x_t = schedule.alpha(t)[:, None] * turn.x0 + schedule.sigma(t)[:, None] * noise
     return Start(torch.where(t[:, None] == 1, noise, x_t), t, (t - 1 / turn.path.steps).clamp(min=0))
 
 

@@ -34,7 +34,7 @@ def known(turn: Turn) -> Known:
     x_t, text = turn.noised(sample.x, t), turn.guided(turn.scale)
     apart = turn.roles["critic"].x0(x_t, t, text) - turn.roles["teacher"].x0(x_t, t, text)
     pull = (schedule.alpha(t) * schedule.sigma(t))[:, None] * apart / apart.numel()
-    return Known({}, {"student": turn.roles["student"].slopes(pull, sample.given, sample.t, turn.text)})
+    return Known({"matching": None}, {"student": turn.roles["student"].slopes(pull, sample.given, sample.t, turn.text)})
 
 
 ALGORITHM = Algorithm(

@@ -88,5 +88,14 @@ def checks(method: str, seed: int = 5) -> Iterator[Check]:
         yield from forms(Problem(seed, noise))
 
 
-def first_red(method: str) -> Check | None:
-    return next((check for check in checks(method) if not check.passed), None)
+def first_red(method: str) -> str | None:
+    """The first row that fails; or why rows cannot be measured, which is a row that fails, too."""
+    try:
+        return next((check.name for check in checks(method) if not check.passed), None)
+    except (RuntimeError, ValueError) as error:          # such as a graph that is gone, or heads of other features
+        return f"{type(error).__name__}: {error}"
+
+
+def whole(method: str, seed: int) -> list[str]:
+    """Rows that are red, where nothing is planted."""
+    return [f"{check.name}: {check.figure:.3g}" for check in checks(method, seed) if not check.passed]
