@@ -31,11 +31,12 @@ class Fault:
 def plant(monkeypatch, fault: Fault) -> None:
     """Puts the changed code into the functions that are there, so that it is found wherever they were imported to.
 
-    AssertionError where the text is no longer there, or where no function changes: the fault is then to be written anew.
+    AssertionError where the text is no longer there, or where no function changes: write the fault anew.
     """
     module = importlib.import_module(f"stepdistill.{fault.module}")
     text = inspect.getsource(module)
-    assert text.count(fault.old) == fault.count, f"{fault.name}: {fault.module} has {text.count(fault.old)} of {fault.old!r}"
+    found = text.count(fault.old)
+    assert found == fault.count, f"{fault.name}: {fault.module} has {found} of {fault.old!r}, {fault.count} expected"
     changed = ModuleType(module.__name__)
     changed.__dict__.update(__package__=module.__package__, __file__=module.__file__)
     exec(compile(text.replace(fault.old, fault.new), module.__file__, "exec"), changed.__dict__)
@@ -71,10 +72,10 @@ def plain(value: Any) -> FunctionType | None:
 
 def same(one: CodeType, other: CodeType) -> bool:
     """But for the lines that they stand on."""
-    consts = list(zip(one.co_consts, other.co_consts))
-    return (one.co_code, one.co_names, one.co_varnames, len(one.co_consts)) == (
-        other.co_code, other.co_names, other.co_varnames, len(other.co_consts)) and all(
-        same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else (a, type(a)) == (b, type(b)) for a, b in consts)
+    alike = (one.co_code, one.co_names, one.co_varnames) == (other.co_code, other.co_names, other.co_varnames)
+    return alike and len(one.co_consts) == len(other.co_consts) and all(
+        same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else (a, type(a)) == (b, type(b))
+        for a, b in zip(one.co_consts, other.co_consts))
 
 
 def checks(method: str, seed: int = 5) -> Iterator[Check]:

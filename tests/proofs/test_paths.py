@@ -35,7 +35,8 @@ def unproved(settings: type, paths: tuple[Path, ...]) -> list[str]:
 @pytest.mark.parametrize("method", PROVED)
 def test_every_setting_has_a_row(method):
     found = by_hand(method)
-    missing = [name for name in unproved(found.ALGORITHM.method.Settings, found.PATHS) if name not in UNIT_PROOFS.get(method, ())]
+    missing = [name for name in unproved(found.ALGORITHM.method.Settings, found.PATHS)
+               if name not in UNIT_PROOFS.get(method, ())]
     assert not missing, f"no path of proofs/paths_{method}.py changes {', '.join(missing)}: add one"
 
 
@@ -54,7 +55,8 @@ def test_the_defaults_have_a_row_on_every_schedule(method):
 def test_guidance_of_every_form_has_a_row(method):
     if method == "ladd":                                 # the data carry its guidance
         return
-    forms = {"none" if w == 1 else "range" if isinstance(w, tuple) else "scale" for w in (p.guidance for p in by_hand(method).PATHS)}
+    scales = [path.guidance for path in by_hand(method).PATHS]
+    forms = {"none" if w == 1 else "range" if isinstance(w, tuple) else "scale" for w in scales}
     assert forms == {"none", "range", "scale"}
 
 
@@ -69,7 +71,8 @@ def test_every_shipped_recipe_has_a_row():
     missing = []
     for name, method, settings, steps, guidance in shipped():
         found = by_hand(method)
-        paths = [path for path in found.PATHS if found.ALGORITHM.method.Settings(**path.settings) == settings and path.steps == steps]
+        kind = found.ALGORITHM.method.Settings
+        paths = [path for path in found.PATHS if kind(**path.settings) == settings and path.steps == steps]
         if method != "ladd":
             paths = [path for path in paths if (path.guidance == 1.0) == (guidance == 1.0)]
         if not any(path.elsewhere for path in paths):
@@ -101,5 +104,5 @@ def test_a_setting_that_is_passed_over_turns_a_row_red(method):
 def passed_over(algorithm, path: Path) -> float:
     try:
         return largest(*(apart(algorithm, Problem(5, "vp"), path, index) for index in path.moments))
-    except (ValueError, KeyError, RuntimeError):         # a default that cannot be beside this path's other settings: no proof
+    except (ValueError, KeyError, RuntimeError):         # a default that cannot stand beside the other settings: no proof
         return 0.0
