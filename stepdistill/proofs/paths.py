@@ -24,6 +24,7 @@ from .affine import Net
 from .problem import Check, Law, Problem, difference, largest
 
 COUNT, TOLERANCE = 24, 1e-7
+FIXED = ("decode", "features")                  # roles without numbers
 VP = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
 NOISES: dict[str, Callable[[], Any]] = {
     "zero terminal SNR": lambda: DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -240,7 +241,7 @@ def of_turn(losses: Mapping[str, Tensor], known: Known, turn: Turn) -> float:
     values = [(losses[name], value) for name, value in known.values.items() if value is not None]
     figures = [((found - value).abs() / (value.abs() + 1e-3)).item() for found, value in values]
     for name, role in turn.roles.items():
-        if name in known.unasked or not hasattr(role, "numbers"):
+        if name in (*known.unasked, *FIXED):
             continue
         numbers = list(role.numbers.values())
         found = torch.autograd.grad(sum(losses.values()), numbers, allow_unused=True, retain_graph=True)

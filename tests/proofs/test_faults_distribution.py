@@ -126,7 +126,9 @@ FAULTS = (
     of(SID, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
     of(SID, "the critic's sample keeps its gradient", "with torch.no_grad():", "with torch.enable_grad():"),
     of(SID, "student first",
-       'Update(("critic",), self.critic_loss, ' 'repeat=self.settings.critic_steps), Update(("student",), self.student_loss)',
+       'Update(("critic",), self.critic_loss, '
+       'repeat=self.settings.critic_steps), '
+       'Update(("student",), self.student_loss)',
        'Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, '
        'repeat=self.settings.critic_steps)'),
     # SwiftBrush

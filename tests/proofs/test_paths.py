@@ -104,5 +104,5 @@ def test_a_setting_that_is_passed_over_turns_a_row_red(method):
 def passed_over(algorithm, path: Path) -> float:
     try:
         return largest(*(apart(algorithm, Problem(5, "vp"), path, index) for index in path.moments))
-    except (ValueError, KeyError, RuntimeError):         # a default that cannot stand beside the other settings: no proof
+    except (ValueError, KeyError, RuntimeError):         # a default that cannot stand beside the others: no proof
         return 0.0
