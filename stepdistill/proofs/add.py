@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..diffusion.guidance import drawn
 from ..methods.adversarial.add import ADD, Settings
+from .paths import elsewhere
+from .paths_add import paths
 from .problem import Believer, Check, Problem, difference, gradient, largest, off_law, off_zero, stock_times, strayed
 
 COUNT, FEW, MANY, STEPS = 256, 5_000, 20_000, 4
@@ -33,6 +35,12 @@ class Pictures:
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     pictures = Pictures(problem)
     yield from game(problem, pictures)
     yield from score(problem, pictures)

@@ -8,6 +8,8 @@ import torch
 from ..diffusion.contracts import Role
 from ..diffusion.guidance import drawn
 from ..methods.distribution.diff_instruct import DiffInstruct, Settings
+from .paths import elsewhere
+from .paths_diff_instruct import paths
 from .players import Pupil, error, heard
 from .problem import Affine, Check, Problem, difference, gradient, normal_values
 
@@ -21,6 +23,12 @@ def made(problem: Problem, student: Affine, w: float, critic: Role | None = None
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     student = problem.affine()
     method, batch, step = made(problem, student, problem.w), problem.batch(COUNT, data=False), problem.step(COUNT)
     found = gradient(method.student_loss(batch, step)["matching"], student)

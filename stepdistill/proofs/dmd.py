@@ -9,6 +9,8 @@ import torch
 
 from ..diffusion.contracts import Batch, Pairs, Role
 from ..methods.distribution.dmd import DMD, Settings
+from .paths import elsewhere
+from .paths_dmd import paths
 from .players import Pupil, error, heard, simulated
 from .problem import Affine, Check, Problem, difference, gradient, stock_times
 
@@ -28,6 +30,12 @@ def paired(problem: Problem, count: int) -> Batch:
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     student, batch, step = problem.affine(), paired(problem, COUNT), problem.step(COUNT)
     method = made(problem, student, problem.law(student.law[1]))
     losses = method.student_loss(batch, step)

@@ -13,6 +13,8 @@ from ..diffusion.draws import Step
 from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..methods.distribution.dmd2 import DMD2, Settings
+from .paths import elsewhere
+from .paths_dmd2 import paths
 from .players import Pupil, error, exits, heard, simulated
 from .problem import Affine, Check, Problem, difference, gradient, largest, off_zero, stock_times
 
@@ -49,6 +51,12 @@ def noised(problem: Problem, method: DMD2, x: Tensor, step: Step) -> tuple[Tenso
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     student, batch, w = problem.affine(), problem.batch(COUNT), problem.w
     worst, known = 0.0, torch.empty(0)
     for step in exits(problem, COUNT, STEPS):

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..diffusion.schedule import like
 from ..methods.adversarial.ladd import LADD, Settings
+from .paths import elsewhere
+from .paths_ladd import paths
 from .problem import Believer, Check, Problem, difference, gradient, largest, moments, normal_values, off_law, off_zero
 
 COUNT, FEW, MANY, STEPS = 256, 5_000, 40_000, 4
@@ -31,6 +33,12 @@ def exact(problem: Problem) -> Believer:
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     yield from game(problem)
     yield from law(problem)
     yield from times(problem)

@@ -15,6 +15,8 @@ from ..diffusion.flow_map import secant_target
 from ..diffusion.schedule import like
 from ..diffusion.solvers import ddim
 from ..methods.adversarial.lightning import Lightning, Settings
+from .paths import elsewhere
+from .paths_lightning import paths
 from .problem import Believer, Check, Problem, difference, gradient, largest, off_zero
 
 COUNT, MANY, STEPS, NODES = 256, 20_000, 2, 8
@@ -56,6 +58,12 @@ def node_of(step) -> Tensor:
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     yield from landings(problem)
     yield from game(problem, "pair")
     yield from game(problem, "single")

@@ -13,6 +13,8 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import Schedule
 from ..losses.matching import score_identity
 from ..methods.distribution.sid import Settings, SiD
+from .paths import elsewhere
+from .paths_sid import paths
 from .players import Pupil, error, exits, heard, simulated
 from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, stock_times
 
@@ -41,6 +43,12 @@ def made(problem: Problem, student: Role, critic: Role, steps: int = 1, **settin
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     yield pathwise(problem)
     yield from divergences(problem)
     yield from guidances(problem)

@@ -8,6 +8,8 @@ import torch
 from ..diffusion.contracts import Role
 from ..diffusion.schedule import like
 from ..methods.distribution.swiftbrush import Settings, SwiftBrush
+from .paths import elsewhere
+from .paths_swiftbrush import paths
 from .players import Pupil, error, heard, simulated
 from .problem import Affine, Believer, Check, Problem, difference, gradient, off_zero, stock_times
 
@@ -20,6 +22,12 @@ def made(problem: Problem, student: Role, critic: Role, w: float) -> SwiftBrush:
 
 
 def identities(problem: Problem) -> Iterator[Check]:
+    yield from closed_forms(problem)
+    yield from elsewhere(problem, closed_forms)
+    yield from paths(problem)
+
+
+def closed_forms(problem: Problem) -> Iterator[Check]:
     student, critic = problem.affine(), problem.law(problem.drawn_covariance())
     method, batch, step = made(problem, student, critic, problem.w), problem.batch(COUNT, data=False), problem.step(COUNT)
     found = gradient(method.student_loss(batch, step)["matching"], student)

@@ -1,0 +1,49 @@
+"""DMD by hand, on each path of its settings."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..methods.base import Frozen, Trained
+from ..methods.distribution.dmd import DMD
+from .affine import Net
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .problem import Check, Problem
+
+PATHS = (
+    Path("the defaults, shapes/dmd", elsewhere=True),
+    Path("toy/dmd, regression_weight 1, not guided", {"regression_weight": 1.0}, guidance=1.0, elsewhere=True),
+    Path("a range of guidance", guidance=(1.5, 4.0)),
+    Path("regression_weight 0, scores alone", {"regression_weight": 0.0}),
+    Path("t_range from 0.3 to 0.6", {"t_range": (0.3, 0.6)}),
+    Path("t_range to 1", {"t_range": (0.0, 1.0)}),
+)
+
+
+def known(turn: Turn) -> Known:
+    if turn.trains == ("critic",):                                # of the student's own sample, at all times
+        sample, t = rolled(turn.before), stock_time(turn.step.uniform("t"))
+        value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2)
+        return Known({"denoising": value}, {"critic": slope})
+    sample, t, student = rolled(turn), stock_time(turn.step.uniform("t"), *turn.settings.t_range), turn.roles["student"]
+    x_t = turn.noised(sample.x, t)
+    real, fake = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale)), turn.roles["critic"].x0(x_t, t, turn.text)
+    pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
+    (noise, end), weight = turn.pair, turn.settings.regression_weight
+    off = student.x0(noise, sample.t, turn.text) - end
+    slope = student.slopes(pull, sample.given, sample.t, turn.text)
+    return Known({"matching": None, "regression": weight * off.square().mean()},
+                 {"student": slope + student.slopes(2 * weight * off / off.numel(), noise, sample.t, turn.text)})
+
+
+ALGORITHM = Algorithm(
+    DMD,
+    roles=lambda problem, settings: {name: Net.of(problem) for name in ("teacher", "student", "critic")},
+    orders=lambda settings: [Order(("student",)), Order(("critic",), shares=1)],
+    needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")},
+    known=known,
+    defaults={"t_range": (0.02, 0.98)},
+)
+
+
+def paths(problem: Problem) -> Iterator[Check]:
+    yield from rows(ALGORITHM, problem, PATHS)

@@ -1,0 +1,133 @@
+"""DMD2 by hand, on each path of its settings."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.contracts import Condition
+from ..diffusion.prediction import Prediction
+from ..methods.base import Frozen, Heads, Trained
+from ..methods.distribution.dmd2 import DMD2
+from .affine import Net, QuadraticHeads, softplus
+from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .problem import Check, Problem
+
+MANY = (0, 1, 2, 3)                     # moments, so that exits differ
+SHARED, TOLD = {"critic_steps": 2, "share_rollout": True}, {"tell_exit": True}
+TOY = {"critic_steps": 3, "share_rollout": True, "gan_weight": 0.0}
+PATHS = (
+    Path("the defaults", elsewhere=True),
+    Path("the defaults at 4 steps", steps=4, moments=MANY),
+    Path("shapes/dmd2, shapes-sd3/dmd2", SHARED, steps=4, moments=MANY, elsewhere=True),
+    Path("shapes/dmd2-1step", SHARED, elsewhere=True),
+    Path("toy/dmd2, four exits told, not guided", TOY | TOLD | {"t_range": (0.02, 0.9)}, steps=4, guidance=1.0,
+         moments=MANY, elsewhere=True),
+    Path("toy/dmd2-1step, not guided", TOY | {"t_range": (0.02, 0.7)}, guidance=1.0, elsewhere=True),
+    Path("a range of guidance", {"critic_steps": 1}, guidance=(1.5, 4.0)),
+    Path("critic_steps 3, fresh samples after the first", {"critic_steps": 3}, steps=2, moments=MANY),
+    Path("share_rollout with the exit told", TOLD | {"critic_steps": 3, "share_rollout": True}, steps=2, moments=MANY),
+    Path("the exit told, fresh samples, with the discriminator", TOLD | {"critic_steps": 3}, steps=4, moments=MANY),
+    Path("a teacher with its guidance within", {"critic_steps": 1}, within=True),
+    Path("no discriminator", {"gan_weight": 0.0}, elsewhere=True),
+    Path("gan_weight 0.7", {"gan_weight": 0.7, "critic_steps": 1}),
+    Path("critic_gan_weight 0.9", {"critic_gan_weight": 0.9, "critic_steps": 1}),
+    Path("t_range from 0.3 to 0.6", {"t_range": (0.3, 0.6), "critic_steps": 1}),
+    Path("t_range to 1", {"t_range": (0.0, 1.0), "critic_steps": 1}),
+)
+
+
+@dataclass
+class OnCritic:
+    """A discriminator on the critic's features, here its x_0: quadratic heads, told the level and the condition."""
+
+    critic: Net
+    heads: QuadraticHeads
+
+    @property
+    def numbers(self) -> dict[str, Tensor]:
+        return self.heads.numbers
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.with_prediction(x_t, t, cond)[1]
+
+    def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor]:
+        prediction = self.critic(x_t, t, cond)
+        return prediction, self.heads(prediction.x0.flatten(1), t[:, None], cond)
+
+
+def roles(problem: Problem, settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {name: Net.of(problem) for name in ("teacher", "student", "critic")}
+    judge = OnCritic(found["critic"], QuadraticHeads.of(problem, problem.dim))
+    return found | ({"discriminator": judge} if settings.gan_weight else {})
+
+
+def known(turn: Turn) -> Known:
+    return of_student(turn) if turn.trains == ("student",) else of_critic(turn)
+
+
+def of_student(turn: Turn) -> Known:
+    s, sample, student, critic = turn.settings, rolled(turn), turn.roles["student"], turn.roles["critic"]
+    told, t = sample.exit if s.tell_exit else None, stock_time(turn.step.uniform("t"), *turn.settings.t_range)
+    x_t = turn.noised(sample.x, t)
+    real = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale))
+    fake = critic.x0(x_t, t, turn.text, told)
+    pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
+    if not s.gan_weight:
+        return Known({"matching": None}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)})
+    heads, logits = turn.roles["discriminator"].heads, logits_at(turn, x_t, t, told)
+    fooled = -s.gan_weight * torch.sigmoid(-logits) / logits.numel()
+    pull = pull + turn.problem.schedule.alpha(t)[:, None] * critic.back(heads.back(fooled, fake), t)
+    value = s.gan_weight * softplus(-logits).mean()
+    return Known({"matching": None, "gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
+                 unasked=("critic", "discriminator"))
+
+
+@torch.no_grad()
+def logits_at(turn: Turn, x_t: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
+    return turn.roles["discriminator"](x_t, t, Condition(text=turn.text, w=told))
+
+
+def of_critic(turn: Turn) -> Known:
+    s, critic, t = turn.settings, turn.roles["critic"], stock_time(turn.step.uniform("t"))
+    sample = rolled(turn.before or turn)                          # the student's own where it is shared
+    told = sample.exit if s.tell_exit else None
+    value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2, told)
+    if not s.gan_weight:
+        return Known({"denoising": value}, {"critic": slope})
+    heads, t_real = turn.roles["discriminator"].heads, stock_time(turn.step.uniform("real t"))
+    game, slope_of_heads = torch.zeros(()), 0
+    fake, real = turn.noised(sample.x, t), turn.noised(turn.x0, t_real, "real noise")
+    for x_t, at, sign in ((fake, t, 1), (real, t_real, -1)):
+        logits, features = logits_at(turn, x_t, at, told), critic.x0(x_t, at, turn.text, told)
+        game = game + s.critic_gan_weight * softplus(sign * logits).mean()
+        pull = s.critic_gan_weight * sign * torch.sigmoid(sign * logits) / logits.numel()
+        slope_of_heads = slope_of_heads + heads.slopes(pull, features, at[:, None], turn.text, told)
+        slope = slope + critic.slopes(heads.back(pull, features), x_t, at, turn.text, told)
+    return Known({"denoising": value, "discriminator": game}, {"critic": slope, "discriminator": slope_of_heads})
+
+
+def orders(settings: Any) -> list[Order]:
+    trains = ("critic", "discriminator") if settings.gan_weight else ("critic",)
+    count = settings.critic_steps
+    return [Order(("student",)), Order(trains, count, count if settings.share_rollout else 1)]
+
+
+def needs(settings: Any) -> dict[str, Any]:
+    critic = Trained("teacher", reads=("w",) if settings.tell_exit else ())
+    found = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
+    return found | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
+
+
+ALGORITHM = Algorithm(
+    DMD2, roles, orders, needs, known,
+    defaults={"critic_steps": 5, "share_rollout": False, "tell_exit": False, "t_range": (0.02, 0.98),
+              "gan_weight": 5e-3, "critic_gan_weight": 1e-2},
+)
+
+
+def paths(problem: Problem) -> Iterator[Check]:
+    yield from rows(ALGORITHM, problem, PATHS)

@@ -1,0 +1,102 @@
+"""Faults that are planted in the text of a module, and whether a method's rows notice."""
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from stepdistill.proofs.paths import rows
+from stepdistill.proofs.problem import Check, Problem
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` of the module's text replaced by `new`, to be noticed in the rows of each of `methods`.
+
+    module is relative to the package. `old` occurs once unless `count` says otherwise.
+    """
+
+    name: str
+    module: str
+    old: str
+    new: str
+    methods: tuple[str, ...]
+    count: int = 1
+
+
+def plant(monkeypatch, fault: Fault) -> None:
+    """Puts the changed code into the functions that are there, so that it is found wherever they were imported to.
+
+    AssertionError where the text is no longer there, or where no function changes: write the fault anew.
+    """
+    module = importlib.import_module(f"stepdistill.{fault.module}")
+    text = inspect.getsource(module)
+    found = text.count(fault.old)
+    assert found == fault.count, f"{fault.name}: {fault.module} has {found} of {fault.old!r}, {fault.count} expected"
+    changed = ModuleType(module.__name__)
+    changed.__dict__.update(__package__=module.__package__, __file__=module.__file__)
+    exec(compile(text.replace(fault.old, fault.new), module.__file__, "exec"), changed.__dict__)
+    after = dict(functions(changed))
+    pairs = [(function, after[name].__code__) for name, function in functions(module) if name in after]
+    different = [(function, code) for function, code in pairs if not same(function.__code__, code)]
+    assert different, f"{fault.name} changes no function"
+    for function, code in different:
+        monkeypatch.setattr(function, "__code__", code)
+
+
+def functions(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:
+    """Those that a module defines, and those of its classes, by their names; without decorators."""
+    for name, value in vars(module).items():
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            for inner, method in vars(value).items():
+                if (function := plain(method)) is not None:
+                    yield f"{name}.{inner}", function
+        elif (function := plain(value)) is not None and function.__module__ == module.__name__:
+            yield name, function
+
+
+def plain(value: Any) -> FunctionType | None:
+    if isinstance(value, (classmethod, staticmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, cached_property):
+        value = value.func
+    value = inspect.unwrap(value) if callable(value) else value
+    return value if isinstance(value, FunctionType) and value.__code__.co_filename.endswith(".py") else None
+
+
+def same(one: CodeType, other: CodeType) -> bool:
+    """But for the lines that they stand on."""
+    alike = (one.co_code, one.co_names, one.co_varnames) == (other.co_code, other.co_names, other.co_varnames)
+    return alike and len(one.co_consts) == len(other.co_consts) and all(
+        same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else (a, type(a)) == (b, type(b))
+        for a, b in zip(one.co_consts, other.co_consts))
+
+
+def checks(method: str, seed: int = 5) -> Iterator[Check]:
+    """The rows of a method under both noises: its paths, on the problem's own schedule, then its closed forms."""
+    by_hand = importlib.import_module(f"stepdistill.proofs.paths_{method}")
+    forms = importlib.import_module(f"stepdistill.proofs.{method}").closed_forms
+    alone = [replace(path, elsewhere=False) for path in by_hand.PATHS]
+    for noise in ("vp", "flow"):
+        yield from rows(by_hand.ALGORITHM, Problem(seed, noise), alone)
+    for noise in ("vp", "flow"):
+        yield from forms(Problem(seed, noise))
+
+
+def first_red(method: str) -> str | None:
+    """The first row that fails; or why rows cannot be measured, which is a row that fails, too."""
+    try:
+        return next((check.name for check in checks(method) if not check.passed), None)
+    except (RuntimeError, ValueError) as error:          # such as a graph that is gone, or heads of other features
+        return f"{type(error).__name__}: {error}"
+
+
+def whole(method: str, seed: int) -> list[str]:
+    """Rows that are red, where nothing is planted."""
+    return [f"{check.name}: {check.figure:.3g}" for check in checks(method, seed) if not check.passed]
