@@ -29,8 +29,8 @@ def compile_blocks(roles: Roles, backend: str = "inductor") -> None:
     for role in roles.values():
         if isinstance(role, Discriminator):
             check_features(role.role.network, role.features)
-    torch._dynamo.config.recompile_limit = STATES
-    torch._dynamo.config.accumulated_recompile_limit = 4 * STATES
+    torch._dynamo.config.cache_size_limit = STATES                 # recompile_limit, by the name that torch 2.6 knows
+    torch._dynamo.config.accumulated_cache_size_limit = 4 * STATES
     for network in networks:
         network.compile_repeated_blocks(backend=backend, dynamic=False)
 
