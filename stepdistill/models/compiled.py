@@ -14,14 +14,19 @@ from ..errors import RequestError
 from .discriminator import Discriminator
 from .roles import Roles
 
+OLDEST = "2.11"
 STATES = 256                       # of one block, in one process
 
 
 def compile_blocks(roles: Roles, backend: str = "inductor") -> None:
     """Compiles the repeated blocks of every network of these roles, at their first call in each state.
 
-    RequestError for a network that names no repeated blocks, and for a discriminator that reads a feature inside of one.
+    RequestError for an earlier torch than was checked, for a network that names no repeated blocks, and for a discriminator
+    that reads a feature inside of one.
     """
+    if torch.__version__ < OLDEST:
+        raise RequestError(f"torch is {torch.__version__}, and before {OLDEST} compiled blocks of roles that take turns got wrong "
+                           "gradients: take a newer torch, or train without train.compile")
     networks = [roles.teacher.network, *roles.networks.values()]
     for network in networks:
         if not vars(type(network)).get("_repeated_blocks"):
@@ -31,6 +36,9 @@ def compile_blocks(roles: Roles, backend: str = "inductor") -> None:
             check_features(role.role.network, role.features)
     torch._dynamo.config.recompile_limit = STATES
     torch._dynamo.config.accumulated_recompile_limit = 4 * STATES
+    # Otherwise torch before 2.13 overlooks that an update trains what the one before froze, and gradients lack those weights.
+    torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+    torch._dynamo.config.use_recursive_dict_tags_for_guards = False
     for network in networks:
         network.compile_repeated_blocks(backend=backend, dynamic=False)
 
