@@ -17,6 +17,7 @@ from ..recipe import Recipe, builtin
 from ..runs import checkpoint_of
 from ..training import TrainConfig, Trainer, checkpoints
 from ..work import Work, dataset, make, rates
+from .pipelines import decays, stock_teachers
 from .problem import Check
 
 STEPS, BATCH, COUNT = 2, 2, 4
@@ -39,7 +40,9 @@ def recipe(method: str) -> Recipe:
 def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
     said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
     work = make(said, torch.device("cpu"))
+    yield from stock_teachers(method, seed)
     yield from moves(work, out / "moved")
+    yield from decays(said, work.roles)
     whole = train(said, out=out / "whole")
     yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
     try:

@@ -54,12 +54,14 @@ class Path:
 RANGE = (1.5, 4.0)
 HUBER = {"loss": "huber", "huber_c": 0.3}
 CONSISTENCY = (Path("squared", {"loss": "squared"}), Path("Huber, c = 0.3", HUBER), Path("10 nodes, 2 steps", {"nodes": 10}, 2))
+AFTER = Path("of the stage before", previous=True)
 SKIPS = (Path("skip 2", {"skip": 2}), Path("skip 7 of 10", {"nodes": 10, "skip": 7}), Path("shift 3", {"shift": 3.0}),
-         Path("an averaged target", full=True), Path("a range of scales", w=RANGE), Path("no guidance", w=1.0))
+         Path("an averaged target", full=True), Path("a range of scales", w=RANGE), Path("no guidance", w=1.0), AFTER)
 PATHS: dict[str, tuple[Path, ...]] = {
-    "cd": (*CONSISTENCY, Path("a range of scales", w=RANGE), Path("no guidance", w=1.0), Path("1 step", steps=1)),
+    "cd": (*CONSISTENCY, Path("a range of scales", w=RANGE), Path("no guidance", w=1.0), Path("1 step", steps=1), AFTER),
     "lcm": (*CONSISTENCY, *SKIPS, Path("told a range", {"told": True}, w=RANGE), Path("told one scale", {"told": True}),
-            Path("told, an averaged target", {"told": True}, w=RANGE, full=True)),
+            Path("told, an averaged target", {"told": True}, w=RANGE, full=True),
+            Path("of the stage before, told", {"told": True}, w=RANGE, previous=True)),
     "scm": (Path("exact", {"derivative": "exact"}), Path("mean and deviation", {"mean": 0.9, "std": 1.1}), Path("width", {"width": 0.01}),
             Path("no warm-up", {"warmup": 0.0}), Path("long warm-up", {"warmup": 0.8}), Path("damping 1", {"damping": 1.0}, 2),
             Path("a range of scales", w=RANGE), Path("no guidance", w=1.0), Path("1 step", steps=1)),
@@ -71,11 +73,11 @@ PATHS: dict[str, tuple[Path, ...]] = {
                Path("16 steps", {}, 16, RANGE)),
     "kd": (Path("absolute", {"loss": "absolute"}), Path("1 step", steps=1), Path("2 steps on 4 nodes", steps=2)),
     "progressive": (Path("SNR + 1", {"weight": "v"}), Path("16 steps", {}, 16), Path("told a range", {"told": True}, w=RANGE),
-                    Path("a range of scales", w=RANGE), Path("no guidance", w=1.0), Path("of the stage before", previous=True),
+                    Path("a range of scales", w=RANGE), Path("no guidance", w=1.0), AFTER,
                     Path("of the stage before, told", {"told": True}, 8, RANGE, previous=True)),
     "reflow": (Path("distil", {"distil": True}), Path("Huber", HUBER), Path("distil, 1 step", {"distil": True}, 1)),
     "tract": (Path("20 nodes, 1 step", {"nodes": 20}, 1), Path("2 steps", steps=2), Path("a range of scales", w=RANGE),
-              Path("no guidance", w=1.0), Path("a step a node", {"nodes": 4}, 4)),
+              Path("no guidance", w=1.0), Path("a step a node", {"nodes": 4}, 4), AFTER),
 }
 ELSEWHERE = {"target_decay": "what follows the student"}          # settings that no loss reads, and the row that does
 
@@ -152,8 +154,13 @@ class Cast:
         """The target's x_0."""
         return self.target.x0(x, t, self.batch.cond, self.w)
 
-    def eps(self, name: str = "noise") -> Tensor:
-        return self.step.normal(name, self.batch.shape).double()
+    def eps(self) -> Tensor:
+        return self.step.normal("noise", self.batch.shape).double()
+
+    def only(self, kept: Tensor) -> Cast:
+        """On some of its samples; kept (B,) bool. Each draws what it drew."""
+        some = replace(self.batch, ids=self.batch.ids[kept], cond=self.batch.cond[kept], x0=self.batch.x0[kept], pairs=None)
+        return replace(self, batch=some, step=replace(self.step, ids=some.ids))
 
 
 def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
@@ -222,12 +229,14 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
 # -- rows ----------------------------------------------------------------------------------------------------------------
 
 Known = Callable[[Cast], Tensor]                                  # a loss written out, a scalar
+Kept = Callable[[Cast], Tensor]                                   # (B,) bool: the samples that the loss written out is for
 Sampled = Callable[[Cast, Tensor, Callable[[int], Tensor]], Tensor]    # (cast, noise, draw) -> the sample, written out
 
 
-def trained(name: str, path: Path, problem: Problem, known: Known, **moment: Any) -> float:
+def trained(name: str, path: Path, problem: Problem, known: Known, kept: Kept | None = None, **moment: Any) -> float:
     """The gradient of the method's loss from that of the one written out; relative."""
     found = cast(name, path, problem, **moment)
+    found = found if kept is None else found.only(kept(found))
     loss = sum(found.method.updates()[0].loss(found.batch, found.step).values())
     return difference(found.learner.gradient(loss), found.learner.gradient(known(found)))
 
@@ -254,7 +263,8 @@ def served(name: str, path: Path, problem: Problem) -> bool:
     return True
 
 
-def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: float = 1e-9) -> Iterator[Check]:
+def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: float = 1e-9,
+         kept: Kept | None = None) -> Iterator[Check]:
     """Of every path that this noise serves. tolerance: of gradients; a told scale is a float32 number. Stock schedulers have
     float32 coefficients, and EulerDiscreteScheduler, which serves steps that do not divide 1000, ends at 4096 where a zero
     terminal SNR has no end."""
@@ -264,6 +274,6 @@ def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: f
             continue
         told, rounded = path.settings.get("told"), problem.name == "vp" and LEVELS % path.steps
         yield Check(f"{path.name}: gradient against that of the loss written out, on {len(places)} noises; relative",
-                    largest(*(trained(name, path, place, loss) for place in places)), 1e-5 if told else tolerance)
+                    largest(*(trained(name, path, place, loss, kept) for place in places)), 1e-5 if told else tolerance)
         yield Check(f"{path.name}: what the stock scheduler and ours draw against the sampler written out, on {len(places)} noises; relative",
                     largest(*(sampled(name, path, place, sample) for place in places)), 1e-3 if rounded else 1e-4)

@@ -53,12 +53,23 @@ def nodes(found: Cast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return moved(i.double() / n, shift), moved(j.double() / n, shift), i, j
 
 
+def neighbours(found: Cast) -> tuple[Tensor, Tensor]:
+    """(t, s) on cd's grid, which holds the times of the sampler too."""
+    asked = torch.tensor(even_times(found.path.steps), dtype=torch.float64)
+    grid = karras_grid(found.hand, found.settings.nodes, asked)
+    i = found.step.integers("node", len(grid) - 1)
+    return grid[i], grid[i + 1]
+
+
+def settled(found: Cast) -> Tensor:
+    """Where no rounding decides between Heun's rule and Euler's: up to the grid's own noisiest, and at pure noise."""
+    ratio = found.hand.angle(neighbours(found)[0]).tan()
+    return (ratio < KARRAS[1] * 1.1) | (ratio > 1e10)
+
+
 def cd_loss(found: Cast) -> Tensor:
     """Heun's step of the guided teacher between neighbours of the grid, Euler's from pure noise and to the data."""
-    hand, asked = found.hand, torch.tensor(even_times(found.path.steps), dtype=torch.float64)
-    grid = karras_grid(hand, found.settings.nodes, asked)
-    i = found.step.integers("node", len(grid) - 1)
-    t, s = grid[i], grid[i + 1]
+    hand, (t, s) = found.hand, neighbours(found)
     x = hand.noised(found.batch.x0, found.eps(), t)
     euler = (hand.at(t)[0] < 1e-6) | (s[:, None] == 0)
     x_s = torch.where(euler, hand.ddim(x, t, s, found.mean), hand.heun(x, t, torch.where(s > 0, s, t), found.mean).nan_to_num())
@@ -105,7 +116,7 @@ def tcd_sample(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
 
 
 def cd(problem: Problem) -> Iterator[Check]:
-    yield from rows("cd", problem, cd_loss, cd_sample)
+    yield from rows("cd", problem, cd_loss, cd_sample, kept=settled)
 
 
 def lcm(problem: Problem) -> Iterator[Check]:

@@ -1,0 +1,82 @@
+"""Real teachers: what they are told of a prompt and of none, and how they are guided, against the stock pipeline's own."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from .. import resources
+from ..diffusion.guidance import guided
+from ..methods.base import Follows, Frozen
+from ..models.families import Family, absent_parts, load_teacher
+from ..models.roles import Roles, build_roles
+from ..recipe import Recipe, builtin
+from .problem import Check, difference, largest
+
+PROMPTS = ["a red ring left of a blue square", "a green cross"]
+TIMES = (1.0, 0.4)
+
+
+def teachers(method: str) -> list[str]:
+    """Of its shipped recipes, the pipelines that ship too."""
+    found = [Recipe.load(name).teacher for name, path in builtin().items() if name.startswith("shapes") and path.stem.split("-")[0] == method]
+    return sorted(set(found))
+
+
+def encoded(pipeline: DiffusionPipeline, family: Family) -> list[Tensor]:
+    """The stock encoding of PROMPTS and of the negative prompt that nobody gave: text, its null, and where there are two, pooled
+    and its null. With what every call of this pipeline says of prompts."""
+    others = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "transformer") else {}
+    takes = inspect.signature(pipeline.encode_prompt).parameters
+    others |= {name: value for name, value in family.call.items() if name in takes}
+    return list(pipeline.encode_prompt(PROMPTS, **others, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True))
+
+
+def asked(pipeline: DiffusionPipeline, x: Tensor, t: float, text: Tensor, pooled: Tensor | None) -> Tensor:
+    """The stock network's answer, in the units of time in which a stock scheduler tells it."""
+    if pooled is not None:
+        return pipeline.transformer(x, timestep=torch.full((len(x),), 1000 * t), encoder_hidden_states=text, pooled_projections=pooled).sample
+    return pipeline.unet(x, torch.tensor(round(1000 * t) - 1), encoder_hidden_states=text).sample
+
+
+@torch.no_grad()
+def conditions(family: Family, seed: int) -> Iterator[Check]:
+    name = str(family.source).rsplit("/", 1)[-1]
+    pipeline = DiffusionPipeline.from_pretrained(family.source, **absent_parts(family.source)).to(torch.float32)
+    text, null, *pools = encoded(pipeline, family)
+    pooled, pooled_null = pools or (None, None)
+    cond = family.encode(PROMPTS)
+    pairs = [(cond.text, text), (cond.null.text, null)] + ([(cond.pooled, pooled), (cond.null.pooled, pooled_null)] if pools else [])
+    yield Check(f"{name}: prompts, and the null prompt, against what the stock pipeline encodes; relative",
+                largest(*(difference(found, known) for found, known in pairs)), 1e-5)
+    role = build_roles(family, {"teacher": Frozen()}, {})["teacher"]
+    x, w = torch.randn(len(PROMPTS), *family.latent_shape, generator=torch.Generator().manual_seed(seed)), 2.5
+    away = []
+    for t in TIMES:
+        without, given = (asked(pipeline, x, t, *told) for told in ((null, pooled_null), (text, pooled)))
+        found = guided(role, w)(x, torch.full((len(x),), t, dtype=torch.float64), cond).raw
+        away.append(difference(found, without + w * (given - without)))
+    yield Check(f"{name}: the guided teacher against the stock network's two answers, mixed by hand; relative", largest(*away), 1e-4)
+
+
+def stock_teachers(method: str, seed: int) -> Iterator[Check]:
+    for source in teachers(method):
+        yield from conditions(load_teacher(resources.pipeline(source)), seed)
+
+
+@torch.no_grad()
+def decays(recipe: Recipe, roles: Roles) -> Iterator[Check]:
+    """Of the way to a student that has moved by 1, what follows it keeps its decay, the recipe's or the settings'."""
+    known = {"ema": recipe.train.ema, "target": vars(recipe.method_settings()).get("target_decay")}
+    student = roles.parameters("student")
+    for parameter in student:
+        parameter.add_(1.0)
+    followers = {name: roles.parameters(name) for name, need in roles.needs.items() if isinstance(need, Follows)}
+    before = {name: [s - f for s, f in zip(student, own)] for name, own in followers.items()}
+    roles.follow("student")
+    off = [((s - f) / way - known[name]).abs().max().item() for name, own in followers.items() for s, f, way in zip(student, own, before[name])]
+    yield Check(f"share of the way to the student that {' and '.join(followers) or 'nothing'} keeps in an update, against the recipe's decay",
+                largest(0.0, *off), 1e-4)
