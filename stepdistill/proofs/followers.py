@@ -10,9 +10,9 @@ from .. import resources
 from ..methods import load_method
 from ..models.families import Family, load_teacher
 from ..models.roles import Full, build_roles
+from .paths import PUBLISHED
 from .problem import Check, Problem, largest
 
-PUBLISHED = {"cd": 0.95, "lcm": 0.95, "tcd": 0.95, "tract": 0.5}         # of the target, by the papers and their released training
 UPDATES = 3
 
 
@@ -40,6 +40,6 @@ def left(method: str, **settings: float) -> tuple[float, float]:
 def following(method: str, problem: Problem) -> Iterator[Check]:
     """At the published decay, which is the default, and at one that is drawn."""
     drawn = problem.uniform(0.2, 0.9)
-    for name, decay, found in (("the default decay", PUBLISHED[method], left(method)), (f"decay {drawn:.2f}", drawn, left(method, target_decay=drawn))):
+    for name, decay, found in (("the default decay", PUBLISHED[method]["target_decay"], left(method)), (f"decay {drawn:.2f}", drawn, left(method, target_decay=drawn))):
         off = largest(*(abs(share - decay**UPDATES) for share in found))
         yield Check(f"what follows the student, at {name}: share of the distance that {UPDATES} updates leave, against decay^{UPDATES}", off, 1e-5)

@@ -20,7 +20,7 @@ from ..diffusion.contracts import Batch, Condition, Pairs, Role
 from ..diffusion.draws import Step
 from ..diffusion.guidance import self_guided
 from ..methods import load_method
-from ..methods.base import Follows, Guidance, Inference, Method, Trained
+from ..methods.base import Follows, Guidance, Inference, Method
 from ..models.schedulers import stock_scheduler
 from ..recipe import Recipe, builtin
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
@@ -80,6 +80,20 @@ PATHS: dict[str, tuple[Path, ...]] = {
               Path("no guidance", w=1.0), Path("a step a node", {"nodes": 4}, 4), AFTER),
 }
 ELSEWHERE = {"target_decay": "what follows the student"}          # settings that no loss reads, and the row that does
+
+
+# What the papers and the training that their authors or diffusers released choose, and with it the methods' own defaults.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
+    "lcm": {"nodes": 50, "skip": 1, "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
+    "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
+    "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
+    "guided": {"weight": "truncated", "told": True},
+    "kd": {"loss": "squared"},
+    "progressive": {"weight": "truncated", "told": False},
+    "reflow": {"distil": False, "loss": "squared", "huber_c": 0.001},
+    "tract": {"nodes": 40, "target_decay": 0.5},
+}
 
 
 @lru_cache
@@ -184,6 +198,8 @@ def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
         return problem.teacher
 
     def believes(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if cond.null is None:
+            raise ValueError("a teacher that has its guidance within was guided again")
         w = cond.w.double() if reads_w else path.scale(problem)
         return problem.teacher(x, t, Condition(text=guided_mean(cond, w))).x0
     return self_guided(Believer(problem.schedule, believes, problem.kind), told=reads_w)
@@ -263,11 +279,17 @@ def served(name: str, path: Path, problem: Problem) -> bool:
     return True
 
 
+def defaults(name: str) -> Check:
+    own = vars(load_method(name).Settings())
+    return Check("defaults that are not the published ones", sum(own[key] != value for key, value in PUBLISHED[name].items()), 0)
+
+
 def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: float = 1e-9,
          kept: Kept | None = None) -> Iterator[Check]:
     """Of every path that this noise serves. tolerance: of gradients; a told scale is a float32 number. Stock schedulers have
     float32 coefficients, and EulerDiscreteScheduler, which serves steps that do not divide 1000, ends at 4096 where a zero
     terminal SNR has no end."""
+    yield defaults(name)
     places = sites(problem)
     for path in all_paths(name):
         if not served(name, path, problem):
