@@ -17,7 +17,7 @@ from ..recipe import Recipe, builtin
 from ..runs import checkpoint_of
 from ..training import TrainConfig, Trainer, checkpoints
 from ..work import Work, dataset, make, rates
-from .pipelines import decays, stock_teachers
+from .pipelines import decays, kept_pairs, stock_teachers
 from .problem import Check
 
 STEPS, BATCH, COUNT = 2, 2, 4
@@ -41,6 +41,7 @@ def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
     said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
     work = make(said, torch.device("cpu"))
     yield from stock_teachers(method, seed)
+    yield from kept_pairs(said)
     yield from moves(work, out / "moved")
     yield from decays(said, work.roles)
     whole = train(said, out=out / "whole")

@@ -20,13 +20,14 @@ from ..diffusion.contracts import Batch, Condition, Pairs, Role
 from ..diffusion.draws import Step
 from ..diffusion.guidance import self_guided
 from ..methods import load_method
-from ..methods.base import Follows, Guidance, Inference, Method
+from ..methods.base import Guidance, Inference, Method
 from ..models.schedulers import stock_scheduler
 from ..recipe import Recipe, builtin
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
 from .problem import Believer, Check, Problem, difference, largest
 
 COUNT, SAMPLES = 64, 16
+AVERAGED = ("cd", "tract")                  # whose target is an average of the student, an adapter's too
 STOCK = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -182,11 +183,10 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     kind, settings, scale = load_method(name), path.asked(name), path.scale(problem)
     inference = kind.inference(settings, path.steps, problem.name, scale)
     needs = kind.needs(settings, path.full)
-    learner = Learner(problem, needs["student"].told_w)
-    target = Learner(problem, learner.reads_w) if isinstance(needs.get("target"), Follows) else learner
-    network = Believer(problem.schedule, learner.network, problem.kind)
-    roles: dict[str, Role] = {"teacher": _teacher(problem, path, learner.reads_w), "student": network,
-                              "target": Believer(problem.schedule, target.network, problem.kind)}
+    learner, average = (Learner(problem, needs["student"].told_w) for _ in range(2))
+    target = average if path.full or name in AVERAGED else learner
+    network, averaged = (Believer(problem.schedule, each.network, problem.kind) for each in (learner, average))
+    roles: dict[str, Role] = {"teacher": _teacher(problem, path, learner.reads_w), "student": network, "target": averaged}
     method = kind(settings, {role: roles[role] for role in needs}, scale, problem.sampler(inference))
     batch, step = _batch(problem, path), problem.step(COUNT, **moment)
     return Cast(problem, path, settings, inference, method, learner, target, batch, step, Hand(problem))
@@ -221,7 +221,8 @@ def stock(problem: Problem, inference: Inference) -> SchedulerMixin:
 
 
 def told_at_export(inference: Inference) -> float:
-    """The guidance scale in the exported call, which a stock pipeline tells a network that reads one."""
+    """The guidance scale in the exported call: a stock pipeline tells it a network that reads one, and guides any other itself
+    where it is above 1."""
     return inference.call["guidance_scale"]
 
 
@@ -233,12 +234,16 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
     network, takes = Believer(problem.schedule, found.learner.network, problem.kind), inspect.signature(scheduler.step).parameters
     given = {name: value for name, value in {"eta": call.get("eta"), "generator": generator}.items() if name in takes and value is not None}
     cond = found.batch.cond[:SAMPLES]
-    cond = cond.replace(w=torch.full((SAMPLES,), told_at_export(found.inference)).double()) if found.learner.reads_w else cond
+    w = told_at_export(found.inference)
+    cond = cond.replace(w=torch.full((SAMPLES,), w).double()) if found.learner.reads_w else cond
     x = noise if problem.name == "flow" else noise * scheduler.init_noise_sigma
     for time in scheduler.timesteps:
         t = torch.full((SAMPLES,), (time.item() + (problem.name == "vp")) / LEVELS, dtype=torch.float64)
         seen = x if problem.name == "flow" else scheduler.scale_model_input(x, time)
-        x = scheduler.step(network(seen.double(), t, cond).raw, time, x, **given, return_dict=False)[0]
+        raw = network(seen.double(), t, cond).raw
+        if w > 1 and not found.learner.reads_w:
+            raw = (1 - w) * network(seen.double(), t, cond.null).raw + w * raw
+        x = scheduler.step(raw, time, x, **given, return_dict=False)[0]
     return x.double()
 
 
@@ -272,16 +277,28 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
 
 
 def served(name: str, path: Path, problem: Problem) -> bool:
+    """Whether a stock scheduler exists for it: those of LCM and TCD have nodes that divide 1000, and no shift; of a flow none adds
+    a share of fresh noise."""
+    settings = vars(path.asked(name))
+    if problem.name == "flow":
+        return settings.get("gamma", 1.0) in (0, 1)
+    return name not in ("lcm", "tcd") or LEVELS % settings["nodes"] == 0 and settings["shift"] == 1
+
+
+def refused(name: str, path: Path, problem: Problem) -> bool:
     try:
         load_method(name).inference(path.asked(name), path.steps, problem.name, path.scale(problem))
     except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
-def defaults(name: str) -> Check:
+def table(name: str, problem: Problem) -> Iterator[Check]:
+    """Of the settings and the paths themselves."""
     own = vars(load_method(name).Settings())
-    return Check("defaults that are not the published ones", sum(own[key] != value for key, value in PUBLISHED[name].items()), 0)
+    yield Check("defaults that are not the published ones", sum(own[key] != value for key, value in PUBLISHED[name].items()), 0)
+    wrong = sum(served(name, path, problem) == refused(name, path, problem) for path in all_paths(name))
+    yield Check("paths that are refused where a stock scheduler exists, or the other way round", wrong, 0)
 
 
 def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: float = 1e-9,
@@ -289,7 +306,7 @@ def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: f
     """Of every path that this noise serves. tolerance: of gradients; a told scale is a float32 number. Stock schedulers have
     float32 coefficients, and EulerDiscreteScheduler, which serves steps that do not divide 1000, ends at 4096 where a zero
     terminal SNR has no end."""
-    yield defaults(name)
+    yield from table(name, problem)
     places = sites(problem)
     for path in all_paths(name):
         if not served(name, path, problem):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.draws import Step
 from ..methods.consistency.scm import FIRST, INSIDE, NOISIEST, RADIAN, Settings
 from .hand import sites
-from .paths import Cast, Path, all_paths, cast, defaults, sampled, served, trained
+from .paths import Cast, Path, all_paths, cast, sampled, table, trained
 from .paths_consistency import Draw, even_times, moved
 from .problem import Check, Problem, largest, normal_values, off_law
 
@@ -86,9 +86,9 @@ def latest(path: Path, problem: Problem) -> float:
 
 def scm(problem: Problem) -> Iterator[Check]:
     """As `paths.rows`, in the warm-up and after it, and where sampling starts."""
-    yield defaults("scm")
+    yield from table("scm", problem)
     places = sites(problem)
-    for path in filter(lambda path: served("scm", path, problem), all_paths("scm")):
+    for path in all_paths("scm"):
         moments = [share * path.asked("scm").warmup for share in SHARES]
         yield Check(f"{path.name}: gradient against that of the tangent written out, on {len(places)} noises; relative",
                     largest(*(trained("scm", path, place, scm_loss, progress=p) for place in places for p in moments)), 1e-6)

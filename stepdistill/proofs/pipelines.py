@@ -14,6 +14,7 @@ from ..methods.base import Follows, Frozen
 from ..models.families import Family, absent_parts, load_teacher
 from ..models.roles import Roles, build_roles
 from ..recipe import Recipe, builtin
+from ..work import dataset, make
 from .problem import Check, difference, largest
 
 PROMPTS = ["a red ring left of a blue square", "a green cross"]
@@ -45,7 +46,7 @@ def asked(pipeline: DiffusionPipeline, x: Tensor, t: float, text: Tensor, pooled
 @torch.no_grad()
 def conditions(family: Family, seed: int) -> Iterator[Check]:
     name = str(family.source).rsplit("/", 1)[-1]
-    pipeline = DiffusionPipeline.from_pretrained(family.source, **absent_parts(family.source)).to(torch.float32)
+    pipeline = stock_of(family)
     text, null, *pools = encoded(pipeline, family)
     pooled, pooled_null = pools or (None, None)
     cond = family.encode(PROMPTS)
@@ -80,3 +81,31 @@ def decays(recipe: Recipe, roles: Roles) -> Iterator[Check]:
     off = [((s - f) / way - known[name]).abs().max().item() for name, own in followers.items() for s, f, way in zip(student, own, before[name])]
     yield Check(f"share of the way to the student that {' and '.join(followers) or 'nothing'} keeps in an update, against the recipe's decay",
                 largest(0.0, *off), 1e-4)
+
+
+@torch.no_grad()
+def kept_pairs(recipe: Recipe) -> Iterator[Check]:
+    """Where the data are pairs: a way of one step under a range of scales, against the stock network's two answers, by hand."""
+    plain = recipe.resolved()
+    if plain["data"]["pairs"] is None:
+        return
+    low, high = 1.5, 3.5
+    work = make(Recipe.load(plain | {"steps": 1, "guidance": [low, high], "data": plain["data"] | {"pairs": plain["data"]["pairs"] | {"steps": 1, "nodes": 1}}}),
+                torch.device("cpu"))
+    pipeline, (x0, cond), pairs = stock_of(work.family), *(take(torch.arange(2)) for take in (dataset(work).__getitem__, dataset(work).pairs))
+    without, given = (asked(pipeline, pairs.noise, 1.0, told.text, told.pooled) for told in (cond.null, cond))
+    raw = without + (low + high) / 2 * (given - without)
+    yield Check("kept pictures of one step against the stock network's at the middle of a range of scales; relative",
+                largest(difference(x0, picture := clean(pipeline, pairs.noise, raw)), difference(pairs.nodes[:, -1], picture)), 1e-4)
+
+
+def clean(pipeline: DiffusionPipeline, x: Tensor, raw: Tensor) -> Tensor:
+    """x_0 of a stock network's answer at the noisiest time."""
+    if hasattr(pipeline, "transformer"):
+        return x - raw
+    a, s = (pipeline.scheduler.alphas_cumprod[-1] ** 0.5, (1 - pipeline.scheduler.alphas_cumprod[-1]) ** 0.5)
+    return {"epsilon": (x - s * raw) / a, "v_prediction": a * x - s * raw, "sample": raw}[pipeline.scheduler.config.prediction_type]
+
+
+def stock_of(family: Family) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(family.source, **absent_parts(family.source)).to(torch.float32)

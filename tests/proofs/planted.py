@@ -50,7 +50,7 @@ def _pairs(module: ModuleType, changed: ModuleType) -> Iterator[tuple[FunctionTy
         if getattr(ours, "__module__", None) != module.__name__:
             continue
         if isinstance(ours, FunctionType):
-            yield ours, theirs
+            yield inspect.unwrap(ours), inspect.unwrap(theirs)
         elif isinstance(ours, type):
             for attribute, own in vars(ours).items():
                 own, other = (_function(each) for each in (own, vars(theirs).get(attribute)))
