@@ -254,12 +254,13 @@ Kept = Callable[[Cast], Tensor]                                   # (B,) bool: t
 Sampled = Callable[[Cast, Tensor, Callable[[int], Tensor]], Tensor]    # (cast, noise, draw) -> the sample, written out
 
 
-def trained(name: str, path: Path, problem: Problem, known: Known, kept: Kept | None = None, **moment: Any) -> float:
-    """The gradient of the method's loss from that of the one written out; relative."""
+def trained(name: str, path: Path, problem: Problem, known: Known, kept: Kept | None = None, value: bool = True, **moment: Any) -> float:
+    """The gradient of the method's loss from that of the one written out, and the value from its value where it has that; relative."""
     found = cast(name, path, problem, **moment)
     found = found if kept is None else found.only(kept(found))
-    loss = sum(found.method.updates()[0].loss(found.batch, found.step).values())
-    return difference(found.learner.gradient(loss), found.learner.gradient(known(found)))
+    loss, right = sum(found.method.updates()[0].loss(found.batch, found.step).values()), known(found)
+    values = difference(loss.detach(), right.detach()) if value else 0.0
+    return largest(values, difference(found.learner.gradient(loss), found.learner.gradient(right)))
 
 
 def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
@@ -312,7 +313,7 @@ def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: f
         if not served(name, path, problem):
             continue
         told, rounded = path.settings.get("told"), problem.name == "vp" and LEVELS % path.steps
-        yield Check(f"{path.name}: gradient against that of the loss written out, on {len(places)} noises; relative",
+        yield Check(f"{path.name}: loss and gradient against those of the loss written out, on {len(places)} noises; relative",
                     largest(*(trained(name, path, place, loss, kept) for place in places)), 1e-5 if told else tolerance)
         yield Check(f"{path.name}: what the stock scheduler and ours draw against the sampler written out, on {len(places)} noises; relative",
                     largest(*(sampled(name, path, place, sample) for place in places)), 1e-3 if rounded else 1e-4)
