@@ -1,4 +1,4 @@
-"""What follows the student: after n updates of a standing student the distance left is decay^n, in the weights of real networks."""
+"""What follows a student: after n updates of one that stands still, decay^n of the distance is left, in real weights."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from .. import resources
 from ..methods import load_method
 from ..models.families import Family, load_teacher
 from ..models.roles import Full, build_roles
-from .paths import PUBLISHED
+from .path_table import PUBLISHED
 from .problem import Check, Problem, largest
 
 UPDATES = 3
@@ -33,13 +33,16 @@ def left(method: str, **settings: float) -> tuple[float, float]:
     far = [s - b for s, b in zip(roles.parameters("student"), before)]
     for _ in range(UPDATES):
         roles.follow("student")
-    shares = torch.cat([((s - p) / f).flatten() for s, p, f in zip(roles.parameters("student"), roles.parameters("target"), far)])
+    near = [s - p for s, p in zip(roles.parameters("student"), roles.parameters("target"))]
+    shares = torch.cat([(n / f).flatten() for n, f in zip(near, far)])
     return shares.min().item(), shares.max().item()
 
 
 def following(method: str, problem: Problem) -> Iterator[Check]:
     """At the published decay, which is the default, and at one that is drawn."""
     drawn = problem.uniform(0.2, 0.9)
-    for name, decay, found in (("the default decay", PUBLISHED[method]["target_decay"], left(method)), (f"decay {drawn:.2f}", drawn, left(method, target_decay=drawn))):
+    for name, decay, found in (("the default decay", PUBLISHED[method]["target_decay"], left(method)),
+                               (f"decay {drawn:.2f}", drawn, left(method, target_decay=drawn))):
         off = largest(*(abs(share - decay**UPDATES) for share in found))
-        yield Check(f"what follows the student, at {name}: share of the distance that {UPDATES} updates leave, against decay^{UPDATES}", off, 1e-5)
+        yield Check(f"what follows the student, at {name}: share of the distance that {UPDATES} updates leave, against its power",
+                    off, 1e-5)

@@ -18,7 +18,7 @@ from .problem import Law, Problem
 LEVELS = 1000
 Denoiser = Callable[[Tensor, Tensor], Tensor]                # (x_t, t) -> x_0
 
-# Noises beyond Stable Diffusion's own betas: name -> config of the scheduler, and the kind of network that is sound there.
+# Noises beyond Stable Diffusion's own betas: name -> config of the scheduler, and a kind of network that is sound there.
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BEYOND = {
     "vp": {"zero terminal SNR": (BETAS | {"rescale_betas_zero_snr": True}, "v"),
@@ -141,7 +141,7 @@ class Hand:
         a, s = self.at(t)
         return (a / s) ** 2
 
-    # -- samplers --------------------------------------------------------------------------------------------------------
+    # -- samplers ----------------------------------------------------------------------------------------------------
 
     def deterministic(self, x0: Denoiser, noise: Tensor, times: Sequence[float]) -> Tensor:
         """By DDIM along `times`, which descend and end where the sample is."""
@@ -162,7 +162,8 @@ class Hand:
                 x = self.noised(x, draw(i), column(times[i + 1], x)[:, 0])
         return x
 
-    def strategic(self, x0: Denoiser, noise: Tensor, times: Sequence[float], gamma: float, draw: Callable[[int], Tensor]) -> Tensor:
+    def strategic(self, x0: Denoiser, noise: Tensor, times: Sequence[float], gamma: float,
+                  draw: Callable[[int], Tensor]) -> Tensor:
         """TCD's algorithm 4 by the told times of TCDScheduler: to floor((1 - gamma) n) of the next, n, and back to n."""
         x, told = noise, [round(LEVELS * t) - 1 for t in times] + [0]
         for i, (now, after) in enumerate(zip(told, told[1:])):

@@ -20,7 +20,10 @@ def consistency(hand: Hand, x0: Callable[[Tensor, Tensor], Tensor], x: Tensor, t
 
 
 def karras_grid(hand: Hand, count: int, asked: Tensor) -> Tensor:
-    """sigma_i^(1/7) evenly between the ends, at whole times where the noise has a table, with `asked` and the origin; descending."""
+    """sigma_i^(1/7) evenly between the ends, at whole times where the noise has a table, with `asked` and the origin.
+
+    Descending.
+    """
     known = (torch.arange(LEVELS).double() + 1) / LEVELS
     reach = hand.angle(known[[0, -1]]).tan().tolist()
     low, high = max(KARRAS[0], reach[0]), min(KARRAS[1], reach[1])
@@ -30,14 +33,15 @@ def karras_grid(hand: Hand, count: int, asked: Tensor) -> Tensor:
 
 
 def even_times(steps: int) -> list[float]:
-    """Of LCMScheduler with as many original steps, and of a flow's sigmas 1 - i / steps: as far apart as 1000 / steps rounds down to."""
+    """Of LCMScheduler with as many original steps: as far apart as 1000 / steps rounds down to. A flow's are 1 - i / steps."""
     return [1 - i * (LEVELS // steps) / LEVELS for i in range(steps)]
 
 
 def node_times(found: Cast) -> list[float]:
     """floor(N i / k) nodes below the last, moved by the shift."""
     n, k = found.settings.nodes, found.path.steps
-    return moved(torch.tensor([(n - n * i // k) / n for i in range(k)], dtype=torch.float64), found.settings.shift).tolist()
+    times = torch.tensor([(n - n * i // k) / n for i in range(k)], dtype=torch.float64)
+    return moved(times, found.settings.shift).tolist()
 
 
 def moved(t: Tensor, shift: float) -> Tensor:
@@ -72,7 +76,8 @@ def cd_loss(found: Cast) -> Tensor:
     hand, (t, s) = found.hand, neighbours(found)
     x = hand.noised(found.batch.x0, found.eps(), t)
     euler = (hand.at(t)[0] < 1e-6) | (s[:, None] == 0)
-    x_s = torch.where(euler, hand.ddim(x, t, s, found.mean), hand.heun(x, t, torch.where(s > 0, s, t), found.mean).nan_to_num())
+    heun = hand.heun(x, t, torch.where(s > 0, s, t), found.mean).nan_to_num()
+    x_s = torch.where(euler, hand.ddim(x, t, s, found.mean), heun)
     aim = consistency(hand, found.averaged, x_s, s).detach()
     return distance(found.settings.loss, found.settings.huber_c)(consistency(hand, found.student, x, t), aim)
 

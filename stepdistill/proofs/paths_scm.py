@@ -1,4 +1,4 @@
-"""Paths of scm: the tangent written out along the guided teacher's ODE, at the default derivative too, and where sampling starts."""
+"""Paths of scm: the tangent along the guided teacher's ODE written out, for each derivative, and where sampling starts."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from torch import Tensor
 from ..diffusion.draws import Step
 from ..methods.consistency.scm import FIRST, INSIDE, NOISIEST, RADIAN, Settings
 from .hand import sites
-from .paths import Cast, Path, all_paths, cast, sampled, table, trained
+from .path_table import Path, all_paths
+from .paths import DRAWN, Cast, cast, sampled, table, trained
 from .paths_consistency import Draw, even_times, moved
 from .problem import Check, Problem, largest, normal_values, off_law
 
@@ -39,7 +40,7 @@ def whole(found: Cast, x: Tensor, theta: Tensor) -> Tensor:
 
 
 def secant(found: Cast, x: Tensor, theta: Tensor) -> Tensor:
-    """The default: (cos b F(x) - F(cos b x - sin b v, theta - b)) / sin b, b the width, no further than the first time."""
+    """(cos b F(x) - F(cos b x - sin b v, theta - b)) / sin b, b the width, no further than the first time."""
     first = found.hand.angle(torch.tensor([FIRST], dtype=torch.float64))
     b = (theta - first).clamp(max=found.settings.width)
     cos, sin = b.cos()[:, None], b.sin()[:, None]
@@ -91,8 +92,9 @@ def scm(problem: Problem) -> Iterator[Check]:
     for path in all_paths("scm"):
         moments = [share * path.asked("scm").warmup for share in SHARES]
         yield Check(f"{path.name}: gradient against that of the tangent written out, on {len(places)} noises; relative",
-                    largest(*(trained("scm", path, place, scm_loss, value=False, progress=p) for place in places for p in moments)), 1e-6)
-        yield Check(f"{path.name}: what the stock scheduler and ours draw against the sampler written out, on {len(places)} noises; relative",
+                    largest(*(trained("scm", path, place, scm_loss, value=False, progress=moment)
+                              for place in places for moment in moments)), 1e-6)
+        yield Check(f"{path.name}: {DRAWN}, on {len(places)} noises; relative",
                     largest(*(sampled("scm", path, place, scm_sample) for place in places)), 1e-4)
         yield Check(f"{path.name}: time where sampling starts from the last that was trained", latest(path, problem), 2e-4)
     path = Path("mean and deviation", {"mean": 0.9, "std": 1.1})

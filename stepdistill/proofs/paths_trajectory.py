@@ -69,20 +69,22 @@ def reflow_loss(found: Cast) -> Tensor:
     hand, u, y, e = found.hand, found.step.uniform("t"), found.batch.x0, found.batch.pairs.noise
     if found.settings.distil:
         t = 1 - (u * found.path.steps).floor() / found.path.steps
-    else:                                                  # uniform in sigma / (alpha + sigma), from the first time to the last
-        low, high = (s / (a + s) for a, s in (hand.at(torch.tensor([end], dtype=torch.float64)) for end in (1 / LEVELS, 1.0)))
-        place = (low + (high - low) * u[:, None])[:, 0]
+    else:                                      # uniform in sigma / (alpha + sigma), from the first time to the last
+        a, s = hand.at(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64))
+        low, high = (s / (a + s))[:, 0]
+        place = low + (high - low) * u
         t = hand.time(torch.atan2(place, 1 - place))
     start = torch.ones_like(t)
     (a, s), (a_1, s_1) = hand.at(t), hand.at(start)
     x = hand.land(y, e, start, t)
     x0 = found.student(x, t)
-    return distance(found.settings.loss, vars(found.settings)["huber_c"])((x - a * x0) / s - x0, (e - a_1 * y) / s_1 - y)
+    measure = distance(found.settings.loss, found.settings.huber_c)
+    return measure((x - a * x0) / s - x0, (e - a_1 * y) / s_1 - y)
 
 
 def evenly_sampled(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
-    """DDIM's equal steps from unit noise. Where their number does not divide 1000 they are EulerDiscreteScheduler's, whose first
-    state is sigma_1 times that."""
+    """DDIM's equal steps from unit noise. Where their number does not divide 1000 they are EulerDiscreteScheduler's, whose
+    first state is sigma_1 times that."""
     times = trailing_times(found, found.path.steps)
     scaled = not found.hand.flow and LEVELS % found.path.steps
     start = found.hand.at(times[:1])[1] if scaled else 1.0

@@ -1,4 +1,4 @@
-"""Real teachers: what they are told of a prompt and of none, and how they are guided, against the stock pipeline's own."""
+"""Real teachers: what they are told of a prompt and of none, how they are guided, and the pairs that they make."""
 from __future__ import annotations
 
 import inspect
@@ -23,23 +23,25 @@ TIMES = (1.0, 0.4)
 
 def teachers(method: str) -> list[str]:
     """Of its shipped recipes, the pipelines that ship too."""
-    found = [Recipe.load(name).teacher for name, path in builtin().items() if name.startswith("shapes") and path.stem.split("-")[0] == method]
-    return sorted(set(found))
+    names = [name for name, path in builtin().items() if name.startswith("shapes") and path.stem.split("-")[0] == method]
+    return sorted({Recipe.load(name).teacher for name in names})
 
 
 def encoded(pipeline: DiffusionPipeline, family: Family) -> list[Tensor]:
-    """The stock encoding of PROMPTS and of the negative prompt that nobody gave: text, its null, and where there are two, pooled
-    and its null. With what every call of this pipeline says of prompts."""
+    """The stock encoding of PROMPTS and of the negative prompt that nobody gave: text and its null, and where the pipeline has
+    them pooled and its null. With what every call of this pipeline says of prompts."""
     others = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "transformer") else {}
     takes = inspect.signature(pipeline.encode_prompt).parameters
     others |= {name: value for name, value in family.call.items() if name in takes}
-    return list(pipeline.encode_prompt(PROMPTS, **others, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True))
+    return list(pipeline.encode_prompt(PROMPTS, **others, device="cpu", num_images_per_prompt=1,
+                                       do_classifier_free_guidance=True))
 
 
 def asked(pipeline: DiffusionPipeline, x: Tensor, t: float, text: Tensor, pooled: Tensor | None) -> Tensor:
     """The stock network's answer, in the units of time in which a stock scheduler tells it."""
     if pooled is not None:
-        return pipeline.transformer(x, timestep=torch.full((len(x),), 1000 * t), encoder_hidden_states=text, pooled_projections=pooled).sample
+        return pipeline.transformer(x, timestep=torch.full((len(x),), 1000 * t), encoder_hidden_states=text,
+                                    pooled_projections=pooled).sample
     return pipeline.unet(x, torch.tensor(round(1000 * t) - 1), encoder_hidden_states=text).sample
 
 
@@ -50,7 +52,8 @@ def conditions(family: Family, seed: int) -> Iterator[Check]:
     text, null, *pools = encoded(pipeline, family)
     pooled, pooled_null = pools or (None, None)
     cond = family.encode(PROMPTS)
-    pairs = [(cond.text, text), (cond.null.text, null)] + ([(cond.pooled, pooled), (cond.null.pooled, pooled_null)] if pools else [])
+    pairs = [(cond.text, text), (cond.null.text, null)]
+    pairs += [(cond.pooled, pooled), (cond.null.pooled, pooled_null)] if pools else []
     yield Check(f"{name}: prompts, and the null prompt, against what the stock pipeline encodes; relative",
                 largest(*(difference(found, known) for found, known in pairs)), 1e-5)
     role = build_roles(family, {"teacher": Frozen()}, {})["teacher"]
@@ -60,7 +63,8 @@ def conditions(family: Family, seed: int) -> Iterator[Check]:
         without, given = (asked(pipeline, x, t, *told) for told in ((null, pooled_null), (text, pooled)))
         found = guided(role, w)(x, torch.full((len(x),), t, dtype=torch.float64), cond).raw
         away.append(difference(found, without + w * (given - without)))
-    yield Check(f"{name}: the guided teacher against the stock network's two answers, mixed by hand; relative", largest(*away), 1e-4)
+    yield Check(f"{name}: the guided teacher against the stock network's two answers, mixed by hand; relative",
+                largest(*away), 1e-4)
 
 
 def stock_teachers(method: str, seed: int) -> Iterator[Check]:
@@ -78,33 +82,36 @@ def decays(recipe: Recipe, roles: Roles) -> Iterator[Check]:
     followers = {name: roles.parameters(name) for name, need in roles.needs.items() if isinstance(need, Follows)}
     before = {name: [s - f for s, f in zip(student, own)] for name, own in followers.items()}
     roles.follow("student")
-    off = [((s - f) / way - known[name]).abs().max().item() for name, own in followers.items() for s, f, way in zip(student, own, before[name])]
-    yield Check(f"share of the way to the student that {' and '.join(followers) or 'nothing'} keeps in an update, against the recipe's decay",
+    off = [((s - f) / way - known[name]).abs().max().item()
+           for name, own in followers.items() for s, f, way in zip(student, own, before[name])]
+    yield Check(f"share of the way to the student that {' and '.join(followers) or 'nothing'} keeps in an update, against the decay",
                 largest(0.0, *off), 1e-4)
 
 
 @torch.no_grad()
 def kept_pairs(recipe: Recipe) -> Iterator[Check]:
-    """Where the data are pairs: a way of one step under a range of scales, against the stock network's two answers, by hand."""
+    """Where the data are pairs: a way of one step under a range of scales, against the stock network's answers, by hand."""
     plain = recipe.resolved()
     if plain["data"]["pairs"] is None:
         return
     low, high = 1.5, 3.5
-    work = make(Recipe.load(plain | {"steps": 1, "guidance": [low, high], "data": plain["data"] | {"pairs": plain["data"]["pairs"] | {"steps": 1, "nodes": 1}}}),
-                torch.device("cpu"))
-    pipeline, (x0, cond), pairs = stock_of(work.family), *(take(torch.arange(2)) for take in (dataset(work).__getitem__, dataset(work).pairs))
+    plain["data"]["pairs"] |= {"steps": 1, "nodes": 1}
+    work = make(Recipe.load(plain | {"steps": 1, "guidance": [low, high]}), torch.device("cpu"))
+    pipeline, kept, ids = stock_of(work.family), dataset(work), torch.arange(2)
+    (x0, cond), pairs = kept[ids], kept.pairs(ids)
     without, given = (asked(pipeline, pairs.noise, 1.0, told.text, told.pooled) for told in (cond.null, cond))
     raw = without + (low + high) / 2 * (given - without)
     yield Check("kept pictures of one step against the stock network's at the middle of a range of scales; relative",
-                largest(difference(x0, picture := clean(pipeline, pairs.noise, raw)), difference(pairs.nodes[:, -1], picture)), 1e-4)
+                largest(*(difference(found, clean(pipeline, pairs.noise, raw)) for found in (x0, pairs.nodes[:, -1]))), 1e-4)
 
 
 def clean(pipeline: DiffusionPipeline, x: Tensor, raw: Tensor) -> Tensor:
     """x_0 of a stock network's answer at the noisiest time."""
     if hasattr(pipeline, "transformer"):
         return x - raw
-    a, s = (pipeline.scheduler.alphas_cumprod[-1] ** 0.5, (1 - pipeline.scheduler.alphas_cumprod[-1]) ** 0.5)
-    return {"epsilon": (x - s * raw) / a, "v_prediction": a * x - s * raw, "sample": raw}[pipeline.scheduler.config.prediction_type]
+    a, s = pipeline.scheduler.alphas_cumprod[-1] ** 0.5, (1 - pipeline.scheduler.alphas_cumprod[-1]) ** 0.5
+    pictures = {"epsilon": (x - s * raw) / a, "v_prediction": a * x - s * raw, "sample": raw}
+    return pictures[pipeline.scheduler.config.prediction_type]
 
 
 def stock_of(family: Family) -> DiffusionPipeline:

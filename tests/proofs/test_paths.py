@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from stepdistill.methods import load_method
-from stepdistill.proofs import paths
+from stepdistill.proofs import path_table as paths
 from stepdistill.proofs.problem import NAMES, Problem
 from stepdistill.recipe import Recipe, builtin
 
