@@ -1,4 +1,4 @@
-"""Faults of the consistency and the trajectory methods, each planted alone: at least one identity row of the method turns red.
+"""Faults of the consistency and the trajectory methods, each planted alone: an identity row of the method turns red.
 
 Every setting that changes a path has one that ignores it or takes it wrongly; `pytest -s` prints what noticed.
 """
@@ -17,11 +17,13 @@ from stepdistill.proofs import pipelines
 from .planted import Fault, first_red
 from .test_paths import METHODS
 
-C, T = "methods.consistency", "methods.trajectory"
 HUBER = "partial(pseudo_huber, c=settings.huber_c)"
 DECAY = 'Follows("student", settings.target_decay)'
 CHOSEN = "}[settings.loss]"
+SWAPPED, HALVED = 'Follows("student", 1 - settings.target_decay)', 'Follows("student", settings.target_decay / 2)'
 DRAWN = "drawn(self.guidance, step)"
+MIDDLE = "middle(guidance) if settings.told"
+HIGHEST, LOWEST = (f"(guidance if isinstance(guidance, float) else guidance[{i}]) if settings.told" for i in (-1, 0))
 
 
 def of(method: str, module: str, *changes: tuple[str, str]) -> list[Fault]:
@@ -29,56 +31,153 @@ def of(method: str, module: str, *changes: tuple[str, str]) -> list[Fault]:
 
 
 FAULTS = [
-    *of("cd", f"{C}.cd", (HUBER, "squared"), (HUBER, "partial(pseudo_huber, c=0.001)"), (CHOSEN, '}["squared"]'),
-        (DECAY, 'Follows("student", 1 - settings.target_decay)'), (DECAY, 'Follows("student", settings.target_decay / 2)'),
+    *of(
+        "cd", "methods.consistency.cd",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=0.001)"),
+        (CHOSEN, '}["squared"]'),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
         ("target_decay: float = 0.95", "target_decay: float = 0.5"),
-        ("settings.nodes, sampler.times)", "40, sampler.times)"), ("[known, asked, torch", "[known, torch"),
-        (DRAWN, "1.0"), ("consistency(self.target(", "consistency(self.student("), ("heun_step(here, there), x_s)", "x_s, x_s)"),
-        ("there = teacher(x_s", "there = teacher(x_t")),
-    *of("lcm", f"{C}.lcm", (HUBER, "squared"), (HUBER, "partial(pseudo_huber, c=2 * settings.huber_c)"), (CHOSEN, '}["huber"]'),
-        ("(i - self.settings.skip)", "(i - 1)"), ("step.integers(\"node\", self.settings.nodes) + 1", "step.integers(\"node\", self.settings.nodes)"),
-        ("shifted(uniform(), self.settings.shift)", "uniform()"), ('{"shift": settings.shift}', '{"shift": 1.0}'),
-        (".expand(len(batch))", ".expand(len(batch)) - 1"), ("torch.where(s > 0, s, t), cond))", "torch.where(s > 0, s, t), batch.cond))"),
+        ("settings.nodes, sampler.times)", "40, sampler.times)"),
+        ("[known, asked, torch", "[known, torch"),
+        (DRAWN, "1.0"),
+        ("consistency(self.target(", "consistency(self.student("),
+        ("heun_step(here, there), x_s)", "x_s, x_s)"),
+        ("there = teacher(x_s", "there = teacher(x_t"),
+    ),
+    *of(
+        "lcm", "methods.consistency.lcm",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=2 * settings.huber_c)"),
+        (CHOSEN, '}["huber"]'),
+        ("(i - self.settings.skip)", "(i - 1)"),
+        ('step.integers("node", self.settings.nodes) + 1', 'step.integers("node", self.settings.nodes)'),
+        ("shifted(uniform(), self.settings.shift)", "uniform()"),
+        ('{"shift": settings.shift}', '{"shift": 1.0}'),
+        (".expand(len(batch))", ".expand(len(batch)) - 1"),
+        ("torch.where(s > 0, s, t), cond))", "torch.where(s > 0, s, t), batch.cond))"),
         ("batch.cond.replace(w=told) if self.settings.told else batch.cond", "batch.cond"),
-        ("middle(guidance) if settings.told", "guidance[-1] if isinstance(guidance, tuple) and settings.told"),
-        ('roles.get("target", self.student)', "self.student"), ("guided(self.teacher, w)(x_t", "guided(self.teacher, 1.0)(x_t"),
-        (DECAY, 'Follows("student", 1 - settings.target_decay)'), (DECAY, 'Follows("student", settings.target_decay / 2)'),
-        ('"original_inference_steps": settings.nodes', '"original_inference_steps": 50'), ("huber_c: float = 0.001", "huber_c: float = 0.01"),
-        ("sigmas_of_nodes(steps, settings.nodes)}", "sigmas_of_nodes(steps, 50)}"), ("inner, x_s)", "inner, inner)")),
-    *of("tcd", f"{C}.tcd", (HUBER, "squared"), (HUBER, "partial(pseudo_huber, c=settings.huber_c / 2)"), (CHOSEN, '}["squared"]'),
-        ("(i - self.settings.skip)", "(i - 1)"), ("shifted(uniform(), self.settings.shift)", "uniform()"), ('{"shift": settings.shift}', '{"shift": 1.0}'),
-        ('{"eta": settings.gamma}', '{"eta": 0.2}'), ('{"eta": settings.gamma}', '{"eta": 1 - settings.gamma}'),
-        ("schedulers[settings.gamma], AS_GIVEN", "schedulers[0], AS_GIVEN"), ("(below + 1)).long()", "below).long()"),
-        ('{"original_inference_steps": settings.nodes}', '{"original_inference_steps": 50}'), ("self.target, x_s", "self.student, x_s"),
-        (DECAY, 'Follows("student", 1 - settings.target_decay)'), (DECAY, 'Follows("student", settings.target_decay / 2)'), (DRAWN, "1.0"),
-        ("s.clamp_min(self.end), r.clamp_min(self.end)", "s, r")),
-    *of("scm", f"{C}.scm", ("min(time(1 - i / steps), NOISIEST / (1 + NOISIEST))", "time(1 - i / steps)"), ("shifted(uniform(), SHIFT)", "uniform()"),
-        ("settings.mean, settings.std)", "-0.1, settings.std)"), ("settings.mean, settings.std)", "settings.mean, 1.6)"),
-        ("min(1.0, step.progress / self.settings.warmup)", "min(1.0, step.progress / 0.1)"), ("if self.settings.warmup else 1.0", "if self.settings.warmup else 0.0"),
-        ("self.settings.damping)", "0.1)"), ('self.settings.derivative == "exact"', "True"), ('self.settings.derivative == "exact"', "False"),
-        ("self.settings.width, self.first", "2 * self.settings.width, self.first"), (DRAWN, "1.0")),
-    *of("scm", "losses.tangent", ("- r * cos * sin * (x + slope)", "- r * cos * sin * slope")),
-    *of("guided", f"{T}.guided", ("}[settings.weight]", '}["truncated"]'), ("middle(guidance) if settings.told", "guidance[-1] if isinstance(guidance, tuple) and settings.told"),
-        ("middle(guidance) if settings.told", "guidance[0] if isinstance(guidance, tuple) and settings.told"),
-        ("told(batch.cond, w) if self.settings.told", "told(batch.cond, w - 1) if self.settings.told"), ("if self.settings.told else batch.cond", "if True else batch.cond"),
-        ("told_w=settings.told", "told_w=False"), (DRAWN, "drawn(self.guidance, step) + 0.5")),
-    *of("kd", f"{T}.kd", ('"absolute": absolute', '"absolute": squared'), ("pairs.nodes[:, every - 1::every]", "pairs.nodes[:, 0::every]"),
-        ("}[settings.loss]", '}["absolute"]'), ("times[rows, j + 1]", "times[rows, j + 1] / 2")),
-    *of("progressive", f"{T}.progressive", ("}[settings.weight]", '}["truncated"]'), ("told(batch.cond, w) if", "told(batch.cond, w - 1) if"),
-        ("middle(guidance) if settings.told", "guidance[-1] if isinstance(guidance, tuple) and settings.told"), ("told_w=settings.told", "told_w=False"),
-        ("trailing(2 * sampler.nfe", "trailing(2 * sampler.nfe + 2"), ("ddim_step(teacher(x_m, m, cond), r)", "ddim_step(self.teacher(x_m, m, cond), r)"),
-        ("guided(self.teacher, w)", "self.teacher")),
-    *of("progressive", "diffusion.sampler", ("return _start(scheduler), [Evaluation(*row, _ddim)", "return 1.01, [Evaluation(*row, _ddim)")),
-    *of("reflow", f"{T}.reflow", (HUBER, "squared"), (HUBER, "partial(pseudo_huber, c=0.001)"), (CHOSEN, '}["squared"]'), ("if settings.distil else", "if False else"),
-        ("discrete(sampler.times)", "discrete(sampler.times[:1])"), ("found.eps - found.x0", "found.eps"), ("schedule.time_at(flow.angle(place(u)))", "place(u)")),
-    *of("tract", f"{T}.tract", ("settings.nodes // sampler.nfe", "40 // sampler.nfe"), ("+ 1, self.settings.nodes", "+ 1, 40"), ("inside = s > r", "inside = s >= r"),
-        ("flow_map(self.target", "flow_map(self.student"), (DRAWN, "1.0"), (DECAY, 'Follows("student", 1 - settings.target_decay)'),
-        (DECAY, 'Follows("student", settings.target_decay / 2)'), ("truncated_snr(self.schedule, t)", "truncated_snr(self.schedule, s)")),
-    *of("tract", "models.ema", ("self.leader, 1 - self.decay", "self.leader, self.decay")),
-    *of("lcm", "diffusion.guidance", ("return low + (high - low) * step.uniform", "return low + 0 * step.uniform"), ("return replace(role, w=w)", "return Guided(role, w, interval)")),
-    *of("cd", "diffusion.guidance", ("return replace(role, w=w)", "return Guided(role, w, interval)")),
-    *of("lcm", "diffusion.consistency", ("(LEVELS * t - 1)", "LEVELS * t")),
-    *of("kd", "losses.regression", ("(x - y).abs()", "2 * (x - y).abs()")),
+        (MIDDLE, HIGHEST),
+        ('roles.get("target", self.student)', "self.student"),
+        ("guided(self.teacher, w)(x_t", "guided(self.teacher, 1.0)(x_t"),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        ('"original_inference_steps": settings.nodes', '"original_inference_steps": 50'),
+        ("huber_c: float = 0.001", "huber_c: float = 0.01"),
+        ("sigmas_of_nodes(steps, settings.nodes)}", "sigmas_of_nodes(steps, 50)}"),
+        ("inner, x_s)", "inner, inner)"),
+    ),
+    *of(
+        "tcd", "methods.consistency.tcd",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=settings.huber_c / 2)"),
+        (CHOSEN, '}["squared"]'),
+        ("(i - self.settings.skip)", "(i - 1)"),
+        ("shifted(uniform(), self.settings.shift)", "uniform()"),
+        ('{"shift": settings.shift}', '{"shift": 1.0}'),
+        ('{"eta": settings.gamma}', '{"eta": 0.2}'),
+        ('{"eta": settings.gamma}', '{"eta": 1 - settings.gamma}'),
+        ("schedulers[settings.gamma], AS_GIVEN", "schedulers[0], AS_GIVEN"),
+        ("(below + 1)).long()", "below).long()"),
+        ('{"original_inference_steps": settings.nodes}', '{"original_inference_steps": 50}'),
+        ("self.target, x_s", "self.student, x_s"),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        (DRAWN, "1.0"),
+        ("s.clamp_min(self.end), r.clamp_min(self.end)", "s, r"),
+    ),
+    *of(
+        "scm", "methods.consistency.scm",
+        ("min(time(1 - i / steps), NOISIEST / (1 + NOISIEST))", "time(1 - i / steps)"),
+        ("shifted(uniform(), SHIFT)", "uniform()"),
+        ("settings.mean, settings.std)", "-0.1, settings.std)"),
+        ("settings.mean, settings.std)", "settings.mean, 1.6)"),
+        ("min(1.0, step.progress / self.settings.warmup)", "min(1.0, step.progress / 0.1)"),
+        ("if self.settings.warmup else 1.0", "if self.settings.warmup else 0.0"),
+        ("self.settings.damping)", "0.1)"),
+        ('self.settings.derivative == "exact"', "True"),
+        ('self.settings.derivative == "exact"', "False"),
+        ("self.settings.width, self.first", "2 * self.settings.width, self.first"),
+        (DRAWN, "1.0"),
+    ),
+    *of(
+        "scm", "losses.tangent",
+        ("- r * cos * sin * (x + slope)", "- r * cos * sin * slope"),
+    ),
+    *of(
+        "guided", "methods.trajectory.guided",
+        ("}[settings.weight]", '}["truncated"]'),
+        (MIDDLE, HIGHEST),
+        (MIDDLE, LOWEST),
+        ("told(batch.cond, w) if self.settings.told", "told(batch.cond, w - 1) if self.settings.told"),
+        ("if self.settings.told else batch.cond", "if True else batch.cond"),
+        ("told_w=settings.told", "told_w=False"),
+        (DRAWN, "drawn(self.guidance, step) + 0.5"),
+    ),
+    *of(
+        "kd", "methods.trajectory.kd",
+        ('"absolute": absolute', '"absolute": squared'),
+        ("pairs.nodes[:, every - 1::every]", "pairs.nodes[:, 0::every]"),
+        (CHOSEN, '}["absolute"]'),
+        ("times[rows, j + 1]", "times[rows, j + 1] / 2"),
+    ),
+    *of(
+        "progressive", "methods.trajectory.progressive",
+        ("}[settings.weight]", '}["truncated"]'),
+        ("told(batch.cond, w) if", "told(batch.cond, w - 1) if"),
+        (MIDDLE, HIGHEST),
+        ("told_w=settings.told", "told_w=False"),
+        ("trailing(2 * sampler.nfe", "trailing(2 * sampler.nfe + 2"),
+        ("ddim_step(teacher(x_m, m, cond), r)", "ddim_step(self.teacher(x_m, m, cond), r)"),
+        ("guided(self.teacher, w)", "self.teacher"),
+    ),
+    *of(
+        "progressive", "diffusion.sampler",
+        ("return _start(scheduler), [Evaluation(*row, _ddim)", "return 1.01, [Evaluation(*row, _ddim)"),
+    ),
+    *of(
+        "reflow", "methods.trajectory.reflow",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=0.001)"),
+        (CHOSEN, '}["squared"]'),
+        ("if settings.distil else", "if False else"),
+        ("discrete(sampler.times)", "discrete(sampler.times[:1])"),
+        ("found.eps - found.x0", "found.eps"),
+        ("schedule.time_at(flow.angle(place(u)))", "place(u)"),
+    ),
+    *of(
+        "tract", "methods.trajectory.tract",
+        ("settings.nodes // sampler.nfe", "40 // sampler.nfe"),
+        ("+ 1, self.settings.nodes", "+ 1, 40"),
+        ("inside = s > r", "inside = s >= r"),
+        ("flow_map(self.target", "flow_map(self.student"),
+        (DRAWN, "1.0"),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        ("truncated_snr(self.schedule, t)", "truncated_snr(self.schedule, s)"),
+    ),
+    *of(
+        "tract", "models.ema",
+        ("self.leader, 1 - self.decay", "self.leader, self.decay"),
+    ),
+    *of(
+        "lcm", "diffusion.guidance",
+        ("return low + (high - low) * step.uniform", "return low + 0 * step.uniform"),
+        ("return replace(role, w=w)", "return Guided(role, w, interval)"),
+    ),
+    *of(
+        "cd", "diffusion.guidance",
+        ("return replace(role, w=w)", "return Guided(role, w, interval)"),
+    ),
+    *of(
+        "lcm", "diffusion.consistency",
+        ("(LEVELS * t - 1)", "LEVELS * t"),
+    ),
+    *of(
+        "kd", "losses.regression",
+        ("(x - y).abs()", "2 * (x - y).abs()"),
+    ),
 ]
 
 
@@ -102,7 +201,8 @@ def test_another_null_prompt_is_seen(teacher, monkeypatch):
     """As if a family encoded some word for the negative prompt that nobody gave."""
     family = load_teacher(resources.pipeline(teacher))
     encode = type(family).encode
-    monkeypatch.setattr(type(family), "encode", lambda self, prompts: encode(self, prompts).replace(null=encode(self, ["bad"] * len(prompts))))
+    monkeypatch.setattr(type(family), "encode", lambda self, prompts:
+                        encode(self, prompts).replace(null=encode(self, ["bad"] * len(prompts))))
     assert [check.passed for check in pipelines.conditions(family, 1)] == [False, False]
     monkeypatch.undo()
     assert all(check.passed for check in pipelines.conditions(family, 1))

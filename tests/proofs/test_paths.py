@@ -22,8 +22,8 @@ def test_every_setting_has_a_path(method):
 def test_a_new_setting_without_a_path_is_named():
     """A number, a switch and a choice, each of which nothing varies."""
     known = load_method("kd").Settings
-    new = make_dataclass("Settings", [("power", float, 2.0), ("even", bool, False), ("rule", Literal["a", "b"], "a")], bases=(known,),
-                         frozen=True, kw_only=True, namespace={"__module__": known.__module__})
+    more = [("power", float, 2.0), ("even", bool, False), ("rule", Literal["a", "b"], "a")]
+    new = make_dataclass("Settings", more, bases=(known,), frozen=True, kw_only=True, namespace={"__module__": known.__module__})
     assert paths.uncovered("kd", new) == ["power", "even = True", "rule = 'b'"]
 
 
@@ -34,8 +34,9 @@ def test_every_shipped_stage_is_on_a_path_that_is_served():
         stage = Recipe.load(name)
         while stage is not None:
             if stage.method in METHODS:
-                like = [path for path in paths.shipped(stage.method) if (path.asked(stage.method), path.steps, path.w, path.previous) ==
-                        (stage.method_settings(), stage.steps, stage.guidance, stage.taught_by_previous)]
+                chosen = (stage.method_settings(), stage.steps, stage.guidance, stage.taught_by_previous)
+                like = [path for path in paths.shipped(stage.method)
+                        if (path.asked(stage.method), path.steps, path.w, path.previous) == chosen]
                 assert like, f"{name}, {stage.method} at {stage.steps} steps"
                 assert any(paths.served(stage.method, path, Problem(0, noise)) for path in like for noise in NAMES)
                 seen += 1
