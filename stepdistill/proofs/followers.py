@@ -1,4 +1,4 @@
-"""What follows a student: after n updates of one that stands still, decay^n of the distance is left, in real weights."""
+"""What follows a student: after n updates of one that stands still, decay^n of the distance is left."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -44,5 +44,5 @@ def following(method: str, problem: Problem) -> Iterator[Check]:
     for name, decay, found in (("the default decay", PUBLISHED[method]["target_decay"], left(method)),
                                (f"decay {drawn:.2f}", drawn, left(method, target_decay=drawn))):
         off = largest(*(abs(share - decay**UPDATES) for share in found))
-        yield Check(f"what follows the student, at {name}: share of the distance that {UPDATES} updates leave, against its power",
+        yield Check(f"what follows the student, at {name}: share of the way left by {UPDATES} updates",
                     off, 1e-5)

@@ -18,7 +18,7 @@ from .problem import Law, Problem
 LEVELS = 1000
 Denoiser = Callable[[Tensor, Tensor], Tensor]                # (x_t, t) -> x_0
 
-# Noises beyond Stable Diffusion's own betas: name -> config of the scheduler, and a kind of network that is sound there.
+# Noises beyond Stable Diffusion's own betas: name -> the scheduler's config, and a kind of network that is sound there.
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BEYOND = {
     "vp": {"zero terminal SNR": (BETAS | {"rescale_betas_zero_snr": True}, "v"),
@@ -164,7 +164,7 @@ class Hand:
 
     def strategic(self, x0: Denoiser, noise: Tensor, times: Sequence[float], gamma: float,
                   draw: Callable[[int], Tensor]) -> Tensor:
-        """TCD's algorithm 4 by the told times of TCDScheduler: to floor((1 - gamma) n) of the next, n, and back to n."""
+        """TCD's algorithm 4 by the told times of TCDScheduler: to floor((1 - gamma) n), n the next, and back to n."""
         x, told = noise, [round(LEVELS * t) - 1 for t in times] + [0]
         for i, (now, after) in enumerate(zip(told, told[1:])):
             past = int((1 - gamma) * after)
@@ -195,7 +195,7 @@ class Learner:
         return said + (column(w, x) - 1) * u if self.reads_w else said
 
     def network(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """As a `Believer` believes it. ValueError where it is told a scale that it does not read, or none that it does."""
+        """As a `Believer` believes it. ValueError where it is told a scale that it does not read, or none."""
         if (cond.w is not None) != self.reads_w:
             raise ValueError(f"this network reads {'a' if self.reads_w else 'no'} guidance scale; it was told {cond.w}")
         return self.x0(x, t, cond, None if cond.w is None else cond.w.double())

@@ -1,4 +1,4 @@
-"""The table of paths through a method: its defaults, every setting at another value, and what the shipped recipes choose.
+"""The table of paths through a method: its defaults, every setting at another value, what shipped recipes choose.
 
 A setting that changes what a method computes has a path here, or `uncovered` names it.
 """
@@ -19,7 +19,7 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Path:
-    """name: what is special of it. settings: other than the defaults. w: the recipe's guidance, None a drawn scale above 1.
+    """name: what is special of it. settings: other than the defaults. w: the recipe's guidance, None a drawn scale.
     full: all weights are trained. previous: the teacher is the student of the stage before. nodes: of the pairs."""
 
     name: str
@@ -48,7 +48,8 @@ AFTER = Path("of the stage before", previous=True)
 GUIDED = (of("a range of scales", w=RANGE), of("no guidance", w=1.0))
 HUBER = of("Huber, c = 0.3", loss="huber", huber_c=0.3)
 CONSISTENCY = (of("squared", loss="squared"), HUBER, of("10 nodes, 2 steps", 2, nodes=10), *GUIDED, AFTER)
-SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3", shift=3.0), of("an averaged target", full=True))
+SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3", shift=3.0),
+         of("an averaged target", full=True))
 PATHS: dict[str, tuple[Path, ...]] = {
     "cd": (*CONSISTENCY, ONE),
     "lcm": (*CONSISTENCY, *SKIPS,
@@ -120,22 +121,23 @@ def all_paths(method: str) -> tuple[Path, ...]:
 
 
 def uncovered(method: str, settings: type | None = None) -> list[str]:
-    """The settings of a method that no path of its own has at another value than the default, and values of choices that
-    none has."""
+    """The settings of a method that no path of its own has at another value than the default, and values of choices
+    that none has."""
     settings = settings or load_method(method).Settings
     hints, default = get_type_hints(settings, vars(inspect.getmodule(settings))), settings()
     missing = []
     for name in (f.name for f in fields(settings) if f.name not in ELSEWHERE):
         seen = {path.settings.get(name, vars(default)[name]) for path in (Path("defaults"), *PATHS[method])}
-        choices = (True, False) if hints[name] is bool else get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        hint = hints[name]
+        choices = (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
         missing += [f"{name} = {value!r}" for value in choices if value not in seen]
         missing += [] if choices or len(seen) > 1 else [name]
     return missing
 
 
 def served(name: str, path: Path, problem: Problem) -> bool:
-    """Whether a stock scheduler exists for it: those of LCM and TCD have nodes that divide 1000, and no shift; of a flow none
-    adds a share of fresh noise."""
+    """Whether a stock scheduler exists for it: those of LCM and TCD have nodes that divide 1000 and no shift; of a flow
+    none adds a share of fresh noise."""
     settings = vars(path.asked(name))
     if problem.name == "flow":
         return settings.get("gamma", 1.0) in (0, 1)

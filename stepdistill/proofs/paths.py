@@ -1,7 +1,7 @@
 """What is measured on each path of a method, on the problem's own noise and on those of hand.BEYOND.
 
-The loss of an arbitrary student and its gradient, and what the stock scheduler, stepped as a pipeline steps it, makes of an
-arbitrary student. Both have a known value that is written out by hand.
+The loss of an arbitrary student and its gradient, and what the stock scheduler, stepped as a pipeline steps it, makes
+of an arbitrary student. Both have a known value that is written out by hand.
 """
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
 
 
 def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
-    """The pipeline's network, or a student that is guided within: at the scale that it is told, or that it has learned."""
+    """The pipeline's network, or a student that is guided within: at the scale that it is told, or has learned."""
     if not path.previous:
         return problem.teacher
 
@@ -159,8 +159,7 @@ DRAWN = "what the stock scheduler and ours draw against the sampler written out"
 
 def trained(name: str, path: Path, problem: Problem, known: Known, kept: Kept | None = None, value: bool = True,
             **moment: Any) -> float:
-    """How far the gradient of the method's loss is from that of the one written out, and its value where that has it too;
-    relative."""
+    """How far the gradient of the method's loss is from that of the one written out, and its value too; relative."""
     found = cast(name, path, problem, **moment)
     found = found if kept is None else found.only(kept(found))
     loss, right = sum(found.method.updates()[0].loss(found.batch, found.step).values()), known(found)
@@ -194,9 +193,9 @@ def table(name: str, problem: Problem) -> Iterator[Check]:
 
 def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: float = 1e-9,
          kept: Kept | None = None) -> Iterator[Check]:
-    """Of every path that this noise serves. tolerance: of losses; a told scale is a float32 number. Stock schedulers have
-    float32 coefficients, and EulerDiscreteScheduler, which serves steps that do not divide 1000, ends at 4096 where a zero
-    terminal SNR has no end."""
+    """Of every path that this noise serves. tolerance: of losses; a told scale is a float32 number. Stock schedulers
+    have float32 coefficients, and EulerDiscreteScheduler, which serves steps that do not divide 1000, ends at 4096
+    where a zero terminal SNR has no end."""
     yield from table(name, problem)
     places = sites(problem)
     for path in all_paths(name):

@@ -33,7 +33,7 @@ def karras_grid(hand: Hand, count: int, asked: Tensor) -> Tensor:
 
 
 def even_times(steps: int) -> list[float]:
-    """Of LCMScheduler with as many original steps: as far apart as 1000 / steps rounds down to. A flow's are 1 - i / steps."""
+    """Of LCMScheduler with as many original steps: floor(1000 / steps) apart. A flow's are 1 - i / steps."""
     return [1 - i * (LEVELS // steps) / LEVELS for i in range(steps)]
 
 

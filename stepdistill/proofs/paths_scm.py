@@ -1,4 +1,4 @@
-"""Paths of scm: the tangent along the guided teacher's ODE written out, for each derivative, and where sampling starts."""
+"""Paths of scm: the tangent along the guided teacher's ODE written out, and where sampling starts."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -96,7 +96,8 @@ def scm(problem: Problem) -> Iterator[Check]:
                               for place in places for moment in moments)), 1e-6)
         yield Check(f"{path.name}: {DRAWN}, on {len(places)} noises; relative",
                     largest(*(sampled("scm", path, place, scm_sample) for place in places)), 1e-4)
-        yield Check(f"{path.name}: time where sampling starts from the last that was trained", latest(path, problem), 2e-4)
+        yield Check(f"{path.name}: time where sampling starts from the last that was trained",
+                    latest(path, problem), 2e-4)
     path = Path("mean and deviation", {"mean": 0.9, "std": 1.1})
     found = cast("scm", path, problem)
     yield Check(f"{path.name}: moments of its times against those of their law, in standard errors",

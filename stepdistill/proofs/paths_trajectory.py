@@ -83,8 +83,8 @@ def reflow_loss(found: Cast) -> Tensor:
 
 
 def evenly_sampled(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
-    """DDIM's equal steps from unit noise. Where their number does not divide 1000 they are EulerDiscreteScheduler's, whose
-    first state is sigma_1 times that."""
+    """DDIM's equal steps from unit noise. Where their number does not divide 1000 they are EulerDiscreteScheduler's,
+    whose first state is sigma_1 times that."""
     times = trailing_times(found, found.path.steps)
     scaled = not found.hand.flow and LEVELS % found.path.steps
     start = found.hand.at(times[:1])[1] if scaled else 1.0

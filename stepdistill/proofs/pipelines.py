@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 from .. import resources
@@ -23,14 +23,15 @@ TIMES = (1.0, 0.4)
 
 def teachers(method: str) -> list[str]:
     """Of its shipped recipes, the pipelines that ship too."""
-    names = [name for name, path in builtin().items() if name.startswith("shapes") and path.stem.split("-")[0] == method]
+    names = [name for name, path in builtin().items()
+             if name.startswith("shapes") and path.stem.split("-")[0] == method]
     return sorted({Recipe.load(name).teacher for name in names})
 
 
 def encoded(pipeline: DiffusionPipeline, family: Family) -> list[Tensor]:
-    """The stock encoding of PROMPTS and of the negative prompt that nobody gave: text and its null, and where the pipeline has
-    them pooled and its null. With what every call of this pipeline says of prompts."""
-    others = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "transformer") else {}
+    """The stock encoding of PROMPTS and of the negative prompt that nobody gave: text and its null, and where the
+    pipeline has them pooled and its null. With what every call of this pipeline says of prompts."""
+    others = {"prompt_2": None, "prompt_3": None} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
     takes = inspect.signature(pipeline.encode_prompt).parameters
     others |= {name: value for name, value in family.call.items() if name in takes}
     return list(pipeline.encode_prompt(PROMPTS, **others, device="cpu", num_images_per_prompt=1,
@@ -84,13 +85,14 @@ def decays(recipe: Recipe, roles: Roles) -> Iterator[Check]:
     roles.follow("student")
     off = [((s - f) / way - known[name]).abs().max().item()
            for name, own in followers.items() for s, f, way in zip(student, own, before[name])]
-    yield Check(f"share of the way to the student that {' and '.join(followers) or 'nothing'} keeps in an update, against the decay",
+    names = " and ".join(followers) or "nothing"
+    yield Check(f"share of the way to the student that {names} keeps in an update, against the decay",
                 largest(0.0, *off), 1e-4)
 
 
 @torch.no_grad()
 def kept_pairs(recipe: Recipe) -> Iterator[Check]:
-    """Where the data are pairs: a way of one step under a range of scales, against the stock network's answers, by hand."""
+    """Where the data are pairs: a way of one step under a range of scales, by the stock network's answers."""
     plain = recipe.resolved()
     if plain["data"]["pairs"] is None:
         return
@@ -101,13 +103,14 @@ def kept_pairs(recipe: Recipe) -> Iterator[Check]:
     (x0, cond), pairs = kept[ids], kept.pairs(ids)
     without, given = (asked(pipeline, pairs.noise, 1.0, told.text, told.pooled) for told in (cond.null, cond))
     raw = without + (low + high) / 2 * (given - without)
+    picture = clean(pipeline, pairs.noise, raw)
     yield Check("kept pictures of one step against the stock network's at the middle of a range of scales; relative",
-                largest(*(difference(found, clean(pipeline, pairs.noise, raw)) for found in (x0, pairs.nodes[:, -1]))), 1e-4)
+                largest(*(difference(found, picture) for found in (x0, pairs.nodes[:, -1]))), 1e-4)
 
 
 def clean(pipeline: DiffusionPipeline, x: Tensor, raw: Tensor) -> Tensor:
     """x_0 of a stock network's answer at the noisiest time."""
-    if hasattr(pipeline, "transformer"):
+    if isinstance(pipeline, StableDiffusion3Pipeline):
         return x - raw
     a, s = pipeline.scheduler.alphas_cumprod[-1] ** 0.5, (1 - pipeline.scheduler.alphas_cumprod[-1]) ** 0.5
     pictures = {"epsilon": (x - s * raw) / a, "v_prediction": a * x - s * raw, "sample": raw}

@@ -1,4 +1,4 @@
-"""Faults planted in the source: a line of a module is changed, and whoever has imported its functions runs the changed."""
+"""Faults planted in the source: a line of a module is changed, and all who have imported it run the changed."""
 from __future__ import annotations
 
 import importlib
@@ -37,7 +37,8 @@ class Fault:
         vars(changed).update({"__package__": module.__package__, "__file__": module.__file__})
         exec(compile(source.replace(self.old, self.new), module.__file__, "exec"), vars(changed))
         swaps = [(ours, theirs, part) for ours, theirs in _pairs(module, changed)
-                 for part in ("__code__", "__kwdefaults__", "__defaults__") if getattr(ours, part) != getattr(theirs, part)]
+                 for part in ("__code__", "__kwdefaults__", "__defaults__")
+                 if getattr(ours, part) != getattr(theirs, part)]
         assert swaps, f"nothing that runs has changed with: {self.new}"
         for ours, theirs, part in swaps:
             monkeypatch.setattr(ours, part, getattr(theirs, part))
@@ -72,6 +73,6 @@ def first_red(method: str, seed: int = SEED) -> str | None:
             for check in identities(Problem(seed, noise)):
                 if not check.passed:
                     return f"{check.name} ({noise}): {check.figure:.3g} > {check.tolerance:g}"
-        except (ValueError, RuntimeError) as error:     # such as a scale told to a network that reads none: noticed, too
+        except (ValueError, RuntimeError) as error:     # such as a scale told to a network that reads none
             return f"{type(error).__name__}: {error}"
     return None

@@ -23,7 +23,8 @@ def test_a_new_setting_without_a_path_is_named():
     """A number, a switch and a choice, each of which nothing varies."""
     known = load_method("kd").Settings
     more = [("power", float, 2.0), ("even", bool, False), ("rule", Literal["a", "b"], "a")]
-    new = make_dataclass("Settings", more, bases=(known,), frozen=True, kw_only=True, namespace={"__module__": known.__module__})
+    new = make_dataclass("Settings", more, bases=(known,), frozen=True, kw_only=True,
+                         namespace={"__module__": known.__module__})
     assert paths.uncovered("kd", new) == ["power", "even = True", "rule = 'b'"]
 
 
