@@ -16,6 +16,7 @@ from ..diffusion.solvers import ddim
 from ..diffusion.times import trailing
 from ..methods.base import Guidance
 from ..methods.trajectory.progressive import Progressive, Settings
+from .paths_trajectory import progressive as paths
 from .problem import Affine, Believer, Check, Problem, difference, gradient, reaching
 
 COUNT, STEPS = 256, 4
@@ -95,6 +96,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     known = _slope(problem, batch, step, student)
     yield Check("gradient against that of max(SNR, 1) |x_0 - closed form|^2; relative", difference(found, known), 1e-9)
     yield Check("gradient that reaches the teacher", reaching(made(problem, teacher, student).loss(batch, step)["progressive"], teacher), 0)
+    yield from paths(problem)
 
 
 def told_teacher(problem: Problem) -> Believer:

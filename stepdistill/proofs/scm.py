@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import atan
 
 import torch
 from torch import Tensor
@@ -10,8 +9,10 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
-from ..methods.consistency.scm import FIRST, INSIDE, NOISIEST, RADIAN, SCM, TRIG, Settings
-from .problem import Believer, Check, Law, Problem, difference, gradient, largest, normal_values, off_law
+from ..methods.consistency.scm import RADIAN, SCM, TRIG, Settings
+from .paths_scm import published_times
+from .paths_scm import scm as paths
+from .problem import Believer, Check, Law, Problem, difference, gradient, largest, off_law
 
 COUNT, MANY = 256, 20_000
 TINY = 1e-4                       # radians to either side of a time
@@ -48,6 +49,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     ends = problem.teacher.of(problem.guided_cond(COUNT, problem.w)).flow(noise, start, 0 * start)
     landed = flow.sampler(believer(problem, problem.w, flows=True), noise, problem.cond(COUNT))
     yield Check("one step of the flow map against the guided teacher's ODE; relative", difference(landed, ends), 1e-5)
+    yield from paths(problem)
 
 
 def arbitrary(problem: Problem) -> Iterator[Check]:
@@ -76,9 +78,3 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
     tame = problem.law(problem.drawn_covariance())
     slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond) for by in ("difference", "exact")]
     yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)
-
-
-def published_times(problem: Problem, settings: Settings) -> Tensor:
-    """Of the law, cut off where a network knows no more times and where sampling starts."""
-    first, last = problem.schedule.angle(torch.tensor([FIRST + INSIDE, 1 - INSIDE], dtype=torch.float64)).tolist()
-    return normal_values(settings.mean, settings.std).exp().atan().clamp(first, min(last, atan(NOISIEST))) * RADIAN
