@@ -8,6 +8,8 @@ import torch
 from ..diffusion.consistency import consistency
 from ..diffusion.contracts import Role
 from ..methods.consistency.cd import CD, Settings
+from .followers import following
+from .paths_consistency import cd as paths
 from .problem import Affine, Check, Problem, difference, gradient, largest, stock_times
 from .trajectory import Trajectory, ddim_factor, heun_factor
 
@@ -63,3 +65,5 @@ def identities(problem: Problem) -> Iterator[Check]:
     once = problem.sampler(CD.inference(Settings(), 1, problem.schedule))
     found, known = once(student, x, batch.cond), path.carried(x, torch.ones(COUNT, dtype=torch.float64), origin)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)
+    yield from paths(problem)
+    yield from following("cd", problem)

@@ -19,6 +19,7 @@ from ..run.data import dataset
 from ..run.folder import checkpoint_of
 from ..run.setup import Run, setup, train_config
 from ..training import Trainer, checkpoints
+from .pipelines import decays, kept_pairs, stock_teachers
 from .problem import Check
 
 STEPS, BATCH, COUNT = 2, 2, 4
@@ -41,7 +42,10 @@ def recipe(method: str) -> Recipe:
 def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
     said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
     work = setup(said, torch.device("cpu"))
+    yield from stock_teachers(method, seed)
+    yield from kept_pairs(said)
     yield from moves(work, out / "moved")
+    yield from decays(said, work.roles)
     whole = train(said, out=out / "whole")
     yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
     try:

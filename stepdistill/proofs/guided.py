@@ -14,6 +14,7 @@ from ..diffusion.schedule import like
 from ..diffusion.times import LEVELS
 from ..methods.base import Guidance
 from ..methods.trajectory.guided import GuidedDistillation, Settings
+from .paths_trajectory import guided as paths
 from .problem import Affine, Believer, Check, Problem, difference, evenly, gradient, off_law, reaching, stock_times
 
 COUNT, STEPS = 512, 8
@@ -54,6 +55,7 @@ def identities(problem: Problem) -> Iterator[Check]:
 
     teacher = problem.affine()
     yield Check("gradient that reaches the teacher", reaching(loss(problem.affine(), spread, teacher=teacher), teacher), 0)
+    yield from paths(problem)
 
 
 def _slope(problem: Problem, weight: str, batch: Batch, step: Step, student: Affine) -> Tensor:

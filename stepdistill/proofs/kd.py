@@ -12,6 +12,7 @@ from ..diffusion.exact import GaussianMixture
 from ..diffusion.flow_map import secant_target, toward
 from ..diffusion.schedule import like
 from ..methods.trajectory.kd import KD, Settings
+from .paths_trajectory import kd as paths
 from .problem import Affine, Believer, Check, Problem, difference, gradient, standard_errors
 
 COUNT, MANY = 256, 20_000
@@ -50,6 +51,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("gradient against that of the step's own regression, 4 steps; relative", difference(found, _slope(problem, batch.pairs, student)), 1e-9)
     yield _mixture(problem)
     yield _mixed_up(problem)
+    yield from paths(problem)
 
 
 def _slope(problem: Problem, pairs: Pairs, student: Affine) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 
 from ..diffusion.contracts import Role
 from ..methods.consistency.lcm import LCM, Settings
+from .followers import following
+from .paths_consistency import lcm as paths
 from .problem import Believer, Check, Problem, difference, gradient
 from .trajectory import Trajectory, ddim_factor
 
@@ -43,3 +45,5 @@ def identities(problem: Problem) -> Iterator[Check]:
         found = gradient(method.loss(batch, step)["consistency"], learner)
         known = path.consistency_gradient(learner, batch, step, (i + 1).double() / NODES, i.double() / NODES, role)
         yield Check(f"gradient against that with an exact target, {said}; relative", difference(found, known), 1e-9)
+    yield from paths(problem)
+    yield from following("lcm", problem)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import erf, log, sqrt, tan
 from typing import Any
 
 import torch
@@ -258,6 +260,43 @@ def stock_time(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """The times (i + 1) / 1000 with i from 1000 low to 1000 high, 999 at most, evenly, by their place u in [0, 1)."""
     first, last = round(1000 * low), min(round(1000 * high), 999)
     return (first + (u * (last - first + 1)).floor() + 1) / 1000
+
+
+def noise_level(turn: Turn, u: Tensor, whole: bool = False) -> Tensor:
+    """The time (B,) of a draw u by the law of the settings, in t_range or at all times: each stock time has the probability
+    of the cell around it."""
+    s, schedule = turn.settings, turn.problem.schedule
+    low, high = (0.0, 1.0) if whole else s.t_range
+    if s.noise_law == "uniform":
+        return stock_time(u, low, high)
+    times = range(round(1000 * low), min(round(1000 * high), 999) + 1)
+    edges = [0.0 if i == 0 else (i + 0.5) / 1000 for i in times] + [min((times[-1] + 1.5) / 1000, 1.0)]
+
+    def below(edge: float) -> float:
+        if edge in (0.0, 1.0):
+            return edge
+        if s.noise_law == "shifted":
+            return edge / (s.shift - (s.shift - 1) * edge)
+        ratio = tan(schedule.angle(torch.tensor([edge], dtype=torch.float64)).item())
+        return (1 + erf((log(ratio) - s.mean) / s.std / sqrt(2))) / 2
+    shares = torch.tensor([below(b) - below(a) for a, b in pairwise(edges)], dtype=torch.float64)
+    shares = shares / shares.sum()
+    if s.noise_law == "mixture":
+        shares = (shares + 1 / len(shares)) / 2
+    place = torch.searchsorted(shares.cumsum(0), u, right=True).clamp(max=len(shares) - 1)
+    return (times[0] + place + 1).double() / 1000
+
+
+NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0}      # defaults of most
+
+
+def laws(**settings: Any) -> tuple[Path, ...]:
+    """A path for each law of noise levels, and for each of its numbers."""
+    return (Path("log-normal levels", {"noise_law": "lognormal"} | settings),
+            Path("log-normal levels, mean 0.4", {"noise_law": "lognormal", "mean": 0.4} | settings),
+            Path("log-normal levels, std 0.6", {"noise_law": "lognormal", "std": 0.6} | settings),
+            Path("shifted levels", {"noise_law": "shifted", "shift": 2.0} | settings),
+            Path("a mixture of levels", {"noise_law": "mixture"} | settings))
 
 
 def renoised(problem: Problem, x0: Tensor, x: Tensor, t: Tensor, r: Tensor, noise: Tensor) -> Tensor:

@@ -3,13 +3,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.diff_instruct import DiffInstruct
 from .affine import Net
-from .paths import Algorithm, Known, Order, Path, Turn, denoised, rolled, rows
+from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, noise_level, rolled, rows
 from .problem import Check, Problem
 
 PATHS = (
@@ -19,17 +16,15 @@ PATHS = (
     Path("mean 0.4", {"mean": 0.4}),
     Path("std 0.6", {"std": 0.6}),
     Path("sigma_data 0.5", {"sigma_data": 0.5}),
+    Path("uniform levels", {"noise_law": "uniform"}),
+    Path("uniform levels from 0.3 to 0.6", {"noise_law": "uniform", "t_range": (0.3, 0.6)}),
+    Path("shifted levels", {"noise_law": "shifted", "shift": 2.0}),
+    Path("a mixture of levels", {"noise_law": "mixture"}),
 )
 
 
-def level(turn: Turn) -> Tensor:
-    """t where ln(sigma / alpha) is the normal quantile of its draw."""
-    ratio = (turn.settings.mean + turn.settings.std * torch.special.ndtri(turn.step.uniform("t"))).exp()
-    return turn.problem.schedule.time_at(ratio.atan())
-
-
 def known(turn: Turn) -> Known:
-    sample, t, schedule = rolled(turn), level(turn), turn.problem.schedule
+    sample, t, schedule = rolled(turn), noise_level(turn, turn.step.uniform("t")), turn.problem.schedule
     if turn.trains == ("critic",):
         weight = (schedule.alpha(t) / schedule.sigma(t)) ** 2 + turn.settings.sigma_data**-2
         value, slope = denoised(turn, sample.x, t, turn.text, weight)
@@ -46,7 +41,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("critic",)), Order(("student",))],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")},
     known=known,
-    defaults={"mean": -1.2, "std": 1.2, "sigma_data": 1.0},
+    defaults=NOISE | {"noise_law": "lognormal", "t_range": (0.0, 1.0), "sigma_data": 1.0},
 )
 
 

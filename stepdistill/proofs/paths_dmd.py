@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.dmd import DMD
 from .affine import Net
-from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, noise_level, output_scale, rolled, rows
 from .problem import Check, Problem
 
 PATHS = (
@@ -16,15 +16,16 @@ PATHS = (
     Path("regression_weight 0, scores alone", {"regression_weight": 0.0}),
     Path("t_range from 0.3 to 0.6", {"t_range": (0.3, 0.6)}),
     Path("t_range to 1", {"t_range": (0.0, 1.0)}),
+    *laws(),
 )
 
 
 def known(turn: Turn) -> Known:
     if turn.trains == ("critic",):                                # of the student's own sample, at all times
-        sample, t = rolled(turn.before), stock_time(turn.step.uniform("t"))
+        sample, t = rolled(turn.before), noise_level(turn, turn.step.uniform("t"), whole=True)
         value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2)
         return Known({"denoising": value}, {"critic": slope})
-    sample, t, student = rolled(turn), stock_time(turn.step.uniform("t"), *turn.settings.t_range), turn.roles["student"]
+    sample, t, student = rolled(turn), noise_level(turn, turn.step.uniform("t")), turn.roles["student"]
     x_t = turn.noised(sample.x, t)
     real, fake = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale)), turn.roles["critic"].x0(x_t, t, turn.text)
     pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
@@ -41,7 +42,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("student",)), Order(("critic",), shares=1)],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher")},
     known=known,
-    defaults={"t_range": (0.02, 0.98)},
+    defaults=NOISE,
 )
 
 

@@ -13,7 +13,7 @@ from ..diffusion.prediction import Prediction
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.distribution.dmd2 import DMD2
 from .affine import Net, QuadraticHeads, softplus
-from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, noise_level, output_scale, rolled, rows
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
@@ -24,7 +24,7 @@ PATHS = (
     Path("the defaults at 4 steps", steps=4, moments=MANY),
     Path("shapes/dmd2, shapes-sd3/dmd2", SHARED, steps=4, moments=MANY, elsewhere=True),
     Path("shapes/dmd2-1step", SHARED, elsewhere=True),
-    Path("toy/dmd2, four exits told, not guided", TOY | TOLD | {"t_range": (0.02, 0.9)}, steps=4, guidance=1.0,
+    Path("toy/dmd2, four exits told, not guided", TOY | TOLD | {"noise_law": "mixture", "t_range": (0.02, 0.9)}, steps=4, guidance=1.0,
          moments=MANY, elsewhere=True),
     Path("toy/dmd2-1step, not guided", TOY | {"t_range": (0.02, 0.7)}, guidance=1.0, elsewhere=True),
     Path("a range of guidance", {"critic_steps": 1}, guidance=(1.5, 4.0)),
@@ -37,6 +37,7 @@ PATHS = (
     Path("critic_gan_weight 0.9", {"critic_gan_weight": 0.9, "critic_steps": 1}),
     Path("t_range from 0.3 to 0.6", {"t_range": (0.3, 0.6), "critic_steps": 1}),
     Path("t_range to 1", {"t_range": (0.0, 1.0), "critic_steps": 1}),
+    *laws(critic_steps=1),
 )
 
 
@@ -71,7 +72,7 @@ def known(turn: Turn) -> Known:
 
 def of_student(turn: Turn) -> Known:
     s, sample, student, critic = turn.settings, rolled(turn), turn.roles["student"], turn.roles["critic"]
-    told, t = sample.exit if s.tell_exit else None, stock_time(turn.step.uniform("t"), *turn.settings.t_range)
+    told, t = sample.exit if s.tell_exit else None, noise_level(turn, turn.step.uniform("t"))
     x_t = turn.noised(sample.x, t)
     real = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale))
     fake = critic.x0(x_t, t, turn.text, told)
@@ -92,13 +93,13 @@ def logits_at(turn: Turn, x_t: Tensor, t: Tensor, told: Tensor | None) -> Tensor
 
 
 def of_critic(turn: Turn) -> Known:
-    s, critic, t = turn.settings, turn.roles["critic"], stock_time(turn.step.uniform("t"))
+    s, critic, t = turn.settings, turn.roles["critic"], noise_level(turn, turn.step.uniform("t"), whole=True)
     sample = rolled(turn.before or turn)                          # the student's own where it is shared
     told = sample.exit if s.tell_exit else None
     value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2, told)
     if not s.gan_weight:
         return Known({"denoising": value}, {"critic": slope})
-    heads, t_real = turn.roles["discriminator"].heads, stock_time(turn.step.uniform("real t"))
+    heads, t_real = turn.roles["discriminator"].heads, noise_level(turn, turn.step.uniform("real t"), whole=True)
     game, slope_of_heads = torch.zeros(()), 0
     fake, real = turn.noised(sample.x, t), turn.noised(turn.x0, t_real, "real noise")
     for x_t, at, sign in ((fake, t, 1), (real, t_real, -1)):
@@ -124,7 +125,7 @@ def needs(settings: Any) -> dict[str, Any]:
 
 ALGORITHM = Algorithm(
     DMD2, roles, orders, needs, known,
-    defaults={"critic_steps": 5, "share_rollout": False, "tell_exit": False, "t_range": (0.02, 0.98),
+    defaults={"critic_steps": 5, "share_rollout": False, "tell_exit": False, **NOISE,
               "gan_weight": 5e-3, "critic_gan_weight": 1e-2},
 )
 

@@ -8,7 +8,7 @@ import torch
 from ..methods.base import Frozen, Trained
 from ..methods.distribution.sid import SiD
 from .affine import Net
-from .paths import Algorithm, Known, Order, Path, Turn, denoised, output_scale, rolled, rows, stock_time
+from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, noise_level, output_scale, rolled, rows
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
@@ -34,6 +34,7 @@ PATHS = (
     Path("drop 0", {"drop": 0.0}),
     Path("t_range from 0.3 to 0.6", {"t_range": (0.3, 0.6)}),
     Path("t_range to 1", {"t_range": (0.0, 1.0)}),
+    *laws(),
 )
 
 
@@ -45,7 +46,7 @@ def scales(turn: Turn) -> tuple[float, float]:
 
 
 def known(turn: Turn) -> Known:
-    s, t = turn.settings, stock_time(turn.step.uniform("t"), *turn.settings.t_range)
+    s, t = turn.settings, noise_level(turn, turn.step.uniform("t"))
     trained, asked = scales(turn)
     if turn.trains == ("critic",):                                # of its own sample; both see the prompt, or neither
         dropped = turn.step.uniform("drop") < (0 if trained == asked == 1 else s.drop)
@@ -75,7 +76,7 @@ ALGORITHM = Algorithm(
                             "critic": Trained("teacher", reads=("w",) if settings.tell_exit else ())},
     known=known,
     defaults={"alpha": 1.0, "critic_trained_at": None, "critic_asked_at": None, "critic_steps": 1, "drop": 0.1,
-              "t_range": (0.02, 0.98)},
+              **NOISE},
 )
 
 

@@ -15,7 +15,8 @@ from ..diffusion.schedule import like
 from ..diffusion.solvers import ddim
 from ..methods.base import Guidance
 from ..methods.trajectory.progressive import Progressive, Settings
-from ..models.schedulers import stock_scheduler
+from ..models.schedulers import stock_call, stock_scheduler
+from .paths_trajectory import progressive as paths
 from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, reaching
 
 COUNT, STEPS = 256, 4
@@ -38,10 +39,10 @@ def stock_grids(problem: Problem) -> Check:
     apart = []
     for steps in (96, 48, 16):
         grid = grid_of(problem, steps)
-        inference = Progressive.inference(Settings(), steps, problem.name)
-        scheduler = stock_scheduler(inference.scheduler, inference.config, problem.scheduler)
+        stock = stock_call(Progressive.inference(Settings(), steps, problem.schedule), problem.schedule)
+        scheduler = stock_scheduler(stock.scheduler, stock.config, problem.scheduler)
         if problem.name == "flow":
-            scheduler.set_timesteps(sigmas=inference.call["sigmas"])
+            scheduler.set_timesteps(sigmas=stock.call["sigmas"])
             told = scheduler.timesteps.double() / 1000
         else:
             scheduler.set_timesteps(steps)
@@ -120,6 +121,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     known = _slope(problem, batch, step, student)
     yield Check("gradient against that of max(SNR, 1) |x_0 - closed form|^2; relative", difference(found, known), 1e-9)
     yield Check("gradient that reaches the teacher", reaching(made(problem, teacher, student).loss(batch, step)["progressive"], teacher), 0)
+    yield from paths(problem)
 
 
 def told_teacher(problem: Problem) -> Believer:

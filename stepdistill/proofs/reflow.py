@@ -11,6 +11,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..methods.trajectory.reflow import Reflow, Settings
+from .paths_trajectory import reflow as paths
 from .problem import Believer, Check, Problem, difference, evenly, gradient, off_law, standard_errors
 
 COUNT, FEW, MANY = 256, 5_000, 20_000
@@ -94,3 +95,4 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("independent pairs: slope at their optimum, in standard errors", standard_errors(slope, best.asked[0][0]), 6)
     once = made(problem, best).sampler(best, batch.pairs.noise, batch.cond).detach()
     yield Check("its one step against the mean, over the deviation of the data", ((once - problem.means[0]).abs().max() / 0.3).item(), 1e-9)
+    yield from paths(problem)

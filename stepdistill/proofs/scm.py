@@ -12,7 +12,9 @@ from ..diffusion.schedule import like
 from ..diffusion.views import viewed
 from ..losses.tangent import trig_difference, trig_pair
 from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, SCM, TRIG, Settings, start
-from .problem import Believer, Check, Law, Problem, difference, gradient, largest, normal_values, off_law
+from .paths_scm import published_times
+from .paths_scm import scm as paths
+from .problem import Believer, Check, Law, Problem, difference, gradient, largest, off_law
 
 COUNT, MANY = 256, 20_000
 TINY = 1e-4                       # radians to either side of a time
@@ -51,6 +53,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     ends = problem.teacher.of(problem.guided_cond(COUNT, problem.w)).flow(noise, start, 0 * start)
     landed = flow.sampler(believer(problem, problem.w, flows=True), noise, problem.cond(COUNT))
     yield Check("one step of the flow map against the guided teacher's ODE; relative", difference(landed, ends), 1e-5)
+    yield from paths(problem)
 
 
 def stages(problem: Problem) -> Iterator[Check]:
@@ -61,7 +64,7 @@ def stages(problem: Problem) -> Iterator[Check]:
     def tangent(w: float) -> float:
         roles = {"teacher": taught, "student": believer(problem, w, flows=True)}
         settings = Settings(derivative="exact")
-        return SCM(settings, roles, problem.w, problem.sampler(SCM.inference(settings, 1, problem.name))).loss(batch, begun)["consistency"].sqrt().item()
+        return SCM(settings, roles, problem.w, problem.sampler(SCM.inference(settings, 1, problem.schedule))).loss(batch, begun)["consistency"].sqrt().item()
     yield Check("tangent at the flow map of a teacher with its guidance within, over that at another scale's",
                 tangent(problem.w) / tangent(problem.w - 1), 1e-9)
 
@@ -128,9 +131,3 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
     tame = problem.law(problem.drawn_covariance())
     slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond) for by in ("difference", "exact")]
     yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)
-
-
-def published_times(problem: Problem, settings: Settings) -> Tensor:
-    """Of the law, cut off where a network knows no more times and where sampling starts."""
-    ends = torch.tensor([FIRST + INSIDE, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
-    return normal_values(settings.mean, settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN

@@ -12,6 +12,8 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import like
 from ..diffusion.times import nodes
 from ..methods.consistency.tcd import TCD, Settings
+from .followers import following
+from .paths_consistency import tcd as paths
 from .problem import Affine, Check, Problem, difference, gradient, largest, off_law, off_zero
 from .trajectory import Trajectory, ddim_factor
 
@@ -57,6 +59,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     once = problem.sampler(TCD.inference(method.settings, 1, problem.schedule))
     found, known = once(path.landing(end), noise, batch.cond), path.carried(noise, torch.ones_like(end), end)
     yield Check("one step of the stock sampler against all the steps; relative", difference(found, known), 1e-9)
+    yield from paths(problem)
+    yield from following("tcd", problem)
 
 
 def drawn_times(method: TCD, problem: Problem) -> float:

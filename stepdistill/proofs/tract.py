@@ -13,6 +13,8 @@ from ..diffusion.guidance import guided
 from ..diffusion.schedule import like
 from ..diffusion.solvers import ddim
 from ..methods.trajectory.tract import TRACT, Settings
+from .followers import following
+from .paths_trajectory import tract as paths
 from .problem import Affine, Believer, Check, Problem, difference, gradient
 
 COUNT, NODES = 256, 40
@@ -61,6 +63,8 @@ def identities(problem: Problem) -> Iterator[Check]:
         found = gradient(made(problem, 4, student, target).loss(batch, step)["closure"], student)
         known = _slope(problem, batch, step, student, target)
         yield Check(f"gradient against that of the regression on where {said}; relative", difference(found, known), 1e-9)
+    yield from paths(problem)
+    yield from following("tract", problem)
 
 
 def _slope(problem: Problem, batch: Batch, step: Step, student: Affine, target: Affine) -> Tensor:

@@ -10,7 +10,9 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from stepdistill.proofs.paths import rows
-from stepdistill.proofs.problem import Check, Problem
+from stepdistill.proofs.problem import NAMES, Check, Problem
+
+PARTS = ("__code__", "__defaults__", "__kwdefaults__")          # of a function, what a fault can change
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ def plant(monkeypatch, fault: Fault) -> None:
     changed.__dict__.update(__package__=module.__package__, __file__=module.__file__)
     exec(compile(text.replace(fault.old, fault.new), module.__file__, "exec"), changed.__dict__)
     after = dict(functions(changed))
-    pairs = [(function, after[name].__code__) for name, function in functions(module) if name in after]
-    different = [(function, code) for function, code in pairs if not same(function.__code__, code)]
+    pairs = [(function, after[name]) for name, function in functions(module) if name in after]
+    different = [(ours, part, getattr(theirs, part)) for ours, theirs in pairs for part in PARTS
+                 if not same(getattr(ours, part), getattr(theirs, part))]
     assert different, f"{fault.name} changes no function"
-    for function, code in different:
-        monkeypatch.setattr(function, "__code__", code)
+    for function, part, changed_part in different:
+        monkeypatch.setattr(function, part, changed_part)
 
 
 def functions(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:
@@ -67,11 +70,13 @@ def plain(value: Any) -> FunctionType | None:
     elif isinstance(value, cached_property):
         value = value.func
     value = inspect.unwrap(value) if callable(value) else value
-    return value if isinstance(value, FunctionType) and value.__code__.co_filename.endswith(".py") else None
+    return value if isinstance(value, FunctionType) else None
 
 
-def same(one: CodeType, other: CodeType) -> bool:
-    """But for the lines that they stand on."""
+def same(one: Any, other: Any) -> bool:
+    """Of code, but for the lines that it stands on."""
+    if not isinstance(one, CodeType):
+        return one == other
     alike = (one.co_code, one.co_names, one.co_varnames) == (other.co_code, other.co_names, other.co_varnames)
     return alike and len(one.co_consts) == len(other.co_consts) and all(
         same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else (a, type(a)) == (b, type(b))
@@ -89,10 +94,16 @@ def checks(method: str, seed: int = 5) -> Iterator[Check]:
         yield from forms(Problem(seed, noise))
 
 
-def first_red(method: str) -> str | None:
+def identities(method: str, seed: int = 5) -> Iterator[Check]:
+    """All rows of a method under both noises."""
+    for noise in NAMES:
+        yield from importlib.import_module(f"stepdistill.proofs.{method}").identities(Problem(seed, noise))
+
+
+def first_red(rows: Iterator[Check]) -> str | None:
     """The first row that fails; or why rows cannot be measured, which is a row that fails, too."""
     try:
-        return next((check.name for check in checks(method) if not check.passed), None)
+        return next((check.name for check in rows if not check.passed), None)
     except (RuntimeError, ValueError) as error:          # such as a graph that is gone, or heads of other features
         return f"{type(error).__name__}: {error}"
 

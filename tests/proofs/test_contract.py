@@ -17,7 +17,7 @@ def failed(checks) -> list[str]:
 
 def test_a_whole_contract(tmp_path):
     checks = list(contract("lcm", 3, tmp_path))
-    assert len(checks) == 6 and not failed(checks)
+    assert len(checks) == 11 and not failed(checks)
 
 
 def test_swapped_adapters_are_seen(tmp_path, monkeypatch):

@@ -1,0 +1,156 @@
+"""The table of paths through a method: its defaults, every setting at another value, what shipped recipes choose.
+
+A setting that changes what a method computes has a path here, or `uncovered` names it.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..methods import load_method
+from ..methods.base import Guidance
+from ..models.schedulers import stock_call
+from ..recipe import Recipe
+from ..recipe.catalogue import builtin
+from .hand import LEVELS
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Path:
+    """name: what is special of it. settings: other than the defaults. w: the recipe's guidance, None a drawn scale.
+    full: all weights are trained. previous: the teacher is the student of the stage before. nodes: of the pairs."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 4
+    w: Guidance | None = None
+    full: bool = False
+    previous: bool = False
+    nodes: int = 4
+
+    def asked(self, method: str) -> Any:
+        """The method's settings."""
+        return load_method(method).Settings(**self.settings)
+
+    def scale(self, problem: Problem) -> Guidance:
+        return problem.w if self.w is None else self.w
+
+
+def of(name: str, steps: int = 4, w: Guidance | None = None, full: bool = False, **settings: Any) -> Path:
+    return Path(name, settings, steps, w, full)
+
+
+RANGE = (1.5, 4.0)
+ONE = of("1 step", 1)
+AFTER = Path("of the stage before", previous=True)
+GUIDED = (of("a range of scales", w=RANGE), of("no guidance", w=1.0))
+HUBER = of("Huber, c = 0.3", loss="huber", huber_c=0.3)
+CONSISTENCY = (of("squared", loss="squared"), HUBER, of("10 nodes, 2 steps", 2, nodes=10), *GUIDED, AFTER)
+SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3", shift=3.0),
+         of("an averaged target", full=True))
+PATHS: dict[str, tuple[Path, ...]] = {
+    "cd": (*CONSISTENCY, ONE),
+    "lcm": (*CONSISTENCY, *SKIPS,
+            of("told a range", w=RANGE, told=True),
+            of("told one scale", told=True),
+            of("told, an averaged target", w=RANGE, full=True, told=True),
+            Path("of the stage before, told", {"told": True}, w=RANGE, previous=True)),
+    "scm": (*GUIDED, ONE,
+            of("exact", derivative="exact"),
+            of("mean and deviation", mean=0.9, std=1.1),
+            of("one difference", derivative="difference"),
+            of("width", width=0.01),
+            of("no warm-up", warmup=0.0),
+            of("long warm-up", warmup=0.8),
+            of("damping 1", 2, damping=1.0)),
+    "tcd": (*CONSISTENCY, *SKIPS,
+            of("gamma 0", gamma=0.0),
+            of("gamma 0.5", gamma=0.5),
+            of("gamma 1", gamma=1.0),
+            of("shift 3, gamma 0", shift=3.0, gamma=0.0),
+            of("skip 2, gamma 1", skip=2, gamma=1.0),
+            of("shift 2, gamma 1, an averaged target", full=True, shift=2.0, gamma=1.0),
+            of("Huber, gamma 0, a range of scales", w=RANGE, loss="huber", huber_c=0.3, gamma=0.0)),
+    "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("untold", told=False), of("16 steps", 16, RANGE)),
+    "kd": (ONE, of("absolute", loss="absolute"), of("2 steps on 4 nodes", 2)),
+    "progressive": (*GUIDED, AFTER,
+                    of("SNR + 1", weight="v"),
+                    of("16 steps", 16),
+                    of("told a range", w=RANGE, told=True),
+                    Path("of the stage before, told", {"told": True}, 8, RANGE, previous=True)),
+    "reflow": (HUBER, of("distil", distil=True), of("distil, 1 step", 1, distil=True)),
+    "tract": (*GUIDED, AFTER, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2), of("a step a node", 4, nodes=4)),
+}
+ELSEWHERE = {"target_decay"}                # settings that no loss reads: followers.py has their rows
+
+# What the papers and the released training choose, and with it the methods' own defaults.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
+    "lcm": {"nodes": 50, "skip": 1, "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
+    "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
+    "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
+            "shift": 1.0},
+    "guided": {"weight": "truncated", "told": True},
+    "kd": {"loss": "squared"},
+    "progressive": {"weight": "truncated", "told": False},
+    "reflow": {"distil": False, "loss": "squared", "huber_c": 0.001},
+    "tract": {"nodes": 40, "target_decay": 0.5},
+}
+
+
+@lru_cache
+def shipped(method: str) -> tuple[Path, ...]:
+    """One of each choice that recipes which ship make of this method, in any of their stages."""
+    found: dict[tuple, Path] = {}
+    names = [name for name, file in builtin().items() if f"method: {method}" in file.read_text(encoding="utf-8")]
+    for name in names:
+        stage: Recipe | None = Recipe.load(name)
+        while stage is not None:
+            if stage.method == method:
+                nodes = 4 if stage.data.pairs is None else stage.data.pairs.nodes
+                path = Path(f"{name}, {stage.steps} steps", asdict(stage.method_settings()), stage.steps,
+                            stage.guidance, stage.student.lora is None, stage.taught_by_previous, nodes)
+                found.setdefault(tuple(map(str, asdict(replace(path, name="")).values())), path)
+            stage = stage.previous
+    return tuple(found.values())
+
+
+def all_paths(method: str) -> tuple[Path, ...]:
+    return (Path("defaults"), *PATHS[method], *shipped(method))
+
+
+def uncovered(method: str, settings: type | None = None) -> list[str]:
+    """The settings of a method that no path of its own has at another value than the default, and values of choices
+    that none has."""
+    settings = settings or load_method(method).Settings
+    hints, default = get_type_hints(settings, vars(inspect.getmodule(settings))), settings()
+    missing = []
+    for name in (f.name for f in fields(settings) if f.name not in ELSEWHERE):
+        seen = {path.settings.get(name, vars(default)[name]) for path in (Path("defaults"), *PATHS[method])}
+        hint = hints[name]
+        choices = (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+        missing += [f"{name} = {value!r}" for value in choices if value not in seen]
+        missing += [] if choices or len(seen) > 1 else [name]
+    return missing
+
+
+def served(name: str, path: Path, problem: Problem) -> bool:
+    """Whether a stock scheduler exists for it: those of LCM and TCD have nodes that divide 1000 and no shift; of a flow
+    none adds a share of fresh noise."""
+    settings = vars(path.asked(name))
+    if problem.name == "flow":
+        return settings.get("gamma", 1.0) in (0, 1)
+    return name not in ("lcm", "tcd") or LEVELS % settings["nodes"] == 0 and settings["shift"] == 1
+
+
+def refused(name: str, path: Path, problem: Problem) -> bool:
+    try:
+        inference = load_method(name).inference(path.asked(name), path.steps, problem.schedule, path.scale(problem))
+        stock_call(inference, problem.schedule)
+    except ValueError:
+        return True
+    return False

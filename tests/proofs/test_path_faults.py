@@ -1,0 +1,219 @@
+"""Faults of the consistency and the trajectory methods, each planted alone: an identity row of the method turns red.
+
+Every setting that changes a path has one that ignores it or takes it wrongly; `pytest -s` prints what noticed.
+"""
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields
+
+import pytest
+
+from stepdistill import resources
+from stepdistill.methods import load_method
+from stepdistill.models.teacher import load_teacher
+from stepdistill.proofs import pipelines
+
+from .planting import Fault, first_red, identities, plant
+from .test_path_table import METHODS
+
+HUBER = "partial(pseudo_huber, c=settings.huber_c)"
+DECAY = 'Follows("student", settings.target_decay)'
+CHOSEN = "}[settings.loss]"
+SWAPPED, HALVED = 'Follows("student", 1 - settings.target_decay)', 'Follows("student", settings.target_decay / 2)'
+DRAWN = "drawn(self.guidance, step)"
+MIDDLE = "middle(guidance) if settings.told"
+HIGHEST, LOWEST = (f"(guidance if isinstance(guidance, float) else guidance[{i}]) if settings.told" for i in (-1, 0))
+
+
+def of(method: str, module: str, *changes: tuple[str, str]) -> list[Fault]:
+    return [Fault(f"{old} -> {new}", module, old, new, (method,)) for old, new in changes]
+
+
+FAULTS = [
+    *of(
+        "cd", "methods.consistency.cd",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=0.001)"),
+        (CHOSEN, '}["squared"]'),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        ("target_decay: float = 0.95", "target_decay: float = 0.5"),
+        ("settings.nodes, sampler.times)", "40, sampler.times)"),
+        ("[known, asked, torch", "[known, torch"),
+        (DRAWN, "1.0"),
+        ("consistency(self.target(", "consistency(self.student("),
+        ("heun_step(here, there), x_s)", "x_s, x_s)"),
+        ("there = teacher(x_s", "there = teacher(x_t"),
+    ),
+    *of(
+        "lcm", "methods.consistency.lcm",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=2 * settings.huber_c)"),
+        (CHOSEN, '}["huber"]'),
+        ("(i - self.settings.skip)", "(i - 1)"),
+        ('step.integers("node", self.settings.nodes) + 1', 'step.integers("node", self.settings.nodes)'),
+        ("shifted(uniform(), self.settings.shift)", "uniform()"),
+        ("shift=settings.shift", "shift=1.0"),
+        (".expand(len(batch))", ".expand(len(batch)) - 1"),
+        ("torch.where(s > 0, s, t), cond))", "torch.where(s > 0, s, t), batch.cond))"),
+        ("batch.cond.replace(w=told) if self.settings.told else batch.cond", "batch.cond"),
+        (MIDDLE, HIGHEST),
+        ('roles.get("target", self.student)', "self.student"),
+        ("guided(self.teacher, w)(x_t", "guided(self.teacher, 1.0)(x_t"),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        ("nodes=settings.nodes", "nodes=50"),
+        ("huber_c: float = 0.001", "huber_c: float = 0.01"),
+        ("inner, x_s)", "inner, inner)"),
+    ),
+    *of(
+        "tcd", "methods.consistency.tcd",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=settings.huber_c / 2)"),
+        (CHOSEN, '}["squared"]'),
+        ("(i - self.settings.skip)", "(i - 1)"),
+        ("shifted(uniform(), self.settings.shift)", "uniform()"),
+        ("shift=settings.shift", "shift=1.0"),
+        ("noise=settings.gamma", "noise=0.2"),
+        ("noise=settings.gamma", "noise=1 - settings.gamma"),
+        ("(below + 1)).long()", "below).long()"),
+        ("nodes=settings.nodes", "nodes=50"),
+        ("self.target, x_s", "self.student, x_s"),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        (DRAWN, "1.0"),
+        ("s.clamp_min(self.end), r.clamp_min(self.end)", "s, r"),
+    ),
+    *of(
+        "scm", "methods.consistency.scm",
+        ("min(time(1 - i / steps), NOISIEST / (1 + NOISIEST))", "time(1 - i / steps)"),
+        ("shifted(uniform(), SHIFT)", "uniform()"),
+        ("settings.mean, settings.std)", "-0.1, settings.std)"),
+        ("settings.mean, settings.std)", "settings.mean, 1.6)"),
+        ("min(1.0, step.progress / self.settings.warmup)", "min(1.0, step.progress / 0.1)"),
+        ("if self.settings.warmup else 1.0", "if self.settings.warmup else 0.0"),
+        ("self.settings.damping)", "0.1)"),
+        ('self.settings.derivative == "exact"', "True"),
+        ('self.settings.derivative == "exact"', "False"),
+        ("self.settings.width, self.first", "2 * self.settings.width, self.first"),
+        (DRAWN, "1.0"),
+    ),
+    *of(
+        "scm", "losses.tangent",
+        ("- r * cos * sin * (x + slope)", "- r * cos * sin * slope"),
+    ),
+    *of(
+        "guided", "methods.trajectory.guided",
+        ("}[settings.weight]", '}["truncated"]'),
+        (MIDDLE, HIGHEST),
+        (MIDDLE, LOWEST),
+        ("told(batch.cond, w) if self.settings.told", "told(batch.cond, w - 1) if self.settings.told"),
+        ("if self.settings.told else batch.cond", "if True else batch.cond"),
+        ('reads=("w",) * settings.told', "reads=()"),
+        (DRAWN, "drawn(self.guidance, step) + 0.5"),
+    ),
+    *of(
+        "kd", "methods.trajectory.kd",
+        ('"absolute": absolute', '"absolute": squared'),
+        ("pairs.nodes[:, every - 1::every]", "pairs.nodes[:, 0::every]"),
+        (CHOSEN, '}["absolute"]'),
+        ("times[rows, j + 1]", "times[rows, j + 1] / 2"),
+    ),
+    *of(
+        "progressive", "methods.trajectory.progressive",
+        ("}[settings.weight]", '}["truncated"]'),
+        ("told(batch.cond, w) if", "told(batch.cond, w - 1) if"),
+        (MIDDLE, HIGHEST),
+        ('reads=("w",) * settings.told', "reads=()"),
+        ("trailing(2 * sampler.nfe", "trailing(2 * sampler.nfe + 2"),
+        ("ddim_step(teacher(x_m, m, cond), r)", "ddim_step(self.teacher(x_m, m, cond), r)"),
+        ("guided(self.teacher, w)", "self.teacher"),
+    ),
+    *of(
+        "progressive", "diffusion.sampler",
+        ("return _start(scheduler), [Evaluation(*row, _ddim)", "return 1.01, [Evaluation(*row, _ddim)"),
+    ),
+    *of(
+        "reflow", "methods.trajectory.reflow",
+        (HUBER, "squared"),
+        (HUBER, "partial(pseudo_huber, c=0.001)"),
+        (CHOSEN, '}["squared"]'),
+        ("if settings.distil else", "if False else"),
+        ("discrete(sampler.times)", "discrete(sampler.times[:1])"),
+        ("found.eps - found.x0", "found.eps"),
+        ("schedule.time_at(flow.angle(place(u)))", "place(u)"),
+    ),
+    *of(
+        "tract", "methods.trajectory.tract",
+        ("settings.nodes // sampler.nfe", "40 // sampler.nfe"),
+        ("+ 1, self.settings.nodes", "+ 1, 40"),
+        ("inside = s > r", "inside = s >= r"),
+        ("flow_map(self.target", "flow_map(self.student"),
+        (DRAWN, "1.0"),
+        (DECAY, SWAPPED),
+        (DECAY, HALVED),
+        ("truncated_snr(self.schedule, t)", "truncated_snr(self.schedule, s)"),
+    ),
+    *of(
+        "tract", "models.ema",
+        ("self.leader, 1 - self.decay", "self.leader, self.decay"),
+    ),
+    *of(
+        "lcm", "diffusion.guidance",
+        ("return low + (high - low) * step.uniform", "return low + 0 * step.uniform"),
+        ("return replace(role, w=w)", "return Guided(role, w, interval)"),
+    ),
+    *of(
+        "lcm", "models.schedulers",
+        ("inference.nodes or inference.steps", "inference.steps"),
+        ("(nodes - nodes * i // steps) / nodes", "1 - i / steps"),
+        ('{"shift": inference.shift}', '{"shift": 1.0}'),
+        ("= inference.guidance", "= 1.0"),
+    ),
+    *of(
+        "tcd", "models.schedulers",
+        ('{"eta": inference.noise}', '{"eta": 0.2}'),
+        ("if inference.noise:", "if False:"),
+    ),
+    *of(
+        "cd", "diffusion.guidance",
+        ("return replace(role, w=w)", "return Guided(role, w, interval)"),
+    ),
+    *of(
+        "lcm", "diffusion.consistency",
+        ("(LEVELS * t - 1)", "LEVELS * t"),
+    ),
+    *of(
+        "kd", "losses.regression",
+        ("(x - y).abs()", "2 * (x - y).abs()"),
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.methods[0]}: {fault.name}")
+def test_a_planted_fault_turns_a_row_red(fault, monkeypatch):
+    method, = fault.methods
+    importlib.import_module(f"stepdistill.proofs.{method}")                 # whole, before its method is not
+    plant(monkeypatch, fault)
+    noticed = first_red(identities(method))
+    print(f"\n{fault.name}\n    {noticed}")
+    assert noticed, f"goes unseen: {fault.name}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_has_a_fault(method):
+    lines = " ".join(fault.old for fault in FAULTS if fault.methods == (method,))
+    assert not [f.name for f in fields(load_method(method).Settings) if f"settings.{f.name}" not in lines]
+
+
+@pytest.mark.parametrize("teacher", ["assets/shapes-sd", "assets/shapes-sd3"])
+def test_another_null_prompt_is_seen(teacher, monkeypatch):
+    """As if a family encoded some word for the negative prompt that nobody gave."""
+    family = load_teacher(resources.pipeline(teacher))
+    encode = type(family).encode
+    monkeypatch.setattr(type(family), "encode", lambda self, prompts:
+                        encode(self, prompts).replace(null=encode(self, ["bad"] * len(prompts))))
+    assert [check.passed for check in pipelines.conditions(family, 1)] == [False, False]
+    monkeypatch.undo()
+    assert all(check.passed for check in pipelines.conditions(family, 1))
