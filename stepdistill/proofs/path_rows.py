@@ -131,7 +131,7 @@ def told_at_export(exported: StockCall) -> float:
 def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
     """What a stock pipeline makes of unit noise: set_timesteps, the scheduler's first state, its step."""
     problem, call, scheduler = found.problem, found.stock.call, stock(found.problem, found.stock)
-    grid = "sigmas" if "sigmas" in call else "num_inference_steps"
+    grid = next(name for name in ("sigmas", "timesteps", "num_inference_steps") if name in call)
     scheduler.set_timesteps(**{grid: call[grid]})
     network = Believer(problem.schedule, found.learner.network, problem.kind)
     takes, given = inspect.signature(scheduler.step).parameters, {"eta": call.get("eta", 0.0), "generator": generator}
