@@ -213,7 +213,7 @@ def _check_family(recipe: Recipe) -> None:
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
                             f"{recipe.teacher} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
     for entry, reason in served.unserved.items():
-        if (value := _entry(recipe, entry)) not in (None, False):
+        if (value := _entry(recipe, entry)) not in (None, False, "auto"):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
 
 

@@ -34,7 +34,7 @@ def test_what_needs_a_pipeline_says_what_there_is_instead(run, use):
     ("toy/lcm", {"evaluate.reference": "shapes"}, "--set evaluate.reference: evaluate.reference is shapes, but figures are of pictures"),
     ("toy/lcm", {"train.gradient_checkpointing": True}, "--set train.gradient_checkpointing: train.gradient_checkpointing is on, but"),
     ("toy/lcm", {"train.attention": "flash"}, "--set train.attention: train.attention is flash, but the teacher is Toy, whose network has no"),
-    ("toy/add", {"discriminator": {"network": "assets/shapes-clip"}}, "discriminator.network is assets/shapes-clip, which judges pictures, but"),
+    ("toy/add", {"discriminator": {"network": "assets/shapes-clip"}}, "discriminator.network is assets/shapes-clip, but it judges pictures, and the teacher is Toy"),
     ("toy/lcm", {"data.images": "shapes"}, "data.images is shapes, but the teacher is Toy, .* give its own folder, assets/toy"),
     ("toy/swiftbrush", {"data.prompts": ["class 0"]}, "data.prompts is .*, but the teacher is Toy"),
     ("toy/kd", {"data.pairs.prompts": "shapes"}, "data.pairs.prompts is shapes, but the teacher is Toy"),
