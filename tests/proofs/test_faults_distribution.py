@@ -16,10 +16,8 @@ def of(method: str, name: str, old: str, new: str, count: int = 1) -> Fault:
 
 FAULTS = (
     # Diff-Instruct
-    of(DI, "mean of the law fixed", "log_normal(self.schedule, settings.mean, settings.std)",
-       "log_normal(self.schedule, -1.2, settings.std)"),
-    of(DI, "std of the law fixed", "log_normal(self.schedule, settings.mean, settings.std)",
-       "log_normal(self.schedule, settings.mean)"),
+    Fault("mean of the law fixed", "methods.base", "settings.mean, settings.std", "-1.2, settings.std", (DI,)),
+    Fault("std of the law fixed", "methods.base", "settings.mean, settings.std", "settings.mean, 1.2", (DI,)),
     of(DI, "sigma_data fixed", "self.settings.sigma_data), error", "1.0), error"),
     of(DI, "critic's error in eps", "batch.cond).x0, x)", "batch.cond).eps, x)"),
     of(DI, "critic's sample keeps its gradient", "        with torch.no_grad():\n            x = rollout",
@@ -34,9 +32,7 @@ FAULTS = (
        'Update(("student",), self.student_loss), Update(("critic",), self.critic_loss)'),
     of(DI, "the weight of DMD", "torch.ones_like(t)", "1 / (x - real).detach().abs().mean(1)"),
     # DMD
-    of(DMD, "t_range unread", "levels(*settings.t_range)", "levels(0.02, 0.98)"),
-    of(DMD, "critic at the student's levels", "discrete(levels(*settings.t_range)), discrete(levels())",
-       "discrete(levels(*settings.t_range)), discrete(levels(*settings.t_range))"),
+    of(DMD, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
     of(DMD, "normalised by the critic", "dmd(x.detach(), real)", "dmd(x.detach(), fake)"),
     of(DMD, "normaliser keeps its gradient",
        "matching\": distribution_matching(x, real, fake, dmd(x.detach(), real)).mean()",
@@ -51,9 +47,7 @@ FAULTS = (
     of(DMD, "teacher guided at the middle of a range", "drawn(self.guidance, step)",
        "(self.guidance if isinstance(self.guidance, float) else sum(self.guidance) / 2)"),
     # DMD2
-    of(DMD2, "t_range unread", "levels(*settings.t_range)", "levels(0.02, 0.98)"),
-    of(DMD2, "critic at the student's levels", "discrete(levels(*settings.t_range)), discrete(levels())",
-       "discrete(levels(*settings.t_range)), discrete(levels(*settings.t_range))"),
+    of(DMD2, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
     of(DMD2, "critic_steps unread", "repeat=s.critic_steps", "repeat=5"),
     of(DMD2, "share_rollout unread", "shares=s.critic_steps if s.share_rollout else 1", "shares=1"),
     of(DMD2, "always shared", "shares=s.critic_steps if s.share_rollout else 1", "shares=s.critic_steps"),
@@ -115,7 +109,6 @@ FAULTS = (
        "(x_t, t, self.heard(batch.cond, step))"),
     of(SID, "tell_exit unread", "told_exit(cond, self.sampler, step) if self.settings.tell_exit else cond", "cond"),
     of(SID, "the exit told to the teacher", "(x_t, t, batch.cond).x0\n", "(x_t, t, self.heard(batch.cond, step)).x0\n"),
-    of(SID, "t_range unread", "levels(*settings.t_range)", "levels(0.02, 0.98)"),
     of(SID, "the teacher held fixed", "real, fake, self.settings.alpha", "real.detach(), fake, self.settings.alpha"),
     of(SID, "the critic held fixed", "real, fake, self.settings.alpha", "real, fake.detach(), self.settings.alpha"),
     of(SID, "the noised sample held fixed", "x_t = self.schedule.add_noise(x, step",
@@ -132,7 +125,6 @@ FAULTS = (
        'Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, '
        'repeat=self.settings.critic_steps)'),
     # SwiftBrush
-    of(SWIFT, "t_range unread", "levels(*settings.t_range)", "levels(0.02, 0.98)"),
     of(SWIFT, "drop unread", "< self.settings.drop)", "< 0.1)"),
     of(SWIFT, "nothing is dropped",
        "batch.cond.dropped(step.uniform(\"drop\") < self.settings.drop) if self.settings.drop else batch.cond",
@@ -187,12 +179,13 @@ FAULTS = (
           METHODS),
     Fault("the null is the prompt", "diffusion.guidance", "Condition.cat([cond.null, cond.replace(null=None)])",
           "Condition.cat([cond.replace(null=None), cond.replace(null=None)])", METHODS),
+    Fault("t_range unread", "methods.base", "else settings.t_range", "else (0.02, 0.98)", (DMD, DMD2, SID, SWIFT)),
     Fault("levels without their last", "diffusion.times", "min(int(high * LEVELS), LEVELS - 1) + 1",
           "min(int(high * LEVELS), LEVELS - 1)", (DMD, DMD2, SID, SWIFT)),
-    Fault("levels one early", "diffusion.times", "dtype=torch.float64) + 1) / LEVELS\n\n\ndef karras",
-          "dtype=torch.float64) + 0) / LEVELS\n\n\ndef karras", (DMD, DMD2, SID, SWIFT)),
-    Fault("a log-normal law of sigma alone", "diffusion.times", ".exp().atan())\n\n\ndef logit",
-          ".exp().clamp(max=1.0).asin())\n\n\ndef logit", (DI,)),
+    Fault("levels one early", "diffusion.times", "dtype=torch.float64) + 1) / LEVELS\n\n\nNoiseLaw",
+          "dtype=torch.float64) + 0) / LEVELS\n\n\nNoiseLaw", (DMD, DMD2, SID, SWIFT)),
+    Fault("a log-normal law of sigma alone", "diffusion.times", "schedule.angle(edges).tan().log()",
+          "schedule.angle(edges).sin().log()", (DI,)),
     Fault("the sampler's steps uneven", "models.schedulers", "inference.nodes or inference.steps",
           "inference.nodes or 50", (DMD2, SID)),
     Fault("what was dropped is swapped", "diffusion.contracts", "getattr(self.null, name), value)",
