@@ -23,8 +23,12 @@ def check_card(recipe: Recipe, device: torch.device) -> None:
     card = torch.cuda.get_device_properties(device)
     for stage in recipe.stages:
         check_precision(stage, card)
-        if not family(stage).no_pipeline:
-            check_memory(stage, card)
+    # Of Toy there is nothing to plan, and one file of weights has no configs to plan from.
+    if family(recipe).no_pipeline or recipe.teacher.endswith(".safetensors"):
+        return
+    forecast = plan(recipe)
+    for stage, row in zip(recipe.stages, forecast.get("stages", [forecast]), strict=True):
+        check_memory(stage, row["peak"], card)
 
 
 def check_precision(recipe: Recipe, card: torch._C._CudaDeviceProperties) -> None:
@@ -33,23 +37,22 @@ def check_precision(recipe: Recipe, card: torch._C._CudaDeviceProperties) -> Non
                             "bfloat16 begins with 8.0): take fp16, which it has, or fp32")
 
 
-def check_memory(recipe: Recipe, card: torch._C._CudaDeviceProperties) -> None:
-    if recipe.teacher.endswith(".safetensors"):            # one file has no configs to plan from
-        return
-    peak = plan(recipe)["peak"]
+def check_memory(recipe: Recipe, peak: float, card: torch._C._CudaDeviceProperties) -> None:
+    """peak: the forecast, in bytes."""
     if peak <= ROOM * card.total_memory:
         return
-    tried, smaller = [], recipe
+    tried, least = [], peak
     for name, value, smaller in switches(recipe):
         tried.append(f"{name}: {value}")
-        if (found := plan(smaller)["peak"]) <= card.total_memory:
-            advice = f"With {', '.join(tried)} the peak is about {found / GB:.1f} GB"
+        least = plan(smaller)["peak"]
+        if least <= card.total_memory:
+            outcome = f"With {', '.join(tried)} the peak is about {least / GB:.1f} GB"
             break
     else:
-        advice = f"Even with {', '.join(tried)} the peak is about {plan(smaller)['peak'] / GB:.1f} GB" if tried else "No switch is left"
-        advice += ": take a larger card or a smaller teacher"
+        outcome = f"Even with {', '.join(tried)} the peak is about {least / GB:.1f} GB" if tried else "No switch is left"
+        outcome += ": take a larger card or a smaller teacher"
     raise RequestError(f"{recipe.name} takes about {peak / GB:.1f} GB at its peak, and the {card.name} has "
-                       f"{card.total_memory / GB:.1f} GB. {advice}. `stepdistill plan {recipe.arguments}` shows what it is made of")
+                       f"{card.total_memory / GB:.1f} GB. {outcome}. `stepdistill plan {recipe.arguments}` shows what it is made of")
 
 
 def switches(recipe: Recipe) -> Iterator[tuple[str, object, Recipe]]:
