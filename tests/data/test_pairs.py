@@ -82,7 +82,7 @@ def test_a_pair_ends_where_the_solver_ends_from_its_noise(work, solver):
     assert pairs.nodes.shape == (3, 1, 4, 8, 8) and pairs.times.tolist() == [[0.0]] * 3 and data.count == 5
     assert_same(pairs.nodes[:, 0], solved(made, pairs, indices, 4))
     assert torch.equal(x0, pairs.nodes[:, -1]) and (x0 - pairs.noise).abs().mean() > 0.1
-    assert torch.equal(cond.text, made.family.encode([PROMPTS[0], PROMPTS[0], PROMPTS[1]]).text)
+    assert torch.equal(cond.text, made.teacher.encode([PROMPTS[0], PROMPTS[0], PROMPTS[1]]).text)
     noise = data.pairs(torch.arange(5)).noise
     assert abs(noise.std() - 1) < 0.1 and (noise[0] - noise[2]).abs().mean() > 0.5
 
@@ -259,7 +259,7 @@ def test_two_micro_batches_of_pairs_train_what_one_does(recipe, tmp_path):
     for accumulate in (1, 2):
         made = setup(recipe(data__pairs__nodes=2), torch.device("cpu"))
         start = {name: tensor.clone() for name, tensor in made.roles.state_dict("student").items()}
-        stream = Stream(dataset(made), 4, seed=0, shape=made.family.latent_shape)
+        stream = Stream(dataset(made), 4, seed=0, shape=made.teacher.latent_shape)
         config = TrainConfig(updates=3, lr=0.1, accumulate=accumulate)
         with unmagnified():
             Trainer(Imitates({}, made.roles, 1.0, None), made.roles, stream, config, tmp_path / str(accumulate)).train()
