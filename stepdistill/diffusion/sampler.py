@@ -100,6 +100,11 @@ class Sampler:
         return torch.tensor([e.told for e in self.evaluations], dtype=torch.float64)
 
     @property
+    def landings(self) -> Tensor:
+        """Where the step from each evaluation lands, as t: (nfe,) float64."""
+        return torch.tensor([e.landing for e in self.evaluations], dtype=torch.float64)
+
+    @property
     def nfe(self) -> int:
         """Network evaluations of one sample, a guided one counted once."""
         return len(self.evaluations)
@@ -152,8 +157,8 @@ class _Landing(Wrapper):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None:
             raise ValueError("where a step lands is told beside a condition, and there is none")
-        landings = torch.tensor([e.landing for e in self.sampler.evaluations], dtype=torch.float64)
-        return self.role(x_t, t, cond.replace(r=landings[(t.cpu()[:, None] - self.sampler.times).abs().argmin(1)]))
+        nearest = (t.cpu()[:, None] - self.sampler.times).abs().argmin(1)
+        return self.role(x_t, t, cond.replace(r=self.sampler.landings[nearest]))
 
 
 def _times(t: float, x: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ def nodes(n: int) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.float64) / n
 
 
+def even(steps: int) -> Tensor:
+    """The ends of equal steps from noise to data: (steps + 1,) float64, descending from 1 to 0."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
 def trailing(steps: int, schedule: Schedule) -> Tensor:
     """When stock samplers of trailing steps call the network, and 0, where they end: (steps + 1,) float64, descending from 1.
 

@@ -276,13 +276,7 @@ def _state(teacher: Teacher, weights: Weights, setting: Lora | Full, reads: tupl
         bank = _bank(teacher, network, {"student": _config(teacher, weights.setting)}, {"student": weights.reads})
         bank.load_state_dict("student", state)
         state = bank.merged("student")
-    return _silent(teacher, reads) | state
-
-
-def _silent(teacher: Teacher, reads: tuple[str, ...]) -> dict[str, Tensor]:
-    """The layers that read these numbers, where they contribute nothing yet."""
-    time = teacher.family.time
-    return {f"{path}.weight": torch.zeros(time.out(teacher.network, path), width) for path, width in time.layers(reads).items()}
+    return teacher.silent(reads) | state
 
 
 def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
@@ -291,7 +285,7 @@ def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
     if start is not None and not begun and (state := roles.state_dict(start)):
         whole = roles.is_lora(start) and not roles.is_lora(name)
         state = dict(roles.network(start).state_dict() if whole else state)
-        roles.load_state_dict(name, _silent(roles.teacher, roles.reads[name]) | state)
+        roles.load_state_dict(name, roles.teacher.silent(roles.reads[name]) | state)
     for parameter in roles.parameters(name):
         parameter.requires_grad_(isinstance(need, Trained | Heads))
 

@@ -149,9 +149,14 @@ class Teacher:
         if own := f"{time.sinusoids}.layer" if time.own(reads) else None:
             install(network, time.sinusoids, nn.Linear(layers[own], time.out(network, own), bias=False))
         network = network.to_empty(device=self.device) if any(p.is_meta for p in network.parameters()) else network.to(self.device)
-        blank = {f"{path}.weight": torch.zeros_like(network.get_submodule(path).weight) for path in layers}
-        network.load_state_dict({**blank, **state})
+        network.load_state_dict({**self.silent(reads), **state})
         return network.eval().requires_grad_(False)
+
+    def silent(self, reads: Sequence[str]) -> dict[str, Tensor]:
+        """The layers that read these numbers, where they contribute nothing yet."""
+        time = self.family.time
+        return {f"{path}.weight": torch.zeros(time.out(self.network, path), width, device=self.device)
+                for path, width in time.layers(reads).items()}
 
     def sinusoids(self, timestep: Tensor) -> Tensor:
         """Of what the network is told (N,) -> (N, D) float64, made in the network's own float32."""
@@ -192,7 +197,7 @@ def numbers(reads: Sequence[str], sampler: Sampler, w: float | None) -> dict[str
     if "w" in reads and w is None:
         raise RequestError("this student reads its guidance scale, and weights hold one: say which")
     known = {"w": torch.full((sampler.nfe,), 1.0 if w is None else w, dtype=torch.float64),
-             "r": torch.tensor([e.landing for e in sampler.evaluations], dtype=torch.float64)}
+             "r": sampler.landings}
     if unknown := [name for name in reads if name not in known]:
         raise RequestError(f"nothing says which {', '.join(unknown)} a student is to read in its steps")
     return {name: known[name] for name in reads}

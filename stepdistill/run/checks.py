@@ -19,6 +19,7 @@ from ..models.roles import Full, Lora, Places, Setting
 from ..models.teacher import family_at, load_teacher
 from ..models.vision import PlaneSight, Sight
 from ..recipe.schema import Critic, Recipe, RoleChoice
+from ..training.loop import DTYPES
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
     """RequestError for a backend that cannot compute the teacher's attention on this device."""
     if backend == "auto" or device.type == "meta":
         return
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]
+    dtype = DTYPES.get(recipe.train.precision, torch.float32)
     with recipe.blaming("train.attention", f"is {backend}, which cannot serve"):
         check_backend(backend, device, dtype)
         source = resources.pipeline(recipe.teacher)

@@ -25,9 +25,12 @@ from ..data.prompts import Captions, open_prompts
 from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
+from ..diffusion.times import even
 from ..methods.base import due
 from ..models.teacher import Teacher
 from .setup import Run
+
+SAMPLE = "teacher sample"                             # what the noises of the teacher's own samples are for
 
 
 def captions(run: Run) -> Captions:
@@ -89,7 +92,7 @@ def pairs_shelf(run: Run, cache: Cache, out: str | Path | None = None) -> Shelf:
 def fill_pairs(run: Run, shelf: Shelf, cache: Cache) -> Dataset:
     """The recipe's pairs, once those that are missing have been made."""
     pairs = run.recipe.data.pairs
-    times = _times(pairs.steps)[pairs.steps // pairs.nodes::pairs.steps // pairs.nodes]
+    times = even(pairs.steps)[pairs.steps // pairs.nodes::pairs.steps // pairs.nodes]
     return teacher_pairs(captions(run), shelf, partial(_generate_pairs, run), times, _encoders(run), cache)
 
 
@@ -107,24 +110,21 @@ def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> T
     """The teacher's latents of numbered samples, a function of their numbers."""
     made = run.recipe.data.made
     teacher = guided(run.roles["teacher"], _guidance(run))
-    return SOLVERS[made.solver](teacher, _noise(run, ids, "start"), _times(made.steps), run.teacher.encode(texts),
-                                lambda i, _: _noise(run, ids, i), seen)
+    return SOLVERS[made.solver](teacher, noises(run, SAMPLE, "start", ids), even(made.steps), run.teacher.encode(texts),
+                                lambda i, _: noises(run, SAMPLE, i, ids), seen)
 
 
 def _generate_pairs(run: Run, ids: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
     """The noises of those samples, and the states that are kept of the ways from there: (B, ...), (B, n, ...)."""
     made, nodes = run.recipe.data.pairs, []
     _generate(run, ids, texts, lambda i, x: nodes.append(x) if due(i + 1, made.steps // made.nodes) else None)
-    return _noise(run, ids, "start"), torch.stack(nodes, 1)
+    return noises(run, SAMPLE, "start", ids), torch.stack(nodes, 1)
 
 
-def _noise(run: Run, ids: Tensor, name: object) -> Tensor:
-    draw = lambda i: torch.Generator().manual_seed(key(run.recipe.train.seed, "teacher sample", name, i))
+def noises(run: Run, use: str, name: object, ids: Tensor) -> Tensor:
+    """(B, ...) unit normal on the run's device: a function of the run's seed, what it is for, its name and each sample's number."""
+    draw = lambda i: torch.Generator().manual_seed(key(run.recipe.train.seed, use, name, i))
     return torch.stack([torch.randn(run.teacher.latent_shape, generator=draw(i)) for i in ids.tolist()]).to(run.device)
-
-
-def _times(steps: int) -> Tensor:
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
 def _made_by(run: Run) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.contracts import Batch, Pairs
 from ..diffusion.draws import Step
+from ..diffusion.times import even
 from ..methods.base import Heads, Update
 from ..models.discriminator import tap
 from ..models.recompute import Enough
@@ -163,8 +164,7 @@ def _batch(run: Run) -> Batch:
     x0 = None if data.kind == "prompts" else empty(*shape)
     pairs = None
     if data.pairs is not None:
-        times = torch.linspace(1, 0, data.pairs.nodes + 1, dtype=torch.float64)[1:]
-        pairs = Pairs(empty(*shape), empty(data.pairs.nodes, *shape), times.expand(count, -1))
+        pairs = Pairs(empty(*shape), empty(data.pairs.nodes, *shape), even(data.pairs.nodes)[1:].expand(count, -1))
     return Batch(torch.arange(count), run.teacher.encode([run.teacher.null_prompt] * count), x0, shape, pairs)
 
 

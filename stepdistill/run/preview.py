@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import parallel, resources
 from ..diffusion.contracts import Condition, Role
-from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import dpmpp_2m
+from ..diffusion.times import even
 from ..evaluation.clouds import cloud, points_of
 from ..evaluation.plans import plans
 from ..evaluation.sheets import sheet
@@ -20,7 +20,7 @@ from ..evaluation.sweep import Evaluation
 from ..methods.base import due
 from ..training import checkpoints
 from ..training.tracking import truncate
-from .data import preview_prompts
+from .data import noises, preview_prompts
 from .setup import Run
 from .targets import student_target
 
@@ -75,10 +75,8 @@ class Preview:
                 file.write(json.dumps({"step": step, **row}) + "\n")
 
     def noise(self, name: str) -> Tensor:
-        """(B, ...) unit normal, a function of the name and the run's seed."""
-        shape, seed, device = self.run.teacher.latent_shape, self.run.recipe.train.seed, self.run.device
-        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(key(seed, "watch", name, i))) for i in range(len(self.cond))]
-        return torch.stack(draws).to(device)
+        """(B, ...) unit normal, the same at every preview."""
+        return noises(self.run, "watch", name, torch.arange(len(self.cond)))
 
 
 def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
@@ -92,4 +90,4 @@ def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -
 def base_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, scale: float) -> Tensor:
     """Latents of the pipeline that is distilled by DPM-Solver++(2M)."""
     role: Role = guided(run.roles.base, scale)
-    return dpmpp_2m(role, noise("start"), torch.linspace(1, 0, TEACHER_STEPS + 1, dtype=torch.float64), cond)
+    return dpmpp_2m(role, noise("start"), even(TEACHER_STEPS), cond)

@@ -23,7 +23,7 @@ from .optimizers import RoleOptimizer, TrainConfig, learning_rate, load_scales, 
 from .stopping import interruptions
 from .tracking import Tracker
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}      # of autocast; fp32 has none
 WARM = 8                                       # steps within which every state of a compiled network turns up
 
 
