@@ -8,44 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import key
-from .problem import Law, Problem
+from .problem import BEYOND, Elsewhere, Problem
 
 LEVELS = 1000
 Denoiser = Callable[[Tensor, Tensor], Tensor]                # (x_t, t) -> x_0
 
-# Noises beyond Stable Diffusion's own betas: name -> the scheduler's config, and a kind of network that is sound there.
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-BEYOND = {
-    "vp": {"zero terminal SNR": (BETAS | {"rescale_betas_zero_snr": True}, "v"),
-           "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, "v"),
-           "linear": ({"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}, "eps")},
-    "flow": {"flow with shift 3": ({"shift": 3.0}, "velocity")},
-}
-
-
-class Elsewhere(Problem):
-    """A problem of another seed under one of the noises of BEYOND."""
-
-    def __init__(self, problem: Problem, noise: str) -> None:
-        self.config, self.noise = BEYOND[problem.name][noise][0], noise
-        super().__init__(key(problem.seed, noise), problem.name)
-        self.kind = BEYOND[problem.name][noise][1]
-        self.teacher = Law(self.schedule, self.covariance, self.kind)
-
-    def _scheduler(self) -> SchedulerMixin:
-        if self.name == "flow":
-            return FlowMatchEulerDiscreteScheduler(**self.config)
-        return DDIMScheduler(**self.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
-
 
 def sites(problem: Problem) -> list[Problem]:
     """The problem itself, and one under each noise beyond Stable Diffusion's."""
-    return [problem, *(Elsewhere(problem, noise) for noise in BEYOND[problem.name])]
+    return [problem, *(Elsewhere(key(problem.seed, noise), problem.name, noise) for noise in BEYOND[problem.name])]
 
 
 def column(numbers: Tensor | float, x: Tensor) -> Tensor:

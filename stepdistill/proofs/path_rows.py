@@ -1,4 +1,4 @@
-"""What is measured on each path of a method, on the problem's own noise and on those of hand.BEYOND.
+"""What is measured on each path of a method, on the problem's own noise and on those of problem.BEYOND.
 
 The loss of an arbitrary student and its gradient, and what the stock scheduler, stepped as a pipeline steps it, makes
 of an arbitrary student. Both have a known value that is written out by hand.

@@ -14,7 +14,6 @@ from math import erf, log, sqrt, tan
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..diffusion.contracts import Batch, Pairs
@@ -23,38 +22,16 @@ from ..diffusion.guidance import self_guided
 from ..diffusion.sampler import Sampler
 from ..methods.base import Guidance, Method, Need
 from .affine import Net
-from .problem import Check, Law, Problem, difference, largest
+from .problem import BEYOND, Check, Elsewhere, Problem, difference, largest
 
 COUNT, TOLERANCE = 24, 1e-7
 FIXED = ("decode", "features")                  # roles without numbers
-VP = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
-NOISES: dict[str, Callable[[], Any]] = {
-    "zero terminal SNR": lambda: DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                               rescale_betas_zero_snr=True, prediction_type="v_prediction", **VP),
-    "cosine": lambda: DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", **VP),
-    "linear": lambda: DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **VP),
-    "flow with shift 3": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
-}
 
 
-class Under(Problem):
-    """The problem of a seed under another noise than Stable Diffusion's or a plain flow's. noise: a key of NOISES."""
-
-    def __init__(self, seed: int, noise: str) -> None:
-        self.noise = noise
-        super().__init__(seed, "flow" if noise.startswith("flow") else "vp")
-        if self.name == "vp":                                   # where alpha ends near 0, eps has no x_0
-            self.kind = "v"
-            self.teacher = Law(self.schedule, self.covariance, self.kind)
-
-    def _scheduler(self) -> Any:
-        return NOISES[self.noise]()
-
-
-def siblings(problem: Problem) -> list[Under]:
+def siblings(problem: Problem) -> list[Elsewhere]:
     """Those of the same seed and the same kind of noise, on other schedules."""
-    flow = problem.name == "flow"
-    return [Under(problem.seed, noise) for noise in NOISES if noise.startswith("flow") == flow]
+    kind = "velocity" if problem.name == "flow" else "v"           # where alpha ends near 0, eps has no x_0
+    return [Elsewhere(problem.seed, problem.name, noise, kind) for noise in BEYOND[problem.name]]
 
 
 @dataclass(frozen=True)

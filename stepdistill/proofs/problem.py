@@ -25,6 +25,15 @@ from ..models.schedulers import sampler_of, stock_call
 
 KINDS = {"vp": ("v", "eps"), "flow": ("velocity",)}      # what a network may predict
 NAMES = tuple(KINDS)
+VP = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+# Noises beyond Stable Diffusion's own betas: name -> the scheduler's config, and a kind of network that is sound there.
+BEYOND: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "vp": {"zero terminal SNR": ({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                                  "rescale_betas_zero_snr": True}, "v"),
+           "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, "v"),
+           "linear": ({"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}, "eps")},
+    "flow": {"flow with shift 3": ({"shift": 3.0}, "velocity")},
+}
 
 
 @dataclass(frozen=True)
@@ -259,5 +268,17 @@ class Problem:
     def _scheduler(self) -> SchedulerMixin:
         if self.name == "flow":
             return FlowMatchEulerDiscreteScheduler()
-        return DDIMScheduler(beta_start=self.uniform(0.0007, 0.001), beta_end=self.uniform(0.011, 0.014), beta_schedule="scaled_linear",
-                             clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+        return DDIMScheduler(beta_start=self.uniform(0.0007, 0.001), beta_end=self.uniform(0.011, 0.014), beta_schedule="scaled_linear", **VP)
+
+
+class Elsewhere(Problem):
+    """A problem under one of the noises of BEYOND. kind: what its networks predict, the table's unless given."""
+
+    def __init__(self, seed: int, name: str, noise: str, kind: str | None = None) -> None:
+        self.noise, (self.config, own) = noise, BEYOND[name][noise]
+        super().__init__(seed, name)
+        self.kind = kind or own
+        self.teacher = Law(self.schedule, self.covariance, self.kind)
+
+    def _scheduler(self) -> SchedulerMixin:
+        return FlowMatchEulerDiscreteScheduler(**self.config) if self.name == "flow" else DDIMScheduler(**self.config, **VP)

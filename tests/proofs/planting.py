@@ -9,6 +9,7 @@ from functools import cached_property
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from stepdistill.methods import METHODS
 from stepdistill.proofs.paths import rows
 from stepdistill.proofs.problem import NAMES, Check, Problem
 
@@ -28,6 +29,14 @@ class Fault:
     new: str
     methods: tuple[str, ...]
     count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.module.rsplit('.', 1)[-1]}: {self.name}"
+
+
+def of(method: str, name: str, old: str, new: str, count: int = 1) -> Fault:
+    """A fault of a method's own file, to be noticed in its own rows."""
+    return Fault(name, f"methods.{METHODS[method].module}", old, new, (method,), count)
 
 
 def plant(monkeypatch, fault: Fault) -> None:
@@ -106,6 +115,12 @@ def first_red(rows: Iterator[Check]) -> str | None:
         return next((check.name for check in rows if not check.passed), None)
     except (RuntimeError, ValueError) as error:          # such as a graph that is gone, or heads of other features
         return f"{type(error).__name__}: {error}"
+
+
+def unseen(fault: Fault, monkeypatch) -> list[str]:
+    """The methods in whose rows a fault, once planted, goes unnoticed."""
+    plant(monkeypatch, fault)
+    return [method for method in fault.methods if first_red(checks(method)) is None]
 
 
 def whole(method: str, seed: int) -> list[str]:

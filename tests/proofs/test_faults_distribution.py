@@ -3,16 +3,10 @@ from __future__ import annotations
 
 import pytest
 
-from .planting import Fault, checks, first_red, plant, whole
+from .planting import Fault, of, unseen, whole
 
 DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
 METHODS = (DI, DMD, DMD2, SID, SWIFT)
-OF = {name: f"methods.distribution.{name}" for name in METHODS}
-
-
-def of(method: str, name: str, old: str, new: str, count: int = 1) -> Fault:
-    return Fault(name, OF[method], old, new, (method,), count)
-
 
 FAULTS = (
     # Diff-Instruct
@@ -199,8 +193,7 @@ def test_whole_methods_are_green(method, seed):
     assert whole(method, seed) == []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.module.split('.')[-1]}: {fault.name}")
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_turns_a_row_red(fault, monkeypatch):
-    plant(monkeypatch, fault)
-    unseen = [method for method in fault.methods if first_red(checks(method)) is None]
-    assert not unseen, f"{fault.name} goes unseen in {', '.join(unseen)}"
+    left = unseen(fault, monkeypatch)
+    assert not left, f"{fault.name} goes unseen in {', '.join(left)}"
