@@ -108,18 +108,21 @@ def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
 @contextmanager
 def complaints() -> Iterator[list[str]]:
     """Collects, instead of printing them, the warnings of diffusers and peft: about missing and unexpected keys they
-    raise nothing."""
+    raise nothing. Those of diffusers also where it is kept silent, as the commands keep it."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())      # type: ignore[method-assign]
     logger = logging.getLogger("diffusers")
-    before, logger.handlers = logger.handlers, [handler]
+    before, level = logger.handlers, logger.level
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield said
     finally:
         logger.handlers = before
+        logger.setLevel(level)
         said += [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
 
 

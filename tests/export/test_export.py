@@ -267,8 +267,11 @@ def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 
 
-def test_load_refuses_a_base_that_does_not_fit(make, tmp_path):
+@pytest.mark.parametrize("level", ["WARNING", "ERROR"])
+def test_load_refuses_a_base_that_does_not_fit(make, tmp_path, caplog, level):
+    """At the level at which the commands keep diffusers silent, too."""
     from tiny import tiny_pipeline
+    caplog.set_level(level, "diffusers")
     export_student(make(), "lora", tmp_path)
     pipe = tiny_pipeline()
     pipe.register_modules(unet=diffusers.UNet2DConditionModel.from_config(pipe.unet.config, block_out_channels=(8, 32)))
