@@ -61,7 +61,11 @@ def test_a_teacher_with_a_call_of_its_own_is_sampled_with_it(teacher):
     assert opened.target.call is None and opened.target.given == {"max_sequence_length": 0}
 
 
-def test_a_scale_cannot_be_told(recipe, tmp_path):
-    with pytest.raises(RequestError, match="no input for a guidance scale"):
-        api.train(recipe, out=tmp_path / "run", **{"settings.told": True})
-    assert not (tmp_path / "run").exists()
+def test_a_student_of_a_flow_reads_its_scale_and_leaves_at_one(recipe, tmp_path):
+    """Its class has no input for a guidance scale: training gives it one, and an export folds what it adds at a scale."""
+    run = api.train(recipe | {"guidance": [1.0, 4.0]}, out=tmp_path / "run", **{"settings.told": True})
+    with pytest.raises(RequestError, match="told its guidance scale and its weights hold one: add --guidance W"):
+        api.export(run)
+    assert not (run / "export").exists()
+    said = read_settings(api.export(run, guidance=3.0))
+    assert said["guidance"] == 3.0 and said["call"]["guidance_scale"] == 1.0 and said["proof"]["difference"] <= 1e-4

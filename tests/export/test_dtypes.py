@@ -74,10 +74,10 @@ def test_a_pipeline_of_any_dtype_runs_in_a_plain_stock_call(make, tmp_path, kind
 
 def test_the_students_own_networks_are_left_as_they_are(make, tmp_path):
     student = make(setting=Full())
-    before = {key: value.clone() for key, value in student.family.codec.state_dict().items()}
+    before = {key: value.clone() for key, value in student.teacher.codec.network.state_dict().items()}
     state = {key: value.clone() for key, value in student.role.network.state_dict().items()}
     export_student(student, "pipeline", tmp_path, dtype="float16")
-    assert all(torch.equal(value, before[key]) for key, value in student.family.codec.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in student.teacher.codec.network.state_dict().items())
     assert all(torch.equal(value, state[key]) for key, value in student.role.network.state_dict().items())
 
 

@@ -66,6 +66,7 @@ def test_the_step_counts_that_are_served():
 
 def test_a_halving_is_of_powers_of_two_before_anything_is_loaded(tmp_path):
     (tmp_path / "teacher").mkdir()                   # nothing to load in it
+    (tmp_path / "teacher" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     recipe = {"method": "progressive", "teacher": str(tmp_path / "teacher"), "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
     stages = lambda first, *rest: Recipe.load(recipe | {"stages": [{"steps": first}, {"steps": list(rest), "teacher": "previous"}]}).stages
     assert all(check(stage) for stage in stages(32, 16, 8, 4, 2, 1)) and all(check(stage) for stage in stages(12, 6, 3))

@@ -95,7 +95,7 @@ FAULTS = [
         ("if self.settings.warmup else 1.0", "if self.settings.warmup else 0.0"),
         ("self.settings.damping)", "0.1)"),
         ('self.settings.derivative == "exact"', "True"),
-        ('self.settings.derivative == "exact"', "False"),
+        ("exact(field, x, t, velocity, RADIAN)", "trig_pair(field, x, t, velocity, self.settings.width, self.first)"),
         ("self.settings.width, self.first", "2 * self.settings.width, self.first"),
         (DRAWN, "1.0"),
     ),
