@@ -6,9 +6,6 @@ gradient by some 3e-5 of itself. A discriminator's heads are float32 always.
 """
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -26,9 +23,10 @@ from stepdistill.run.data import dataset
 from stepdistill.run.setup import setup
 from stepdistill.training import TrainConfig, Trainer, checkpoints, launched
 
+from ..processes import on_two_processes
 from ..unmagnified import unmagnified
 
-ROOT, UPDATES, BATCH = Path(__file__).parents[2], 3, 4
+UPDATES, BATCH = 3, 4
 IMAGES = {"images": "shapes", "count": 16, "cache": True, "batch": BATCH}
 PROMPTS = {"prompts": ["a red ring", "a blue square", "a green cross"], "batch": BATCH}
 LORA = {"lora": {"rank": 2}}
@@ -41,13 +39,10 @@ CASES = {
 ROLES = {"lcm": ("student",), "dmd2": ("student", "critic"), "dmd2-gan": ("student", "critic", "discriminator")}      # that updates train
 CLOSE = {"lcm": 1e-9, "dmd2": 1e-9, "dmd2-gan": 1e-5}
 WORKER = """
-import sys
 from pathlib import Path
 from tests.methods.test_two_processes import CASES, train
 for name in CASES:
     train(name, Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), accumulate=2)
-import torch
-torch.distributed.destroy_process_group()
 """
 
 
@@ -103,15 +98,6 @@ def exits(trainer: Trainer, patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
-def on_two(folder: Path, teacher: Path, until: int) -> None:
-    worker = folder.parent / "worker.py"
-    worker.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder, teacher, until]
-    result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=600,
-                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_teacher) -> Path:
     """whole: one process, three steps. moved: the first step on two processes, the second on one, the third on two."""
@@ -120,11 +106,11 @@ def runs(tmp_path_factory, tiny_teacher) -> Path:
         (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPDISTILL_CACHE", str(folder / "cache"))
-        on_two(folder / "moved", tiny_teacher, 1)
+        on_two_processes(WORKER, folder, folder / "moved", tiny_teacher, 1)
         for name in CASES:
             train(name, folder / "moved", str(tiny_teacher), 2)
             train(name, folder / "whole", str(tiny_teacher), UPDATES)
-        on_two(folder / "moved", tiny_teacher, UPDATES)
+        on_two_processes(WORKER, folder, folder / "moved", tiny_teacher, UPDATES)
     return folder
 
 

@@ -2,11 +2,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ import torch
 from stepdistill import api
 from stepdistill.training import Trainer, checkpoints
 
+from ..processes import on_two_processes
 from ..unmagnified import unmagnified
 
 ROLES = ("student", "critic", "discriminator", "ema")
@@ -82,24 +79,19 @@ def test_a_resumed_run_is_the_same_run(tiny_teacher, tmp_path, changes):
 
 
 WORKER = """
-import json, sys
+import json
 from stepdistill import api
 from tests.unmagnified import unmagnified
-if __name__ == "__main__":
-    with unmagnified():
-        api.train(json.loads(sys.argv[1]), out="run")
+with unmagnified():
+    api.train(json.loads(sys.argv[1]), out="run")
 """
 
 
 def test_two_processes_train_what_one_does(tiny_teacher, tmp_path):
     """Adapters of a student and a critic on one base, and heads: what DDP around the whole would refuse at the second update."""
     rates = {"train": {"lr": 0.1}, "critic": {"lr": 0.1}, "discriminator": {"lr": 0.1}}
-    said, root = recipe(tiny_teacher, **rates), Path(__file__).parents[2]
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py", json.dumps(said)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-    assert result.returncode == 0, result.stderr[-2000:]
+    said = recipe(tiny_teacher, **rates)
+    on_two_processes(WORKER, tmp_path, json.dumps(said))
     with unmagnified():
         api.train(said, out=tmp_path / "one")
     one, two = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run"))

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +6,12 @@ import torch
 from stepdistill import parallel
 from stepdistill.training import checkpoints
 
+from ..processes import on_two_processes
 from ..unmagnified import unmagnified
 from .toy import trainer
 
 WORKER = """
-import sys, torch
+import torch
 from pathlib import Path
 from stepdistill import parallel
 from stepdistill.training import launched
@@ -32,7 +30,6 @@ assert found == (parallel.rank() == 1)
 with unmagnified():
     trainer(Path(sys.argv[1], "run"), accumulate=2, lr=0.3).train()
     until(Path(sys.argv[1], "moved"), 5, accumulate=2)
-torch.distributed.destroy_process_group()
 """
 
 
@@ -60,14 +57,9 @@ def test_one_process_needs_no_group():
 
 def test_two_processes_train_what_one_does_and_a_run_may_move_between_them(tmp_path):
     """moved: steps 1 and 2 on one process, 3 and 4 on two, 5 to 7 on one."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py", str(tmp_path)]
-    (tmp_path / "worker.py").write_text(WORKER)
     with unmagnified():
         until(tmp_path / "moved", 3)
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-    assert result.returncode == 0, result.stderr[-2000:]
+    on_two_processes(WORKER, tmp_path, tmp_path)
     with unmagnified():
         trainer(tmp_path / "one", lr=0.3).train()
         again = trainer(tmp_path / "moved", lr=0.3)
