@@ -14,7 +14,7 @@ def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None
              f"## Use\n\n```python\n{snippet(said, folder, prompt)}```", _facts(said)]
     if said["format"] == "comfyui":
         parts.append(f"## ComfyUI\n\nPut `{said['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
-                     f"{said['steps']} steps, cfg {said['call']['guidance_scale']:g}. ComfyUI makes its own list of time steps: "
+                     f"{said['steps']} steps, cfg {said['scale']:g}. ComfyUI makes its own list of time steps: "
                      f"those this student was made for are {', '.join(f'{t:g}' for t in said['told_times'])}.")
     if results is not None:
         parts.append(_table(results))
@@ -85,15 +85,15 @@ def _steps(said: Mapping[str, Any]) -> str:
 
 
 def _guidance(said: Mapping[str, Any]) -> str:
-    scale = said["call"]["guidance_scale"]
+    scale, off = said["scale"], ", ".join(f"`{name}` {value:g}" for name, value in said["unguided"].items())
     if said["told"] and said["keeps"]:
         return f"the network is told the scale, so it costs no second evaluation; {scale:g} here{_range(said)}"
     if said["told"]:
-        return f"the scale {said['guidance']:g} is folded into the weights; leave `guidance_scale` at {scale:g}"
+        return f"the scale {said['guidance']:g} is folded into the weights; leave {off}"
     if scale > 1:
         return f"classifier-free with scale {scale:g}: two evaluations a step"
     trained = said["trained_guidance"]
-    return f"none (`guidance_scale` {scale:g})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
+    return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
 
 
 def _range(said: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..diffusion.guidance import guided
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
+from ..models.stock import pictures
 from .folder import fuse, open_export, read_settings
 from .formats import component
 from .student import Lora, Student
@@ -58,7 +59,7 @@ def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) 
     """The stock pipeline's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return pipe(_prompts(student), generator=torch.Generator().manual_seed(SEED), output_type="pt", **call).images
+        return pictures(pipe, student.teacher.family.prompts, _prompts(student), generator=torch.Generator().manual_seed(SEED), **call)
 
 
 def within(images: Tensor, ours: Tensor, what: str) -> float:
@@ -85,8 +86,8 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
         role = sampler.telling(role)
     if student.told:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
-    else:
-        role = guided(role, max(1.0, call["guidance_scale"]))       # stock pipelines guide above 1 only
+    elif teacher.scale is None:
+        role = guided(role, teacher.guidance.scale(call))
     latents = sampler(role, noise, cond, lambda i: torch.randn(shape, generator=generator))
     return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 
