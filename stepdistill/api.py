@@ -27,6 +27,7 @@ from .export import Student, export_student, load
 from .export import check as check_export
 from .models.compiled import compile_blocks
 from .models.families import stock_prompts
+from .models.sharded import shard
 from .models.stock import pictures
 from .recipe import Recipe
 from .run import folder
@@ -78,6 +79,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     with _progress() as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
+    if recipe.train.fsdp:                              # what the teacher makes for the data, rank 0 has made by now
+        shard(stage.roles)
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
     begun = {run: whole, place: recipe}
     for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written

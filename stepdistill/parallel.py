@@ -1,12 +1,14 @@
 """Ranks and what they exchange: the only use of torch.distributed. With one process every function is the identity."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 
 def _many() -> bool:
@@ -41,6 +43,17 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def shard_(network: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
+    """Shards a network's weights over the ranks by FSDP2: a block's are gathered while it runs, the rest with the network.
+    whole: the parameters that stay whole on every rank."""
+    if not _many():
+        return
+    device, ignored = next(network.parameters()).device, set(whole)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
 
 
 def barrier() -> None:

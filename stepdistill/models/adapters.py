@@ -161,6 +161,10 @@ class AdapterBank:
         name = self.active
         return recomputed(module, *args, again=lambda: self.use(name))
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of all adapters."""
+        return [parameter for name in self._parameters for parameter in self.parameters_of(name)]
+
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Float32, in a fixed order."""
         return list(self._parameters[name].values())

@@ -159,6 +159,7 @@ class Train(Strict):
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
     compile: bool = False                        # torch.compile, by repeated block
+    fsdp: bool = False                           # several processes: each holds a part of the frozen base (FSDP2)
 
 
 class Evaluate(Strict):

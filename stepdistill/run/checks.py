@@ -43,6 +43,8 @@ def check(recipe: Recipe) -> Checked:
     roles = configured(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
+    if recipe.train.fsdp:
+        _check_fsdp(recipe, roles)
     if recipe.previous is not None:
         _check_succession(recipe, needs, roles)
     return Checked(settings, needs, roles)
@@ -68,6 +70,15 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
     if recipe.discriminator is not None:
         roles["discriminator"] = _places(recipe, needs)
     return roles
+
+
+def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
+    if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
+        raise recipe.refuse("train.fsdp", f"is on, which shards a frozen base, but the {full[0]} trains all its weights: "
+                            f"let it be a LoRA, such as {full[0]}: {{lora: {{rank: 32}}}}")
+    if recipe.evaluate.reference is not None:
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are taken of whole networks, and "
+                            "train.fsdp shards the base: leave it out, and `stepdistill bench` the run")
 
 
 def role_setting(choice: RoleChoice | Critic) -> Lora | Full:

@@ -30,7 +30,8 @@ FIGURES = "evaluations.jsonl"
 
 
 class Preview:
-    """Called after every step; speaks when evaluate.every is due and after the last one. Rank 0 alone works."""
+    """Called after every step; speaks when evaluate.every is due and after the last one. Rank 0 alone works, unless the base is sharded:
+    then all ranks take part in its passes, and rank 0 alone writes."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
@@ -47,7 +48,9 @@ class Preview:
 
     def __call__(self, step: int) -> None:
         recipe = self.run.recipe
-        if parallel.rank() or not (due(step, recipe.evaluate.every) or step == recipe.train.updates):
+        if not (due(step, recipe.evaluate.every) or step == recipe.train.updates):
+            return
+        if parallel.rank() and not recipe.train.fsdp:
             return
         self.pictures(step)
         if self.figures is not None:
@@ -59,6 +62,8 @@ class Preview:
         if self.teacher is None:
             self.teacher = self.run.teacher.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
         student = self.run.teacher.decode(student_samples(self.run, self.noise, self.cond))
+        if parallel.rank():
+            return
         rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps")
         path = self.folder / "samples" / f"step-{step:06d}.png"
         if self.run.teacher.family.samples == "points":

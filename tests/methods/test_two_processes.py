@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stepdistill import parallel
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.sampler import Sampler
+from stepdistill.models.sharded import shard
 from stepdistill.recipe import Recipe
 from stepdistill.run.data import dataset
 from stepdistill.run.setup import setup
@@ -38,6 +40,9 @@ CASES = {
 }
 ROLES = {"lcm": ("student",), "dmd2": ("student", "critic"), "dmd2-gan": ("student", "critic", "discriminator")}      # that updates train
 CLOSE = {"lcm": 1e-9, "dmd2": 1e-9, "dmd2-gan": 1e-5}
+CASES |= {f"{name}-fsdp": {**CASES[name], "train": {"fsdp": True}} for name in ("lcm", "dmd2-gan")}
+ROLES |= {f"{name}-fsdp": roles for name, roles in ROLES.items()}
+CLOSE |= {f"{name}-fsdp": limit for name, limit in CLOSE.items()}
 WORKER = """
 from pathlib import Path
 from tests.methods.test_two_processes import CASES, train
@@ -52,10 +57,17 @@ class Enough(Exception):
 
 def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1) -> None:
     """Goes on with the run folder/name to step `until`, and writes down what every update trained on."""
-    table = {"teacher": teacher, "student": LORA, "steps": 2, "train": {"updates": UPDATES, "ema": 0.5}}
-    work = setup(Recipe.load(table | CASES[name]), launched())
+    table = {"teacher": teacher, "student": LORA, "steps": 2, **CASES[name]}
+    work = setup(Recipe.load(table | {"train": {"updates": UPDATES, "ema": 0.5, **table.get("train", {})}}), launched())
     work.teacher.network.double()
     stream = Stream(dataset(work), BATCH, seed=3, shape=work.teacher.latent_shape)
+
+    if work.recipe.train.fsdp:
+        shard(work.roles)
+        if parallel.world_size() == 2:
+            held = {name: p for name, p in work.teacher.network.named_parameters() if ".lora_" not in name}
+            assert all(isinstance(p, DTensor) for p in held.values())
+            assert sum(p.to_local().numel() for p in held.values()) < 0.55 * sum(p.numel() for p in held.values())
 
     def stop(step: int) -> None:
         if step == until:
@@ -131,7 +143,7 @@ def test_every_update_s_gradients_are_those_of_the_joined_batch(runs, name):
         assert gradient.norm() > 0 and (gradient - whole[key]).norm() <= CLOSE[name] * whole[key].norm(), key
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("lcm")])
 def test_rollouts_end_at_the_same_step_everywhere(runs, name):
     whole, moved = seen(runs / "whole", name, UPDATES)["exits"], seen(runs / "moved", name, 2)["exits"]
     assert {exit for _, exit in whole} == {0, 1}

@@ -75,6 +75,7 @@ FAMILY = Family(
     unserved={
         "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
         "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",
+        "train.fsdp": "the teacher is Toy, which has no weights to shard: leave it off",
         "train.attention": "the teacher is Toy, whose network has no attention: leave it out",
         "discriminator.network": f"it judges pictures, and {POINTS} with features of their own: leave it out"},
     no_pipeline="Toy has no pipeline in diffusers, so its students are not sampled, benched or exported: their pictures lie "
