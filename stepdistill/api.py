@@ -119,7 +119,7 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         raise recipe.refuse("data.pairs", "are made by the student of the stage before, once that is trained: "
                             "a training makes them")
     run, start = setup(recipe, launched()), time.perf_counter()
-    with _progress() as report, parallel.main_first():
+    with _progress() as report:
         cache = Cache(report=report)
         shelf = pairs_shelf(run, cache, out)
         missing = recipe.data.count - shelf.made()

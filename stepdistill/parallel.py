@@ -1,8 +1,7 @@
 """Ranks and what they exchange: the only use of torch.distributed. With one process every function is the identity."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -60,13 +59,3 @@ def barrier() -> None:
     """Waits for all ranks."""
     if _many():
         dist.barrier()
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others: it writes a cache that they then find."""
-    if rank() != 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()

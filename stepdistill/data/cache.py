@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .. import parallel
 from ..errors import RequestError
 
 ABOUT = "about.json"
@@ -162,15 +163,18 @@ class Cache:
         return Shelf(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
 
     def fill(self, shelf: Shelf, make: Make) -> Store:
-        """The store, once `make` has made the rows that are missing."""
+        """The store, once `make` has made the rows that are missing. Several ranks, all of which must come here, share the files."""
         files = {path: _open(path, len(rows)) for path, rows in shelf.files}
         missing = [(path, rows) for path, rows in shelf.files if files[path] is None]
-        if missing:
+        if missing and parallel.rank() == 0:
             self._prepare(shelf.folder, shelf.about)
-        for i, (path, rows) in enumerate(missing):
+        parallel.barrier()                             # all have seen what is missing, and have a folder to write it to
+        own = missing[parallel.rank()::parallel.world_size()]
+        for i, (path, rows) in enumerate(own):
             tensors, texts = self._make(shelf.about["name"], rows, shelf.about["count"], make)
-            _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=len(missing) - i)
-            files[path] = _open(path, len(rows))
+            _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=len(missing) - i * parallel.world_size())
+        parallel.barrier()
+        files |= {path: _open(path, len(rows)) for path, rows in missing}
         return Store(tuple(tensors for tensors, _ in files.values()), tuple(text for _, texts in files.values() for text in texts),
                      shelf.about["per_file"])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import parallel, resources
+from .. import resources
 from ..data.cache import Cache, Report, Shelf, contents, fingerprint, silent
 from ..data.datasets import (
     SAMPLES_PER_FILE,
@@ -43,16 +43,15 @@ def captions(run: Run) -> Captions:
 
 
 def dataset(run: Run, report: Report = silent) -> Dataset:
-    """What batches come from; whatever is to be kept on disk is made here, by the first rank."""
+    """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
-    with parallel.main_first():
-        if data.kind == "images":
-            return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
-        if data.kind == "prompts":
-            return prompts_only(captions(run), encoders, cache)
-        if data.kind == "pairs":
-            return _pairs(run, cache)
-        return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
+    if data.kind == "images":
+        return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
+    if data.kind == "prompts":
+        return prompts_only(captions(run), encoders, cache)
+    if data.kind == "pairs":
+        return _pairs(run, cache)
+    return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
 
 
 def preview_prompts(run: Run, count: int = 4) -> list[str]:
