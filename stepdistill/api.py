@@ -34,6 +34,7 @@ from .run import folder
 from .run.cards import advice, check_card
 from .run.checks import check, family, needs_of
 from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
+from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
@@ -73,6 +74,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
         sampling(later, stage.teacher)
+    check_first_call(stage)
     if recipe.train.compile:
         with recipe.blaming("train.compile", "is on, and cannot be"):
             compile_blocks(stage.roles)
