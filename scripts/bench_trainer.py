@@ -88,18 +88,18 @@ def hand(world: World, run_dir: Path, turns: Turns) -> list[float]:
 
     nodes = torch.arange(51, dtype=torch.float64) / 50
     alpha, sigma = (f(nodes).float()[:, None, None, None] for f in (roles["teacher"].schedule.alpha, roles["teacher"].schedule.sigma))
-    told = 1000 * nodes - 1
-    scaled = 10 * told
+    timesteps = 1000 * nodes - 1
+    scaled = 10 * timesteps
     c_skip = (0.25 / (scaled**2 + 0.25)).float()[:, None, None, None]
     c_out = (scaled / (scaled**2 + 0.25).sqrt()).float()[:, None, None, None]
-    told = told.round().float()
+    timesteps = timesteps.round().float()
 
     def x0_of(raw, x, i):
         return alpha[i] * x - sigma[i] * raw if kind == "v" else (x - sigma[i] * raw) / alpha[i]
 
     def consistent(x, i, text):
         with bank.use("student"):
-            raw = network(x, told[i], text, return_dict=False)[0]
+            raw = network(x, timesteps[i], text, return_dict=False)[0]
         return c_skip[i] * x + c_out[i] * x0_of(raw, x, i)
 
     walk, losses = key(SEED, "data", "student", 0), []
@@ -112,7 +112,7 @@ def hand(world: World, run_dir: Path, turns: Turns) -> list[float]:
         i = step.integers("node", 50) + 1
         x_t = alpha[i] * x0 + sigma[i] * step.normal("noise", tuple(x0.shape[1:]))
         with torch.no_grad():
-            both = network(torch.cat([x_t, x_t]), told[i].repeat(2), torch.cat([null, text]), return_dict=False)[0]
+            both = network(torch.cat([x_t, x_t]), timesteps[i].repeat(2), torch.cat([null, text]), return_dict=False)[0]
             without, given = both.chunk(2)
             raw = without + GUIDANCE * (given - without)
             clean = x0_of(raw, x_t, i)

@@ -63,7 +63,7 @@ def test_a_teacher_with_a_call_of_its_own_is_sampled_with_it(teacher):
 
 def test_a_student_of_a_flow_reads_its_scale_and_leaves_at_one(recipe, tmp_path):
     """Its class has no input for a guidance scale: training gives it one, and an export folds what it adds at a scale."""
-    run = api.train(recipe | {"guidance": [1.0, 4.0]}, out=tmp_path / "run", **{"settings.told": True})
+    run = api.train(recipe | {"guidance": [1.0, 4.0]}, out=tmp_path / "run", **{"settings.guidance_embedding": True})
     with pytest.raises(RequestError, match="told its guidance scale and its weights hold one: add --guidance W"):
         api.export(run)
     assert not (run / "export").exists()

@@ -48,7 +48,7 @@ def test_one_method_in_full(stepdistill):
 
 def test_a_method_in_full_has_the_whole_comment_of_its_last_setting():
     said = catalogue.algorithm("lightning").splitlines()
-    assert said[-2].startswith("    judged_at: ") and said[-1].lstrip().startswith("# ") and "five times over at the end" in said[-1]
+    assert said[-2].startswith("    discriminator_times: ") and said[-1].lstrip().startswith("# ") and "the first five times over" in said[-1]
     assert all(line.startswith("    ") for name in METHODS for line in catalogue.algorithm(name).split("settings:\n")[1].splitlines())
 
 

@@ -22,9 +22,9 @@ def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     has none, since the x_0 of a velocity is x where t = 0."""
     if isinstance(schedule, RectifiedFlow):
         return 0 * t, 1 + 0 * t
-    told = TIMESTEP_SCALING * (LEVELS * t - 1)
-    norm = told**2 + SIGMA_DATA**2
-    return SIGMA_DATA**2 / norm, told / norm.sqrt()
+    scaled = TIMESTEP_SCALING * (LEVELS * t - 1)
+    norm = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / norm, scaled / norm.sqrt()
 
 
 def origin(schedule: Schedule) -> float:

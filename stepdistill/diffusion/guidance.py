@@ -17,12 +17,12 @@ def _scales(w: float | Tensor, batch: int) -> Tensor:
     return (w if isinstance(w, Tensor) else torch.tensor(w, dtype=torch.float64)).expand(batch)
 
 
-def told(cond: Condition | None, w: float | Tensor) -> Condition:
+def with_scale(cond: Condition | None, w: float | Tensor) -> Condition:
     """The condition, and its null, with a scale or (B,) of them for a role that reads it. Like times, scales are float64 and stay
     on the CPU."""
     if cond is None:
         raise ValueError("a scale is told beside a condition, and there is none")
-    null = None if cond.null is None else told(cond.null, w)
+    null = None if cond.null is None else with_scale(cond.null, w)
     return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), null=null)
 
 
@@ -30,17 +30,17 @@ def told(cond: Condition | None, w: float | Tensor) -> Condition:
 class SelfGuided(Wrapper):
     """See `self_guided`. w: what it is told, where it is told anything."""
 
-    told: bool
+    guidance_embedding: bool
     w: float | Tensor | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        return self.role(x_t, t, cond if not self.told or self.w is None else told(cond, self.w))
+        return self.role(x_t, t, cond if not self.guidance_embedding or self.w is None else with_scale(cond, self.w))
 
 
-def self_guided(role: Role, told: bool) -> Role:
+def self_guided(role: Role, guidance_embedding: bool) -> Role:
     """A role that has its guidance within, as a student of a guided teacher has: `guided` does not guide it again. It tells it
     the scale, where it is `told` one, and otherwise leaves it alone."""
-    return SelfGuided(role, told)
+    return SelfGuided(role, guidance_embedding)
 
 
 @dataclass(frozen=True)

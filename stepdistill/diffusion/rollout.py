@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .contracts import Condition, Role
 from .draws import Step
-from .guidance import told
+from .guidance import with_scale
 from .sampler import Sampler
 
 
@@ -24,9 +24,9 @@ def left_by(sampler: Sampler, step: Step) -> int:
     return int(step.shared("exit") * sampler.nfe)
 
 
-def told_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
+def with_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
     """The condition with this step's exit, counted from 1 and told as a scale is, for a critic that knows every exit's law.
 
     A critic that is not told knows the mixture of them all, which can be right where none of them is.
     """
-    return told(cond, 1.0 + left_by(sampler, step))
+    return with_scale(cond, 1.0 + left_by(sampler, step))

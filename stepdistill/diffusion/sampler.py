@@ -36,7 +36,7 @@ class Evaluation:
     `level` differs from `told` where a scheduler rounds what it tells (Karras sigmas) or interpolates in its own way.
     """
 
-    told: float
+    time: float
     level: float
     landing: float
     rule: Rule
@@ -97,7 +97,7 @@ class Sampler:
     @property
     def times(self) -> Tensor:
         """What the network is told at each evaluation, as t: (nfe,) float64."""
-        return torch.tensor([e.told for e in self.evaluations], dtype=torch.float64)
+        return torch.tensor([e.time for e in self.evaluations], dtype=torch.float64)
 
     @property
     def landings(self) -> Tensor:
@@ -145,7 +145,7 @@ class Sampler:
         return self._predict(role, x, self.evaluations[exit], cond).x0
 
     def _predict(self, role: Role, x: Tensor, e: Evaluation, cond: Condition | None) -> Prediction:
-        return replace(role(x, _times(e.told, x), cond), t=_times(e.level, x))
+        return replace(role(x, _times(e.time, x), cond), t=_times(e.level, x))
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,17 @@ def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
                              f"sampler: use a scheduler config with {key}={value!r}")
 
 
-def _vp_told(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
+def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
     """The times told to the network on a schedule of N nodes, as t = (told + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
         raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
                          "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
-    told = scheduler.timesteps.double()
+    timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
-    if told.max() > last or told.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
-        raise ValueError(f"{type(scheduler).__name__} would tell the network times from {told.min():g} to {told.max():g}, where "
+    if timesteps.max() > last or timesteps.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
+        raise ValueError(f"{type(scheduler).__name__} would tell the network times from {timesteps.min():g} to {timesteps.max():g}, where "
                          f"0 to {last} exist: take another number of steps, or another steps_offset")
-    return ((told + 1) / schedule.nodes).tolist()
+    return ((timesteps + 1) / schedule.nodes).tolist()
 
 
 def _level(alphas_cumprod: Tensor, schedule: Schedule) -> list[float]:
@@ -220,33 +220,33 @@ def _level(alphas_cumprod: Tensor, schedule: Schedule) -> list[float]:
 
 def _lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False, thresholding=False)
-    told = _vp_told(scheduler, schedule)
+    times = _vp_times(scheduler, schedule)
     levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
     scalings = (scheduler.get_scalings_for_boundary_condition_discrete(t) for t in scheduler.timesteps.tolist())
     rules = [partial(_consistency, c_skip=c_skip, c_out=c_out) for c_skip, c_out in scalings]
-    noisy = [True] * (len(told) - 1) + [False]
-    return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:] + [0.0], rules, noisy)]
+    noisy = [True] * (len(times) - 1) + [False]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:] + [0.0], rules, noisy)]
 
 
 def _tcd(scheduler: SchedulerMixin, schedule: Schedule, eta: float = 0.0) -> tuple[float, list[Evaluation]]:
     """Its clean data is the told time 0, which still holds a little noise."""
-    told, times = _vp_told(scheduler, schedule), scheduler.timesteps
-    after = torch.cat([times[1:], times.new_zeros(1)])
+    times, timesteps = _vp_times(scheduler, schedule), scheduler.timesteps
+    after = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     through = torch.floor((1 - eta) * after).long()                      # in float32, as the scheduler rounds
-    levels, landings, middles = (_level(scheduler.alphas_cumprod[i], schedule) for i in (times, after, through))
+    levels, landings, middles = (_level(scheduler.alphas_cumprod[i], schedule) for i in (timesteps, after, through))
     rules = [partial(_strategic, through=middle) for middle in middles]
-    noisy = [eta > 0] * (len(told) - 1) + [False]
-    return 1.0, [Evaluation(*row) for row in zip(told, levels, landings, rules, noisy)]
+    noisy = [eta > 0] * (len(times) - 1) + [False]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, landings, rules, noisy)]
 
 
 def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False, thresholding=False)
-    told = _vp_told(scheduler, schedule)
+    times = _vp_times(scheduler, schedule)
     # The stock landing is a fixed stride below, which is the next told time only where the steps divide the nodes.
-    after = scheduler.timesteps - scheduler.config["num_train_timesteps"] // len(told)
+    after = scheduler.timesteps - scheduler.config["num_train_timesteps"] // len(times)
     landings = torch.where(after >= 0, scheduler.alphas_cumprod[after.clamp(min=0)], scheduler.final_alpha_cumprod)
     levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
-    return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, _level(landings, schedule))]
+    return 1.0, [Evaluation(*row, _ddim) for row in zip(times, levels, _level(landings, schedule))]
 
 
 def _sigma_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
@@ -256,8 +256,8 @@ def _sigma_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
 
 def _euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, timestep_type="discrete")
-    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
-    return _start(scheduler), [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
+    times, levels = _vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    return _start(scheduler), [Evaluation(*row, _ddim) for row in zip(times, levels, levels[1:])]
 
 
 def _start(scheduler: SchedulerMixin) -> float:
@@ -267,44 +267,44 @@ def _start(scheduler: SchedulerMixin) -> float:
 
 def _heun_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False)
-    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
-    rules = [_heun if i % 2 else _ddim for i in range(len(told))]        # the stock grid holds every inner node twice
-    return _start(scheduler), [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
+    times, levels = _vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    rules = [_heun if i % 2 else _ddim for i in range(len(times))]        # the stock grid holds every inner node twice
+    return _start(scheduler), [Evaluation(*row) for row in zip(times, levels, levels[1:], rules)]
 
 
 def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False,
             use_flow_sigmas=False, final_sigmas_type="zero", variance_type=None)
-    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
-    rules = [_ddim, *[_dpmpp_2m] * (len(told) - 2), _ddim][-len(told):]
-    return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
+    times, levels = _vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    rules = [_ddim, *[_dpmpp_2m] * (len(times) - 2), _ddim][-len(times):]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:], rules)]
 
 
 def _flow_times(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[list[float], list[float]]:
     """The times told to the network, and the levels: one more."""
     if not isinstance(schedule, RectifiedFlow):
         raise ValueError(f"{type(scheduler).__name__} serves rectified flows, found {type(schedule).__name__}")
-    sigmas, told = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]
-    told, levels = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (told, sigmas))
-    return told, levels
+    sigmas, times = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]
+    times, levels = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (times, sigmas))
+    return times, levels
 
 
 def _flow_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, invert_sigmas=False)
-    told, levels = _flow_times(scheduler, schedule)
+    times, levels = _flow_times(scheduler, schedule)
     if not scheduler.config["stochastic_sampling"]:
-        return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
+        return 1.0, [Evaluation(*row, _ddim) for row in zip(times, levels, levels[1:])]
     rule = partial(_consistency, c_skip=0.0, c_out=1.0)
-    return 1.0, [Evaluation(*row, rule, noisy=True) for row in zip(told, levels, levels[1:])]
+    return 1.0, [Evaluation(*row, rule, noisy=True) for row in zip(times, levels, levels[1:])]
 
 
 def _flow_lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     """The stock scheduler also draws noise after its last step, and multiplies it by zero."""
     _demand(scheduler, invert_sigmas=False, scale_factors=None)
-    told, levels = _flow_times(scheduler, schedule)
+    times, levels = _flow_times(scheduler, schedule)
     rule = partial(_consistency, c_skip=0.0, c_out=1.0)
-    noisy = [True] * (len(told) - 1) + [False]
-    return 1.0, [Evaluation(*row[:3], rule, row[3]) for row in zip(told, levels, levels[1:], noisy)]
+    noisy = [True] * (len(times) - 1) + [False]
+    return 1.0, [Evaluation(*row[:3], rule, row[3]) for row in zip(times, levels, levels[1:], noisy)]
 
 
 READERS: dict[str, Callable[..., tuple[float, list[Evaluation]]]] = {

@@ -63,12 +63,12 @@ class Evaluation:
         """
         fd = frechet_infinity(images, self.reference, self.seed)
         precision, recall = precision_recall(images, self.reference.subset)
-        told = captioned and self.texts is not None
+        with_texts = captioned and self.texts is not None
         judged = captioned and self.attributes is not None
         return {
             "fd": fd.value, "fd_low": fd.low, "fd_high": fd.high, "kid": kid(images, self.reference.subset),
             "precision": precision, "recall": recall,
-            "clip_score": clip_score(images, self.texts) if told else None,
+            "clip_score": clip_score(images, self.texts) if with_texts else None,
             "diversity": None if alike is None else diversity(alike),
             "all_attributes": (self.features.judge(images) == self.attributes).all(1).double().mean().item() if judged else None,
         }

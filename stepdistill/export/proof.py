@@ -83,7 +83,7 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
     cond, role = teacher.encode(prompts), student.role
     if "r" in student.reads:
         role = sampler.telling(role)
-    if student.told:
+    if student.guidance_embedding:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
     else:
         role = guided(role, max(1.0, call["guidance_scale"]))       # stock pipelines guide above 1 only

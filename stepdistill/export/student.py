@@ -118,7 +118,7 @@ class Student:
                    **more)
 
     @property
-    def told(self) -> bool:
+    def guidance_embedding(self) -> bool:
         """Whether it has a guidance embedding."""
         return "w" in self.reads
 

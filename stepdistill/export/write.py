@@ -56,7 +56,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
 def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
     """(the keyword arguments of the pipeline call, the scale that a told student is told: None for any other)."""
     call, spoken = dict(student.call), student.teacher.family.guidance
-    if not student.told:
+    if not student.guidance_embedding:
         return call, None
     if not keeps(to, student.teacher.family, student.reads):
         return call | spoken.none, guidance
@@ -70,7 +70,7 @@ def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale:
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
             "teacher": student.base_model or student.teacher.source,
             "revision": student.teacher.revision, "role": student.role_name, "run": student.run,
-            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "keeps": keeps(to, student.teacher.family, student.reads),
+            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding, "keeps": keeps(to, student.teacher.family, student.reads),
             "fixed_steps": "r" in student.reads, "guidance": scale,
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,

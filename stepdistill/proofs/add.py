@@ -44,7 +44,7 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     pictures = Pictures(problem)
     yield from game(problem, pictures)
     yield from score(problem, pictures)
-    yield from told(problem, pictures)
+    yield from inputs(problem, pictures)
     yield from rest(problem, pictures)
 
 
@@ -95,7 +95,7 @@ def score(problem: Problem, pictures: Pictures) -> Iterator[Check]:
     yield Check("distillation's gradient against 2 lambda alpha_t (x - guided x_0), as pixels; relative", difference(found, known), 1e-5)
 
 
-def told(problem: Problem, pictures: Pictures) -> Iterator[Check]:
+def inputs(problem: Problem, pictures: Pictures) -> Iterator[Check]:
     """What student, teacher and heads are told."""
     student, teacher = (Believer(problem.schedule, lambda x, t, cond: x) for _ in range(2))
     method, heard = pictures.made(problem, student, torch.zeros(2, 2, dtype=torch.float64)), []

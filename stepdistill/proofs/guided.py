@@ -45,7 +45,7 @@ def identities(problem: Problem) -> Iterator[Check]:
                     for w in (1.0, problem.w))
     for w in (1.0, (1.0, 1.0)):
         yield Check(f"loss of the conditional teacher at w = {w}, over that of one a scale too high", (loss(plain, w) / usual).item(), 1e-18)
-    rest = loss(fixed, problem.w, told=False) / usual
+    rest = loss(fixed, problem.w, guidance_embedding=False) / usual
     yield Check("loss of the guided teacher where nothing is told, over the same", rest.item(), 1e-18)
 
     for weight in ("truncated", "v"):

@@ -18,7 +18,7 @@ COUNT, FEW, MANY, STEPS = 256, 5_000, 40_000, 4
 
 def made(problem: Problem, student, discriminator, **settings) -> LADD:
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator}
-    return LADD(Settings(**{"warm": 0, **settings}), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.schedule)))
+    return LADD(Settings(**{"warmup_updates": 0, **settings}), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.schedule)))
 
 
 def exact(problem: Problem) -> Believer:
@@ -92,9 +92,9 @@ def law(problem: Problem) -> Iterator[Check]:
 def times(problem: Problem) -> Iterator[Check]:
     """What student and heads are told, at the last step that warms up and at the first that does not."""
     batch, grid, judged, s = problem.batch(FEW), 1 - torch.arange(4).double() / 4, [], Settings()
-    for index, shares, said in ((6, s.first_shares, "while it warms up"), (7, s.shares, "once it has")):
+    for index, shares, said in ((6, s.warmup_shares, "while it warms up"), (7, s.shares, "once it has")):
         student = Believer(problem.schedule, lambda x, t, cond: x)
-        method = made(problem, student, lambda x, t, cond: judged.append(t) or x[:, :1], warm=7)
+        method = made(problem, student, lambda x, t, cond: judged.append(t) or x[:, :1], warmup_updates=7)
         step = problem.step(FEW, index=index)
         method.student_loss(batch, step)
         method.critic_loss(batch, problem.step(FEW, "discriminator", index=index, kept=step.kept))

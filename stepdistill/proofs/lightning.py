@@ -111,11 +111,11 @@ def played(problem: Problem, objective: str, at: tuple[float, ...]) -> tuple[flo
     u, v, e = (0.3 * problem.normal(2, problem.dim) for _ in range(3))
     (c, d), theta = problem.normal(2, 2), torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
 
-    def told(r: Tensor, x_t: Tensor | None, t: Tensor | None, cond: Condition) -> Tensor:
+    def other_terms(r: Tensor, x_t: Tensor | None, t: Tensor | None, cond: Condition) -> Tensor:
         return r[:, None] * c + cond.text @ e.T + (0 if x_t is None else x_t @ v.T + t[:, None] * d)
 
     def judged(w: Tensor) -> Lightning:
-        return made(problem, student, Judge(lambda x_r, r, *rest: x_r @ w.T + told(r, *rest)), objective=objective, judged_at=at)
+        return made(problem, student, Judge(lambda x_r, r, *rest: x_r @ w.T + other_terms(r, *rest)), objective=objective, discriminator_times=at)
 
     t = node_of(step).double() / NODES
     r, x_t = t - 1 / STEPS, problem.schedule.start(batch.x0, step.normal("noise", batch.shape), t)
@@ -125,13 +125,13 @@ def played(problem: Problem, objective: str, at: tuple[float, ...]) -> tuple[flo
     x_r, q = step.kept["x_r"], problem.schedule.sigma(r) / problem.schedule.sigma(t)
     slope = problem.schedule.alpha(r) - q * problem.schedule.alpha(t)                     # of the landing in x_0
     x_s, s, kept = shown(problem, x_r, r, at, step)
-    pull = -(torch.sigmoid(-(x_s @ u.T + told(s, *seen))) @ u / 2) * (kept * slope)[:, None] / COUNT
+    pull = -(torch.sigmoid(-(x_s @ u.T + other_terms(s, *seen))) @ u / 2) * (kept * slope)[:, None] / COUNT
     known = torch.cat([pull.sum(0), (pull.T @ x_t).flatten()])
 
     critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
     slopes, = torch.autograd.grad(judged(theta).critic_loss(batch, critic)["discriminator"], theta)
     (fake, s, _), (real, _, _) = (shown(problem, x, r, at, critic) for x in (x_r, landing(problem, x_t, node_of(step), batch.cond.text)))
-    logits = told(s, *seen)
+    logits = other_terms(s, *seen)
     apart = (torch.sigmoid(logits).T @ fake - torch.sigmoid(-logits).T @ real) / (2 * COUNT)
     return difference(found, known), difference(slopes, apart)
 

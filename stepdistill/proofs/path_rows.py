@@ -103,7 +103,7 @@ def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
             raise ValueError("a teacher that has its guidance within was guided again")
         w = cond.w.double() if reads_w else path.scale(problem)
         return problem.teacher(x, t, Condition(text=guided_mean(cond, w))).x0
-    return self_guided(Believer(problem.schedule, believes, problem.kind), told=reads_w)
+    return self_guided(Believer(problem.schedule, believes, problem.kind), guidance_embedding=reads_w)
 
 
 def _batch(problem: Problem, path: Path) -> Batch:
@@ -121,7 +121,7 @@ def stock(problem: Problem, exported: StockCall) -> SchedulerMixin:
     return scheduler
 
 
-def told_at_export(exported: StockCall) -> float:
+def scale_at_export(exported: StockCall) -> float:
     """The guidance scale in the exported call: a stock pipeline tells it a network that reads one, and guides any other
     itself where it is above 1."""
     return exported.call["guidance_scale"]
@@ -137,7 +137,7 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
     takes, given = inspect.signature(scheduler.step).parameters, {"eta": call.get("eta", 0.0), "generator": generator}
     given = {name: value for name, value in given.items() if name in takes}
     cond = found.batch.cond[:SAMPLES]
-    w = told_at_export(found.stock)
+    w = scale_at_export(found.stock)
     cond = cond.replace(w=torch.full((SAMPLES,), w).double()) if found.learner.reads_w else cond
     x = noise if problem.name == "flow" else noise * scheduler.init_noise_sigma
     for time in scheduler.timesteps:
@@ -176,11 +176,11 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
     streams = [torch.Generator().manual_seed(7) for _ in range(3)]
     draws = [lambda i, s=s: torch.randn(SAMPLES, problem.dim, generator=s, dtype=torch.float64) for s in streams]
     cond = found.batch.cond[:SAMPLES]
-    w = torch.full((SAMPLES,), told_at_export(found.stock)).double()
-    told, network = cond.replace(w=w) if found.learner.reads_w else cond, found.learner.network
+    w = torch.full((SAMPLES,), scale_at_export(found.stock)).double()
+    cond, network = cond.replace(w=w) if found.learner.reads_w else cond, found.learner.network
     with torch.no_grad():
         right = known(found, noise, draws[0])
-        ours = found.method.sampler(Believer(problem.schedule, network, problem.kind), noise, told, draws[1])
+        ours = found.method.sampler(Believer(problem.schedule, network, problem.kind), noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 
 
@@ -203,8 +203,8 @@ def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: f
     for path in all_paths(name):
         if not served(name, path, problem):
             continue
-        told, rounded = path.settings.get("told"), problem.name == "vp" and LEVELS % path.steps
+        reads_scale, rounded = path.settings.get("guidance_embedding"), problem.name == "vp" and LEVELS % path.steps
         yield Check(f"{path.name}: {TRAINED}, on {len(places)} noises; relative",
-                    largest(*(trained(name, path, place, loss, kept) for place in places)), 1e-5 if told else tolerance)
+                    largest(*(trained(name, path, place, loss, kept) for place in places)), 1e-5 if reads_scale else tolerance)
         yield Check(f"{path.name}: {DRAWN}, on {len(places)} noises; relative",
                     largest(*(sampled(name, path, place, sample) for place in places)), 1e-3 if rounded else 1e-4)

@@ -278,9 +278,9 @@ def laws(**settings: Any) -> tuple[Path, ...]:
 
 def renoised(problem: Problem, x0: Tensor, x: Tensor, t: Tensor, r: Tensor, noise: Tensor) -> Tensor:
     """x_0 noised to r: with LCMScheduler's boundary, of 1e-6 at the times of few steps, on a VP schedule."""
-    told = 10 * (1000 * t[0] - 1)
+    scaled = 10 * (1000 * t[0] - 1)
     if problem.name == "vp":
-        x0 = told / (told**2 + 0.25).sqrt() * x0 + 0.25 / (told**2 + 0.25) * x
+        x0 = scaled / (scaled**2 + 0.25).sqrt() * x0 + 0.25 / (scaled**2 + 0.25) * x
     return problem.schedule.alpha(r)[:, None] * x0 + problem.schedule.sigma(r)[:, None] * noise
 
 

@@ -15,15 +15,15 @@ from .affine import Net, QuadraticHeads, softplus
 from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
 from .problem import Check, Problem
 
-SHOWN = (0.01, 0.25, 0.5, 0.75)         # judged_at, as published
-SHAPES, TOY = {"nodes": 16, "judged_at": SHOWN}, {"objective": "pair", "nodes": 8, "judged_at": (0.1, 0.25, 0.5)}
+SHOWN = (0.01, 0.25, 0.5, 0.75)         # discriminator_times, as published
+SHAPES, TOY = {"nodes": 16, "discriminator_times": SHOWN}, {"objective": "pair", "nodes": 8, "discriminator_times": (0.1, 0.25, 0.5)}
 PATHS = (
     Path("the defaults", steps=4, elsewhere=True),
     Path("shapes/lightning, first stage, mse", SHAPES | {"objective": "mse"}, steps=4, elsewhere=True),
     Path("shapes/lightning, second stage, pair", SHAPES | {"objective": "pair"}, steps=4, elsewhere=True),
     Path("toy/lightning, not guided", TOY, steps=2, guidance=1.0, elsewhere=True),
     Path("single", {"objective": "single", "nodes": 8}, steps=2, elsewhere=True),
-    Path("single, judged under noise", {"objective": "single", "nodes": 8, "judged_at": SHOWN}, steps=2),
+    Path("single, judged under noise", {"objective": "single", "nodes": 8, "discriminator_times": SHOWN}, steps=2),
     Path("mse of an unguided teacher", {"objective": "mse", "nodes": 8}, steps=4, guidance=1.0),
     Path("a range of guidance, mse", {"objective": "mse", "nodes": 8}, steps=2, guidance=(1.5, 4.0)),
     Path("a range of guidance, pair", {"nodes": 8}, steps=2, guidance=(1.5, 4.0)),
@@ -33,9 +33,9 @@ PATHS = (
     Path("starts of twice the steps, mse", {"objective": "mse", "nodes": 8, "starts": 4}, steps=2, elsewhere=True),
     Path("starts of twice the steps, pair", {"nodes": 8, "starts": 4}, steps=2),
     Path("starts of four times the steps, single, judged under noise",
-         {"objective": "single", "nodes": 8, "starts": 8, "judged_at": SHOWN}, steps=2),
-    Path("one step from four starts, pair, judged under noise", {"nodes": 8, "starts": 4, "judged_at": SHOWN}, steps=1),
-    Path("judged at one level", {"nodes": 8, "judged_at": (0.3,)}, steps=2),
+         {"objective": "single", "nodes": 8, "starts": 8, "discriminator_times": SHOWN}, steps=2),
+    Path("one step from four starts, pair, judged under noise", {"nodes": 8, "starts": 4, "discriminator_times": SHOWN}, steps=1),
+    Path("judged at one level", {"nodes": 8, "discriminator_times": (0.3,)}, steps=2),
 )
 
 
@@ -96,8 +96,8 @@ def landed(turn: Turn, begun: Start) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def judged(turn: Turn, begun: Start, x_r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, levels and logits of a landing, and how much of it they hold: on the data it is noised by judged_at."""
-    at, schedule, judge = turn.settings.judged_at, turn.problem.schedule, turn.roles["discriminator"]
+    """Features, levels and logits of a landing, and how much of it they hold: on the data it is noised by discriminator_times."""
+    at, schedule, judge = turn.settings.discriminator_times, turn.problem.schedule, turn.roles["discriminator"]
     s, kept, on_data = begun.r, torch.ones_like(begun.r), begun.r == 0
     if at:
         drawn = torch.tensor(at, dtype=torch.float64)[(turn.step.uniform("judged s") * len(at)).long()]
@@ -152,7 +152,7 @@ def needs(settings: Any) -> dict[str, Any]:
 
 ALGORITHM = Algorithm(
     Lightning, roles, orders, needs, known,
-    defaults={"objective": "pair", "starts": None, "judged_at": ()},
+    defaults={"objective": "pair", "starts": None, "discriminator_times": ()},
     renoised=False,
 )
 

@@ -43,11 +43,11 @@ def stock_grids(problem: Problem) -> Check:
         scheduler = stock_scheduler(stock.scheduler, stock.config, problem.scheduler)
         if problem.name == "flow":
             scheduler.set_timesteps(sigmas=stock.call["sigmas"])
-            told = scheduler.timesteps.double() / 1000
+            times = scheduler.timesteps.double() / 1000
         else:
             scheduler.set_timesteps(steps)
-            told = (scheduler.timesteps.double() + 1) / 1000
-        apart.append((grid[:-1:2] - told).abs().max().item())
+            times = (scheduler.timesteps.double() + 1) / 1000
+        apart.append((grid[:-1:2] - times).abs().max().item())
         if (grid.diff() >= 0).any():
             apart.append(1.0)
     return Check("times of the student at 96, 48 and 16 steps from those that the stock scheduler tells", largest(*apart), 1e-6)
@@ -90,7 +90,7 @@ def halved(problem: Problem, steps: int, to: int) -> Role:
         def believes(x_t: Tensor, t: Tensor, cond: Condition, method=method, grid=grid) -> Tensor:
             i = nearest(grid, t)
             return method.target(x_t, *(grid[i + j] for j in range(3)), cond, problem.w)
-        role, steps = self_guided(Believer(problem.schedule, believes, problem.kind), told=False), steps // 2
+        role, steps = self_guided(Believer(problem.schedule, believes, problem.kind), guidance_embedding=False), steps // 2
     return role
 
 
@@ -101,7 +101,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("loss at the closed form of the guided teacher's two steps, over that at the unguided's", (rest / usual).item(), 1e-18)
 
     teacher, student = told_teacher(problem), closed(problem, STEPS, None)
-    rest = made(problem, self_guided(teacher, told=True), student, w=(1.0, problem.w), told=True).loss(batch, step)["progressive"]
+    rest = made(problem, self_guided(teacher, guidance_embedding=True), student, w=(1.0, problem.w), guidance_embedding=True).loss(batch, step)["progressive"]
     yield Check("the same of a teacher and a student that are told a scale of a range", (rest / usual).item(), 1e-18)
     scales = torch.stack([cond.w for _, _, cond in (*teacher.asked, *student.asked)])
     yield Check("samples whose student and teacher's two steps are not all told one scale", (scales != scales[0]).any(0).sum().item(), 0)

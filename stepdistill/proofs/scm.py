@@ -57,9 +57,9 @@ def identities(problem: Problem) -> Iterator[Check]:
 
 
 def stages(problem: Problem) -> Iterator[Check]:
-    """`guided {told: false}`, and then this method with that student as its teacher: its guidance lies within."""
+    """`guided {guidance_embedding: false}`, and then this method with that student as its teacher: its guidance lies within."""
     batch, begun = problem.batch(COUNT), problem.step(COUNT, progress=0.5)
-    taught = self_guided(believer(problem, problem.w, flows=False), told=False)
+    taught = self_guided(believer(problem, problem.w, flows=False), guidance_embedding=False)
 
     def tangent(w: float) -> float:
         roles = {"teacher": taught, "student": believer(problem, w, flows=True)}

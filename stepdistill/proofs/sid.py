@@ -74,7 +74,7 @@ def pathwise(problem: Problem) -> Check:
     """With any critic: in x the slope of |d|^2 is 2 alpha_t D' d, D of d = D x_t + e, and that of the product has two parts."""
     student, batch, alpha = problem.affine(), problem.batch(COUNT, data=False), problem.uniform(0.5, 1.5)
     kappa, law = problem.uniform(1.0, 3.0), problem.law(problem.drawn_covariance())
-    method, worst = made(problem, student, law, STEPS, alpha=alpha, critic_asked_at=kappa), 0.0
+    method, worst = made(problem, student, law, STEPS, alpha=alpha, critic_guidance=kappa), 0.0
     for step in exits(problem, COUNT, STEPS):
         found = gradient(method.student_loss(batch, step)["identity"], student)
         z, t = simulated(student, method.sampler, step)[0], method.level(step.uniform("t"))
@@ -139,7 +139,7 @@ def guidances(problem: Problem) -> Iterator[Check]:
     fitted = lambda scale, kappa_1: (Stretched(drawing, null, scale), Stretched(problem.teacher, null, scale / kappa_1))
     worst = 0.0
     for kappa_1, kappa_2 in ((problem.w, problem.w), (1.0, problem.w), (problem.uniform(1.2, 4.0), problem.uniform(1.2, 4.0))):
-        scale, kappas = problem.w * kappa_1 / kappa_2, {"critic_trained_at": kappa_1, "critic_asked_at": kappa_2}
+        scale, kappas = problem.w * kappa_1 / kappa_2, {"critic_training_guidance": kappa_1, "critic_guidance": kappa_2}
         rest, usual = (gradient(made(problem, *fitted(at, kappa_1), **kappas).student_loss(batch, step)["identity"], own).norm()
                        for at in (scale, scale + 0.5))
         worst = largest(worst, (rest / usual).item())

@@ -9,7 +9,12 @@ from typing import Any
 from .yaml import EntryPath, Source
 
 # Entries as earlier versions named them -> their names now. Recipes and run folders of those versions go on.
-EARLIER_NAMES: dict[EntryPath, str] = {}
+EARLIER_NAMES: dict[EntryPath, str] = {
+    ("settings", "told"): "guidance_embedding", ("settings", "tell_exit"): "exit_embedding",
+    ("settings", "judged_at"): "discriminator_times", ("settings", "critic_trained_at"): "critic_training_guidance",
+    ("settings", "critic_asked_at"): "critic_guidance", ("settings", "warm"): "warmup_updates",
+    ("settings", "first_shares"): "warmup_shares",
+}
 
 _EXPECTED = {
     "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",

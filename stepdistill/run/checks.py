@@ -172,7 +172,7 @@ def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None
     embeds, embedded = ("w" in needs["student"].reads, "w" in needs_of(recipe.previous)["student"].reads)
     if embedded and not embeds or recipe.taught_by_previous and embeds != embedded:
         raise recipe.refuse("method", f"is {recipe.method}, whose student {has[embeds]}, and that of the stage before "
-                            f"{has[embedded]}: let both have one by their settings (told: true), or neither")
+                            f"{has[embedded]}: let both have one by their settings (guidance_embedding: true), or neither")
 
 
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:

@@ -123,9 +123,9 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_progress_is_told(tmp_path):
-    told = []
-    make(tmp_path, report=lambda *row: told.append(row))
-    assert told[0] == ("rows", 4, 25) and told[-1] == ("rows", 25, 25) and [row[1] for row in told] == sorted(row[1] for row in told)
+    reports = []
+    make(tmp_path, report=lambda *row: reports.append(row))
+    assert reports[0] == ("rows", 4, 25) and reports[-1] == ("rows", 25, 25) and [row[1] for row in reports] == sorted(row[1] for row in reports)
 
 
 def test_a_disk_without_room_is_refused_with_the_need(tmp_path, monkeypatch):

@@ -34,16 +34,16 @@ def pictures(folder: Path, teacher: Path) -> torch.Tensor:
         return pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
 
 
-@pytest.mark.parametrize("kind,to,told,dtype", [
+@pytest.mark.parametrize("kind,to,guidance_embedding,dtype", [
     ("epsilon", "lora", False, "float16"), ("epsilon", "lora", False, "bfloat16"),
     ("epsilon", "lora", False, "float32"), ("epsilon", "lora", True, "float16"),
     ("epsilon", "comfyui", True, "bfloat16"), ("epsilon", "pipeline", True, "float16"),
     ("sd3", "lora", False, "float16"), ("sd3-t5", "pipeline", False, "bfloat16")])
-def test_what_is_written_is_rounded_and_its_cost_is_said(make, tmp_path, teachers, kind, to, told, dtype):
+def test_what_is_written_is_rounded_and_its_cost_is_said(make, tmp_path, teachers, kind, to, guidance_embedding, dtype):
     """The cost stated is the difference of the written student to the float32 export of the same student."""
-    guidance = 3.3 if told else None
-    export_student(make(kind, told=told), to, tmp_path / "whole", guidance, "float32")
-    proof = export_student(make(kind, told=told), to, tmp_path / "out", guidance, dtype)
+    guidance = 3.3 if guidance_embedding else None
+    export_student(make(kind, guidance_embedding=guidance_embedding), to, tmp_path / "whole", guidance, "float32")
+    proof = export_student(make(kind, guidance_embedding=guidance_embedding), to, tmp_path / "out", guidance, dtype)
     said = read_settings(tmp_path / "out")
     assert dtypes(tmp_path / "out") == {DTYPES[dtype]} and said["dtype"] == dtype
     assert proof.difference < 1e-5 and said["proof"]["dtype"] == "float32"

@@ -109,4 +109,4 @@ def test_a_student_reads_its_scale_and_where_its_steps_land(make):
 
 def test_what_a_pipeline_s_class_cannot_read_wants_a_scale(make, tmp_path):
     with pytest.raises(RequestError, match="add --guidance W$"):
-        export_student(make("sd3", Full(), told=True), "pipeline", tmp_path / "out")
+        export_student(make("sd3", Full(), guidance_embedding=True), "pipeline", tmp_path / "out")

@@ -17,7 +17,7 @@ STAGES = [{"method": "guided", "settings": {}, "steps": 8}, {"steps": [4, 2], "t
 
 
 def recipe(teacher) -> dict:
-    return {"method": "progressive", "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": [1.0, 3.0], "settings": {"told": True},
+    return {"method": "progressive", "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": [1.0, 3.0], "settings": {"guidance_embedding": True},
             "data": {"images": "shapes", "count": 8, "cache": True, "batch": 4}, "train": {"updates": 1, "lr": 1e-2, "ema": 0.5},
             "evaluate": {"prompts": ["a red ring"]}, "stages": STAGES}
 
@@ -33,9 +33,9 @@ def test_each_sample_has_a_scale_of_its_own_and_no_prompt_is_dropped():
 
 def test_its_student_is_told_unless_said_otherwise():
     assert GuidedDistillation.needs(Settings(), False)["student"].reads == ("w",)
-    assert GuidedDistillation.needs(Settings(told=False), False)["student"].reads == ()
+    assert GuidedDistillation.needs(Settings(guidance_embedding=False), False)["student"].reads == ()
     assert spelled(GuidedDistillation, Settings(), 16, "vp", (2.0, 5.0)).call["guidance_scale"] == 3.5
-    assert spelled(GuidedDistillation, Settings(told=False), 8, "flow", 3.0).call["guidance_scale"] == 1.0
+    assert spelled(GuidedDistillation, Settings(guidance_embedding=False), 8, "flow", 3.0).call["guidance_scale"] == 1.0
     with pytest.raises(ValueError, match="weight must be 'truncated' or 'v'; found 1"):
         Settings(weight=1)
 

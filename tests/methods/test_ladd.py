@@ -20,7 +20,7 @@ def made(problem, student=None, discriminator=None, **settings) -> LADD:
 
 
 @pytest.mark.parametrize("settings", [{"shares": (0.5, 0.4)}, {"shares": (1.5, -0.5, 0, 0)}, {"shares": ()}, {"shares": (1.0,)},
-                                      {"warm": -1}, {"std": 0.0}, {"critic_steps": 0}])
+                                      {"warmup_updates": -1}, {"std": 0.0}, {"critic_steps": 0}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)
@@ -53,7 +53,7 @@ def test_it_warms_up_on_little_noise(index, expected):
 
 def test_at_the_end_of_noise_the_student_sees_noise_alone():
     problem = Problem(0, "vp")
-    method, batch, step = made(problem, warm=0), problem.batch(COUNT), problem.step(COUNT)
+    method, batch, step = made(problem, warmup_updates=0), problem.batch(COUNT), problem.step(COUNT)
     method.student_loss(batch, step)
     x_t, t, _ = method.student.asked[0]
     noise = step.normal("start", (problem.dim,)).double()
@@ -89,7 +89,7 @@ def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
 
 @pytest.mark.parametrize("count, served", [(3, False), (7, False), (5, True)])
 def test_a_number_of_nodes_that_lcm_scheduler_cannot_space_evenly_is_refused(count, served):
-    settings = Settings(shares=(1 / count,) * count, first_shares=(1 / count,) * count)
+    settings = Settings(shares=(1 / count,) * count, warmup_shares=(1 / count,) * count)
     assert spelled(LADD, settings, count, "flow").call["num_inference_steps"] == count
     if served:
         assert spelled(LADD, settings, count, "vp").call["num_inference_steps"] == count

@@ -21,8 +21,8 @@ def made(problem, steps=2, w=1.0, judge=None, student=None, **settings) -> Light
     return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, steps, problem.schedule)))
 
 
-@pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0}, {"judged_at": (0.0,)},
-                                      {"judged_at": (1.5,)}])
+@pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0}, {"discriminator_times": (0.0,)},
+                                      {"discriminator_times": (1.5,)}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)
@@ -71,7 +71,7 @@ def test_a_landing_on_the_data_is_noised_again_before_it_is_judged(noise):
     """And only there; the teacher's and the student's alike."""
     problem, seen = Problem(0, noise), []
     judge = Judge(lambda x_r, r, x_t, t, cond: seen.append((x_r, r, x_t, t)) or x_r)
-    method = made(problem, judge=judge, judged_at=(0.01, 0.5, 0.75))
+    method = made(problem, judge=judge, discriminator_times=(0.01, 0.5, 0.75))
     batch, step = problem.batch(COUNT), problem.step(COUNT)
     method.student_loss(batch, step)
     critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
@@ -86,10 +86,10 @@ def test_a_landing_on_the_data_is_noised_again_before_it_is_judged(noise):
 
 
 def test_without_that_the_critic_is_told_the_least_time_there_is():
-    problem, told = Problem(0, "vp"), []
-    method = made(problem, objective="single", judge=Judge(lambda x_r, r, x_t, t, cond: told.append(r) or x_r))
+    problem, times = Problem(0, "vp"), []
+    method = made(problem, objective="single", judge=Judge(lambda x_r, r, x_t, t, cond: times.append(r) or x_r))
     method.student_loss(problem.batch(COUNT), problem.step(COUNT))
-    assert set(told[0].tolist()) == {0.001, 0.5}
+    assert set(times[0].tolist()) == {0.001, 0.5}
 
 
 def test_gradients_reach_whom_they_train_and_nobody_else():

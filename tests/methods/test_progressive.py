@@ -30,7 +30,7 @@ def test_at_the_last_step_the_target_is_what_the_teacher_predicts_between(noise)
     method, cond = made(problem, problem.teacher, problem.teacher), problem.cond(8)
     t, m, r = (u.expand(8) for u in method.grid[-3:])
     x_t, asked = problem.normal(8, problem.dim), Believer(problem.schedule, lambda x, t, c: problem.teacher(x, t, c).x0, problem.kind)
-    method.teacher = self_guided(asked, told=False)
+    method.teacher = self_guided(asked, guidance_embedding=False)
     target = method.target(x_t, t, m, r, cond, problem.w)
     x_m = asked.asked[1][0]
     torch.testing.assert_close(target, problem.teacher(x_m, m, cond).x0, rtol=0, atol=1e-12)
@@ -39,7 +39,7 @@ def test_at_the_last_step_the_target_is_what_the_teacher_predicts_between(noise)
 
 def test_only_the_first_teacher_is_guided_from_without():
     problem = Problem(2, "vp")
-    for wrap, size in ((lambda role: role, 16), (lambda role: self_guided(role, told=False), 8)):
+    for wrap, size in ((lambda role: role, 16), (lambda role: self_guided(role, guidance_embedding=False), 8)):
         teacher = Believer(problem.schedule, lambda x, t, cond: problem.teacher(x, t, cond).x0, problem.kind)
         made(problem, wrap(teacher), problem.affine()).loss(problem.batch(8), problem.step(8))
         assert [len(x) for x, _, _ in teacher.asked] == [size, size]
@@ -57,7 +57,7 @@ def test_the_step_counts_that_are_served():
     assert spelled(Progressive, Settings(), 4, "vp").scheduler == "DDIMScheduler"
     assert spelled(Progressive, Settings(), 16, "vp").scheduler == "EulerDiscreteScheduler"
     assert spelled(Progressive, Settings(), 501, "flow").call["num_inference_steps"] == 501
-    assert spelled(Progressive, Settings(told=True), 4, "vp", (1.0, 4.0)).call["guidance_scale"] == 2.5
+    assert spelled(Progressive, Settings(guidance_embedding=True), 4, "vp", (1.0, 4.0)).call["guidance_scale"] == 2.5
     with pytest.raises(ValueError, match="takes two steps for each, and has 1000 times; found 501"):
         spelled(Progressive, Settings(), 501, "vp")
     with pytest.raises(ValueError, match="weight must be 'truncated' or 'v'; found 'snr'"):

@@ -206,16 +206,16 @@ def test_defaults_cover_the_noise_that_sampling_starts_in():
                                            ({"beta_schedule": "squaredcos_cap_v2"}, None), ({"beta_schedule": "linear"}, None)])
 def test_sampling_begins_at_the_last_node_that_is_trained(config, index):
     s = VariancePreserving.of(DDIMScheduler(**config).alphas_cumprod.double())
-    told = 1000 * start(s) - 1
-    at, after = (s.angle(torch.tensor([(told + 1 + i) / 1000], dtype=torch.float64)).tan().item() for i in (0, 1))
-    assert told == pytest.approx(round(told), abs=1e-9) and at <= 80 + 1e-9
-    assert told == index if index is not None else after > 80 or after < 0
+    timestep = 1000 * start(s) - 1
+    at, after = (s.angle(torch.tensor([(timestep + 1 + i) / 1000], dtype=torch.float64)).tan().item() for i in (0, 1))
+    assert timestep == pytest.approx(round(timestep), abs=1e-9) and at <= 80 + 1e-9
+    assert timestep == index if index is not None else after > 80 or after < 0
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_teacher_with_its_guidance_within_is_not_guided_again(name):
     """As stages of `guided` and then this method have it."""
     teacher = Asked(Teacher(*SCHEDULES[name]))
-    method = SCM(EXACT, {"teacher": self_guided(teacher, told=False), "student": FlowMap(name, 1.0)}, 3.0, None)
+    method = SCM(EXACT, {"teacher": self_guided(teacher, guidance_embedding=False), "student": FlowMap(name, 1.0)}, 3.0, None)
     assert method.loss(batch(64), moment(64))["consistency"].item() < 1e-20
     assert [len(t) for _, t in teacher.asked] == [64]

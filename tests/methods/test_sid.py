@@ -56,7 +56,7 @@ def test_at_one_noise_level_the_guided_fixed_point_is_narrower_and_beyond_the_me
     assert k > 0 and (w == 1 or (v < 0.5 and m > 0.8))
     for shift, moves in ((0.0, False), (0.3, True)):
         student = affine(s, m + shift, v**0.5)
-        method = make(student, gaussian(s, m + shift, v, kind), TwoLaws(), w, t_range=(0.5, 0.5004), critic_trained_at=1.0)
+        method = make(student, gaussian(s, m + shift, v, kind), TwoLaws(), w, t_range=(0.5, 0.5004), critic_training_guidance=1.0)
         assert method.level(torch.tensor([0.0, 0.99])).tolist() == [0.501, 0.501]
         method.student_loss(prompted(), moment(COUNT))["identity"].backward()
         size = student.m.grad.abs() + student.s.grad.abs()
@@ -68,8 +68,8 @@ def test_scales_left_out_are_the_teacher_s():
     scales = lambda w, **settings: (lambda m: (m.trained_at, m.asked_at, m.drop))(make(student, guidance=w, **settings))
     assert scales(1.0) == (1.0, 1.0, 0.0), "nothing is guided, and no prompt need be dropped"
     assert scales(3.0) == (3.0, 3.0, 0.1) and scales((2.0, 5.0)) == (3.5, 3.5, 0.1)
-    assert scales(3.0, critic_trained_at=1.0) == (1.0, 1.0, 0.0)
-    assert scales(3.0, critic_trained_at=1.0, critic_asked_at=1.5, drop=0.2) == (1.0, 1.5, 0.2)
+    assert scales(3.0, critic_training_guidance=1.0) == (1.0, 1.0, 0.0)
+    assert scales(3.0, critic_training_guidance=1.0, critic_guidance=1.5, drop=0.2) == (1.0, 1.5, 0.2)
 
 
 def test_student_and_critic_miss_the_same_prompts():
@@ -83,19 +83,19 @@ def test_student_and_critic_miss_the_same_prompts():
 
 
 def test_every_step_is_trained_and_each_update_draws_its_own_sample():
-    told = Counter()
+    timesteps = Counter()
 
     class Student(TwoLaws):
         def __call__(self, x_t, t, cond):
-            told[round(t[0].item() * 1000) - 1] += 1
+            timesteps[round(t[0].item() * 1000) - 1] += 1
             return predict(0.5 * x_t, x_t, t, self.schedule, "x0")
 
     method, exits = make(Student(), TwoLaws(), TwoLaws(), steps=4), Counter()
     for index in range(100):
         step = moment(2, index=index)
-        told.clear()
+        timesteps.clear()
         method.student_loss(prompted(2), step)
-        exits[min(told)] += 1
+        exits[min(timesteps)] += 1
         assert not step.kept
     assert exits.keys() == {999, 749, 499, 249} and min(exits.values()) > 12
     assert [(u.trains, u.repeat, u.shares) for u in method.updates()] == [(("critic",), 1, 0), (("student",), 1, 0)]
@@ -115,7 +115,7 @@ def test_a_guided_critic_may_be_told_the_exit_of_its_sample():
             assert cond.w is None
             return predict(0.5 * x_t, x_t, t, self.schedule, "x0")
 
-    method = make(Student(), Critic(), TwoLaws(), guidance=2.0, steps=4, tell_exit=True)
+    method = make(Student(), Critic(), TwoLaws(), guidance=2.0, steps=4, exit_embedding=True)
     assert method.needs(method.settings, False)["critic"].reads
     for index in range(12):
         for loss, update in ((method.critic_loss, "critic"), (method.student_loss, "student")):

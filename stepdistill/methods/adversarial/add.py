@@ -96,9 +96,9 @@ class ADD(Method):
             fake = self.seen(step.kept["pixels"], step, "fake")
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
-        told = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
+        told_apart = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
         weight = self.settings.r1_weight
-        return {"discriminator": told} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
+        return {"discriminator": told_apart} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
 
     # -- terms -------------------------------------------------------------------------------------------------------
 

@@ -27,22 +27,22 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     shares: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)     # of the student's nodes, noise first: t = 1, 0.75, 0.5, 0.25 (p)
-    first_shares: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)    # while it warms up (p)
-    warm: int = 500                    # updates of that (p); 0 leaves it out
+    warmup_shares: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)    # the same, in the warm-up (p)
+    warmup_updates: int = 500          # length of the warm-up (p); 0 leaves it out
     mean: float = 1.0                  # of logit s: higher judges structure, lower texture (p)
     std: float = 1.0                   # of logit s (p)
     critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
 
     def __post_init__(self) -> None:
-        for shares in (self.shares, self.first_shares):
+        for shares in (self.shares, self.warmup_shares):
             if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-                raise ValueError(f"shares and first_shares are probabilities, none negative, that sum to 1; found {shares}")
-        if len(self.shares) != len(self.first_shares):
-            raise ValueError("shares and first_shares are of the same nodes, so of one length; found "
-                             f"{len(self.shares)} and {len(self.first_shares)}")
-        if self.warm < 0 or self.std <= 0 or self.critic_steps < 1:
-            raise ValueError("warm must not be negative, std be above 0 and critic_steps at least 1; found "
-                             f"{self.warm}, {self.std}, {self.critic_steps}")
+                raise ValueError(f"shares and warmup_shares are probabilities, none negative, that sum to 1; found {shares}")
+        if len(self.shares) != len(self.warmup_shares):
+            raise ValueError("shares and warmup_shares are of the same nodes, so of one length; found "
+                             f"{len(self.shares)} and {len(self.warmup_shares)}")
+        if self.warmup_updates < 0 or self.std <= 0 or self.critic_steps < 1:
+            raise ValueError("warmup_updates must not be negative, std be above 0 and critic_steps at least 1; found "
+                             f"{self.warmup_updates}, {self.std}, {self.critic_steps}")
 
 
 class LADD(Method):
@@ -54,7 +54,7 @@ class LADD(Method):
         self.student, self.discriminator = roles["student"], roles["discriminator"]
         self.schedule = roles["teacher"].schedule
         grid = nodes(len(settings.shares)).flip(0)
-        self.first, self.later = weighted(grid, settings.first_shares), weighted(grid, settings.shares)
+        self.first, self.later = weighted(grid, settings.warmup_shares), weighted(grid, settings.shares)
         self.logit_normal = logit_normal(settings.mean, settings.std)
 
     @classmethod
@@ -78,7 +78,7 @@ class LADD(Method):
     # -- losses, in the order of the algorithm -----------------------------------------------------------------------
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
-        law = self.first if step.index < self.settings.warm else self.later
+        law = self.first if step.index < self.settings.warmup_updates else self.later
         t = law(step.uniform("t"))
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), t), t, batch.cond).x0
         step.kept["sample"] = x.detach()

@@ -37,16 +37,16 @@ class Settings:
     objective: Literal["pair", "single", "mse"] = "pair"
     nodes: int = 32                    # steps of the teacher from noise to data, a multiple of the student's (p: 128, 32, 8, 4, 2)
     starts: int | None = None          # times that the student is trained at; None: its own steps (p: 4 for 1 and 2 steps)
-    judged_at: tuple[float, ...] = ()  # noise levels at which landings on the data are judged, one of them drawn; none: as they
-    #                                    are (p: 0.01, 0.25, 0.5, 0.75 for 1 and 2 steps, the first five times over at the end)
+    discriminator_times: tuple[float, ...] = ()    # noise levels at which the discriminator sees landings on the data, one of them
+    #                                    drawn; none: no noise (p: 0.01, 0.25, 0.5, 0.75 for 1 and 2 steps, at the end the first five times over)
 
     def __post_init__(self) -> None:
         if self.objective not in ("pair", "single", "mse"):
             raise ValueError(f"objective must be 'pair', 'single' or 'mse'; found {self.objective!r}")
         if self.nodes < 1 or self.starts is not None and (self.starts < 1 or self.nodes % self.starts):
             raise ValueError(f"nodes must be at least 1, and starts divide them; found {self.nodes}, {self.starts}")
-        if any(not 0 < s <= 1 for s in self.judged_at):
-            raise ValueError(f"judged_at are times above 0 and up to 1; found {self.judged_at}")
+        if any(not 0 < s <= 1 for s in self.discriminator_times):
+            raise ValueError(f"discriminator_times are times above 0 and up to 1; found {self.discriminator_times}")
 
 
 class Lightning(Method):
@@ -128,9 +128,9 @@ class Lightning(Method):
 
     def shown(self, x_r: Tensor, r: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The landing as the critic sees it and the time that it is told: what lies on the data is noised to one of
-        `judged_at` (eq. 25), the teacher's and the student's alike, or, without any, told the least time that a network knows."""
-        if not self.settings.judged_at:
+        `discriminator_times` (eq. 25), the teacher's and the student's alike, or, without any, told the least time that a network knows."""
+        if not self.settings.discriminator_times:
             return x_r, r.clamp_min(1 / LEVELS)
-        s = discrete(torch.tensor(self.settings.judged_at, dtype=torch.float64))(step.uniform("judged s"))
+        s = discrete(torch.tensor(self.settings.discriminator_times, dtype=torch.float64))(step.uniform("judged s"))
         noised = self.schedule.add_noise(x_r, step.normal("judged noise", x_r.shape[1:]), s)
         return torch.where(like(r > 0, x_r).bool(), x_r, noised), torch.where(r > 0, r, s)

@@ -38,7 +38,7 @@ class Settings:
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
     shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3: 3)
-    told: bool = False            # tell the student the guidance scale, instead of averaging it into the weights (p: told)
+    guidance_embedding: bool = False    # the student reads the guidance scale; else its weights hold the mean over the range (p: true)
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -65,14 +65,14 @@ class LCM(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.guidance_embedding)}
         return needs | {"target": Follows("student", settings.target_decay)} if full else needs
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if not 1 <= steps <= settings.nodes:
             raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        scale = middle(guidance) if settings.told else None
+        scale = middle(guidance) if settings.guidance_embedding else None
         if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
             raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and no shift; found "
                              f"nodes = {settings.nodes}, shift = {settings.shift}")
@@ -84,8 +84,8 @@ class LCM(Method):
     def loss(self, batch: Batch, step: Step) -> Losses:
         t, s = self.times(step)
         w = drawn(self.guidance, step)
-        told = torch.as_tensor(w, dtype=torch.float32).expand(len(batch))
-        cond = batch.cond.replace(w=told) if self.settings.told else batch.cond
+        scale = torch.as_tensor(w, dtype=torch.float32).expand(len(batch))
+        cond = batch.cond.replace(w=scale) if self.settings.guidance_embedding else batch.cond
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
         with torch.no_grad():
             x_s = ddim_step(guided(self.teacher, w)(x_t, t, batch.cond), s)

@@ -20,7 +20,7 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.prediction import Prediction
-from ...diffusion.rollout import rollout, told_exit
+from ...diffusion.rollout import rollout, with_exit
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
@@ -33,7 +33,7 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 class Settings:
     critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
     share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
-    tell_exit: bool = False            # tell the critic which step the sample left by; else it knows their mixture alone (p)
+    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of all steps (p)
     noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
@@ -69,7 +69,7 @@ class DMD2(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        critic = Trained("teacher", reads=("w",) * settings.tell_exit)
+        critic = Trained("teacher", reads=("w",) * settings.exit_embedding)
         needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
         return needs | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
 
@@ -107,8 +107,8 @@ class DMD2(Method):
             return losses
         t = self.trained(step.uniform("real t"))
         real = self.critic.schedule.add_noise(batch.x0, step.normal("real noise", batch.shape), t)
-        told = tell_apart(self.discriminator(real, t, cond), logits).mean()
-        return losses | {"discriminator": self.settings.critic_gan_weight * told}
+        told_apart = tell_apart(self.discriminator(real, t, cond), logits).mean()
+        return losses | {"discriminator": self.settings.critic_gan_weight * told_apart}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class DMD2(Method):
 
     def heard(self, batch: Batch, step: Step) -> Condition:
         """By the critic and the discriminator."""
-        return told_exit(batch.cond, self.sampler, step) if self.settings.tell_exit else batch.cond
+        return with_exit(batch.cond, self.sampler, step) if self.settings.exit_embedding else batch.cond
 
     def judged(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor | None]:
         """The critic's prediction and, of the same pass, the discriminator's logits."""

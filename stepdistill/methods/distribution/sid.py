@@ -23,7 +23,7 @@ import torch
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.rollout import rollout, told_exit
+from ...diffusion.rollout import rollout, with_exit
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
@@ -34,10 +34,10 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     alpha: float = 1.0                 # (l); above 1 the gradient turns round where a student is much too wide (p: 1.2, unguided)
-    critic_trained_at: float | None = None    # kappa_1, a scale of guidance; None: the teacher's, of a range its middle (l)
-    critic_asked_at: float | None = None      # kappa_2, a scale of guidance; None: as it is trained (l)
+    critic_training_guidance: float | None = None     # kappa_1, guidance scale of the critic's own loss; None: the teacher's, of a range its middle (l)
+    critic_guidance: float | None = None    # kappa_2, guidance scale of the critic in the student's loss; None: kappa_1 (l)
     critic_steps: int = 1              # critic updates a step (p, l)
-    tell_exit: bool = False            # tell the critic which of its steps the sample left by; else it knows the mixture (p)
+    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of all steps (p)
     drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided (l)
     noise_law: NoiseLaw = "uniform"    # of the levels at which student and critic are trained: uniform, lognormal, shifted, mixture (l)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those of both (l)
@@ -51,7 +51,7 @@ class Settings:
             raise ValueError(f"drop must be in [0, 1) and critic_steps at least 1; found {self.drop}, {self.critic_steps}")
         if self.alpha < 0:
             raise ValueError(f"alpha must not be negative; found {self.alpha}")
-        for name in ("critic_trained_at", "critic_asked_at"):
+        for name in ("critic_training_guidance", "critic_guidance"):
             if (scale := vars(self)[name]) is not None and scale < 1:
                 raise ValueError(f"{name} is a scale of guidance, at least 1 (1 is none); found {scale}")
 
@@ -65,13 +65,13 @@ class SiD(Method):
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule, self.level = self.teacher.schedule, noise_levels(settings, self.teacher.schedule)
         w = middle(guidance)
-        self.trained_at = w if settings.critic_trained_at is None else settings.critic_trained_at
-        self.asked_at = self.trained_at if settings.critic_asked_at is None else settings.critic_asked_at
+        self.trained_at = w if settings.critic_training_guidance is None else settings.critic_training_guidance
+        self.asked_at = self.trained_at if settings.critic_guidance is None else settings.critic_guidance
         self.drop = 0.0 if self.trained_at == self.asked_at == 1 else settings.drop
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher", reads=("w",) * settings.tell_exit)}
+        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher", reads=("w",) * settings.exit_embedding)}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -99,4 +99,4 @@ class SiD(Method):
 
     def heard(self, cond: Condition, step: Step) -> Condition:
         """By the critic."""
-        return told_exit(cond, self.sampler, step) if self.settings.tell_exit else cond
+        return with_exit(cond, self.sampler, step) if self.settings.exit_embedding else cond

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, secant_target
-from ...diffusion.guidance import drawn, guided, told
+from ...diffusion.guidance import drawn, guided, with_scale
 from ...diffusion.sampler import Sampler
 from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, trailing
@@ -36,7 +36,7 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     weight: Literal["truncated", "v"] = "truncated"   # of the error in x_0: max(SNR, 1), or SNR + 1 (p, r: truncated for CIFAR-10)
-    told: bool = False            # tell the student the guidance scale, as one that begins as a told student must be
+    guidance_embedding: bool = False   # the student reads the guidance scale; it must where it begins as a student that does
 
     def __post_init__(self) -> None:
         if self.weight not in ("truncated", "v"):
@@ -63,13 +63,13 @@ class Progressive(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
+        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.guidance_embedding)}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if isinstance(schedule, VariancePreserving) and 2 * steps > LEVELS:
             raise ValueError(f"the teacher of progressive takes two steps for each, and has {LEVELS} times; found {steps} steps")
-        return Inference(steps, guidance=middle(guidance) if settings.told else None, exact_grid=False)
+        return Inference(steps, guidance=middle(guidance) if settings.guidance_embedding else None, exact_grid=False)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]
@@ -80,7 +80,7 @@ class Progressive(Method):
         x_t = self.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             target = self.target(x_t, t, m, r, batch.cond, w)
-        error = squared(self.student(x_t, t, told(batch.cond, w) if self.settings.told else batch.cond).x0, target)
+        error = squared(self.student(x_t, t, with_scale(batch.cond, w) if self.settings.guidance_embedding else batch.cond).x0, target)
         return {"progressive": (like(self.weight(self.schedule, t), error) * error).mean()}
 
     def target(self, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Condition, w: float | Tensor) -> Tensor:
