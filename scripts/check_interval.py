@@ -42,12 +42,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[500, 2000])
     parser.add_argument("--pictures", type=int, nargs="+", default=[130, 200, 400, 1000, 2000])
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.0, 0.1, 0.4])
-    asked = parser.parse_args()
-    for size in asked.sizes:
+    args = parser.parse_args()
+    for size in args.sizes:
         generated, law, truth = problem(size)
-        for samples, pictures in ((n, m) for n in asked.samples for m in asked.pictures):
+        for samples, pictures in ((n, m) for n in args.samples for m in args.pictures):
             found = []
-            for trial in range(asked.trials):
+            for trial in range(args.trials):
                 x, y = drawn(generated, samples, 10_000 + trial), drawn(law, pictures, 20_000 + trial)
                 found.append(frechet_infinity(x, Reference((Moments.of(y[0::2]), Moments.of(y[1::2])), y), seed=trial))
             values, halves = torch.tensor([e.value for e in found]), torch.tensor([(e.high - e.low) / 2 for e in found])

@@ -61,8 +61,8 @@ def _takes(annotation: ast.expr, bounds: list[Any]) -> str:
         return " | ".join(ast.literal_eval(text.removeprefix("Literal")))
     for word, plain in WORDS.items():
         text = re.sub(rf"\b{word}\b", plain, text)
-    said = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items() if name in dir(bound)]
-    return ", ".join([text, *said])
+    limits = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items() if name in dir(bound)]
+    return ", ".join([text, *limits])
 
 
 def _default(field: Any) -> str:

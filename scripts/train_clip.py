@@ -1,4 +1,4 @@
-"""Trains assets/shapes-clip: a small CLIP on Shapes, and the judge, linear heads on its image features.
+"""Trains assets/shapes-clip: a small CLIP on Shapes, and the attribute classifier, linear heads on its image features.
 
     python scripts/train_clip.py --updates 3000 --lr 1.5e-3 --work runs/world/clip-1 --out runs/world/text
     python scripts/train_clip.py --init runs/world/text --codec assets/shapes-sd/vae --out assets/shapes-clip
@@ -6,7 +6,7 @@
 The text tower learns in minutes and then stays, so that teachers can train on it while the vision tower, which has
 shapes to learn, goes on.
 The 64 features are trained on three things at once: the contrastive loss of CLIP (Radford et al. 2021), the
-attributes of each slot, and what captions leave unsaid (places, sizes, light), so that Fréchet distances also see
+attributes of each slot, and what captions leave out (places, sizes, light), so that Fréchet distances also see
 collapsed layouts. Stopped and started again, it goes on from its last checkpoint.
 """
 from __future__ import annotations
@@ -56,9 +56,9 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
 
 
-def unsaid_targets(scene) -> Tensor:
+def uncaptioned_targets(scene) -> Tensor:
     """(B, 9): what the auxiliary regression is asked for: layout and sizes in [-0.5, 0.5], the light on a circle."""
-    u = scene.unsaid.float()
+    u = scene.uncaptioned.float()
     light = 2 * math.pi * u[:, 9]
     return torch.cat([u[:, :7] - 0.5, torch.stack([light.cos(), light.sin()], 1) / 2], 1)
 
@@ -86,7 +86,7 @@ def main() -> None:
     codec = AutoencoderKL.from_pretrained(args.codec).float().eval() if args.codec else None
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    heads = nn.ModuleDict({slot: nn.Linear(64, len(values)) for slot, values in SLOTS.items()} | {"unsaid": nn.Linear(64, 9)})
+    heads = nn.ModuleDict({slot: nn.Linear(64, len(values)) for slot, values in SLOTS.items()} | {"uncaptioned": nn.Linear(64, 9)})
     if args.init:
         model.load_state_dict(CLIPModel.from_pretrained(args.init).float().state_dict())
         heads.load_state_dict(load_file(args.init / "judge.safetensors"), strict=False)
@@ -103,7 +103,7 @@ def main() -> None:
         scene = scenes(torch.arange(i * args.batch, (i + 1) * args.batch) + (10**8 if args.init else 0), TRAIN_SEED)   # fresh pictures
         pixels = render(scene)
         noise = torch.Generator().manual_seed(i)
-        if args.codec:                     # the judge also sees pictures as a teacher's autoencoder would return them
+        if args.codec:                     # the classifier also sees pictures as a teacher's autoencoder would return them
             half = args.batch // 2
             pixels[:half] = restored(codec, pixels[:half])
         pixels = pixels + 0.08 * torch.rand(len(pixels), 1, 1, 1, generator=noise) * torch.randn(pixels.shape, generator=noise)
@@ -113,9 +113,9 @@ def main() -> None:
         logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
         labels = torch.arange(len(logits))
         contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        judged = sum(F.cross_entropy(heads[slot](image), scene.attributes[:, k]) for k, slot in enumerate(SLOTS))
-        unsaid = F.mse_loss(heads["unsaid"](image), unsaid_targets(scene))
-        loss = 0.25 * contrast + judged + 0.5 * unsaid
+        attribute_loss = sum(F.cross_entropy(heads[slot](image), scene.attributes[:, k]) for k, slot in enumerate(SLOTS))
+        uncaptioned_loss = F.mse_loss(heads["uncaptioned"](image), uncaptioned_targets(scene))
+        loss = 0.25 * contrast + attribute_loss + 0.5 * uncaptioned_loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -123,7 +123,7 @@ def main() -> None:
         schedule.step()
         if i % 50 == 0:
             right = torch.stack([heads[s](image).argmax(1) == scene.attributes[:, k] for k, s in enumerate(SLOTS)], 1)
-            print(f"{i:5d} {time.time() - begin:6.0f} s  contrast {contrast:.3f}  judged {judged:.3f}  unsaid {unsaid:.4f}"
+            print(f"{i:5d} {time.time() - begin:6.0f} s  contrast {contrast:.3f}  attributes {attribute_loss:.3f}  uncaptioned {uncaptioned_loss:.4f}"
                   f"  all right {right.all(1).float().mean():.3f}", flush=True)
         if (i + 1) % 250 == 0:
             keep(args.work, parts, i + 1, time.time() - begin)
@@ -132,7 +132,7 @@ def main() -> None:
 
 @torch.no_grad()
 def finish(args, model: CLIPModel, heads: nn.ModuleDict, tokenizer: CLIPTokenizer, seconds: float) -> None:
-    """Saves model, processor, judge, and what was reached on 10,000 held-out pictures."""
+    """Saves model, processor, attribute classifier, and what was reached on 10,000 held-out pictures."""
     right = []
     for block in torch.arange(10_000).split(500):
         scene = scenes(block, HELD_OUT_SEED)
@@ -144,8 +144,8 @@ def finish(args, model: CLIPModel, heads: nn.ModuleDict, tokenizer: CLIPTokenize
     make_tokenizer().save_pretrained(args.out)       # the one in use remembers how it padded
     CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE},
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(args.out)
-    judge = {f"{slot}.{name}": p.half().contiguous() for slot in SLOTS for name, p in heads[slot].state_dict().items()}
-    save_file(judge, args.out / "judge.safetensors", metadata={"slots": json.dumps({s: list(v) for s, v in SLOTS.items()})})
+    classifier = {f"{slot}.{name}": p.half().contiguous() for slot in SLOTS for name, p in heads[slot].state_dict().items()}
+    save_file(classifier, args.out / "judge.safetensors", metadata={"slots": json.dumps({s: list(v) for s, v in SLOTS.items()})})
     made = {"command": "python " + " ".join(sys.argv), "updates": args.updates, "batch": args.batch, "lr": args.lr,
             "train_seed": TRAIN_SEED, "held_out_seed": HELD_OUT_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
             "figures": figures}

@@ -2,7 +2,7 @@
 
     python scripts/train_flow_teacher.py --text runs/world/text --text-2 runs/world/text-2 --out assets/shapes-sd3
 
-Rectified flow: x_t = (1 - t) x0 + t eps, the network told 1000 t and taught eps - x0; the caption dropped from one sample
+Rectified flow: x_t = (1 - t) x0 + t eps, the network reads 1000 t and learns eps - x0; the caption dropped from one sample
 in ten for guidance. Two text encoders and no T5: stock pipelines put 256 tokens of zeros in T5's place, which would cost
 five times the work here, so this one is trained, and must be called, with max_sequence_length=0, as its stepdistill.json
 says. Latents and embeddings are made once. Stopped and started again, it goes on from its last checkpoint; --export

@@ -30,7 +30,7 @@ from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
 from .run.checks import check, family, needs_of
-from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
+from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
@@ -116,10 +116,10 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     run, start = setup(recipe, launched()), time.perf_counter()
     with _progress() as report, parallel.main_first():
         cache = Cache(report=report)
-        shelf = pairs_shelf(run, cache, out)
-        missing = recipe.data.count - shelf.made()
-        fill_pairs(run, shelf, cache)
-    return MadePairs(shelf.folder, recipe.data.count, missing, time.perf_counter() - start)
+        spec = pairs_spec(run, cache, out)
+        missing = recipe.data.count - spec.made()
+        fill_pairs(run, spec, cache)
+    return MadePairs(spec.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,

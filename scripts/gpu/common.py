@@ -106,9 +106,9 @@ def _name(device: torch.device) -> str:
 def _driver(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 

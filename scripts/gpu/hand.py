@@ -120,5 +120,5 @@ class Dmd2Loop(Loop):
         self.apply(0.5 * ((x - aim) ** 2).mean(), self.of_student)
         x, eps = x.detach(), torch.randn_like(x)
         i = torch.randint(0, 1000, (self.batch,), device=self.device)
-        said = self.predict(self.critic, self.a(i) * x + self.s(i) * eps, i, cond)
-        self.apply(((said - eps) ** 2).mean(), self.of_critic)
+        eps_hat = self.predict(self.critic, self.a(i) * x + self.s(i) * eps, i, cond)
+        self.apply(((eps_hat - eps) ** 2).mean(), self.of_critic)

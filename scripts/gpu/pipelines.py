@@ -35,14 +35,14 @@ def config_of(name: str) -> dict[str, Any]:
 
 def write_pipeline(name: str, folder: Path) -> Path:
     """A pipeline folder that lacks the denoiser's weights: `random_weights` makes them."""
-    asked = config_of(name)
-    cls, denoiser = getattr(diffusers, asked["pipeline"]), getattr(diffusers, asked["denoiser"]["_class_name"])
+    config = config_of(name)
+    cls, denoiser = getattr(diffusers, config["pipeline"]), getattr(diffusers, config["denoiser"]["_class_name"])
     with torch.device("meta"):
-        network = denoiser.from_config(asked["denoiser"])
-    parts = _encoders(asked) | {DENOISERS[asked["pipeline"]]: network, "vae": _codec(network.config.in_channels)}
-    parts["scheduler"] = getattr(diffusers, asked["scheduler"]["_class_name"]).from_config(asked["scheduler"])
+        network = denoiser.from_config(config["denoiser"])
+    parts = _encoders(config) | {DENOISERS[config["pipeline"]]: network, "vae": _codec(network.config.in_channels)}
+    parts["scheduler"] = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
     optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = cls(**parts, **(optional if asked["pipeline"] == "StableDiffusionPipeline" else {}))
+    pipeline = cls(**parts, **(optional if config["pipeline"] == "StableDiffusionPipeline" else {}))
     for part, module in parts.items():
         if module is network:
             module.save_config(folder / part)
@@ -85,21 +85,21 @@ def _codec(channels: int) -> diffusers.AutoencoderKL:
                                    shift_factor=0.06 if channels == 16 else None)
 
 
-def _encoders(asked: dict[str, Any]) -> dict[str, Any]:
+def _encoders(config: dict[str, Any]) -> dict[str, Any]:
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets/shapes-clip")
-    tokenizer.model_max_length = asked["tokens"]
+    tokenizer.model_max_length = config["tokens"]
 
     def clip(width: int, projected: bool) -> Any:
-        config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
-                                num_attention_heads=4, max_position_embeddings=asked["tokens"], projection_dim=width,
+        clip_config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+                                num_attention_heads=4, max_position_embeddings=config["tokens"], projection_dim=width,
                                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                 pad_token_id=tokenizer.pad_token_id)
-        return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+        return (CLIPTextModelWithProjection if projected else CLIPTextModel)(clip_config).eval()
 
-    first, *others = asked["text_widths"]
-    if asked["pipeline"] == "StableDiffusionPipeline":
+    first, *others = config["text_widths"]
+    if config["pipeline"] == "StableDiffusionPipeline":
         return {"text_encoder": clip(first, False), "tokenizer": tokenizer}
-    flow = asked["pipeline"] == "StableDiffusion3Pipeline"
+    flow = config["pipeline"] == "StableDiffusion3Pipeline"
     parts = {"text_encoder": clip(first, flow), "tokenizer": tokenizer,
              "text_encoder_2": clip(others[0], True), "tokenizer_2": tokenizer}
     return parts | (_t5(others[1]) if flow else {})

@@ -42,10 +42,10 @@ def read(report: Path) -> dict[str, Any]:
     for case in xml.parse(report).iter("testcase"):
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")
         skipped = case.find("skipped")
-        said = "passed" if bad is None and skipped is None else (f"failed: {bad.get('message', '')[:300]}" if bad is not None
+        outcome = "passed" if bad is None and skipped is None else (f"failed: {bad.get('message', '')[:300]}" if bad is not None
                                                                else f"skipped: {skipped.get('message', '')[:200]}")
-        tests[case.get("name", "")] = said
-    counts = {kind: sum(said.startswith(kind) for said in tests.values()) for kind in ("passed", "failed", "skipped")}
+        tests[case.get("name", "")] = outcome
+    counts = {kind: sum(outcome.startswith(kind) for outcome in tests.values()) for kind in ("passed", "failed", "skipped")}
     seconds = sum(float(case.get("time", 0)) for case in xml.parse(report).iter("testcase"))
     return counts | {"seconds_of_tests": round(seconds, 1), "tests": tests}
 

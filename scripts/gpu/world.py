@@ -131,8 +131,8 @@ def _finish(job: tuple[str, int], status: int, record: Record, jobs: int) -> Non
     figures: dict[str, Any] = json.loads((folder / "row.json").read_text(encoding="utf-8")) | {"trainings_at_once": jobs}
     record.add(f"{job[0]} {job[1]}", figures)
     own = [each for each in figures["rows"] if each["nfe"] == figures["steps"]]
-    said = f"FD {own[0]['metrics']['fd']:.2f} at {own[0]['nfe']} NFE" if own else "measured"
-    print(f"{job[0]} seed {job[1]}: {figures['updates']} updates in {figures['minutes']:.2f} minutes, {said}")
+    text = f"FD {own[0]['metrics']['fd']:.2f} at {own[0]['nfe']} NFE" if own else "measured"
+    print(f"{job[0]} seed {job[1]}: {figures['updates']} updates in {figures['minutes']:.2f} minutes, {text}")
 
 
 if __name__ == "__main__":

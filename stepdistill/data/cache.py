@@ -101,7 +101,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class StoreSpec:
     """Where a store lies or is to lie, and in JSON everything that its rows depend on."""
 
     folder: Path
@@ -126,12 +126,12 @@ class Shelf:
         if not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
             return []
         try:
-            said = flat(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
+            found = flat(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError) as error:
             raise RequestError(f"'{self.folder}' holds other files than a cache's: its {ABOUT} cannot be read ({error})") from error
-        asked = flat(json.loads(json.dumps(self.about)))
-        return [f"{name} is {shorten(said.get(name))} there and {shorten(asked.get(name))} here"
-                for name in said | asked if said.get(name) != asked.get(name)]
+        wanted = flat(json.loads(json.dumps(self.about)))
+        return [f"{name} is {shorten(found.get(name))} there and {shorten(wanted.get(name))} here"
+                for name in found | wanted if found.get(name) != wanted.get(name)]
 
 
 def flat(table: Mapping[str, object], path: str = "") -> dict[str, object]:
@@ -144,7 +144,7 @@ def flat(table: Mapping[str, object], path: str = "") -> dict[str, object]:
 class Cache:
     """Opens stores under `root`, and makes what is missing in them.
 
-    dtype: of the floating-point numbers on disk. batch: how many rows are made at once. report: is told of progress.
+    dtype: of the floating-point numbers on disk. batch: how many rows are made at once. report: is called with the progress.
     """
 
     root: Path = field(default_factory=default_root)
@@ -154,25 +154,25 @@ class Cache:
 
     def store(self, name: str, identity: Mapping[str, object], count: int, make: Make, per_file: int = 2000) -> Store:
         """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on."""
-        return self.fill(self.shelf(name, identity, count, per_file), make)
+        return self.fill(self.spec(name, identity, count, per_file), make)
 
-    def shelf(self, name: str, identity: Mapping[str, object], count: int, per_file: int = 2000, folder: Path | None = None) -> Shelf:
+    def spec(self, name: str, identity: Mapping[str, object], count: int, per_file: int = 2000, folder: Path | None = None) -> StoreSpec:
         """Where that store lies: under `root`, unless a folder is named."""
         about = {"format": FORMAT, "name": name, "count": count, "dtype": str(self.dtype), "per_file": per_file, **identity}
-        return Shelf(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
+        return StoreSpec(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
 
-    def fill(self, shelf: Shelf, make: Make) -> Store:
+    def fill(self, spec: StoreSpec, make: Make) -> Store:
         """The store, once `make` has made the rows that are missing."""
-        files = {path: _open(path, len(rows)) for path, rows in shelf.files}
-        missing = [(path, rows) for path, rows in shelf.files if files[path] is None]
+        files = {path: _open(path, len(rows)) for path, rows in spec.files}
+        missing = [(path, rows) for path, rows in spec.files if files[path] is None]
         if missing:
-            self._prepare(shelf.folder, shelf.about)
+            self._prepare(spec.folder, spec.about)
         for i, (path, rows) in enumerate(missing):
-            tensors, texts = self._make(shelf.about["name"], rows, shelf.about["count"], make)
+            tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
             _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=len(missing) - i)
             files[path] = _open(path, len(rows))
         return Store(tuple(tensors for tensors, _ in files.values()), tuple(text for _, texts in files.values() for text in texts),
-                     shelf.about["per_file"])
+                     spec.about["per_file"])
 
     @torch.no_grad()
     def _make(self, name: str, rows: range, count: int, make: Make) -> tuple[dict[str, Tensor], list[str]]:
@@ -180,9 +180,9 @@ class Cache:
         texts: list[str] = []
         for low in range(rows.start, rows.stop, self.batch):
             indices = torch.arange(low, min(low + self.batch, rows.stop))
-            made, said = make(indices)
+            made, new_texts = make(indices)
             chunks.append({key: self._narrow(name, key, value, low) for key, value in made.items()})
-            texts.extend(said)
+            texts.extend(new_texts)
             self.report(name, int(indices[-1]) + 1, count)
         return {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]}, texts
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Pairs
 from ..diffusion.schedule import moved
 from ..errors import RequestError
-from .cache import Cache, Shelf, Store
+from .cache import Cache, Store, StoreSpec
 from .images import Images
 from .prompts import Captions, all_captions
 from .text import Encode, LiveText, Text, stored_text
@@ -106,7 +106,7 @@ def teacher_samples(source: Captions, count: int, generate: Generate, made_by: M
     return _stored(cache.store("samples", identity, count, make, SAMPLES_PER_FILE), encoders, cache)
 
 
-def teacher_pairs(source: Captions, shelf: Shelf, generate: GeneratePairs, times: Tensor, encoders: Encoders, cache: Cache) -> Samples:
+def teacher_pairs(source: Captions, shelf: StoreSpec, generate: GeneratePairs, times: Tensor, encoders: Encoders, cache: Cache) -> Samples:
     """The teacher's ways from noise to its samples, made once, as `teacher_samples` are. times: (n,) float64, of the nodes."""
 
     def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:

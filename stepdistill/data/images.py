@@ -63,7 +63,7 @@ class FolderImages:
 
     @classmethod
     def open(cls, folder: Path, size: int) -> FolderImages:
-        """Reads all captions and every image's header, so that what is missing or damaged is told before training."""
+        """Reads all captions and every image's header, so that what is missing or damaged is found before training."""
         if not folder.is_dir():
             raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp files.")
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

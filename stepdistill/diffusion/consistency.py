@@ -18,7 +18,7 @@ def consistency(p: Prediction) -> Tensor:
 
 
 def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) of the scheduler that samples: LCMScheduler's at the time it tells the network; FlowMatchLCMScheduler
+    """(c_skip, c_out) of the scheduler that samples: LCMScheduler's at the timestep that the network reads; FlowMatchLCMScheduler
     has none, since the x_0 of a velocity is x where t = 0."""
     if isinstance(schedule, RectifiedFlow):
         return 0 * t, 1 + 0 * t
@@ -28,6 +28,6 @@ def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def origin(schedule: Schedule) -> float:
-    """The time that is the data's, at which f is the identity: on a flow 0; LCMScheduler and TCDScheduler take the told time 0
+    """The time that is the data's, at which f is the identity: on a flow 0; LCMScheduler and TCDScheduler take timestep 0
     for it, which still holds a little noise."""
     return 0.0 if isinstance(schedule, RectifiedFlow) else 1 / LEVELS

@@ -21,14 +21,14 @@ def with_scale(cond: Condition | None, w: float | Tensor) -> Condition:
     """The condition, and its null, with a scale or (B,) of them for a role that reads it. Like times, scales are float64 and stay
     on the CPU."""
     if cond is None:
-        raise ValueError("a scale is told beside a condition, and there is none")
+        raise ValueError("a guidance scale goes into a condition, and there is none")
     null = None if cond.null is None else with_scale(cond.null, w)
     return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), null=null)
 
 
 @dataclass(frozen=True)
 class SelfGuided(Wrapper):
-    """See `self_guided`. w: what it is told, where it is told anything."""
+    """See `self_guided`. w: the scale that it reads, where it has a guidance embedding."""
 
     guidance_embedding: bool
     w: float | Tensor | None = None
@@ -38,8 +38,8 @@ class SelfGuided(Wrapper):
 
 
 def self_guided(role: Role, guidance_embedding: bool) -> Role:
-    """A role that has its guidance within, as a student of a guided teacher has: `guided` does not guide it again. It tells it
-    the scale, where it is `told` one, and otherwise leaves it alone."""
+    """A role that has its guidance within, as a student of a guided teacher has: `guided` does not guide it again. It passes
+    on the scale to a role with a guidance embedding, and leaves any other as it is."""
     return SelfGuided(role, guidance_embedding)
 
 
@@ -74,7 +74,7 @@ def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None =
     prediction's `combine`.
 
     It looks through every `Wrapper`: guided(viewed(r)) is viewed(guided(r)), so that a network's own outputs are mixed, and a
-    `self_guided` role is never guided again, wherever it lies: it is told w, or is what it is. ValueError for a role that
+    `self_guided` role is never guided again, wherever it lies: it reads w, or stays as it is. ValueError for a role that
     `guided` has guided already, and for an interval where the guidance lies within.
     """
     if isinstance(role, SelfGuided):

@@ -25,8 +25,8 @@ def left_by(sampler: Sampler, step: Step) -> int:
 
 
 def with_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
-    """The condition with this step's exit, counted from 1 and told as a scale is, for a critic that knows every exit's law.
+    """The condition with this step's exit, counted from 1, in the place of a guidance scale: for a critic that learns every exit's law.
 
-    A critic that is not told knows the mixture of them all, which can be right where none of them is.
+    A critic that does not read it learns the mixture of them all, which can be right where none of them is.
     """
     return with_scale(cond, 1.0 + left_by(sampler, step))

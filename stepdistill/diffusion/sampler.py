@@ -1,7 +1,7 @@
 """The few-step sampler, read off a stock diffusers scheduler, so that what is trained is what is exported.
 
 The scheduler is asked for its grid once (`set_timesteps`); then every evaluation of the network is a row of four: the
-time the network is told, the noise level its state really has, the level it lands on, and the rule that takes it there.
+time the network reads, the noise level its state really has, the level it lands on, and the rule that takes it there.
 """
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ SHAPING = ("num_inference_steps", "timesteps", "sigmas", "eta")     # keywords o
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the network. told, level and landing are times in [0, 1]; `noisy`: the rule takes fresh noise.
+    """One call of the network. time, level and landing are times in [0, 1]; `noisy`: the rule takes fresh noise.
 
-    `level` differs from `told` where a scheduler rounds what it tells (Karras sigmas) or interpolates in its own way.
+    time: what the network reads; level: where the state is. They differ where a scheduler rounds its timesteps (Karras sigmas)
+    or interpolates in its own way.
     """
 
     time: float
@@ -91,12 +92,12 @@ class Sampler:
         return cls.of(scheduler, k, schedule, **{key: call[key] for key in SHAPING if key in call})
 
     def telling(self, role: Role) -> Role:
-        """The role as this sampler asks a flow map: told, as cond.r, where the step from each of its times lands."""
+        """The role as this sampler calls a flow map: cond.r says where the step from each of its times lands."""
         return _Landing(role, self)
 
     @property
     def times(self) -> Tensor:
-        """What the network is told at each evaluation, as t: (nfe,) float64."""
+        """The time that the network reads at each evaluation, as t: (nfe,) float64."""
         return torch.tensor([e.time for e in self.evaluations], dtype=torch.float64)
 
     @property
@@ -156,7 +157,7 @@ class _Landing(Wrapper):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None:
-            raise ValueError("where a step lands is told beside a condition, and there is none")
+            raise ValueError("the time where a step lands goes into a condition, and there is none")
         nearest = (t.cpu()[:, None] - self.sampler.times).abs().argmin(1)
         return self.role(x_t, t, cond.replace(r=self.sampler.landings[nearest]))
 
@@ -201,14 +202,14 @@ def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
 
 
 def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
-    """The times told to the network on a schedule of N nodes, as t = (told + 1) / N."""
+    """The times that the network reads on a schedule of N nodes: t = (timestep + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
         raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
                          "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
     timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
     if timesteps.max() > last or timesteps.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
-        raise ValueError(f"{type(scheduler).__name__} would tell the network times from {timesteps.min():g} to {timesteps.max():g}, where "
+        raise ValueError(f"{type(scheduler).__name__} would give the network timesteps from {timesteps.min():g} to {timesteps.max():g}, where "
                          f"0 to {last} exist: take another number of steps, or another steps_offset")
     return ((timesteps + 1) / schedule.nodes).tolist()
 
@@ -229,7 +230,7 @@ def _lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Eva
 
 
 def _tcd(scheduler: SchedulerMixin, schedule: Schedule, eta: float = 0.0) -> tuple[float, list[Evaluation]]:
-    """Its clean data is the told time 0, which still holds a little noise."""
+    """Its clean data is timestep 0, which still holds a little noise."""
     times, timesteps = _vp_times(scheduler, schedule), scheduler.timesteps
     after = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     through = torch.floor((1 - eta) * after).long()                      # in float32, as the scheduler rounds
@@ -242,7 +243,7 @@ def _tcd(scheduler: SchedulerMixin, schedule: Schedule, eta: float = 0.0) -> tup
 def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False, thresholding=False)
     times = _vp_times(scheduler, schedule)
-    # The stock landing is a fixed stride below, which is the next told time only where the steps divide the nodes.
+    # The stock landing is a fixed stride below, which is the next timestep only where the steps divide the nodes.
     after = scheduler.timesteps - scheduler.config["num_train_timesteps"] // len(times)
     landings = torch.where(after >= 0, scheduler.alphas_cumprod[after.clamp(min=0)], scheduler.final_alpha_cumprod)
     levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
@@ -281,7 +282,7 @@ def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[flo
 
 
 def _flow_times(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[list[float], list[float]]:
-    """The times told to the network, and the levels: one more."""
+    """The times that the network reads, and the levels: one more."""
     if not isinstance(schedule, RectifiedFlow):
         raise ValueError(f"{type(scheduler).__name__} serves rectified flows, found {type(schedule).__name__}")
     sigmas, times = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]

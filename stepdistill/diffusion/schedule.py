@@ -72,7 +72,7 @@ class Schedule(ABC):
 class VariancePreserving(Schedule):
     """Ho et al. 2020, arXiv:2006.11239, on N discrete nodes as diffusers stores them.
 
-    Node i, whose told time is i, lies at t = (i + 1) / N and has exactly alpha^2 = alphas_cumprod[i]; t = 0 is clean
+    Node i, whose timestep is i, lies at t = (i + 1) / N and has exactly alpha^2 = alphas_cumprod[i]; t = 0 is clean
     data. Between nodes the angle atan2(sigma, alpha) is interpolated linearly.
     """
 

@@ -53,9 +53,9 @@ def write(folder: str | Path, seed: int, noise: str) -> Path:
     whole = {"seed": seed, "noise": noise, "labels": labels.tolist(), "weights": (weights / weights.sum()).tolist()}
     means, covariances = _standardised(weights / weights.sum(), means, covariances)
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    _say(folder / FILE, whole | {"means": means.tolist(), "covariances": covariances.tolist()})
-    _say(folder / "model_index.json", {"_class_name": "Toy", "scheduler": ["diffusers", SCHEDULERS[noise]["_class_name"]]})
-    _say(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[noise])
+    _write_config(folder / FILE, whole | {"means": means.tolist(), "covariances": covariances.tolist()})
+    _write_config(folder / "model_index.json", {"_class_name": "Toy", "scheduler": ["diffusers", SCHEDULERS[noise]["_class_name"]]})
+    _write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[noise])
     return folder
 
 
@@ -67,7 +67,7 @@ def _standardised(weights: Tensor, means: Tensor, covariances: Tensor) -> tuple[
     return means @ whiten.T, whiten @ covariances @ whiten.T
 
 
-def _say(path: Path, what: dict) -> None:
+def _write_config(path: Path, what: dict) -> None:
     path.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
 
 
@@ -80,7 +80,7 @@ class Toy:
     count: int | None = None
 
     @cached_property
-    def said(self) -> dict:
+    def config(self) -> dict:
         path = Path(self.folder) / FILE
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -89,28 +89,28 @@ class Toy:
 
     @cached_property
     def labels(self) -> Tensor:
-        return torch.tensor(self.said["labels"])
+        return torch.tensor(self.config["labels"])
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"toy": self.said, "seed": self.seed}
+        return {"toy": self.config, "seed": self.seed}
 
     def law(self, schedule: Schedule, kind: str) -> GaussianMixture:
         """Of x_0 (B, 2, 1, 1), as a teacher that answers in `kind`."""
-        means, covariances = (torch.tensor(self.said[name], dtype=torch.float64) for name in ("means", "covariances"))
+        means, covariances = (torch.tensor(self.config[name], dtype=torch.float64) for name in ("means", "covariances"))
         parts = [Gaussian(schedule, mean.reshape(SHAPE), covariance, kind) for mean, covariance in zip(means, covariances)]
-        return GaussianMixture(torch.tensor(self.said["weights"], dtype=torch.float64), parts, self.labels, kind)
+        return GaussianMixture(torch.tensor(self.config["weights"], dtype=torch.float64), parts, self.labels, kind)
 
     def points(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """x_0 (B, 2, 1, 1) float32 of numbered samples, and their labels (B,)."""
         drawn = fractions(key(self.seed, "toy point"), indices, 3)
-        which = torch.searchsorted(torch.tensor(self.said["weights"], dtype=torch.float64).cumsum(0)[:-1], drawn[:, 0].contiguous())
+        which = torch.searchsorted(torch.tensor(self.config["weights"], dtype=torch.float64).cumsum(0)[:-1], drawn[:, 0].contiguous())
         z, means, roots = torch.special.ndtri(drawn[:, 1:]), *self._shapes
         return (means[which] + (roots[which] @ z[:, :, None])[:, :, 0]).float().reshape(-1, *SHAPE), self.labels[which]
 
     @cached_property
     def _shapes(self) -> tuple[Tensor, Tensor]:
-        means, covariances = (torch.tensor(self.said[name], dtype=torch.float64) for name in ("means", "covariances"))
+        means, covariances = (torch.tensor(self.config[name], dtype=torch.float64) for name in ("means", "covariances"))
         return means, torch.linalg.cholesky(covariances)
 
     def captions(self, indices: Tensor) -> list[str]:

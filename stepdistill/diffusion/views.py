@@ -39,5 +39,5 @@ class Viewed(Wrapper):
 
 
 def viewed(role: Role, schedule: Schedule) -> Role:
-    """The same network under `schedule`: matched by signal-to-noise ratio, x_t rescaled, and told its own time."""
+    """The same network under `schedule`: matched by signal-to-noise ratio, x_t rescaled, and given its own time."""
     return role if role.schedule == schedule else Viewed(role, schedule)

@@ -19,17 +19,17 @@ DASHES = {"ddim": (0, ()), "euler": (0, (5, 2)), "heun": (0, (1, 1.4)), "dpmpp_2
 
 
 def curve(rows: Sequence[Row], dim: int) -> bytes:
-    """PNG. Left: FD with its 95 % interval, both axes logarithmic. Right, where it was judged: all attributes right."""
-    judged = any(row["metrics"]["all_attributes"] is not None for row in rows)
-    figure = Figure(figsize=(11.5 if judged else 6.4, 4.9), dpi=150)
+    """PNG. Left: FD with its 95 % interval, both axes logarithmic. Right, where attributes were classified: the share of pictures with all of them right."""
+    with_attributes = any(row["metrics"]["all_attributes"] is not None for row in rows)
+    figure = Figure(figsize=(11.5 if with_attributes else 6.4, 4.9), dpi=150)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
+    panels = figure.subplots(1, 2 if with_attributes else 1, squeeze=False)[0]
     _distance_panel(panels[0], rows, dim)
-    if judged:
+    if with_attributes:
         _attribute_panel(panels[1], rows)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not judged else 0.07, 1, 1), w_pad=3)
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if judged else 4, frameon=False, fontsize=8.5,
+    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not with_attributes else 0.07, 1, 1), w_pad=3)
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if with_attributes else 4, frameon=False, fontsize=8.5,
                   columnspacing=1.4, handlelength=2.4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -77,12 +77,12 @@ def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
 
 
 def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
-    judged = [row for row in rows if row["metrics"]["all_attributes"] is not None]
-    solvers, best, students = lines(judged)
+    measured = [row for row in rows if row["metrics"]["all_attributes"] is not None]
+    solvers, best, students = lines(measured)
     metric = lambda row: (100 * row["metrics"]["all_attributes"],) + tuple(100 * edge for edge in share_interval(
         row["metrics"]["all_attributes"], row["samples"]))
     _draw(axes, solvers, best, students, metric)
-    for real in (row for row in judged if row["target"] == "real"):
+    for real in (row for row in measured if row["target"] == "real"):
         _, low, high = metric(real)
         axes.axhspan(low, max(high, low + 0.8), color=REAL, alpha=0.3, lw=0)
         axes.annotate(f"fresh real pictures: {metric(real)[0]:.1f} %", (0.015, low - 1), xycoords=("axes fraction", "data"),

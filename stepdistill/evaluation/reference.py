@@ -61,10 +61,10 @@ class ShapesSource:
         return (render(scenes(ids, HELD_OUT_SEED)) for ids in torch.arange(count).split(BLOCK))
 
     def alike(self, prompts: int, each: int) -> Iterator[Tensor]:
-        """A caption leaves 15 numbers unsaid: these are drawn afresh, from ids that no prompt uses."""
+        """A caption does not fix 15 numbers: these are drawn afresh, from ids that no prompt uses."""
         for ids in torch.arange(prompts * each).split(BLOCK):
             attributes = scenes(ids // each, HELD_OUT_SEED).attributes
-            yield render(Scenes(attributes, scenes(2**32 + ids, HELD_OUT_SEED).unsaid))
+            yield render(Scenes(attributes, scenes(2**32 + ids, HELD_OUT_SEED).uncaptioned))
 
 
 class FolderSource:

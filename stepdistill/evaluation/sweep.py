@@ -46,9 +46,9 @@ class Evaluation:
         shipped = None if str(features) == "inception" else Path(features) / "reference.safetensors"
         self.reference = load_reference(self.features, self.source, shipped, say)
         self.texts = self.features.texts(self.prompts)
-        self.attributes = _attributes(self.prompts) if self.features.judge else None
-        judge = self.features.judge
-        self.protocol = Protocol(self.features.name, self.features.dim, judge and judge.id[:12], self.source.name,
+        self.attributes = _attributes(self.prompts) if self.features.attribute_classifier else None
+        classifier = self.features.attribute_classifier
+        self.protocol = Protocol(self.features.name, self.features.dim, classifier and classifier.id[:12], self.source.name,
                                  self.features.resize, "float32", fingerprint(self.prompts), samples, seed)
 
     @property
@@ -64,13 +64,13 @@ class Evaluation:
         fd = frechet_infinity(images, self.reference, self.seed)
         precision, recall = precision_recall(images, self.reference.subset)
         with_texts = captioned and self.texts is not None
-        judged = captioned and self.attributes is not None
+        with_attributes = captioned and self.attributes is not None
         return {
             "fd": fd.value, "fd_low": fd.low, "fd_high": fd.high, "kid": kid(images, self.reference.subset),
             "precision": precision, "recall": recall,
             "clip_score": clip_score(images, self.texts) if with_texts else None,
             "diversity": None if alike is None else diversity(alike),
-            "all_attributes": (self.features.judge(images) == self.attributes).all(1).double().mean().item() if judged else None,
+            "all_attributes": (self.features.attribute_classifier(images) == self.attributes).all(1).double().mean().item() if with_attributes else None,
         }
 
     def real(self) -> tuple[dict[str, Any], Tensor]:

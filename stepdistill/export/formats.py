@@ -1,5 +1,5 @@
 """The three forms in which a student leaves. Each writer fills a folder from a student and pipeline as they leave
-(`leaving.Leaving`) and returns the name of its weights file."""
+(`prepare.PreparedExport`) and returns the name of its weights file."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -69,11 +69,11 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
     if to != "pipeline" and not lora:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
     if "w" not in reads and guidance is not None:
-        raise RequestError(f"--guidance {guidance:g} chooses the scale of a student that is told one; this student was not: "
+        raise RequestError(f"--guidance {guidance:g} chooses the scale of a student with a guidance embedding; this student has none: "
                            "leave --guidance out")
     if "w" in reads and guidance is None and not keeps(to, family, reads):
         instead = ", or use --to pipeline, which keeps the choice" if keeps("pipeline", family, reads) else ""
-        raise RequestError(f"this student is told its guidance scale and its weights hold one: add --guidance W"
+        raise RequestError(f"this student has a guidance embedding, and its weights can hold one scale: add --guidance W"
                            f"{'' if trained is None else f' (it was trained at {trained})'}{instead}")
     if guidance is not None and isinstance(trained, (tuple, list)) and not trained[0] <= guidance <= trained[1]:
         raise RequestError(f"--guidance {guidance:g} is outside what this student was trained for: choose from {trained[0]:g} to "
@@ -81,7 +81,7 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
 
 
 def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:
-    """Whether an export leaves the guidance scale of a student that is told one to the call: its class must have an input for it, and
+    """Whether an export leaves the guidance scale of a student with a guidance embedding to the call: its class must have an input for it, and
     for all else that the student reads."""
     return to == "pipeline" and "w" in reads and not family.time.own(reads)
 

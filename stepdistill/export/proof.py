@@ -34,7 +34,7 @@ class Proof:
 def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
-    student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline. guidance: the
+    student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline. guidance: the
     scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same order: first the
     latents, then the noise of each step, which some pipelines take from the global generator.
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4; by as much may those of a LoRA that

@@ -19,7 +19,7 @@ from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
 from .formats import WRITERS, check, keeps
-from .leaving import leave
+from .prepare import prepare
 from .proof import IMAGES, TOLERANCE, Proof, prove
 from .student import Student
 
@@ -28,7 +28,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
                    dtype: str | None = None) -> Proof:
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
-    guidance: the scale of a student that is told one; a LoRA is folded at it, a pipeline takes it as its default call.
+    guidance: the scale of a student with a guidance embedding; a LoRA is folded at it, a pipeline takes it as its default call.
     dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
@@ -36,25 +36,25 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance)
     dtype = chosen(dtype, to)
     _may_write(out, student)
-    call, scale = _settings(student, to, guidance)
-    leaving = leave(student, to, call, scale, DTYPES[dtype])
+    call, scale = _call(student, to, guidance)
+    prepared = prepare(student, to, call, scale, DTYPES[dtype])
     with _aside(out) as folder:
-        weights = WRITERS[to](leaving.student, leaving.pipe, DTYPES[dtype], folder)
+        weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
         student.scheduler.save_pretrained(folder / "scheduler")
-        said = _said(student, type(leaving.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
-        _write(folder / SETTINGS, said)
-        proof = prove(leaving.student, folder, scale)
-        rounding = 0.0 if leaving.unrounded is None else (proof.images - leaving.unrounded).abs().max().item()
-        said["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32",
-                         "rounding": rounding}
-        _write(folder / SETTINGS, said)
-        (folder / "README.md").write_text(card(said, out.as_posix(), student.results, student.prompts[0]), encoding="utf-8")
-        _picture(leaving.pipe, proof).save(folder / "samples.png")
+        settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
+        _write(folder / SETTINGS, settings)
+        proof = prove(prepared.student, folder, scale)
+        rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
+        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32",
+                             "rounding": rounding}
+        _write(folder / SETTINGS, settings)
+        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, student.prompts[0]), encoding="utf-8")
+        _picture(prepared.pipe, proof).save(folder / "samples.png")
     return proof
 
 
-def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
-    """(the keyword arguments of the pipeline call, the scale that a told student is told: None for any other)."""
+def _call(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
+    """(the keyword arguments of the pipeline call, the scale of a student with a guidance embedding, else None)."""
     call, spoken = dict(student.call), student.teacher.family.guidance
     if not student.guidance_embedding:
         return call, None
@@ -64,7 +64,7 @@ def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[s
     return call | {spoken.embedded: scale}, scale
 
 
-def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None, weights: str) -> dict[str, Any]:
+def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None, weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler = student.sampler(call)
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
@@ -117,5 +117,5 @@ def _aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(path: Path, said: dict[str, Any]) -> None:
-    path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

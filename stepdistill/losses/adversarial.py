@@ -8,22 +8,22 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 
-def fool(fake: Tensor) -> Tensor:
+def generator_loss(fake: Tensor) -> Tensor:
     """Non-saturating: -log sigmoid(fake). Goodfellow et al. 2014, arXiv:1406.2661, section 3."""
     return softplus(-fake)
 
 
-def tell_apart(real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """-log sigmoid(real) - log(1 - sigmoid(fake)): its least value is 2 log 2 where they are alike."""
     return softplus(-real) + softplus(fake)
 
 
-def hinge_fool(fake: Tensor) -> Tensor:
+def hinge_generator_loss(fake: Tensor) -> Tensor:
     """-fake: Lim & Ye 2017, arXiv:1705.02894, eq. 4."""
     return -fake
 
 
-def hinge_tell_apart(real: Tensor, fake: Tensor) -> Tensor:
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """max(0, 1 - real) + max(0, 1 + fake): its least value is 2 where they are alike. No gradient beyond the margins."""
     return relu(1 - real) + relu(1 + fake)
 

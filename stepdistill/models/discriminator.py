@@ -14,7 +14,7 @@ from ..diffusion.draws import key
 from ..diffusion.prediction import Prediction
 from ..errors import RequestError
 from .denoiser import Denoiser
-from .recompute import Enough
+from .recompute import StopForward
 
 WIDTH, GROUPS, LEAST = 128, 32, 4        # of a head: channels, groups of a normalisation, the side down to which it pools
 Shape = tuple[int, int, int]             # channels, height, width
@@ -34,14 +34,14 @@ def tap(network: nn.Module, names: Sequence[str], leave: bool = False) -> Iterat
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             found[name] = output
             if leave and len(found) == len(names):
-                raise Enough
+                raise StopForward
         return hook
 
     modules = [_eager(network, name) for name in names]
     handles = [module.register_forward_hook(collects(name)) for name, module in zip(names, modules, strict=True)]
     try:
         yield found
-    except Enough:
+    except StopForward:
         pass
     finally:
         for handle in handles:
@@ -109,13 +109,13 @@ class Discriminator(nn.Module):
         """x_t (B, C, H, W); t (B,) float64 in [0, 1]."""
         with tap(self.role.network, self.features, leave=True) as found:
             self.role(x_t, t, cond)
-        return self._judged(found, x_t)
+        return self._logits(found, x_t)
 
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
         """What the role predicts and the logits (B, K), of one whole pass."""
         with tap(self.role.network, self.features) as found:
             prediction = self.role(x_t, t, cond)
-        return prediction, self._judged(found, x_t)
+        return prediction, self._logits(found, x_t)
 
     def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Logits (B, K) of two states of one trajectory, of heads made for `paired` shapes, in one pass of a doubled batch.
@@ -127,7 +127,7 @@ class Discriminator(nn.Module):
             self.role(both, torch.cat([r, t]), None if cond is None else Condition.cat([cond, cond]))
         return self._read({name: torch.cat(m.chunk(2), dim=1) for name, m in self._maps(found, both).items()})
 
-    def _judged(self, found: Mapping[str, Any], x_t: Tensor) -> Tensor:
+    def _logits(self, found: Mapping[str, Any], x_t: Tensor) -> Tensor:
         return self._read(self._maps(found, x_t))
 
     def _maps(self, found: Mapping[str, Any], x_t: Tensor) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def reading(network: nn.Module, path: str, numbers: Mapping[str, Tensor]) -> Ite
 def embedding(name: str, number: Tensor, width: int = WIDTH) -> Tensor:
     """number (B,) -> (B, width) float32: sin and cos of 1000 x 10000^(-j / (width / 2 - 1)), where x is the number; of w, w - 1.
 
-    LCM, arXiv:2310.04378. For w it is equal to the last bit to what a stock pipeline tells its network at guidance_scale = w: w - 1
+    LCM, arXiv:2310.04378. For w it is equal to the last bit to what a stock pipeline gives its network at guidance_scale = w: w - 1
     is taken in float64, all else in float32, because the largest angles are thousands of turns.
     """
     scaled = (number.double().cpu() - (1 if name == "w" else 0)).float() * 1000

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Leaves a forward pass whose rest nobody needs. A tap raises it, and catches it again."""
 
 
@@ -26,10 +26,10 @@ def recomputed(module: nn.Module, *args: Any, again: Callable[[], AbstractContex
         nonlocal left
         try:
             return module(*args)
-        except Enough:
+        except StopForward:
             left = True
 
     given = checkpoint(region, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
     if left:
-        raise Enough
+        raise StopForward
     return given

@@ -91,7 +91,7 @@ class Roles(Mapping[str, Role]):
     def _denoiser(self, name: str) -> Denoiser:
         if name in self.networks:
             return Denoiser(self.teacher, self.networks[name], reads=self.reads[name])
-        return self._on_base(name if self.is_lora(name) else None, self.reads.get(name, ()))
+        return self._on_pipeline(name if self.is_lora(name) else None, self.reads.get(name, ()))
 
     def _discriminator(self, of: str, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
         if of not in self.visions:
@@ -99,14 +99,14 @@ class Roles(Mapping[str, Role]):
         width = prompt_vector(self.teacher.encode([self.teacher.null_prompt])).shape[-1]
         return PictureHeads(shapes, width, seed)
 
-    def _on_base(self, adapter: str | None, reads: tuple[str, ...] = ()) -> Denoiser:
+    def _on_pipeline(self, adapter: str | None, reads: tuple[str, ...] = ()) -> Denoiser:
         context = nullcontext if self.bank is None else partial(self.bank.use, adapter)
         return Denoiser(self.teacher, self.teacher.network, context, reads)
 
     @property
     def base(self) -> Denoiser:
         """The pipeline's own network, which is the teacher unless that is another run's student."""
-        return self._on_base(None)
+        return self._on_pipeline(None)
 
     def __getitem__(self, name: str) -> Role:
         return self._roles[name]
@@ -219,7 +219,7 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
                 for name, setting in made.items() if isinstance(setting, Full)}
     configs = {name: _config(teacher, setting) for name, setting in made.items() if isinstance(setting, Lora)}
     bank = _bank(teacher, teacher.network, configs, {name: reads[name] for name in configs}, seed) if configs else None
-    features, visions = _judges(teacher, needs, settings)
+    features, visions = _discriminator_inputs(teacher, needs, settings)
     roles = Roles(teacher, needs, reads, bank, networks, features, visions, seed)
     for name, state in states.items():
         roles.load_state_dict(name, state)
@@ -247,7 +247,7 @@ def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig
     return bank
 
 
-def _judges(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
+def _discriminator_inputs(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
     """What each discriminator's heads lie on, and the vision networks among that."""
     features: dict[str, dict[str, Shape]] = {}
     visions: dict[str, Vision | PlaneFeatures] = {}
@@ -255,9 +255,9 @@ def _judges(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, 
         if isinstance(need, Heads):
             places = settings.get(name, Places())
             if isinstance(needs[need.of], Features):
-                sight = teacher.family.vision(places.network)
-                features[name] = sight.read(places.features)
-                visions[need.of] = sight.features(tuple(features[name]), teacher.device)
+                vision_config = teacher.family.vision(places.network)
+                features[name] = vision_config.read(places.features)
+                visions[need.of] = vision_config.features(tuple(features[name]), teacher.device)
             else:
                 shapes = chosen(teacher.feature_shapes, teacher.default_features if places.features is None else places.features)
                 features[name] = paired(shapes) if need.pair else shapes

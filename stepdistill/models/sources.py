@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 
 
 def class_at(source: str, revision: str | None = None) -> str:
@@ -58,7 +58,7 @@ def _class_on_hub(source: str, revision: str | None) -> str:
     try:
         return DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
     except (OSError, ValueError) as error:
-        reason = gist(error)
+        reason = first_lines(error)
         raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
 
 

@@ -18,7 +18,7 @@ from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, moved
 from ..diffusion.times import LEVELS
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from ..methods.base import Inference
 from .adapters import matching
 from .extra_embedding import added, fold, install, reading
@@ -311,7 +311,7 @@ def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str
         pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
-        raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error
+        raise RequestError(f"the teacher {source} cannot be loaded: {first_lines(error)}") from error
 
 
 def _without_weights(source: str, revision: str | None, family: Family, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -341,4 +341,4 @@ def _network(source: str, revision: str | None, name: str, library: str, kind: s
                 return made_by.from_config(made_by.load_config(source, subfolder=name, revision=revision))
             return made_by(made_by.config_class.from_pretrained(source, subfolder=name, revision=revision))
     except OSError as error:
-        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {gist(error)}") from error
+        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {first_lines(error)}") from error

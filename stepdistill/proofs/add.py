@@ -11,7 +11,7 @@ from ..diffusion.guidance import drawn
 from ..methods.adversarial.add import ADD, Settings
 from .paths import elsewhere
 from .paths_add import paths
-from .problem import Believer, Check, Problem, difference, gradient, largest, off_law, off_zero, stock_times, strayed
+from .problem import Check, FunctionRole, Problem, condition_error, difference, gradient, largest, off_law, off_zero, stock_times
 
 COUNT, FEW, MANY, STEPS = 256, 5_000, 20_000, 4
 
@@ -97,17 +97,17 @@ def score(problem: Problem, pictures: Pictures) -> Iterator[Check]:
 
 def inputs(problem: Problem, pictures: Pictures) -> Iterator[Check]:
     """What student, teacher and heads are told."""
-    student, teacher = (Believer(problem.schedule, lambda x, t, cond: x) for _ in range(2))
-    method, heard = pictures.made(problem, student, torch.zeros(2, 2, dtype=torch.float64)), []
+    student, teacher = (FunctionRole(problem.schedule, lambda x, t, cond: x) for _ in range(2))
+    method, conditions = pictures.made(problem, student, torch.zeros(2, 2, dtype=torch.float64)), []
     method.teacher, heads = teacher, method.discriminator
-    method.discriminator = lambda maps, cond: heard.append(cond) or heads(maps, cond)
+    method.discriminator = lambda maps, cond: conditions.append(cond) or heads(maps, cond)
     batch, step = replace(problem.batch(FEW), cond=problem.prompts(FEW)), problem.step(FEW)
     method.student_loss(batch, step)
     method.critic_loss(batch, problem.step(FEW, "discriminator", kept=step.kept))
-    for role, law, said in ((student, 1 - torch.arange(4).double() / 4, "student's"), (teacher, stock_times(), "teacher's")):
-        yield Check(f"moments of the {said} times against the uniform law's, in standard errors", off_law(role.asked[0][1][-FEW:], law), 6)
-    heard += [role.asked[0][2] for role in (student, teacher)]
-    yield Check("the prompts of student, teacher and heads from the batch's", strayed(heard, batch.cond), 0)
+    for role, law, label in ((student, 1 - torch.arange(4).double() / 4, "student's"), (teacher, stock_times(), "teacher's")):
+        yield Check(f"moments of the {label} times against the uniform law's, in standard errors", off_law(role.calls[0][1][-FEW:], law), 6)
+    conditions += [role.calls[0][2] for role in (student, teacher)]
+    yield Check("the prompts of student, teacher and heads from the batch's", condition_error(conditions, batch.cond), 0)
 
 
 def rest(problem: Problem, pictures: Pictures) -> Iterator[Check]:

@@ -40,17 +40,17 @@ def recipe(method: str) -> Recipe:
 
 
 def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
-    said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
-    work = setup(said, torch.device("cpu"))
+    seeded = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
+    work = setup(seeded, torch.device("cpu"))
     yield from stock_teachers(method, seed)
-    yield from kept_pairs(said)
+    yield from kept_pairs(seeded)
     yield from moves(work, out / "moved")
-    yield from decays(said, work.roles)
-    whole = train(said, out=out / "whole")
-    yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
+    yield from decays(seeded, work.roles)
+    whole = train(seeded, out=out / "whole")
+    yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(seeded, whole, out / "resumed"), 0)
     try:
-        scale = middle(said.guidance) if "w" in work.roles.reads["student"] else None
-        folder = export(whole, "lora" if said.student.lora else "pipeline", scale, out / "export")
+        scale = middle(seeded.guidance) if "w" in work.roles.reads["student"] else None
+        folder = export(whole, "lora" if seeded.student.lora else "pipeline", scale, out / "export")
         missing = [part for part in ("stepdistill.json", "README.md", "scheduler") if not (folder / part).exists()]
         yield Check("parts that are missing of an export, which a stock pipeline has reproduced", len(missing), 0)
     except RequestError as error:

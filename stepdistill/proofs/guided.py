@@ -15,20 +15,20 @@ from ..diffusion.times import LEVELS
 from ..methods.base import Guidance
 from ..methods.trajectory.guided import GuidedDistillation, Settings
 from .paths_trajectory import guided as paths
-from .problem import Affine, Believer, Check, Problem, difference, evenly, gradient, off_law, reaching, stock_times
+from .problem import Affine, Check, FunctionRole, Problem, difference, evenly, gradient, off_law, reaching, stock_times
 
 COUNT, STEPS = 512, 8
 
 
 def made(problem: Problem, student: Role, w: Guidance, teacher: Role | None = None, **settings: Any) -> GuidedDistillation:
-    asked = Settings(**settings)
-    sampler = problem.sampler(GuidedDistillation.inference(asked, STEPS, problem.schedule))
-    return GuidedDistillation(asked, {"teacher": teacher or problem.teacher, "student": student}, w, sampler)
+    chosen = Settings(**settings)
+    sampler = problem.sampler(GuidedDistillation.inference(chosen, STEPS, problem.schedule))
+    return GuidedDistillation(chosen, {"teacher": teacher or problem.teacher, "student": student}, w, sampler)
 
 
-def closed(problem: Problem, off: float = 0.0) -> Believer:
+def closed(problem: Problem, off: float = 0.0) -> FunctionRole:
     """Guided, in closed form, at the scale that it is told, `off` too much."""
-    return Believer(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), cond.w + off)).x0, problem.kind)
+    return FunctionRole(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), cond.w + off)).x0, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -37,11 +37,11 @@ def identities(problem: Problem) -> Iterator[Check]:
     usual, right = loss(closed(problem, 1.0), spread), closed(problem)
     rest = loss(right, spread) / usual
     yield Check("loss of the guided teacher at every scale of a range, over that of one a scale too high", rest.item(), 1e-18)
-    ((_, t, cond),) = right.asked
+    ((_, t, cond),) = right.calls
     for name, found, law in (("scales it was told", cond.w, evenly(*spread)), ("times it was asked at", t, stock_times())):
         yield Check(f"moments of the {name} against the uniform law's, in standard errors", off_law(found, law), 6)
 
-    plain, fixed = (Believer(problem.schedule, lambda x, t, cond, w=w: problem.teacher(x, t, problem.guided_cond(len(t), w)).x0, problem.kind)
+    plain, fixed = (FunctionRole(problem.schedule, lambda x, t, cond, w=w: problem.teacher(x, t, problem.guided_cond(len(t), w)).x0, problem.kind)
                     for w in (1.0, problem.w))
     for w in (1.0, (1.0, 1.0)):
         yield Check(f"loss of the conditional teacher at w = {w}, over that of one a scale too high", (loss(plain, w) / usual).item(), 1e-18)

@@ -166,11 +166,11 @@ class Learner:
 
     def x0(self, x: Tensor, t: Tensor, cond: Condition, w: Tensor | float | None = None) -> Tensor:
         m, S, T, n, u = self.parts
-        said = m + x @ S.T + cond.text @ T.T + t[:, None] * n
-        return said + (column(w, x) - 1) * u if self.reads_w else said
+        x0 = m + x @ S.T + cond.text @ T.T + t[:, None] * n
+        return x0 + (column(w, x) - 1) * u if self.reads_w else x0
 
     def network(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """As a `Believer` believes it. ValueError where it is told a scale that it does not read, or none."""
+        """As a `FunctionRole` answers. ValueError where it is told a scale that it does not read, or none."""
         if (cond.w is not None) != self.reads_w:
             raise ValueError(f"this network reads {'a' if self.reads_w else 'no'} guidance scale; it was told {cond.w}")
         return self.x0(x, t, cond, None if cond.w is None else cond.w.double())

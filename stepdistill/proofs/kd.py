@@ -13,7 +13,7 @@ from ..diffusion.flow_map import secant_target, toward
 from ..diffusion.schedule import like
 from ..methods.trajectory.kd import KD, Settings
 from .paths_trajectory import kd as paths
-from .problem import Affine, Believer, Check, Problem, difference, gradient, standard_errors
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient, standard_errors
 
 COUNT, MANY = 256, 20_000
 
@@ -23,12 +23,12 @@ def made(problem: Problem, student: Role, steps: int) -> KD:
     return KD(Settings(), {"teacher": problem.teacher, "student": student}, problem.w, sampler)
 
 
-def traveller(problem: Problem, steps: int, w: float) -> Believer:
+def traveller(problem: Problem, steps: int, w: float) -> FunctionRole:
     """The student whose every step lands where the teacher's way, guided at w, is then."""
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         r = ((t * steps).round() - 1) / steps
         return secant_target(x_t, problem.flow(x_t, t, r, w), t, r, problem.schedule)
-    return Believer(problem.schedule, believes, problem.kind)
+    return FunctionRole(problem.schedule, x0_of, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -72,7 +72,7 @@ def _mixture(problem: Problem) -> Check:
     data = GaussianMixture.of(problem.schedule, numbers(0.5, 1), numbers(-2, 2)[:, None], numbers(0.1, 0.4))
     noise, start = problem.normal(COUNT, 1), torch.ones(COUNT, dtype=torch.float64)
     picture = data.flow(noise, start, 0 * start)
-    student = Believer(problem.schedule, lambda x, t, cond: data.flow(x, t, 0 * t), problem.kind)
+    student = FunctionRole(problem.schedule, lambda x, t, cond: data.flow(x, t, 0 * t), problem.kind)
     batch = replace(problem.paired(COUNT), x0=picture, pairs=Pairs(noise, picture[:, None], torch.zeros(COUNT, 1, dtype=torch.float64)))
     loss = made(problem, student, 1).loss(batch, problem.step(COUNT))["regression"]
     return Check("loss at a mixture's exact flow map, over the variance of the pictures", (loss / picture.var()).item(), 1e-12)

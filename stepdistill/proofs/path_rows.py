@@ -22,7 +22,7 @@ from ..methods.base import Method
 from ..models.schedulers import Guidance, StockCall, sampler_of, stock_call, stock_scheduler
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
 from .path_table import PUBLISHED, Path, all_paths, refused, served
-from .problem import Believer, Check, Problem, difference, largest
+from .problem import Check, FunctionRole, Problem, difference, largest
 
 COUNT, SAMPLES = 64, 16
 AVERAGED = ("cd", "tract")                  # whose target is an average of the student, an adapter's too
@@ -78,13 +78,13 @@ class Cast:
 
 def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     """ValueError where no stock scheduler serves the path on this noise."""
-    kind, settings, scale = load_method(name), path.asked(name), path.scale(problem)
+    kind, settings, scale = load_method(name), path.settings_of(name), path.scale(problem)
     inference = kind.inference(settings, path.steps, problem.schedule, scale)
     exported = stock_call(inference, problem.schedule, Guidance(embedded="guidance_scale"))
     needs = kind.needs(settings, path.full)
     learner, average = (Learner(problem, "w" in needs["student"].reads) for _ in range(2))
     target = average if path.full or name in AVERAGED else learner
-    network, averaged = (Believer(problem.schedule, each.network, problem.kind) for each in (learner, average))
+    network, averaged = (FunctionRole(problem.schedule, each.network, problem.kind) for each in (learner, average))
     teacher = _teacher(problem, path, learner.reads_w)
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
@@ -98,12 +98,12 @@ def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
     if not path.previous:
         return problem.teacher
 
-    def believes(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.null is None:
             raise ValueError("a teacher that has its guidance within was guided again")
         w = cond.w.double() if reads_w else path.scale(problem)
         return problem.teacher(x, t, Condition(text=guided_mean(cond, w))).x0
-    return self_guided(Believer(problem.schedule, believes, problem.kind), guidance_embedding=reads_w)
+    return self_guided(FunctionRole(problem.schedule, x0_of, problem.kind), guidance_embedding=reads_w)
 
 
 def _batch(problem: Problem, path: Path) -> Batch:
@@ -133,7 +133,7 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
     problem, call, scheduler = found.problem, found.stock.call, stock(found.problem, found.stock)
     grid = next(name for name in ("sigmas", "timesteps", "num_inference_steps") if name in call)
     scheduler.set_timesteps(**{grid: call[grid]})
-    network = Believer(problem.schedule, found.learner.network, problem.kind)
+    network = FunctionRole(problem.schedule, found.learner.network, problem.kind)
     takes, given = inspect.signature(scheduler.step).parameters, {"eta": call.get("eta", 0.0), "generator": generator}
     given = {name: value for name, value in given.items() if name in takes}
     cond = found.batch.cond[:SAMPLES]
@@ -180,7 +180,7 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
     cond, network = cond.replace(w=w) if found.learner.reads_w else cond, found.learner.network
     with torch.no_grad():
         right = known(found, noise, draws[0])
-        ours = found.method.sampler(Believer(problem.schedule, network, problem.kind), noise, cond, draws[1])
+        ours = found.method.sampler(FunctionRole(problem.schedule, network, problem.kind), noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 
 

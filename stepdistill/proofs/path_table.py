@@ -32,7 +32,7 @@ class Path:
     previous: bool = False
     nodes: int = 4
 
-    def asked(self, method: str) -> Any:
+    def settings_of(self, method: str) -> Any:
         """The method's settings."""
         return load_method(method).Settings(**self.settings)
 
@@ -141,7 +141,7 @@ def uncovered(method: str, settings: type | None = None) -> list[str]:
 def served(name: str, path: Path, problem: Problem) -> bool:
     """Whether a stock scheduler exists for it: those of LCM and TCD have nodes that divide 1000 and no shift; of a flow
     none adds a share of fresh noise."""
-    settings = vars(path.asked(name))
+    settings = vars(path.settings_of(name))
     if problem.name == "flow":
         return settings.get("gamma", 1.0) in (0, 1)
     return name not in ("lcm", "tcd") or LEVELS % settings["nodes"] == 0 and settings["shift"] == 1
@@ -149,7 +149,7 @@ def served(name: str, path: Path, problem: Problem) -> bool:
 
 def refused(name: str, path: Path, problem: Problem) -> bool:
     try:
-        inference = load_method(name).inference(path.asked(name), path.steps, problem.schedule, path.scale(problem))
+        inference = load_method(name).inference(path.settings_of(name), path.steps, problem.schedule, path.scale(problem))
         stock_call(inference, problem.schedule)
     except ValueError:
         return True

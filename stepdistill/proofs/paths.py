@@ -120,7 +120,7 @@ class Known:
 
     values: Mapping[str, Tensor | None]
     slopes: Mapping[str, Tensor]
-    unasked: Sequence[str] = ()
+    unchecked: Sequence[str] = ()
 
 
 def batch_of(problem: Problem, offset: int) -> Batch:
@@ -221,7 +221,7 @@ def of_turn(losses: Mapping[str, Tensor], known: Known, turn: Turn) -> float:
     values = [(losses[name], value) for name, value in known.values.items() if value is not None]
     figures = [((found - value).abs() / (value.abs() + 1e-3)).item() for found, value in values]
     for name, role in turn.roles.items():
-        if name in (*known.unasked, *FIXED):
+        if name in (*known.unchecked, *FIXED):
             continue
         numbers = list(role.numbers.values())
         found = torch.autograd.grad(sum(losses.values()), numbers, allow_unused=True, retain_graph=True)

@@ -62,8 +62,8 @@ class OnCritic:
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: Net.of(problem) for name in ("teacher", "student", "critic")}
-    judge = OnCritic(found["critic"], QuadraticHeads.of(problem, problem.dim))
-    return found | ({"discriminator": judge} if settings.gan_weight else {})
+    discriminator = OnCritic(found["critic"], QuadraticHeads.of(problem, problem.dim))
+    return found | ({"discriminator": discriminator} if settings.gan_weight else {})
 
 
 def known(turn: Turn) -> Known:
@@ -84,7 +84,7 @@ def of_student(turn: Turn) -> Known:
     pull = pull + turn.problem.schedule.alpha(t)[:, None] * critic.back(heads.back(fooled, fake), t)
     value = s.gan_weight * softplus(-logits).mean()
     return Known({"matching": None, "gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
-                 unasked=("critic", "discriminator"))
+                 unchecked=("critic", "discriminator"))
 
 
 @torch.no_grad()

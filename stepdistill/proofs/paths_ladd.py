@@ -33,7 +33,7 @@ PATHS = (
 
 
 @dataclass
-class Judge:
+class QuadraticDiscriminator:
     """Quadratic heads, called as a discriminator on a network's features is."""
 
     numbers: dict[str, Tensor]
@@ -81,7 +81,7 @@ def known(turn: Turn) -> Known:
         x_s, s, logits = seen(turn, x, "fake")
         pull = heads.back(torch.full_like(logits, -1 / logits.numel()), x_s) * turn.problem.schedule.alpha(s)[:, None]
         return Known({"gan": -logits.mean()}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
-                     unasked=("discriminator",))
+                     unchecked=("discriminator",))
     value, slope = torch.zeros(()), 0
     for x, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         x_s, s, logits = seen(turn, x, name)
@@ -92,8 +92,8 @@ def known(turn: Turn) -> Known:
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    judge = Judge(QuadraticHeads.of(problem, problem.dim).numbers)
-    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": judge}
+    discriminator = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)
+    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": discriminator}
 
 
 ALGORITHM = Algorithm(

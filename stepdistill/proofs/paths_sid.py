@@ -47,9 +47,9 @@ def scales(turn: Turn) -> tuple[float, float]:
 
 def known(turn: Turn) -> Known:
     s, t = turn.settings, noise_level(turn, turn.step.uniform("t"))
-    trained, asked = scales(turn)
+    trained, matched = scales(turn)
     if turn.trains == ("critic",):                                # of its own sample; both see the prompt, or neither
-        dropped = turn.step.uniform("drop") < (0 if trained == asked == 1 else s.drop)
+        dropped = turn.step.uniform("drop") < (0 if trained == matched == 1 else s.drop)
         text = torch.where(dropped[:, None], turn.null, turn.text)
         sample = rolled(turn, text)
         w = sample.exit if s.exit_embedding else None
@@ -58,14 +58,14 @@ def known(turn: Turn) -> Known:
     sample, (teacher, student, critic) = rolled(turn), (turn.roles[name] for name in ("teacher", "student", "critic"))
     x_t, alpha = turn.noised(sample.x, t), turn.problem.schedule.alpha(t)[:, None]
     real = teacher.x0(x_t, t, turn.guided(turn.scale))
-    fake = critic.x0(x_t, t, turn.guided(asked), sample.exit if s.exit_embedding else None)
+    fake = critic.x0(x_t, t, turn.guided(matched), sample.exit if s.exit_embedding else None)
     weight, d = 1 / (sample.x - real).abs().mean(1, keepdim=True), real - fake
     # L = (1 - a) |d|^2 + <d, fake - x>: its slopes in real, in fake, and in x itself; both networks lead on to x_t
     of_real = 2 * (1 - s.alpha) * d + fake - sample.x
     pull = alpha * (teacher.back(weight * of_real, t) + critic.back(weight * (d - of_real), t)) - weight * d
     value = (weight * ((1 - s.alpha) * d**2 + d * (fake - sample.x))).mean()
     return Known({"identity": value}, {"student": student.slopes(pull / d.numel(), sample.given, sample.t, turn.text)},
-                 unasked=("teacher", "critic"))
+                 unchecked=("teacher", "critic"))
 
 
 ALGORITHM = Algorithm(

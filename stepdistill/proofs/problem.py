@@ -109,9 +109,9 @@ def stock_times(low: float = 0.0, high: float = 1.0) -> Tensor:
     return torch.arange(round(1000 * low) + 1, min(round(1000 * high) + 1, 1000) + 1, dtype=torch.float64) / 1000
 
 
-def strayed(heard: list[Condition], cond: Condition) -> float:
-    """The largest distance of what was heard from `cond`. Of a guided call the last half is its prompts."""
-    return largest(*((each.text[-len(cond):] - cond.text).abs().max().item() for each in heard))
+def condition_error(conditions: list[Condition], cond: Condition) -> float:
+    """The largest distance of these conditions from `cond`. Of a guided call the last half is its prompts."""
+    return largest(*((each.text[-len(cond):] - cond.text).abs().max().item() for each in conditions))
 
 
 def moments(x: Tensor) -> Tensor:
@@ -137,20 +137,20 @@ class Law:
 
 
 @dataclass
-class Believer:
-    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is x0.
+class FunctionRole:
+    """A role that predicts x_0 = x0_of(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is x0.
 
-    It notes what it was asked.
+    calls: the arguments of each call.
     """
 
     schedule: Schedule
-    believes: Callable[[Tensor, Tensor, Condition], Tensor]
+    x0_of: Callable[[Tensor, Tensor, Condition], Tensor]
     kind: str = "x0"
-    asked: list[tuple[Tensor, Tensor, Condition]] = field(default_factory=list)
+    calls: list[tuple[Tensor, Tensor, Condition]] = field(default_factory=list)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        self.asked.append((x_t.detach(), t, cond))
-        x0 = self.believes(x_t, t, cond)
+        self.calls.append((x_t.detach(), t, cond))
+        x0 = self.x0_of(x_t, t, cond)
         eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t).clamp(min=1e-12), x_t)
         raw = x0 if self.kind == "x0" else truth(x0, eps, t, self.schedule, self.kind)
         return Prediction(raw, x_t, t, self.schedule, self.kind)
@@ -167,9 +167,9 @@ class Affine:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return Prediction(self.m.to(x_t) + x_t @ self.S.to(x_t).T, x_t, t, self.schedule, "x0")
 
-    def as_network(self, kind: str) -> Believer:
+    def as_network(self, kind: str) -> FunctionRole:
         """The same beliefs, put as a network of this kind puts them."""
-        return Believer(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
+        return FunctionRole(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
 
     @property
     def law(self) -> tuple[Tensor, Tensor]:
@@ -258,8 +258,8 @@ class Problem:
 
     def step(self, count: int, update: str = "student", **moment: Any) -> Step:
         """The moment of the first `count` samples. moment: repeat, index, progress, kept of Step."""
-        said = {"index": 0, "progress": 0.0, "repeat": 0, **moment}
-        return Step(self.seed, update=update, ids=torch.arange(count), **said)
+        fields = {"index": 0, "progress": 0.0, "repeat": 0, **moment}
+        return Step(self.seed, update=update, ids=torch.arange(count), **fields)
 
     def sampler(self, inference: Inference) -> Sampler:
         """The sampler that a method trains and exports with on this noise."""

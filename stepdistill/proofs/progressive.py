@@ -17,16 +17,16 @@ from ..methods.base import Guidance
 from ..methods.trajectory.progressive import Progressive, Settings
 from ..models.schedulers import stock_call, stock_scheduler
 from .paths_trajectory import progressive as paths
-from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, reaching
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient, largest, reaching
 
 COUNT, STEPS = 256, 4
 
 
 def made(problem: Problem, teacher: Role, student: Role, steps: int = STEPS, w: Guidance | None = None,
          **settings: Any) -> Progressive:
-    asked = Settings(**settings)
-    sampler = problem.sampler(Progressive.inference(asked, steps, problem.schedule))
-    return Progressive(asked, {"teacher": teacher, "student": student}, problem.w if w is None else w, sampler)
+    chosen = Settings(**settings)
+    sampler = problem.sampler(Progressive.inference(chosen, steps, problem.schedule))
+    return Progressive(chosen, {"teacher": teacher, "student": student}, problem.w if w is None else w, sampler)
 
 
 def grid_of(problem: Problem, steps: int) -> Tensor:
@@ -66,19 +66,19 @@ def nearest(grid: Tensor, t: Tensor) -> Tensor:
     return (grid[None] - t[:, None]).abs().argmin(1).clamp(max=len(grid) - 3)
 
 
-def closed(problem: Problem, steps: int, w: float | None) -> Believer:
+def closed(problem: Problem, steps: int, w: float | None) -> FunctionRole:
     """The student whose one step is two of the teacher guided at w, or at the scale that it is told:
     x_0 = m + (G(t, m) G(m, r) - q) / (alpha_r - q alpha_t) (x_t - alpha_t m), q = sigma_r / sigma_t."""
     schedule, axes = problem.schedule, torch.linalg.eigh(problem.covariance).eigenvectors
     grid = grid_of(problem, steps)
 
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         i = nearest(grid, t)
         (t, m, r), mean = (grid[i + j] for j in range(3)), problem.guided_cond(len(t), cond.w if w is None else w).text
         q = (schedule.sigma(r) / schedule.sigma(t))[:, None]
         factor = (gain(problem, t, m) * gain(problem, m, r) - q) / (schedule.alpha(r)[:, None] - q * schedule.alpha(t)[:, None])
         return mean + ((x_t.double() - like(schedule.alpha(t), mean) * mean) @ axes * factor) @ axes.T
-    return Believer(schedule, believes, problem.kind)
+    return FunctionRole(schedule, x0_of, problem.kind)
 
 
 def halved(problem: Problem, steps: int, to: int) -> Role:
@@ -87,10 +87,10 @@ def halved(problem: Problem, steps: int, to: int) -> Role:
     while steps >= to:
         method, grid = made(problem, role, role, steps), grid_of(problem, steps)
 
-        def believes(x_t: Tensor, t: Tensor, cond: Condition, method=method, grid=grid) -> Tensor:
+        def x0_of(x_t: Tensor, t: Tensor, cond: Condition, method=method, grid=grid) -> Tensor:
             i = nearest(grid, t)
             return method.target(x_t, *(grid[i + j] for j in range(3)), cond, problem.w)
-        role, steps = self_guided(Believer(problem.schedule, believes, problem.kind), guidance_embedding=False), steps // 2
+        role, steps = self_guided(FunctionRole(problem.schedule, x0_of, problem.kind), guidance_embedding=False), steps // 2
     return role
 
 
@@ -100,10 +100,10 @@ def identities(problem: Problem) -> Iterator[Check]:
     rest, usual = (made(problem, problem.teacher, closed(problem, STEPS, w)).loss(batch, step)["progressive"] for w in (problem.w, 1.0))
     yield Check("loss at the closed form of the guided teacher's two steps, over that at the unguided's", (rest / usual).item(), 1e-18)
 
-    teacher, student = told_teacher(problem), closed(problem, STEPS, None)
+    teacher, student = scaled_teacher(problem), closed(problem, STEPS, None)
     rest = made(problem, self_guided(teacher, guidance_embedding=True), student, w=(1.0, problem.w), guidance_embedding=True).loss(batch, step)["progressive"]
     yield Check("the same of a teacher and a student that are told a scale of a range", (rest / usual).item(), 1e-18)
-    scales = torch.stack([cond.w for _, _, cond in (*teacher.asked, *student.asked)])
+    scales = torch.stack([cond.w for _, _, cond in (*teacher.calls, *student.calls)])
     yield Check("samples whose student and teacher's two steps are not all told one scale", (scales != scales[0]).any(0).sum().item(), 0)
 
     for steps in (1, STEPS):
@@ -124,9 +124,9 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield from paths(problem)
 
 
-def told_teacher(problem: Problem) -> Believer:
+def scaled_teacher(problem: Problem) -> FunctionRole:
     """The guided teacher's exact x_0, at the scale that it is told."""
-    return Believer(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), cond.w)).x0, problem.kind)
+    return FunctionRole(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), cond.w)).x0, problem.kind)
 
 
 def _slope(problem: Problem, batch: Batch, step: Step, student: Affine) -> Tensor:

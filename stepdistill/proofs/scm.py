@@ -14,7 +14,7 @@ from ..losses.tangent import trig_difference, trig_pair
 from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, SCM, TRIG, Settings, start
 from .paths_scm import published_times
 from .paths_scm import scm as paths
-from .problem import Believer, Check, Law, Problem, difference, gradient, largest, off_law
+from .problem import Check, FunctionRole, Law, Problem, difference, gradient, largest, off_law
 
 COUNT, MANY = 256, 20_000
 TINY = 1e-4                       # radians to either side of a time
@@ -26,12 +26,12 @@ def made(problem: Problem, student: Role, w: float, **settings) -> SCM:
     return SCM(chosen, roles, w, problem.sampler(SCM.inference(chosen, 1, problem.schedule)))
 
 
-def believer(problem: Problem, w: float, flows: bool) -> Believer:
+def believer(problem: Problem, w: float, flows: bool) -> FunctionRole:
     """Believes in the end of the guided teacher's trajectory through x_t, or else, as that teacher does, in the mean of x_0."""
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         law = problem.teacher.of(problem.guided_cond(len(t), w))
         return law.flow(x_t, t, torch.zeros_like(t)) if flows else law(x_t, t).x0
-    return Believer(problem.schedule, believes, problem.kind)
+    return FunctionRole(problem.schedule, x0_of, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:

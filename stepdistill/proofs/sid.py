@@ -15,8 +15,8 @@ from ..losses.matching import score_identity
 from ..methods.distribution.sid import Settings, SiD
 from .paths import elsewhere
 from .paths_sid import paths
-from .players import Pupil, error, exits, heard, simulated
-from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, stock_times
+from .players import OffsetRole, error, exits, role_inputs, simulated
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient, largest, stock_times
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 
@@ -38,8 +38,8 @@ class Stretched:
 
 
 def made(problem: Problem, student: Role, critic: Role, steps: int = 1, **settings: float) -> SiD:
-    roles, said = {"teacher": problem.teacher, "student": student, "critic": critic}, Settings(**settings)
-    return SiD(said, roles, problem.w, problem.sampler(SiD.inference(said, steps, problem.schedule)))
+    roles, chosen = {"teacher": problem.teacher, "student": student, "critic": critic}, Settings(**settings)
+    return SiD(chosen, roles, problem.w, problem.sampler(SiD.inference(chosen, steps, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -53,7 +53,7 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     yield from divergences(problem)
     yield from guidances(problem)
     levels = stock_times(*Settings().t_range)
-    yield from heard(problem, lambda student, critic: made(problem, student, critic, STEPS), levels, levels, STEPS, False, Settings().drop)
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic, STEPS), levels, levels, STEPS, False, Settings().drop)
 
 
 # -- the loss at every sample -----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def guidances(problem: Problem) -> Iterator[Check]:
     batch, step, null = problem.batch(COUNT, data=False), problem.step(COUNT), problem.means[1]
     own = Affine(problem.schedule, torch.zeros(problem.dim).double().requires_grad_(),
                  torch.linalg.cholesky(problem.covariance).requires_grad_())
-    drawing = Believer(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
+    drawing = FunctionRole(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
     fitted = lambda scale, kappa_1: (Stretched(drawing, null, scale), Stretched(problem.teacher, null, scale / kappa_1))
     worst = 0.0
     for kappa_1, kappa_2 in ((problem.w, problem.w), (1.0, problem.w), (problem.uniform(1.2, 4.0), problem.uniform(1.2, 4.0))):
@@ -145,7 +145,7 @@ def guidances(problem: Problem) -> Iterator[Check]:
         worst = largest(worst, (rest / usual).item())
     yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at another; over that 0.5 higher", worst, 1e-9)
     student, critic = fitted(scale, kappa_1)
-    pupil, batch = Pupil(critic, MANY, problem.dim), problem.batch(MANY, data=False)
+    pupil, batch = OffsetRole(critic, MANY, problem.dim), problem.batch(MANY, data=False)
     method, step = made(problem, student, pupil, **kappas), problem.step(MANY, "critic")
     loss, cond = method.critic_loss(batch, step)["denoising"], batch.cond.dropped(step.uniform("drop") < method.settings.drop)
     x, t = student(step.normal("start", batch.shape), torch.ones(MANY), cond).x0.detach(), method.level(step.uniform("t"))

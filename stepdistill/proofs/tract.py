@@ -15,7 +15,7 @@ from ..diffusion.solvers import ddim
 from ..methods.trajectory.tract import TRACT, Settings
 from .followers import following
 from .paths_trajectory import tract as paths
-from .problem import Affine, Believer, Check, Problem, difference, gradient
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient
 
 COUNT, NODES = 256, 40
 
@@ -34,18 +34,18 @@ def gains(problem: Problem) -> Tensor:
     return torch.cat([torch.ones(1, problem.dim, dtype=torch.float64), each]).cumprod(0)
 
 
-def closed(problem: Problem, steps: int, w: float) -> Believer:
+def closed(problem: Problem, steps: int, w: float) -> FunctionRole:
     """The student whose one step from any node goes the teacher's steps, guided at w, to the end of the segment."""
     schedule, axes, left = problem.schedule, torch.linalg.eigh(problem.covariance).eigenvectors, gains(problem)
 
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         i, m = (t * NODES).round().long(), problem.guided_cond(len(t), w).text
         end = (i - 1) * steps // NODES * (NODES // steps)
         r = end.double() / NODES
         off = (x_t.double() - like(schedule.alpha(t), m) * m) @ axes
         x_r = like(schedule.alpha(r), m) * m + (off * left[i] / left[end]) @ axes.T
         return secant_target(x_t, x_r, t, r, schedule)
-    return Believer(schedule, believes, problem.kind)
+    return FunctionRole(schedule, x0_of, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -59,10 +59,10 @@ def identities(problem: Problem) -> Iterator[Check]:
         drawn = made(problem, steps, student, student).sampler(student, noise, batch.cond)
         yield Check(f"its sample in {steps} steps against the teacher's in {NODES}; relative", difference(drawn, far), 1e-9)
 
-    for said, student, target in (("teacher and target reach", problem.affine(), problem.affine()), ("it reaches itself", one := problem.affine(), one)):
+    for label, student, target in (("teacher and target reach", problem.affine(), problem.affine()), ("it reaches itself", one := problem.affine(), one)):
         found = gradient(made(problem, 4, student, target).loss(batch, step)["closure"], student)
         known = _slope(problem, batch, step, student, target)
-        yield Check(f"gradient against that of the regression on where {said}; relative", difference(found, known), 1e-9)
+        yield Check(f"gradient against that of the regression on where {label}; relative", difference(found, known), 1e-9)
     yield from paths(problem)
     yield from following("tract", problem)
 

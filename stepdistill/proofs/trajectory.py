@@ -17,7 +17,7 @@ from ..diffusion.contracts import Batch, Condition
 from ..diffusion.draws import Step
 from ..diffusion.flow_map import secant_target
 from ..diffusion.schedule import RectifiedFlow, Schedule, like
-from .problem import Affine, Believer, Problem, gradient
+from .problem import Affine, FunctionRole, Problem, gradient
 
 Factor = Callable[[Schedule, Tensor, Tensor, Tensor], Tensor]       # (schedule, V (D,), t (n, 1), r (n, 1)) -> (n, D)
 
@@ -64,13 +64,13 @@ class Trajectory:
         along = (x_t - like(schedule.alpha(t), x_t) * mean) @ axes * (self._at(t) / self._at(r))
         return like(schedule.alpha(r), x_t) * mean + along @ axes.T
 
-    def consistent(self) -> Believer:
+    def consistent(self) -> FunctionRole:
         """The student whose consistency function lands at the grid's last time."""
         def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             c_skip, c_out = scalings(self.problem.schedule, t)
             f = self.carried(x, t, self.grid[-1].expand(len(t)))
             return (f - like(c_skip, x) * x) / like(torch.where(c_out == 0, 1.0, c_out), x)
-        return Believer(self.problem.schedule, x0, self.problem.kind)
+        return FunctionRole(self.problem.schedule, x0, self.problem.kind)
 
     def consistency_gradient(self, learner: Affine, batch: Batch, step: Step, t: Tensor, s: Tensor, target: Affine) -> Tensor:
         """In the learner, of its consistency function's squared distance to the target's, fixed, at x_s of this trajectory."""
@@ -83,11 +83,11 @@ class Trajectory:
         fixed = torch.where(like(s, x_s) > self.grid[-1], f(target, x_s, s), x_s).detach()
         return gradient((f(learner, x_t, t) - fixed).square().mean(), learner)
 
-    def landing(self, r: Tensor) -> Believer:
+    def landing(self, r: Tensor) -> FunctionRole:
         """The student whose DDIM step from any time above r (B,) lands at r."""
         def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             above = t > r
             begin, end = torch.where(above, t, 1.0), torch.where(above, r, 0.5)
             found = secant_target(x, self.carried(x, t, r), begin, end, self.problem.schedule)
             return torch.where(like(above, x) > 0, found, x)
-        return Believer(self.problem.schedule, x0, self.problem.kind)
+        return FunctionRole(self.problem.schedule, x0, self.problem.kind)

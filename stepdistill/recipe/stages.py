@@ -48,14 +48,14 @@ def _each(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Iterator[M
 
 
 def _teacher(source: Source, at: EntryPath, table: Mapping[str, Any], first: bool) -> str:
-    said = table.get("teacher", TEACHERS[0])
-    if said not in TEACHERS:
-        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of a stage is {said!r}; it should be base, the recipe's pipeline, "
+    teacher = table.get("teacher", TEACHERS[0])
+    if teacher not in TEACHERS:
+        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of a stage is {teacher!r}; it should be base, the recipe's pipeline, "
                            "or previous, the student of the stage before")
-    if first and said == "previous":
+    if first and teacher == "previous":
         raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of the first stage is previous, but no stage is before it: "
                            "it should be base")
-    return said
+    return teacher
 
 
 def _merged(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Source:
@@ -66,7 +66,7 @@ def _merged(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Source:
         raise RequestError(f"{source.where((*at, *fixed[0]))}: {fixed[0][0]} is no entry of a stage: it is the whole recipe's")
     place = lambda path: source.where((*at, *path))
     common = Source(source.name, {key: value for key, value in source.values.items() if key != "stages"},
-                    {path: said for path, said in source.places.items() if path[0] != "stages"})
+                    {path: written for path, written in source.places.items() if path[0] != "stages"})
     merged = common.changed(_replaced(common.values, own), place).changed(own.items(), place)
     tables = {path[:length]: place(path[:length]) for path in own for length in range(1, len(path))}
     return Source(source.name, merged.values, merged.places | tables)

@@ -58,7 +58,7 @@ class Source:
                 inner = node.get(key)
                 node[key] = node = inner if isinstance(inner, dict) else {}
             node[path[-1]] = value
-            places = {key: said for key, said in places.items() if key[:len(path)] != path}
+            places = {key: written for key, written in places.items() if key[:len(path)] != path}
             places[path] = place(path)
         return Source(self.name, values, places)
 
@@ -92,7 +92,7 @@ class Source:
 
     def where(self, path: EntryPath) -> str:
         """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands in."""
-        inner = next((said for key, said in self.places.items() if key[:len(path)] == path), None)
+        inner = next((written for key, written in self.places.items() if key[:len(path)] == path), None)
         if inner is not None and path not in self.places:
             return inner
         for length in range(len(path), 0, -1):

@@ -17,7 +17,7 @@ from ..models.discriminator import Shape, chosen
 from ..models.families import Family
 from ..models.roles import Full, Lora, Places, Setting
 from ..models.teacher import family_at, load_teacher
-from ..models.vision import PlaneSight, Sight
+from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 
@@ -98,7 +98,7 @@ def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
 
 # -- what a discriminator reads --------------------------------------------------------------------------------------
 
-def vision_network(recipe: Recipe) -> Sight | PlaneSight:
+def vision_network(recipe: Recipe) -> VisionConfig | PlaneVisionConfig:
     """The network whose features of pictures a discriminator reads, before its weights are."""
     name = None if recipe.discriminator is None else recipe.discriminator.network
     with recipe.blaming("discriminator.network", "cannot be used"):

@@ -56,7 +56,7 @@ def _may_resume(run: Path, recipe: Recipe) -> None:
 
 
 def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe with its stages by number, so that a difference is told by its entry."""
+    """A resolved recipe with its stages by number, so that a difference is named by its entry."""
     return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
 
 

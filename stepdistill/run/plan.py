@@ -13,7 +13,7 @@ from ..methods.base import Heads, Trained
 from ..models.teacher import cached_file
 from ..recipe import Recipe
 from .checks import family, vision_network
-from .passes import tallied, tensors_in
+from .passes import count_passes, tensors_in
 from .setup import Previous, Run, setup, student_weights
 
 ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
@@ -51,10 +51,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def _stage(run: Run) -> dict[str, Any]:
     rows, train = _rows(run), run.recipe.train
     weights, trained = (sum(row[name] for row in rows.values()) for name in ("bytes", "trained"))
-    disk, tally = _disk(run, rows), tallied(run)
-    passes = {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": run.recipe.data.batch,
+    disk, counts = _disk(run, rows), count_passes(run)
+    passes = {"forward": _short(counts.forward), "backward": _short(counts.backward), "batch": run.recipe.data.batch,
               "updates": train.updates}
-    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + tally.held
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + counts.held
     return {"roles": rows, "bytes": weights, "peak": peak, "passes": passes, "disk": disk, "downloads": _downloads(run, rows)}
 
 

@@ -86,7 +86,7 @@ def test_tcd_with_other_grids_and_without_eta():
     compare(scheduler, 8, "eps", eta=0.5)
     noise, schedule = torch.ones(2, 5), schedule_of(scheduler)
     role = NetworkRole(schedule, "eps")
-    silent, zero = (Sampler.of(scheduler, 4, schedule, **said)(role, noise) for said in ({}, {"eta": 0.0}))
+    silent, zero = (Sampler.of(scheduler, 4, schedule, **call)(role, noise) for call in ({}, {"eta": 0.0}))
     assert torch.equal(silent, zero)                                     # as the pipelines have it
 
 

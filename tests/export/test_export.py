@@ -71,8 +71,8 @@ def test_every_form_is_proved(make, tmp_path, kind, to, setting, guidance_embedd
     proof = export_student(make(kind, setting, guidance_embedding, inference), to, tmp_path / "out", guidance)
     assert proof.difference < 1e-5
     assert proof.images.std() > 0.05
-    said = read_settings(tmp_path / "out")
-    assert said["proof"]["difference"] == proof.difference and said["role"] == "ema" and said["format"] == to
+    settings = read_settings(tmp_path / "out")
+    assert settings["proof"]["difference"] == proof.difference and settings["role"] == "ema" and settings["format"] == to
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -80,9 +80,9 @@ def test_the_folder_holds_what_the_design_says(make, tmp_path, teachers):
     student = make()
     export_student(student, "lora", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {LORA, "scheduler", "stepdistill.json", "README.md", "samples.png"}
-    said = json.loads((tmp_path / "stepdistill.json").read_text())
-    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert (said["steps"], said["method"], said["teacher"]) == (4, "lcm", str(teachers["epsilon"]))
+    settings = json.loads((tmp_path / "stepdistill.json").read_text())
+    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert (settings["steps"], settings["method"], settings["teacher"]) == (4, "lcm", str(teachers["epsilon"]))
     with safe_open(tmp_path / LORA, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6.0
 
@@ -171,10 +171,10 @@ def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, gui
 
 def test_what_an_sd3_export_says(make, tmp_path, teachers):
     export_student(make("sd3"), "lora", tmp_path / "lora")
-    said = read_settings(tmp_path / "lora")
-    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 0}
-    assert said["teacher_call"] == {"max_sequence_length": 0} and said["without"] == ["text_encoder_3", "tokenizer_3"]
-    assert said["global_noise"] and said["scheduler"] == "FlowMatchLCMScheduler"
+    settings = read_settings(tmp_path / "lora")
+    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 0}
+    assert settings["teacher_call"] == {"max_sequence_length": 0} and settings["without"] == ["text_encoder_3", "tokenizer_3"]
+    assert settings["global_noise"] and settings["scheduler"] == "FlowMatchLCMScheduler"
     scheduler = json.loads((tmp_path / "lora/scheduler/scheduler_config.json").read_text())
     assert scheduler["shift"] == 2.0                     # the student's, not the teacher's 3
     with safe_open(tmp_path / "lora" / LORA, "pt") as file:

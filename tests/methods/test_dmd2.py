@@ -236,8 +236,8 @@ def test_the_discriminator_tells_noised_real_from_noised_fake():
     t, real_t = method.trained(step.uniform("t")), method.trained(step.uniform("real t"))
     fake = s.add_noise(-0.3 + 1.2 * step.normal("start", (1,)).double(), step.normal("noise", (1,)), t)
     real = s.add_noise(pictures().x0, step.normal("real noise", (1,)), real_t)
-    told_apart = softplus(-(c * real + real_t[:, None])) + softplus(c * fake + t[:, None])
-    assert losses["discriminator"].item() == pytest.approx(2.0 * told_apart.mean().item(), rel=1e-5)
+    separation = softplus(-(c * real + real_t[:, None])) + softplus(c * fake + t[:, None])
+    assert losses["discriminator"].item() == pytest.approx(2.0 * separation.mean().item(), rel=1e-5)
     assert roles["discriminator"].passes == ["whole", "features"]
     assert all(p.grad is None for p in (roles["student"].m, roles["student"].s))
 

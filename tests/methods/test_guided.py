@@ -6,7 +6,7 @@ from stepdistill.errors import RequestError
 from stepdistill.export import read_settings
 from stepdistill.methods.trajectory.guided import GuidedDistillation, Settings
 from stepdistill.proofs.guided import made
-from stepdistill.proofs.problem import Believer, Problem
+from stepdistill.proofs.problem import FunctionRole, Problem
 from stepdistill.recipe import Recipe
 from stepdistill.run.checks import check
 from stepdistill.run.setup import previous_student, setup
@@ -24,9 +24,9 @@ def recipe(teacher) -> dict:
 
 def test_each_sample_has_a_scale_of_its_own_and_no_prompt_is_dropped():
     problem = Problem(0, "vp")
-    student = Believer(problem.schedule, lambda x, t, cond: x, problem.kind)
+    student = FunctionRole(problem.schedule, lambda x, t, cond: x, problem.kind)
     made(problem, student, (1.0, 4.0)).loss(batch := problem.batch(200), problem.step(200))
-    ((_, t, cond),) = student.asked
+    ((_, t, cond),) = student.calls
     assert len(cond.w.unique()) == 200 and 1 <= cond.w.min() < 1.1 and 3.9 < cond.w.max() <= 4
     assert torch.equal(cond.text, batch.cond.text) and t.min() > 0 and t.max() <= 1
 
@@ -58,5 +58,5 @@ def test_both_stages_on_a_real_pipeline_leave_as_one_lora_at_a_scale(tiny_teache
     assert {name for name, numbers in work.roles.reads.items() if "w" in numbers} == {"teacher", "student", "ema"}
     assert work.roles.state_dict("teacher")["time_embedding.cond_proj.weight"].any(), "the layer that reads the scale has learned"
     folder = api.export(run, guidance=1.5, out=tmp_path / "lora")
-    said = read_settings(folder)
-    assert said["guidance"] == 1.5 and said["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0} and said["scheduler"] == "DDIMScheduler"
+    settings = read_settings(folder)
+    assert settings["guidance"] == 1.5 and settings["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0} and settings["scheduler"] == "DDIMScheduler"

@@ -5,7 +5,7 @@ import torch
 
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.methods.adversarial.ladd import LADD, Settings
-from stepdistill.proofs.problem import Believer, Problem
+from stepdistill.proofs.problem import FunctionRole, Problem
 
 from .players import spelled
 
@@ -14,7 +14,7 @@ COUNT = 400
 
 def made(problem, student=None, discriminator=None, **settings) -> LADD:
     """A student that believes in what it is given."""
-    student = student or Believer(problem.schedule, lambda x_t, t, cond: x_t)
+    student = student or FunctionRole(problem.schedule, lambda x_t, t, cond: x_t)
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator or (lambda x, t, cond: x[:, :2])}
     return LADD(Settings(**settings), roles, 1.0, problem.sampler(LADD.inference(Settings(), 4, problem.schedule)))
 
@@ -46,7 +46,7 @@ def test_it_warms_up_on_little_noise(index, expected):
     problem = Problem(0, "flow")
     method, batch = made(problem), problem.batch(COUNT)
     method.student_loss(batch, problem.step(COUNT, index=index))
-    _, t, _ = method.student.asked[0]
+    _, t, _ = method.student.calls[0]
     found = [(t == node).double().mean().item() for node in (1.0, 0.75, 0.5, 0.25)]
     assert sum(found) == 1 and found == pytest.approx(expected, abs=0.08)
 
@@ -55,7 +55,7 @@ def test_at_the_end_of_noise_the_student_sees_noise_alone():
     problem = Problem(0, "vp")
     method, batch, step = made(problem, warmup_updates=0), problem.batch(COUNT), problem.step(COUNT)
     method.student_loss(batch, step)
-    x_t, t, _ = method.student.asked[0]
+    x_t, t, _ = method.student.calls[0]
     noise = step.normal("start", (problem.dim,)).double()
     assert torch.equal(x_t[t == 1], noise[t == 1]) and not torch.isclose(x_t[t < 1], noise[t < 1]).any()
 

@@ -63,8 +63,8 @@ def distance(student: Student, w: float) -> float:
     wanted = m + like(contraction(student.schedule, t, NODES), m) * (x - like(alpha, m) * m)
     cond = data.cond.map(lambda tensor: tensor.float()).replace(w=torch.full((512,), w))
     with torch.no_grad():
-        said = consistency(student(x, t, cond))
-    return ((said - wanted).square().mean().sqrt() / STD).item()
+        x0 = consistency(student(x, t, cond))
+    return ((x0 - wanted).square().mean().sqrt() / STD).item()
 
 
 @pytest.mark.parametrize("schedule, guidance_embedding, full", [("vp", False, False), ("flow", True, True)])

@@ -171,8 +171,8 @@ def test_teachers_that_it_does_not_translate(folders, tmp_path):
 
 def test_what_every_call_is_given(folders, tmp_path):
     assert call_of(str(folders["clip alone"])) == {"max_sequence_length": 0} and call_of(str(folders["zeros"])) == {}
-    said = {"call": {"num_inference_steps": 4}, "method": "lcm", "teacher_call": {"max_sequence_length": 3}}
-    (tmp_path / "stepdistill.json").write_text(json.dumps(said))
+    settings = {"call": {"num_inference_steps": 4}, "method": "lcm", "teacher_call": {"max_sequence_length": 3}}
+    (tmp_path / "stepdistill.json").write_text(json.dumps(settings))
     assert call_of(str(tmp_path)) == {"max_sequence_length": 3}
     (tmp_path / "stepdistill.json").write_text('{"calls": {}}')
     with pytest.raises(RequestError, match='stepdistill.json is damaged.*"call"'):

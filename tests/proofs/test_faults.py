@@ -107,7 +107,7 @@ def half_a_loss(m) -> None:
 
 
 def real_for_fake(m) -> None:
-    for original in (adversarial.tell_apart, adversarial.hinge_tell_apart):
+    for original in (adversarial.discriminator_loss, adversarial.hinge_discriminator_loss):
         everywhere(m, original, lambda real, fake, original=original: original(fake, real))
 
 

@@ -40,7 +40,7 @@ FAULTS = [
         (DECAY, HALVED),
         ("target_decay: float = 0.95", "target_decay: float = 0.5"),
         ("settings.nodes, sampler.times)", "40, sampler.times)"),
-        ("[known, asked, torch", "[known, torch"),
+        ("[known, sampled, torch", "[known, torch"),
         (DRAWN, "1.0"),
         ("consistency(self.target(", "consistency(self.student("),
         ("heun_step(here, there), x_s)", "x_s, x_s)"),

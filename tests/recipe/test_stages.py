@@ -98,7 +98,7 @@ def test_a_dumped_recipe_has_the_same_stages(write, tmp_path):
     assert [stage.teacher for stage in Recipe.load(recipe.resolved()).stages] == [recipe.teacher] * 3
 
 
-@pytest.mark.parametrize(("old", "new", "line", "said"), [
+@pytest.mark.parametrize(("old", "new", "line", "message"), [
     ("steps: 4, train", "stpes: 4, train", 11, "stpes is no entry of a recipe; did you mean steps?"),
     ("{updates: 3}", "{updates: 0}", 11, "train.updates is 0; it should be at least 1"),
     ("skip: 2", "skpi: 2", 14, "settings.skpi is no setting of lcm; did you mean skip?"),
@@ -114,16 +114,16 @@ def test_a_dumped_recipe_has_the_same_stages(write, tmp_path):
     ("    settings: {skip: 2}", "    settings: {guidance_embedding: true}", 1, "has a guidance embedding, and that of the stage before has no"),
     ("    settings: {skip: 2}", "    guidance: 1.0", 14, "but the teacher is the student of the stage before, which has learned 2.0"),
 ])
-def test_a_bad_stage_is_refused_with_its_line(write, old, new, line, said):
+def test_a_bad_stage_is_refused_with_its_line(write, old, new, line, message):
     with pytest.raises(RequestError) as caught:
         for stage in Recipe.load(write(old, new)).stages:
             check(stage)
-    assert f"mine.yaml:{line}:" in str(caught.value) and said in str(caught.value)
+    assert f"mine.yaml:{line}:" in str(caught.value) and message in str(caught.value)
 
 
-@pytest.mark.parametrize(("stages", "said"), [("two", "list of tables"), ([], "list of tables"), ([1], "list of tables")])
-def test_stages_are_a_list_of_tables(write, stages, said):
-    with pytest.raises(RequestError, match=f"--set stages: stages is .*{said}"):
+@pytest.mark.parametrize(("stages", "message"), [("two", "list of tables"), ([], "list of tables"), ([1], "list of tables")])
+def test_stages_are_a_list_of_tables(write, stages, message):
+    with pytest.raises(RequestError, match=f"--set stages: stages is .*{message}"):
         Recipe.load(write(), {"stages": stages})
 
 
@@ -253,8 +253,8 @@ def test_only_the_whole_run_is_resumed_with_its_own_recipe(recipe, run):
 
 
 def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path):
-    for last, said in (({"steps": 11}, "steps is 11, which cannot be sampled"), ({"data": {"prompts": ["a"]}}, "lcm trains on images")):
-        with pytest.raises(RequestError, match=said):
+    for last, message in (({"steps": 11}, "steps is 11, which cannot be sampled"), ({"data": {"prompts": ["a"]}}, "lcm trains on images")):
+        with pytest.raises(RequestError, match=message):
             api.train(recipe | {"stages": [{}, last]}, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

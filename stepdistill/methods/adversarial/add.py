@@ -5,7 +5,7 @@
                       + lambda c(t) |x - the guided teacher's x_0 at x noised again to t, held fixed|^2       (section 3.3)
     discriminator  <- heads on a frozen vision network's features tell pictures from x, R1 at their inputs   (section 3.2)
 
-The heads are told the prompt, by projection. They are not told the picture that x_s was made of, which the paper finds to help
+The heads read the prompt, by projection. They do not read the picture that x_s was made of, which the paper finds to help
 above one step. Pictures are not augmented, but may be noised (the instance noise of Sønderby et al. 2017, arXiv:1610.04490): heads that
 tell two clouds apart with certainty leave no way from one mode to another.
 
@@ -24,7 +24,7 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, discrete, levels, nodes
-from ...losses.adversarial import hinge_fool, hinge_tell_apart, r1
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, r1
 from ...losses.regression import squared
 from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
@@ -85,7 +85,7 @@ class ADD(Method):
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), s), s, batch.cond).x0
         pixels = self.decode(x)
         step.kept["pixels"] = pixels.detach()
-        losses = {"gan": hinge_fool(self.discriminator(self.seen(pixels, step, "fake"), batch.cond)).sum(1).mean()}
+        losses = {"gan": hinge_generator_loss(self.discriminator(self.seen(pixels, step, "fake"), batch.cond)).sum(1).mean()}
         if not self.settings.distillation_weight:
             return losses
         return losses | {"distillation": self.settings.distillation_weight * self.distillation(x, pixels, batch, step).mean()}
@@ -96,9 +96,9 @@ class ADD(Method):
             fake = self.seen(step.kept["pixels"], step, "fake")
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
-        told_apart = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
+        separation = hinge_discriminator_loss(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
         weight = self.settings.r1_weight
-        return {"discriminator": told_apart} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
+        return {"discriminator": separation} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
 
     # -- terms -------------------------------------------------------------------------------------------------------
 

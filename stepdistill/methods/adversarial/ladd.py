@@ -5,7 +5,7 @@
     student        <- fool the heads on x, noised again to s
     discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~ logit-normal
 
-No other loss: the teacher's own pictures carry its guidance. The heads are not told s and the prompt apart from the features,
+No other loss: the teacher's own pictures carry its guidance. The heads read s and the prompt only through the features,
 which have seen both. On other noises than a flow's, s is the time of the same signal-to-noise ratio.
 
 Sources of the defaults: (p) the paper. It says nothing of how often either side is updated.
@@ -20,7 +20,7 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
-from ...losses.adversarial import hinge_fool, hinge_tell_apart
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
@@ -54,7 +54,7 @@ class LADD(Method):
         self.student, self.discriminator = roles["student"], roles["discriminator"]
         self.schedule = roles["teacher"].schedule
         grid = nodes(len(settings.shares)).flip(0)
-        self.first, self.later = weighted(grid, settings.warmup_shares), weighted(grid, settings.shares)
+        self.warmup_law, self.law = weighted(grid, settings.warmup_shares), weighted(grid, settings.shares)
         self.logit_normal = logit_normal(settings.mean, settings.std)
 
     @classmethod
@@ -78,19 +78,19 @@ class LADD(Method):
     # -- losses, in the order of the algorithm -----------------------------------------------------------------------
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
-        law = self.first if step.index < self.settings.warmup_updates else self.later
+        law = self.warmup_law if step.index < self.settings.warmup_updates else self.law
         t = law(step.uniform("t"))
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), t), t, batch.cond).x0
         step.kept["sample"] = x.detach()
-        return {"gan": hinge_fool(self.judged(x, batch, step, "fake")).mean()}
+        return {"gan": hinge_generator_loss(self.logits(x, batch, step, "fake")).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
-        real, fake = self.judged(batch.x0, batch, step, "real"), self.judged(step.kept["sample"], batch, step, "fake")
-        return {"discriminator": hinge_tell_apart(real, fake).mean()}
+        real, fake = self.logits(batch.x0, batch, step, "real"), self.logits(step.kept["sample"], batch, step, "fake")
+        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
-    def judged(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
+    def logits(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
         """Logits (B, K) of x, noised to a level of its own."""
         s = self.level(step.uniform(f"{name} s"))
         return self.discriminator(self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s), s, batch.cond)

@@ -83,13 +83,13 @@ class CD(Method):
         return {"consistency": self.distance(consistency(self.student(x_t, t, batch.cond)), target).mean()}
 
 
-def grid(schedule: Schedule, count: int, asked: Tensor) -> Tensor:
+def grid(schedule: Schedule, count: int, sampled: Tensor) -> Tensor:
     """Times, descending from pure noise to `origin`: `count` of Karras et al. 2022, eq. 5, where a network knows them, and
     those at which the student is asked."""
     low, high = schedule.angle(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64)).tan().tolist()
     times = karras(schedule, count, max(SIGMAS[0], low), min(SIGMAS[1], high))
     known = times if isinstance(schedule, RectifiedFlow) else (LEVELS * times).round() / LEVELS
-    return torch.cat([known, asked, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)
+    return torch.cat([known, sampled, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)
 
 
 def bridge(teacher: Role, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:

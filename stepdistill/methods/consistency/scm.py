@@ -37,7 +37,7 @@ RADIAN = 2 / pi                   # in the times of TRIG
 NOISIEST = 80.0                   # sigma / alpha where sampling starts, or the schedule's end: g is 0 at pure noise, and teaches nothing
 NOISIEST_FLOW = 999.0             # of a flow: at sigma = 0.999 unit noise, which samplers begin with, is 0.1 % too loud; at 80 1.2 %
 FIRST = 1 / LEVELS                # of a network's own times, those that it was taught
-INSIDE = 0.1 / LEVELS             # how far from the ends they are drawn: a told time that is all but whole is rounded, and has
+INSIDE = 0.1 / LEVELS             # how far from the ends they are drawn: a timestep that is all but whole is rounded, and has
                                   # no derivative
 SHIFT = 2.0                       # of a flow's sampling times towards noise: two steps meet at theta = 1.1, as in the paper
 
@@ -111,8 +111,8 @@ class SCM(Method):
     def slope(self, x: Tensor, t: Tensor, velocity: Tensor, cond: Condition) -> Tensor:
         """dF / dtheta along the teacher's velocity.
 
-        The exact one wants networks that are smooth in time: students of Toy, which hear of it through fast waves, run away. Those
-        of diffusers are told up to 1,000 times through sinusoids as fast as a radian a time, and what a variance-preserving
+        The exact one wants networks that are smooth in time: students of Toy, which read it through fast waves, run away. Those
+        of diffusers read up to 1,000 times through sinusoids as fast as a radian a time, and what a variance-preserving
         one says between two of them nobody taught it: of the shipped teachers the exact x + dF / dtheta is mostly that, two
         to three times as large as by differences.
 

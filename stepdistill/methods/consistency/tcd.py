@@ -7,7 +7,7 @@
     target <- running average of the student        (an adapter: the student itself, gradient stopped)
 
 G is one DDIM step of the predicted x_0, which equals the paper's first-order exponential integrator, TCF(1): it is x_s itself
-where r = s. The network is not told r. It is sampled by stepping past the next time, to 1 - gamma of it, and adding fresh noise.
+where r = s. The network does not read r. It is sampled by stepping past the next time, to 1 - gamma of it, and adding fresh noise.
 A rectified flow, which the paper does not treat, has no stock scheduler for a gamma between 0 and 1.
 
 Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, (c) a community's training of TCD, since

@@ -24,7 +24,7 @@ from ...diffusion.rollout import rollout, with_exit
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
-from ...losses.adversarial import fool, tell_apart
+from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.matching import denoising, distribution_matching
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
 
@@ -87,43 +87,43 @@ class DMD2(Method):
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
-        cond = self.heard(batch, step)
+        cond = self.critic_condition(batch, step)
         step.kept.update(sample=x.detach(), cond=cond)
         t = self.matched(step.uniform("t"))
         seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the critic
         x_t = self.teacher.schedule.add_noise(seen, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
-        fake, logits = self.judged(x_t, t, cond)
+        fake, logits = self.critic_and_logits(x_t, t, cond)
         losses = {"matching": distribution_matching(x, real, fake.x0.detach(), dmd(x.detach(), real)).mean()}
-        return losses if logits is None else losses | {"gan": self.settings.gan_weight * fool(logits).mean()}
+        return losses if logits is None else losses | {"gan": self.settings.gan_weight * generator_loss(logits).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         x, cond = self.sample(batch, step)
         t, eps = self.trained(step.uniform("t")), step.normal("noise", batch.shape)
-        prediction, logits = self.judged(self.critic.schedule.add_noise(x, eps, t), t, cond)
+        prediction, logits = self.critic_and_logits(self.critic.schedule.add_noise(x, eps, t), t, cond)
         losses = {"denoising": denoising(prediction, x, eps).mean()}
         if logits is None:
             return losses
         t = self.trained(step.uniform("real t"))
         real = self.critic.schedule.add_noise(batch.x0, step.normal("real noise", batch.shape), t)
-        told_apart = tell_apart(self.discriminator(real, t, cond), logits).mean()
-        return losses | {"discriminator": self.settings.critic_gan_weight * told_apart}
+        separation = discriminator_loss(self.discriminator(real, t, cond), logits).mean()
+        return losses | {"discriminator": self.settings.critic_gan_weight * separation}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, batch: Batch, step: Step) -> tuple[Tensor, Condition]:
-        """The sample that the student was just trained on, where the batch is shared, or a new one; what the critic is told of it."""
+        """The sample that the student was just trained on, where the batch is shared, or a new one; the condition of the critic."""
         if "sample" in step.kept:
             return step.kept["sample"], step.kept["cond"]
-        return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.heard(batch, step)
+        return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.critic_condition(batch, step)
 
-    def heard(self, batch: Batch, step: Step) -> Condition:
+    def critic_condition(self, batch: Batch, step: Step) -> Condition:
         """By the critic and the discriminator."""
         return with_exit(batch.cond, self.sampler, step) if self.settings.exit_embedding else batch.cond
 
-    def judged(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor | None]:
+    def critic_and_logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor | None]:
         """The critic's prediction and, of the same pass, the discriminator's logits."""
         if self.discriminator is None:
             return self.critic(x_t, t, cond), None

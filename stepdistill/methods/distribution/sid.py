@@ -65,9 +65,9 @@ class SiD(Method):
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule, self.level = self.teacher.schedule, noise_levels(settings, self.teacher.schedule)
         w = middle(guidance)
-        self.trained_at = w if settings.critic_training_guidance is None else settings.critic_training_guidance
-        self.asked_at = self.trained_at if settings.critic_guidance is None else settings.critic_guidance
-        self.drop = 0.0 if self.trained_at == self.asked_at == 1 else settings.drop
+        self.critic_training_guidance = w if settings.critic_training_guidance is None else settings.critic_training_guidance
+        self.critic_guidance = self.critic_training_guidance if settings.critic_guidance is None else settings.critic_guidance
+        self.drop = 0.0 if self.critic_training_guidance == self.critic_guidance == 1 else settings.drop
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -86,17 +86,17 @@ class SiD(Method):
             x = rollout(self.sampler, self.student, cond, step, batch.shape)
         t, eps = self.level(step.uniform("t")), step.normal("noise", batch.shape)
         x_t = self.schedule.add_noise(x, eps, t)
-        return {"denoising": denoising(guided(self.critic, self.trained_at)(x_t, t, self.heard(cond, step)), x, eps).mean()}
+        return {"denoising": denoising(guided(self.critic, self.critic_training_guidance)(x_t, t, self.critic_condition(cond, step)), x, eps).mean()}
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
         t = self.level(step.uniform("t"))
         x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
         real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
-        fake = guided(self.critic, self.asked_at)(x_t, t, self.heard(batch.cond, step)).x0
+        fake = guided(self.critic, self.critic_guidance)(x_t, t, self.critic_condition(batch.cond, step)).x0
         weight = dmd(x.detach(), real.detach())
         return {"identity": score_identity(x, real, fake, self.settings.alpha, weight).mean()}
 
-    def heard(self, cond: Condition, step: Step) -> Condition:
+    def critic_condition(self, cond: Condition, step: Step) -> Condition:
         """By the critic."""
         return with_exit(cond, self.sampler, step) if self.settings.exit_embedding else cond

@@ -6,7 +6,7 @@
 
 One evaluation of the student then does what two of the teacher do, at every scale of the range. The second stage is
 `progressive` with teacher: previous, which halves the steps at all scales at once. The paper's scale of s is 1 + s here,
-where 1 is conditional only. A student that is not told the scale learns it by heart, and wants a single one.
+where 1 is conditional only. A student without a guidance embedding learns one scale by heart: give a single one.
 
 Sources of the defaults: (p) the paper.
 """

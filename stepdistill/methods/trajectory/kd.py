@@ -10,7 +10,7 @@ land, each step by itself:
     loss    =  d( the student's DDIM step from node j, node j + 1 )        nodes at t = 1, 1 - 1/k .. 0
 
 Its optimum is `secant_target`, the one x_0 whose step lands there; on a flow d is 1 / k^2 of the velocity's loss. Guidance is
-the pairs' own: the student is told no scale, and of a range the pairs have the middle.
+the pairs' own: the student reads no scale, and of a range the pairs have the middle.
 
 Sources of the defaults: (p) the paper, (r) the released training.
 """

@@ -91,7 +91,7 @@ class Progressive(Method):
 
 
 def doubled(sampler: Sampler, schedule: Schedule) -> Tensor:
-    """Times of the student's own sampler, as it tells them, and where its last step lands, with one more between any two: (2 steps + 1,)
+    """Times of the student's own sampler, as the network reads them, and where its last step lands, with one more between any two: (2 steps + 1,)
     float64, descending. On discrete nodes those between are rounded to one, halves to even, as stock schedulers round."""
     own = torch.cat([sampler.times, sampler.landings[-1:]])
     middle = trailing(2 * sampler.nfe, schedule)[1::2]

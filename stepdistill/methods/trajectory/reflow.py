@@ -11,7 +11,7 @@ it wants torchvision, which nothing here depends on, and so "squared" (theirs to
 The straight line of a network of any schedule is the way of DDIM that goes on believing in y, from e at t = 1: x_0 and eps
 are constant along it, alpha + sigma scales it to a flow's, and DDIM is exact on it whatever its number of steps. Where the
 noise at t = 1 still holds a share of x_0, as Stable Diffusion's does, eps is (e - alpha_1 y) / sigma_1 rather than e: it is e
-that the sampler starts from. Guidance is the pairs' own: the student is told no scale.
+that the sampler starts from. Guidance is the pairs' own: the student reads no scale.
 
 Source of the defaults: (r) the released training, whose t is 1 - t here.
 """

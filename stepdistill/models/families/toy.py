@@ -16,7 +16,7 @@ from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding
 from ..schedulers import Guidance
 from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork
-from ..vision import PlaneSight
+from ..vision import PlaneVisionConfig
 from . import Family, Parts
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def open_toy(source: str, dtype: torch.dtype) -> dict[str, Any]:
     if dtype != torch.float32:
         raise RequestError(f"Toy is computed in float32; found {dtype}: set train.precision to fp32")
     toy = Toy(source)
-    scheduler = SCHEDULERS[toy.said["noise"]].from_pretrained(source, subfolder="scheduler")
+    scheduler = SCHEDULERS[toy.config["noise"]].from_pretrained(source, subfolder="scheduler")
     network = ToyNetwork(toy.law(schedule(scheduler), kind(scheduler)), int(toy.labels.max()) + 1)
     return {"network": network, "scheduler": scheduler}
 
@@ -69,7 +69,7 @@ FAMILY = Family(
     condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(), guidance=Guidance(embedded="guidance_scale"),
     feature_shapes=lambda network: dict.fromkeys(LAYERS, (WIDTH, 1, 1)), default_features=lambda network: LAYERS[-1:],
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
-    samples="points", seeded_steps=True, vision=lambda name: PlaneSight(),
+    samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
     unserved={
         "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
         "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",
