@@ -26,6 +26,8 @@ from .evaluation.sheets import sheet
 from .export import Student, export_student, load
 from .export import check as check_export
 from .models.compiled import compile_blocks
+from .models.families import stock_prompts
+from .models.stock import pictures
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
@@ -151,21 +153,21 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     if out is not None and Path(out).suffix.lower() not in PICTURES:
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
     opened = open_target(target, "target")
-    asked = {"num_inference_steps": steps, "guidance_scale": guidance}
-    call = {**opened.target.given, **(opened.target.call or {})}
-    call |= {name: value for name, value in asked.items() if value is not None}
     pipeline = opened.target.pipeline.to(launched())
+    call = {**opened.target.given, **(opened.target.call or {})}
+    call |= {} if steps is None else {"num_inference_steps": steps}
+    call |= {} if guidance is None else opened.target.guidance.call(guidance)
     must_serve(pipeline.scheduler, call)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     with torch.random.fork_rng():
         torch.manual_seed(key(seed, "pipeline"))
-        pixels = pipeline(prompt=texts, generator=generators, output_type="pt", **call).images.float().cpu()
-    pictures = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
+        pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
+    drawn = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        pictures[0].save(out) if len(pictures) == 1 else sheet(pixels * 2 - 1, out)
-    return pictures
+        drawn[0].save(out) if len(drawn) == 1 else sheet(pixels * 2 - 1, out)
+    return drawn
 
 
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000, out: str | Path = "bench", seed: int = 0,

@@ -106,7 +106,7 @@ def teacher_samples(source: Captions, count: int, generate: Generate, made_by: M
     return _stored(cache.store("samples", identity, count, make, SAMPLES_PER_FILE), encoders, cache)
 
 
-def teacher_pairs(source: Captions, shelf: StoreSpec, generate: GeneratePairs, times: Tensor, encoders: Encoders, cache: Cache) -> Samples:
+def teacher_pairs(source: Captions, spec: StoreSpec, generate: GeneratePairs, times: Tensor, encoders: Encoders, cache: Cache) -> Samples:
     """The teacher's ways from noise to its samples, made once, as `teacher_samples` are. times: (n,) float64, of the nodes."""
 
     def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:
@@ -114,7 +114,7 @@ def teacher_pairs(source: Captions, shelf: StoreSpec, generate: GeneratePairs, t
         noise, nodes = generate(indices, prompts)
         return {"noise": noise, "nodes": nodes}, prompts
 
-    store = cache.fill(shelf, make)
+    store = cache.fill(spec, make)
 
     def ways(indices: Tensor) -> Pairs:
         noise, nodes = (moved(store.rows(name, indices), encoders.device) for name in ("noise", "nodes"))

@@ -23,18 +23,21 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
 
 
+Size = int | tuple[int, int]      # pixels: of a side of a square, or height and width
+
+
 class Images(Captions, Protocol):
     """Numbered pictures with a caption each."""
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """indices: (B,) int64. Returns (B, 3, size, size) float32 in [-1, 1]."""
+        """indices: (B,) int64. Returns (B, 3, H, W) float32 in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class ShapesImages:
     """Pictures of scene (seed, i), a pure function of both; count None never ends."""
 
-    size: int = shapes.SIZE
+    size: Size = shapes.SIZE
     seed: int = 0
     count: int | None = None
 
@@ -51,18 +54,18 @@ class ShapesImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """A folder of png, jpg or webp files. They are resized on their shorter side and cropped about the centre to size x size.
+    """A folder of png, jpg or webp files. They are resized on their shorter side and cropped about the centre.
 
     Captions stand in metadata.jsonl ({"file_name": ..., "text": ...} a line), or else in a .txt file beside each image.
     """
 
     folder: Path
-    size: int
+    size: Size
     files: tuple[Path, ...]
     texts: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path, size: int) -> FolderImages:
+    def open(cls, folder: Path, size: Size) -> FolderImages:
         """Reads all captions and every image's header, so that what is missing or damaged is found before training."""
         if not folder.is_dir():
             raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp files.")
@@ -96,8 +99,8 @@ class FolderImages:
         return torch.stack([_read(self.files[i], self.size) for i in indices.tolist()])
 
 
-def open_images(spec: str | Path, size: int, seed: int = 0, count: int | None = None) -> Images:
-    """spec: "shapes" or a folder. size: pixels a side. seed and count are those of Shapes."""
+def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None) -> Images:
+    """spec: "shapes" or a folder. seed and count are those of Shapes."""
     if spec == "shapes":
         return ShapesImages(size, seed, count)
     return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size)
@@ -112,8 +115,9 @@ def _named(path: Path) -> Iterator[None]:
         raise RequestError(f"images: '{path}' cannot be read as an image ({error}). Replace or remove it.") from None
 
 
-def _read(path: Path, size: int) -> Tensor:
-    """(3, size, size) float32 in [-1, 1]; what is transparent becomes white."""
+def _read(path: Path, size: Size) -> Tensor:
+    """(3, H, W) float32 in [-1, 1]; what is transparent becomes white."""
+    height, width = (size, size) if isinstance(size, int) else size
     with _named(path), Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -121,7 +125,7 @@ def _read(path: Path, size: int) -> Tensor:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -100,12 +100,14 @@ def attributes_of(prompt: str) -> Tensor | None:
     return torch.tensor([values.index(value) for value, values in zip(found, SLOTS.values())])
 
 
-def render(scene: Scenes, size: int = SIZE) -> Tensor:
-    """(B, 3, size, size) float32 in [-1, 1], anti-aliased by signed distances."""
+def render(scene: Scenes, size: int | tuple[int, int] = SIZE) -> Tensor:
+    """(B, 3, H, W) float32 in [-1, 1], anti-aliased by signed distances. size: pixels of a side, or height and width, of
+    which the shorter one holds the scene and the longer one more of its ground."""
     u = {name: scene.uncaptioned[:, i].float() for i, name in enumerate(UNCAPTIONED)}
     a = {name: scene.attributes[:, i] for i, name in enumerate(SLOTS)}
-    pixel = (torch.arange(size) + 0.5) * (SIZE / size)
-    y, x = (g[None] for g in torch.meshgrid(pixel, pixel, indexing="ij"))
+    sides = (size, size) if isinstance(size, int) else size
+    pixels = [(torch.arange(side) + 0.5 - side / 2) * (SIZE / min(sides)) + SIZE / 2 for side in sides]
+    y, x = (g[None] for g in torch.meshgrid(*pixels, indexing="ij"))
     light = 2 * math.pi * u["light"]
     towards = (light.cos()[:, None, None], light.sin()[:, None, None])
 

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ..diffusion.draws import key
 from ..errors import RequestError
+from ..models.families import stock_guidance, stock_prompts
 from ..models.schedulers import stock_scheduler
+from ..models.stock import Guidance, pictures
 
 
 def _each(n: int) -> int:
@@ -69,6 +71,10 @@ class Target:
         if ":" in self.name or self.name == "real":
             raise RequestError(f"a target cannot be named {self.name!r}: `real` and names with a colon stand for other rows")
 
+    @property
+    def guidance(self) -> Guidance:
+        return stock_guidance(self.pipeline)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -92,8 +98,7 @@ class Plan:
         generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in ids.tolist()]
         with torch.random.fork_rng(), _scheduler(pipeline, self.scheduler):
             torch.manual_seed(key(seed, "pipeline", ids[0].item()))       # for pipelines that keep the generator to themselves
-            out = pipeline(prompt=list(prompts), generator=generators, output_type="pt", **self.call)
-        return out.images.float().cpu() * 2 - 1
+            return pictures(pipeline, stock_prompts(pipeline), prompts, generator=generators, **self.call) * 2 - 1
 
 
 def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
@@ -122,7 +127,7 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
         say(f"{target.name} is not run with {name}, which has no form for flow matching")
     schedulers = {name: solver_scheduler(target, name) for name in solvers if name not in unserved}
     for w in guidance:
-        call = {**target.given, "guidance_scale": float(w)}
+        call = {**target.given, **target.guidance.call(w)}
         first = Plan(target, target.name, target.pipeline.scheduler, call | {"num_inference_steps": 1}, 0, 1, float(w))
         passes = evaluations(first)
         for name, scheduler in schedulers.items():
@@ -168,7 +173,7 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
     call, scheduler = dict(target.call), target.pipeline.scheduler
     fixed = call.get("timesteps") or call.get("sigmas")
     own = len(fixed) if fixed else call["num_inference_steps"]
-    guidance = float(call.get("guidance_scale", 1.0))
+    guidance = target.guidance.scale(call)
     passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
     rows = []
     for n in nfe:

@@ -14,7 +14,7 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
              f"## Use\n\n```python\n{snippet(settings, folder, prompt)}```", _facts(settings)]
     if settings["format"] == "comfyui":
         parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
-                     f"{settings['steps']} steps, cfg {settings['call']['guidance_scale']:g}. ComfyUI makes its own list of time steps: "
+                     f"{settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
                      f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}.")
     if results is not None:
         parts.append(_table(results))
@@ -85,15 +85,15 @@ def _steps(settings: Mapping[str, Any]) -> str:
 
 
 def _guidance(settings: Mapping[str, Any]) -> str:
-    scale = settings["call"]["guidance_scale"]
+    scale, off = settings["scale"], ", ".join(f"`{name}` {value:g}" for name, value in settings["unguided"].items())
     if settings["told"] and settings["keeps"]:
         return f"the network reads the scale, so it costs no second evaluation; {scale:g} here{_range(settings)}"
     if settings["told"]:
-        return f"the scale {settings['guidance']:g} is folded into the weights; leave `guidance_scale` at {scale:g}"
+        return f"the scale {settings['guidance']:g} is folded into the weights; leave {off}"
     if scale > 1:
         return f"classifier-free with scale {scale:g}: two evaluations a step"
     trained = settings["trained_guidance"]
-    return f"none (`guidance_scale` {scale:g})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
+    return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
 
 
 def _range(settings: Mapping[str, Any]) -> str:

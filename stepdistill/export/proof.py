@@ -15,6 +15,7 @@ from torch import Tensor
 from ..diffusion.guidance import guided
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
+from ..models.stock import pictures
 from .folder import fuse, open_export, read_settings
 from .formats import component
 from .student import Lora, Student
@@ -40,14 +41,14 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4; by as much may those of a LoRA that
     is fused differ from those of one that is not.
     """
-    said = read_settings(folder)
+    settings = read_settings(folder)
     pipe, call = open_export(folder, student.teacher.source, fused=False)
     if student.lora is not None:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
     stock, ours = _called(pipe, student, call), reference(student, pipe.scheduler, call, guidance)
-    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {said['scheduler']} and {call}")
+    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {settings['scheduler']} and {call}")
     if student.lora is not None:
         fuse(pipe)
         within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
@@ -58,7 +59,7 @@ def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) 
     """The stock pipeline's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return pipe(_prompts(student), generator=torch.Generator().manual_seed(SEED), output_type="pt", **call).images
+        return pictures(pipe, student.teacher.family.prompts, _prompts(student), generator=torch.Generator().manual_seed(SEED), **call)
 
 
 def within(images: Tensor, ours: Tensor, what: str) -> float:
@@ -85,8 +86,8 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
         role = sampler.telling(role)
     if student.guidance_embedding:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
-    else:
-        role = guided(role, max(1.0, call["guidance_scale"]))       # stock pipelines guide above 1 only
+    elif teacher.scale is None:
+        role = guided(role, teacher.guidance.scale(call))
     latents = sampler(role, noise, cond, lambda i: torch.randn(shape, generator=generator))
     return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 

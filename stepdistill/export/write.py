@@ -55,7 +55,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
 
 def _call(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
     """(the keyword arguments of the pipeline call, the scale of a student with a guidance embedding, else None)."""
-    call, spoken = dict(student.call), student.teacher.family.guidance
+    call, spoken = dict(student.call), student.teacher.guidance
     if not student.guidance_embedding:
         return call, None
     if not keeps(to, student.teacher.family, student.reads):
@@ -72,6 +72,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "revision": student.teacher.revision, "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding, "keeps": keeps(to, student.teacher.family, student.reads),
             "fixed_steps": "r" in student.reads, "guidance": scale,
+            "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
             "told_times": student.teacher.timestep(sampler.times).tolist(),

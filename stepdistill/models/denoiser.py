@@ -33,8 +33,11 @@ class Denoiser:
         if missing := [name for name in self.reads if cond is None or name not in cond.extra]:
             raise ValueError(f"this role reads {', '.join(self.reads)}, but the condition has no {', '.join(missing)}: pass "
                              f"cond.replace({missing[0]}=...)")
-        if cond is not None and (self.reads or cond.extra):
-            cond = cond.replace(extra={name: cond.extra[name] for name in self.reads})
+        reads = self.reads
+        if cond is not None and self.teacher.scale is not None:
+            cond, reads = self.teacher.scaled(cond), {*reads, "w"}
+        if cond is not None and (reads or cond.extra):
+            cond = cond.replace(extra={name: cond.extra[name] for name in reads})
         with self.context(), self._attention(x_t, t, cond):
             raw = self.teacher.predict(self.network, x_t, t, cond)
         return Prediction(raw, x_t, t, self.schedule, self.teacher.kind, self.teacher.family.combine)

@@ -38,11 +38,12 @@ class StockInput:
 
 @dataclass(frozen=True)
 class TimeEmbedding:
-    """Where a network embeds its time. first: its first linear layer; sinusoids: the module whose output that layer reads.
+    """Where a network embeds its time. first: its first linear layer; sinusoids: the module whose output that layer reads, None
+    where no module makes them, and no layer of ours can be put there.
     stock: the numbers that the class can read by itself. width: of the sinusoids, where the layer reads more than them."""
 
     first: str
-    sinusoids: str
+    sinusoids: str | None
     stock: Mapping[str, StockInput] = field(default_factory=dict)
     width: int | None = None
 

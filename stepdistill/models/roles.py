@@ -81,9 +81,10 @@ class Roles(Mapping[str, Role]):
         pixels = {name: teacher.pixels for name, need in needs.items() if isinstance(need, Codec)}
         self._denoisers = {name: self._denoiser(name) for name, need in needs.items() if not isinstance(need, Heads | Codec | Features)}
         self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed) for name, shapes in features.items()}
-        taught = {name: self_guided(self._denoisers[name], "w" in reads[name]) for name, need in needs.items()
+        taught = {name: self_guided(self._denoisers[name], "w" in reads[name] or teacher.scale is not None) for name, need in needs.items()
                   if isinstance(need, Frozen) and (name in networks or self.is_lora(name))}
-        self._roles: dict[str, Role] = self._denoisers | self._discriminators | self.visions | pixels | taught
+        within = {name: self._within(role) for name, role in self._denoisers.items()}
+        self._roles: dict[str, Role] = within | self._discriminators | self.visions | pixels | taught
         self._modules = self.networks | self._discriminators
         self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
@@ -91,7 +92,7 @@ class Roles(Mapping[str, Role]):
     def _denoiser(self, name: str) -> Denoiser:
         if name in self.networks:
             return Denoiser(self.teacher, self.networks[name], reads=self.reads[name])
-        return self._on_pipeline(name if self.is_lora(name) else None, self.reads.get(name, ()))
+        return self._on_base(name if self.is_lora(name) else None, self.reads.get(name, ()))
 
     def _discriminator(self, of: str, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
         if of not in self.visions:
@@ -99,14 +100,18 @@ class Roles(Mapping[str, Role]):
         width = prompt_vector(self.teacher.encode([self.teacher.null_prompt])).shape[-1]
         return PictureHeads(shapes, width, seed)
 
-    def _on_pipeline(self, adapter: str | None, reads: tuple[str, ...] = ()) -> Denoiser:
+    def _on_base(self, adapter: str | None, reads: tuple[str, ...] = ()) -> Denoiser:
         context = nullcontext if self.bank is None else partial(self.bank.use, adapter)
         return Denoiser(self.teacher, self.teacher.network, context, reads)
 
+    def _within(self, role: Denoiser) -> Denoiser | SelfGuided:
+        """A role whose network reads its guidance scale by itself is given the scale, and never guided."""
+        return role if self.teacher.scale is None else self_guided(role, True)
+
     @property
-    def base(self) -> Denoiser:
+    def base(self) -> Denoiser | SelfGuided:
         """The pipeline's own network, which is the teacher unless that is another run's student."""
-        return self._on_pipeline(None)
+        return self._within(self._on_base(None))
 
     def __getitem__(self, name: str) -> Role:
         return self._roles[name]

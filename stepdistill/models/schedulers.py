@@ -13,6 +13,7 @@ from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ..diffusion.times import LEVELS
 from ..methods.base import Inference
+from .stock import USUAL, Guidance
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
          "prediction_type", "shift", "use_dynamic_shifting")
@@ -37,16 +38,7 @@ class StockCall:
     components: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """How a pipeline's call speaks of guidance. none: the keyword arguments that switch it off. embedded: the keyword whose value
-    the network itself reads, where it has a guidance embedding; None where the class has no such input."""
-
-    none: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
-    embedded: str | None = None
-
-
-def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = Guidance()) -> StockCall:
+def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL) -> StockCall:
     """An inference as a scheduler and a call of diffusers. schedule: the teacher's. ValueError where no stock scheduler does it."""
     if inference.steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; found {inference.steps}")

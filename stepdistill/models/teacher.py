@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file as hub_file
 
 from ..diffusion.contracts import Condition
+from ..diffusion.guidance import with_scale
 from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, moved
@@ -36,21 +38,25 @@ class Teacher:
     family: what differs for its kind. source, revision: where it was loaded from: folder, file or Hub id. call: the keyword
     arguments that every call of its stock pipeline is given. parts: its components by name; scheduler: its own. network: the one
     that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
-    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device.
+    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device. guidance: how a call of its pipeline
+    speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
     read: the stock pipeline again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: str, revision: str | None = None, *,
-                 loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (),
+                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (),
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
         self.family, self.parts, self.source, self.revision, self.without = family, dict(parts), source, revision, without
         self.loaded, self._read, self.call = loaded, read, call_of(source)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
+        self.call |= _sides(resolution)
+        self.guidance = family.guidance(self.network)
+        self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
-        self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts)
+        self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, self.resolution)
         self.default_targets = matching(self.network, family.targets)
-        self.feature_shapes, self.default_features = family.feature_shapes(self.network), family.default_features(self.network)
+        self.feature_shapes, self.default_features = family.feature_shapes(self.network, self.latent_shape), family.default_features(self.network)
         # Parameters of each component that has any, before adapters lie on the network.
         self.sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if isinstance(part, nn.Module)}
         self._null: Condition | None = None
@@ -62,6 +68,10 @@ class Teacher:
     @property
     def null_prompt(self) -> str:
         return self.family.null_prompt
+
+    @property
+    def resolution(self) -> tuple[int, int] | None:
+        return (self.call["height"], self.call["width"]) if {"height", "width"} <= self.call.keys() else None
 
     @property
     def device(self) -> torch.device:
@@ -124,11 +134,16 @@ class Teacher:
         if cond is None:
             raise ValueError("this network is told a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
-        timestep = moved(self.timestep(t).to(self.family.timestep_dtype), x_t.device)
+        timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
         given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
-        with reading(network, time.sinusoids, {name: cond.extra[name] for name in time.own(tuple(cond.extra))}):
+        own = [name for name in time.own(tuple(cond.extra)) if name != "w" or not self.guidance.within]
+        with reading(network, time.sinusoids, {name: cond.extra[name] for name in own}):
             raw = network(**given)
         return self.family.output(raw, x_t).to(x_t.dtype)
+
+    def scaled(self, cond: Condition) -> Condition:
+        """The condition with the scale that the network reads by itself, where it does and the condition says none."""
+        return cond if self.scale is None or cond.w is not None else with_scale(cond, self.scale)
 
     def feature_map(self, output: Any, x_t: Tensor) -> Tensor:
         """What a module returned in the pass of x_t, as a map (B, C, H, W)."""
@@ -137,8 +152,8 @@ class Teacher:
     def inputs(self, batch: int) -> dict[str, Any]:
         """What the denoiser's forward is called with, for a batch of null prompts at t = 1: for measuring."""
         x_t = torch.zeros(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
-        told = self.timestep(torch.ones(batch)).to(self.device, self.family.timestep_dtype)
-        return self.family.inputs(self.network, x_t, told, self.encode([self.null_prompt] * batch))
+        timestep = self.timestep(torch.ones(batch)).to(self.device, self.family.timestep_dtype or self.dtype)
+        return self.family.inputs(self.network, x_t, timestep, self.scaled(self.encode([self.null_prompt] * batch)))
 
     def fresh_network(self, state: Mapping[str, Tensor], reads: Sequence[str] = ()) -> nn.Module:
         """A float32 network of its own with these weights. reads: the numbers beside its time that it reads; their layers are zero
@@ -161,7 +176,7 @@ class Teacher:
     def sinusoids(self, timestep: Tensor) -> Tensor:
         """Of what the network is told (N,) -> (N, D) float64, made in the network's own float32."""
         place = self.network.get_submodule(self.family.time.sinusoids)
-        return place(timestep.to(self.device, self.family.timestep_dtype)).double().cpu()
+        return place(timestep.to(self.device, self.family.timestep_dtype or torch.float32)).double().cpu()
 
     def folded(self, layers: Mapping[str, Tensor], reads: Sequence[str], weight: Tensor, sampler: Sampler,
                w: float | None) -> tuple[Tensor, Tensor]:
@@ -175,7 +190,9 @@ class Teacher:
 
     def stock_call(self, inference: Inference) -> StockCall:
         """How its stock pipeline samples so. ValueError where no stock scheduler does."""
-        found = stock_call(inference, self.schedule, self.family.guidance)
+        if self.scale is not None:
+            inference = replace(inference, guidance=self.scale)
+        found = stock_call(inference, self.schedule, self.guidance)
         return StockCall(found.scheduler, found.config, {**found.call, **self.call}, found.components)
 
     def sampler(self, stock: StockCall) -> Sampler:
@@ -214,7 +231,7 @@ def _check(family: Family, parts: Mapping[str, Any], source: str) -> None:
 
 def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
     """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
-    said = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
+    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
             if scheduler.config.get(key) not in (None, False)}
     if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
         return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step students are read at {LEVELS} "
@@ -224,7 +241,7 @@ def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) ->
     apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
     if apart >= LEAST:
         return []
-    named = ", ".join(f"{key}: {value}" for key, value in said.items())
+    named = ", ".join(f"{key}: {value}" for key, value in config.items())
     return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a network that predicts "
             f"noise says nothing about the picture; its scheduler_config.json says {named}. A zero terminal signal-to-noise ratio "
             "(rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
@@ -233,11 +250,14 @@ def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) ->
 # Loading ---------------------------------------------------------------------------------------------------------------
 
 def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str | None = None) -> Teacher:
+                 device: torch.device | str | None = None, scale: float = 1.0,
+                 resolution: int | tuple[int, int] | None = None) -> Teacher:
     """Loads a diffusers pipeline: a folder, a Hub id (revision: branch, tag or commit), or one .safetensors file.
 
     dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU unless given;
-    on "meta" every network is built from its config, no weights are read, and conditions are shapes. RequestError, before any
+    on "meta" every network is built from its config, no weights are read, and conditions are shapes. scale: the guidance scale of a
+    network that reads one by itself. resolution: of its pictures in pixels, a side or height and width; its own unless given.
+    RequestError, before any
     weights are read, for what is missing, damaged or of an unsupported class.
     """
     source, meta = str(source), device is not None and torch.device(device).type == "meta"
@@ -249,17 +269,25 @@ def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.d
         for file in sorted(Path(source).rglob("*.safetensors")):
             check_safetensors(file)
     if family.open is not None:
-        teacher = Teacher(family, family.open(source, dtype), source)
+        teacher = Teacher(family, family.open(source, dtype), source, scale=scale, resolution=resolution)
     elif meta:
-        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision)
+        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision, scale=scale, resolution=resolution)
     else:
         absent = absent_parts(source, revision) if family.optional else {}
         without = tuple(name for name in family.optional if name in absent)
         arguments = {"dtype": dtype, **family.arguments(class_name), **dict.fromkeys(without)}
         read = lambda parts: _read(source, class_name, revision, arguments | parts)
         loaded = read({})
-        teacher = Teacher(family, loaded.components, source, revision, loaded=loaded, without=without, read=read)
+        teacher = Teacher(family, loaded.components, source, revision, scale=scale, resolution=resolution, loaded=loaded, without=without, read=read)
     return teacher if device is None else teacher.to(device)
+
+
+def _sides(resolution: int | tuple[int, int] | None) -> dict[str, int]:
+    """The keyword arguments of a call that say it."""
+    if resolution is None:
+        return {}
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return {"height": height, "width": width}
 
 
 def family_at(source: str, revision: str | None = None) -> Family:
@@ -283,8 +311,8 @@ def call_of(source: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return dict(said.get("teacher_call", {}) if "method" in said else said["call"])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return dict(settings.get("teacher_call", {}) if "method" in settings else settings["call"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
                            f"({type(error).__name__}: {error})") from error

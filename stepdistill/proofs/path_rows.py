@@ -19,7 +19,8 @@ from ..diffusion.draws import Step
 from ..diffusion.guidance import self_guided
 from ..methods import load_method
 from ..methods.base import Method
-from ..models.schedulers import Guidance, StockCall, sampler_of, stock_call, stock_scheduler
+from ..models.schedulers import StockCall, sampler_of, stock_call, stock_scheduler
+from ..models.stock import Guidance
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
 from .path_table import PUBLISHED, Path, all_paths, refused, served
 from .problem import Check, FunctionRole, Problem, difference, largest

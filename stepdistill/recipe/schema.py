@@ -42,6 +42,13 @@ def _full_or_lora(value: Any) -> Any:
     raise ValueError("should be full, or {lora: {rank: 32}}")
 
 
+def _resolution(value: Any) -> int | tuple[int, int]:
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
+        raise ValueError("should be pixels: 768, or [height, width] such as [832, 1216]")
+    return tuple(sides) if isinstance(value, list | tuple) else value
+
+
 def _guidance(value: Any) -> float | tuple[float, float]:
     scales = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(w, bool) or not isinstance(w, int | float) for w in scales) or len(scales) not in (1, 2):
@@ -169,6 +176,7 @@ class Recipe(Strict):
     method: str                                  # a name of `stepdistill methods`
     teacher: str                                 # a folder, a Hub id, a single .safetensors file
     revision: str | None = None                  # branch, tag or commit of a Hub id
+    resolution: Annotated[int | tuple[int, int], PlainValidator(_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
     student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one

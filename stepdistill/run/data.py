@@ -63,9 +63,10 @@ def preview_prompts(run: Run, count: int = 4) -> list[str]:
     return found.captions(torch.arange(count if found.count is None else min(count, found.count)))
 
 
-def pixels_of(teacher: Teacher) -> int:
-    """The side of the teacher's pictures."""
-    return teacher.decode(torch.zeros(1, *teacher.latent_shape)).shape[-1]
+def pixels_of(teacher: Teacher) -> int | tuple[int, int]:
+    """The side of the teacher's pictures, or their height and width."""
+    height, width = teacher.decode(torch.zeros(1, *teacher.latent_shape)).shape[-2:]
+    return height if height == width else (height, width)
 
 
 # -- the teacher's samples and pairs ---------------------------------------------------------------------------------

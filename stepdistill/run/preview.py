@@ -82,7 +82,7 @@ class Preview:
 def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
     """Latents of the student as it will be sampled."""
     sampler, role = run.method.sampler, run.roles[run.sampling_role]
-    if "w" in role.reads:
+    if "w" in run.roles.reads[run.sampling_role]:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
     return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
 

@@ -111,20 +111,20 @@ def test_a_role_that_has_its_guidance_within_is_not_guided_again():
 
 def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
     _, x, t, cond = case()
-    heard = []
+    scales = []
 
     class Listens:
         schedule = SCHEDULES["vp"]
 
         def __call__(self, x_t, t, cond=None):
-            heard.append(cond.w)
+            scales.append(cond.w)
             return Prediction(x_t, x_t, t, self.schedule, "eps")
 
     role = self_guided(Listens(), guidance_embedding=True)
     for w in (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=F64)):
         guided(role, w)(x, t, cond)
     role(x, t, cond)
-    assert heard[0].tolist() == [1, 1, 1] and heard[1].tolist() == [1, 2, 3] and heard[2] is None and role.schedule is SCHEDULES["vp"]
+    assert scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None and role.schedule is SCHEDULES["vp"]
     assert with_scale(cond, 2).w.dtype == F64 and cond.w is None
     with pytest.raises(ValueError, match="beside a condition"):
         with_scale(None, 2.0)

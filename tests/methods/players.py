@@ -14,7 +14,8 @@ from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow, Schedule
 from stepdistill.methods.base import Inference
-from stepdistill.models.schedulers import Guidance, StockCall, sampler_of, stock_call
+from stepdistill.models.schedulers import StockCall, sampler_of, stock_call
+from stepdistill.models.stock import Guidance
 
 from .closed import predict, stable_diffusion
 

@@ -5,7 +5,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods.base import Inference, middle
-from stepdistill.models.schedulers import DIVISORS, Guidance, StockCall, sampler_of, stock_call, stock_scheduler
+from stepdistill.models.schedulers import DIVISORS, StockCall, sampler_of, stock_call, stock_scheduler
+from stepdistill.models.stock import Guidance
 
 from .players import SCHEDULES
 
@@ -98,5 +99,5 @@ def test_times_of_its_own_reach_the_call():
 
 
 def test_a_pipeline_without_a_guidance_embedding_is_called_without_guidance():
-    found = stock_call(Inference(4, guidance=5.0), SCHEDULES["flow"][0], Guidance({"cfg": 0, "other": 1}))
+    found = stock_call(Inference(4, guidance=5.0), SCHEDULES["flow"][0], Guidance("cfg", 1, off={"other": 1}))
     assert found.call == {"num_inference_steps": 4, "cfg": 0, "other": 1, "sigmas": [1.0, 0.75, 0.5, 0.25]}

@@ -70,16 +70,16 @@ def test_the_fixed_point_is_the_grid_s_and_not_the_flow_map():
 
 def test_a_told_student_hears_the_scale_that_guided_the_teacher():
     embedded = Settings(loss="squared", guidance_embedding=True)
-    heard = []
+    scales = []
 
     def hear(cond: Condition) -> Tensor:
-        heard.append(cond.w)
+        scales.append(cond.w)
         return cond.w
 
     # w reaches networks in float32
     assert loss(FixedPoint(*SCHEDULES["vp"], hear), (2.0, 6.0), embedded) < 1e-12
     assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w + 1), (2.0, 6.0), embedded) > 1e-4
-    student, target = heard
+    student, target = scales
     assert torch.equal(student, target) and student.min() >= 2 and student.max() < 6 and student.std() > 1
     assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w), 3.0, embedded) < 1e-12
 

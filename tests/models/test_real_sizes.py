@@ -72,8 +72,9 @@ def test_features_have_the_shapes_that_heads_are_made_for(name, sample_size):
     unet = network(name)
     if sample_size is not None:
         unet.register_to_config(sample_size=sample_size)
-    shapes, config = feature_shapes(unet), unet.config
+    config = unet.config
     side = sample_size or (config.sample_size,) * 2
+    shapes = feature_shapes(unet, (config.in_channels, *side))
     inputs = {"sample": (config.in_channels, *side), "timestep": (), "encoder_hidden_states": (77, config.cross_attention_dim)}
     added = {"text_embeds": (1280,), "time_ids": (6,)} if name == "sdxl" else {}
     empty = lambda shapes: {key: torch.empty(2, *shape, device="meta") for key, shape in shapes.items()}

@@ -7,14 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
 from ...diffusion.prediction import linear
 from ...diffusion.schedule import Schedule
+from ...errors import RequestError
 from ..codecs import Codec
 from ..extra_embedding import TimeEmbedding
-from ..schedulers import Guidance
+from ..stock import Guidance, Prompts
 from ..vision import VisionConfig, published
 
 if TYPE_CHECKING:
@@ -28,11 +30,42 @@ FAMILIES = {                                       # pipeline class -> module of
 }
 Shape = tuple[int, int, int]                       # channels, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name
+Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
 
 
 def family_of(class_name: str) -> Family:
     """The row of a pipeline class, a key of FAMILIES."""
     return import_module(f".{FAMILIES[class_name]}", __package__).FAMILY
+
+
+def stock_guidance(pipeline: DiffusionPipeline) -> Guidance:
+    """How a call of it speaks of guidance: as most do, where no family describes its class."""
+    name = type(pipeline).__name__
+    if name not in FAMILIES:
+        return Guidance()
+    family = family_of(name)
+    return family.guidance(pipeline.components[family.denoiser])
+
+
+def stock_prompts(pipeline: DiffusionPipeline) -> Prompts:
+    """How a call of it takes prompts and gives pictures: as most do, where no family describes its class."""
+    name = type(pipeline).__name__
+    return family_of(name).prompts if name in FAMILIES else Prompts()
+
+
+def latent_sides(size: Size, own: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
+    """Height and width of latents: `own` where no size is given. pixels: of a side of one latent; multiple: of which the stock pipeline
+    takes a picture's sides. RequestError for any other."""
+    if size is None:
+        return own
+    if wrong := [side for side in size if side % multiple]:
+        raise RequestError(f"its pictures have sides of a multiple of {multiple} pixels; found {wrong[0]} of {size[0]} x {size[1]}")
+    return size[0] // pixels, size[1] // pixels
+
+
+def codec_pixels(vae: nn.Module) -> int:
+    """Pixels of a side of one latent of an AutoencoderKL."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def fresh(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
@@ -59,16 +92,18 @@ class Family:
 
     name: its module. denoiser: the name of the network that is distilled, among the pipeline's components.
     schedule, kind: of the teacher's scheduler, the noise schedule and what the network predicts, a key of PARAMETERISATIONS.
-    timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64; timestep_dtype: in which it is told.
+    timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64; timestep_dtype: in which it is told,
+    None for the network's own.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
     condition_shapes: name -> shape of one row of it, from configs alone; the teacher's keyword arguments of every call count.
     inputs: network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first.
     output: what forward gave and x_t -> the raw prediction, in the shape of x_t.
-    feature_shapes: modules that a discriminator may read, in the order in which they run, -> (C, H, W) of their maps;
+    feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
+    (C, H, W) of their maps;
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
-    latent_shape: of one sample. targets: LoRA targets, those that no network has included. codec: of the components.
-    samples: what they are. guidance: how a call of its pipeline speaks of it.
+    latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
+    samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
     arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
@@ -86,17 +121,18 @@ class Family:
     encode: Callable[[Teacher, list[str], bool], Condition]
     condition_shapes: Callable[[Parts, Mapping[str, Any]], Mapping[str, tuple[int, ...]]]
     inputs: Callable[[nn.Module, Tensor, Tensor, Condition], dict[str, Any]]
-    feature_shapes: Callable[[nn.Module], dict[str, Shape]]
+    feature_shapes: Callable[[nn.Module, tuple[int, ...]], dict[str, Shape]]
     default_features: Callable[[nn.Module], tuple[str, ...]]
     feature_map: Callable[[nn.Module, Any, Tensor], Tensor]
-    latent_shape: Callable[[Parts], tuple[int, ...]]
+    latent_shape: Callable[[Parts, Size], tuple[int, ...]]
     targets: tuple[str, ...]
     codec: Callable[[Parts], Codec]
     output: Callable[[Any, Tensor], Tensor] = first
-    timestep_dtype: torch.dtype = torch.float32
+    timestep_dtype: torch.dtype | None = torch.float32
     null_prompt: str = ""
     samples: Literal["pictures", "points"] = "pictures"
-    guidance: Guidance = Guidance()
+    guidance: Callable[[nn.Module], Guidance] = lambda network: Guidance()
+    prompts: Prompts = Prompts()
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments

@@ -14,7 +14,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts
+from . import Family, Parts, Size, codec_pixels, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -56,10 +56,16 @@ def feature_map(network: SD3Transformer2DModel, output: tuple[Tensor | None, Ten
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-def feature_shapes(network: SD3Transformer2DModel) -> dict[str, tuple[int, int, int]]:
-    """Its blocks -> (C, H, W) of their picture tokens, for latents of the network's own size."""
-    side = network.config.sample_size // network.config.patch_size
-    return {f"transformer_blocks.{i}": (network.inner_dim, side, side) for i in range(network.config.num_layers)}
+def feature_shapes(network: SD3Transformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
+    """Its blocks -> (C, H, W) of their picture tokens."""
+    sides = (side // network.config.patch_size for side in shape[1:])
+    return dict.fromkeys((f"transformer_blocks.{i}" for i in range(network.config.num_layers)), (network.inner_dim, *sides))
+
+
+def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
+    config, pixels = parts["transformer"].config, codec_pixels(parts["vae"])
+    own = config.sample_size, config.sample_size
+    return config.in_channels, *latent_sides(size, own, pixels, pixels * config.patch_size)
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -80,5 +86,5 @@ FAMILY = Family(
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes, feature_map=feature_map,
     default_features=lambda network: (f"transformer_blocks.{network.config.num_layers // 2}",),       # the block in the middle
-    latent_shape=lambda parts: (parts["transformer"].config.in_channels, *[parts["transformer"].config.sample_size] * 2),
+    latent_shape=latent_shape,
     codec=lambda parts: shifted(parts["vae"]), refusals=refusals)

@@ -14,10 +14,10 @@ from ...diffusion.toy import SHAPE, Toy, labels_of
 from ...errors import RequestError
 from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding
-from ..schedulers import Guidance
+from ..stock import Guidance
 from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork
 from ..vision import PlaneVisionConfig
-from . import Family, Parts
+from . import Family, Parts, Size
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -58,7 +58,9 @@ def fresh(network: ToyNetwork, config: Mapping[str, Any]) -> ToyNetwork:
     return ToyNetwork(network.mixture, network.classes, **config)
 
 
-def latent_shape(parts: Parts) -> tuple[int, ...]:
+def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
+    if size is not None:
+        raise RequestError(f"{POINTS}, which have no resolution: leave it out")
     return SHAPE
 
 
@@ -66,8 +68,8 @@ FAMILY = Family(
     name="toy", denoiser="network", schedule=schedule, kind=kind, open=open_toy, fresh=fresh, encode=encode, inputs=inputs,
     timestep=lambda t, scheduler: t, timestep_dtype=torch.float64, latent_shape=latent_shape,
     time=TimeEmbedding("embed", "waves", {"w": StockInput("w_in", 2, {"w_in": True}, WIDTH)}, 2 * WAVES),
-    condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(), guidance=Guidance(embedded="guidance_scale"),
-    feature_shapes=lambda network: dict.fromkeys(LAYERS, (WIDTH, 1, 1)), default_features=lambda network: LAYERS[-1:],
+    condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(), guidance=lambda network: Guidance(embedded="guidance_scale"),
+    feature_shapes=lambda network, shape: dict.fromkeys(LAYERS, (WIDTH, 1, 1)), default_features=lambda network: LAYERS[-1:],
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
     samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
     unserved={

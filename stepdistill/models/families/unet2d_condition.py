@@ -12,8 +12,8 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import VariancePreserving, moved
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
-from ..schedulers import Guidance
-from . import Family, Parts
+from ..stock import Guidance
+from . import Family, Parts, Size, codec_pixels, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -24,9 +24,10 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 
 
-def sides(network: UNet2DConditionModel) -> tuple[int, int]:
-    size = network.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
+    config, pixels = parts["unet"].config, codec_pixels(parts["vae"])
+    own = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    return config.in_channels, *latent_sides(size, own, pixels, max(8, pixels))
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
@@ -56,9 +57,13 @@ def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: C
     return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w, "added_cond_kwargs": added, "return_dict": False}
 
 
-def feature_shapes(network: UNet2DConditionModel) -> dict[str, tuple[int, int, int]]:
-    """Its blocks -> (C, H, W) of their outputs, for latents of the network's own size."""
-    widths, sizes = network.config.block_out_channels, [sides(network)]
+def guidance(network: UNet2DConditionModel) -> Guidance:
+    return Guidance(embedded="guidance_scale", within=network.config.time_cond_proj_dim is not None)
+
+
+def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
+    """Its blocks -> (C, H, W) of their outputs."""
+    widths, sizes = network.config.block_out_channels, [shape[1:]]
     for _ in widths[1:]:
         sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
     last = len(widths) - 1
@@ -69,9 +74,9 @@ def feature_shapes(network: UNet2DConditionModel) -> dict[str, tuple[int, int, i
 
 def timestep(t: Tensor, scheduler: Any) -> Tensor:
     """N t - 1, a whole number when within 1e-6 of one."""
-    told = t * len(scheduler.alphas_cumprod) - 1
-    nearest = told.round()
-    return torch.where((told - nearest).abs() < 1e-6, nearest, told)
+    exact = t * len(scheduler.alphas_cumprod) - 1
+    nearest = exact.round()
+    return torch.where((exact - nearest).abs() < 1e-6, nearest, exact)
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -87,7 +92,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 
 FAMILY = Family(
-    name="unet2d_condition", denoiser="unet", targets=TARGETS, guidance=Guidance(embedded="guidance_scale"), seeded_steps=True,
+    name="unet2d_condition", denoiser="unet", targets=TARGETS, guidance=guidance, seeded_steps=True,
     schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=timestep,
     kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
@@ -95,7 +100,7 @@ FAMILY = Family(
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
     default_features=lambda network: ("mid_block",),               # where DMD2 (arXiv:2405.14867) puts its head: the bottleneck
     feature_map=lambda network, output, x_t: output if isinstance(output, Tensor) else output[0],     # blocks return what they skip, too
-    latent_shape=lambda parts: (parts["unet"].config.in_channels, *sides(parts["unet"])),
+    latent_shape=latent_shape,
     codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]), refusals=refusals,
     # The safety checker stays where it is: it is no part of what is distilled.
     arguments=lambda cls: {"safety_checker": None, "requires_safety_checker": False} if cls == "StableDiffusionPipeline" else {})

@@ -1,0 +1,68 @@
+"""How a call of a stock pipeline is spelled: its guidance, its prompts, and the pictures that it returns."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline's call speaks of the guidance scale w, of which 1 is conditional only.
+
+    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further keywords that
+    switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class has such an input.
+    within: this pipeline's own network reads its scale there: a step costs one evaluation, whatever the scale.
+    """
+
+    keyword: str = "guidance_scale"
+    offset: float = 0.0
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    off: Mapping[str, Any] = field(default_factory=dict)
+    embedded: str | None = None
+    within: bool = False
+
+    @property
+    def none(self) -> dict[str, Any]:
+        """The keyword arguments that switch classifier-free guidance off."""
+        return {self.keyword: 1.0 - self.offset, **self.off}
+
+    def call(self, w: float) -> dict[str, Any]:
+        """The keyword arguments of a call at the scale w."""
+        if self.within:
+            return {self.embedded: float(w)}
+        return {self.keyword: w - self.offset, **self.beside} if w > 1 else self.none
+
+    def scale(self, call: Mapping[str, Any]) -> float:
+        """The scale w of a call; 1 where it does not say. Stock pipelines guide above 1 only."""
+        if self.within:
+            return float(call.get(self.embedded, 1.0))
+        return max(1.0, float(call.get(self.keyword, 1.0 - self.offset)) + self.offset)
+
+
+USUAL = Guidance()                                  # of pipelines that say guidance_scale, 1 for none
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one of them.
+
+    output_type: of pictures, where "pt" is not known.
+    """
+
+    keyword: str = "prompt"
+    read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
+    output_type: Literal["pt", "np"] = "pt"
+
+
+def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:
+    """What a call of a stock pipeline draws: (B, 3, H, W) in [0, 1], float32, on the CPU."""
+    given = [spelled.read(pipeline, prompt) for prompt in prompts]
+    images = pipeline(**{spelled.keyword: given}, output_type=spelled.output_type, **call).images
+    if spelled.output_type == "np":
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return images.float().cpu()
