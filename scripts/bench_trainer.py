@@ -87,7 +87,8 @@ def hand(world: World, run_dir: Path, turns: Turns) -> list[float]:
     adamw = torch.optim.AdamW(student, lr=LR, weight_decay=0.01, fused=True)
 
     nodes = torch.arange(51, dtype=torch.float64) / 50
-    alpha, sigma = (f(nodes).float()[:, None, None, None] for f in (roles["teacher"].schedule.alpha, roles["teacher"].schedule.sigma))
+    alpha, sigma = (f(nodes).float()[:, None, None, None]
+                    for f in (roles["teacher"].schedule.alpha, roles["teacher"].schedule.sigma))
     timesteps = 1000 * nodes - 1
     scaled = 10 * timesteps
     c_skip = (0.25 / (scaled**2 + 0.25)).float()[:, None, None, None]
@@ -149,7 +150,8 @@ def main() -> None:
             found[name] = loops[name](World(args, Path(folder)), Path(folder) / name, turns)
             if not turns.pipes:
                 middle = sorted(turns.times)[len(turns.times) // 2]
-                print(f"{name}: median {1000 * middle:.1f} ms an update, losses {found[name][:3]} ... {found[name][-1]:.6g}")
+                print(f"{name}: median {1000 * middle:.1f} ms an update, losses {found[name][:3]} ... "
+                      f"{found[name][-1]:.6g}")
         if args.loop == "check":
             apart = max(abs(a / b - 1) for a, b in zip(*found.values(), strict=True))
             print(f"losses differ by at most {apart:.1e} of their value")

@@ -1,4 +1,5 @@
-"""Writes the pages of docs/ that are read off the code: docs/recipes.md from the schema, docs/methods.md from the methods.
+"""Writes the pages of docs/ that are read off the code: docs/recipes.md from the schema, docs/methods.md from the
+methods.
 
     python scripts/make_docs.py            # a test holds that the pages are as this would write them
 """
@@ -18,12 +19,15 @@ from stepdistill.methods import METHODS
 from stepdistill.recipe import catalogue, schema
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
+TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic,
+          "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
           "evaluate": schema.Evaluate}
-WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table", "RoleChoice": "full | table",
+WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
+         "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
-         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list", "tuple": "range", "Any": "value"}
+         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
+         "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
 
@@ -44,7 +48,8 @@ file's docstring states it, and its settings with their defaults and sources. `s
 
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the schema."""
+    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the
+    schema."""
     lines, first = inspect.getsourcelines(model)
     tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
     for node in tree.body[0].body:
@@ -61,7 +66,8 @@ def _takes(annotation: ast.expr, bounds: list[Any]) -> str:
         return " | ".join(ast.literal_eval(text.removeprefix("Literal")))
     for word, plain in WORDS.items():
         text = re.sub(rf"\b{word}\b", plain, text)
-    limits = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items() if name in dir(bound)]
+    limits = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items()
+              if name in dir(bound)]
     return ", ".join([text, *limits])
 
 
@@ -86,7 +92,8 @@ def recipe_page() -> str:
 
 
 def method_page() -> str:
-    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | {entry.family} "
+    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | "
+            f"{entry.family} "
             f"| {_span(entry.steps)} | {', '.join(entry.data)} |\n" for name, entry in METHODS.items()]
     parts = [f"\n## {name}\n\n```text\n{catalogue.algorithm(name)}\n```\n" for name in METHODS]
     return METHOD_PAGE + "".join(rows) + "".join(parts)

@@ -1,7 +1,8 @@
 """Peak memory by phase and seconds an update, of real networks with random weights, beside what `plan` forecasts.
 
-Held are the frozen bfloat16 base, the adapters (or three full copies), their gradients and moments, activations, and a data
-set of 64 random latents and conditions. Text encoders and codec are tiny: trainings on cached data do not need them.
+Held are the frozen bfloat16 base, the adapters (or three full copies), their gradients and moments, activations, and a
+data set of 64 random latents and conditions. Text encoders and codec are tiny: trainings on cached data do not need
+them.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Teachers of real size with random weights, made on the device: a folder of configs whose denoiser no file holds.
 
-What is held beside the denoiser is small on purpose: conditions and latents count as cached, so text encoders and the codec
-have one tiny layer, in the widths that conditions need.
+What is held beside the denoiser is small on purpose: conditions and latents count as cached, so text encoders and the
+codec have one tiny layer, in the widths that conditions need.
 """
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from transformers import (
 )
 
 CONFIGS = Path(__file__).parent / "configs"
-DENOISERS = {"StableDiffusionPipeline": "unet", "StableDiffusionXLPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}
+DENOISERS = {"StableDiffusionPipeline": "unet", "StableDiffusionXLPipeline": "unet",
+             "StableDiffusion3Pipeline": "transformer"}
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def random_weights(device: torch.device) -> Iterator[None]:
     classes = [diffusers.UNet2DConditionModel, diffusers.SD3Transformer2DModel]
     before = [vars(cls).get("from_pretrained") for cls in classes]
 
-    def made(cls: type, source: str | Path, *args: Any, dtype: torch.dtype = torch.float32, torch_dtype: torch.dtype | None = None,
+    def made(cls: type, source: str | Path, *args: Any, dtype: torch.dtype = torch.float32,
+             torch_dtype: torch.dtype | None = None,
              **options: Any) -> torch.nn.Module:
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch_dtype or dtype)
@@ -80,8 +82,10 @@ def random_weights(device: torch.device) -> Iterator[None]:
 def _codec(channels: int) -> diffusers.AutoencoderKL:
     """Eight pixels a latent, 8 channels wide."""
     torch.manual_seed(0)
-    return diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                                   block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=channels, norm_num_groups=4,
+    return diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4,
+                                   up_block_types=("UpDecoderBlock2D",) * 4,
+                                   block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=channels,
+                                   norm_num_groups=4,
                                    shift_factor=0.06 if channels == 16 else None)
 
 
@@ -90,7 +94,8 @@ def _encoders(config: dict[str, Any]) -> dict[str, Any]:
     tokenizer.model_max_length = config["tokens"]
 
     def clip(width: int, projected: bool) -> Any:
-        clip_config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        clip_config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64,
+                                     num_hidden_layers=2,
                                 num_attention_heads=4, max_position_embeddings=config["tokens"], projection_dim=width,
                                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                 pad_token_id=tokenizer.pad_token_id)
@@ -107,6 +112,7 @@ def _encoders(config: dict[str, Any]) -> dict[str, Any]:
 
 def _t5(width: int) -> dict[str, Any]:
     words = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in ("prompt", *map(str, range(64))))]
-    tokenizer = T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0, model_max_length=512)
+    tokenizer = T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0,
+                                model_max_length=512)
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     return {"text_encoder_3": T5EncoderModel(config).eval(), "tokenizer_3": tokenizer}

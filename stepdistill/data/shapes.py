@@ -35,7 +35,8 @@ UNCAPTIONED = ("along_1", "along_2", "across", "across_1", "across_2", "radius_1
 
 @dataclass(frozen=True)
 class Scenes:
-    """attributes: (B, 7) int64, one column per entry of SLOTS; uncaptioned: (B, 15) float64 in [0, 1), as in UNCAPTIONED."""
+    """attributes: (B, 7) int64, one column per entry of SLOTS; uncaptioned: (B, 15) float64 in [0, 1), as in
+    UNCAPTIONED."""
 
     attributes: Tensor
     uncaptioned: Tensor
@@ -101,8 +102,8 @@ def attributes_of(prompt: str) -> Tensor | None:
 
 
 def render(scene: Scenes, size: int | tuple[int, int] = SIZE) -> Tensor:
-    """(B, 3, H, W) float32 in [-1, 1], anti-aliased by signed distances. size: pixels of a side, or height and width, of
-    which the shorter one holds the scene and the longer one more of its ground."""
+    """(B, 3, H, W) float32 in [-1, 1], anti-aliased by signed distances. size: pixels of a side, or height and width,
+    of which the shorter one holds the scene and the longer one more of its ground."""
     u = {name: scene.uncaptioned[:, i].float() for i, name in enumerate(UNCAPTIONED)}
     a = {name: scene.attributes[:, i] for i, name in enumerate(SLOTS)}
     sides = (size, size) if isinstance(size, int) else size
@@ -144,7 +145,8 @@ def _distance(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     length = (x * x + y * y).sqrt()
     box = torch.maximum(x.abs(), y.abs())
     arms = torch.minimum(torch.maximum(x.abs() - r, y.abs() - 0.36 * r), torch.maximum(y.abs() - r, x.abs() - 0.36 * r))
-    triangle = torch.maximum(0.866 * x.abs() + 0.5 * -y - 0.55 * r, y - 0.75 * r)   # y grows downwards: the apex points up
+    # y grows downwards: the apex points up
+    triangle = torch.maximum(0.866 * x.abs() + 0.5 * -y - 0.55 * r, y - 0.75 * r)
     outlines = torch.stack([length - r, box - 0.86 * r, triangle, (length - 0.72 * r).abs() - 0.28 * r, arms])
     return outlines.gather(0, shape[None, :, None, None].expand(1, *length.shape))[0]
 

@@ -16,7 +16,8 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     micro-batches, so that all take as long; student, critic and discriminator draw it by this same law. Gradients flow
     through the last evaluation alone. shape: of one sample.
     """
-    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond, lambda i: step.normal(f"renoise {i}", shape))
+    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond,
+                            lambda i: step.normal(f"renoise {i}", shape))
 
 
 def left_by(sampler: Sampler, step: Step) -> int:
@@ -25,7 +26,8 @@ def left_by(sampler: Sampler, step: Step) -> int:
 
 
 def with_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
-    """The condition with this step's exit, counted from 1, in the place of a guidance scale: for a critic that learns every exit's law.
+    """The condition with this step's exit, counted from 1, in the place of a guidance scale: for a critic that learns
+    every exit's law.
 
     A critic that does not read it learns the mixture of them all, which can be right where none of them is.
     """

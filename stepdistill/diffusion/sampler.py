@@ -33,8 +33,8 @@ SHAPING = ("num_inference_steps", "timesteps", "sigmas", "eta")     # keywords o
 class Evaluation:
     """One call of the network. time, level and landing are times in [0, 1]; `noisy`: the rule takes fresh noise.
 
-    time: what the network reads; level: where the state is. They differ where a scheduler rounds its timesteps (Karras sigmas)
-    or interpolates in its own way.
+    time: what the network reads; level: where the state is. They differ where a scheduler rounds its timesteps (Karras
+    sigmas) or interpolates in its own way.
     """
 
     time: float
@@ -48,7 +48,8 @@ class Evaluation:
 class Sampler:
     """A stock scheduler's way from noise to x_0 in `steps` steps: sampler(role, noise, cond, draw) -> x_0.
 
-    The state is ours, alpha x_0 + sigma eps; `start` scales unit noise to the state that the stock pipeline starts from.
+    The state is ours, alpha x_0 + sigma eps; `start` scales unit noise to the state that the stock pipeline starts
+    from.
     """
 
     steps: int
@@ -62,12 +63,13 @@ class Sampler:
         """Reads `scheduler`, which is left as it is, for `k` steps of roles under `schedule`.
 
         The keywords are those of the pipeline call that shape the sampler; `grid` goes to set_timesteps as it is
-        (original_inference_steps, mu). eta: the share of fresh noise of a TCDScheduler, 0 where the call does not say, as in
-        the pipelines. ValueError for a scheduler, a config or a k that is not served.
+        (original_inference_steps, mu). eta: the share of fresh noise of a TCDScheduler, 0 where the call does not say,
+        as in the pipelines. ValueError for a scheduler, a config or a k that is not served.
         """
         name = type(scheduler).__name__
         if name not in READERS:
-            raise ValueError(f"no sampler reads a {name}; the schedulers that can be read are {', '.join(sorted(READERS))}")
+            raise ValueError(f"no sampler reads a {name}; the schedulers that can be read are "
+                             f"{', '.join(sorted(READERS))}")
         if eta is not None and (name != "TCDScheduler" or not 0 <= eta <= 1):
             raise ValueError(f"eta is read with a TCDScheduler alone, and is from 0 to 1; found {eta:g} with a {name}")
         counts = {"k": k, "num_inference_steps": num_inference_steps, "len(timesteps)": timesteps and len(timesteps),
@@ -88,7 +90,8 @@ class Sampler:
 
     @classmethod
     def of_call(cls, scheduler: SchedulerMixin, k: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
-        """As `of`, from all keyword arguments of a pipeline call: those that do not shape the sampler are passed over."""
+        """As `of`, from all keyword arguments of a pipeline call: those that do not shape the sampler are passed
+        over."""
         return cls.of(scheduler, k, schedule, **{key: call[key] for key in SHAPING if key in call})
 
     def telling(self, role: Role) -> Role:
@@ -118,13 +121,15 @@ class Sampler:
         """noise: (B, ...) unit normal; draw(i): fresh noise of that shape after evaluation i, asked for in order."""
         return self.rollout(role, noise, self.nfe, cond, draw)
 
-    def rollout(self, role: Role, noise: Tensor, until: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+    def rollout(self, role: Role, noise: Tensor, until: int, cond: Condition | None = None,
+                draw: Draw | None = None) -> Tensor:
         """The state that evaluation `until` would be given, at times[until]; until = nfe is the sample.
 
         ValueError for an evaluation that the sampler has not.
         """
         if not 0 <= until <= self.nfe:
-            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to {self.nfe} exist")
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to "
+                             f"{self.nfe} exist")
         if self.stochastic and draw is None:
             raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
         x, history = self.start * noise, []
@@ -133,14 +138,16 @@ class Sampler:
             x = e.rule(history, _times(e.landing, x), draw(i) if e.noisy else None)
         return x
 
-    def simulate(self, role: Role, noise: Tensor, exit: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+    def simulate(self, role: Role, noise: Tensor, exit: int, cond: Condition | None = None,
+                 draw: Draw | None = None) -> Tensor:
         """Backward simulation: the clean sample that evaluation `exit` predicts where the sampler itself arrives.
 
         Yin et al. 2024, arXiv:2405.14867, section 4.5. Gradients flow through the last evaluation alone. exit from 0 to
         nfe - 1; the prediction at exit = nfe - 1 is the sample, where the last landing is the data.
         """
         if not 0 <= exit < self.nfe:
-            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to {self.nfe - 1} exist")
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to "
+                             f"{self.nfe - 1} exist")
         with torch.no_grad():
             x = self.rollout(role, noise, exit, cond, draw)
         return self._predict(role, x, self.evaluations[exit], cond).x0
@@ -187,29 +194,35 @@ def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_s
 
 
 def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, through: float) -> Tensor:
-    """Zheng et al. 2024, arXiv:2402.19159, algorithm 4: by DDIM past the landing, to `through`, and back by fresh noise."""
+    """Zheng et al. 2024, arXiv:2402.19159, algorithm 4: by DDIM past the landing, to `through`, and back by fresh
+    noise."""
     p, s = history[-1], torch.full_like(r, through)
     x_s = ddim_step(p, s)
     return x_s if noise is None else p.schedule.renoise(x_s, noise, s, r)
 
 
-# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) ----------------------------------------
+# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations)
+# ----------------------------------------
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():
         if scheduler.config[key] != value:
-            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by the "
+            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by "
+                             "the "
                              f"sampler: use a scheduler config with {key}={value!r}")
 
 
 def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
     """The times that the network reads on a schedule of N nodes: t = (timestep + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
-        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
+        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found "
+                         f"{type(schedule).__name__}: "
                          "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
     timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
-    if timesteps.max() > last or timesteps.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
-        raise ValueError(f"{type(scheduler).__name__} would give the network timesteps from {timesteps.min():g} to {timesteps.max():g}, where "
+    # leading grids overrun by steps_offset, trailing ones by rounding
+    if timesteps.max() > last or timesteps.min() < 0:
+        raise ValueError(f"{type(scheduler).__name__} would give the network timesteps from {timesteps.min():g} to "
+                         f"{timesteps.max():g}, where "
                          f"0 to {last} exist: take another number of steps, or another steps_offset")
     return ((timesteps + 1) / schedule.nodes).tolist()
 

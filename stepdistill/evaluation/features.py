@@ -46,7 +46,8 @@ class AttributeClassifier:
             slots = json.loads(saved.metadata()["slots"])
             if slots != {slot: list(values) for slot, values in SLOTS.items()}:
                 raise RequestError(f"{file} classifies the slots {slots}, but Shapes has {SLOTS}: train it anew")
-            heads = tuple((saved.get_tensor(f"{slot}.weight").float(), saved.get_tensor(f"{slot}.bias").float()) for slot in SLOTS)
+            heads = tuple((saved.get_tensor(f"{slot}.weight").float(), saved.get_tensor(f"{slot}.bias").float())
+                          for slot in SLOTS)
         return cls(heads, digest([file]))
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ def load_features(name: Path | str, device: str | torch.device = "cpu") -> Featu
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """The short side brought to `size`, the centre cut out: (B, 3, size, size). Pictures of that size pass untouched."""
+    """The short side brought to `size`, the centre cut out: (B, 3, size, size). Pictures of that size pass
+    untouched."""
     height, width = pixels.shape[-2:]
     if height == width == size:
         return pixels

@@ -10,10 +10,12 @@ COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attrib
 
 def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, prompt: str) -> str:
     """README.md. settings: stepdistill.json; folder: its path, as it was asked for; results: results.json or None."""
-    parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings), "![samples](samples.png)",
+    parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
+             "![samples](samples.png)",
              f"## Use\n\n```python\n{snippet(settings, folder, prompt)}```", _facts(settings)]
     if settings["format"] == "comfyui":
-        parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
+        parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at "
+                     "strength 1, "
                      f"{settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
                      f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}.")
     if results is not None:
@@ -27,7 +29,8 @@ def snippet(settings: Mapping[str, Any], folder: str, prompt: str) -> str:
     revision = "" if settings["revision"] is None else f", revision={_quoted(settings['revision'])}"
     without = "".join(f", {name}=None" for name in settings["without"])
     names = settings["pipeline"] if settings["format"] == "pipeline" else f"{settings['pipeline']}, {settings['scheduler']}"
-    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
+    lines = ["import torch", f"from diffusers import {names}", "",
+             f"folder = {_quoted(folder)}          # where this card lies"]
     if settings["format"] == "pipeline":
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
     else:
@@ -35,8 +38,10 @@ def snippet(settings: Mapping[str, Any], folder: str, prompt: str) -> str:
         loader = "from_single_file" if settings["teacher"].endswith(".safetensors") else "from_pretrained"
         lines += [f"pipe = {settings['pipeline']}.{loader}({_quoted(settings['teacher'])}{revision}{without}).to(torch.float32)",
                   f"pipe.load_lora_weights(folder{name})",
-                  "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
-                  "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added",
+                  "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base "
+                  "does",
+                  "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others "
+                  "added",
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
@@ -59,7 +64,8 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
 
 def _what(settings: Mapping[str, Any]) -> str:
     form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
-    return (f"{form} that makes `{settings['teacher']}` sample in {settings['steps']} step{'s' * (settings['steps'] != 1)}, trained with "
+    return (f"{form} that makes `{settings['teacher']}` sample in {settings['steps']} "
+            f"step{'s' * (settings['steps'] != 1)}, trained with "
             f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`.")
 
 
@@ -67,16 +73,20 @@ def _facts(settings: Mapping[str, Any]) -> str:
     call = settings["call"]
     arguments = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
     proof = settings["proof"]
-    return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {arguments}\n"
+    return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
+            f"{arguments}\n"
             f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}"
-            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
-            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- {_rounding(settings)}")
+            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on "
+            "[0, 1] "
+            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
+            f"{_rounding(settings)}")
 
 
 def _rounding(settings: Mapping[str, Any]) -> str:
     if settings["dtype"] == "float32":
         return "weights: float32, as they were trained"
-    return (f"weights: {settings['dtype']}, rounded before the proof; on its images the largest difference to the student "
+    return (f"weights: {settings['dtype']}, rounded before the proof; on its images the largest difference to the "
+            "student "
             f"before it was rounded is {settings['proof']['rounding']:.1e} on [0, 1] pixels")
 
 
@@ -107,13 +117,16 @@ def _span(scale: Any) -> str:
 def _table(results: Mapping[str, Any]) -> str:
     rows = results["rows"]
     columns = {key: title for key, title in COLUMNS.items() if any(key in row["metrics"] for row in rows)}
-    lines = ["| target | NFE | guidance | " + " | ".join(columns.values()) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = ["| target | NFE | guidance | " + " | ".join(columns.values()) + " |",
+             "|---|---|---|" + "---|" * len(columns)]
     for row in rows:
         values = [row["metrics"].get(key) for key in columns]
         cells = ["" if value is None else f"{value:.3g}" for value in values]
-        lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
+                     + " | ".join(cells) + " |")
     return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {results['protocol']['features']}, reference "
-            f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network evaluations: a guided "
+            f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network "
+            "evaluations: a guided "
             "step is two.")
 
 

@@ -33,7 +33,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is an export, rather than a teacher whose stepdistill.json says what every call of it is given."""
+    """Whether a folder is an export, rather than a teacher whose stepdistill.json says what every call of it is
+    given."""
     path = folder / SETTINGS
     return path.is_file() and (not (folder / "model_index.json").is_file() or "method" in _parsed(path))
 
@@ -51,8 +52,9 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         settings = stepdistill.load(pipe, folder)
         image = pipe(prompt, **settings).images[0]
 
-    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it; a whole
-    pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the student does not fit.
+    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it; a
+    whole pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the student does not
+    fit.
     """
     settings = read_settings(folder)
     if settings["format"] == "pipeline":
@@ -67,8 +69,8 @@ def open_export(folder: str | Path, teacher: str | Path | None = None,
                 fused: bool = True) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
 
-    teacher: where the base pipeline lies now, if not where the folder says. fused: a LoRA is added to the weights, so that a
-    call costs what one of the base does; otherwise it lies beside them.
+    teacher: where the base pipeline lies now, if not where the folder says. fused: a LoRA is added to the weights, so
+    that a call costs what one of the base does; otherwise it lies beside them.
     """
     settings = read_settings(folder)
     cls = getattr(diffusers, settings["pipeline"])
@@ -134,7 +136,8 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
             pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
-    other = re.compile(rf"No LoRA keys associated to (?!{type(network).__name__})")        # an encoder without a LoRA is no fault
+    # an encoder without a LoRA is no fault
+    other = re.compile(rf"No LoRA keys associated to (?!{type(network).__name__})")
     if messages := [line for line in messages if not other.match(line)]:
         network.delete_adapters(adapter_name)
         raise RequestError(f"{refusal}: {' '.join(messages)[:500]}")
@@ -148,7 +151,8 @@ def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, settings: dic
               for network in (old, new)]
     differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
     if differing:
-        raise RequestError(f"the {name} in {folder}, made for {settings['teacher']}, does not fit this {type(pipe).__name__}: "
+        raise RequestError(f"the {name} in {folder}, made for {settings['teacher']}, does not fit this "
+                           f"{type(pipe).__name__}: "
                            f"{len(differing)} weights differ in shape, first {differing[0]} "
                            f"({shapes[0].get(differing[0])} here, {shapes[1].get(differing[0])} there)")
     pipe.register_modules(**{name: new})

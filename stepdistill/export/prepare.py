@@ -32,11 +32,12 @@ class PreparedExport:
     unrounded: Tensor | None
 
 
-def prepare(student: Student, to: str, call: Mapping[str, Any], guidance: float | None, dtype: torch.dtype) -> PreparedExport:
+def prepare(student: Student, to: str, call: Mapping[str, Any], guidance: float | None,
+            dtype: torch.dtype) -> PreparedExport:
     """`student` in the form `to`, with the values that its weights have in dtype.
 
-    guidance: the scale of a student with a guidance embedding. RequestError where the form, before it is rounded, does not
-    give the student's images to 1e-4, or where a weight is beyond the range of dtype.
+    guidance: the scale of a student with a guidance embedding. RequestError where the form, before it is rounded, does
+    not give the student's images to 1e-4, or where a weight is beyond the range of dtype.
     """
     if to == "pipeline":
         return _pipeline(student, call, guidance, dtype)
@@ -61,10 +62,12 @@ def _pipeline(student: Student, call: Mapping[str, Any], guidance: float | None,
     unrounded = reference(student, student.scheduler, call, guidance)
     whole = replace(student, lora=None, role=Denoiser(student.teacher, network, reads=reads), reads=reads)
     within(reference(whole, student.scheduler, call, guidance), unrounded, "the pipeline before it is rounded")
-    teacher = load_teacher(student.teacher.source, student.teacher.revision, scale=student.teacher.scale or 1.0)         # one of its own: its codec is rounded too
+    # one of its own: its codec is rounded too
+    teacher = load_teacher(student.teacher.source, student.teacher.revision, scale=student.teacher.scale or 1.0)
     pipe = teacher.pipeline(network, student.scheduler)
     round_pipeline_(pipe, dtype)
-    return PreparedExport(replace(whole, teacher=teacher, role=Denoiser(teacher, network, reads=reads)), pipe, unrounded)
+    return PreparedExport(replace(whole, teacher=teacher, role=Denoiser(teacher, network, reads=reads)),
+                          pipe, unrounded)
 
 
 @dataclass(frozen=True)

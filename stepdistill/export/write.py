@@ -28,7 +28,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
                    dtype: str | None = None) -> Proof:
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
-    guidance: the scale of a student with a guidance embedding; a LoRA is folded at it, a pipeline takes it as its default call.
+    guidance: the scale of a student with a guidance embedding; a LoRA is folded at it, a pipeline takes it as its
+    default call.
     dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
@@ -45,10 +46,12 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32",
+        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES,
+                             "dtype": "float32",
                              "rounding": rounding}
         _write(folder / SETTINGS, settings)
-        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, student.prompts[0]), encoding="utf-8")
+        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, student.prompts[0]),
+                                          encoding="utf-8")
         _picture(prepared.pipe, proof).save(folder / "samples.png")
     return proof
 
@@ -64,17 +67,20 @@ def _call(student: Student, to: str, guidance: float | None) -> tuple[dict[str, 
     return call | {spoken.embedded: scale}, scale
 
 
-def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None, weights: str) -> dict[str, Any]:
+def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None,
+              weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler = student.sampler(call)
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
             "teacher": student.base_model or student.teacher.source,
             "revision": student.teacher.revision, "role": student.role_name, "run": student.run,
-            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding, "keeps": keeps(to, student.teacher.family, student.reads),
+            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
+            "keeps": keeps(to, student.teacher.family, student.reads),
             "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
-            "without": list(student.teacher.without), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
+            "without": list(student.teacher.without), "global_noise": sampler.stochastic
+            and not student.teacher.family.seeded_steps,
             "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
@@ -94,7 +100,8 @@ def _may_write(out: Path, student: Student) -> None:
         raise RequestError(f"{out} is not empty and is no export folder: choose another --out")
     found = read_settings(out).get("run")
     if found != student.run:
-        raise RequestError(f"{out} holds the export of another run ({found}; this is {student.run}): choose another --out")
+        raise RequestError(f"{out} holds the export of another run ({found}; this is {student.run}): choose another "
+                           "--out")
 
 
 @contextmanager

@@ -24,14 +24,17 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """max(0, 1 - real) + max(0, 1 + fake): its least value is 2 where they are alike. No gradient beyond the margins."""
+    """max(0, 1 - real) + max(0, 1 + fake): its least value is 2 where they are alike. No gradient beyond the
+    margins."""
     return relu(1 - real) + relu(1 + fake)
 
 
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """|d sum_k logits_k / d inputs|^2, (B,): Mescheder et al. 2018, arXiv:1801.04406, eq. 9, at real `inputs` (B, ...) each.
+    """|d sum_k logits_k / d inputs|^2, (B,): Mescheder et al. 2018, arXiv:1801.04406, eq. 9, at real `inputs` (B, ...)
+    each.
 
-    logits (B, K), those of a sample functions of its own inputs alone. Differentiable: what made the logits is what it trains.
+    logits (B, K), those of a sample functions of its own inputs alone. Differentiable: what made the logits is what it
+    trains.
     """
     slopes = torch.autograd.grad(logits.sum(), list(inputs), create_graph=True)
     return sum(slope.square().flatten(1).sum(1) for slope in slopes)

@@ -14,11 +14,12 @@ class StopForward(Exception):
 
 
 def recomputed(module: nn.Module, *args: Any, again: Callable[[], AbstractContextManager] = nullcontext) -> Any:
-    """module(*args), computed again in backward, within `again()`: for `network.enable_gradient_checkpointing(recomputed)`.
+    """module(*args), computed again in backward, within `again()`: for
+    `network.enable_gradient_checkpointing(recomputed)`.
 
-    Torch before 2.13 leaves a region open where an exception passes through it (pytorch/pytorch, pull request 184018), and
-    then what follows is dropped and computed again with it. So a region that is left early ends here as any other, and is
-    left after that; backward computes again what was computed and no more.
+    Torch before 2.13 leaves a region open where an exception passes through it (pytorch/pytorch, pull request 184018),
+    and then what follows is dropped and computed again with it. So a region that is left early ends here as any other,
+    and is left after that; backward computes again what was computed and no more.
     """
     left = False                                  # not the exception itself: its frames hold the activations
 

@@ -132,7 +132,7 @@ class Teacher:
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
         """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of cond.extra."""
         if cond is None:
-            raise ValueError("this network is told a text or a class: pass a condition from teacher.encode(prompts)")
+            raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
         given = self.family.inputs(network, x_t.to(dtype), timestep, cond)

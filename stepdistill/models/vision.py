@@ -1,4 +1,5 @@
-"""A discriminator on pictures: features of a frozen vision transformer, and trained heads on them that read the prompt."""
+"""A discriminator on pictures: features of a frozen vision transformer, and trained heads on them that read the
+prompt."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from .discriminator import WIDTH, Shape, chosen, head, initialise, slug, uncast
 
 PUBLISHED = "facebook/dinov2-small"      # Sauer et al. 2023, arXiv:2311.17042, table 1: the best of four
 CLASS_WAVES, PLANE_WIDTH = 4, 128
-CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer lies
+CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer
+                                                       # lies
     "dinov2": (Dinov2Model, ""),
     "dinov2_with_registers": (Dinov2WithRegistersModel, ""),
     "clip": (CLIPModel, "vision_model"),
@@ -30,8 +32,8 @@ CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer before its weights are read: its configs, the side of the pictures that it is shown, their mean and
-    deviation by channel for pixels in [0, 1]."""
+    """A vision transformer before its weights are read: its configs, the side of the pictures that it is shown, their
+    mean and deviation by channel for pixels in [0, 1]."""
 
     source: str
     config: PretrainedConfig
@@ -41,15 +43,18 @@ class VisionConfig:
 
     @classmethod
     def of(cls, source: str) -> VisionConfig:
-        """source: a folder or Hub id of a transformers model. RequestError for one that is missing or not of CLASSES."""
+        """source: a folder or Hub id of a transformers model. RequestError for one that is missing or not of
+        CLASSES."""
         try:
             config = AutoConfig.from_pretrained(source)
             processor, _ = BaseImageProcessor.get_image_processor_dict(source)
         except (OSError, ValueError) as error:
-            raise RequestError(f"there is no vision network {source} with its preprocessor_config.json (a folder such as assets/shapes-clip "
+            raise RequestError(f"there is no vision network {source} with its preprocessor_config.json (a folder such "
+                               "as assets/shapes-clip "
                                f"or a Hub id such as {PUBLISHED} would do): {first_lines(error)}") from error
         if config.model_type not in CLASSES:
-            raise RequestError(f"the vision network {source} is a {config.model_type}; features are read of {', '.join(CLASSES)}")
+            raise RequestError(f"the vision network {source} is a {config.model_type}; features are read of "
+                               f"{', '.join(CLASSES)}")
         size = processor.get("crop_size") or processor["size"]
         return cls(source, config, size["height"], tuple(processor["image_mean"]), tuple(processor["image_std"]))
 
@@ -58,16 +63,19 @@ class VisionConfig:
         """What can be read: the embedded patches and every layer's output -> (C, H, W)."""
         config = self.config.vision_config if self.config.model_type == "clip" else self.config
         names = ("embeddings", *(f"layers.{i}" for i in range(config.num_hidden_layers)))
-        return dict.fromkeys(names, (config.hidden_size, self.side // config.patch_size, self.side // config.patch_size))
+        return dict.fromkeys(names, (config.hidden_size, self.side // config.patch_size,
+                                     self.side // config.patch_size))
 
     @property
     def default(self) -> tuple[str, ...]:
-        """The embedded patches and four layers at even distances, the last one among them: those of StyleGAN-T, arXiv:2301.09515."""
+        """The embedded patches and four layers at even distances, the last one among them: those of StyleGAN-T,
+        arXiv:2301.09515."""
         names = tuple(self.shapes)
         return tuple(dict.fromkeys(names[round(i * (len(names) - 1) / 4)] for i in range(5)))
 
     def read(self, names: Sequence[str] | None) -> dict[str, Shape]:
-        """Those of `names`, or the default ones, in the order in which it runs. RequestError for one that it has not."""
+        """Those of `names`, or the default ones, in the order in which it runs. RequestError for one that it has
+        not."""
         return chosen(self.shapes, self.default if names is None else names)
 
     def network(self) -> nn.Module:
@@ -119,7 +127,8 @@ class Vision(nn.Module):
 
 
 class PlaneVisionConfig:
-    """What stands for a vision network where samples are points of the plane: a random one of three layers, always the same."""
+    """What stands for a vision network where samples are points of the plane: a random one of three layers, always the
+    same."""
 
     shapes = dict.fromkeys(("layers.0", "layers.1", "layers.2"), (PLANE_WIDTH, 1, 1))
 
@@ -139,7 +148,8 @@ class PlaneFeatures(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key("features of the plane"))
             sizes = pairwise((2, *[PLANE_WIDTH] * len(PlaneVisionConfig.shapes)))
-            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(*pair), nn.SiLU()) for pair in sizes]).requires_grad_(False)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(*pair), nn.SiLU())
+                                         for pair in sizes]).requires_grad_(False)
 
     def forward(self, points: Tensor) -> list[Tensor]:
         states = [points.flatten(1)]

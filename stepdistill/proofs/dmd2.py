@@ -1,5 +1,5 @@
-"""DMD2: at every exit of the student's rollout the gradient is the normalised difference of exact scores; the discriminator's
-optimum is the log ratio of the densities, and one that cannot tell pulls nowhere."""
+"""DMD2: at every exit of the student's rollout the gradient is the normalised difference of exact scores; the
+discriminator's optimum is the log ratio of the densities, and one that cannot tell pulls nowhere."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,8 @@ def made(problem: Problem, student: Affine, critic: Role, w: float, steps: int =
          logits: Callable[[Tensor, Tensor], Tensor] | None = None) -> DMD2:
     roles = {"teacher": problem.teacher, "student": student, "critic": critic}
     settings = PLAIN if logits is None else GAN
-    return DMD2(settings, roles if logits is None else roles | {"discriminator": FunctionDiscriminator(critic, logits)}, w,
+    return DMD2(settings, roles if logits is None else roles | {"discriminator": FunctionDiscriminator(critic, logits)},
+                w,
                 problem.sampler(DMD2.inference(settings, steps, problem.schedule)))
 
 
@@ -71,12 +72,15 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
         apart = (fake - real) / (x.detach() - real).abs().mean(1, keepdim=True)
         known = gradient((apart * x).mean(), student)
         worst = largest(worst, difference(found, known))
-    yield Check(f"student's gradient at each of {STEPS} exits against that of (fake - real) x / |x - real|; relative", worst, 1e-5)
+    yield Check(f"student's gradient at each of {STEPS} exits against that of (fake - real) x / |x - real|; relative",
+                worst, 1e-5)
 
     mean, covariance, step = problem.guided_cond(1, w).text[0], problem.covariance, problem.step(COUNT)
     right = Affine(problem.schedule, mean.requires_grad_(), torch.linalg.cholesky(covariance).requires_grad_())
-    rest = gradient(made(problem, right, problem.law(covariance, mean.detach()), w).student_loss(batch, step)["matching"], right)
-    yield Check("gradient where the student draws as the guided teacher, over its usual size", (rest.norm() / known.norm()).item(), 1e-5)
+    rest = gradient(made(problem, right, problem.law(covariance, mean.detach()),
+                         w).student_loss(batch, step)["matching"], right)
+    yield Check("gradient where the student draws as the guided teacher, over its usual size",
+                (rest.norm() / known.norm()).item(), 1e-5)
     yield from fooled(problem, student)
     yield from separation(problem, student)
     with_discriminator = lambda student, critic: made(problem, student, critic, w, STEPS, lambda x_t, t: x_t[:, :1])
@@ -95,16 +99,19 @@ def fooled(problem: Problem, student: Affine) -> Iterator[Check]:
     x_t, t = noised(problem, method, x.detach(), step)
     pull = -torch.sigmoid(-logits(x_t, t)) * like(problem.schedule.alpha(t), x_t) * towards
     known = gradient(GAN.gan_weight * (pull * x).sum(1).mean(), student)
-    yield Check("gradient of fooling it against -sigmoid(-logit) alpha grad(logit); relative", difference(found, known), 1e-5)
+    yield Check("gradient of fooling it against -sigmoid(-logit) alpha grad(logit); relative",
+                difference(found, known), 1e-5)
 
-    alone = gradient(made(problem, student, critic, problem.w).student_loss(batch, problem.step(COUNT))["matching"], student)
+    alone = gradient(made(problem, student, critic, problem.w).student_loss(batch, problem.step(COUNT))["matching"],
+                     student)
     blind = made(problem, student, critic, problem.w, logits=lambda x_t, t: 0 * x_t[:, :1] + t[:, None])
     both = gradient(sum(blind.student_loss(batch, step).values()), student)
     yield Check("what a discriminator that cannot tell adds to the gradient; relative", difference(both, alone), 1e-9)
 
 
 def separation(problem: Problem, student: Affine) -> Iterator[Check]:
-    """The other two's part: slopes at the exact denoiser, and at the log ratio of the densities moved by an affine of x_t."""
+    """The other two's part: slopes at the exact denoiser, and at the log ratio of the densities moved by an affine of
+    x_t."""
     batch, step = problem.batch(MANY), problem.step(MANY, "critic")
     mean, covariance = student.law
     fake, pupil = problem.law(covariance, mean), OffsetRole(problem.law(covariance, mean), MANY, problem.dim)
@@ -117,7 +124,8 @@ def separation(problem: Problem, student: Affine) -> Iterator[Check]:
 
     method = made(problem, student, pupil, problem.w, logits=ratio)
     losses = method.critic_loss(batch, step)
-    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0.detach(), method.trained(step.uniform("t"))
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY),
+                   batch.cond).x0.detach(), method.trained(step.uniform("t"))
     known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
     yield from pupil.checks(losses["denoising"], known)
     slopes = torch.autograd.grad(losses["discriminator"], moved)[0]

@@ -1,4 +1,5 @@
-"""LADD: the equilibrium of the hinge game, gradients through heads that are linear, and quadratic heads at the data's own law."""
+"""LADD: the equilibrium of the hinge game, gradients through heads that are linear, and quadratic heads at the data's
+own law."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ COUNT, FEW, MANY, STEPS = 256, 5_000, 40_000, 4
 
 def made(problem: Problem, student, discriminator, **settings) -> LADD:
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator}
-    return LADD(Settings(**{"warmup_updates": 0, **settings}), roles, problem.w, problem.sampler(LADD.inference(Settings(), STEPS, problem.schedule)))
+    return LADD(Settings(**{"warmup_updates": 0, **settings}), roles, problem.w,
+                problem.sampler(LADD.inference(Settings(), STEPS, problem.schedule)))
 
 
 def exact(problem: Problem) -> FunctionRole:
@@ -53,7 +55,8 @@ def game(problem: Problem) -> Iterator[Check]:
     blind = made(problem, student, lambda x, t, cond: 0 * x[:, :2])
     losses = blind.student_loss(batch, step), blind.critic_loss(batch, step)
     yield Check("losses where the heads cannot tell, from 0 and 2", largest(abs(losses[0]["gan"].item()),
-                                                                       abs(losses[1]["discriminator"].item() - 2)), 1e-9)
+                                                                       abs(losses[1]["discriminator"].item() - 2)),
+                1e-9)
 
     method = made(problem, student, lambda x, t, cond: x @ heads.T)
     t = method.later(step.uniform("t"))
@@ -63,14 +66,16 @@ def game(problem: Problem) -> Iterator[Check]:
     found = gradient(method.student_loss(batch, step)["gan"], affine)
     slope = -((1 + t) * alpha)[:, None] * heads.mean(0) / COUNT
     known = torch.cat([slope.sum(0), (slope.T @ x_t).flatten()])
-    yield Check("student's gradient against -alpha_s w, through x_0 = (1 + t) (m + S x_t); relative", difference(found, known), 1e-5)
+    yield Check("student's gradient against -alpha_s w, through x_0 = (1 + t) (m + S x_t); relative",
+                difference(found, known), 1e-5)
 
     theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
     method = made(problem, student, lambda x, s, cond: (like(1 + s, x) * cond.text * x) @ theta.T)
     method.student_loss(batch, step)
     critic = problem.step(COUNT, "discriminator", kept=step.kept)
     found, = torch.autograd.grad(method.critic_loss(batch, critic)["discriminator"], theta)
-    real, fake = (noised(problem, method, x, critic, name) for x, name in ((batch.x0, "real"), (step.kept["sample"], "fake")))
+    real, fake = (noised(problem, method, x, critic, name)
+                  for x, name in ((batch.x0, "real"), (step.kept["sample"], "fake")))
     known = (batch.cond.text * (fake - real)).mean(0).expand(2, -1) / 2
     yield Check("heads' slope at logit 0 against fake - real, as they see it; relative", difference(found, known), 1e-5)
 

@@ -36,7 +36,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     noise = problem.normal(COUNT, problem.dim)
     t, end = (torch.full((COUNT,), u, dtype=torch.float64) for u in (1.0, 0.0))
     found = method.sampler(student, noise, batch.cond)
-    yield Check("one step of the stock sampler against all the steps; relative", difference(found, path.carried(noise, t, end)), 1e-9)
+    yield Check("one step of the stock sampler against all the steps; relative",
+                difference(found, path.carried(noise, t, end)), 1e-9)
 
     learner, other, i = problem.affine(), problem.affine(), step.integers("node", NODES)
     network = learner.as_network(problem.kind)

@@ -1,5 +1,5 @@
-"""SDXL-Lightning: the teacher's small steps in closed form, the game's equilibrium, and what a discriminator of pairs sees beyond
-one of landings."""
+"""SDXL-Lightning: the teacher's small steps in closed form, the game's equilibrium, and what a discriminator of pairs
+sees beyond one of landings."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,8 @@ COUNT, MANY, STEPS, NODES = 256, 20_000, 2, 8
 
 @dataclass
 class FunctionDiscriminator:
-    """A discriminator in closed form: logits(x_r, r, x_t, t, cond) (B, K), x_t and t None where it sees the landing alone."""
+    """A discriminator in closed form: logits(x_r, r, x_t, t, cond) (B, K), x_t and t None where it sees the landing
+    alone."""
 
     logits: Callable[..., Tensor]
 
@@ -37,15 +38,17 @@ class FunctionDiscriminator:
 
 def made(problem: Problem, student, discriminator=None, w: float = 1.0, **settings) -> Lightning:
     settings = Settings(nodes=NODES, **settings)
-    roles = {"teacher": problem.teacher, "student": student} | ({} if discriminator is None else {"discriminator": discriminator})
+    roles = {"teacher": problem.teacher, "student": student} | ({} if discriminator is None
+                                                                else {"discriminator": discriminator})
     return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, STEPS, problem.schedule)))
 
 
 def landing(problem: Problem, x_t: Tensor, node: Tensor, mean: Tensor) -> Tensor:
-    """Where NODES / STEPS steps of DDIM carry x_t from node / NODES: each maps the principal axes' deviations by a factor,
-    (a_r a_t V + s_r s_t) / (a_t^2 V + s_t^2), and the law's mean along with alpha."""
+    """Where NODES / STEPS steps of DDIM carry x_t from node / NODES: each maps the principal axes' deviations by a
+    factor, (a_r a_t V + s_r s_t) / (a_t^2 V + s_t^2), and the law's mean along with alpha."""
     variances, axes = torch.linalg.eigh(problem.covariance)
-    a, s = (f(torch.linspace(0, 1, NODES + 1, dtype=torch.float64))[:, None] for f in (problem.schedule.alpha, problem.schedule.sigma))
+    a, s = (f(torch.linspace(0, 1, NODES + 1, dtype=torch.float64))[:, None]
+            for f in (problem.schedule.alpha, problem.schedule.sigma))
     gain = torch.ones(len(x_t), problem.dim, dtype=torch.float64)
     for j in range(NODES // STEPS):
         t, r = node - j, node - j - 1
@@ -90,7 +93,8 @@ def landings(problem: Problem) -> Iterator[Check]:
         yield Check(f"mean squared error of the landing where {says}" + ("" if exact else "; relative"),
                     found.item() if exact else abs(found / known - 1).item(), 1e-9)
 
-    method, noise = made(problem, FunctionRole(problem.schedule, teacher_step(problem)), objective="mse"), problem.normal(COUNT, problem.dim)
+    method, noise = made(problem, FunctionRole(problem.schedule, teacher_step(problem)),
+                         objective="mse"), problem.normal(COUNT, problem.dim)
     wanted = ddim(problem.teacher, noise, torch.linspace(1, 0, NODES + 1, dtype=torch.float64), batch.cond)
     yield Check(f"the right student's samples in {STEPS} stock steps against the teacher's in {NODES}; relative",
                 difference(method.sampler(method.student, noise, batch.cond), wanted), 1e-9)
@@ -101,12 +105,14 @@ def game(problem: Problem, objective: str) -> Iterator[Check]:
     names = "student's gradient against -sigmoid(-l) u down its one step", "heads' slope against sigmoid(l) fake - sigmoid(-l) real"
     for name, found in zip(names, zip(*figures)):
         yield Check(f"{objective}: {name}, with noise on the data and without; relative", largest(*found), 1e-5)
-    yield Check(f"{objective}: losses from log 2 and 2 log 2, and the critic's slope, where the student lands as the teacher",
+    yield Check(f"{objective}: losses from log 2 and 2 log 2, and the critic's slope, where the student lands as the "
+                "teacher",
                 unrest(problem, objective), 1e-9)
 
 
 def played(problem: Problem, objective: str, at: tuple[float, ...]) -> tuple[float, float]:
-    """How far the gradients of student and heads are from the known ones. x_t and t count for nothing where they are not shown."""
+    """How far the gradients of student and heads are from the known ones. x_t and t count for nothing where they are
+    not shown."""
     batch, step, student = problem.batch(COUNT), problem.step(COUNT), problem.affine()
     u, v, e = (0.3 * problem.normal(2, problem.dim) for _ in range(3))
     (c, d), theta = problem.normal(2, 2), torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
@@ -115,7 +121,8 @@ def played(problem: Problem, objective: str, at: tuple[float, ...]) -> tuple[flo
         return r[:, None] * c + cond.text @ e.T + (0 if x_t is None else x_t @ v.T + t[:, None] * d)
 
     def method_of(w: Tensor) -> Lightning:
-        return made(problem, student, FunctionDiscriminator(lambda x_r, r, *rest: x_r @ w.T + other_terms(r, *rest)), objective=objective, discriminator_times=at)
+        return made(problem, student, FunctionDiscriminator(lambda x_r, r, *rest: x_r @ w.T + other_terms(r, *rest)),
+                    objective=objective, discriminator_times=at)
 
     t = node_of(step).double() / NODES
     r, x_t = t - 1 / STEPS, problem.schedule.start(batch.x0, step.normal("noise", batch.shape), t)
@@ -130,18 +137,21 @@ def played(problem: Problem, objective: str, at: tuple[float, ...]) -> tuple[flo
 
     critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
     slopes, = torch.autograd.grad(method_of(theta).critic_loss(batch, critic)["discriminator"], theta)
-    (fake, s, _), (real, _, _) = (shown(problem, x, r, at, critic) for x in (x_r, landing(problem, x_t, node_of(step), batch.cond.text)))
+    (fake, s, _), (real, _, _) = (shown(problem, x, r, at, critic)
+                                  for x in (x_r, landing(problem, x_t, node_of(step), batch.cond.text)))
     logits = other_terms(s, *seen)
     apart = (torch.sigmoid(logits).T @ fake - torch.sigmoid(-logits).T @ real) / (2 * COUNT)
     return difference(found, known), difference(slopes, apart)
 
 
 def shown(problem: Problem, x_r: Tensor, r: Tensor, at: tuple[float, ...], step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """What is judged, the time that it is told, and how much of x_r there is in it: at r = 0 it is noised to one of `at`."""
+    """What is judged, the time that it is told, and how much of x_r there is in it: at r = 0 it is noised to one of
+    `at`."""
     s = torch.tensor(at or (0.001,), dtype=torch.float64)[(step.uniform("judged s") * max(len(at), 1)).long()]
     noisy = (r == 0) & bool(at)
     kept, added = torch.where(noisy, problem.schedule.alpha(s), 1), torch.where(noisy, problem.schedule.sigma(s), 0)
-    return like(kept, x_r) * x_r + like(added, x_r) * step.normal("judged noise", x_r.shape[1:]), torch.where(r > 0, r, s), kept
+    return like(kept, x_r) * x_r + like(added, x_r) * step.normal("judged noise",
+                                                                  x_r.shape[1:]), torch.where(r > 0, r, s), kept
 
 
 def unrest(problem: Problem, objective: str) -> float:
@@ -182,7 +192,8 @@ def distance_from_rest(problem: Problem, objective: str) -> float:
         seen.append(torch.cat([x_r, (x_r[:, :, None] * other[:, None, :]).flatten(1)], 1))
         return 0 * x_r[:, :1]
 
-    method = made(problem, FunctionRole(problem.schedule, teacher_step(problem, -1.0)), FunctionDiscriminator(logits), objective=objective)
+    method = made(problem, FunctionRole(problem.schedule, teacher_step(problem, -1.0)), FunctionDiscriminator(logits),
+                  objective=objective)
     batch, step = problem.batch(MANY), problem.step(MANY)
     method.student_loss(batch, step)
     method.critic_loss(batch, problem.step(MANY, "critic+discriminator", kept=step.kept))

@@ -206,6 +206,7 @@ def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: f
             continue
         reads_scale, rounded = path.settings.get("guidance_embedding"), problem.name == "vp" and LEVELS % path.steps
         yield Check(f"{path.name}: {TRAINED}, on {len(places)} noises; relative",
-                    largest(*(trained(name, path, place, loss, kept) for place in places)), 1e-5 if reads_scale else tolerance)
+                    largest(*(trained(name, path, place, loss, kept) for place in places)),
+                    1e-5 if reads_scale else tolerance)
         yield Check(f"{path.name}: {DRAWN}, on {len(places)} noises; relative",
                     largest(*(sampled(name, path, place, sample) for place in places)), 1e-3 if rounded else 1e-4)

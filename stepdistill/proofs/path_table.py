@@ -75,13 +75,15 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("skip 2, gamma 1", skip=2, gamma=1.0),
             of("shift 2, gamma 1, an averaged target", full=True, shift=2.0, gamma=1.0),
             of("Huber, gamma 0, a range of scales", w=RANGE, loss="huber", huber_c=0.3, gamma=0.0)),
-    "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("no guidance embedding", guidance_embedding=False), of("16 steps", 16, RANGE)),
+    "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("no guidance embedding", guidance_embedding=False),
+               of("16 steps", 16, RANGE)),
     "kd": (ONE, of("absolute", loss="absolute"), of("2 steps on 4 nodes", 2)),
     "progressive": (*GUIDED, AFTER,
                     of("SNR + 1", weight="v"),
                     of("16 steps", 16),
                     of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
-                    Path("of the stage before, guidance embedding", {"guidance_embedding": True}, 8, RANGE, previous=True)),
+                    Path("of the stage before, guidance embedding", {"guidance_embedding": True}, 8, RANGE,
+                         previous=True)),
     "reflow": (HUBER, of("distil", distil=True), of("distil, 1 step", 1, distil=True)),
     "tract": (*GUIDED, AFTER, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2), of("a step a node", 4, nodes=4)),
 }
@@ -149,7 +151,8 @@ def served(name: str, path: Path, problem: Problem) -> bool:
 
 def refused(name: str, path: Path, problem: Problem) -> bool:
     try:
-        inference = load_method(name).inference(path.settings_of(name), path.steps, problem.schedule, path.scale(problem))
+        inference = load_method(name).inference(path.settings_of(name), path.steps, problem.schedule,
+                                                path.scale(problem))
         stock_call(inference, problem.schedule)
     except ValueError:
         return True

@@ -240,8 +240,8 @@ def stock_time(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 
 def noise_level(turn: Turn, u: Tensor, whole: bool = False) -> Tensor:
-    """The time (B,) of a draw u by the law of the settings, in t_range or at all times: each stock time has the probability
-    of the cell around it."""
+    """The time (B,) of a draw u by the law of the settings, in t_range or at all times: each stock time has the
+    probability of the cell around it."""
     s, schedule = turn.settings, turn.problem.schedule
     low, high = (0.0, 1.0) if whole else s.t_range
     if s.noise_law == "uniform":
@@ -264,7 +264,8 @@ def noise_level(turn: Turn, u: Tensor, whole: bool = False) -> Tensor:
     return (times[0] + place + 1).double() / 1000
 
 
-NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0}      # defaults of most
+# defaults of most
+NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0}
 
 
 def laws(**settings: Any) -> tuple[Path, ...]:

@@ -16,7 +16,8 @@ from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
 from .problem import Check, Problem
 
 SHOWN = (0.01, 0.25, 0.5, 0.75)         # discriminator_times, as published
-SHAPES, TOY = {"nodes": 16, "discriminator_times": SHOWN}, {"objective": "pair", "nodes": 8, "discriminator_times": (0.1, 0.25, 0.5)}
+SHAPES, TOY = {"nodes": 16, "discriminator_times": SHOWN}, {"objective": "pair", "nodes": 8,
+                                                            "discriminator_times": (0.1, 0.25, 0.5)}
 PATHS = (
     Path("the defaults", steps=4, elsewhere=True),
     Path("shapes/lightning, first stage, mse", SHAPES | {"objective": "mse"}, steps=4, elsewhere=True),
@@ -34,7 +35,8 @@ PATHS = (
     Path("starts of twice the steps, pair", {"nodes": 8, "starts": 4}, steps=2),
     Path("starts of four times the steps, single, judged under noise",
          {"objective": "single", "nodes": 8, "starts": 8, "discriminator_times": SHOWN}, steps=2),
-    Path("one step from four starts, pair, judged under noise", {"nodes": 8, "starts": 4, "discriminator_times": SHOWN}, steps=1),
+    Path("one step from four starts, pair, judged under noise", {"nodes": 8, "starts": 4, "discriminator_times": SHOWN},
+         steps=1),
     Path("judged at one level", {"nodes": 8, "discriminator_times": (0.3,)}, steps=2),
 )
 
@@ -96,7 +98,8 @@ def landed(turn: Turn, begun: Start) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits_of(turn: Turn, begun: Start, x_r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, levels and logits of a landing, and how much of it they hold: on the data it is noised by discriminator_times."""
+    """Features, levels and logits of a landing, and how much of it they hold: on the data it is noised by
+    discriminator_times."""
     at, schedule, discriminator = turn.settings.discriminator_times, turn.problem.schedule, turn.roles["discriminator"]
     s, kept, on_data = begun.r, torch.ones_like(begun.r), begun.r == 0
     if at:

@@ -39,7 +39,8 @@ def whole(found: Cast, x: Tensor, theta: Tensor) -> Tensor:
 
 
 def secant(found: Cast, x: Tensor, theta: Tensor, share: float = 1.0) -> Tensor:
-    """(cos b F(x) - F(cos b x - sin b v, theta - b)) / sin b, b a share of the width, no further than the first time."""
+    """(cos b F(x) - F(cos b x - sin b v, theta - b)) / sin b, b a share of the width, no further than the first
+    time."""
     first = found.hand.angle(torch.tensor([FIRST], dtype=torch.float64))
     b = share * (theta - first).clamp(max=found.settings.width)
     cos, sin = b.cos()[:, None], b.sin()[:, None]
@@ -111,4 +112,5 @@ def scm(problem: Problem) -> Iterator[Check]:
 def published_times(problem: Problem, settings: Settings) -> Tensor:
     """Of the law, cut off where a network knows no more times and where sampling starts."""
     ends = torch.tensor([FIRST + INSIDE, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
-    return normal_values(settings.mean, settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN
+    return normal_values(settings.mean,
+                         settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN

@@ -1,4 +1,5 @@
-"""TCD: the map is an exponential integrator, and the loss vanishes where it lands on the teacher's DDIM steps, whatever r."""
+"""TCD: the map is an exponential integrator, and the loss vanishes where it lands on the teacher's DDIM steps, whatever
+r."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     t, s, r = method.times(step)
     path = Trajectory.of(problem, torch.cat([nodes(NODES).flip(0), t.new_tensor([method.end])]), ddim_factor)
     root = made(problem, path.landing(r)).loss(batch, step)["consistency"].sqrt()
-    yield Check("root of the loss of a student that lands on the guided teacher's DDIM steps at every r", root.item(), 1e-9)
+    yield Check("root of the loss of a student that lands on the guided teacher's DDIM steps at every r",
+                root.item(), 1e-9)
 
     other = problem.affine()
     x_t = schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
@@ -52,9 +54,11 @@ def identities(problem: Problem) -> Iterator[Check]:
         found = gradient(whole.loss(batch, step)["consistency"], learner)
         yield Check(f"gradient against that with an exact target, {label}; relative", difference(found, known), 1e-9)
 
-    yield Check("moments of the nodes t, and of r given s, against the uniform laws', in standard errors", drawn_times(method, problem), 6)
+    yield Check("moments of the nodes t, and of r given s, against the uniform laws', in standard errors",
+                drawn_times(method, problem), 6)
     if problem.name == "vp":
-        yield Check("signal, old and fresh noise after a step of the sampler against algorithm 4", noise_added(problem, method), 1e-9)
+        yield Check("signal, old and fresh noise after a step of the sampler against algorithm 4",
+                    noise_added(problem, method), 1e-9)
     noise, end = problem.normal(COUNT, problem.dim), torch.full((COUNT,), method.end, dtype=torch.float64)
     once = problem.sampler(TCD.inference(method.settings, 1, problem.schedule))
     found, known = once(path.landing(end), noise, batch.cond), path.carried(noise, torch.ones_like(end), end)
@@ -64,7 +68,8 @@ def identities(problem: Problem) -> Iterator[Check]:
 
 
 def drawn_times(method: TCD, problem: Problem) -> float:
-    """t = i / N, s = (i - skip) / N, r = j / N with j from 0 to that of s; not a number where s is not, or any is not a node."""
+    """t = i / N, s = (i - skip) / N, r = j / N with j from 0 to that of s; not a number where s is not, or any is not a
+    node."""
     times = method.times(problem.step(MANY))
     i, below, j = ((NODES * u).round() for u in times)
     expected = [node.div(NODES).clamp(min=method.end) for node in (i, (i - method.settings.skip).clamp(min=0), j)]
@@ -82,7 +87,8 @@ def mapped(problem: Problem, learner: Affine, x: Tensor, t: Tensor, r: Tensor) -
 
 
 def noise_added(problem: Problem, method: TCD) -> float:
-    """The largest error of three coefficients over the steps but the last: of x_0, of the predicted eps, of the fresh noise."""
+    """The largest error of three coefficients over the steps but the last: of x_0, of the predicted eps, of the fresh
+    noise."""
     squares, worst = problem.scheduler.alphas_cumprod.double(), 0.0
     x0, eps, fresh = torch.eye(3, dtype=torch.float64)[:, None]
     for e, after in zip(method.sampler.evaluations, method.sampler.times[1:]):

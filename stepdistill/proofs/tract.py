@@ -1,4 +1,5 @@
-"""TRACT: the fixed point is the teacher's own DDIM steps to the segment's end, guided as the teacher is, and it samples so."""
+"""TRACT: the fixed point is the teacher's own DDIM steps to the segment's end, guided as the teacher is, and it samples
+so."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,12 +23,13 @@ COUNT, NODES = 256, 40
 
 def made(problem: Problem, steps: int, student: Role, target: Role) -> TRACT:
     roles = {"teacher": problem.teacher, "student": student, "target": target}
-    return TRACT(Settings(nodes=NODES), roles, problem.w, problem.sampler(TRACT.inference(Settings(nodes=NODES), steps, problem.schedule)))
+    return TRACT(Settings(nodes=NODES), roles, problem.w,
+                 problem.sampler(TRACT.inference(Settings(nodes=NODES), steps, problem.schedule)))
 
 
 def gains(problem: Problem) -> Tensor:
-    """What the teacher's DDIM steps from node i to 0 leave of x - alpha m along the axes of the data: (NODES + 1, D). One step
-    leaves (alpha_r alpha_t C + sigma_r sigma_t) / (alpha_t^2 C + sigma_t^2)."""
+    """What the teacher's DDIM steps from node i to 0 leave of x - alpha m along the axes of the data: (NODES + 1, D).
+    One step leaves (alpha_r alpha_t C + sigma_r sigma_t) / (alpha_t^2 C + sigma_t^2)."""
     t, variances = torch.arange(NODES + 1).double() / NODES, torch.linalg.eigvalsh(problem.covariance)
     alpha, sigma = problem.schedule.alpha(t)[:, None], problem.schedule.sigma(t)[:, None]
     each = (alpha[:-1] * alpha[1:] * variances + sigma[:-1] * sigma[1:]) / (alpha[1:] ** 2 * variances + sigma[1:] ** 2)
@@ -55,14 +57,18 @@ def identities(problem: Problem) -> Iterator[Check]:
     for steps in (1, 4):
         student, other = closed(problem, steps, problem.w), closed(problem, steps, 1.0)
         rest, usual = (made(problem, steps, role, role).loss(batch, step)["closure"] for role in (student, other))
-        yield Check(f"{steps}-step loss at the guided teacher's own steps, over that at the unguided's", (rest / usual).item(), 1e-18)
+        yield Check(f"{steps}-step loss at the guided teacher's own steps, over that at the unguided's",
+                    (rest / usual).item(), 1e-18)
         drawn = made(problem, steps, student, student).sampler(student, noise, batch.cond)
-        yield Check(f"its sample in {steps} steps against the teacher's in {NODES}; relative", difference(drawn, far), 1e-9)
+        yield Check(f"its sample in {steps} steps against the teacher's in {NODES}; relative",
+                    difference(drawn, far), 1e-9)
 
-    for label, student, target in (("teacher and target reach", problem.affine(), problem.affine()), ("it reaches itself", one := problem.affine(), one)):
+    for label, student, target in (("teacher and target reach", problem.affine(), problem.affine()),
+                                   ("it reaches itself", one := problem.affine(), one)):
         found = gradient(made(problem, 4, student, target).loss(batch, step)["closure"], student)
         known = _slope(problem, batch, step, student, target)
-        yield Check(f"gradient against that of the regression on where {label}; relative", difference(found, known), 1e-9)
+        yield Check(f"gradient against that of the regression on where {label}; relative",
+                    difference(found, known), 1e-9)
     yield from paths(problem)
     yield from following("tract", problem)
 

@@ -1,4 +1,5 @@
-"""What a training step asks of its networks: passes, and the activations that autograd keeps. Counted on the meta device."""
+"""What a training step asks of its networks: passes, and the activations that autograd keeps. Counted on the meta
+device."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,8 @@ from .setup import Run
 
 @dataclass
 class PassCounts:
-    """Evaluations of the network a sample and step, forward and with gradients; held: the most bytes that autograd keeps."""
+    """Evaluations of the network a sample and step, forward and with gradients; held: the most bytes that autograd
+    keeps."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -44,8 +46,9 @@ class _Moment(Step):
 def count_passes(run: Run) -> PassCounts:
     """By running the method's own losses, with as many samples as a micro-batch has.
 
-    A pass that ends at a discriminator's last feature counts as its share of a whole pass's arithmetic. Passes are a mean over
-    the exits of the student's rollouts: their count grows evenly from exit to exit, so the first and the last one tell it.
+    A pass that ends at a discriminator's last feature counts as its share of a whole pass's arithmetic. Passes are a
+    mean over the exits of the student's rollouts: their count grows evenly from exit to exit, so the first and the last
+    one tell it.
     """
     passes, batch, share = PassCounts(), _batch(run), _share(run)
     networks, last = [run.teacher.network, *run.roles.networks.values()], run.method.sampler.nfe - 1
@@ -60,7 +63,8 @@ def count_passes(run: Run) -> PassCounts:
 
 
 def _step(run: Run, batch: Batch, passes: PassCounts, at: float) -> None:
-    """One training step of two, with batches shared as training shares them. Repeats on batches of their own cost the same."""
+    """One training step of two, with batches shared as training shares them. Repeats on batches of their own cost the
+    same."""
     kept: dict[str, Any] = {}
     for update in run.method.updates():
         shares = min(update.shares, update.repeat)
@@ -101,7 +105,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch computes attention as it is written, and keeps what a kernel on a GPU or a CPU does not."""
+    """On the meta device torch computes attention as it is written, and keeps what a kernel on a GPU or a CPU does
+    not."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:

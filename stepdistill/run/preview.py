@@ -42,7 +42,8 @@ class Preview:
             saved = checkpoints.latest(folder)
             truncate(folder / FIGURES, 0 if saved is None else checkpoints.step_of(saved))
         if choices.reference is not None and parallel.rank() == 0:
-            self.figures = Evaluation(choices.samples, run.recipe.train.seed, features=resources.locate(choices.features) or choices.features,
+            self.figures = Evaluation(choices.samples, run.recipe.train.seed,
+                                      features=resources.locate(choices.features) or choices.features,
                                       reference=choices.reference, say=lambda text: None)
 
     def __call__(self, step: int) -> None:

@@ -114,7 +114,7 @@ FAULTS = (
     of(SID, "the critic's sample keeps its gradient", "with torch.no_grad():", "with torch.enable_grad():"),
     of(SID, "student first",
        'Update(("critic",), self.critic_loss, '
-       'repeat=self.settings.critic_steps), '
+       'repeat=self.settings.critic_steps),\n                '
        'Update(("student",), self.student_loss)',
        'Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, '
        'repeat=self.settings.critic_steps)'),

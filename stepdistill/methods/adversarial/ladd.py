@@ -1,9 +1,11 @@
 """LADD: Latent Adversarial Diffusion Distillation. Sauer et al. 2024, arXiv:2403.12015.
 
     t              <- a node of the student's grid, by a law that begins with the easy ones
-    x              <- the student's x_0 from data noised to t                 (the data: what the teacher drew, section 3)
+    x              <- the student's x_0 from data noised to t                 (the data: what the teacher drew, section
+    3)
     student        <- fool the heads on x, noised again to s
-    discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~ logit-normal
+    discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~
+                      logit-normal
 
 No other loss: the teacher's own pictures carry its guidance. The heads read s and the prompt only through the features,
 which have seen both. On other noises than a flow's, s is the time of the same signal-to-noise ratio.
@@ -26,7 +28,8 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    shares: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)     # of the student's nodes, noise first: t = 1, 0.75, 0.5, 0.25 (p)
+    shares: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)     # of the student's nodes, noise first: t = 1, 0.75, 0.5, 0.25
+                                                         # (p)
     warmup_shares: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)    # the same, in the warm-up (p)
     warmup_updates: int = 500          # length of the warm-up (p); 0 leaves it out
     mean: float = 1.0                  # of logit s: higher judges structure, lower texture (p)
@@ -36,7 +39,8 @@ class Settings:
     def __post_init__(self) -> None:
         for shares in (self.shares, self.warmup_shares):
             if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-                raise ValueError(f"shares and warmup_shares are probabilities, none negative, that sum to 1; found {shares}")
+                raise ValueError("shares and warmup_shares are probabilities, none negative, that sum to 1; found "
+                                 f"{shares}")
         if len(self.shares) != len(self.warmup_shares):
             raise ValueError("shares and warmup_shares are of the same nodes, so of one length; found "
                              f"{len(self.shares)} and {len(self.warmup_shares)}")
@@ -65,15 +69,18 @@ class LADD(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         count = len(settings.shares)
         if steps < 1 or count % steps:
-            raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide {count}; found {steps} steps")
+            raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide "
+                             f"{count}; found {steps} steps")
         if isinstance(schedule, VariancePreserving) and LEVELS % count:
-            raise ValueError(f"a discrete schedule has evenly spaced times only where their number divides its {LEVELS}; "
+            raise ValueError("a discrete schedule has evenly spaced times only where their number divides its "
+                             f"{LEVELS}; "
                              f"ladd is set to {count}")
         return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         count = self.settings.critic_steps
-        return [Update(("student",), self.student_loss), Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
+        return [Update(("student",), self.student_loss),
+                Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
 
     # -- losses, in the order of the algorithm -----------------------------------------------------------------------
 
@@ -93,7 +100,8 @@ class LADD(Method):
     def logits(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
         """Logits (B, K) of x, noised to a level of its own."""
         s = self.level(step.uniform(f"{name} s"))
-        return self.discriminator(self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s), s, batch.cond)
+        noised = self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s)
+        return self.discriminator(noised, s, batch.cond)
 
     def level(self, u: Tensor) -> Tensor:
         """s (B,): logit-normal as a flow's sigma."""

@@ -1,16 +1,19 @@
-"""SDXL-Lightning: Progressive Adversarial Diffusion Distillation. Lin et al. 2024, arXiv:2402.13929. One stage, nodes -> steps.
+"""SDXL-Lightning: Progressive Adversarial Diffusion Distillation. Lin et al. 2024, arXiv:2402.13929. One stage, nodes
+-> steps.
 
     x_t            <- data noised to a node t of the student's grid, and pure noise at t = 1       (section 3.5)
     student        <- its one step from x_t to r fools the discriminator
-    critic and its heads  <- tell the teacher's nodes / steps small steps from x_t to r from the student's one   (eq. 20)
+    critic and its heads  <- tell the teacher's nodes / steps small steps from x_t to r from the student's one   (eq.
+    20)
 
-The critic is a copy of the teacher, trained with the heads on its middle. Told x_t beside the landing ("pair", eq. 22) it
-rejects whatever leaves the teacher's trajectory; shown the landing alone ("single", eq. 23) only what is no likely x_r. The paper
-goes 128 -> 32 by "mse" and with guidance; then 32 -> 8 -> 4 -> 2 -> 1 without, by "pair" and then "single", each stage with
-the student before as its teacher and a new discriminator.
+The critic is a copy of the teacher, trained with the heads on its middle. Told x_t beside the landing ("pair", eq. 22)
+it rejects whatever leaves the teacher's trajectory; shown the landing alone ("single", eq. 23) only what is no likely
+x_r. The paper goes 128 -> 32 by "mse" and with guidance; then 32 -> 8 -> 4 -> 2 -> 1 without, by "pair" and then
+"single", each stage with the student before as its teacher and a new discriminator.
 
-Source of the defaults: (p) the paper. Its last stage also turns the one-step student into one that predicts x_0, which views
-do here; its EulerDiscreteScheduler starts from 0.998 times the noise that training starts from, DDIMScheduler from all of it.
+Source of the defaults: (p) the paper. Its last stage also turns the one-step student into one that predicts x_0, which
+views do here; its EulerDiscreteScheduler starts from 0.998 times the noise that training starts from, DDIMScheduler
+from all of it.
 """
 from __future__ import annotations
 
@@ -35,10 +38,12 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     objective: Literal["pair", "single", "mse"] = "pair"
-    nodes: int = 32                    # steps of the teacher from noise to data, a multiple of the student's (p: 128, 32, 8, 4, 2)
-    starts: int | None = None          # times that the student is trained at; None: its own steps (p: 4 for 1 and 2 steps)
-    discriminator_times: tuple[float, ...] = ()    # noise levels at which the discriminator sees landings on the data, one of them
-    #                                    drawn; none: no noise (p: 0.01, 0.25, 0.5, 0.75 for 1 and 2 steps, at the end the first five times over)
+    nodes: int = 32                    # steps of the teacher from noise to data, a multiple of the student's (p: 128,
+                                       # 32, 8, 4, 2)
+    starts: int | None = None          # times that the student is trained at; None: its own steps (p: 4 for 1
+                                       # and 2 steps)
+    discriminator_times: tuple[float, ...] = ()    # noise levels at which the discriminator sees landings on the data,
+    #                  one of them drawn; none: no noise (p: 0.01, 0.25, 0.5, 0.75 for 1 and 2 steps, the first five times over)
 
     def __post_init__(self) -> None:
         if self.objective not in ("pair", "single", "mse"):
@@ -65,19 +70,22 @@ class Lightning(Method):
         needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher")}
         if settings.objective == "mse":
             return needs
-        return needs | {"critic": Trained("teacher"), "discriminator": Heads("critic", pair=settings.objective == "pair")}
+        return needs | {"critic": Trained("teacher"),
+                        "discriminator": Heads("critic", pair=settings.objective == "pair")}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps < 1 or settings.nodes % steps or (settings.starts or steps) % steps:
-            raise ValueError(f"a stage of lightning joins a whole number of its teacher's {settings.nodes} steps into one, and begins at "
+            raise ValueError(f"a stage of lightning joins a whole number of its teacher's {settings.nodes} steps into "
+                             "one, and begins at "
                              f"all of the student's times; found {steps} steps and starts = {settings.starts}")
         return Inference(steps)
 
     def updates(self) -> list[Update]:
         if self.logits is None:
             return [Update(("student",), self.regression)]
-        return [Update(("student",), self.student_loss), Update(("critic", "discriminator"), self.critic_loss, shares=1)]
+        return [Update(("student",), self.student_loss),
+                Update(("critic", "discriminator"), self.critic_loss, shares=1)]
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
@@ -111,11 +119,13 @@ class Lightning(Method):
 
     @torch.no_grad()
     def teacher_landing(self, x_t: Tensor, times: Tensor, batch: Batch, step: Step) -> Tensor:
-        """Where the teacher's small steps land. What has reached the data stays there; the network reads the time of its start."""
+        """Where the teacher's small steps land. What has reached the data stays there; the network reads the time of
+        its start."""
         teacher = guided(self.teacher, drawn(self.guidance, step))
         for t, r in pairwise(times):
             on = t > 0
-            x_t = torch.where(like(on, x_t).bool(), ddim_step(teacher(x_t, torch.where(on, t, times[0]), batch.cond), r), x_t)
+            x_t = torch.where(like(on, x_t).bool(),
+                              ddim_step(teacher(x_t, torch.where(on, t, times[0]), batch.cond), r), x_t)
         return x_t
 
     def pair_logits(self, x_r: Tensor, x_t: Tensor, times: Tensor, batch: Batch, step: Step) -> Tensor:
@@ -128,7 +138,8 @@ class Lightning(Method):
 
     def discriminator_input(self, x_r: Tensor, r: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The landing as the critic sees it, and the time that it reads: what lies on the data is noised to one of
-        `discriminator_times` (eq. 25), the teacher's and the student's alike, or, without any, keeps its noise and reads the least time that a network knows."""
+        `discriminator_times` (eq. 25), the teacher's and the student's alike, or, without any, keeps its noise and
+        reads the least time that a network knows."""
         if not self.settings.discriminator_times:
             return x_r, r.clamp_min(1 / LEVELS)
         s = discrete(torch.tensor(self.settings.discriminator_times, dtype=torch.float64))(step.uniform("judged s"))

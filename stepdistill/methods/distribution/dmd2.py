@@ -1,13 +1,14 @@
 """DMD2: Improved Distribution Matching Distillation. Yin et al. 2024, arXiv:2405.14867.
 
     x               <- the student's own sample, at a random step of its sampler     (backward simulation, section 4.5)
-    student         <- x + (real score - fake score), fool the discriminator         (no regression to pairs, section 4.1)
+    student         <- x + (real score - fake score), fool the discriminator         (no regression to pairs, section
+    4.1)
     repeat critic_steps times                                                        (two time scales, section 4.2)
         critic         <- denoise the student's samples
         discriminator  <- tell noised real from noised fake, on the critic's features (section 4.3)
 
-Sources of the defaults: (p) the paper, (x) its released SDXL training. One forward of the critic serves the score and the
-discriminator, and so both see one noise level; the released code draws the discriminator's anew.
+Sources of the defaults: (p) the paper, (x) its released SDXL training. One forward of the critic serves the score and
+the discriminator, and so both see one noise level; the released code draws the discriminator's anew.
 """
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 class Settings:
     critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
     share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
-    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of all steps (p)
-    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (p)
+    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of
+                                       # all steps (p)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform,
+                                       # lognormal, shifted, mixture (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
@@ -47,7 +50,8 @@ class Settings:
         if self.critic_steps < 1:
             raise ValueError(f"critic_steps must be at least 1; found {self.critic_steps}")
         if self.gan_weight < 0 or self.critic_gan_weight < 0:
-            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, {self.critic_gan_weight}")
+            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, "
+                             f"{self.critic_gan_weight}")
 
 
 class DMD2(Method):
@@ -64,7 +68,8 @@ class DMD2(Method):
     def refusal(cls, settings: Settings, data: str) -> str | None:
         if not settings.gan_weight or data != "prompts":
             return None
-        return (f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, or set "
+        return (f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, "
+                "or set "
                 "gan_weight: 0 to train on prompts alone")
 
     @classmethod
@@ -90,7 +95,8 @@ class DMD2(Method):
         cond = self.critic_condition(batch, step)
         step.kept.update(sample=x.detach(), cond=cond)
         t = self.matched(step.uniform("t"))
-        seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the critic
+        seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the
+                                                              # critic
         x_t = self.teacher.schedule.add_noise(seen, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
@@ -114,7 +120,8 @@ class DMD2(Method):
 
     @torch.no_grad()
     def sample(self, batch: Batch, step: Step) -> tuple[Tensor, Condition]:
-        """The sample that the student was just trained on, where the batch is shared, or a new one; the condition of the critic."""
+        """The sample that the student was just trained on, where the batch is shared, or a new one; the condition of
+        the critic."""
         if "sample" in step.kept:
             return step.kept["sample"], step.kept["cond"]
         return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.critic_condition(batch, step)

@@ -5,8 +5,8 @@
     loss  =  max(SNR, 1) | student(x_t, t, w) - guided teacher(x_t, t, w) |^2
 
 One evaluation of the student then does what two of the teacher do, at every scale of the range. The second stage is
-`progressive` with teacher: previous, which halves the steps at all scales at once. The paper's scale of s is 1 + s here,
-where 1 is conditional only. A student without a guidance embedding learns one scale by heart: give a single one.
+`progressive` with teacher: previous, which halves the steps at all scales at once. The paper's scale of s is 1 + s
+here, where 1 is conditional only. A student without a guidance embedding learns one scale by heart: give a single one.
 
 Sources of the defaults: (p) the paper.
 """
@@ -63,5 +63,6 @@ class GuidedDistillation(Method):
         x_t = self.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             target = guided(self.teacher, w)(x_t, t, batch.cond).x0
-        error = squared(self.student(x_t, t, with_scale(batch.cond, w) if self.settings.guidance_embedding else batch.cond).x0, target)
+        cond = with_scale(batch.cond, w) if self.settings.guidance_embedding else batch.cond
+        error = squared(self.student(x_t, t, cond).x0, target)
         return {"guided": (like(self.weight(self.schedule, t), error) * error).mean()}

@@ -50,7 +50,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 def inputs(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.label is None:
-        raise ValueError("this network is told a class: pass a condition from teacher.encode(prompts)")
+        raise ValueError("this network reads a class: pass a condition from teacher.encode(prompts)")
     return {"x_t": x_t, "t": timestep, "label": cond.label, "w": cond.w}
 
 
