@@ -59,7 +59,7 @@ def game(problem: Problem) -> Iterator[Check]:
                 1e-9)
 
     method = made(problem, student, lambda x, t, cond: x @ heads.T)
-    t = method.later(step.uniform("t"))
+    t = method.law(step.uniform("t"))
     noise = step.normal("start", (problem.dim,))
     x_t = torch.where(t[:, None] == 1, noise, problem.schedule.add_noise(batch.x0, noise, t))
     alpha = problem.schedule.alpha(method.level(step.uniform("fake s")))

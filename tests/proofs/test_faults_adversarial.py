@@ -59,8 +59,8 @@ FAULTS = (
     # LADD
     of(LADD, "warmup_updates unread", "step.index < self.settings.warmup_updates", "step.index < 500"),
     of(LADD, "one step more of warm-up", "step.index < self.settings.warmup_updates", "step.index <= self.settings.warmup_updates"),
-    of(LADD, "no warm-up", "self.warmup_law if step.index < self.settings.warmup_updates else self.law", "self.later"),
-    of(LADD, "the laws swapped", "self.warmup_law, self.law =", "self.later, self.first ="),
+    of(LADD, "no warm-up", "self.warmup_law if step.index < self.settings.warmup_updates else self.law", "self.law"),
+    of(LADD, "the laws swapped", "self.warmup_law, self.law =", "self.law, self.warmup_law ="),
     of(LADD, "shares unread", "weighted(grid, settings.shares)", "weighted(grid, (0.7, 0.1, 0.1, 0.1)[:len(grid)])"),
     of(LADD, "warmup_shares unread", "weighted(grid, settings.warmup_shares)",
        "weighted(grid, (0.0, 0.0, 0.5, 0.5)[-len(grid):])"),
