@@ -81,7 +81,7 @@ def test_a_landing_on_the_data_is_noised_again_before_it_is_judged(noise):
     (real, r, x_t, t), (fake, again, *_) = seen[1:]
     assert torch.equal(r, again) and set(r[onto].tolist()) == {0.01, 0.5, 0.75} and (r[~onto] == 0.5).all()
     assert torch.equal(fake[~onto], x_r[~onto]) and torch.equal(fake[onto], problem.schedule.add_noise(x_r, noised, r)[onto])
-    clean = problem.schedule.add_noise(method.taught(x_t, times, batch, step), noised, r)
+    clean = problem.schedule.add_noise(method.teacher_landing(x_t, times, batch, step), noised, r)
     assert torch.equal(real[onto], clean[onto]) and torch.equal(t, times[0])
 
 
@@ -115,5 +115,5 @@ def test_a_teacher_that_has_landed_is_asked_no_more_of_the_data(kind):
     method.teacher = teacher
     batch, step = problem.batch(COUNT), problem.step(COUNT)
     x_t, times = method.started(batch, step)
-    landed = method.taught(x_t, times, batch, step)
+    landed = method.teacher_landing(x_t, times, batch, step)
     assert (times[1:-1] == 0).any() and landed.isfinite().all() and all((t > 0).all() for _, t, _ in teacher.calls)
