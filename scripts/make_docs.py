@@ -21,12 +21,15 @@ from stepdistill.recipe import catalogue, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
+TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic,
+          "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
           "evaluate": schema.Evaluate}
-WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table", "RoleChoice": "full | table",
+WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
+         "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
-         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list", "tuple": "range", "Any": "value"}
+         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
+         "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
 
@@ -89,7 +92,8 @@ GPU_RECORDS = ("smoke", "memory", "throughput", "world")
 
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the schema."""
+    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the
+    schema."""
     lines, first = inspect.getsourcelines(model)
     tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
     for node in tree.body[0].body:
@@ -106,8 +110,9 @@ def _takes(annotation: ast.expr, bounds: list[Any]) -> str:
         return " | ".join(ast.literal_eval(text.removeprefix("Literal")))
     for word, plain in WORDS.items():
         text = re.sub(rf"\b{word}\b", plain, text)
-    said = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items() if name in dir(bound)]
-    return ", ".join([text, *said])
+    limits = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items()
+              if name in dir(bound)]
+    return ", ".join([text, *limits])
 
 
 def _default(field: Any) -> str:
@@ -131,7 +136,8 @@ def recipe_page() -> str:
 
 
 def method_page() -> str:
-    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | {entry.family} "
+    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | "
+            f"{entry.family} "
             f"| {_span(entry.steps)} | {', '.join(entry.data)} |\n" for name, entry in METHODS.items()]
     parts = [f"\n## {name}\n\n```text\n{catalogue.algorithm(name)}\n```\n" for name in METHODS]
     return METHOD_PAGE + "".join(rows) + "".join(parts)

@@ -33,7 +33,7 @@ from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
 from .run.checks import check, family, needs_of
-from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
+from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
@@ -50,8 +50,9 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     """Distils a student as a recipe says, and returns the run's folder.
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
-    by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on in
-    the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run had to
+    by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
+    in the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run
+    had to
     end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
@@ -88,7 +89,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written
         folder.begin(new, folder.pinned(begun[new]), device)
     if parallel.rank() == 0 and len(whole.stages) > 1:
-        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
+        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, "
+                                   f"{recipe.steps} steps")
     try:
         trainer.train(resume)
     except Stopped as error:
@@ -107,13 +109,15 @@ class MadePairs:
     seconds: float
 
 
-def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, **overrides: Any) -> MadePairs:
+def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
+          **overrides: Any) -> MadePairs:
     """Makes the teacher's pairs of noise and picture that a recipe trains on, those that are not there yet.
 
     They lie in the cache, where a training finds them, or in the folder `out`, for a recipe's data.pairs.path.
     """
     recipe = Recipe.of(recipe, overrides)
-    recipe = next((stage for stage in recipe.stages if stage.data.kind == "pairs" and not stage.taught_by_previous), recipe)
+    recipe = next((stage for stage in recipe.stages if stage.data.kind == "pairs" and not stage.taught_by_previous),
+                  recipe)
     if recipe.data.kind != "pairs":
         raise recipe.refuse("data", f"names {recipe.data.kind}; pairs are made for recipes that train on them, such as "
                             "data: {pairs: {prompts: shapes, solver: ddim, steps: 25}, count: 4096, batch: 64}")
@@ -123,10 +127,10 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     run, start = setup(recipe, launched()), time.perf_counter()
     with _progress() as report:
         cache = Cache(report=report)
-        shelf = pairs_shelf(run, cache, out)
-        missing = recipe.data.count - shelf.made()
-        fill_pairs(run, shelf, cache)
-    return MadePairs(shelf.folder, recipe.data.count, missing, time.perf_counter() - start)
+        spec = pairs_spec(run, cache, out)
+        missing = recipe.data.count - spec.made()
+        fill_pairs(run, spec, cache)
+    return MadePairs(spec.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
@@ -138,7 +142,8 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
     recipe = folder.recipe_of(run)
-    check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None, recipe.guidance)
+    check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None,
+                 recipe.guidance)
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=resources.portable(opened.recipe.teacher),
@@ -175,9 +180,11 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     return drawn
 
 
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000, out: str | Path = "bench", seed: int = 0,
+def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000,
+          out: str | Path = "bench", seed: int = 0,
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: str | Path = "assets/shapes-clip", reference: str | Path = "shapes", prompts: Sequence[str] | None = None,
+          features: str | Path = "assets/shapes-clip", reference: str | Path = "shapes",
+          prompts: Sequence[str] | None = None,
           reuse: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with curve.png.
 

@@ -37,20 +37,20 @@ class Proof:
 def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
-    student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline. guidance: the
+    student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline. guidance: the
     scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same order: first the
     latents, then the noise of each step, which some pipelines take from the global generator.
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4; by as much may those of a LoRA that
     is fused differ from those of one that is not.
     """
-    said = read_settings(folder)
+    settings = read_settings(folder)
     pipe, call = open_export(folder, student.teacher.source, fused=False)
     if student.lora is not None:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
     stock, ours = _called(pipe, student, call), reference(student, pipe.scheduler, call, guidance)
-    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {said['scheduler']} and {call}")
+    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {settings['scheduler']} and {call}")
     if student.lora is not None:
         fuse(pipe)
         within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
@@ -82,7 +82,7 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
     cond, role = teacher.encode(prompts), student.role
     if "r" in student.reads:
         role = sampler.telling(role)
-    if student.told:
+    if student.guidance_embedding:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
     elif teacher.scale is None:
         role = guided(role, teacher.guidance.scale(call))

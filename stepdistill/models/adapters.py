@@ -33,7 +33,8 @@ def lora_config(rank: int, targets: Sequence[str], alpha: float | None = None) -
     if rank < 1:
         raise RequestError(f"the rank of a LoRA is at least 1, found {rank}")
     if not targets:
-        raise RequestError("a LoRA without targets trains nothing: name modules, or leave `targets` out for the usual ones")
+        raise RequestError("a LoRA without targets trains nothing: name modules, or leave `targets` out for the usual "
+                           "ones")
     return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets),
                       init_lora_weights="gaussian")
 
@@ -61,7 +62,8 @@ OURS = {(lora.Linear, nn.Linear): LoraLinear, (lora.Conv2d, nn.Conv2d): LoraConv
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer without bias that some adapters have, each of its own width, and the base has not: x (B, I) -> (B, O).
+    """A linear layer without bias that some adapters have, each of its own width, and the base has not: x (B, I) -> (B,
+    O).
 
     All start at zero. widths: I of each adapter; `active` is the bank's list of active adapters.
     """
@@ -100,11 +102,13 @@ class AdapterBank:
 
     def __init__(self, network: nn.Module, configs: Mapping[str, LoraConfig], seed: int = 0) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-            raise ValueError("this network carries adapters already: make one bank with all roles, or load the network anew")
+            raise ValueError("this network carries adapters already: make one bank with all roles, or load the network "
+                             "anew")
         for name, config in configs.items():
             _check_targets(network, config.target_modules)
             if other := [key for key in ("lora_dropout", "use_dora", "lora_bias") if getattr(config, key)]:
-                raise ValueError(f"adapter {name!r} has {', '.join(other)}; those of a bank are plain LoRA: take `lora_config`")
+                raise ValueError(f"adapter {name!r} has {', '.join(other)}; those of a bank are plain LoRA: take "
+                                 "`lora_config`")
         self.network, self.configs = network.requires_grad_(False), dict(configs)
         self._active: list[str] = []
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _same_device(network):
@@ -136,10 +140,12 @@ class AdapterBank:
                 parameter.requires_grad_(True)
                 if ".lora_A." in path and not parameter.is_meta:
                     generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / self.configs[name].r)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu")
+                                    / self.configs[name].r)
 
     def add_linear(self, path: str, widths: Mapping[str, int], out_features: int) -> None:
-        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of the adapters in `widths`."""
+        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of the adapters in
+        `widths`."""
         parent, _, leaf = path.rpartition(".")
         layer = AdapterLinear(widths, out_features, self._active).to(next(self.network.parameters()).device)
         setattr(self.network.get_submodule(parent), leaf, layer)
@@ -178,7 +184,8 @@ class AdapterBank:
         own = self._parameters[name]
         wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
-            raise ValueError(f"these are not the weights of adapter {name!r} (rank {self.configs[name].r}): {len(wrong)} of "
+            raise ValueError(f"these are not the weights of adapter {name!r} (rank {self.configs[name].r}): "
+                             f"{len(wrong)} of "
                              f"{len(own)} tensors are missing, unknown or of another shape, the first is {wrong[0]}")
         for path, parameter in own.items():
             parameter.copy_(state[path])
@@ -193,11 +200,13 @@ class AdapterBank:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """The adapter's LoraConfig as plain values, sets as sorted lists."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in self.configs[name].to_dict().items()}
+        return {key: sorted(value) if isinstance(value, set) else value
+                for key, value in self.configs[name].to_dict().items()}
 
     @torch.no_grad()
     def merged(self, name: str | None) -> dict[str, Tensor]:
-        """The float32 state dict of a plain network that computes what the base does with this adapter (None: the base).
+        """The float32 state dict of a plain network that computes what the base does with this adapter (None: the
+        base).
 
         W + (alpha / rank) B A takes the place of W. The tensors are copies.
         """

@@ -22,7 +22,8 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> latents, float32: the posterior's mode, or a sample of it where a generator is given."""
+        """pixels (B, 3, H, W) in [-1, 1] -> latents, float32: the posterior's mode, or a sample of it where a generator
+        is given."""
         posterior = self.network.encode(pixels.to(self.network.device, self.dtype)).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return (z.float() - _on(self.shift, z)) * _on(self.scale, z)
@@ -59,7 +60,8 @@ def shifted(vae: Any) -> Codec:
 
 
 def normalised(vae: Any) -> Codec:
-    """By the mean and the deviation of each channel, and the scaling factor: SDXL pipelines whose codec has latents_mean."""
+    """By the mean and the deviation of each channel, and the scaling factor: SDXL pipelines whose codec has
+    latents_mean."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
     return Codec(vae, vae.config.scaling_factor / std, mean)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 class Guidance:
     """How a pipeline's call speaks of the guidance scale w, of which 1 is conditional only.
 
-    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further keywords that
-    switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class has such an input.
+    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further
+    keywords that switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class
+    has such an input.
     within: this pipeline's own network reads its scale there: a step costs one evaluation, whatever the scale.
     """
 
@@ -49,7 +50,8 @@ USUAL = Guidance()                                  # of pipelines that say guid
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one of them.
+    """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
+    of them.
 
     output_type: of pictures, where "pt" is not known.
     """

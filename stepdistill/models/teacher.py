@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.utils import cached_file as hub_file
 
 from ..diffusion.contracts import Condition
-from ..diffusion.guidance import told
+from ..diffusion.guidance import with_scale
 from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, moved
 from ..diffusion.times import LEVELS
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from ..methods.base import Inference
 from .adapters import matching
 from .extra_embedding import added, fold, install, reading
@@ -132,7 +132,7 @@ class Teacher:
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
         """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of cond.extra."""
         if cond is None:
-            raise ValueError("this network is told a text or a class: pass a condition from teacher.encode(prompts)")
+            raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
         given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
@@ -143,7 +143,7 @@ class Teacher:
 
     def scaled(self, cond: Condition) -> Condition:
         """The condition with the scale that the network reads by itself, where it does and the condition says none."""
-        return cond if self.scale is None or cond.w is not None else told(cond, self.scale)
+        return cond if self.scale is None or cond.w is not None else with_scale(cond, self.scale)
 
     def feature_map(self, output: Any, x_t: Tensor) -> Tensor:
         """What a module returned in the pass of x_t, as a map (B, C, H, W)."""
@@ -231,7 +231,7 @@ def _check(family: Family, parts: Mapping[str, Any], source: str) -> None:
 
 def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
     """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
-    said = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
+    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
             if scheduler.config.get(key) not in (None, False)}
     if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
         return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step students are read at {LEVELS} "
@@ -241,7 +241,7 @@ def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) ->
     apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
     if apart >= LEAST:
         return []
-    named = ", ".join(f"{key}: {value}" for key, value in said.items())
+    named = ", ".join(f"{key}: {value}" for key, value in config.items())
     return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a network that predicts "
             f"noise says nothing about the picture; its scheduler_config.json says {named}. A zero terminal signal-to-noise ratio "
             "(rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
@@ -311,8 +311,8 @@ def call_of(source: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return dict(said.get("teacher_call", {}) if "method" in said else said["call"])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return dict(settings.get("teacher_call", {}) if "method" in settings else settings["call"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
                            f"({type(error).__name__}: {error})") from error
@@ -339,7 +339,7 @@ def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str
         pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
-        raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error
+        raise RequestError(f"the teacher {source} cannot be loaded: {first_lines(error)}") from error
 
 
 def _without_weights(source: str, revision: str | None, family: Family, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -369,4 +369,4 @@ def _network(source: str, revision: str | None, name: str, library: str, kind: s
                 return made_by.from_config(made_by.load_config(source, subfolder=name, revision=revision))
             return made_by(made_by.config_class.from_pretrained(source, subfolder=name, revision=revision))
     except OSError as error:
-        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {gist(error)}") from error
+        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {first_lines(error)}") from error

@@ -58,7 +58,7 @@ class Source:
                 inner = node.get(key)
                 node[key] = node = inner if isinstance(inner, dict) else {}
             node[path[-1]] = value
-            places = {key: said for key, said in places.items() if key[:len(path)] != path}
+            places = {key: written for key, written in places.items() if key[:len(path)] != path}
             places[path] = place(path)
         return Source(self.name, values, places)
 
@@ -81,7 +81,8 @@ class Source:
         for key, inner in value.items():
             new = str(_renamed((*path, key), names)[-1])
             if new != key and new in value:
-                raise RequestError(f"{self.where((*path, key))}: {key} is the earlier name of {new}, which is given too: "
+                raise RequestError(f"{self.where((*path, key))}: {key} is the earlier name of {new}, which is given "
+                                   "too: "
                                    "leave one of them out")
             found[new] = self._renamed(inner, (*path, key), names)
         return found
@@ -91,8 +92,9 @@ class Source:
         return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
 
     def where(self, path: EntryPath) -> str:
-        """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands in."""
-        inner = next((said for key, said in self.places.items() if key[:len(path)] == path), None)
+        """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands
+        in."""
+        inner = next((written for key, written in self.places.items() if key[:len(path)] == path), None)
         if inner is not None and path not in self.places:
             return inner
         for length in range(len(path), 0, -1):

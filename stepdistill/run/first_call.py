@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.sampler import Sampler
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from ..export.proof import SEED, TOLERANCE, sampled
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.stock import pictures
@@ -73,7 +73,7 @@ def _theirs(run: Run, stock: StockCall, call: Mapping[str, Any]) -> Tensor:
             return pictures(pipe, run.teacher.family.prompts, _prompt(run), generator=torch.Generator().manual_seed(SEED), **call)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)} cannot be called with {call}: "
-                                f"{gist(error)}. Nothing was trained") from error
+                                f"{first_lines(error)}. Nothing was trained") from error
     finally:
         pipe.scheduler = own
 

@@ -37,14 +37,15 @@ class Preview:
         self.run, self.folder = run, folder
         self.cond = run.teacher.encode(preview_prompts(run, CLOUD if run.teacher.family.samples == "points" else 4))
         self.teacher: Tensor | None = None
-        asked = run.recipe.evaluate
+        choices = run.recipe.evaluate
         self.figures: Evaluation | None = None
         if parallel.rank() == 0:                      # a resumed run forgets what came after its checkpoint
             saved = checkpoints.latest(folder)
             truncate(folder / FIGURES, 0 if saved is None else checkpoints.step_of(saved))
-        if asked.reference is not None and parallel.rank() == 0:
-            self.figures = Evaluation(asked.samples, run.recipe.train.seed, features=resources.locate(asked.features) or asked.features,
-                                      reference=asked.reference, say=lambda text: None)
+        if choices.reference is not None and parallel.rank() == 0:
+            self.figures = Evaluation(choices.samples, run.recipe.train.seed,
+                                      features=resources.locate(choices.features) or choices.features,
+                                      reference=choices.reference, say=lambda text: None)
 
     def __call__(self, step: int) -> None:
         recipe = self.run.recipe

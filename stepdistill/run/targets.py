@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from .. import resources
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from ..evaluation.plans import Target
 from ..export import open_export, read_settings
 from ..export.folder import fresh_pipeline, is_export
@@ -91,4 +91,4 @@ def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
             return load_teacher(source).pipeline()
         return fresh_pipeline(DiffusionPipeline, source, revision)
     except (OSError, SafetensorError, ValueError) as error:
-        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {gist(error)}") from error
+        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {first_lines(error)}") from error

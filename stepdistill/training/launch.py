@@ -1,4 +1,5 @@
-"""How this process was started: `accelerate launch` and `torchrun` set the environment, a plain start leaves it empty."""
+"""How this process was started: `accelerate launch` and `torchrun` set the environment, a plain start leaves it
+empty."""
 from __future__ import annotations
 
 import os

@@ -39,7 +39,8 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1; found {value}")
         if min((self.lr, *self.rates.values())) <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; found "
+            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; "
+                             "found "
                              f"{(self.lr, *self.rates.values())}, {self.clip}, {self.warmup}, {self.weight_decay}")
 
 

@@ -34,10 +34,10 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def make(teachers: dict[str, Path]) -> Callable[..., Student]:
-    """make(kind="epsilon", setting=LORA, told=False, stock=its kind's LCM, reads=(), **fields of Student): the "ema" of a run."""
-    def student(kind: str = "epsilon", setting: Lora | Full = LORA, told: bool = False,
+    """make(kind="epsilon", setting=LORA, guidance_embedding=False, stock=its kind's LCM, reads=(), **fields of Student): the "ema" of a run."""
+    def student(kind: str = "epsilon", setting: Lora | Full = LORA, guidance_embedding: bool = False,
                 stock: StockCall | None = None, reads: tuple[str, ...] = (), **more) -> Student:
-        needs = {"teacher": Frozen(), "student": Trained("teacher", reads or ("w",) * told), "ema": Follows("student", 0.9)}
+        needs = {"teacher": Frozen(), "student": Trained("teacher", reads or ("w",) * guidance_embedding), "ema": Follows("student", 0.9)}
         stock = stock or (FLOW_LCM if kind.startswith("sd3") else LCM)
         roles = build_roles(load_teacher(teachers[kind]), needs, {"student": setting})
         generator = torch.Generator().manual_seed(1)

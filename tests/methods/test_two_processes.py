@@ -51,7 +51,7 @@ for name in CASES:
 """
 
 
-class Enough(Exception):
+class StopForward(Exception):
     pass
 
 
@@ -71,12 +71,12 @@ def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1
 
     def stop(step: int) -> None:
         if step == until:
-            raise Enough
+            raise StopForward
 
     config = TrainConfig(updates=UPDATES, lr=0.1, accumulate=accumulate, clip=None, checkpoint_every=1, seed=3)
     with unmagnified():
         trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
-    with pytest.MonkeyPatch.context() as patch, suppress(Enough):
+    with pytest.MonkeyPatch.context() as patch, suppress(StopForward):
         seen = {"gradients": gradients(trainer), "exits": exits(trainer, patch)}
         normal = Step.normal                            # a network answers in the precision of the state that it is asked about
         patch.setattr(Step, "normal", lambda self, name, shape: normal(self, name, shape).double())
@@ -161,5 +161,5 @@ def test_a_run_moves_from_two_processes_to_one_and_back(runs, name):
     begun = checkpoints.load(runs / "whole" / name / "checkpoints/step-000001")
     for part in whole:
         for key, tensor in whole[part].items():
-            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name], msg=lambda said: f"{part} {key}: {said}")
+            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name], msg=lambda message: f"{part} {key}: {message}")
         assert any(not torch.allclose(tensor, begun[part][key], atol=1e-4) for key, tensor in whole[part].items())

@@ -33,7 +33,7 @@ with unmagnified():
 """
 
 
-class Enough(Exception):
+class StopForward(Exception):
     pass
 
 
@@ -41,8 +41,8 @@ def until(run: Path, last: int, **config) -> None:
     """Goes on with a run and leaves it in the middle, after step `last`: what is kept is of an earlier one."""
     def stop(step: int) -> None:
         if step == last:
-            raise Enough
-    with pytest.raises(Enough):
+            raise StopForward
+    with pytest.raises(StopForward):
         trainer(run, [stop], checkpoint_every=2, lr=0.3, **config).train(resume=True)
 
 

@@ -17,7 +17,7 @@ from ...errors import RequestError
 from ..codecs import Codec
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
-from ..vision import Sight, published
+from ..vision import VisionConfig, published
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -140,6 +140,6 @@ class Family:
     refusals: Callable[[Parts], Mapping[str, bool]] = no_refusals
     fresh: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = fresh
     open: Callable[[str, torch.dtype], Parts] | None = None
-    vision: Callable[[str | None], Sight] = published
+    vision: Callable[[str | None], VisionConfig] = published
     unserved: Mapping[str, str] = field(default_factory=dict)
     no_pipeline: str | None = None

@@ -51,7 +51,7 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.text is None:
-        raise ValueError("this network is told a text: pass a condition from teacher.encode(prompts)")
+        raise ValueError("this network reads a text: pass a condition from teacher.encode(prompts)")
     w = None if cond.w is None else moved(embedding("w", cond.w).to(x_t.dtype), x_t.device)
     added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(x_t), "time_ids": cond.time_ids.to(x_t)}
     return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w, "added_cond_kwargs": added, "return_dict": False}
@@ -74,17 +74,17 @@ def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dic
 
 def timestep(t: Tensor, scheduler: Any) -> Tensor:
     """N t - 1, a whole number when within 1e-6 of one."""
-    told = t * len(scheduler.alphas_cumprod) - 1
-    nearest = told.round()
-    return torch.where((told - nearest).abs() < 1e-6, nearest, told)
+    exact = t * len(scheduler.alphas_cumprod) - 1
+    nearest = exact.round()
+    return torch.where((exact - nearest).abs() < 1e-6, nearest, exact)
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
     unet, vae, scheduler = parts["unet"].config, parts["vae"].config, parts["scheduler"]
     return {
         f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels != vae.latent_channels,
-        "its network is told a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
-        "its network is told classes or images": unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None,
+        "its network reads a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
+        "its network reads classes or images": unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None,
         "its latents are shifted by a mean, which its pipeline leaves alone": vae.latents_mean is not None and "text_encoder_2" not in parts,
         f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
         f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
