@@ -126,7 +126,7 @@ def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
     role(x, t, cond)
     assert scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None and role.schedule is SCHEDULES["vp"]
     assert with_scale(cond, 2).w.dtype == F64 and cond.w is None
-    with pytest.raises(ValueError, match="beside a condition"):
+    with pytest.raises(ValueError, match="goes into a condition"):
         with_scale(None, 2.0)
 
 
