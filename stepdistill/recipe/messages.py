@@ -31,9 +31,10 @@ _EXPECTED = {
 }
 
 
-def current(source: Source) -> Source:
-    """The same recipe with the names of today. RequestError where an entry stands under both names."""
-    return source.renamed(EARLIER_NAMES)
+def current(source: Source, overrides: Mapping[str, Any]) -> Source:
+    """The recipe with the names of today, and with these entries put over its own. RequestError where an entry stands in it
+    under both names."""
+    return source.renamed(EARLIER_NAMES).overridden(overrides, EARLIER_NAMES)
 
 
 def complaint(source: Source, path: EntryPath, error: Mapping[str, Any],

@@ -199,7 +199,7 @@ class Recipe(Strict):
         RequestError names file and line, what was found, and the nearest valid name.
         """
         source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
-        source = current(source.overridden(overrides or {}))
+        source = current(source, overrides or {})
         made: Recipe | None = None
         complaints: list[str] = []
         for teacher, own in staged(source):

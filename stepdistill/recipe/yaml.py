@@ -45,9 +45,10 @@ class Source:
     def of_mapping(cls, values: Mapping[str, Any]) -> Source:
         return cls("recipe", unwrapped(values), {})
 
-    def overridden(self, overrides: Mapping[str, Any]) -> Source:
-        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
-        return self.changed(leaves(overrides), lambda path: f"{SET}{'.'.join(path)}")
+    def overridden(self, overrides: Mapping[str, Any], names: Mapping[EntryPath, str]) -> Source:
+        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's. names: as of `renamed`."""
+        entries = [(_renamed(path, names), value) for path, value in leaves(overrides)]
+        return self.changed(entries, lambda path: f"{SET}{'.'.join(path)}")
 
     def changed(self, entries: Iterable[tuple[EntryPath, Any]], place: Callable[[EntryPath], str]) -> Source:
         """Each of `entries`, path and value, put over what is there; place(path): where it was written."""
@@ -82,8 +83,7 @@ class Source:
             new = str(_renamed((*path, key), names)[-1])
             if new != key and new in value:
                 raise RequestError(f"{self.where((*path, key))}: {key} is the earlier name of {new}, which is given "
-                                   "too: "
-                                   "leave one of them out")
+                                   "too: leave one of them out")
             found[new] = self._renamed(inner, (*path, key), names)
         return found
 

@@ -62,8 +62,11 @@ def test_an_entry_loads_by_its_earlier_name(path, tmp_path):
 @pytest.mark.parametrize("path", GIVEN, ids=".".join)
 def test_both_names_are_refused(path):
     (name, value), new = GIVEN[path], EARLIER_NAMES[path]
+    with_both = Recipe.load(name).resolved()
+    with_both["settings"][path[-1]] = value
     with pytest.raises(RequestError, match=f"{path[-1]} is the earlier name of {new}, which is given too"):
-        Recipe.load(Recipe.load(name).resolved(), {".".join(path): value})
+        Recipe.load(with_both)
+    assert settled(Recipe.load(name, {".".join(path): value}), new) == value          # --set puts it over the recipe's
 
 
 def test_a_stage_has_the_earlier_names_too():

@@ -110,7 +110,7 @@ def test_bad_settings_are_refused_at_their_place(method, changes, message):
 
 
 def test_an_entry_that_was_never_written_is_placed_at_what_was_written_of_it():
-    source = Source.of_mapping({"train": {}}).overridden({"settings.nodes": 0})
+    source = Source.of_mapping({"train": {}}).overridden({"settings.nodes": 0}, {})
     assert source.where(("settings",)) == source.where(("settings", "nodes")) == "--set settings.nodes"
     assert source.where(("train",)) == "recipe"
 
