@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ def check(recipe: Recipe) -> Checked:
         vision_features(recipe)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
+    if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise recipe.refuse("train.optimizer", "is adamw8bit, which wants bitsandbytes, and that is not installed: "
+                            "pip install stepdistill[bitsandbytes], or take adamw")
     if recipe.previous is not None:
         _check_succession(recipe, needs, roles)
     return Checked(settings, needs, roles)

@@ -16,7 +16,8 @@ from .checks import family, vision_network
 from .passes import count_passes, tensors_in
 from .setup import Previous, Run, setup, student_weights
 
-ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
+GRADIENT, FLOAT = 4, 4                # bytes a trained parameter: its gradient, itself
+ADAM = {"adamw": 8, "adamw8bit": 2}   # its two moments
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
 META = torch.device("meta")
 
@@ -57,7 +58,7 @@ def _stage(run: Run) -> dict[str, Any]:
     disk, counts = _disk(run, rows), count_passes(run)
     passes = {"forward": _short(counts.forward), "backward": _short(counts.backward), "batch": run.recipe.data.batch,
               "updates": train.updates}
-    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + counts.held
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM[train.optimizer]) + counts.held
     return {"roles": rows, "bytes": weights, "peak": peak, "passes": passes, "disk": disk,
             "downloads": _downloads(run, rows)}
 
@@ -94,7 +95,7 @@ def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
     it."""
     train, data, earlier = run.recipe.train, run.recipe.data, run.recipe.stages[:-1]
     roles = [row for name, row in rows.items() if name in run.roles.needs and name != "teacher"]
-    each = sum(row["bytes"] + row["trained"] * ADAM for row in roles)
+    each = sum(row["bytes"] + row["trained"] * ADAM[train.optimizer] for row in roles)
     checkpoints = -(-train.updates // (train.checkpoint_every or train.updates))
     cond = run.teacher.encode([run.teacher.null_prompt]).replace(null=None)
     latents = prod(run.teacher.latent_shape) * (1 if data.pairs is None else 1 + data.pairs.nodes)
