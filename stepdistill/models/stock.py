@@ -1,6 +1,7 @@
 """How a call of a stock pipeline is spelled: its guidance, its prompts, and the pictures that it returns."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -57,6 +58,12 @@ class Prompts:
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
+
+
+def told(pipeline: DiffusionPipeline, call: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """What a call gives these keywords, or else their defaults in the pipeline's own __call__: an encode_prompt has others."""
+    defaults = inspect.signature(type(pipeline).__call__).parameters
+    return {name: call.get(name, defaults[name].default) for name in names}
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:

@@ -24,7 +24,7 @@ from ..errors import RequestError, gist
 from ..methods.base import Inference
 from .adapters import matching
 from .extra_embedding import added, fold, install, reading
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, Family, Size, family_of
 from .schedulers import StockCall, sampler_of, stock_call
 from .sources import check_safetensors, class_at
 
@@ -48,9 +48,9 @@ class Teacher:
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
         self.family, self.parts, self.source, self.revision, self.without = family, dict(parts), source, revision, without
-        self.loaded, self._read, self.call = loaded, read, call_of(source)
+        self.loaded, self._read = loaded, read
+        self.resolution, self.call = every_call(family, parts, source, resolution)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
-        self.call |= _sides(resolution)
         self.guidance = family.guidance(self.network)
         self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
@@ -68,10 +68,6 @@ class Teacher:
     @property
     def null_prompt(self) -> str:
         return self.family.null_prompt
-
-    @property
-    def resolution(self) -> tuple[int, int] | None:
-        return (self.call["height"], self.call["width"]) if {"height", "width"} <= self.call.keys() else None
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +102,7 @@ class Teacher:
 
     def _shaped(self, prompts: list[str], null: bool) -> Condition:
         shapes = self.family.condition_shapes(self.parts, self.call)
-        dtypes = {name: torch.int64 if name == "label" else self.dtype for name in shapes}
+        dtypes = {name: torch.int64 if name in ("label", "mask") else self.dtype for name in shapes}
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -175,8 +171,9 @@ class Teacher:
 
     def sinusoids(self, timestep: Tensor) -> Tensor:
         """Of what the network is told (N,) -> (N, D) float64, made in the network's own float32."""
-        place = self.network.get_submodule(self.family.time.sinusoids)
-        return place(timestep.to(self.device, self.family.timestep_dtype or torch.float32)).double().cpu()
+        time = self.family.time
+        given = timestep.to(self.device, self.family.timestep_dtype or torch.float32) * time.scale(self.network)
+        return self.network.get_submodule(time.sinusoids)(given).double().cpu()
 
     def folded(self, layers: Mapping[str, Tensor], reads: Sequence[str], weight: Tensor, sampler: Sampler,
                w: float | None) -> tuple[Tensor, Tensor]:
@@ -282,12 +279,14 @@ def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.d
     return teacher if device is None else teacher.to(device)
 
 
-def _sides(resolution: int | tuple[int, int] | None) -> dict[str, int]:
-    """The keyword arguments of a call that say it."""
-    if resolution is None:
-        return {}
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    return {"height": height, "width": width}
+def every_call(family: Family, parts: Mapping[str, Any], source: str,
+               resolution: int | tuple[int, int] | None = None) -> tuple[Size, dict[str, Any]]:
+    """(height and width of a pipeline's pictures, None for its network's own; the keyword arguments that every call of it is given)."""
+    call = call_of(source)
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if size is None and {"height", "width"} <= call.keys():
+        size = call["height"], call["width"]
+    return size, {**call, **family.call(parts, size)}
 
 
 def family_at(source: str, revision: str | None = None) -> Family:

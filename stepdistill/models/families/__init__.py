@@ -26,6 +26,7 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
+    "SanaPipeline": "sana",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 Shape = tuple[int, int, int]                       # channels, height, width
@@ -68,6 +69,32 @@ def codec_pixels(vae: nn.Module) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def token_shapes(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
+    """The blocks of a transformer of one stream -> (C, H, W) of their tokens, of which each is a square of the picture."""
+    config = network.config
+    width, sides = config.num_attention_heads * config.attention_head_dim, (side // config.patch_size for side in shape[1:])
+    return dict.fromkeys((f"transformer_blocks.{i}" for i in range(config.num_layers)), (width, *sides))
+
+
+def token_map(network: nn.Module, tokens: Tensor, x_t: Tensor) -> Tensor:
+    """Such tokens (B, N, D), row by row, as a map (B, D, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(side // network.config.patch_size for side in x_t.shape[2:]))
+
+
+def middle_block(network: nn.Module) -> tuple[str, ...]:
+    return (f"transformer_blocks.{network.config.num_layers // 2}",)
+
+
+def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
+    """The channels of the prediction, before those of a variance that the network learned too and its pipeline drops."""
+    return raw[0][:, :x_t.shape[1]]
+
+
+def sides(parts: Parts, size: Size) -> dict[str, Any]:
+    """The keyword arguments of a call that say a size."""
+    return {} if size is None else {"height": size[0], "width": size[1]}
+
+
 def fresh(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """A stock network of the same config, changed by `config`, without values."""
     with torch.device("meta"):
@@ -104,6 +131,7 @@ class Family:
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
     latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
     samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
+    call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
     arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
@@ -133,6 +161,7 @@ class Family:
     samples: Literal["pictures", "points"] = "pictures"
     guidance: Callable[[nn.Module], Guidance] = lambda network: Guidance()
     prompts: Prompts = Prompts()
+    call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
