@@ -160,6 +160,10 @@ class Teacher:
         if own := f"{time.sinusoids}.layer" if time.own(reads) else None:
             install(network, time.sinusoids, nn.Linear(layers[own], time.out(network, own), bias=False))
         network = network.to_empty(device=self.device) if any(p.is_meta for p in network.parameters()) else network.to(self.device)
+        kept = network.state_dict()
+        for path, buffer in self.network.named_buffers():              # tables that a class makes itself and keeps out of its state
+            if path not in kept:
+                network.get_buffer(path).copy_(buffer)
         network.load_state_dict({**self.silent(reads), **state})
         return network.eval().requires_grad_(False)
 

@@ -1,6 +1,12 @@
 """Sana, under the scheduler of flow matching and under the solver that its released pipelines come with."""
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 

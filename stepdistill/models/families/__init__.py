@@ -27,6 +27,8 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
     "SanaPipeline": "sana",
+    "PixArtSigmaPipeline": "pixart",
+    "PixArtAlphaPipeline": "pixart_alpha",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 Shape = tuple[int, int, int]                       # channels, height, width
