@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,6 +59,19 @@ class Prompts:
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
+
+    def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
+        """The argument of a call that asks for one prompt, as Python is written."""
+        value = self.read(pipeline, prompt)
+        return json.dumps(value, ensure_ascii=False) if self.keyword == "prompt" else f"{self.keyword}=[{value!r}]"
+
+
+def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
+    """The keywords of a call that this class of pipelines does not take."""
+    taken = inspect.signature(cls.__call__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return []
+    return sorted(call.keys() - {parameter.name for parameter in taken})
 
 
 def told(pipeline: DiffusionPipeline, call: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from .extra_embedding import added, fold, install, reading
 from .families import FAMILIES, Family, Size, family_of
 from .schedulers import StockCall, sampler_of, stock_call
 from .sources import check_safetensors, class_at
+from .stock import unknown
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
@@ -38,17 +39,18 @@ class Teacher:
     family: what differs for its kind. source, revision: where it was loaded from: folder, file or Hub id. call: the keyword
     arguments that every call of its stock pipeline is given. parts: its components by name; scheduler: its own. network: the one
     that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
-    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device. guidance: how a call of its pipeline
+    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
     speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
     read: the stock pipeline again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: str, revision: str | None = None, *,
                  scale: float = 1.0, resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (),
+                 cls: type[DiffusionPipeline] | None = None,
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
         self.family, self.parts, self.source, self.revision, self.without = family, dict(parts), source, revision, without
-        self.loaded, self._read = loaded, read
+        self.loaded, self._read, self.cls = loaded, read, cls
         self.resolution, self.call = every_call(family, parts, source, resolution)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
         self.guidance = family.guidance(self.network)
@@ -194,7 +196,11 @@ class Teacher:
         if self.scale is not None:
             inference = replace(inference, guidance=self.scale)
         found = stock_call(inference, self.schedule, self.guidance)
-        return StockCall(found.scheduler, found.config, {**found.call, **self.call}, found.components)
+        call = {**found.call, **self.call}
+        if self.cls is not None and (names := unknown(self.cls, call)):
+            raise ValueError(f"it asks its pipeline for {', '.join(names)}, which a call of {self.cls.__name__} does not take: choose a method "
+                             "or settings of even steps, which need nothing but their number")
+        return StockCall(found.scheduler, found.config, call, found.components)
 
     def sampler(self, stock: StockCall) -> Sampler:
         """The sampler that training and the stock pipeline share. ValueError for what its scheduler does not serve."""
@@ -272,14 +278,16 @@ def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.d
     if family.open is not None:
         teacher = Teacher(family, family.open(source, dtype), source, scale=scale, resolution=resolution)
     elif meta:
-        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision, scale=scale, resolution=resolution)
+        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision, scale=scale, resolution=resolution,
+                          cls=getattr(diffusers, class_name))
     else:
         absent = absent_parts(source, revision) if family.optional else {}
         without = tuple(name for name in family.optional if name in absent)
         arguments = {"dtype": dtype, **family.arguments(class_name), **dict.fromkeys(without)}
         read = lambda parts: _read(source, class_name, revision, arguments | parts)
         loaded = read({})
-        teacher = Teacher(family, loaded.components, source, revision, scale=scale, resolution=resolution, loaded=loaded, without=without, read=read)
+        teacher = Teacher(family, loaded.components, source, revision, scale=scale, resolution=resolution, loaded=loaded, without=without, read=read,
+                          cls=type(loaded))
     return teacher if device is None else teacher.to(device)
 
 
@@ -340,6 +348,10 @@ def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str
     try:
         single = source.endswith(".safetensors")
         pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
+        if not single:                                # what its index says beside the parts, such as the names of classes, is written again
+            index = cls.load_config(source, revision=revision)
+            pipeline.register_to_config(**{name: value for name, value in index.items()
+                                           if name not in pipeline.config and not isinstance(value, list | tuple)})
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
         raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error

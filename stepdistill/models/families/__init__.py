@@ -27,6 +27,7 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
     "SanaPipeline": "sana",
+    "DiTPipeline": "dit",
     "PixArtSigmaPipeline": "pixart",
     "PixArtAlphaPipeline": "pixart_alpha",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
