@@ -5,6 +5,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..models.adapters import PEFT_WEIGHTS
+
+FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
+         "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
+PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()", )       # pipelines that load no LoRA
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
@@ -28,16 +33,15 @@ def snippet(said: Mapping[str, Any], folder: str, asked: str) -> str:
     revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
     without = "".join(f", {name}=None" for name in said["without"])
     names = said["pipeline"] if said["format"] == "pipeline" else f"{said['pipeline']}, {said['scheduler']}"
-    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
+    by_peft = ["from peft import PeftModel"] if said["weights"] == PEFT_WEIGHTS else []
+    lines = ["import torch", f"from diffusers import {names}", *by_peft, "", f"folder = {_quoted(folder)}          # where this card lies"]
     if said["format"] == "pipeline":
         lines += [f"pipe = {said['pipeline']}.from_pretrained(folder{without})"]
     else:
         name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
         loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
         lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}{without}).to(torch.float32)",
-                  f"pipe.load_lora_weights(folder{name})",
-                  "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
-                  "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added",
+                  *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
                   f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if said["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]

@@ -36,8 +36,8 @@ def latents(pipe: DiTPipeline, call: Mapping[str, Any]) -> Tensor:
 
 MADE = {"samples": {"prompts": list(PROMPTS), "steps": 2}, "count": 4, "batch": 2}
 CASES = {
-    "dit": Case(tiny_dit, sizes=((16, 16), (16, 16)), latents=latents, forms=("pipeline",), prompts=PROMPTS, data=MADE,
+    "dit": Case(tiny_dit, sizes=((16, 16), (16, 16)), latents=latents, prompts=PROMPTS, data=MADE,
                 methods={"lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}}),
-    "dit-eps": Case(lambda: tiny_dit(sigma=False), sizes=((16, 16), (16, 16)), latents=latents, forms=("pipeline",), prompts=PROMPTS,
+    "dit-eps": Case(lambda: tiny_dit(sigma=False), sizes=((16, 16), (16, 16)), latents=latents, prompts=PROMPTS,
                     data={"prompts": list(PROMPTS), "batch": 2}, methods={"dmd2": {"critic_steps": 1, "gan_weight": 0.0}}),
 }

@@ -42,9 +42,8 @@ def latents(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Tensor:
 
 CASES = {
     "pixart-sigma": Case(lambda: tiny_pixart(PixArtSigmaPipeline, 8, 2), sizes=((16, 16), (16, 32)), call={"max_sequence_length": 6},
-                         latents=latents, forms=("pipeline",)),
+                         latents=latents),
     "pixart-alpha": Case(lambda: tiny_pixart(PixArtAlphaPipeline, 128, 8), sizes=((16, 16), (32, 16)), call={"max_sequence_length": 5},
-                         latents=latents, forms=("pipeline",)),
-    "pixart-alpha-512": Case(lambda: tiny_pixart(PixArtAlphaPipeline, 8, 2, sigma=False), sizes=((16, 16), (16, 32)), latents=latents,
-                             forms=("pipeline",)),
+                         latents=latents),
+    "pixart-alpha-512": Case(lambda: tiny_pixart(PixArtAlphaPipeline, 8, 2, sigma=False), sizes=((16, 16), (16, 32)), latents=latents),
 }
