@@ -74,10 +74,10 @@ def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
     return sorted(call.keys() - {parameter.name for parameter in taken})
 
 
-def told(pipeline: DiffusionPipeline, call: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """What a call gives these keywords, or else their defaults in the pipeline's own __call__: an encode_prompt has others."""
-    defaults = inspect.signature(type(pipeline).__call__).parameters
-    return {name: call.get(name, defaults[name].default) for name in names}
+def defaults(cls: type[DiffusionPipeline]) -> dict[str, Any]:
+    """What a call of this class of pipelines is given where it says nothing. Its encode_prompt has others."""
+    parameters = inspect.signature(cls.__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:

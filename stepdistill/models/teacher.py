@@ -27,7 +27,7 @@ from .extra_embedding import added, fold, install, reading
 from .families import FAMILIES, Family, Size, family_of
 from .schedulers import StockCall, sampler_of, stock_call
 from .sources import check_safetensors, class_at
-from .stock import unknown
+from .stock import defaults, unknown
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
@@ -72,6 +72,11 @@ class Teacher:
         return self.family.null_prompt
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """`call` with the defaults of its pipeline's class."""
+        return {**({} if self.cls is None else defaults(self.cls)), **self.call}
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
@@ -103,7 +108,7 @@ class Teacher:
         return self.family.encode(self, list(prompts), null)
 
     def _shaped(self, prompts: list[str], null: bool) -> Condition:
-        shapes = self.family.condition_shapes(self.parts, self.call)
+        shapes = self.family.condition_shapes(self.parts, self.asked)
         dtypes = {name: torch.int64 if name in ("label", "mask") else self.dtype for name in shapes}
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
 
@@ -348,10 +353,7 @@ def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str
     try:
         single = source.endswith(".safetensors")
         pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
-        if not single:                                # what its index says beside the parts, such as the names of classes, is written again
-            index = cls.load_config(source, revision=revision)
-            pipeline.register_to_config(**{name: value for name, value in index.items()
-                                           if name not in pipeline.config and not isinstance(value, list | tuple)})
+        pipeline.register_to_config(**family_of(class_name).index(pipeline))
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
         raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error

@@ -29,9 +29,10 @@ FAMILIES = {                                       # pipeline class -> module of
     "SanaPipeline": "sana",
     "DiTPipeline": "dit",
     "PixArtSigmaPipeline": "pixart",
-    "PixArtAlphaPipeline": "pixart_alpha",
+    "PixArtAlphaPipeline": "pixart",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
 Shape = tuple[int, int, int]                       # channels, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name
 Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
@@ -70,6 +71,13 @@ def latent_sides(size: Size, own: tuple[int, int], pixels: int, multiple: int) -
 def codec_pixels(vae: nn.Module) -> int:
     """Pixels of a side of one latent of an AutoencoderKL."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def node(t: Tensor, scheduler: Any) -> Tensor:
+    """What a network of N discrete times is told: N t - 1, a whole number when within 1e-6 of one."""
+    told = t * len(scheduler.alphas_cumprod) - 1
+    nearest = told.round()
+    return torch.where((told - nearest).abs() < 1e-6, nearest, told)
 
 
 def token_shapes(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
@@ -126,7 +134,7 @@ class Family:
     None for the network's own.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
-    condition_shapes: name -> shape of one row of it, from configs alone; the teacher's keyword arguments of every call count.
+    condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
     inputs: network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first.
     output: what forward gave and x_t -> the raw prediction, in the shape of x_t.
     feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
@@ -136,7 +144,8 @@ class Family:
     samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
-    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without.
+    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
+    index: what a saved pipeline's model_index.json is to say, where its class forgets it.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
     vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
@@ -169,6 +178,7 @@ class Family:
     seeded_steps: bool = False
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
     optional: tuple[str, ...] = ()
+    index: Callable[[DiffusionPipeline], Mapping[str, Any]] = lambda pipeline: {}
     refusals: Callable[[Parts], Mapping[str, bool]] = no_refusals
     fresh: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = fresh
     open: Callable[[str, torch.dtype], Parts] | None = None

@@ -14,8 +14,7 @@ from ...errors import RequestError
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
-from . import Family, Parts, Size, codec_pixels, middle_block, token_map, token_shapes, without_sigma
-from .unet2d_condition import KINDS, timestep
+from . import KINDS, Family, Parts, Size, codec_pixels, middle_block, node, token_map, token_shapes, without_sigma
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -33,6 +32,14 @@ def read(pipeline: DiTPipeline, prompt: str) -> int:
         some = ", ".join(list(pipeline.labels)[:3]) or "this pipeline has none"
         raise RequestError(f"a prompt of DiT names a class, as class 0 to class {NULL - 1} or by a label of the pipeline ({some}); found {prompt!r}")
     return found
+
+
+def index(pipeline: DiTPipeline) -> dict[str, Any]:
+    """The names of classes. It reads them, and writes none."""
+    names: dict[str, list[str]] = {}
+    for label, number in pipeline.labels.items():
+        names.setdefault(str(number), []).append(label)
+    return {"id2label": {number: ", ".join(labels) for number, labels in names.items()}} if names else {}
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
@@ -70,10 +77,10 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 FAMILY = Family(
     name="dit", denoiser="transformer", targets=TARGETS,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=timestep,
+    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=node,
     kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
     time=TimeEmbedding("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", None),       # each block has sinusoids of its own
-    prompts=Prompts("class_labels", read, "np"), call=lambda parts, size: {},
+    prompts=Prompts("class_labels", read, "np"), index=index, call=lambda parts, size: {},
     encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs, output=without_sigma,
     feature_shapes=token_shapes, feature_map=token_map, default_features=middle_block,
     latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals)

@@ -1,4 +1,4 @@
-"""PixArt-Sigma, and what PixArt-Alpha shares with it: PixArtTransformer2DModel on the latents of an AutoencoderKL."""
+"""PixArt-Alpha and PixArt-Sigma: PixArtTransformer2DModel on the latents of an AutoencoderKL."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,14 +12,24 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import VariancePreserving
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
-from ..stock import told
-from . import Family, Parts, Size, codec_pixels, latent_sides, middle_block, sides, token_map, token_shapes, without_sigma
-from .unet2d_condition import KINDS, timestep
+from . import (
+    KINDS,
+    Family,
+    Parts,
+    Size,
+    codec_pixels,
+    latent_sides,
+    middle_block,
+    node,
+    sides,
+    token_map,
+    token_shapes,
+    without_sigma,
+)
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-TOKENS = 300                                       # max_sequence_length of a stock call
 # Attention, feed-forward and the way in of time, which one linear layer brings to all blocks.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "adaln_single.linear")
 
@@ -31,7 +41,7 @@ def reads_sizes(parts: Parts) -> bool:
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), mask (B, L); time_ids (B, 3) where the network reads sizes: height, width and their ratio."""
-    given = told(teacher.loaded, teacher.call, "clean_caption", "max_sequence_length")
+    given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length")}
     text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False, device=teacher.device, **given)
     if not reads_sizes(teacher.parts):
         return Condition(text=text, mask=mask)
@@ -40,8 +50,8 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     return Condition(text=text, mask=mask, time_ids=sizes.expand(len(prompts), 3))
 
 
-def condition_shapes(parts: Parts, call: Mapping[str, Any], tokens: int = TOKENS) -> dict[str, tuple[int, ...]]:
-    tokens = call.get("max_sequence_length", tokens)
+def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    tokens = call["max_sequence_length"]
     shapes = {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,)}
     return shapes | ({"time_ids": (3,)} if reads_sizes(parts) else {})
 
@@ -59,7 +69,7 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels, max(8, pixels * config.patch_size))
 
 
-def common_refusals(parts: Parts) -> dict[str, bool]:
+def refusals(parts: Parts) -> dict[str, bool]:
     network, vae, scheduler = parts["transformer"].config, parts["vae"].config, parts["scheduler"]
     return {
         f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
@@ -68,16 +78,14 @@ def common_refusals(parts: Parts) -> dict[str, bool]:
             network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
         f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
         f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+        f"its network of sample_size {network.sample_size} reads the sizes of pictures, which PixArtAlphaPipeline tells at 128 alone":
+            reads_sizes(parts) and network.sample_size != 128,
     }
-
-
-def refusals(parts: Parts) -> dict[str, bool]:
-    return common_refusals(parts) | {"its network reads the sizes of pictures, which its pipeline does not tell it": reads_sizes(parts)}
 
 
 FAMILY = Family(
     name="pixart", denoiser="transformer", targets=TARGETS, seeded_steps=True,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=timestep,
+    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=node,
     kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
     time=TimeEmbedding("adaln_single.emb.timestep_embedder.linear_1", "adaln_single.emb.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, output=without_sigma,

@@ -11,13 +11,11 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import Plain
 from ..extra_embedding import TimeEmbedding
-from ..stock import told
 from . import Family, Parts, Size, latent_sides, middle_block, sides, token_map, token_shapes, without_sigma
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-TOKENS = 300                                       # max_sequence_length of a stock call
 # Attention, the pointwise convolutions that are its feed-forward layer, and the way in of time. The convolution between them is by channel.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "time_embed.linear")
 
@@ -35,7 +33,7 @@ def call(parts: Parts, size: Size) -> dict[str, Any]:
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), mask (B, L). A stock call puts an instruction before its prompts, and none before what it subtracts."""
-    given = told(teacher.loaded, teacher.call, "clean_caption", "max_sequence_length", "complex_human_instruction")
+    given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length", "complex_human_instruction")}
     if null:
         given["complex_human_instruction"] = None
     text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False, device=teacher.device, **given)
@@ -43,7 +41,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    tokens = call.get("max_sequence_length", TOKENS)
+    tokens = call["max_sequence_length"]
     return {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,)}
 
 
