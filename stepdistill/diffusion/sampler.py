@@ -287,9 +287,11 @@ def _heun_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, 
 
 
 def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    flow = isinstance(schedule, RectifiedFlow)
     _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False,
-            use_flow_sigmas=False, final_sigmas_type="zero", variance_type=None)
-    times, levels = _vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)
+            use_flow_sigmas=flow, final_sigmas_type="zero", variance_type=None)
+    times, levels = (_flow_times(scheduler, schedule) if flow else
+                     (_vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)))
     rules = [_ddim, *[_dpmpp_2m] * (len(times) - 2), _ddim][-len(times):]
     return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:], rules)]
 

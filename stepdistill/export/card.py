@@ -5,31 +5,37 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..models.adapters import PEFT_WEIGHTS
+
+FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
+         "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
+PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()", )       # pipelines that load no LoRA
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
-def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, prompt: str) -> str:
-    """README.md. settings: stepdistill.json; folder: its path, as it was asked for; results: results.json or None."""
+def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:
+    """README.md. settings: stepdistill.json; folder: its path, as it was asked for; results: results.json or
+    None; asked: the argument of a call that asks for a picture."""
     parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
              "![samples](samples.png)",
-             f"## Use\n\n```python\n{snippet(settings, folder, prompt)}```", _facts(settings)]
+             f"## Use\n\n```python\n{snippet(settings, folder, asked)}```", _facts(settings)]
     if settings["format"] == "comfyui":
         parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at "
-                     "strength 1, "
-                     f"{settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
+                     f"strength 1, {settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
                      f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}.")
     if results is not None:
         parts.append(_table(results))
     return "\n\n".join(parts) + "\n"
 
 
-def snippet(settings: Mapping[str, Any], folder: str, prompt: str) -> str:
+def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
     call = "".join(f", {key}={value!r}" for key, value in settings["call"].items())
     revision = "" if settings["revision"] is None else f", revision={_quoted(settings['revision'])}"
     without = "".join(f", {name}=None" for name in settings["without"])
     names = settings["pipeline"] if settings["format"] == "pipeline" else f"{settings['pipeline']}, {settings['scheduler']}"
-    lines = ["import torch", f"from diffusers import {names}", "",
+    by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
+    lines = ["import torch", f"from diffusers import {names}", *by_peft, "",
              f"folder = {_quoted(folder)}          # where this card lies"]
     if settings["format"] == "pipeline":
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
@@ -37,15 +43,11 @@ def snippet(settings: Mapping[str, Any], folder: str, prompt: str) -> str:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
         loader = "from_single_file" if settings["teacher"].endswith(".safetensors") else "from_pretrained"
         lines += [f"pipe = {settings['pipeline']}.{loader}({_quoted(settings['teacher'])}{revision}{without}).to(torch.float32)",
-                  f"pipe.load_lora_weights(folder{name})",
-                  "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base "
-                  "does",
-                  "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others "
-                  "added",
+                  *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
-    lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
+    lines += [f"image = pipe({asked}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)
 

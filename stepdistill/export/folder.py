@@ -15,8 +15,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import RequestError, first_lines
+from ..models.adapters import load_adapter, take_off
 from ..models.teacher import SETTINGS, absent_parts
-from .formats import component
+from .formats import component, loads_loras
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -52,9 +53,9 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         settings = stepdistill.load(pipe, folder)
         image = pipe(prompt, **settings).images[0]
 
-    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it; a
-    whole pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the student does not
-    fit.
+    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it, where the
+    pipeline has them; a whole pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the
+    student does not fit.
     """
     settings = read_settings(folder)
     if settings["format"] == "pipeline":
@@ -85,6 +86,9 @@ def open_export(folder: str | Path, teacher: str | Path | None = None,
 
 def fuse(pipe: DiffusionPipeline) -> None:
     """Adds the loaded LoRA to the denoiser's weights and removes its layers: the pipeline is a plain one then."""
+    if not loads_loras(pipe):
+        take_off(pipe.components[component(pipe)], merge=True)
+        return
     pipe.fuse_lora(components=[component(pipe)])
     pipe.unload_lora_weights()
 
@@ -132,6 +136,10 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
     network = pipe.components[component(pipe)]
     refusal = f"the LoRA in {folder}, made for {settings['teacher']}, does not fit this {type(pipe).__name__}"
     try:
+        if not loads_loras(pipe):
+            if wrong := load_adapter(network, folder, adapter_name):
+                raise ValueError("; ".join(wrong))
+            return
         with complaints() as messages:
             pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:

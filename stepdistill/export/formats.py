@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor
 
 from ..errors import RequestError
+from ..models.adapters import save_adapter
 from .dtypes import save_pipeline
 from .fold import folded
 from .student import Lora, Student
@@ -27,8 +29,15 @@ def component(pipe: DiffusionPipeline) -> str:
     return next(name for name in ("unet", "transformer") if name in pipe.components)
 
 
+def loads_loras(pipe: DiffusionPipeline) -> bool:
+    """Whether it loads LoRAs by itself. Where it does not, peft puts them on its network."""
+    return isinstance(pipe, LoraBaseMixin)
+
+
 def write_lora(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
     lora, name = student.lora, component(pipe)
+    if not loads_loras(pipe):
+        return save_adapter(folder, lora.state, lora.metadata())
     layers = {key: value.contiguous() for key, value in lora.state.items()}
     pipe.save_lora_weights(folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora.metadata()})
     return "pytorch_lora_weights.safetensors"

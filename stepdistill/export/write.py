@@ -47,11 +47,10 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
         settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES,
-                             "dtype": "float32",
-                             "rounding": rounding}
+                             "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
-        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, student.prompts[0]),
-                                          encoding="utf-8")
+        asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
+        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, asked), encoding="utf-8")
         _picture(prepared.pipe, proof).save(folder / "samples.png")
     return proof
 
@@ -86,7 +85,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
 
 
 def _picture(pipe: DiffusionPipeline, proof: Proof) -> Any:
-    pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(proof.images))
+    pictures = pipe.numpy_to_pil(proof.images.permute(0, 2, 3, 1).numpy())
     return make_image_grid(pictures, rows=1, cols=len(pictures))
 
 

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +27,8 @@ from ..diffusion.draws import key
 from ..errors import RequestError
 from . import lora_layers
 from .recompute import recomputed
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 def lora_config(rank: int, targets: Sequence[str], alpha: float | None = None) -> LoraConfig:
@@ -220,6 +224,46 @@ class AdapterBank:
                     plain[f"{path}.weight"] += layer.get_delta_weight(name).float()
             plain |= {path: value.clone() for path, value in self.state_dict(name).items() if ".lora_" not in path}
         return plain
+
+
+# peft's own folders ----------------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model."                       # of a weight's name in them
+
+
+def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """Writes an adapter as peft.PeftModel.from_pretrained(network, folder) reads it, and returns the name of its weights file.
+
+    state: as `AdapterBank.lora_state_dict`; config: keyword arguments of LoraConfig."""
+    LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
+    save_file({PREFIX + key: value.contiguous() for key, value in state.items()}, Path(folder) / PEFT_WEIGHTS, {"format": "pt"})
+    return PEFT_WEIGHTS
+
+
+def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]:
+    """Puts such an adapter beside the network's weights, and returns what does not fit; then nothing of it stays.
+
+    ValueError where none of its modules is there, RuntimeError for weights of another shape."""
+    state = {key.removeprefix(PREFIX): value for key, value in load_file(Path(folder) / PEFT_WEIGHTS).items()}
+    wrong: list[str] = ["nothing of it could be read"]
+    try:
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, adapter_name=name)
+        found = set_peft_model_state_dict(network, state, adapter_name=name)
+        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key]
+    finally:
+        if wrong:
+            take_off(network, merge=False)
+    return wrong
+
+
+def take_off(network: nn.Module, merge: bool) -> None:
+    """The network without adapters, merge: which are added to its weights first."""
+    for path, layer in [(path, m) for path, m in network.named_modules() if isinstance(m, BaseTunerLayer)]:
+        if merge:
+            layer.merge()
+        place, _, leaf = path.rpartition(".")
+        setattr(network.get_submodule(place), leaf, layer.get_base_layer())
+    vars(network).pop("peft_config", None)
 
 
 def _same_device(network: nn.Module) -> AbstractContextManager:

@@ -35,6 +35,14 @@ class Codec:
         return self.network.decode(z.to(self.dtype), return_dict=False)[0].float()
 
 
+class Plain(Codec):
+    """An autoencoder without a posterior, such as AutoencoderDC: a picture has one latent."""
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.network.encode(pixels.to(self.network.device, self.dtype)).latent.float() * self.scale
+
+
 class Points(Codec):
     """Where samples are what the network sees: nothing is encoded."""
 

@@ -11,7 +11,7 @@ the k times that it is made for. Where c is one vector at all times, u . s(t) = 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,12 +42,13 @@ class TimeEmbedding:
     """Where a network embeds its time. first: its first linear layer; sinusoids: the module whose output that layer
     reads, None where no module makes them, and no layer of ours can be put there.
     stock: the numbers that the class can read by itself. width: of the sinusoids, where the layer reads more than
-    them."""
+    them. scale: by what the given time is multiplied before it gets there."""
 
     first: str
     sinusoids: str | None
     stock: Mapping[str, StockInput] = field(default_factory=dict)
     width: int | None = None
+    scale: Callable[[nn.Module], float] = lambda network: 1.0
 
     def own(self, reads: Sequence[str]) -> tuple[str, ...]:
         """Of these numbers those that the class has no input for: one layer of ours reads them, in this order."""

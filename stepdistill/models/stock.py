@@ -1,6 +1,8 @@
 """How a call of a stock pipeline is spelled: its guidance, its prompts, and the pictures that it returns."""
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -59,6 +61,25 @@ class Prompts:
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
+
+    def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
+        """The argument of a call that asks for one prompt, as Python is written."""
+        value = self.read(pipeline, prompt)
+        return json.dumps(value, ensure_ascii=False) if self.keyword == "prompt" else f"{self.keyword}=[{value!r}]"
+
+
+def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
+    """The keywords of a call that this class of pipelines does not take."""
+    taken = inspect.signature(cls.__call__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return []
+    return sorted(call.keys() - {parameter.name for parameter in taken})
+
+
+def defaults(cls: type[DiffusionPipeline]) -> dict[str, Any]:
+    """What a call of this class of pipelines is given where it says nothing. Its encode_prompt has others."""
+    parameters = inspect.signature(cls.__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:

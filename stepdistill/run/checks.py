@@ -44,6 +44,7 @@ def check(recipe: Recipe) -> Checked:
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
     needs = method.needs(settings, recipe.student.lora is None)
     roles = configured(recipe, needs)
+    _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
     if recipe.train.fsdp:
@@ -92,6 +93,16 @@ def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
         return Full()
     targets = choice.lora.targets
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
+
+
+def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for roles that read numbers where the teacher's network has no place for them."""
+    time = family(recipe).time
+    reading = {name: time.own(need.reads) for name, need in needs.items() if isinstance(need, Trained)}
+    if time.sinusoids is None and (name := next((name for name, own in reading.items() if own), None)):
+        raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(reading[name])} beside its time, but every block of "
+                            "this teacher's network embeds time by itself, so nothing can be read there: choose settings without it "
+                            "(told: false), or another method")
 
 
 def learning_rates(recipe: Recipe) -> dict[str, float]:

@@ -150,7 +150,8 @@ def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, t
 
 @pytest.mark.parametrize("kind,to,guidance", [
     ("epsilon", "lora", None), ("epsilon", "lora", 3.3), ("epsilon", "comfyui", None), ("epsilon", "pipeline", None),
-    ("sd3", "lora", None), ("sd3", "pipeline", None)])
+    ("sd3", "lora", None), ("sd3", "pipeline", None), ("sana", "lora", 3.3), ("pixart", "lora", None), ("pixart", "lora", 3.3),
+    ("pixart", "pipeline", None)])
 def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, guidance):
     setting = Full() if to == "pipeline" else Lora(4, 6.0)
     export_student(make(kind, setting, guidance_embedding=guidance is not None), to, tmp_path / "out", guidance)

@@ -169,7 +169,7 @@ def test_two_updates_leave_and_are_proved(folder_of, tmp_path, name, method):
     case, lora = CASES[name], {"lora": {"rank": 2}}
     recipe: dict[str, Any] = {
         "method": method, "teacher": str(folder_of(name)), "resolution": list(case.sizes[0]), "student": lora, "guidance": 2.0, "steps": 2,
-        "settings": dict(case.methods[method]), "data": {"images": "shapes", "count": 4, "batch": 2},
+        "settings": dict(case.methods[method]), "data": dict(case.data),
         "train": {"updates": 2, "lr": 1e-2}, "evaluate": {"prompts": list(case.prompts)}}
     if method == "dmd2":
         recipe["critic"] = lora

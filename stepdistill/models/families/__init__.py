@@ -26,8 +26,13 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
+    "SanaPipeline": "sana",
+    "DiTPipeline": "dit",
+    "PixArtSigmaPipeline": "pixart",
+    "PixArtAlphaPipeline": "pixart",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
 Shape = tuple[int, int, int]                       # channels, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name
 Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
@@ -68,6 +73,39 @@ def codec_pixels(vae: nn.Module) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def node(t: Tensor, scheduler: Any) -> Tensor:
+    """What a network of N discrete times is told: N t - 1, a whole number when within 1e-6 of one."""
+    told = t * len(scheduler.alphas_cumprod) - 1
+    nearest = told.round()
+    return torch.where((told - nearest).abs() < 1e-6, nearest, told)
+
+
+def token_shapes(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
+    """The blocks of a transformer of one stream -> (C, H, W) of their tokens, of which each is a square of the picture."""
+    config = network.config
+    width, sides = config.num_attention_heads * config.attention_head_dim, (side // config.patch_size for side in shape[1:])
+    return dict.fromkeys((f"transformer_blocks.{i}" for i in range(config.num_layers)), (width, *sides))
+
+
+def token_map(network: nn.Module, tokens: Tensor, x_t: Tensor) -> Tensor:
+    """Such tokens (B, N, D), row by row, as a map (B, D, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(side // network.config.patch_size for side in x_t.shape[2:]))
+
+
+def middle_block(network: nn.Module) -> tuple[str, ...]:
+    return (f"transformer_blocks.{network.config.num_layers // 2}",)
+
+
+def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
+    """The channels of the prediction, before those of a variance that the network learned too and its pipeline drops."""
+    return raw[0][:, :x_t.shape[1]]
+
+
+def sides(parts: Parts, size: Size) -> dict[str, Any]:
+    """The keyword arguments of a call that say a size."""
+    return {} if size is None else {"height": size[0], "width": size[1]}
+
+
 def fresh(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """A stock network of the same config, changed by `config`, without values."""
     with torch.device("meta"):
@@ -96,7 +134,7 @@ class Family:
     None for the network's own.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
-    condition_shapes: name -> shape of one row of it, from configs alone; the teacher's keyword arguments of every call count.
+    condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
     inputs: network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first.
     output: what forward gave and x_t -> the raw prediction, in the shape of x_t.
     feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
@@ -104,8 +142,10 @@ class Family:
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
     latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
     samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
+    call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
-    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without.
+    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
+    index: what a saved pipeline's model_index.json is to say, where its class forgets it.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
     vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
@@ -133,10 +173,12 @@ class Family:
     samples: Literal["pictures", "points"] = "pictures"
     guidance: Callable[[nn.Module], Guidance] = lambda network: Guidance()
     prompts: Prompts = Prompts()
+    call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
     optional: tuple[str, ...] = ()
+    index: Callable[[DiffusionPipeline], Mapping[str, Any]] = lambda pipeline: {}
     refusals: Callable[[Parts], Mapping[str, bool]] = no_refusals
     fresh: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = fresh
     open: Callable[[str, torch.dtype], Parts] | None = None

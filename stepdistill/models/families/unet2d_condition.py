@@ -13,12 +13,11 @@ from ...diffusion.schedule import VariancePreserving, moved
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
-from . import Family, Parts, Size, codec_pixels, latent_sides
+from . import KINDS, Family, Parts, Size, codec_pixels, latent_sides, node
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The layers that LCM-LoRA adapts (arXiv:2311.05556): attention, feed-forward, convolutions and the way in of time.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
@@ -72,13 +71,6 @@ def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dic
     return {**down, "mid_block": (widths[-1], *sizes[-1]), **up}
 
 
-def timestep(t: Tensor, scheduler: Any) -> Tensor:
-    """N t - 1, a whole number when within 1e-6 of one."""
-    exact = t * len(scheduler.alphas_cumprod) - 1
-    nearest = exact.round()
-    return torch.where((exact - nearest).abs() < 1e-6, nearest, exact)
-
-
 def refusals(parts: Parts) -> dict[str, bool]:
     unet, vae, scheduler = parts["unet"].config, parts["vae"].config, parts["scheduler"]
     return {
@@ -93,7 +85,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 FAMILY = Family(
     name="unet2d_condition", denoiser="unet", targets=TARGETS, guidance=guidance, seeded_steps=True,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=timestep,
+    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=node,
     kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
