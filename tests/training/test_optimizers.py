@@ -1,7 +1,8 @@
-"""AdamW with moments of 8 bits: its steps, its checkpoints, and where bitsandbytes is missing."""
+"""AdamW with moments of 8 bits: its steps, its checkpoints, and where bitsandbytes, an extra, is missing."""
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from stepdistill.recipe import Recipe
 from stepdistill.run import checks
 from stepdistill.training import checkpoints
 from stepdistill.training.optimizers import RoleOptimizer, TrainConfig
+
+
+eight_bits = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install stepdistill[bitsandbytes]")
 
 
 def stepped(config: TrainConfig, steps: int = 12, saved_at: int | None = None) -> list[torch.Tensor]:
@@ -29,13 +33,14 @@ def stepped(config: TrainConfig, steps: int = 12, saved_at: int | None = None) -
     return [w.detach() for w in weights]
 
 
+@eight_bits
 def test_8_bits_step_as_32_do():
     whole, eight = (stepped(TrainConfig(updates=1, optimizer=name, clip=None)) for name in ("adamw", "adamw8bit"))
     torch.testing.assert_close(eight[1], whole[1], rtol=1e-5, atol=1e-6)                  # below 4096 numbers they are float32
     assert 0 < (eight[0] - whole[0]).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("adamw8bit", marks=eight_bits)])
 def test_a_saved_optimizer_goes_on_as_if_it_had_not_been(name):
     config = TrainConfig(updates=1, optimizer=name, clip=None)
     for again, once in zip(stepped(config, saved_at=5), stepped(config)):
@@ -47,6 +52,7 @@ def recipe(teacher, **train) -> dict:
             "data": {"images": "shapes", "count": 8, "batch": 2}, "train": {"optimizer": "adamw8bit", "log_every": 1, **train}}
 
 
+@eight_bits
 def test_a_run_resumes_bit_for_bit(tiny_teacher, tmp_path):
     api.train(recipe(tiny_teacher, updates=4, checkpoint_every=2), out=tmp_path / "whole")
     last = checkpoints.latest(tmp_path / "whole")
