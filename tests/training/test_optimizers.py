@@ -15,7 +15,6 @@ from stepdistill.run import checks
 from stepdistill.training import checkpoints
 from stepdistill.training.optimizers import RoleOptimizer, TrainConfig
 
-
 eight_bits = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install stepdistill[bitsandbytes]")
 
 
