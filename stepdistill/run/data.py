@@ -148,7 +148,8 @@ def _encoders(run: Run) -> Encoders:
 
 def _identity(teacher: Teacher) -> dict[str, Any]:
     dtype = str(next(teacher.network.parameters()).dtype)
-    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype}
+    size = {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}       # its samples have it, and conditions may tell it
+    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype} | size
 
 
 def _found(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
 from ...diffusion.prediction import linear
-from ...diffusion.schedule import Schedule
+from ...diffusion.schedule import Schedule, VariancePreserving
 from ...errors import RequestError
 from ..codecs import Codec
 from ..extra_embedding import TimeEmbedding
@@ -99,6 +99,32 @@ def middle_block(network: nn.Module) -> tuple[str, ...]:
 def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
     """The channels of the prediction, before those of a variance that the network learned too and its pipeline drops."""
     return raw[0][:, :x_t.shape[1]]
+
+
+def channel_refusals(parts: Parts) -> dict[str, bool]:
+    """Of a transformer on a codec's latents, which may have learned a variance."""
+    network, vae = parts["transformer"].config, parts["vae"].config
+    return {
+        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
+            network.in_channels != vae.latent_channels,
+        f"its network gives {network.out_channels} channels for {network.in_channels}":
+            network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
+    }
+
+
+def discrete_refusals(scheduler: Any) -> dict[str, bool]:
+    """Of a scheduler of discrete times."""
+    return {
+        f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
+        f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+    }
+
+
+# Fields of families: of schedulers of discrete times, and of a transformer of one stream.
+DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), "timestep": node,
+                               "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}
+ONE_STREAM: Mapping[str, Any] = {"output": without_sigma, "feature_shapes": token_shapes, "feature_map": token_map,
+                                 "default_features": middle_block}
 
 
 def sides(parts: Parts, size: Size) -> dict[str, Any]:

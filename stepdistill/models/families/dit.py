@@ -9,12 +9,11 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import VariancePreserving
 from ...errors import RequestError
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
-from . import KINDS, Family, Parts, Size, codec_pixels, middle_block, node, token_map, token_shapes, without_sigma
+from . import DISCRETE, ONE_STREAM, Family, Parts, Size, channel_refusals, codec_pixels, discrete_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -63,24 +62,17 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, parts["scheduler"]
+    network = parts["transformer"].config
     return {
-        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
-            network.in_channels != vae.latent_channels,
-        f"its network gives {network.out_channels} channels for {network.in_channels}":
-            network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
+        **channel_refusals(parts),
         f"its network knows {network.num_embeds_ada_norm} classes, and its pipeline subtracts class {NULL}": network.num_embeds_ada_norm != NULL,
-        f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
-        f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+        **discrete_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
     name="dit", denoiser="transformer", targets=TARGETS,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=node,
-    kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
     time=TimeEmbedding("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", None),       # each block has sinusoids of its own
     prompts=Prompts("class_labels", read, "np"), index=index, call=lambda parts, size: {},
-    encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs, output=without_sigma,
-    feature_shapes=token_shapes, feature_map=token_map, default_features=middle_block,
-    latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals)
+    encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs,
+    latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)

@@ -9,23 +9,9 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import VariancePreserving
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
-from . import (
-    KINDS,
-    Family,
-    Parts,
-    Size,
-    codec_pixels,
-    latent_sides,
-    middle_block,
-    node,
-    sides,
-    token_map,
-    token_shapes,
-    without_sigma,
-)
+from . import DISCRETE, ONE_STREAM, Family, Parts, Size, channel_refusals, codec_pixels, discrete_refusals, latent_sides, sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -51,9 +37,8 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    tokens = call["max_sequence_length"]
-    shapes = {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,)}
-    return shapes | ({"time_ids": (3,)} if reads_sizes(parts) else {})
+    tokens, sizes = call["max_sequence_length"], {"time_ids": (3,)} if reads_sizes(parts) else {}
+    return {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,), **sizes}
 
 
 def inputs(network: PixArtTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
@@ -70,14 +55,10 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, parts["scheduler"]
+    network = parts["transformer"].config
     return {
-        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
-            network.in_channels != vae.latent_channels,
-        f"its network gives {network.out_channels} channels for {network.in_channels}":
-            network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
-        f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
-        f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+        **channel_refusals(parts),
+        **discrete_refusals(parts["scheduler"]),
         f"its network of sample_size {network.sample_size} reads the sizes of pictures, which PixArtAlphaPipeline tells at 128 alone":
             reads_sizes(parts) and network.sample_size != 128,
     }
@@ -85,10 +66,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 FAMILY = Family(
     name="pixart", denoiser="transformer", targets=TARGETS, seeded_steps=True,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=node,
-    kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
     time=TimeEmbedding("adaln_single.emb.timestep_embedder.linear_1", "adaln_single.emb.time_proj"),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, output=without_sigma,
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs,
     call=lambda parts, size: {**sides(parts, size), "use_resolution_binning": False},     # it draws the nearest of a table of sizes, and scales
-    feature_shapes=token_shapes, feature_map=token_map, default_features=middle_block,
-    latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals)
+    latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)

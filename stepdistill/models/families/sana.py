@@ -11,7 +11,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import Plain
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, latent_sides, middle_block, sides, token_map, token_shapes, without_sigma
+from . import ONE_STREAM, Family, Parts, Size, channel_refusals, latent_sides, sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -59,14 +59,11 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, parts["scheduler"]
+    scheduler = parts["scheduler"]
     flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
     return {
-        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
-            network.in_channels != vae.latent_channels,
-        f"its network gives {network.out_channels} channels for {network.in_channels}":
-            network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
-        "its network is told a guidance scale, which its pipeline does not tell it": network.guidance_embeds,
+        **channel_refusals(parts),
+        "its network is told a guidance scale, which its pipeline does not tell it": parts["transformer"].config.guidance_embeds,
         f"its scheduler {type(scheduler).__name__} is none of flow matching": not flow,
     }
 
@@ -76,6 +73,5 @@ FAMILY = Family(
     kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
     time=TimeEmbedding("time_embed.emb.timestep_embedder.linear_1", "time_embed.emb.time_proj",
                        scale=lambda network: network.config.timestep_scale),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, output=without_sigma, call=call,
-    feature_shapes=token_shapes, feature_map=token_map, default_features=middle_block,
-    latent_shape=latent_shape, codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor), refusals=refusals)
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs, call=call,
+    latent_shape=latent_shape, codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor), refusals=refusals, **ONE_STREAM)

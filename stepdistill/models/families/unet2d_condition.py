@@ -9,11 +9,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import VariancePreserving, moved
+from ...diffusion.schedule import moved
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
-from . import KINDS, Family, Parts, Size, codec_pixels, latent_sides, node
+from . import DISCRETE, Family, Parts, Size, codec_pixels, discrete_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -72,21 +72,19 @@ def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dic
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    unet, vae, scheduler = parts["unet"].config, parts["vae"].config, parts["scheduler"]
+    unet, vae = parts["unet"].config, parts["vae"].config
     return {
         f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels != vae.latent_channels,
         "its network reads a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
         "its network reads classes or images": unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None,
         "its latents are shifted by a mean, which its pipeline leaves alone": vae.latents_mean is not None and "text_encoder_2" not in parts,
-        f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
-        f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+        **discrete_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
     name="unet2d_condition", denoiser="unet", targets=TARGETS, guidance=guidance, seeded_steps=True,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=node,
-    kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
+    **DISCRETE,
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
