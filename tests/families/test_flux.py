@@ -12,8 +12,9 @@ from stepdistill.methods.base import Trained
 from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.teacher import load_teacher
 
-from .flux import CASES
+from . import flux, flux2
 
+CASES = flux.CASES | flux2.CASES
 PROMPTS = ["a red ring", "a blue square"]
 
 
@@ -22,7 +23,7 @@ def told(pipe: DiffusionPipeline, **call) -> list[dict]:
     seen: list[dict] = []
     pipe.transformer.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
     pipe.set_progress_bar_config(disable=True)
-    pipe(PROMPTS, output_type="latent", num_inference_steps=3, generator=torch.Generator().manual_seed(0), **call)
+    pipe(prompt=PROMPTS, output_type="latent", num_inference_steps=3, generator=torch.Generator().manual_seed(0), **call)
     return seen
 
 
@@ -40,17 +41,17 @@ def folder(case, tmp_path):
 def test_in_bfloat16_the_network_is_told_what_the_stock_call_tells_it(case, folder):
     """Times that bfloat16 cannot hold, positions, and a guidance scale: each with its dtype."""
     teacher = load_teacher(folder, dtype=torch.bfloat16, scale=3.3, resolution=(16, 24))
-    stock, call = teacher.pipeline(), {**case.call, **teacher.call}
-    seen = told(stock, **call, **({"guidance_scale": 3.3} if teacher.scale else {"guidance_scale": 1.0}))
-    teacher.call |= call
+    teacher.call = {**case.call, **teacher.call}
+    stock = teacher.pipeline()
+    seen = told(stock, **teacher.call, guidance_scale=teacher.scale or 1.0)
     cond = teacher.scaled(teacher.encode(PROMPTS))
     for given, time in zip(seen, stock.scheduler.sigmas.double(), strict=False):
         x_t = case.unpacked(given["hidden_states"], (2, *teacher.latent_shape))
         timestep = teacher.timestep(time.expand(2)).to(torch.bfloat16)
         ours = teacher.family.inputs(teacher.network, x_t, timestep, cond)
         for name in ours.keys() - {"return_dict"}:
-            ids = name.endswith("_ids")
-            same(ours[name], given[name][0] if ids and given[name].ndim == 3 else given[name])
+            many = name.endswith("_ids") and given[name].ndim == 3          # of which the network reads the first
+            same(ours[name], given[name][0] if many else given[name])
     assert len(seen) == 3
 
 
@@ -61,9 +62,10 @@ def same(ours: Tensor | None, theirs: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("reads", [("w",), ("r",), ("w", "r")], ids="+".join)
-def test_numbers_beside_the_time_are_folded_into_a_stock_network(folder, reads):
+def test_numbers_beside_the_time_are_folded_into_a_stock_network(case, folder, reads):
     """The module of sinusoids also embeds a guidance scale, which must not read them."""
     teacher = load_teacher(folder, scale=3.3, resolution=16)
+    teacher.call = {**case.call, **teacher.call}
     if teacher.scale is not None and "w" in reads:
         pytest.skip("its network reads w by itself")
     roles = build_roles(teacher, {"student": Trained("teacher", reads)}, {"student": Lora(4)})
@@ -96,3 +98,13 @@ def test_teachers_that_it_does_not_translate(case, folder):
     pipeline.save_pretrained(folder)
     with pytest.raises(RequestError, match="reads tokens of 20 numbers.*DDIMScheduler is none of flow matching"):
         load_teacher(folder, device="meta")
+
+
+def test_a_klein_that_is_distilled_or_reads_a_scale(tmp_path):
+    pipeline = flux2.tiny_klein()
+    pipeline.register_to_config(is_distilled=True)
+    pipeline.transformer.register_to_config(guidance_embeds=True)
+    pipeline.save_pretrained(tmp_path)
+    for device in (None, "meta"):
+        with pytest.raises(RequestError, match="distilled to a few steps already.*reads a guidance scale"):
+            load_teacher(tmp_path, device=device)

@@ -27,10 +27,11 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 Shape = tuple[int, int, int]                       # channels, height, width
-Parts = Mapping[str, Any]                          # the components of a pipeline by name
+Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
 Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
 
 

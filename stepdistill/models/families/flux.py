@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ...diffusion.contracts import Condition
@@ -75,16 +75,20 @@ def step_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return unpacked(torch.randn(batch, height * width // PATCH ** 2, channels * PATCH ** 2, generator=generator), shape)
 
 
+def blocks(network: nn.Module) -> list[str]:
+    """Those of two streams and then those of one."""
+    config = network.config
+    return [f"transformer_blocks.{i}" for i in range(config.num_layers)] + [f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)]
+
+
+def middle(network: nn.Module) -> tuple[str, ...]:
+    found = blocks(network)
+    return (found[len(found) // 2],)
+
+
 def feature_shapes(network: FluxTransformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
     """Its blocks -> (C, H, W) of their picture tokens."""
-    config, sides = network.config, [side // PATCH for side in shape[1:]]
-    blocks = [f"transformer_blocks.{i}" for i in range(config.num_layers)] + [f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)]
-    return dict.fromkeys(blocks, (network.inner_dim, *sides))
-
-
-def default_features(network: FluxTransformer2DModel) -> tuple[str, ...]:
-    blocks = tuple(feature_shapes(network, (0, 0, 0)))
-    return (blocks[len(blocks) // 2],)              # the block in the middle
+    return dict.fromkeys(blocks(network), (network.inner_dim, *[side // PATCH for side in shape[1:]]))
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
@@ -114,7 +118,7 @@ FAMILY = Family(
     timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,   # a stock call rounds it to latents' dtype
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs,
-    output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes, default_features=default_features,
+    output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes, default_features=middle,
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),   # a block returns its text tokens and its picture tokens
     latent_shape=latent_shape, codec=lambda parts: shifted(parts["vae"]), guidance=guidance, prompts=Prompts(each=("negative_prompt",)),
     step_noise=step_noise, refusals=refusals)
