@@ -8,10 +8,11 @@ from typing import Any
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
-def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, prompt: str) -> str:
-    """README.md. said: stepdistill.json; folder: its path, as it was asked for; results: results.json or None."""
+def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:
+    """README.md. said: stepdistill.json; folder: its path, as it was asked for; results: results.json or None; asked: the
+    argument of a call that asks for a picture."""
     parts = [_front_matter(said), f"# {said['method']}, {said['steps']} steps", _what(said), "![samples](samples.png)",
-             f"## Use\n\n```python\n{snippet(said, folder, prompt)}```", _facts(said)]
+             f"## Use\n\n```python\n{snippet(said, folder, asked)}```", _facts(said)]
     if said["format"] == "comfyui":
         parts.append(f"## ComfyUI\n\nPut `{said['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
                      f"{said['steps']} steps, cfg {said['scale']:g}. ComfyUI makes its own list of time steps: "
@@ -21,7 +22,7 @@ def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None
     return "\n\n".join(parts) + "\n"
 
 
-def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
+def snippet(said: Mapping[str, Any], folder: str, asked: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
     call = "".join(f", {key}={value!r}" for key, value in said["call"].items())
     revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
@@ -40,7 +41,7 @@ def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
                   f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if said["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
-    lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
+    lines += [f"image = pipe({asked}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)
 

@@ -48,7 +48,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         said["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32",
                          "rounding": rounding}
         _write(folder / SETTINGS, said)
-        (folder / "README.md").write_text(card(said, out.as_posix(), student.results, student.prompts[0]), encoding="utf-8")
+        asked = student.teacher.family.prompts.written(leaving.pipe, student.prompts[0])
+        (folder / "README.md").write_text(card(said, out.as_posix(), student.results, asked), encoding="utf-8")
         _picture(leaving.pipe, proof).save(folder / "samples.png")
     return proof
 

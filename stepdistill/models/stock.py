@@ -1,6 +1,8 @@
 """How a call of a stock pipeline is spelled: its guidance, its prompts, and the pictures that it returns."""
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -63,6 +65,13 @@ class Prompts:
         """The keyword arguments of this call for these prompts."""
         spread = {name: [call[name]] * len(prompts) for name in self.each if name in call}
         return {**call, **spread, self.keyword: [self.read(pipeline, prompt) for prompt in prompts]}
+
+    def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
+        """The argument of a call that asks for one prompt, as Python is written: by its name, unless a prompt is the first."""
+        value, first = self.read(pipeline, prompt), [*inspect.signature(type(pipeline).__call__).parameters][1]
+        if self.keyword == first == "prompt":
+            return json.dumps(value, ensure_ascii=False)
+        return f"{self.keyword}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else [value]}"
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:

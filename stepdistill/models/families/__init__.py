@@ -70,6 +70,13 @@ def codec_pixels(vae: nn.Module) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def stream_blocks(network: nn.Module, middle: bool = False) -> tuple[str, ...]:
+    """The blocks of a transformer whose text and picture are two streams at first and one after that, or the one in the middle."""
+    config = network.config
+    found = (*(f"transformer_blocks.{i}" for i in range(config.num_layers)), *(f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)))
+    return (found[len(found) // 2],) if middle else found
+
+
 def fresh(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """A stock network of the same config, changed by `config`, without values."""
     with torch.device("meta"):

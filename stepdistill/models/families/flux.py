@@ -5,25 +5,24 @@ Text is padded to max_sequence_length, and the padding is attended: a stock call
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch import Tensor
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow, moved
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
-from . import Family, Parts, Size, codec_pixels, latent_sides
+from ..tokens import PATCH, grid, packed, packed_noise, unpacked
+from . import Family, Parts, Size, codec_pixels, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-PATCH = 2                                          # latents of a side of a token
 TOKENS = 512                                       # max_sequence_length of a stock call
 SIDE = 128                                         # latents of a side of a stock call's picture
 # The layers of diffusers' train_dreambooth_lora_flux.py, those of the single blocks, and the way in of time: the modulations.
@@ -49,7 +48,7 @@ def inputs(network: FluxTransformer2DModel, x_t: Tensor, timestep: Tensor, cond:
     if cond.text is None or cond.pooled is None:
         raise ValueError("this network is told a text and its pooled embedding: pass a condition from teacher.encode(prompts)")
     scale = moved(cond.w.float(), x_t.device) if network.config.guidance_embeds else None
-    return {"hidden_states": pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2), "timestep": timestep / 1000, "guidance": scale,
+    return {"hidden_states": packed(x_t), "timestep": timestep / 1000, "guidance": scale,
             "encoder_hidden_states": cond.text.to(x_t), "pooled_projections": cond.pooled.to(x_t), "txt_ids": x_t.new_zeros(cond.text.shape[1], 3),
             "img_ids": places(x_t), "return_dict": False}
 
@@ -60,35 +59,9 @@ def places(x_t: Tensor) -> Tensor:
     return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).to(x_t.dtype)
 
 
-def grid(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """Tokens (B, N, D) of latents of this shape as a map (B, D, H, W)."""
-    return tokens.transpose(1, 2).unflatten(2, [side // PATCH for side in shape[-2:]])
-
-
-def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """Tokens (B, N, 4 C) as latents of this shape, (B, C, H, W)."""
-    return pixel_shuffle(grid(tokens, shape), PATCH)
-
-
-def step_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    batch, channels, height, width = shape
-    return unpacked(torch.randn(batch, height * width // PATCH ** 2, channels * PATCH ** 2, generator=generator), shape)
-
-
-def blocks(network: nn.Module) -> list[str]:
-    """Those of two streams and then those of one."""
-    config = network.config
-    return [f"transformer_blocks.{i}" for i in range(config.num_layers)] + [f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)]
-
-
-def middle(network: nn.Module) -> tuple[str, ...]:
-    found = blocks(network)
-    return (found[len(found) // 2],)
-
-
 def feature_shapes(network: FluxTransformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
     """Its blocks -> (C, H, W) of their picture tokens."""
-    return dict.fromkeys(blocks(network), (network.inner_dim, *[side // PATCH for side in shape[1:]]))
+    return dict.fromkeys(stream_blocks(network), (network.inner_dim, *[side // PATCH for side in shape[1:]]))
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
@@ -118,7 +91,8 @@ FAMILY = Family(
     timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,   # a stock call rounds it to latents' dtype
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs,
-    output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes, default_features=middle,
+    output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
+    default_features=lambda network: stream_blocks(network, middle=True),
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),   # a block returns its text tokens and its picture tokens
     latent_shape=latent_shape, codec=lambda parts: shifted(parts["vae"]), guidance=guidance, prompts=Prompts(each=("negative_prompt",)),
-    step_noise=step_noise, refusals=refusals)
+    step_noise=packed_noise, refusals=refusals)

@@ -15,14 +15,14 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import folded
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, codec_pixels, latent_sides
-from .flux import SIDE, TOKENS, blocks, middle
+from . import Family, Parts, Size, codec_pixels, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-LAYERS = (9, 18, 27)                               # text_encoder_out_layers of a stock call
-PATCH = 2                                          # the codec's latents of a side of one of the network's
+TOKENS, LAYERS = 512, (9, 18, 27)                  # max_sequence_length and text_encoder_out_layers of a stock call
+SIDE = 64                                          # latents on a side of a stock call's picture
+PATCH = 2                                          # the codec's latents on a side of one of these
 # The layers of diffusers' train_dreambooth_lora_flux2_klein.py, those of the text's stream and of feed-forward, and the way in of
 # time: the modulations, which all blocks share.
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
@@ -69,7 +69,7 @@ def step_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     pixels = codec_pixels(parts["vae"]) * PATCH
-    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE // PATCH, SIDE // PATCH), pixels, pixels)
+    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE, SIDE), pixels, pixels)
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -89,7 +89,8 @@ FAMILY = Family(
     timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,   # a stock call rounds it to latents' dtype
     time=TimeEmbedding("time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, output=lambda found, x_t: grid(found[0], x_t.shape),
-    feature_shapes=lambda network, shape: dict.fromkeys(blocks(network), (network.inner_dim, *shape[1:])), default_features=middle,
+    feature_shapes=lambda network, shape: dict.fromkeys(stream_blocks(network), (network.inner_dim, *shape[1:])),
+    default_features=lambda network: stream_blocks(network, middle=True),
     # A block of two streams returns text and picture, one of one stream both in one.
     feature_map=lambda network, output, x_t: grid(output if isinstance(output, Tensor) else output[1], x_t.shape),
     latent_shape=latent_shape, codec=lambda parts: folded(parts["vae"]), step_noise=step_noise, refusals=refusals)
