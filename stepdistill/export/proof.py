@@ -99,7 +99,7 @@ def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> 
     noise = torch.randn(shape, generator=generator, dtype=dtype).to(teacher.device)
     if not teacher.family.seeded_steps:
         generator = torch.Generator(teacher.device).manual_seed(SEED)
-    draw = lambda i: torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(teacher.device)
+    draw = lambda i: teacher.family.step_noise(shape, generator, dtype).to(teacher.device)
     return (teacher.decode(sampler(role, noise, cond, draw)) / 2 + 0.5).clamp(0, 1).cpu()
 
 

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 class Codec:
     """An autoencoder whose latents are moved and scaled, by one number or by channel: latents = (z - shift) scale.
 
-    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1).
+    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1). patch: squares of so many latents a
+    side are folded into channels first.
     """
 
-    def __init__(self, network: nn.Module, scale: float | Tensor, shift: float | Tensor = 0.0) -> None:
-        self.network, self.scale, self.shift = network.eval().requires_grad_(False), scale, shift
+    def __init__(self, network: nn.Module, scale: float | Tensor, shift: float | Tensor = 0.0, patch: int = 1) -> None:
+        self.network, self.scale, self.shift, self.patch = network.eval().requires_grad_(False), scale, shift, patch
 
     @property
     def dtype(self) -> torch.dtype:
@@ -26,13 +28,14 @@ class Codec:
         is given."""
         posterior = self.network.encode(pixels.to(self.network.device, self.dtype)).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
+        z = pixel_unshuffle(z, self.patch)
         return (z.float() - _on(self.shift, z)) * _on(self.scale, z)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Latents -> pixels (B, 3, H, W), float32, [-1, 1] and a little beyond, with gradients to the latents."""
         latents = latents.to(self.network.device, self.dtype)
         z = latents / _on(self.scale, latents) + _on(self.shift, latents)
-        return self.network.decode(z.to(self.dtype), return_dict=False)[0].float()
+        return self.network.decode(pixel_shuffle(z.to(self.dtype), self.patch), return_dict=False)[0].float()
 
 
 class Plain(Codec):
@@ -72,6 +75,12 @@ def normalised(vae: Any) -> Codec:
     latents_mean."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
     return Codec(vae, vae.config.scaling_factor / std, mean)
+
+
+def folded(vae: Any) -> Codec:
+    """By 2 x 2 latents and the running statistics of its normalisation, which are weights and no config: FLUX.2."""
+    mean, variance = (values.float()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
+    return Codec(vae, (variance + vae.config.batch_norm_eps).rsqrt(), mean, patch=2)
 
 
 def _on(value: float | Tensor, x: Tensor) -> float | Tensor:

@@ -72,7 +72,8 @@ class TimeEmbedding:
 class ExtraEmbedding(nn.Module):
     """Takes the place of a network's sinusoids: timestep -> sinusoids + layer(the numbers' own sinusoids).
 
-    The layer is put there as `layer`. Outside `reading` the network computes what it did before.
+    The layer is put there as `layer`. Outside `reading` the network computes what it did before. Where a class embeds more numbers
+    by the same module, such as a guidance scale, the time is the first, and to it alone the layer adds.
     """
 
     def __init__(self, sinusoids: nn.Module, layer: nn.Module | None = None) -> None:
@@ -81,8 +82,8 @@ class ExtraEmbedding(nn.Module):
         self.given: Tensor | None = None
 
     def forward(self, timestep: Tensor) -> Tensor:
-        s = self.sinusoids(timestep)
-        return s if self.given is None else s + self.layer(moved(self.given, s.device)).to(s.dtype)
+        s, given, self.given = self.sinusoids(timestep), self.given, None
+        return s if given is None else s + self.layer(moved(given, s.device)).to(s.dtype)
 
 
 def install(network: nn.Module, path: str, layer: nn.Module | None = None) -> None:

@@ -37,7 +37,7 @@ class Teacher:
     """A loaded pipeline under the conventions of its family. The network is frozen and in evaluation mode.
 
     family: what differs for its kind. source, revision: where it was loaded from: folder, file or Hub id. call: the keyword
-    arguments that every call of its stock pipeline is given. parts: its components by name; scheduler: its own. network: the one
+    arguments that every call of its stock pipeline is given. parts: its components and settings by name; scheduler: its own. network: the one
     that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
     must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
     speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
@@ -291,8 +291,9 @@ def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.d
         arguments = {"dtype": dtype, **family.arguments(class_name), **dict.fromkeys(without)}
         read = lambda parts: _read(source, class_name, revision, arguments | parts)
         loaded = read({})
-        teacher = Teacher(family, loaded.components, source, revision, scale=scale, resolution=resolution, loaded=loaded, without=without, read=read,
-                          cls=type(loaded))
+        parts = loaded.components | _settings(loaded.config)
+        teacher = Teacher(family, parts, source, revision, scale=scale, resolution=resolution, loaded=loaded,
+                          without=without, read=read, cls=type(loaded))
     return teacher if device is None else teacher.to(device)
 
 
@@ -348,6 +349,11 @@ def absent_parts(source: str, revision: str | None = None) -> dict[str, None]:
     return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
 
 
+def _settings(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a pipeline's index that are no components, such as is_distilled."""
+    return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, (list, tuple))}
+
+
 def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str, Any]) -> DiffusionPipeline:
     cls = getattr(diffusers, class_name)
     try:
@@ -360,7 +366,7 @@ def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str
 
 
 def _without_weights(source: str, revision: str | None, family: Family, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The components of a pipeline on the meta device, made from their configs, and its scheduler; no tokenizers."""
+    """The components of a pipeline on the meta device, made from their configs, its scheduler and settings; no tokenizers."""
     if source.endswith(".safetensors"):
         raise RequestError(f"{source} is one file of weights, which holds no configs, so it cannot be opened without reading it: give the "
                            "pipeline as a folder or a Hub id")
@@ -371,7 +377,7 @@ def _without_weights(source: str, revision: str | None, family: Family, class_na
     dropped = {"scheduler", *family.arguments(class_name)}
     listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
     networks = {name: _network(source, revision, name, *made_by) for name, made_by in listed.items()}
-    return {"scheduler": scheduler} | {name: network.to(dtype) for name, network in networks.items() if network is not None}
+    return _settings(index) | {"scheduler": scheduler} | {name: network.to(dtype) for name, network in networks.items() if network is not None}
 
 
 def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module | None:

@@ -155,8 +155,8 @@ def test_folders_that_are_no_pipeline(tmp_path, copy):
 
 def test_unsupported_pipelines_are_named_with_the_supported_ones(copy):
     index = json.loads((copy / "model_index.json").read_text(encoding="utf-8"))
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}), encoding="utf-8")
-    refused(copy, "FluxPipeline", *FAMILIES)
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}), encoding="utf-8")
+    refused(copy, "KandinskyPipeline", *FAMILIES)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "scrambled", "empty"])

@@ -30,11 +30,13 @@ FAMILIES = {                                       # pipeline class -> module of
     "DiTPipeline": "dit",
     "PixArtSigmaPipeline": "pixart",
     "PixArtAlphaPipeline": "pixart",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
 Shape = tuple[int, int, int]                       # channels, height, width
-Parts = Mapping[str, Any]                          # the components of a pipeline by name
+Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
 Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
 
 
@@ -132,6 +134,13 @@ def sides(parts: Parts, size: Size) -> dict[str, Any]:
     return {} if size is None else {"height": size[0], "width": size[1]}
 
 
+def stream_blocks(network: nn.Module, middle: bool = False) -> tuple[str, ...]:
+    """The blocks of a transformer whose text and picture are two streams at first and one after that, or the one in the middle."""
+    config = network.config
+    found = (*(f"transformer_blocks.{i}" for i in range(config.num_layers)), *(f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)))
+    return (found[len(found) // 2],) if middle else found
+
+
 def fresh(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """A stock network of the same config, changed by `config`, without values."""
     with torch.device("meta"):
@@ -148,6 +157,11 @@ def no_refusals(parts: Parts) -> dict[str, bool]:
 
 def first(found: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
     return found[0]
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unit noise, on the generator's device."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,8 @@ class Family:
     samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
+    step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a pipeline draws it that packs its
+    latents.
     arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
     index: what a saved pipeline's model_index.json is to say, where its class forgets it.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
@@ -202,6 +218,7 @@ class Family:
     call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
+    step_noise: Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor] = drawn
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
     optional: tuple[str, ...] = ()
     index: Callable[[DiffusionPipeline], Mapping[str, Any]] = lambda pipeline: {}
