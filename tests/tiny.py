@@ -15,11 +15,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -86,6 +88,12 @@ def tiny_sd3(t5: bool = False, shift: float = 3.0) -> StableDiffusion3Pipeline:
         text_encoder_3=encoder if t5 else None, tokenizer_3=t5_tokenizer if t5 else None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def qwen_tokenizer(template: str | None = None) -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer of single bytes, and of the marks of a chat. template: of chats."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    return Qwen2Tokenizer(vocabulary, [], additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=template)
 
 
 def save_tiny_sd3(folder: Path, t5: bool = False, call: dict | None = None) -> Path:

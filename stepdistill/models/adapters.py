@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from difflib import get_close_matches
 from typing import Any
 
@@ -105,7 +106,8 @@ class AdapterBank:
             _check_targets(network, config.target_modules)
             if other := [key for key in ("lora_dropout", "use_dora", "lora_bias") if getattr(config, key)]:
                 raise ValueError(f"adapter {name!r} has {', '.join(other)}; those of a bank are plain LoRA: take `lora_config`")
-        self.network, self.configs = network.requires_grad_(False), dict(configs)
+        self.network = network.requires_grad_(False)
+        self.configs = {name: _layers_alone(network, config) for name, config in configs.items()}
         self._active: list[str] = []
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _same_device(network):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -220,6 +222,16 @@ def _layers(network: nn.Module) -> list[str]:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _layers_alone(network: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config, told to pass over modules that a target names but that are no layers, such as an activation of the same name."""
+    others = {name for name, _ in network.named_modules() if any(_matches(name, target) for target in config.target_modules)}
+    if not (others := others - {*_layers(network)}):
+        return config
+    spared = copy(config)
+    spared.exclude_modules = others
+    return spared
 
 
 def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:

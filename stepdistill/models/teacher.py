@@ -106,7 +106,7 @@ class Teacher:
 
     def _shaped(self, prompts: list[str], null: bool) -> Condition:
         shapes = self.family.condition_shapes(self.parts, self.call)
-        dtypes = {name: torch.int64 if name == "label" else self.dtype for name in shapes}
+        dtypes = {name: torch.int64 if name in ("label", "mask") else self.dtype for name in shapes}
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:

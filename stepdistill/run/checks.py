@@ -40,6 +40,7 @@ def check(recipe: Recipe) -> Checked:
     _check_solver(recipe)
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
     needs = method.needs(settings, recipe.student.lora is None)
+    _check_reads(recipe, needs)
     roles = configured(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
@@ -216,6 +217,17 @@ def _check_family(recipe: Recipe) -> None:
     for entry, reason in served.unserved.items():
         if (value := _entry(recipe, entry)) not in (None, False, "auto"):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
+
+
+def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for a role that reads a number beside its time, where the family's network has no place for one."""
+    time = family(recipe).time
+    for name, need in needs.items():
+        own = time.own(need.reads) if isinstance(need, Trained) and time.sinusoids is None else ()
+        if own:
+            raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(own)} beside its time, and a "
+                                f"network of the teacher {recipe.teacher} has no place for a layer that does: leave the "
+                                "settings out by which it reads them, or take another method")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def recorded(stock: Any) -> dict[str, Any]:
     grid: dict[str, Any] = {}
     own = stock.scheduler.set_timesteps
 
+    @wraps(own)                                       # pipelines look at what it takes
     def keep(num_inference_steps=None, device=None, **more):
-        grid.update({key: value for key, value in more.items() if value is not None})
+        grid.update({key: list(value) if key == "sigmas" else value for key, value in more.items() if value is not None})
         return own(num_inference_steps, device=device, **more)
 
     stock.scheduler.set_timesteps = keep

@@ -26,6 +26,7 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "z_image",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 Shape = tuple[int, int, int]                       # channels, height, width
