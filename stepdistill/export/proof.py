@@ -88,7 +88,7 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
     elif teacher.scale is None:
         role = guided(role, teacher.guidance.scale(call))
-    latents = sampler(role, noise, cond, lambda i: torch.randn(shape, generator=generator))
+    latents = sampler(role, noise, cond, lambda i: teacher.family.step_noise(shape, generator))
     return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 

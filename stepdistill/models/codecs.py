@@ -34,6 +34,22 @@ class Codec:
         return self.network.decode(z.to(self.dtype), return_dict=False)[0].float()
 
 
+class Framed(Codec):
+    """An autoencoder of videos: a picture is a video of one frame, and its latents are given without their frame axis.
+
+    shift and scale: tensors (C, 1, 1, 1).
+    """
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().encode(pixels[:, :, None], generator)[:, :, 0]
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """By the autoencoder's layers: its `decode` clips pixels, and those that it clips have no gradient."""
+        z = latents.to(self.network.device, self.dtype)[:, :, None]
+        z = z / _on(self.scale, z) + _on(self.shift, z)
+        return self.network.decoder(self.network.post_quant_conv(z.to(self.dtype)))[:, :, 0].float()
+
+
 class Points(Codec):
     """Where samples are what the network sees: nothing is encoded."""
 
@@ -62,6 +78,13 @@ def normalised(vae: Any) -> Codec:
     """By the mean and the deviation of each channel, and the scaling factor: SDXL pipelines whose codec has latents_mean."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
     return Codec(vae, vae.config.scaling_factor / std, mean)
+
+
+def framed(vae: Any) -> Codec:
+    """By the mean and the deviation of each channel, with a frame axis: Qwen-Image."""
+    mean, std = (torch.tensor(values)[:, None, None, None]
+                 for values in (vae.config.latents_mean, vae.config.latents_std))
+    return Framed(vae, 1 / std, mean)
 
 
 def _on(value: float | Tensor, x: Tensor) -> float | Tensor:

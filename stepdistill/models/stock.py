@@ -51,18 +51,23 @@ USUAL = Guidance()                                  # of pipelines that say guid
 class Prompts:
     """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one of them.
 
-    output_type: of pictures, where "pt" is not known.
+    output_type: of pictures, where "pt" is not known. each: keywords that a call takes once for every prompt, as a list.
     """
 
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
+    each: tuple[str, ...] = ()
+
+    def call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of this call for these prompts."""
+        spread = {name: [call[name]] * len(prompts) for name in self.each if name in call}
+        return {**call, **spread, self.keyword: [self.read(pipeline, prompt) for prompt in prompts]}
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:
     """What a call of a stock pipeline draws: (B, 3, H, W) in [0, 1], float32, on the CPU."""
-    given = [spelled.read(pipeline, prompt) for prompt in prompts]
-    images = pipeline(**{spelled.keyword: given}, output_type=spelled.output_type, **call).images
+    images = pipeline(**spelled.call(pipeline, prompts, call), output_type=spelled.output_type).images
     if spelled.output_type == "np":
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return images.float().cpu()

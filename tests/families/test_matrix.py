@@ -57,8 +57,7 @@ def test_the_stock_call_is_our_sampler(folder_of, name, size, scale):
     stock.set_progress_bar_config(disable=True)
     grid, spelled = recorded(stock), teacher.family.prompts
     asked = {"num_inference_steps": 3, **teacher.guidance.call(scale), **teacher.call}
-    given = [spelled.read(stock, prompt) for prompt in case.prompts]
-    theirs = case.latents(stock, {**asked, spelled.keyword: list(given), "generator": seed()})
+    theirs = case.latents(stock, {**spelled.call(stock, case.prompts, asked), "generator": seed()})
     shape = (2, *teacher.latent_shape)
     sampler = Sampler.of(stock.scheduler, 3, teacher.schedule, **grid)
     role = Denoiser(teacher, teacher.network)

@@ -27,6 +27,7 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
     "ZImagePipeline": "z_image",
+    "QwenImagePipeline": "qwen_image",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 Shape = tuple[int, int, int]                       # channels, height, width
@@ -106,6 +107,7 @@ class Family:
     latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
     samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
+    step_noise: shape (B, ...) and a generator -> what the scheduler adds in a step, as a pipeline draws it that packs its latents.
     arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
@@ -136,6 +138,7 @@ class Family:
     prompts: Prompts = Prompts()
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
+    step_noise: Callable[[tuple[int, ...], torch.Generator], Tensor] = lambda shape, generator: torch.randn(shape, generator=generator)
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
     optional: tuple[str, ...] = ()
     refusals: Callable[[Parts], Mapping[str, bool]] = no_refusals
