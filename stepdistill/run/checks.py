@@ -10,6 +10,7 @@ import torch
 from .. import resources
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
 from ..diffusion.toy import is_toy
+from ..errors import RequestError
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
 from ..models.attention import check_backend
@@ -129,7 +130,10 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
         check_backend(backend, device, dtype)
         source = resources.pipeline(recipe.teacher)
         if not source.endswith(".safetensors"):              # a single file has no config
-            check_backend(backend, device, dtype, load_teacher(source, recipe.revision, device="meta").network)
+            teacher = load_teacher(source, recipe.revision, device="meta")
+            check_backend(backend, device, dtype, teacher.network)
+            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.call):
+                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: choose sdpa")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from stepdistill.models.families.qwen_image import combine
 from stepdistill.models.teacher import load_teacher
 from stepdistill.models.tokens import packed, unpacked
 from stepdistill.recipe import Recipe
+from stepdistill.run.checks import check, check_attention
 from stepdistill.run.plan import plan
 
 PROMPTS = ["a ring", "a blue square"]
@@ -141,12 +142,26 @@ def test_a_plan_needs_no_values_of_masks_and_positions(folder):
     assert (found["forward"], found["backward"]) == (4, 1)
 
 
+def test_flash_attention_and_compiled_blocks_are_refused_before_anything_is_loaded(folder):
+    wanted = Recipe.load(recipe(folder), {"train.attention": "flash"})
+    with pytest.raises(RequestError, match="train.attention is flash, which cannot serve: .*takes no mask"):
+        check_attention(wanted, "flash", torch.device("cpu"))
+    check_attention(wanted, "sdpa", torch.device("cpu"))
+    with pytest.raises(RequestError, match="train.compile is on, but texts of each length"):
+        check(Recipe.load(recipe(folder), {"train.compile": True}))
+
+
 @pytest.mark.long
 def test_a_student_that_reads_its_guidance_scale_leaves_as_a_stock_lora(folder, tmp_path):
     """The time is told in another way than in SD3, so that what the student reads is folded into the same layer."""
     api.train(recipe(folder, told=True) | {"evaluate": {"prompts": PROMPTS}}, out=tmp_path / "run")
     made = api.export(tmp_path / "run", to="lora", guidance=2.0)
     assert json.loads((made / "stepdistill.json").read_text())["proof"]["difference"] <= 1e-4
+
+
+def test_a_scheduler_that_shifts_by_the_pipelines_size_serves_any_number_of_steps(folder):
+    """Its `mu` is the pipeline's to say, and a teacher can be sampled at a number of steps that is asked for."""
+    assert [picture.size for picture in api.sample(folder, PROMPTS, steps=2, guidance=2.0)] == [(32, 32)] * 2
 
 
 def test_teachers_that_it_does_not_translate(folder, tmp_path):

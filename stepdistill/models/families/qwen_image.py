@@ -120,4 +120,5 @@ FAMILY = Family(
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),       # a block gives text, then picture tokens
     default_features=lambda network: (f"transformer_blocks.{network.config.num_layers // 2}",),      # in the middle
-    latent_shape=latent_shape, codec=lambda parts: framed(parts["vae"]), refusals=refusals)
+    latent_shape=latent_shape, codec=lambda parts: framed(parts["vae"]), refusals=refusals,
+    unserved={"train.compile": "texts of each length would be compiled anew: leave it off"})
