@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -86,6 +89,16 @@ def tiny_sd3(t5: bool = False, shift: float = 3.0) -> StableDiffusion3Pipeline:
         text_encoder_3=encoder if t5 else None, tokenizer_3=t5_tokenizer if t5 else None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def qwen_tokenizer(template: str | None = None, words: str = "") -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer of bytes, of the marks of a chat, and of these words. template: of chats."""
+    found = {word.replace(" ", "\u0120") for word in re.findall(" ?[A-Za-z]+", words)}
+    spelled = sorted(found, key=lambda word: (word[0] != "\u0120", word))         # those after a space are merged first
+    merges = dict.fromkeys((word[:i], word[i]) for word in spelled for i in range(1, len(word)))
+    tokens = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
+    return Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, list(merges), chat_template=template,
+                          additional_special_tokens=["<|im_start|>", "<|im_end|>"])
 
 
 def save_tiny_sd3(folder: Path, t5: bool = False, call: dict | None = None) -> Path:

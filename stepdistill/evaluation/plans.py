@@ -126,6 +126,10 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
     for name in unserved:
         say(f"{target.name} is not run with {name}, which has no form for flow matching")
     schedulers = {name: solver_scheduler(target, name) for name in solvers if name not in unserved}
+    for name, scheduler in [*schedulers.items()]:
+        if reason := _reason_against(target, scheduler):
+            say(f"{target.name} is not run with {name}: {reason}")
+            del schedulers[name]
     for w in guidance:
         call = {**target.given, **target.guidance.call(w)}
         first = Plan(target, target.name, target.pipeline.scheduler, call | {"num_inference_steps": 1}, 0, 1, float(w))
@@ -133,10 +137,23 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
         for name, scheduler in schedulers.items():
             for n in nfe:
                 steps = None if n % passes else known[name][2](n // passes)
+                if steps == 1 and scheduler.config.get("shift_terminal") is not None:
+                    continue                               # it stretches a grid to its end, which one time has not
                 if steps is not None:
                     asked = call | {"num_inference_steps": steps} | _grid(scheduler, steps)
                     rows.append(Plan(target, f"{target.name}:{name}", scheduler, asked, n, steps, float(w)))
     return rows
+
+
+def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
+    """Why a pipeline cannot be called with a scheduler of another class than its own: some pass a grid that not all take."""
+    call = {**target.given, **target.guidance.none, "num_inference_steps": 1}
+    try:
+        if type(scheduler) is not type(target.pipeline.scheduler):
+            evaluations(Plan(target, target.name, scheduler, call, 1, 1, 1.0))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _solvers_for(target: Target) -> Solvers:

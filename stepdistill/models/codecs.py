@@ -46,6 +46,22 @@ class Plain(Codec):
         return self.network.encode(pixels.to(self.network.device, self.dtype)).latent.float() * self.scale
 
 
+class Framed(Codec):
+    """An autoencoder of videos: a picture is a video of one frame, and its latents are given without their frame axis.
+
+    shift and scale: tensors (C, 1, 1, 1).
+    """
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().encode(pixels[:, :, None], generator)[:, :, 0]
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """By the autoencoder's layers: its `decode` clips pixels, and those that it clips have no gradient."""
+        z = latents.to(self.network.device, self.dtype)[:, :, None]
+        z = z / _on(self.scale, z) + _on(self.shift, z)
+        return self.network.decoder(self.network.post_quant_conv(z.to(self.dtype)))[:, :, 0].float()
+
+
 class Points(Codec):
     """Where samples are what the network sees: nothing is encoded."""
 
@@ -81,6 +97,13 @@ def folded(vae: Any) -> Codec:
     """By 2 x 2 latents and the running statistics of its normalisation, which are weights and no config: FLUX.2."""
     mean, variance = (values.float()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
     return Codec(vae, (variance + vae.config.batch_norm_eps).rsqrt(), mean, patch=2)
+
+
+def framed(vae: Any) -> Codec:
+    """By the mean and the deviation of each channel, with a frame axis: Qwen-Image."""
+    mean, std = (torch.tensor(values)[:, None, None, None]
+                 for values in (vae.config.latents_mean, vae.config.latents_std))
+    return Framed(vae, 1 / std, mean)
 
 
 def _on(value: float | Tensor, x: Tensor) -> float | Tensor:

@@ -12,6 +12,7 @@ import torch
 from .. import resources
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
 from ..diffusion.toy import is_toy
+from ..errors import RequestError
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
 from ..models.attention import check_backend
@@ -43,6 +44,7 @@ def check(recipe: Recipe) -> Checked:
     _check_solver(recipe)
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
     needs = method.needs(settings, recipe.student.lora is None)
+    _check_reads(recipe, needs)
     roles = configured(recipe, needs)
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
@@ -158,7 +160,10 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
         check_backend(backend, device, dtype)
         source = resources.pipeline(recipe.teacher)
         if not source.endswith(".safetensors"):              # a single file has no config
-            check_backend(backend, device, dtype, load_teacher(source, recipe.revision, device="meta").network)
+            teacher = load_teacher(source, recipe.revision, device="meta")
+            check_backend(backend, device, dtype, teacher.network)
+            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.call):
+                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: choose sdpa")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -253,6 +258,17 @@ def _check_family(recipe: Recipe) -> None:
     for entry, reason in served.unserved.items():
         if (value := _entry(recipe, entry)) not in (None, False, "auto"):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
+
+
+def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for a role that reads a number beside its time, where the family's network has no place for one."""
+    time = family(recipe).time
+    for name, need in needs.items():
+        own = time.own(need.reads) if isinstance(need, Trained) and time.sinusoids is None else ()
+        if own:
+            raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(own)} beside its time, and a "
+                                f"network of the teacher {recipe.teacher} has no place for a layer that does: leave the "
+                                "settings out by which it reads them, or take another method")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

@@ -121,9 +121,9 @@ def _counted(network: nn.Module, run: Run, passes: PassCounts, share: float) -> 
     forward = network.forward
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        tensors = list(tensors_in((*args, *kwargs.values())))
-        back = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or _trains(network, run))
-        count = passes.weight * len(tensors[0])
+        given = (*args, *kwargs.values())                   # x_t first, a tensor or a list of samples
+        back = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors_in(given)) or _trains(network, run))
+        count = passes.weight * len(given[0])
         try:
             return forward(*args, **kwargs)
         except StopForward:
@@ -179,3 +179,5 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Mapping):
             yield from tensors_in(value.values())
+        elif isinstance(value, list):
+            yield from tensors_in(value)

@@ -68,8 +68,9 @@ def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
     steps = call.get("num_inference_steps")
     if steps is None or "timesteps" in call or "sigmas" in call:
         return
+    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
     try:
-        deepcopy(scheduler).set_timesteps(steps)
+        deepcopy(scheduler).set_timesteps(steps, **own)
     except ValueError as error:
         raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler, LCMScheduler
+from families import qwen_image, z_image
 from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
@@ -66,6 +67,17 @@ def test_flow_teachers_have_solvers_of_their_own():
     assert type(schedulers["heun"]) is FlowMatchHeunDiscreteScheduler and schedulers["heun"].config.shift == 3.0
     assert type(schedulers["dpmpp_2m"]) is DPMSolverMultistepScheduler and schedulers["dpmpp_2m"].config.flow_shift == 3.0
     assert next(row for row in rows if row.name == "flow:euler" and row.steps == 2).call["sigmas"] == [1.0, 0.5]
+
+
+def test_solvers_whose_scheduler_takes_no_grid_of_the_pipelines_own_are_left_out():
+    """And so is one step of a scheduler with a terminal shift, which divides by zero there."""
+    said, target = [], Target("z", z_image.tiny(), given=z_image.CALL)
+    rows = plans(target, [1, 4], [1.0, 2.0], ["euler", "heun", "dpmpp_2m"], said.append)
+    assert [(row.nfe, row.steps, row.guidance) for row in rows] == [(1, 1, 1.0), (4, 4, 1.0), (4, 2, 2.0)]
+    assert [line.split(":")[0] for line in said] == ["z is not run with heun", "z is not run with dpmpp_2m"]
+    rows = plans(Target("qwen", qwen_image.tiny(), given=qwen_image.CALL), [1, 2, 4], [1.0, 2.0], ["euler"], quiet)
+    assert [(row.nfe, row.steps, row.guidance) for row in rows] == [(2, 2, 1.0), (4, 4, 1.0), (4, 2, 2.0)]
+    assert [evaluations(row) for row in rows] == [row.nfe for row in rows]
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ FAMILIES = {                                       # pipeline class -> module of
     "PixArtAlphaPipeline": "pixart",
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux2",
+    "ZImagePipeline": "z_image",
+    "QwenImagePipeline": "qwen_image",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
