@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from ..errors import RequestError
+from ..models.stock import as_pil
 from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
@@ -50,7 +50,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, said)
         asked = student.teacher.family.prompts.written(leaving.pipe, student.prompts[0])
         (folder / "README.md").write_text(card(said, out.as_posix(), student.results, asked), encoding="utf-8")
-        _picture(leaving.pipe, proof).save(folder / "samples.png")
+        _picture(proof).save(folder / "samples.png")
     return proof
 
 
@@ -80,8 +80,8 @@ def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale:
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 
-def _picture(pipe: DiffusionPipeline, proof: Proof) -> Any:
-    pictures = pipe.numpy_to_pil(proof.images.permute(0, 2, 3, 1).numpy())
+def _picture(proof: Proof) -> Any:
+    pictures = as_pil(proof.images)
     return make_image_grid(pictures, rows=1, cols=len(pictures))
 
 

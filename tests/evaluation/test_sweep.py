@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler, LCMScheduler
+from families.sana import tiny_sana
 from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
@@ -66,6 +67,14 @@ def test_flow_teachers_have_solvers_of_their_own():
     assert type(schedulers["heun"]) is FlowMatchHeunDiscreteScheduler and schedulers["heun"].config.shift == 3.0
     assert type(schedulers["dpmpp_2m"]) is DPMSolverMultistepScheduler and schedulers["dpmpp_2m"].config.flow_shift == 3.0
     assert next(row for row in rows if row.name == "flow:euler" and row.steps == 2).call["sigmas"] == [1.0, 0.5]
+
+
+def test_a_flow_that_comes_with_a_solver_is_swept_as_a_flow():
+    given = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 8}
+    rows = plans(Target("flow", tiny_sana(solver=True), given=given), [1, 4], [2.0], ["ddim", "euler", "heun", "dpmpp_2m"], quiet)
+    assert [(row.name, row.nfe) for row in rows] == [("flow:euler", 4), ("flow:dpmpp_2m", 4)]
+    assert [evaluations(row) for row in rows] == [4, 4]
+    assert rows[0].scheduler.config.shift == rows[1].scheduler.config.flow_shift == 3.0 and rows[1].scheduler.config.use_flow_sigmas
 
 
 @torch.no_grad()
