@@ -28,7 +28,7 @@ from .export import check as check_export
 from .models.compiled import compile_blocks
 from .models.families import stock_prompts
 from .models.sharded import shard
-from .models.stock import pictures
+from .models.stock import as_pil, pictures
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
@@ -173,7 +173,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     with torch.random.fork_rng():
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
-    drawn = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
+    drawn = as_pil(pixels)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(out) if len(drawn) == 1 else sheet(pixels * 2 - 1, out)

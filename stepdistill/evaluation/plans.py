@@ -159,7 +159,7 @@ def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
 def _solvers_for(target: Target) -> Solvers:
     """Those that a pipeline's noise schedule can be run with."""
     own = target.pipeline.scheduler
-    if type(own).__name__.startswith("FlowMatch"):
+    if type(own).__name__.startswith("FlowMatch") or own.config.get("use_flow_sigmas"):
         return FLOW_SOLVERS
     if "beta_schedule" not in own.config:
         raise RequestError(f"{target.name} has a {type(own).__name__}, which holds neither betas nor a flow: the solvers "
@@ -175,8 +175,9 @@ def solver_scheduler(target: Target, solver: str) -> SchedulerMixin:
     kind, changes, _ = known[solver]
     if known is SOLVERS:
         changes = {"timestep_spacing": "trailing"} | changes
-    elif kind is DPMSolverMultistepScheduler:
-        changes = {"flow_shift": own.config["shift"]} | changes
+    else:
+        shift = own.config["flow_shift" if "flow_shift" in own.config else "shift"]
+        changes = {"flow_shift" if kind is DPMSolverMultistepScheduler else "shift": shift} | changes
     return stock_scheduler(kind.__name__, changes, own)
 
 

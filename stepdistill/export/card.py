@@ -9,7 +9,7 @@ from ..models.adapters import PEFT_WEIGHTS
 
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
-PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()", )       # pipelines that load no LoRA
+PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()",)       # pipelines that load no LoRA
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 

@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from ..errors import RequestError
+from ..models.stock import as_pil
 from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
@@ -51,7 +51,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
         (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, asked), encoding="utf-8")
-        _picture(prepared.pipe, proof).save(folder / "samples.png")
+        _picture(proof).save(folder / "samples.png")
     return proof
 
 
@@ -84,8 +84,8 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 
-def _picture(pipe: DiffusionPipeline, proof: Proof) -> Any:
-    pictures = pipe.numpy_to_pil(proof.images.permute(0, 2, 3, 1).numpy())
+def _picture(proof: Proof) -> Any:
+    pictures = as_pil(proof.images)
     return make_image_grid(pictures, rows=1, cols=len(pictures))
 
 

@@ -5,11 +5,14 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ def defaults(cls: type[DiffusionPipeline]) -> dict[str, Any]:
     """What a call of this class of pipelines is given where it says nothing. Its encode_prompt has others."""
     parameters = inspect.signature(cls.__call__).parameters
     return {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+
+
+def as_pil(images: Tensor) -> list[Image]:
+    """(B, 3, H, W) in [0, 1] -> pictures of 8 bits, rounded as stock pipelines do."""
+    return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler, LCMScheduler
 from families import qwen_image, z_image
+from families.sana import tiny_sana
 from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
@@ -78,6 +79,14 @@ def test_solvers_whose_scheduler_takes_no_grid_of_the_pipelines_own_are_left_out
     rows = plans(Target("qwen", qwen_image.tiny(), given=qwen_image.CALL), [1, 2, 4], [1.0, 2.0], ["euler"], quiet)
     assert [(row.nfe, row.steps, row.guidance) for row in rows] == [(2, 2, 1.0), (4, 4, 1.0), (4, 2, 2.0)]
     assert [evaluations(row) for row in rows] == [row.nfe for row in rows]
+
+
+def test_a_flow_that_comes_with_a_solver_is_swept_as_a_flow():
+    given = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 8}
+    rows = plans(Target("flow", tiny_sana(solver=True), given=given), [1, 4], [2.0], ["ddim", "euler", "heun", "dpmpp_2m"], quiet)
+    assert [(row.name, row.nfe) for row in rows] == [("flow:euler", 4), ("flow:dpmpp_2m", 4)]
+    assert [evaluations(row) for row in rows] == [4, 4]
+    assert rows[0].scheduler.config.shift == rows[1].scheduler.config.flow_shift == 3.0 and rows[1].scheduler.config.use_flow_sigmas
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ def test_prompts_are_classes(folder):
     teacher = load_teacher(folder)
     cond = teacher.encode(["class 3", "class 999", "tench", "Tinca tinca", "goldfish"])
     assert cond.label.tolist() == [3, 999, 0, 0, 1] and cond.null.label.tolist() == [1000] * 5
+    assert teacher.encode([""]).label.tolist() == [1000]
     for prompt in ("class 1000", "a red ring", "class three"):
         with pytest.raises(RequestError, match=f"class 0 to class 999 or by a label of the pipeline .*goldfish.*{prompt}"):
             teacher.encode([prompt])

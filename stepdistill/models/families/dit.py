@@ -24,7 +24,9 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "nor
 
 
 def read(pipeline: DiTPipeline, prompt: str) -> int:
-    """The class of "class 3", or of a name among the pipeline's labels. RequestError for any other prompt."""
+    """The class of "class 3", or of a name among the pipeline's labels; of "" the null class. RequestError for any other prompt."""
+    if not prompt.strip():
+        return NULL
     numbered = re.fullmatch(r"class (\d+)", prompt.strip())
     found = int(numbered[1]) if numbered else pipeline.labels.get(prompt.strip())
     if found is None or found >= NULL:
@@ -42,9 +44,8 @@ def index(pipeline: DiTPipeline) -> dict[str, Any]:
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
-    """label (B,). The prompt of the null class is ""."""
-    classes = [NULL if prompt == teacher.null_prompt else read(teacher.loaded, prompt) for prompt in prompts]
-    return Condition(label=torch.tensor(classes, device=teacher.device))
+    """label (B,)."""
+    return Condition(label=torch.tensor([read(teacher.loaded, prompt) for prompt in prompts], device=teacher.device))
 
 
 def inputs(network: DiTTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
