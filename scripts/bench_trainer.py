@@ -87,19 +87,20 @@ def hand(world: World, run_dir: Path, turns: Turns) -> list[float]:
     adamw = torch.optim.AdamW(student, lr=LR, weight_decay=0.01, fused=True)
 
     nodes = torch.arange(51, dtype=torch.float64) / 50
-    alpha, sigma = (f(nodes).float()[:, None, None, None] for f in (roles["teacher"].schedule.alpha, roles["teacher"].schedule.sigma))
-    told = 1000 * nodes - 1
-    scaled = 10 * told
+    alpha, sigma = (f(nodes).float()[:, None, None, None]
+                    for f in (roles["teacher"].schedule.alpha, roles["teacher"].schedule.sigma))
+    timesteps = 1000 * nodes - 1
+    scaled = 10 * timesteps
     c_skip = (0.25 / (scaled**2 + 0.25)).float()[:, None, None, None]
     c_out = (scaled / (scaled**2 + 0.25).sqrt()).float()[:, None, None, None]
-    told = told.round().float()
+    timesteps = timesteps.round().float()
 
     def x0_of(raw, x, i):
         return alpha[i] * x - sigma[i] * raw if kind == "v" else (x - sigma[i] * raw) / alpha[i]
 
     def consistent(x, i, text):
         with bank.use("student"):
-            raw = network(x, told[i], text, return_dict=False)[0]
+            raw = network(x, timesteps[i], text, return_dict=False)[0]
         return c_skip[i] * x + c_out[i] * x0_of(raw, x, i)
 
     walk, losses = key(SEED, "data", "student", 0), []
@@ -112,7 +113,7 @@ def hand(world: World, run_dir: Path, turns: Turns) -> list[float]:
         i = step.integers("node", 50) + 1
         x_t = alpha[i] * x0 + sigma[i] * step.normal("noise", tuple(x0.shape[1:]))
         with torch.no_grad():
-            both = network(torch.cat([x_t, x_t]), told[i].repeat(2), torch.cat([null, text]), return_dict=False)[0]
+            both = network(torch.cat([x_t, x_t]), timesteps[i].repeat(2), torch.cat([null, text]), return_dict=False)[0]
             without, given = both.chunk(2)
             raw = without + GUIDANCE * (given - without)
             clean = x0_of(raw, x_t, i)
@@ -149,7 +150,8 @@ def main() -> None:
             found[name] = loops[name](World(args, Path(folder)), Path(folder) / name, turns)
             if not turns.pipes:
                 middle = sorted(turns.times)[len(turns.times) // 2]
-                print(f"{name}: median {1000 * middle:.1f} ms an update, losses {found[name][:3]} ... {found[name][-1]:.6g}")
+                print(f"{name}: median {1000 * middle:.1f} ms an update, losses {found[name][:3]} ... "
+                      f"{found[name][-1]:.6g}")
         if args.loop == "check":
             apart = max(abs(a / b - 1) for a, b in zip(*found.values(), strict=True))
             print(f"losses differ by at most {apart:.1e} of their value")

@@ -1,4 +1,5 @@
-"""Writes the pages of docs/ that are read off the code: docs/recipes.md from the schema, docs/methods.md from the methods.
+"""Writes the pages of docs/ that are read off the code and the records: docs/recipes.md from the schema, docs/methods.md from
+the methods, docs/gpu.md from assets/gpu/.
 
     python scripts/make_docs.py            # a test holds that the pages are as this would write them
 """
@@ -6,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +19,17 @@ from pydantic_core import PydanticUndefined
 from stepdistill.methods import METHODS
 from stepdistill.recipe import catalogue, schema
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic,
+          "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
           "evaluate": schema.Evaluate}
-WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table", "RoleChoice": "full | table",
+WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
+         "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
-         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list", "tuple": "range", "Any": "value"}
+         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
+         "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
 
@@ -42,9 +48,52 @@ file's docstring states it, and its settings with their defaults and sources. `s
 |---|---|---|---|---|
 """
 
+GPU = """# One card, eight cards, several nodes
+
+The recipe stays the same. `data.batch` counts the samples of an optimizer step over all processes, so a run gives the same gradients on
+one card and on eight.
+
+```
+stepdistill train recipe.yaml --out runs/mine                                    # one card
+accelerate launch --num_processes 8 -m stepdistill train recipe.yaml --out runs/mine
+torchrun --nproc-per-node 8 -m stepdistill train recipe.yaml --out runs/mine
+torchrun --nnodes 4 --node-rank $RANK --nproc-per-node 8 --rdzv-endpoint $HOST:29500 \\
+         -m stepdistill train recipe.yaml --out /shared/runs/mine               # on each of four nodes
+```
+
+A run folder and the cache (`$STEPDISTILL_CACHE`) must lie where all processes see them. `--resume` goes on with another number of
+processes, too.
+
+## What fits
+
+`stepdistill plan recipe.yaml` forecasts memory by role and the peak, before anything is loaded. Training refuses a card that is too
+small, and names the switches that help:
+
+- LoRA roles share one frozen base: `student: {lora: {rank: 32}}`, and the same for `critic`;
+- `train.precision: bf16` halves the base. A card without bfloat16 takes `fp16`, with a loss scale;
+- `train.gradient_checkpointing: true` computes activations again in backward;
+- `train.accumulate: 4` cuts a batch into four, with the same gradients;
+- `train.fsdp: true` shards the frozen base over the processes (FSDP2). Adapters stay whole on each. Each process still loads the base
+  once before it is sharded. Roles that train all their weights are not sharded, and figures (`evaluate.reference`) are left to `bench`.
+
+`train.compile: true` compiles the repeated blocks of the networks. It wants torch 2.11 or newer.
+
+## Measured
+
+"""
+MEMORY = """{device}, driver {driver}, torch {torch}, diffusers {diffusers}; random weights of the published configs, batch 1, bf16.
+Repeat it with `{command}`.
+
+| model and method | peak by torch | used on the card | forecast by `plan` | seconds an update |
+|---|---|---|---|---|
+"""
+NOT_MEASURED = "\nNot measured yet: {}. Each has its command in [scripts/gpu](../scripts/gpu/README.md).\n"
+GPU_RECORDS = ("smoke", "memory", "throughput", "world")
+
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the schema."""
+    """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the
+    schema."""
     lines, first = inspect.getsourcelines(model)
     tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
     for node in tree.body[0].body:
@@ -61,8 +110,9 @@ def _takes(annotation: ast.expr, bounds: list[Any]) -> str:
         return " | ".join(ast.literal_eval(text.removeprefix("Literal")))
     for word, plain in WORDS.items():
         text = re.sub(rf"\b{word}\b", plain, text)
-    said = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items() if name in dir(bound)]
-    return ", ".join([text, *said])
+    limits = [f"{sign} {getattr(bound, name)}" for bound in bounds for name, sign in SIGNS.items()
+              if name in dir(bound)]
+    return ", ".join([text, *limits])
 
 
 def _default(field: Any) -> str:
@@ -86,7 +136,8 @@ def recipe_page() -> str:
 
 
 def method_page() -> str:
-    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | {entry.family} "
+    rows = [f"| [`{name}`](#{name}) | {entry.title}, [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}) | "
+            f"{entry.family} "
             f"| {_span(entry.steps)} | {', '.join(entry.data)} |\n" for name, entry in METHODS.items()]
     parts = [f"\n## {name}\n\n```text\n{catalogue.algorithm(name)}\n```\n" for name in METHODS]
     return METHOD_PAGE + "".join(rows) + "".join(parts)
@@ -100,7 +151,23 @@ def _cell(text: str) -> str:
     return re.sub(r"\|", r"\\|", text)
 
 
-PAGES = {"recipes.md": recipe_page, "methods.md": method_page}
+def gpu_page() -> str:
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "assets" / "gpu").glob("*.json"))}
+    parts = [GPU]
+    if found := records.get("memory"):
+        parts.append(MEMORY.format(**{key: found[key] for key in ("device", "driver", "command")}, **found["versions"]))
+        parts += [f"| {name} | {row['peak_gb']:.2f} GB | {row['card_used_gb']:.2f} GB | {row['forecast_gb']:.2f} GB "
+                  f"| {row['seconds_an_update']:.2f} |\n" for name, row in found["figures"].items()]
+    if found := records.get("throughput"):
+        parts += [f"\n{name} at batch {row['batch']} on an {found['device']}: {row['updates_per_second']:.2f} updates a second, "
+                  f"{row['ratio']:.2f} × a hand-written loop of the same passes (`{found['command']}`).\n"
+                  for name, row in found["figures"].items()]
+    if missing := [name for name in GPU_RECORDS if name not in records]:
+        parts.append(NOT_MEASURED.format(", ".join(missing)))
+    return "".join(parts)
+
+
+PAGES = {"recipes.md": recipe_page, "methods.md": method_page, "gpu.md": gpu_page}
 
 if __name__ == "__main__":
     for page, write in PAGES.items():

@@ -8,7 +8,8 @@ import torch
 
 
 def restore(work: Path, parts: dict[str, Any]) -> tuple[int, float]:
-    """Puts the parts back as the last checkpoint in `work` left them. Returns the updates and the seconds done: 0 without one."""
+    """Puts the parts back as the last checkpoint in `work` left them. Returns the updates and the seconds done: 0
+    without one."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "checkpoint.pt").exists():
         return 0, 0.0

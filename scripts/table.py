@@ -40,19 +40,21 @@ MARKERS = "oDs^vP*X<>"
 
 
 def main() -> None:
-    known = [name.removeprefix("shapes/") for name in builtin() if name.startswith("shapes/") and not name.endswith("-demo")]
+    known = [name.removeprefix("shapes/") for name in builtin() if name.startswith("shapes/")
+             and not name.endswith("-demo")]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(known)}")
     parser.add_argument("--commit", action="store_true", help="commit each row as it comes")
-    parser.add_argument("--write", action="store_true", help="write docs/results.md and the figure from the rows that there are, and stop")
-    said = parser.parse_args()
-    if unknown := sorted(set(said.recipes) - set(known)):
+    parser.add_argument("--write", action="store_true",
+                        help="write docs/results.md and the figure from the rows that there are, and stop")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.recipes) - set(known)):
         parser.error(f"there is no recipe shapes/{unknown[0]}: there are {', '.join(known)}")
     api.quiet()
-    for name in () if said.write else said.recipes or known:
+    for name in () if args.write else args.recipes or known:
         measure(name)
         write()
-        if said.commit:
+        if args.commit:
             subprocess.run(["git", "add", "assets", "docs"], cwd=ROOT, check=True)
             subprocess.run(["git", "commit", "-m", f"table: shapes/{name}"], cwd=ROOT, check=True)
     write()
@@ -66,9 +68,11 @@ def measure(name: str) -> None:
     target = api.open_target(run, f"shapes-{name}").target
     results = sweep.bench([target], NFE, SAMPLES, run, reuse=[TEACHER])
     rows = [row for row in results["rows"] if row["target"] == target.name]
-    seconds = sum(json.loads((folder / "timings.jsonl").read_text().splitlines()[-1])["seconds"] for folder in runs.stage_folders(recipe, run))
+    seconds = sum(json.loads((folder / "timings.jsonl").read_text().splitlines()[-1])["seconds"]
+                  for folder in runs.stage_folders(recipe, run))
     kept = {"recipe": f"shapes/{name}", "method": recipe.method, "steps": recipe.steps, "minutes": seconds / 60,
-            "updates": sum(stage.train.updates for stage in recipe.stages), "protocol": results["protocol"], "rows": rows}
+            "updates": sum(stage.train.updates for stage in recipe.stages),
+            "protocol": results["protocol"], "rows": rows}
     write_bytes(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
     right = next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"]
     ships = target.name in resources.STUDENTS and right >= SHIPPED
@@ -94,10 +98,11 @@ def write() -> None:
     solvers = {name: every[f"teacher:{name}"] for name in SOLVERS}
     few = next(row for row in best if row["nfe"] == 4)["metrics"]["fd"]
     many = next(row for row in best if row["nfe"] == 50)["metrics"]["fd"]
-    text = ["| recipe | family | updates | minutes | " + " | ".join(f"FD at {n} NFE" for n in NFE) + " | all attributes | gap closed |",
+    text = ["| recipe | family | updates | minutes | " + " | ".join(f"FD at {n} NFE" for n in NFE)
+            + " | all attributes | gap closed |",
             "|---|---|" + "---|" * (len(NFE) + 4)]
     text += [_teacher_line(name, some) for name, some in solvers.items()]
-    text += [_line(name, said, few, many) for name, said in found.items()]
+    text += [_line(name, student, few, many) for name, student in found.items()]
     whole = PAGE.read_text(encoding="utf-8")
     before, after = whole.split(START)[0], whole.split(END)[1]
     PAGE.write_text(before + START + "\n\n" + "\n".join(text) + "\n\n" + END + after, encoding="utf-8")
@@ -110,27 +115,31 @@ def _teacher_line(solver: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"| *teacher, {solver}{others}* | | | | " + " | ".join(found.get(n, "") for n in NFE) + " | | |"
 
 
-def _line(name: str, said: dict[str, Any], few: float, many: float) -> str:
-    at = {row["nfe"]: row["metrics"] for row in said["rows"]}
+def _line(name: str, student: dict[str, Any], few: float, many: float) -> str:
+    at = {row["nfe"]: row["metrics"] for row in student["rows"]}
     cells = [f"{at[n]['fd']:.2f}" if n in at else "" for n in NFE]
-    own = at[said["steps"]]
-    cells[NFE.index(said["steps"])] = f"**{own['fd']:.2f}** [{own['fd_low']:.2f}, {own['fd_high']:.2f}]"
-    return (f"| `{said['recipe']}` | {METHODS[said['method']].family} | {said['updates']:,} | {said['minutes']:.0f} | " + " | ".join(cells)
+    own = at[student["steps"]]
+    cells[NFE.index(student["steps"])] = f"**{own['fd']:.2f}** [{own['fd_low']:.2f}, {own['fd_high']:.2f}]"
+    return (f"| `{student['recipe']}` | {METHODS[student['method']].family} | {student['updates']:,} | "
+            f"{student['minutes']:.0f} | " + " | ".join(cells)
             + f" | {own['all_attributes']:.1%} | {(few - own['fd']) / (few - many):.0%} |")
 
 
 def figure(found: Mapping[str, dict[str, Any]], solvers: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """FD against NFE, both logarithmic: methods in their family's colour, the teacher's solvers as the lines to beat."""
+    """FD against NFE, both logarithmic: methods in their family's colour, the teacher's solvers as the lines to
+    beat."""
     drawn = Figure(figsize=(9.5, 5.6), dpi=140)
     FigureCanvasAgg(drawn)
     axis, seen = drawn.subplots(), dict.fromkeys(COLOURS, 0)
     for name, some in solvers.items():
-        axis.plot([row["nfe"] for row in some], [row["metrics"]["fd"] for row in some], color=INK, lw=1.8, ls=DASHES[name],
+        axis.plot([row["nfe"] for row in some], [row["metrics"]["fd"] for row in some], color=INK, lw=1.8,
+                  ls=DASHES[name],
                   label=f"teacher, {name}")
-    for name, said in found.items():
-        family = METHODS[said["method"]].family
-        points = sorted((row["nfe"], row["metrics"]["fd"]) for row in said["rows"])
-        axis.plot(*zip(*points), color=COLOURS[family], lw=1.1, alpha=0.8, marker=MARKERS[seen[family] % len(MARKERS)], ms=5, label=name)
+    for name, student in found.items():
+        family = METHODS[student["method"]].family
+        points = sorted((row["nfe"], row["metrics"]["fd"]) for row in student["rows"])
+        axis.plot(*zip(*points), color=COLOURS[family], lw=1.1, alpha=0.8, marker=MARKERS[seen[family] % len(MARKERS)],
+                  ms=5, label=name)
         seen[family] += 1
     axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
     axis.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])

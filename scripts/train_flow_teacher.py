@@ -2,11 +2,11 @@
 
     python scripts/train_flow_teacher.py --text runs/world/text --text-2 runs/world/text-2 --out assets/shapes-sd3
 
-Rectified flow: x_t = (1 - t) x0 + t eps, the network told 1000 t and taught eps - x0; the caption dropped from one sample
-in ten for guidance. Two text encoders and no T5: stock pipelines put 256 tokens of zeros in T5's place, which would cost
-five times the work here, so this one is trained, and must be called, with max_sequence_length=0, as its stepdistill.json
-says. Latents and embeddings are made once. Stopped and started again, it goes on from its last checkpoint; --export
-writes the pipeline of the checkpoint as it is.
+Rectified flow: x_t = (1 - t) x0 + t eps, the network reads 1000 t and learns eps - x0; the caption dropped from one
+sample in ten for guidance. Two text encoders and no T5: stock pipelines put 256 tokens of zeros in T5's place, which
+would cost five times the work here, so this one is trained, and must be called, with max_sequence_length=0, as its
+stepdistill.json says. Latents and embeddings are made once. Stopped and started again, it goes on from its last
+checkpoint; --export writes the pipeline of the checkpoint as it is.
 """
 from __future__ import annotations
 
@@ -27,19 +27,24 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 from stepdistill.data.shapes import captions, render, scenes
 from stepdistill.export.dtypes import save_pipeline
 
-CALL = {"max_sequence_length": 0}                        # what every call of the pipeline is given: no tokens in T5's place
-SHIFT = 1.0                                              # of the sampling grid; larger pictures than 8 x 8 latents want more
+CALL = {"max_sequence_length": 0}                        # what every call of the pipeline is given: no tokens in T5's
+                                                         # place
+SHIFT = 1.0                                              # of the sampling grid; larger pictures than 8 x 8 latents want
+                                                         # more
 
 
 def make_transformer() -> SD3Transformer2DModel:
     net = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=8, out_channels=8, num_layers=5, attention_head_dim=32, num_attention_heads=4,
-        joint_attention_dim=192, caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=16, qk_norm="rms_norm")
+        sample_size=8, patch_size=1, in_channels=8, out_channels=8, num_layers=5, attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=192, caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
+        qk_norm="rms_norm")
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    # AdaLN-zero (Peebles and Xie 2023), which diffusers leaves out: every block starts as the identity, the output as zero
+    # AdaLN-zero (Peebles and Xie 2023), which diffusers leaves out: every block starts as the identity, the output as
+    # zero
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear) and ("norm" in name or name == "proj_out"):
             nn.init.zeros_(module.weight)
@@ -49,7 +54,8 @@ def make_transformer() -> SD3Transformer2DModel:
 def text_encoder_of(folder: Path) -> CLIPTextModelWithProjection:
     """The text tower of a CLIPModel folder with its projection, as SD3's pipeline holds it."""
     clip = CLIPModel.from_pretrained(folder).float()
-    encoder = CLIPTextModelWithProjection(clip.config.text_config).float()      # the configuration asks for half precision
+    # the configuration asks for half precision
+    encoder = CLIPTextModelWithProjection(clip.config.text_config).float()
     encoder.load_state_dict({name: value for name, value in clip.state_dict().items() if name.startswith("text_")})
     return encoder.eval()
 
@@ -80,7 +86,8 @@ def make_cache(pipeline: StableDiffusion3Pipeline, latents: Path | None, count: 
     for block in torch.arange(count).split(500):
         scene = scenes(block, TRAIN_SEED)
         if latents is None:
-            made.append(pipeline.vae.encode(render(scene)).latent_dist.mode().half() * pipeline.vae.config.scaling_factor)
+            made.append(pipeline.vae.encode(render(scene)).latent_dist.mode().half()
+                        * pipeline.vae.config.scaling_factor)
         text, pooled = embed(pipeline, captions(scene))
         texts.append(text.half())
         pools.append(pooled.half())
@@ -91,8 +98,9 @@ def make_cache(pipeline: StableDiffusion3Pipeline, latents: Path | None, count: 
 
 
 def times(batch: int, draw: torch.Generator) -> Tensor:
-    """Half of the batch logit-normal, as SD3 was trained (Esser et al. 2024), half uniform: students of few steps start at
-    t = 1 and stop near 0, where the logit-normal density vanishes. One time in each of equal bins, for less noise."""
+    """Half of the batch logit-normal, as SD3 was trained (Esser et al. 2024), half uniform: students of few steps start
+    at t = 1 and stop near 0, where the logit-normal density vanishes. One time in each of equal bins, for less
+    noise."""
     bins = torch.arange(batch // 2)
     normal, uniform = ((bins + torch.rand(len(bins), generator=draw)) / len(bins) for _ in range(2))
     return torch.cat([torch.special.ndtri(normal.clamp(1e-4, 1 - 1e-4)).sigmoid(), uniform])
@@ -135,7 +143,8 @@ def main() -> None:
         eps = torch.randn(x0.shape, generator=draw)
         t = times(args.batch, draw)
         dropped = torch.rand(args.batch, generator=draw) < 0.1
-        text, pooled = torch.where(dropped[:, None, None], null_text, text), torch.where(dropped[:, None], null_pooled, pooled)
+        text, pooled = torch.where(dropped[:, None, None], null_text,
+                                   text), torch.where(dropped[:, None], null_pooled, pooled)
         noised = torch.lerp(x0, eps, t[:, None, None, None])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             v = net(noised, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
@@ -152,7 +161,8 @@ def finish(args, pipeline: StableDiffusion3Pipeline, updates: int, seconds: floa
     """Saves the whole pipeline in half precision, so that a plain stock call runs it in float32."""
     save_pipeline(pipeline.to(torch.float32), args.out, torch.float16)
     (args.out / "stepdistill.json").write_text(json.dumps({"call": CALL}, indent=1) + "\n")
-    made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr, "images": args.images,
+    made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr,
+            "images": args.images,
             "train_seed": TRAIN_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in pipeline.transformer.parameters())}
     (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -26,7 +26,8 @@ from stepdistill.data.shapes import captions, render, scenes
 from stepdistill.export.dtypes import save_pipeline
 
 TRAIN_SEED = 4
-SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                 clip_sample=False,
                  set_alpha_to_one=True, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing")
 
 
@@ -34,7 +35,8 @@ def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8, in_channels=8, out_channels=8, block_out_channels=(64, 128), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16)   # diffusers reads this as the NUMBER of heads
+        # diffusers reads this as the NUMBER of heads
+        cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16)
 
 
 def text_encoder_of(folder: Path) -> CLIPTextModel:
@@ -133,10 +135,12 @@ def main() -> None:
 
 def finish(args, vae, text, tokenizer, ema, updates: int, seconds: float) -> None:
     """Saves the whole pipeline in half precision, so that a plain stock call runs it in float32."""
-    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=ema, scheduler=DDIMScheduler(**SCHEDULER),
+    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=ema,
+                                       scheduler=DDIMScheduler(**SCHEDULER),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     save_pipeline(pipeline.to(torch.float32), args.out, torch.float16)
-    made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr, "images": args.images,
+    made = {"command": "python " + " ".join(sys.argv), "updates": updates, "batch": args.batch, "lr": args.lr,
+            "images": args.images,
             "train_seed": TRAIN_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in ema.parameters())}
     (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -33,7 +33,8 @@ class _Face(ModuleType):
         return vars(self)[name] if name in vars(self) else vars(place)[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "export" and isinstance(value, ModuleType):       # the import system hands over the package of that name
+        # the import system hands over the package of that name
+        if name == "export" and isinstance(value, ModuleType):
             value.__class__ = _Export
         super().__setattr__(name, value)
 

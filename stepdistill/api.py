@@ -27,12 +27,14 @@ from .export import Student, export_student, load
 from .export import check as check_export
 from .models.compiled import compile_blocks
 from .models.families import stock_prompts
+from .models.sharded import shard
 from .models.stock import pictures
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
 from .run.checks import check, family, needs_of
-from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
+from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
+from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
@@ -48,8 +50,9 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     """Distils a student as a recipe says, and returns the run's folder.
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
-    by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on in
-    the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run had to
+    by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
+    in the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run
+    had to
     end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
@@ -72,18 +75,22 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
         sampling(later, stage.teacher)
+    check_first_call(stage)
     if recipe.train.compile:
         with recipe.blaming("train.compile", "is on, and cannot be"):
             compile_blocks(stage.roles)
     with _progress() as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
+    if recipe.train.fsdp:                              # what the teacher makes for the data, rank 0 has made by now
+        shard(stage.roles)
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
     begun = {run: whole, place: recipe}
     for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written
         folder.begin(new, folder.pinned(begun[new]), device)
     if parallel.rank() == 0 and len(whole.stages) > 1:
-        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, {recipe.steps} steps")
+        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, "
+                                   f"{recipe.steps} steps")
     try:
         trainer.train(resume)
     except Stopped as error:
@@ -102,13 +109,15 @@ class MadePairs:
     seconds: float
 
 
-def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, **overrides: Any) -> MadePairs:
+def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
+          **overrides: Any) -> MadePairs:
     """Makes the teacher's pairs of noise and picture that a recipe trains on, those that are not there yet.
 
     They lie in the cache, where a training finds them, or in the folder `out`, for a recipe's data.pairs.path.
     """
     recipe = Recipe.of(recipe, overrides)
-    recipe = next((stage for stage in recipe.stages if stage.data.kind == "pairs" and not stage.taught_by_previous), recipe)
+    recipe = next((stage for stage in recipe.stages if stage.data.kind == "pairs" and not stage.taught_by_previous),
+                  recipe)
     if recipe.data.kind != "pairs":
         raise recipe.refuse("data", f"names {recipe.data.kind}; pairs are made for recipes that train on them, such as "
                             "data: {pairs: {prompts: shapes, solver: ddim, steps: 25}, count: 4096, batch: 64}")
@@ -116,12 +125,12 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         raise recipe.refuse("data.pairs", "are made by the student of the stage before, once that is trained: "
                             "a training makes them")
     run, start = setup(recipe, launched()), time.perf_counter()
-    with _progress() as report, parallel.main_first():
+    with _progress() as report:
         cache = Cache(report=report)
-        shelf = pairs_shelf(run, cache, out)
-        missing = recipe.data.count - shelf.made()
-        fill_pairs(run, shelf, cache)
-    return MadePairs(shelf.folder, recipe.data.count, missing, time.perf_counter() - start)
+        spec = pairs_spec(run, cache, out)
+        missing = recipe.data.count - spec.made()
+        fill_pairs(run, spec, cache)
+    return MadePairs(spec.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
@@ -133,7 +142,8 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
     recipe = folder.recipe_of(run)
-    check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None, recipe.guidance)
+    check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None,
+                 recipe.guidance)
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=resources.portable(opened.recipe.teacher),
@@ -170,9 +180,11 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     return drawn
 
 
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000, out: str | Path = "bench", seed: int = 0,
+def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000,
+          out: str | Path = "bench", seed: int = 0,
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: str | Path = "assets/shapes-clip", reference: str | Path = "shapes", prompts: Sequence[str] | None = None,
+          features: str | Path = "assets/shapes-clip", reference: str | Path = "shapes",
+          prompts: Sequence[str] | None = None,
           reuse: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with curve.png.
 

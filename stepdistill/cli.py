@@ -20,21 +20,26 @@ from .errors import RequestError, Stopped
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network evaluations.")
+                  help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
+                       "evaluations.")
 say = Console()
 complain = Console(stderr=True)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in name such as shapes/lcm.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, such as train.lr=1e-4.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
+                                           help="A YAML file, or a built-in name such as shapes/lcm.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
+                                                help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", callback=lambda scale: _finite("--guidance", scale))]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
+                                                callback=lambda scale: _finite("--guidance", scale))]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
 @app.command()
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
-          resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False) -> None:
+          resume: Annotated[bool, typer.Option("--resume",
+                                               help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Distil a student as a recipe says."""
     from .recipe import Recipe
     from .recipe.yaml import parse_set
@@ -59,7 +64,8 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     if rank() == 0:
         news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
         say.print(f"{news}: {found.folder}", soft_wrap=True)
-        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""), soft_wrap=True)
+        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""),
+                  soft_wrap=True)
 
 
 @app.command()
@@ -67,7 +73,8 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
            steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
            seed: int = 0, guidance: Guidance = None,
-           out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
+           out: Annotated[Path, typer.Option(metavar="PNG",
+                                             help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
     api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
@@ -76,10 +83,13 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
 
 @app.command()
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
-          nfe: Annotated[str, typer.Option(metavar="1,2,4,8", help="Network evaluations; a guided step is two.")] = "1,2,4,8",
+          nfe: Annotated[str, typer.Option(metavar="1,2,4,8",
+                                           help="Network evaluations; a guided step is two.")] = "1,2,4,8",
           samples: Annotated[int, typer.Option(min=2, help="Pictures a row.")] = 2000,
-          guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own unless given.")] = None,
-          solvers: Annotated[str, typer.Option(metavar="NAME,...", help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
+          guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own "
+                                                                             "unless given.")] = None,
+          solvers: Annotated[str, typer.Option(metavar="NAME,...",
+                                               help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
           features: Annotated[str, typer.Option(help="A CLIPModel's folder, or inception.")] = "assets/shapes-clip",
           reference: Annotated[str, typer.Option(help="shapes, or a folder of images.")] = "shapes",
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; those of Shapes unless given.")] = None,
@@ -90,7 +100,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     api = working()
     from .data.prompts import all_captions, open_prompts
     texts = None if prompts is None else all_captions(open_prompts(prompts))
-    results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales, solvers=solvers.split(","),
+    results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
+                        solvers=solvers.split(","),
                           features=features, reference=reference, prompts=texts)
     _emit(results, as_json, lambda: _show_results(results, out))
 
@@ -107,7 +118,8 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
-def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]", help="All of them unless named.")] = None,
+def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]",
+                                                               help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
            out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
            as_json: Json = False) -> None:
@@ -124,7 +136,8 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None,
+            as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue
     rows = catalogue.methods(name)
@@ -137,7 +150,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None, as_json: Json = False) -> None:
+def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None,
+            as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
     from .recipe import catalogue
     rows = catalogue.recipes(name)
@@ -177,7 +191,8 @@ def answer(command: Callable[[], object]) -> NoReturn:
     except Stopped as error:
         _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        _fail(f"{error.filename} is in the way: a folder was to be written where a file is, or the other way round. Choose another --out", 2)
+        _fail(f"{error.filename} is in the way: a folder was to be written where a file is, or the other way round. "
+              "Choose another --out", 2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -212,7 +227,8 @@ def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
     except ValueError:
         found = []
     if not found or not all(1 <= number < math.inf for number in found):
-        raise RequestError(f"{option} {text}: should be finite numbers of at least 1 with commas between, such as {example}")
+        raise RequestError(f"{option} {text}: should be finite numbers of at least 1 with commas between, such as "
+                           f"{example}")
     return found
 
 
@@ -258,13 +274,16 @@ def _show_proofs(found: dict[str, Any], out: Path) -> None:
 
 
 def _show_plan(found: dict[str, Any]) -> None:
-    rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}", "size": _size(row["bytes"])}
+    rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}",
+             "size": _size(row["bytes"])}
             for role, row in found["roles"].items()]
     say.print(_table(rows, ("role", "parameters", "trained", "size")))
     passes = found["passes"]
     if "stages" in found:
-        rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"], "updates": f"{row['passes']['updates']:,}",
-                 "forward": row["passes"]["forward"], "backward": row["passes"]["backward"], "batch": row["passes"]["batch"],
+        rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"],
+                 "updates": f"{row['passes']['updates']:,}",
+                 "forward": row["passes"]["forward"], "backward": row["passes"]["backward"],
+                 "batch": row["passes"]["batch"],
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
         say.print(_table(rows, tuple(rows[0])))
         say.print("in all:")

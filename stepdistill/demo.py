@@ -26,7 +26,8 @@ say = Console()
 
 
 def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
-    """Everything lands in `out`, which is a run folder. samples: pictures a row, those of the shipped figures unless given."""
+    """Everything lands in `out`, which is a run folder. samples: pictures a row, those of the shipped figures unless
+    given."""
     api = working()
     begun = time.perf_counter()
     say.print(f"training {recipe.name}: {recipe.train.updates} updates of {recipe.method}")
@@ -42,8 +43,10 @@ def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
     return results
 
 
-def measure(student: Target, teacher: Target, scale: float, out: Path, samples: int | None, source: Path | None) -> Results:
-    """The student at each of NFE and the teacher at FEW, measured here; the teacher at MANY as shipped, if that is comparable.
+def measure(student: Target, teacher: Target, scale: float, out: Path, samples: int | None,
+            source: Path | None) -> Results:
+    """The student at each of NFE and the teacher at FEW, measured here; the teacher at MANY as shipped, if that is
+    comparable.
 
     source: the teacher's folder; shipped figures are those of the shipped teacher alone.
     """
@@ -54,7 +57,8 @@ def measure(student: Target, teacher: Target, scale: float, out: Path, samples: 
     samples = samples or (shipped["protocol"]["samples"] if shipped else 2000)
     features = resources.locate("assets/shapes-clip")
     bench([student], NFE, samples, out, features=features, say=say.print)
-    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=features, say=say.print)   # unguided: twice the steps
+    # unguided: twice the steps
+    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=features, say=say.print)
     if shipped is None or shipped["protocol"]["id"] != results["protocol"]["id"]:
         say.print(f"the shipped figures of the teacher do not apply here: measuring it at {MANY} evaluations too")
         return bench([teacher], (MANY,), samples, out, (scale,), features=features, say=say.print)
@@ -73,14 +77,16 @@ def pictures(student: Target, teacher: Target, scale: float, path: Path, count: 
     from .evaluation.sheets import sheet
     ids = torch.arange(count)
     prompts = open_prompts("shapes", seed=1).captions(ids)
-    rows = [*plans(teacher, (FEW, MANY), (scale,), ("dpmpp_2m",), say.print)[::-1], *plans(student, (FEW, 1), (scale,), (), say.print)[::-1]]
+    rows = [*plans(teacher, (FEW, MANY), (scale,), ("dpmpp_2m",), say.print)[::-1],
+            *plans(student, (FEW, 1), (scale,), (), say.print)[::-1]]
     sheet([row.images(prompts, ids, 0) for row in rows], path, [f"{row.target.name}, {row.nfe} NFE" for row in rows])
 
 
 def closed(results: Results) -> dict[str, float]:
     """The best Fréchet distances, and the share of the teacher's gap that the student closes at FEW evaluations."""
     def best(name: str, nfe: int) -> float:
-        return min(row["metrics"]["fd"] for row in results["rows"] if row["target"].split(":")[0] == name and row["nfe"] == nfe)
+        return min(row["metrics"]["fd"] for row in results["rows"] if row["target"].split(":")[0] == name
+                   and row["nfe"] == nfe)
     few, many, student = best("teacher", FEW), best("teacher", MANY), best("student", FEW)
     return {"teacher_few": few, "teacher_many": many, "student": student, "closed": (few - student) / (few - many)}
 
@@ -89,11 +95,14 @@ def _conclude(results: Results, run: Path, folder: Path, seconds: float) -> None
     from .evaluation.report import table
     say.print(table(results))
     found = closed(results)
-    say.print(f"FD at {FEW} evaluations: teacher {found['teacher_few']:.3f}, student {found['student']:.3f}; teacher at {MANY}: "
+    say.print(f"FD at {FEW} evaluations: teacher {found['teacher_few']:.3f}, student {found['student']:.3f}; teacher "
+              f"at {MANY}: "
               f"{found['teacher_many']:.3f}. The student closes {found['closed']:.0%} of the gap.")
     say.print(f"{seconds / 60:.1f} minutes. Look at:")
-    for path, what in ((run / "curve.png", "quality against network evaluations"), (run / "samples.png", "teacher and student"),
-                       (run / "report.html", "all of it"), (folder, "the LoRA, its scheduler, its settings and its card")):
+    for path, what in ((run / "curve.png", "quality against network evaluations"),
+                       (run / "samples.png", "teacher and student"),
+                       (run / "report.html", "all of it"),
+                       (folder, "the LoRA, its scheduler, its settings and its card")):
         say.print(f"  {path}  {what}", soft_wrap=True)
     say.print(f'try: stepdistill sample {folder} --prompt "a red ring left of a blue square on a plain navy background"', soft_wrap=True)
 

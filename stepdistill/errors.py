@@ -14,7 +14,7 @@ class Stopped(RuntimeError):
     """
 
 
-def gist(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     """The first two lines of a library's message, which may be long; its class where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:400] or type(error).__name__

@@ -1,12 +1,13 @@
 """Ranks and what they exchange: the only use of torch.distributed. With one process every function is the identity."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 
 def _many() -> bool:
@@ -43,17 +44,18 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def shard_(network: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
+    """Shards a network's weights over the ranks by FSDP2: a block's are gathered while it runs, the rest with the network.
+    whole: the parameters that stay whole on every rank."""
+    if not _many():
+        return
+    device, ignored = next(network.parameters()).device, set(whole)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if _many():
         dist.barrier()
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others: it writes a cache that they then find."""
-    if rank() != 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()

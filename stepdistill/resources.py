@@ -27,7 +27,8 @@ def locate(name: str | Path) -> Path | None:
 
 
 def portable(name: str) -> str:
-    """A path that holds from any folder: what ships keeps its name, other files get their absolute path, the rest (Hub ids) stays."""
+    """A path that holds from any folder: what ships keeps its name, other files get their absolute path, the rest (Hub
+    ids) stays."""
     found = locate(name)
     return name if found is None or found == (SHARE / name).resolve() else str(found)
 
@@ -44,8 +45,10 @@ def pipeline(name: str) -> str:
         return name
     if Path(name).parts[:2] == ("assets", "students"):
         raise RequestError(_how_to_get(Path(name).name))
-    raise RequestError(f"there is no pipeline at '{name}': expected a folder with a model_index.json, a single .safetensors "
-                       f"file, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (looked in {Path.cwd()} and {SHARE})")
+    raise RequestError(f"there is no pipeline at '{name}': expected a folder with a model_index.json, a single "
+                       ".safetensors "
+                       f"file, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (looked in {Path.cwd()} "
+                       f"and {SHARE})")
 
 
 def _how_to_get(student: str) -> str:

@@ -38,9 +38,9 @@ def pixels(pictures) -> torch.Tensor:
 def test_train_export_load(recipe, teacher, tmp_path):
     run = api.train(recipe, out=tmp_path / "run")
     folder = api.export(run)
-    said = read_settings(folder)
-    assert said["call"] == {"num_inference_steps": 3, "guidance_scale": 1.0, "sigmas": [1.0, 5 / 7, 3 / 7], "max_sequence_length": 0}
-    weights = load_file(folder / said["weights"])
+    settings = read_settings(folder)
+    assert settings["call"] == {"num_inference_steps": 3, "guidance_scale": 1.0, "sigmas": [1.0, 5 / 7, 3 / 7], "max_sequence_length": 0}
+    weights = load_file(folder / settings["weights"])
     moved = [name for name, value in weights.items() if ".lora_B." in name and value.any()]
     assert len(moved) == len(weights) // 2 - 1                # all but the last block's add_q_proj
     pipe = StableDiffusion3Pipeline.from_pretrained(teacher, text_encoder_3=None, tokenizer_3=None)
@@ -63,9 +63,9 @@ def test_a_teacher_with_a_call_of_its_own_is_sampled_with_it(teacher):
 
 def test_a_student_of_a_flow_reads_its_scale_and_leaves_at_one(recipe, tmp_path):
     """Its class has no input for a guidance scale: training gives it one, and an export folds what it adds at a scale."""
-    run = api.train(recipe | {"guidance": [1.0, 4.0]}, out=tmp_path / "run", **{"settings.told": True})
-    with pytest.raises(RequestError, match="told its guidance scale and its weights hold one: add --guidance W"):
+    run = api.train(recipe | {"guidance": [1.0, 4.0]}, out=tmp_path / "run", **{"settings.guidance_embedding": True})
+    with pytest.raises(RequestError, match="has a guidance embedding, and its weights can hold one scale: add --guidance W"):
         api.export(run)
     assert not (run / "export").exists()
-    said = read_settings(api.export(run, guidance=3.0))
-    assert said["guidance"] == 3.0 and said["call"]["guidance_scale"] == 1.0 and said["proof"]["difference"] <= 1e-4
+    settings = read_settings(api.export(run, guidance=3.0))
+    assert settings["guidance"] == 3.0 and settings["call"]["guidance_scale"] == 1.0 and settings["proof"]["difference"] <= 1e-4

@@ -22,7 +22,7 @@ MAY = {
     "models": ("diffusion parallel.py methods/base.py", "diffusers transformers peft safetensors"),    # base: the needs it supplies
     "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
     "methods": ("methods/base.py diffusion losses", ""),
-    "training": ("methods/base.py models data diffusion parallel.py", "accelerate safetensors tensorboard rich psutil"),
+    "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard rich psutil"),
     "evaluation": ("models data diffusion parallel.py",
                    "torchmetrics torch_fidelity matplotlib diffusers transformers safetensors numpy PIL rich"),
     "export": ("models data diffusion parallel.py", "diffusers transformers peft safetensors numpy PIL"),

@@ -43,7 +43,7 @@ def teacher() -> StableDiffusionPipeline:
 
 def all_right(features, pixels: torch.Tensor, count: int) -> float:
     attributes = scenes(torch.arange(count), HELD_OUT).attributes
-    return (features.judge(features.images(pixels)) == attributes).all(1).double().mean().item()
+    return (features.attribute_classifier(features.images(pixels)) == attributes).all(1).double().mean().item()
 
 
 def test_the_world_is_small():
@@ -62,9 +62,9 @@ def test_a_clone_is_small():
 def test_four_students_ship_and_each_has_its_recipe():
     assert set(STUDENTS) == set(resources.STUDENTS)
     for student, recipe in resources.STUDENTS.items():
-        said = json.loads((ASSETS / "students" / student / "stepdistill.json").read_text())
+        settings = json.loads((ASSETS / "students" / student / "stepdistill.json").read_text())
         chosen = Recipe.load(recipe)
-        assert (said["method"], said["steps"], said["teacher"]) == (chosen.method, chosen.steps, chosen.teacher)
+        assert (settings["method"], settings["steps"], settings["teacher"]) == (chosen.method, chosen.steps, chosen.teacher)
 
 
 @pytest.mark.parametrize("folder", ["shapes-sd", "shapes-sd3", *(f"students/{name}" for name in STUDENTS)])

@@ -42,13 +42,13 @@ def test_methods_as_json(stepdistill):
 
 
 def test_one_method_in_full(stepdistill):
-    said = stepdistill("methods", "lcm").stdout
-    assert "2310.04378" in said and "nodes: int = 50" in said and "Luo et al. 2023" in said
+    output = stepdistill("methods", "lcm").stdout
+    assert "2310.04378" in output and "nodes: int = 50" in output and "Luo et al. 2023" in output
 
 
 def test_a_method_in_full_has_the_whole_comment_of_its_last_setting():
-    said = catalogue.algorithm("lightning").splitlines()
-    assert said[-2].startswith("    judged_at: ") and said[-1].lstrip().startswith("# ") and "five times over at the end" in said[-1]
+    output = catalogue.algorithm("lightning").splitlines()
+    assert output[-2].startswith("    discriminator_times: ") and output[-1].lstrip().startswith("# ") and "the first five times over" in output[-1]
     assert all(line.startswith("    ") for name in METHODS for line in catalogue.algorithm(name).split("settings:\n")[1].splitlines())
 
 
@@ -59,7 +59,7 @@ def test_recipes_as_json(stepdistill):
     assert stepdistill("recipes", "shapes/lcm").stdout == (ROOT / "recipes/shapes/lcm.yaml").read_text()
 
 
-@pytest.mark.parametrize(("args", "said"), [
+@pytest.mark.parametrize(("args", "message"), [
     (("trian",), "Did you mean 'train'"),
     (("methods", "lmc"), "did you mean lcm?"),
     (("recipes", "shapes/lcmm"), "did you mean shapes/lcm?"),
@@ -73,9 +73,9 @@ def test_recipes_as_json(stepdistill):
     (("sample", "nowhere", "--prompt", "a", "--guidance", "nan"), "--guidance nan: should be a finite number, such as 3.0"),
     (("export", "nowhere", "--guidance", "inf"), "--guidance inf: should be a finite number, such as 3.0"),
 ])
-def test_a_bad_request_is_one_message_and_status_2(stepdistill, args, said):
+def test_a_bad_request_is_one_message_and_status_2(stepdistill, args, message):
     done = stepdistill(*args)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 # -- with a real, tiny teacher ------------------------------------------------------------------------------------------
@@ -123,15 +123,15 @@ def test_train_sample_export(stepdistill, recipe, tmp_path):
     assert one.shape == other.shape and abs(one - other).max() <= 1        # a merged adapter rounds differently
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     ("student={lora: {rank: 2, targets: [to_qq]}}", "to_q"),
     ("steps=51", "50"),
     ("data.batch=0", "at least 1"),
     ("critic=full", "critic"),
 ])
-def test_what_cannot_work_is_refused_before_training(stepdistill, recipe, tmp_path, change, said):
+def test_what_cannot_work_is_refused_before_training(stepdistill, recipe, tmp_path, change, message):
     done = stepdistill("train", recipe, "--out", "run", "--set", change)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -168,8 +168,8 @@ def test_an_interrupted_run_is_kept_and_goes_on(stepdistill, recipe, tmp_path):
     while not list((tmp_path / "run/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--resume" in said and "Traceback" not in said, said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--resume" in output and "Traceback" not in output, output
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
@@ -199,13 +199,13 @@ def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
     count = lambda **settings: plan(Recipe.load(made | {"settings": settings}))
     plain, shared = count(gan_weight=0.0)["passes"], count(gan_weight=0.0, share_rollout=True)["passes"]
     assert (plain["forward"], plain["backward"]) == (2.5 + 2 + 1 + 4 * 2.5 + 5, 6) and shared["forward"] == 2.5 + 2 + 1 + 5
-    judged = count()
-    share = (judged["passes"]["forward"] - plain["forward"]) / 5
-    assert 0.2 < share < 0.6 and judged["passes"]["backward"] == pytest.approx(6 + 1 + 5 * share)       # and once through the critic to x
+    with_discriminator = count()
+    share = (with_discriminator["passes"]["forward"] - plain["forward"]) / 5
+    assert 0.2 < share < 0.6 and with_discriminator["passes"]["backward"] == pytest.approx(6 + 1 + 5 * share)       # and once through the critic to x
     roles = build_roles(load_teacher(tiny_teacher), DMD2.needs(Settings(), False), {"student": Lora(2)})
     for name in ("student", "critic", "discriminator"):
         parameters = sum(p.numel() for p in roles.parameters(name))
-        assert judged["roles"][name] == {"parameters": parameters, "trained": parameters, "bytes": 4 * parameters}
+        assert with_discriminator["roles"][name] == {"parameters": parameters, "trained": parameters, "bytes": 4 * parameters}
     prompts = plan(Recipe.load(made | {"settings": {"gan_weight": 0.0}, "data": {"prompts": ["a red ring"], "batch": 4}}))
     assert prompts["passes"]["forward"] == plain["forward"]
     with pytest.raises(RequestError, match="steps is 1001, which cannot be sampled"):

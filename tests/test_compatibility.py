@@ -86,9 +86,9 @@ def test_unfinished_runs_are_exported(old, name, tmp_path):
 
 
 def test_exports_load(tmp_path):
-    said = read_settings(OLD / "export")
-    assert (said["method"], said["steps"]) == ("lcm", 4)
-    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    settings = read_settings(OLD / "export")
+    assert (settings["method"], settings["steps"]) == ("lcm", 4)
+    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
     torch.testing.assert_close(drawn(OLD / "export"), grid(OLD / "export/samples.png"), atol=2 / 255, rtol=0)
     pictures = stepdistill.sample(OLD / "export", "a red ring", out=tmp_path / "ring.png")
     assert pictures[0].size == (32, 32) and Image.open(tmp_path / "ring.png").size == (32, 32)

@@ -40,8 +40,8 @@ def test_the_demo(small_world, recipe, capsys):
     assert {("real", 0), ("teacher:ddim", 4), ("teacher:dpmpp_2m", 50), ("student", 1), ("student", 4), ("student", 8)} <= rows
     assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
     assert "dpmpp_2m" in (out / "export/lora/README.md").read_text()          # the card holds the measured table
-    said = capsys.readouterr().out
-    assert "% of the gap" in said and "curve.png" in said
+    output = capsys.readouterr().out
+    assert "% of the gap" in output and "curve.png" in output
 
 
 def test_bench_takes_runs_exports_and_pipelines(small_world, recipe, tiny_teacher):

@@ -70,9 +70,9 @@ def test_every_pin_is_a_public_version():
 
 
 def test_the_installed_wheel_trains(site, tmp_path, tiny_teacher):
-    said = installed(site, tmp_path, "-c", "import stepdistill, stepdistill.resources as r; print(stepdistill.__file__); "
+    output = installed(site, tmp_path, "-c", "import stepdistill, stepdistill.resources as r; print(stepdistill.__file__); "
                                            "print(r.locate('recipes/shapes/lcm.yaml'))")
-    assert [Path(line).is_relative_to(site) for line in said.stdout.split()] == [True, True], said
+    assert [Path(line).is_relative_to(site) for line in output.stdout.split()] == [True, True], output
     rows = json.loads(installed(site, tmp_path, "-m", "stepdistill", "recipes", "--json").stdout)
     assert "shapes/lcm-demo" in [row["name"] for row in rows]
     done = installed(site, tmp_path, "-m", "stepdistill", "train", "shapes/lcm-demo", "--out", "run", "--set", f"teacher={tiny_teacher}",

@@ -26,7 +26,8 @@ GB = 1e9
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--tiny", action="store_true", help="tiny networks on the CPU, in seconds; no record is kept in assets/")
+    made.add_argument("--tiny", action="store_true",
+                      help="tiny networks on the CPU, in seconds; no record is kept in assets/")
     made.add_argument("--again", action="store_true", help="measure again what is recorded for this card")
     made.add_argument("--seconds", type=float, default=100.0, help="nothing new is begun after these")
     return made
@@ -43,7 +44,8 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def _no_card() -> int:
-    print("this script measures a CUDA card, and torch finds none here: run it on a machine with one, or with --tiny on the CPU",
+    print("this script measures a CUDA card, and torch finds none here: run it on a machine with one, or with --tiny "
+          "on the CPU",
           file=sys.stderr)
     return 2
 
@@ -106,15 +108,16 @@ def _name(device: torch.device) -> str:
 def _driver(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "cuda": torch.version.cuda or "none"} | {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "cuda": torch.version.cuda
+            or "none"} | {name: version(name) for name in PACKAGES}
 
 
 def sync(device: torch.device) -> None:

@@ -13,7 +13,8 @@ NODES, C = 50, 0.001
 
 def adapted(network: nn.Module, lora: dict[str, Any]) -> tuple[nn.Module, list[nn.Parameter]]:
     """The network with one float32 LoRA of peft, and the parameters of it."""
-    config = LoraConfig(r=lora["rank"], lora_alpha=lora["rank"], target_modules=lora["targets"], init_lora_weights="gaussian")
+    config = LoraConfig(r=lora["rank"], lora_alpha=lora["rank"], target_modules=lora["targets"],
+                        init_lora_weights="gaussian")
     inject_adapter_in_model(config, network)
     trained = [p for name, p in network.named_parameters() if "lora_" in name]
     for parameter in trained:
@@ -46,9 +47,11 @@ class Loop:
     def predict(self, network: nn.Module, x: Tensor, i: Tensor, cond: Any) -> Tensor:
         """eps of x (B, C, H, W) at the timesteps i (B,)."""
         dtype = torch.bfloat16
-        added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
+        added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(dtype),
+                                                  "time_ids": cond.time_ids.to(dtype)}
         with torch.autocast(self.device.type, dtype, cache_enabled=False):
-            return network(x.to(dtype), i.float(), cond.text.to(dtype), added_cond_kwargs=added, return_dict=False)[0].float()
+            return network(x.to(dtype), i.float(), cond.text.to(dtype), added_cond_kwargs=added,
+                           return_dict=False)[0].float()
 
     def guided(self, network: nn.Module, x: Tensor, i: Tensor, cond: Any) -> Tensor:
         without, given = self.predict(network, torch.cat([x, x]), torch.cat([i, i]), self.doubled(cond)).chunk(2)
@@ -70,7 +73,8 @@ class Loop:
 class LcmLoop(Loop):
     """Luo et al. 2023, arXiv:2310.04378, algorithm 1, with the student itself as the target."""
 
-    def __init__(self, network: Callable[[], nn.Module], data: Any, asked: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, network: Callable[[], nn.Module], data: Any, asked: dict[str, Any],
+                 device: torch.device) -> None:
         super().__init__(data, asked, device)
         self.teacher = network()
         self.student, trained = adapted(network(), asked["student"]["lora"])
@@ -96,9 +100,11 @@ class LcmLoop(Loop):
 
 
 class Dmd2Loop(Loop):
-    """Yin et al. 2024, arXiv:2405.14867, at one step, without its discriminator: the critic trains on the student's sample."""
+    """Yin et al. 2024, arXiv:2405.14867, at one step, without its discriminator: the critic trains on the student's
+    sample."""
 
-    def __init__(self, network: Callable[[], nn.Module], data: Any, asked: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, network: Callable[[], nn.Module], data: Any, asked: dict[str, Any],
+                 device: torch.device) -> None:
         super().__init__(data, asked, device)
         self.teacher = network()
         self.student, trained = adapted(network(), asked["student"]["lora"])
@@ -120,5 +126,5 @@ class Dmd2Loop(Loop):
         self.apply(0.5 * ((x - aim) ** 2).mean(), self.of_student)
         x, eps = x.detach(), torch.randn_like(x)
         i = torch.randint(0, 1000, (self.batch,), device=self.device)
-        said = self.predict(self.critic, self.a(i) * x + self.s(i) * eps, i, cond)
-        self.apply(((said - eps) ** 2).mean(), self.of_critic)
+        eps_hat = self.predict(self.critic, self.a(i) * x + self.s(i) * eps, i, cond)
+        self.apply(((eps_hat - eps) ** 2).mean(), self.of_critic)

@@ -22,7 +22,8 @@ from stepdistill.run.setup import setup, train_config
 from stepdistill.run.targets import open_target
 from stepdistill.training import Trainer
 
-__all__ = ["Recipe", "bench_student", "builtin", "compiled", "fill_cache", "finished", "is_run", "open_trainer", "plan", "quiet",
+__all__ = ["Recipe", "bench_student", "builtin", "compiled", "fill_cache", "finished", "is_run", "open_trainer",
+           "plan", "quiet",
            "stage_folders", "train"]
 
 
@@ -62,7 +63,8 @@ def compiled(trainer: Trainer) -> None:
     trainer.warm_up()
 
 
-def bench_student(run: Path, nfe: list[int], samples: int, out: Path, reuse: list[Path], device: torch.device) -> dict[str, Any]:
+def bench_student(run: Path, nfe: list[int], samples: int, out: Path, reuse: list[Path],
+                  device: torch.device) -> dict[str, Any]:
     """Results of a run's student alone; the teacher's rows are those of `reuse`."""
     target = open_target(run, "student").target
     target.pipeline.to(device)

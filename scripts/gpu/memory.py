@@ -1,7 +1,8 @@
 """Peak memory by phase and seconds an update, of real networks with random weights, beside what `plan` forecasts.
 
-Held are the frozen bfloat16 base, the adapters (or three full copies), their gradients and moments, activations, and a data
-set of 64 random latents and conditions. Text encoders and codec are tiny: trainings on cached data do not need them.
+Held are the frozen bfloat16 base, the adapters (or three full copies), their gradients and moments, activations, and a
+data set of 64 random latents and conditions. Text encoders and codec are tiny: trainings on cached data do not need
+them.
 """
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def measure(asked: dict[str, Any], device: torch.device, folder: Path) -> dict[s
     if cuda:
         torch.cuda.empty_cache()
     peaks: dict[str, float] = {}
-    watch(peaks, "load", device)
+    record_peak(peaks, "load", device)
     start = time.perf_counter()
     with random_weights(device):
         trainer = internals.open_trainer(asked, device, folder)
@@ -93,19 +94,19 @@ def phased(trainer: Any, peaks: dict[str, float], device: torch.device) -> None:
     gradients, apply = trainer.gradients, trainer.apply
 
     def passes(update: Any, *rest: Any) -> None:
-        watch(peaks, f"{update.name}: forward and backward", device)
+        record_peak(peaks, f"{update.name}: forward and backward", device)
         gradients(update, *rest)
         note(peaks, f"{update.name}: forward and backward", device)
 
     def steps(update: Any, *rest: Any) -> None:
-        watch(peaks, f"{update.name}: optimizer", device)
+        record_peak(peaks, f"{update.name}: optimizer", device)
         apply(update, *rest)
         note(peaks, f"{update.name}: optimizer", device)
 
     trainer.gradients, trainer.apply = passes, steps
 
 
-def watch(peaks: dict[str, float], phase: str, device: torch.device) -> None:
+def record_peak(peaks: dict[str, float], phase: str, device: torch.device) -> None:
     peaks.setdefault(phase, 0.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -150,10 +151,10 @@ def forecast(found: Future, clock: Clock) -> float | None:
 
 
 def line(case: tuple[str, str, str], figures: dict[str, Any]) -> str:
-    said = figures["forecast_gb"]
-    ratio = f"{said / figures['peak_gb']:.2f} of the peak" if said and figures["peak_gb"] else "no ratio"
+    forecast_gb = figures["forecast_gb"]
+    ratio = f"{forecast_gb / figures['peak_gb']:.2f} of the peak" if forecast_gb and figures["peak_gb"] else "no ratio"
     return (f"{' '.join(case)}: peak {figures['peak_gb']:.2f} GB, on the card {figures['card_used_gb']:.2f} GB, "
-            f"{figures['seconds_an_update']:.3f} s an update; plan said {said or 0:.2f} GB, {ratio}")
+            f"{figures['seconds_an_update']:.3f} s an update; plan said {forecast_gb or 0:.2f} GB, {ratio}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The tests of tests/gpu on this card: draws, sampler, methods in three precisions, resume, exports, no waiting, compile."""
+"""The tests of tests/gpu on this card: draws, sampler, methods in three precisions, resume, exports, no waiting,
+compile."""
 from __future__ import annotations
 
 import os
@@ -32,8 +33,10 @@ def run(report: Path, tiny: bool) -> int:
     """pytest's status. Workers share the card where pytest-xdist is there; a tiny run takes one test of each kind."""
     few = ["-k", "draws or sampled or (methods and fp16 and dmd2) or (resumed and lcm and bf16)"] if tiny else []
     workers = ["-n", "4"] if not tiny and find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", f"--junitxml={report}", *few, *workers]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | ({"STEPDISTILL_GPU_TINY": "1"} if tiny else {})).returncode
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu",
+               f"--junitxml={report}", *few, *workers]
+    return subprocess.run(command, cwd=ROOT, env=os.environ
+                          | ({"STEPDISTILL_GPU_TINY": "1"} if tiny else {})).returncode
 
 
 def read(report: Path) -> dict[str, Any]:
@@ -42,10 +45,12 @@ def read(report: Path) -> dict[str, Any]:
     for case in xml.parse(report).iter("testcase"):
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")
         skipped = case.find("skipped")
-        said = "passed" if bad is None and skipped is None else (f"failed: {bad.get('message', '')[:300]}" if bad is not None
+        outcome = "passed" if bad is None and skipped is None else (f"failed: {bad.get('message', '')[:300]}"
+                                                                    if bad is not None
                                                                else f"skipped: {skipped.get('message', '')[:200]}")
-        tests[case.get("name", "")] = said
-    counts = {kind: sum(said.startswith(kind) for said in tests.values()) for kind in ("passed", "failed", "skipped")}
+        tests[case.get("name", "")] = outcome
+    counts = {kind: sum(outcome.startswith(kind) for outcome in tests.values())
+              for kind in ("passed", "failed", "skipped")}
     seconds = sum(float(case.get("time", 0)) for case in xml.parse(report).iter("testcase"))
     return counts | {"seconds_of_tests": round(seconds, 1), "tests": tests}
 

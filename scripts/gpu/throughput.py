@@ -1,7 +1,8 @@
 """Updates a second of `lcm` and `dmd2` (one step, no discriminator) against a hand-written loop of the same passes.
 
-The hand-written loop is diffusers, peft and torch alone: a network of its own for each role, guidance in one doubled call,
-fused AdamW, clipping, autocast, nothing logged. Both take turns in one process, on the same shapes, dtypes and adapters.
+The hand-written loop is diffusers, peft and torch alone: a network of its own for each role, guidance in one doubled
+call, fused AdamW, clipping, autocast, nothing logged. Both take turns in one process, on the same shapes, dtypes and
+adapters.
 """
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ROUNDS = {"sd15": 8, "sdxl": 6, "tiny": 2}         # turns of each loop
 TURN, WARM = {"sd15": 4, "sdxl": 2, "tiny": 1}, 3
 CASES = [("sd15", "lcm"), ("sd15", "dmd2"), ("sdxl", "lcm"), ("sdxl", "dmd2")]
 COMPILE_SECONDS = 40.0                             # what a compiled case takes at least; it is not begun with less left
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+           "time_emb_proj"]
 GUIDANCE, LR = 5.0, 1e-4
 
 
@@ -47,13 +49,16 @@ def main() -> None:
                     continue
                 record.add(key, measure(name, method, compiled, device, Path(folder)))
                 found = record.figures[key]
-                print(f"{key}: {found['updates_per_second']:.2f} updates a second, {found['ratio']:.3f} of the hand-written loop's")
+                print(f"{key}: {found['updates_per_second']:.2f} updates a second, {found['ratio']:.3f} of the "
+                      "hand-written loop's")
     record.close()
 
 
 def recipe(name: str, method: str, teacher: Path) -> dict[str, Any]:
-    made = {"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 4 if name == "tiny" else 64, "targets": TARGETS}},
-            "guidance": GUIDANCE, "steps": 1 if method == "dmd2" else 4, "data": {"images": "shapes", "batch": BATCH[name]},
+    made = {"method": method, "teacher": str(teacher),
+            "student": {"lora": {"rank": 4 if name == "tiny" else 64, "targets": TARGETS}},
+            "guidance": GUIDANCE, "steps": 1 if method == "dmd2" else 4,
+            "data": {"images": "shapes", "batch": BATCH[name]},
             "train": {"updates": 100_000, "precision": "bf16", "lr": LR}}
     sharing = {"settings": {"critic_steps": 1, "share_rollout": True, "gan_weight": 0.0}}
     return made | (sharing if method == "dmd2" else {})
@@ -74,8 +79,10 @@ def measure(name: str, method: str, compiled: bool, device: torch.device, folder
     warm_up = time.perf_counter() - start
     ours, theirs = turns(trainer.step, hand.step, ROUNDS[name], TURN[name], device)
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return {"batch": BATCH[name], "updates_per_second": TURN[name] / median(ours), "hand_updates_per_second": TURN[name] / median(theirs),
-            "ratio": median(ratios), "ratios": [round(ratio, 4) for ratio in ratios], "seconds_to_compile": round(warm_up, 1)}
+    return {"batch": BATCH[name], "updates_per_second": TURN[name] / median(ours),
+            "hand_updates_per_second": TURN[name] / median(theirs),
+            "ratio": median(ratios), "ratios": [round(ratio, 4) for ratio in ratios],
+            "seconds_to_compile": round(warm_up, 1)}
 
 
 def network(name: str, device: torch.device) -> torch.nn.Module:

@@ -1,8 +1,9 @@
-"""The table of methods at full length on this card: recipes of the shipped teacher, trained and measured, several seeds of each.
+"""The table of methods at full length on this card: recipes of the shipped teacher, trained and measured, several seeds
+of each.
 
-Trainings of so small a network wait for the host most of the time, so several run at once. A row is a recipe and a seed: what
-was trained, in how many minutes beside how many others, and the student's figures. What is not finished in time goes on
-from its last checkpoint when the script is called again on the same machine.
+Trainings of so small a network wait for the host most of the time, so several run at once. A row is a recipe and a
+seed: what was trained, in how many minutes beside how many others, and the student's figures. What is not finished in
+time goes on from its last checkpoint when the script is called again on the same machine.
 """
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ import internals
 import torch
 from common import ROOT, Clock, Record, device_of, parser
 
-WANTED = ("lcm", "dmd2", "dmd2-1step", "sid", "tcd", "add", "ladd", "cd", "scm", "lightning", "progressive", "swiftbrush", "kd",
+WANTED = ("lcm", "dmd2", "dmd2-1step", "sid", "tcd", "add", "ladd", "cd", "scm", "lightning", "progressive",
+          "swiftbrush", "kd",
           "reflow", "diff_instruct", "dmd", "tract", "guided", "kd-4step")
 RUNS, TEACHER = ROOT / "runs/gpu", ROOT / "assets/shapes-sd/results.json"
 SAMPLES, POLL = 2000, 0.5
-TINY = {"data.count": 64, "data.batch": 4, "train.updates": 2, "train.warmup": 0, "train.checkpoint_every": None, "student.lora.rank": 2}
+TINY = {"data.count": 64, "data.batch": 4, "train.updates": 2, "train.warmup": 0, "train.checkpoint_every": None,
+        "student.lora.rank": 2}
 
 
 def main() -> None:
@@ -75,8 +78,10 @@ def row(name: str, seed: int, folder: Path, tiny: bool, device: torch.device) ->
                (stage / "timings.jsonl" for stage in internals.stage_folders(asked, run))]
     rows = [each for each in results["rows"] if each["method"] == asked.method]
     figures = {"recipe": f"shapes/{name}", "seed": seed, "method": asked.method, "steps": asked.steps,
-               "updates": sum(stage.train.updates for stage in asked.stages), "rows": rows, "protocol": results["protocol"],
-               "minutes": sum(each["seconds"] for each in timings) / 60, "seconds_of_bench": time.perf_counter() - start}
+               "updates": sum(stage.train.updates for stage in asked.stages), "rows": rows,
+               "protocol": results["protocol"],
+               "minutes": sum(each["seconds"] for each in timings) / 60,
+               "seconds_of_bench": time.perf_counter() - start}
     (folder / "row.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
@@ -128,11 +133,12 @@ def _finish(job: tuple[str, int], status: int, record: Record, jobs: int) -> Non
         print(f"{job[0]} seed {job[1]}: status {status}; the end of {folder / 'log.txt'} says:")
         print("\n".join((folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-12:]))
         return
-    figures: dict[str, Any] = json.loads((folder / "row.json").read_text(encoding="utf-8")) | {"trainings_at_once": jobs}
+    figures: dict[str, Any] = json.loads((folder
+                                          / "row.json").read_text(encoding="utf-8")) | {"trainings_at_once": jobs}
     record.add(f"{job[0]} {job[1]}", figures)
     own = [each for each in figures["rows"] if each["nfe"] == figures["steps"]]
-    said = f"FD {own[0]['metrics']['fd']:.2f} at {own[0]['nfe']} NFE" if own else "measured"
-    print(f"{job[0]} seed {job[1]}: {figures['updates']} updates in {figures['minutes']:.2f} minutes, {said}")
+    text = f"FD {own[0]['metrics']['fd']:.2f} at {own[0]['nfe']} NFE" if own else "measured"
+    print(f"{job[0]} seed {job[1]}: {figures['updates']} updates in {figures['minutes']:.2f} minutes, {text}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A store is a folder named after a hash of all that made it, so that whatever changes leads to another store. Its files
 hold a fixed number of rows; each is written aside, synced and renamed, so that a file is there whole or not at all, and
-work that was interrupted goes on from the files that it finished. Rows are mapped into memory, never loaded. A store may
-also lie in a folder that a person named, which then must say of itself (about.json) that it was made as asked.
+work that was interrupted goes on from the files that it finished. Rows are mapped into memory, never loaded. A store
+may also lie in a folder that a person named, which then must say of itself (about.json) that it was made as asked.
 """
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .. import parallel
 from ..errors import RequestError
 
 ABOUT = "about.json"
 FORMAT = 1                        # raise it when the files of old can no longer be read
-ABANDONED = 3600.0                # seconds: no file takes that long to write, so one aside for longer was left by a killed run
+ABANDONED = 3600.0                # seconds: no file takes that long to write, so one aside for longer was left by a
+                                  # killed run
 log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]                             # (what is made, rows done, rows in all)
@@ -45,7 +47,8 @@ def default_root() -> Path:
 
 
 def fingerprint(source: str | Path) -> str:
-    """Changes when a file under the folder `source` does: its name, size or time of change. Another text is its own print."""
+    """Changes when a file under the folder `source` does: its name, size or time of change. Another text is its own
+    print."""
     folder = Path(source)
     if not folder.exists():
         return str(source)
@@ -64,7 +67,8 @@ def contents(source: str | Path) -> str:
         return str(source)
     parts = [folder / "model_index.json", *folder.glob("*/**/*")]
     files = [folder] if folder.is_file() else sorted(path for path in parts if path.is_file())
-    return _hash([("" if path == folder else path.relative_to(folder).as_posix(), _hash_of_file(path)) for path in files])
+    return _hash([("" if path == folder else path.relative_to(folder).as_posix(), _hash_of_file(path))
+                  for path in files])
 
 
 def _hash_of_file(path: Path) -> str:
@@ -95,13 +99,14 @@ class Store:
         return tuple(self.files[0])
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """indices: (B,) int64, on the CPU. Returns (B, ...), on the CPU; numbers stored in half precision come in float32."""
+        """indices: (B,) int64, on the CPU. Returns (B, ...), on the CPU; numbers stored in half precision come in
+        float32."""
         rows = torch.stack([self.files[i // self.per_file][name][i % self.per_file] for i in indices.tolist()])
         return rows.float() if rows.is_floating_point() else rows
 
 
 @dataclass(frozen=True)
-class Shelf:
+class StoreSpec:
     """Where a store lies or is to lie, and in JSON everything that its rows depend on."""
 
     folder: Path
@@ -126,25 +131,27 @@ class Shelf:
         if not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
             return []
         try:
-            said = flat(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
+            found = flat(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError) as error:
             raise RequestError(f"'{self.folder}' holds other files than a cache's: its {ABOUT} cannot be read ({error})") from error
-        asked = flat(json.loads(json.dumps(self.about)))
-        return [f"{name} is {shorten(said.get(name))} there and {shorten(asked.get(name))} here"
-                for name in said | asked if said.get(name) != asked.get(name)]
+        wanted = flat(json.loads(json.dumps(self.about)))
+        return [f"{name} is {shorten(found.get(name))} there and {shorten(wanted.get(name))} here"
+                for name in found | wanted if found.get(name) != wanted.get(name)]
 
 
 def flat(table: Mapping[str, object], path: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     return {key: value for name, inner in table.items()
-            for key, value in (flat(inner, f"{path}{name}.") if isinstance(inner, dict) else {f"{path}{name}": inner}).items()}
+            for key, value in (flat(inner, f"{path}{name}.") if isinstance(inner, dict)
+                               else {f"{path}{name}": inner}).items()}
 
 
 @dataclass(frozen=True)
 class Cache:
     """Opens stores under `root`, and makes what is missing in them.
 
-    dtype: of the floating-point numbers on disk. batch: how many rows are made at once. report: is told of progress.
+    dtype: of the floating-point numbers on disk. batch: how many rows are made at once. report: is called with the
+    progress.
     """
 
     root: Path = field(default_factory=default_root)
@@ -154,25 +161,33 @@ class Cache:
 
     def store(self, name: str, identity: Mapping[str, object], count: int, make: Make, per_file: int = 2000) -> Store:
         """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on."""
-        return self.fill(self.shelf(name, identity, count, per_file), make)
+        return self.fill(self.spec(name, identity, count, per_file), make)
 
-    def shelf(self, name: str, identity: Mapping[str, object], count: int, per_file: int = 2000, folder: Path | None = None) -> Shelf:
+    def spec(self, name: str, identity: Mapping[str, object], count: int, per_file: int = 2000,
+             folder: Path | None = None) -> StoreSpec:
         """Where that store lies: under `root`, unless a folder is named."""
-        about = {"format": FORMAT, "name": name, "count": count, "dtype": str(self.dtype), "per_file": per_file, **identity}
-        return Shelf(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
+        about = {"format": FORMAT, "name": name, "count": count, "dtype": str(self.dtype),
+                 "per_file": per_file, **identity}
+        return StoreSpec(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
 
-    def fill(self, shelf: Shelf, make: Make) -> Store:
-        """The store, once `make` has made the rows that are missing."""
-        files = {path: _open(path, len(rows)) for path, rows in shelf.files}
-        missing = [(path, rows) for path, rows in shelf.files if files[path] is None]
-        if missing:
-            self._prepare(shelf.folder, shelf.about)
-        for i, (path, rows) in enumerate(missing):
-            tensors, texts = self._make(shelf.about["name"], rows, shelf.about["count"], make)
-            _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=len(missing) - i)
-            files[path] = _open(path, len(rows))
-        return Store(tuple(tensors for tensors, _ in files.values()), tuple(text for _, texts in files.values() for text in texts),
-                     shelf.about["per_file"])
+    def fill(self, spec: StoreSpec, make: Make) -> Store:
+        """The store, once `make` has made the rows that are missing. Several ranks, all of which must come here, share
+        the files."""
+        files = {path: _open(path, len(rows)) for path, rows in spec.files}
+        missing = [(path, rows) for path, rows in spec.files if files[path] is None]
+        if missing and parallel.rank() == 0:
+            self._prepare(spec.folder, spec.about)
+        parallel.barrier()                             # all have seen what is missing, and have a folder to write it to
+        own = missing[parallel.rank()::parallel.world_size()]
+        for i, (path, rows) in enumerate(own):
+            tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
+            to_come = len(missing) - i * parallel.world_size()
+            _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=to_come)
+        parallel.barrier()
+        files |= {path: _open(path, len(rows)) for path, rows in missing}
+        return Store(tuple(tensors for tensors, _ in files.values()),
+                     tuple(text for _, texts in files.values() for text in texts),
+                     spec.about["per_file"])
 
     @torch.no_grad()
     def _make(self, name: str, rows: range, count: int, make: Make) -> tuple[dict[str, Tensor], list[str]]:
@@ -180,9 +195,9 @@ class Cache:
         texts: list[str] = []
         for low in range(rows.start, rows.stop, self.batch):
             indices = torch.arange(low, min(low + self.batch, rows.stop))
-            made, said = make(indices)
+            made, new_texts = make(indices)
             chunks.append({key: self._narrow(name, key, value, low) for key, value in made.items()})
-            texts.extend(said)
+            texts.extend(new_texts)
             self.report(name, int(indices[-1]) + 1, count)
         return {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]}, texts
 
@@ -191,8 +206,10 @@ class Cache:
             return value.cpu()
         value = value.to(device="cpu", dtype=self.dtype)
         if not value.isfinite().all():
-            raise RequestError(f"cache: {name} from row {low} on: '{key}' holds numbers that are not finite in {self.dtype}. "
-                               "Some autoencoders overflow in half precision: load the teacher in float32 and cache in float32.")
+            raise RequestError(f"cache: {name} from row {low} on: '{key}' holds numbers that are not finite in "
+                               f"{self.dtype}. "
+                               "Some autoencoders overflow in half precision: load the teacher in float32 and cache in "
+                               "float32.")
         return value
 
     def _prepare(self, folder: Path, about: Mapping[str, object]) -> None:
@@ -200,7 +217,8 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
         except OSError as error:
-            raise RequestError(f"cache: cannot write into '{folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or `cache` in the "
+            raise RequestError(f"cache: cannot write into '{folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or "
+                               "`cache` in the "
                                "recipe, to a folder that can be written, on a disk with room.") from None
         for path in folder.glob("*.aside"):
             if time.time() - path.stat().st_mtime > ABANDONED:
@@ -225,7 +243,8 @@ def _open(path: Path, rows: int) -> tuple[dict[str, Tensor], list[str]] | None:
 
 
 def _write(path: Path, blob: bytes, files_to_come: int) -> None:
-    """Writes aside, syncs, renames. A disk without room for this and the files to come is refused before it is filled."""
+    """Writes aside, syncs, renames. A disk without room for this and the files to come is refused before it is
+    filled."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
     try:
         if shutil.disk_usage(path.parent).free < len(blob) * files_to_come:
@@ -240,6 +259,8 @@ def _write(path: Path, blob: bytes, files_to_come: int) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free
-        raise RequestError(f"cache: '{path.parent}' needs {len(blob) * files_to_come / 2**20:,.0f} MiB more, and its disk has "
-                           f"{free / 2**20:,.0f} MiB free. Make room, ask for fewer samples or a half-precision cache, or set "
+        raise RequestError(f"cache: '{path.parent}' needs {len(blob) * files_to_come / 2**20:,.0f} MiB more, and its "
+                           "disk has "
+                           f"{free / 2**20:,.0f} MiB free. Make room, ask for fewer samples or a half-precision cache, "
+                           "or set "
                            "STEPDISTILL_CACHE to a folder on another disk. What is finished is kept.") from None

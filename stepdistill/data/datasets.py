@@ -1,4 +1,5 @@
-"""What a batch can come from: prompts alone, images encoded as they come, cached latents, the teacher's samples and pairs."""
+"""What a batch can come from: prompts alone, images encoded as they come, cached latents, the teacher's samples and
+pairs."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition, Pairs
 from ..diffusion.schedule import moved
 from ..errors import RequestError
-from .cache import Cache, Shelf, Store
+from .cache import Cache, Store, StoreSpec
 from .images import Images
 from .prompts import Captions, all_captions
 from .text import Encode, LiveText, Text, stored_text
@@ -18,8 +19,10 @@ from .text import Encode, LiveText, Text, stored_text
 SAMPLES_PER_FILE = 250            # a teacher's sample is dear: an interruption loses no more of them than this
 
 Latents = Callable[[Tensor], Tensor]                      # indices (B,) -> scaled latents (B, C, H, W)
-Generate = Callable[[Tensor, list[str]], Tensor]          # sample numbers (B,), their prompts -> scaled latents (B, C, H, W)
-GeneratePairs = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]    # the same -> noise (B, C, H, W), nodes (B, n, C, H, W)
+Generate = Callable[[Tensor, list[str]], Tensor]          # sample numbers (B,), their prompts -> scaled latents (B, C,
+                                                          # H, W)
+# the same -> noise (B, C, H, W), nodes (B, n, C, H, W)
+GeneratePairs = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
 
 
 class Dataset(Protocol):
@@ -28,7 +31,8 @@ class Dataset(Protocol):
     @property
     def count(self) -> int | None: ...
     def __getitem__(self, indices: Tensor) -> tuple[Tensor | None, Condition]:
-        """indices: (B,) int64 on the CPU, below count. Returns x0 (B, ...), or None for prompts only, and the conditions."""
+        """indices: (B,) int64 on the CPU, below count. Returns x0 (B, ...), or None for prompts only, and the
+        conditions."""
 
     def pairs(self, indices: Tensor) -> Pairs | None:
         """The ways that led the teacher to these samples, where they are kept."""
@@ -52,7 +56,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Encoders:
-    """A family's encoders. identity: what their results depend on, in JSON: source, revision, fingerprint of the weights.
+    """A family's encoders. identity: what their results depend on, in JSON: source, revision, fingerprint of the
+    weights.
 
     images: pixels (B, 3, H, W) in [-1, 1] -> scaled latents. device: where cached samples are handed out.
     """
@@ -81,7 +86,8 @@ def live_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
 def cached_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
     """Every picture is encoded once. RequestError for endless images."""
     if images.count is None:
-        raise RequestError("data: a cache of images needs to know how many. Give Shapes a count, such as 20000, or switch "
+        raise RequestError("data: a cache of images needs to know how many. Give Shapes a count, such as 20000, or "
+                           "switch "
                            "the cache off.")
     identity = {"source": images.identity, "codec": encoders.identity}
     make = lambda indices: ({"latents": encoders.images(images.pixels(indices))}, images.captions(indices))
@@ -106,15 +112,17 @@ def teacher_samples(source: Captions, count: int, generate: Generate, made_by: M
     return _stored(cache.store("samples", identity, count, make, SAMPLES_PER_FILE), encoders, cache)
 
 
-def teacher_pairs(source: Captions, shelf: Shelf, generate: GeneratePairs, times: Tensor, encoders: Encoders, cache: Cache) -> Samples:
-    """The teacher's ways from noise to its samples, made once, as `teacher_samples` are. times: (n,) float64, of the nodes."""
+def teacher_pairs(source: Captions, spec: StoreSpec, generate: GeneratePairs, times: Tensor, encoders: Encoders,
+                  cache: Cache) -> Samples:
+    """The teacher's ways from noise to its samples, made once, as `teacher_samples` are. times: (n,) float64, of the
+    nodes."""
 
     def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:
         prompts = _prompts(source, indices)
         noise, nodes = generate(indices, prompts)
         return {"noise": noise, "nodes": nodes}, prompts
 
-    store = cache.fill(shelf, make)
+    store = cache.fill(spec, make)
 
     def ways(indices: Tensor) -> Pairs:
         noise, nodes = (moved(store.rows(name, indices), encoders.device) for name in ("noise", "nodes"))

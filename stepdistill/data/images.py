@@ -66,12 +66,14 @@ class FolderImages:
 
     @classmethod
     def open(cls, folder: Path, size: Size) -> FolderImages:
-        """Reads all captions and every image's header, so that what is missing or damaged is told before training."""
+        """Reads all captions and every image's header, so that what is missing or damaged is found before training."""
         if not folder.is_dir():
-            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp files.")
+            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp "
+                               "files.")
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not files:
-            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg or webp files there, each with a caption.")
+            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg or webp files there, each with a "
+                               "caption.")
         table = folder / "metadata.jsonl"
         captions = _from_table(table, files) if table.is_file() else [_beside(path) for path in files]
         for path in files:
@@ -89,7 +91,8 @@ class FolderImages:
         digest = hashlib.blake2b(digest_size=16)
         for path, text in zip(self.files, self.texts):
             stat = path.stat()
-            digest.update(json.dumps([path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime_ns, text]).encode())
+            digest.update(json.dumps([path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime_ns,
+                                      text]).encode())
         return {"images": self.folder.name, "files": self.count, "digest": digest.hexdigest(), "size": self.size}
 
     def captions(self, indices: Tensor) -> list[str]:
@@ -146,7 +149,8 @@ def _from_table(table: Path, files: list[Path]) -> list[str]:
             found[path] = _text(text, path, f"{table.name}, line {number}")
     missing = [path for path in files if path not in found]
     if missing:
-        raise RequestError(f"images: '{missing[0]}' has no caption: '{table}' does not list it (images that it does not list: "
+        raise RequestError(f"images: '{missing[0]}' has no caption: '{table}' does not list it (images that it does "
+                           "not list: "
                            f"{len(missing)}). Add a line for each, or move them elsewhere.")
     return [found[path] for path in files]
 
@@ -159,12 +163,14 @@ def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
         raise RequestError(f"images: line {number} of '{table}' should read {{\"file_name\": ..., \"text\": ...}}; "
                            f"found {line[:80]}") from None
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg or webp "
+        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg or "
+                           "webp "
                            "file of that folder.")
     return path, text
 
 
 def _text(text: object, path: Path, place: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"images: the caption of '{path}' is empty ({place}). Write what the image shows, or remove the image.")
+        raise RequestError(f"images: the caption of '{path}' is empty ({place}). Write what the image shows, or remove "
+                           "the image.")
     return text.strip()

@@ -77,7 +77,8 @@ def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | N
 
 def _read_lines(path: Path) -> tuple[str, ...]:
     if path.suffix != ".txt" or not path.is_file():
-        raise RequestError(f"prompts: '{path}' is not a .txt file that exists. Give `shapes`, the path of a .txt file with one "
+        raise RequestError(f"prompts: '{path}' is not a .txt file that exists. Give `shapes`, the path of a .txt file "
+                           "with one "
                            "prompt a line, or a list of prompts in brackets.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -2,7 +2,7 @@
 
 Every picture shows two shaded objects that cast a shadow on a patterned background. The caption names the
 objects, their relation and the background; position, size, rotation, light, and the pattern's phase, period and
-angle stay unsaid, so that the distribution behind one caption is wide and a sampler must commit step by step.
+angle are in no caption, so that the distribution behind one caption is wide and a sampler must commit step by step.
 """
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "second_shape": SHAPES, "second_colour": tuple(COLOURS),
     "ground": tuple(GROUNDS), "pattern": PATTERNS,
 }
-UNSAID = ("along_1", "along_2", "across", "across_1", "across_2", "radius_1", "radius_2", "turn_1", "turn_2",
+UNCAPTIONED = ("along_1", "along_2", "across", "across_1", "across_2", "radius_1", "radius_2", "turn_1", "turn_2",
           "light", "phase_x", "phase_y", "period", "angle", "reverse")
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """attributes: (B, 7) int64, one column per entry of SLOTS; unsaid: (B, 15) float64 in [0, 1), as in UNSAID."""
+    """attributes: (B, 7) int64, one column per entry of SLOTS; uncaptioned: (B, 15) float64 in [0, 1), as in
+    UNCAPTIONED."""
 
     attributes: Tensor
-    unsaid: Tensor
+    uncaptioned: Tensor
 
     def __len__(self) -> int:
         return len(self.attributes)
@@ -64,7 +65,7 @@ def _uniforms(ids: np.ndarray, seed: int, count: int) -> np.ndarray:
 def scenes(ids: Tensor, seed: int = 0) -> Scenes:
     """ids: (B,) int64, any non-negative numbers. The same (seed, id) is the same scene for ever."""
     counts = np.array([len(values) for values in SLOTS.values()])
-    u = _uniforms(ids.cpu().numpy(), seed, len(counts) + len(UNSAID))
+    u = _uniforms(ids.cpu().numpy(), seed, len(counts) + len(UNCAPTIONED))
     attributes = np.floor(u[:, : len(counts)] * counts).astype(np.int64)
     same = attributes[:, 1] * len(COLOURS) + attributes[:, 2] == attributes[:, 3] * len(COLOURS) + attributes[:, 4]
     attributes[same, 4] = (attributes[same, 4] + 1) % len(COLOURS)      # two objects that a caption can tell apart
@@ -74,7 +75,7 @@ def scenes(ids: Tensor, seed: int = 0) -> Scenes:
 def captions(scene: Scenes) -> list[str]:
     """One sentence a scene. Half of them name the second object first, with the relation turned round."""
     texts = []
-    reverse = scene.unsaid[:, UNSAID.index("reverse")] < 0.5
+    reverse = scene.uncaptioned[:, UNCAPTIONED.index("reverse")] < 0.5
     for row, turned in zip(scene.attributes.tolist(), reverse.tolist()):
         axis, shape_1, colour_1, shape_2, colour_2, ground, pattern = (
             values[i] for values, i in zip(SLOTS.values(), row))
@@ -101,9 +102,9 @@ def attributes_of(prompt: str) -> Tensor | None:
 
 
 def render(scene: Scenes, size: int | tuple[int, int] = SIZE) -> Tensor:
-    """(B, 3, H, W) float32 in [-1, 1], anti-aliased by signed distances. size: pixels of a side, or height and width, of
-    which the shorter one holds the scene and the longer one more of its ground."""
-    u = {name: scene.unsaid[:, i].float() for i, name in enumerate(UNSAID)}
+    """(B, 3, H, W) float32 in [-1, 1], anti-aliased by signed distances. size: pixels of a side, or height and width,
+    of which the shorter one holds the scene and the longer one more of its ground."""
+    u = {name: scene.uncaptioned[:, i].float() for i, name in enumerate(UNCAPTIONED)}
     a = {name: scene.attributes[:, i] for i, name in enumerate(SLOTS)}
     sides = (size, size) if isinstance(size, int) else size
     pixels = [(torch.arange(side) + 0.5 - side / 2) * (SIZE / min(sides)) + SIZE / 2 for side in sides]
@@ -144,7 +145,8 @@ def _distance(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     length = (x * x + y * y).sqrt()
     box = torch.maximum(x.abs(), y.abs())
     arms = torch.minimum(torch.maximum(x.abs() - r, y.abs() - 0.36 * r), torch.maximum(y.abs() - r, x.abs() - 0.36 * r))
-    triangle = torch.maximum(0.866 * x.abs() + 0.5 * -y - 0.55 * r, y - 0.75 * r)   # y grows downwards: the apex points up
+    # y grows downwards: the apex points up
+    triangle = torch.maximum(0.866 * x.abs() + 0.5 * -y - 0.55 * r, y - 0.75 * r)
     outlines = torch.stack([length - r, box - 0.86 * r, triangle, (length - 0.72 * r).abs() - 0.28 * r, arms])
     return outlines.gather(0, shape[None, :, None, None].expand(1, *length.shape))[0]
 

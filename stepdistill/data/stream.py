@@ -40,7 +40,8 @@ def _rounds(place: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
     left, right = np.divmod(place, np.uint64(rights))
     for i in range(ROUNDS):
         left = (left + scatter(keys + (right * np.uint64(2 * ROUNDS) + np.uint64(2 * i + 1)) * GOLDEN) % lefts) % lefts
-        right = (right + scatter(keys + (left * np.uint64(2 * ROUNDS) + np.uint64(2 * i + 2)) * GOLDEN) % rights) % rights
+        right = (right + scatter(keys + (left * np.uint64(2 * ROUNDS) + np.uint64(2 * i + 2))
+                                 * GOLDEN) % rights) % rights
     return left * np.uint64(rights) + right
 
 
@@ -66,7 +67,8 @@ class Stream:
         """
         parts = world * micros
         if self.global_batch % parts:
-            raise RequestError(f"data.batch is {self.global_batch}, which {world} processes x {micros} micro-batches do not divide. "
+            raise RequestError(f"data.batch is {self.global_batch}, which {world} processes x {micros} micro-batches "
+                               "do not divide. "
                                f"Take a multiple of {parts}, or change train.accumulate.")
         size = self.global_batch // parts
         ids = step * self.global_batch + (rank * micros + micro) * size + torch.arange(size)

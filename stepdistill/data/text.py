@@ -16,7 +16,8 @@ from .cache import Cache, Store
 from .prompts import Captions, ListedPrompts
 
 PER_FILE = 500                    # one prompt of a large text encoder is a quarter of a megabyte
-LIMIT = 8 << 30                   # bytes of embeddings that may go on disk before prompts are rather encoded as they come
+LIMIT = 8 << 30                   # bytes of embeddings that may go on disk before prompts are rather encoded as they
+                                  # come
 log = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], Condition]                 # a family's text encoder; the condition has its null
@@ -50,7 +51,8 @@ class StoredText:
         return Condition(**fields, null=self.null.map(lambda one: one.expand(len(rows), *one.shape[1:])))
 
 
-def stored_text(captions: Sequence[str], encode: Encode, encoder: object, cache: Cache, device: torch.device | str = "cpu",
+def stored_text(captions: Sequence[str], encode: Encode, encoder: object, cache: Cache,
+                device: torch.device | str = "cpu",
                 limit: int = LIMIT) -> Text:
     """The conditions of samples 0 .. N - 1, whose prompts are `captions`. Every different prompt is encoded once.
 
@@ -60,11 +62,13 @@ def stored_text(captions: Sequence[str], encode: Encode, encoder: object, cache:
     with torch.no_grad():
         first = encode(unique[:1])
     if first.null is None:
-        raise ValueError("encode must return a condition with its null, the encoding of the prompt that guidance subtracts")
+        raise ValueError("encode must return a condition with its null, the encoding of the prompt that guidance "
+                         "subtracts")
     tensors = _tensors(first)
     size = len(unique) * sum(tensor.nbytes for tensor in tensors.values())
     if size > limit:
-        log.warning("%d different prompts would take %.1f GiB as embeddings: they are encoded as they come", len(unique), size / 2**30)
+        log.warning("%d different prompts would take %.1f GiB as embeddings: they are encoded as they come",
+                    len(unique), size / 2**30)
         return LiveText(ListedPrompts(tuple(captions)), encode)
 
     def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:

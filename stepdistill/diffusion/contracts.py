@@ -19,9 +19,9 @@ class Condition:
     """What a network reads beside x_t and t. Every tensor has the batch as its first axis.
 
     text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64.
-    extra: numbers (B,) by name that a student or a critic reads through an embedding of its own: w, the guidance scale (1 is
-    conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1]. `Condition(w=...)` and
-    `cond.replace(w=...)` set them, None takes them away, and cond.w is None where there is none.
+    extra: numbers (B,) by name that a student or a critic reads through an embedding of its own: w, the guidance scale
+    (1 is conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1]. `Condition(w=...)`
+    and `cond.replace(w=...)` set them, None takes them away, and cond.w is None where there is none.
     null is the unconditional counterpart that guidance subtracts.
     """
 
@@ -36,7 +36,8 @@ class Condition:
     def __init__(self, **given: Any) -> None:
         extra = {**given.pop("extra", {}), **{name: given.pop(name) for name in EXTRAS if name in given}}
         if unknown := given.keys() - {f.name for f in fields(self)}:
-            raise TypeError(f"a Condition has no {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(self))}")
+            raise TypeError(f"a Condition has no {', '.join(sorted(unknown))}; it has "
+                            f"{', '.join(f.name for f in fields(self))}")
         for f in fields(self):
             object.__setattr__(self, f.name, given.get(f.name))
         object.__setattr__(self, "extra", {name: value for name, value in extra.items() if value is not None})
@@ -55,7 +56,8 @@ class Condition:
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
         """The same record with f applied to every tensor, those of `null` too."""
         null = None if self.null is None else self.null.map(f)
-        return Condition(**{name: f(value) for name, value in self._tensors()}, extra={n: f(v) for n, v in self.extra.items()}, null=null)
+        return Condition(**{name: f(value) for name, value in self._tensors()},
+                         extra={n: f(v) for n, v in self.extra.items()}, null=null)
 
     def __getitem__(self, index: Any) -> Condition:
         return self.map(lambda tensor: tensor[index])
@@ -64,7 +66,8 @@ class Condition:
         """Unconditional where chosen, (B,) bool; extra stays. ValueError without a `null`."""
         if self.null is None:
             raise ValueError("conditions can be dropped only where cond.null says what stands in for them")
-        changed = {name: torch.where(moved(chosen, value.device).reshape(-1, *[1] * (value.ndim - 1)), getattr(self.null, name), value)
+        changed = {name: torch.where(moved(chosen, value.device).reshape(-1, *[1] * (value.ndim - 1)),
+                                     getattr(self.null, name), value)
                    for name, value in self._tensors() if getattr(self.null, name) is not None}
         return self.replace(**changed)
 
@@ -79,7 +82,8 @@ class Condition:
         """Joins along the batch. All parts must hold the same fields; `null` is joined where every part has one."""
         names = [({name for name, _ in part._tensors()}, part.extra.keys()) for part in parts]
         if any(n != names[0] for n in names):
-            raise ValueError(f"conditions of different make cannot be joined: {[sorted(one | two) for one, two in names]}")
+            raise ValueError("conditions of different make cannot be joined: "
+                             f"{[sorted(one | two) for one, two in names]}")
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in parts[0]._tensors()}
         extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
         nulls = [part.null for part in parts if part.null is not None]
@@ -97,8 +101,8 @@ class Condition:
 class Pairs:
     """Noises, and states of the teacher's way from each to the data by a deterministic solver.
 
-    noise (B, ...): the state at t = 1, unit normal. nodes (B, n, ...): the states at `times`, the last the teacher's sample.
-    times (B, n) float64, descending, evenly spaced, the last 0; they stay on the CPU, as times do.
+    noise (B, ...): the state at t = 1, unit normal. nodes (B, n, ...): the states at `times`, the last the teacher's
+    sample. times (B, n) float64, descending, evenly spaced, the last 0; they stay on the CPU, as times do.
     """
 
     noise: Tensor
@@ -116,7 +120,8 @@ class Batch:
 
     ids (B,) int64, distinct within the joined batch: the key of every per-sample draw.
     x0 (B, ...) scaled latents, or None where the data are prompts only. cond: the batch's conditions. shape: of one
-    sample, which x0 tells where there is one. pairs: where the data are the teacher's pairs; x0 is then their last node.
+    sample, which x0 tells where there is one. pairs: where the data are the teacher's pairs; x0 is then their last
+    node.
     """
 
     ids: Tensor

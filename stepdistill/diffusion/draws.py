@@ -1,8 +1,8 @@
 """Random draws as functions: of (seed, step, update, repeat, name, sample id), never of a state.
 
 Inserting a draw shifts no other, five critic repeats see five noises, and ranks and micro-batches draw what the
-joined batch would have drawn for their samples. The generator counts: word j of a sample is a hash of the draw's key, the
-sample's id and j (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a batch is drawn at once.
+joined batch would have drawn for their samples. The generator counts: word j of a sample is a hash of the draw's key,
+the sample's id and j (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a batch is drawn at once.
 """
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Teachers in closed form: Gaussian data and mixtures of them, under any schedule, as roles.
 
-With x_0 ~ N(m, C), x_t is N(alpha m, alpha^2 C + sigma^2 I), and the posterior means of x_0 and eps, the flow map of the
-probability-flow ODE, the density and its samples are all known. Parameters are float64; outputs have the state's dtype.
+With x_0 ~ N(m, C), x_t is N(alpha m, alpha^2 C + sigma^2 I), and the posterior means of x_0 and eps, the flow map of
+the probability-flow ODE, the density and its samples are all known. Parameters are float64; outputs have the state's
+dtype.
 """
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ class GaussianMixture:
     """x_0 ~ sum_k weights_k N_k. weights: (K,), summing to 1; components share one schedule and one shape.
 
     A condition with a label (B,) keeps the components of that label (component k's is k unless `labels` (K,) says
-    otherwise), and a negative label keeps all: the null that guidance needs. ValueError for a label that no component has.
+    otherwise), and a negative label keeps all: the null that guidance needs. ValueError for a label that no component
+    has.
     """
 
     weights: Tensor
@@ -95,7 +97,8 @@ class GaussianMixture:
     kind: str = "v"
 
     @classmethod
-    def of(cls, schedule: Schedule, weights: Tensor, means: Tensor, stds: Tensor, labels: Tensor | None = None) -> GaussianMixture:
+    def of(cls, schedule: Schedule, weights: Tensor, means: Tensor, stds: Tensor,
+           labels: Tensor | None = None) -> GaussianMixture:
         """Round components: weights (K,), means (K, *shape), stds (K,)."""
         parts = [Gaussian(schedule, m, (s.double() ** 2).expand(m.numel())) for m, s in zip(means, stds)]
         return cls(weights.double() / weights.double().sum(), parts, labels)
@@ -113,8 +116,8 @@ class GaussianMixture:
                 torch.stack([eye if a is None else a for a in axes]))
 
     def _terms(self, x_t: Tensor, t: Tensor, cond: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every component: log(weight_k p_k(x_t)), (B, K), -inf where the label excludes it, weights renormalised; the
-        offset of x_t along its axes and its variances there, (B, K, D)."""
+        """Of every component: log(weight_k p_k(x_t)), (B, K), -inf where the label excludes it, weights renormalised;
+        the offset of x_t along its axes and its variances there, (B, K, D)."""
         means, spread, axes = self._stacked
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         offset = x_t.flatten(1)[:, None] - (alpha[:, None, None] * means).to(x_t)
@@ -127,7 +130,8 @@ class GaussianMixture:
             label = cond.label[:, None]
             kept = (label < 0) | (label == labels.to(label))
             if not kept.any(1).all():
-                raise ValueError(f"a label is one of {sorted(set(labels.tolist()))}, or negative for all; found {cond.label.tolist()}")
+                raise ValueError(f"a label is one of {sorted(set(labels.tolist()))}, or negative for all; found "
+                                 f"{cond.label.tolist()}")
             prior = torch.where(kept, prior, -torch.inf).log_softmax(1)
         return prior + densities, along, variances
 
@@ -157,7 +161,8 @@ class GaussianMixture:
     def flow(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """In one dimension the ODE keeps quantiles: CDF_r^-1(CDF_t(x_t)), by bisection. x_t: (B, 1)."""
         if x_t.shape[1:] != (1,):
-            raise ValueError(f"the flow of a mixture is closed in one dimension only, found shape {tuple(x_t.shape[1:])}")
+            raise ValueError("the flow of a mixture is closed in one dimension only, found shape "
+                             f"{tuple(x_t.shape[1:])}")
         wanted, reach = self._cdf(x_t, t), 1e3
         low, high = torch.full_like(x_t, -reach), torch.full_like(x_t, reach)
         for _ in range(80):

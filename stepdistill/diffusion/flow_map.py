@@ -20,7 +20,8 @@ def ddim_step(prediction: Prediction, r: Tensor) -> Tensor:
 
 
 def toward(x0: Tensor, x_t: Tensor, t: Tensor, r: Tensor, schedule: Schedule) -> Tensor:
-    """The DDIM step from x_t (B, ...) at t (B,) to r (B,) that believes in x0 (B, ...), whoever said so; needs sigma_t > 0."""
+    """The DDIM step from x_t (B, ...) at t (B,) to r (B,) that believes in x0 (B, ...), whoever said so; needs sigma_t
+    > 0."""
     ratio = schedule.sigma(r) / schedule.sigma(t)
     return like(schedule.alpha(r) - ratio * schedule.alpha(t), x_t) * x0 + like(ratio, x_t) * x_t
 
@@ -28,8 +29,8 @@ def toward(x0: Tensor, x_t: Tensor, t: Tensor, r: Tensor, schedule: Schedule) ->
 def secant_target(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, schedule: Schedule) -> Tensor:
     """The one x_0 whose DDIM step from x_t at t lands on x_r at r < t: the inverse of `toward`.
 
-    x_0 = (x_r - q x_t) / (alpha_r - q alpha_t), q = sigma_r / sigma_t: Salimans & Ho 2022, arXiv:2202.00512, appendix G.
-    The denominator vanishes with t - r, and rounding errors grow as its inverse.
+    x_0 = (x_r - q x_t) / (alpha_r - q alpha_t), q = sigma_r / sigma_t: Salimans & Ho 2022, arXiv:2202.00512, appendix
+    G. The denominator vanishes with t - r, and rounding errors grow as its inverse.
     """
     if (r >= t).any():
         raise ValueError(f"a secant needs r < t for every sample, found t={t.tolist()} and r={r.tolist()}")
@@ -44,7 +45,8 @@ def flow_map(role: Role, x_t: Tensor, t: Tensor, r: Tensor, cond: Condition | No
 
 
 def segment_start(t: Tensor, edges: Tensor) -> Tensor:
-    """The largest edge below t. edges: ascending, first 0. An edge belongs to the segment below it: t -> r < t always."""
+    """The largest edge below t. edges: ascending, first 0. An edge belongs to the segment below it: t -> r < t
+    always."""
     return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]
 
 

@@ -17,30 +17,30 @@ def _scales(w: float | Tensor, batch: int) -> Tensor:
     return (w if isinstance(w, Tensor) else torch.tensor(w, dtype=torch.float64)).expand(batch)
 
 
-def told(cond: Condition | None, w: float | Tensor) -> Condition:
-    """The condition, and its null, with a scale or (B,) of them for a role that reads it. Like times, scales are float64 and stay
-    on the CPU."""
+def with_scale(cond: Condition | None, w: float | Tensor) -> Condition:
+    """The condition, and its null, with a scale or (B,) of them for a role that reads it. Like times, scales are
+    float64 and stay on the CPU."""
     if cond is None:
-        raise ValueError("a scale is told beside a condition, and there is none")
-    null = None if cond.null is None else told(cond.null, w)
+        raise ValueError("a guidance scale goes into a condition, and there is none")
+    null = None if cond.null is None else with_scale(cond.null, w)
     return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), null=null)
 
 
 @dataclass(frozen=True)
 class SelfGuided(Wrapper):
-    """See `self_guided`. w: what it is told, where it is told anything."""
+    """See `self_guided`. w: the scale that it reads, where it has a guidance embedding."""
 
-    told: bool
+    guidance_embedding: bool
     w: float | Tensor | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        return self.role(x_t, t, cond if not self.told or self.w is None else told(cond, self.w))
+        return self.role(x_t, t, cond if not self.guidance_embedding or self.w is None else with_scale(cond, self.w))
 
 
-def self_guided(role: Role, told: bool) -> Role:
-    """A role that has its guidance within, as a student of a guided teacher has: `guided` does not guide it again. It tells it
-    the scale, where it is `told` one, and otherwise leaves it alone."""
-    return SelfGuided(role, told)
+def self_guided(role: Role, guidance_embedding: bool) -> Role:
+    """A role that has its guidance within, as a student of a guided teacher has: `guided` does not guide it again. It
+    passes on the scale to a role with a guidance embedding, and leaves any other as it is."""
+    return SelfGuided(role, guidance_embedding)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Guided(Wrapper):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None or cond.null is None:
-            raise ValueError("guidance needs the unconditional counterpart of the condition: set cond.null, or guide with w = 1")
+            raise ValueError("guidance needs the unconditional counterpart of the condition: set cond.null, or guide "
+                             "with w = 1")
         w = _scales(self.w, len(t))
         if self.interval is not None:
             low, high = self.interval
@@ -68,14 +69,14 @@ class Guided(Wrapper):
 def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null).
 
-    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided. Outside the interval of t
-    (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing raw
-    outputs mixes every view alike, since views are linear at one x_t and t; a pipeline that mixes otherwise says so in the
-    prediction's `combine`.
+    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided. Outside the interval
+    of t (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing
+    raw outputs mixes every view alike, since views are linear at one x_t and t; a pipeline that mixes otherwise says so
+    in the prediction's `combine`.
 
-    It looks through every `Wrapper`: guided(viewed(r)) is viewed(guided(r)), so that a network's own outputs are mixed, and a
-    `self_guided` role is never guided again, wherever it lies: it is told w, or is what it is. ValueError for a role that
-    `guided` has guided already, and for an interval where the guidance lies within.
+    It looks through every `Wrapper`: guided(viewed(r)) is viewed(guided(r)), so that a network's own outputs are mixed,
+    and a `self_guided` role is never guided again, wherever it lies: it reads w, or stays as it is. ValueError for a
+    role that `guided` has guided already, and for an interval where the guidance lies within.
     """
     if isinstance(role, SelfGuided):
         if interval is not None:
@@ -86,7 +87,8 @@ def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None =
     if isinstance(role, Guided):
         raise ValueError(f"this role is guided already, at w = {role.w}: guide the role that it was made of, once")
     if isinstance(role, Wrapper):
-        inner = None if interval is None else tuple(role.inner_time(torch.tensor(interval, dtype=torch.float64)).tolist())
+        ends = None if interval is None else torch.tensor(interval, dtype=torch.float64)
+        inner = None if ends is None else tuple(role.inner_time(ends).tolist())
         return role.over(lambda wrapped: guided(wrapped, w, inner))
     return Guided(role, w, interval)
 
@@ -106,7 +108,8 @@ class Autoguided(Wrapper):
 
 
 def autoguided(role: Role, bad: Role, w: float | Tensor) -> Role:
-    """Karras et al. 2024, arXiv:2406.02507: away from a worse network `bad` of the same schedule. w = 1 is `role` alone."""
+    """Karras et al. 2024, arXiv:2406.02507: away from a worse network `bad` of the same schedule. w = 1 is `role`
+    alone."""
     return Autoguided(role, bad, w)
 
 

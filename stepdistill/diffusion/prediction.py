@@ -58,7 +58,8 @@ def linear(given: Tensor, without: Tensor, w: Tensor) -> Tensor:
 class Prediction:
     """A network's output at x_t. raw, x_t: (B, ...); t: (B,) float64; kind: a key of PARAMETERISATIONS.
 
-    combine: how its pipeline mixes the raw outputs with and without a condition, combine(given, without, w), w (B, 1, ...).
+    combine: how its pipeline mixes the raw outputs with and without a condition, combine(given, without, w), w (B, 1,
+    ...).
 
     A row is singular where it cannot tell x_0 from eps (x0 at sigma = 0, eps at alpha = 0): there the raw output is
     still the view of its own kind, and the others are not finite.

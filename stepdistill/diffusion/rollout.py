@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .contracts import Condition, Role
 from .draws import Step
-from .guidance import told
+from .guidance import with_scale
 from .sampler import Sampler
 
 
@@ -16,7 +16,8 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     micro-batches, so that all take as long; student, critic and discriminator draw it by this same law. Gradients flow
     through the last evaluation alone. shape: of one sample.
     """
-    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond, lambda i: step.normal(f"renoise {i}", shape))
+    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond,
+                            lambda i: step.normal(f"renoise {i}", shape))
 
 
 def left_by(sampler: Sampler, step: Step) -> int:
@@ -24,9 +25,10 @@ def left_by(sampler: Sampler, step: Step) -> int:
     return int(step.shared("exit") * sampler.nfe)
 
 
-def told_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
-    """The condition with this step's exit, counted from 1 and told as a scale is, for a critic that knows every exit's law.
+def with_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:
+    """The condition with this step's exit, counted from 1, in the place of a guidance scale: for a critic that learns
+    every exit's law.
 
-    A critic that is not told knows the mixture of them all, which can be right where none of them is.
+    A critic that does not read it learns the mixture of them all, which can be right where none of them is.
     """
-    return told(cond, 1.0 + left_by(sampler, step))
+    return with_scale(cond, 1.0 + left_by(sampler, step))

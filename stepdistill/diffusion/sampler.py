@@ -1,7 +1,7 @@
 """The few-step sampler, read off a stock diffusers scheduler, so that what is trained is what is exported.
 
 The scheduler is asked for its grid once (`set_timesteps`); then every evaluation of the network is a row of four: the
-time the network is told, the noise level its state really has, the level it lands on, and the rule that takes it there.
+time the network reads, the noise level its state really has, the level it lands on, and the rule that takes it there.
 """
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ SHAPING = ("num_inference_steps", "timesteps", "sigmas", "eta")     # keywords o
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the network. told, level and landing are times in [0, 1]; `noisy`: the rule takes fresh noise.
+    """One call of the network. time, level and landing are times in [0, 1]; `noisy`: the rule takes fresh noise.
 
-    `level` differs from `told` where a scheduler rounds what it tells (Karras sigmas) or interpolates in its own way.
+    time: what the network reads; level: where the state is. They differ where a scheduler rounds its timesteps (Karras
+    sigmas) or interpolates in its own way.
     """
 
-    told: float
+    time: float
     level: float
     landing: float
     rule: Rule
@@ -47,7 +48,8 @@ class Evaluation:
 class Sampler:
     """A stock scheduler's way from noise to x_0 in `steps` steps: sampler(role, noise, cond, draw) -> x_0.
 
-    The state is ours, alpha x_0 + sigma eps; `start` scales unit noise to the state that the stock pipeline starts from.
+    The state is ours, alpha x_0 + sigma eps; `start` scales unit noise to the state that the stock pipeline starts
+    from.
     """
 
     steps: int
@@ -61,12 +63,13 @@ class Sampler:
         """Reads `scheduler`, which is left as it is, for `k` steps of roles under `schedule`.
 
         The keywords are those of the pipeline call that shape the sampler; `grid` goes to set_timesteps as it is
-        (original_inference_steps, mu). eta: the share of fresh noise of a TCDScheduler, 0 where the call does not say, as in
-        the pipelines. ValueError for a scheduler, a config or a k that is not served.
+        (original_inference_steps, mu). eta: the share of fresh noise of a TCDScheduler, 0 where the call does not say,
+        as in the pipelines. ValueError for a scheduler, a config or a k that is not served.
         """
         name = type(scheduler).__name__
         if name not in READERS:
-            raise ValueError(f"no sampler reads a {name}; the schedulers that can be read are {', '.join(sorted(READERS))}")
+            raise ValueError(f"no sampler reads a {name}; the schedulers that can be read are "
+                             f"{', '.join(sorted(READERS))}")
         if eta is not None and (name != "TCDScheduler" or not 0 <= eta <= 1):
             raise ValueError(f"eta is read with a TCDScheduler alone, and is from 0 to 1; found {eta:g} with a {name}")
         counts = {"k": k, "num_inference_steps": num_inference_steps, "len(timesteps)": timesteps and len(timesteps),
@@ -87,17 +90,18 @@ class Sampler:
 
     @classmethod
     def of_call(cls, scheduler: SchedulerMixin, k: int, schedule: Schedule, call: Mapping[str, Any]) -> Sampler:
-        """As `of`, from all keyword arguments of a pipeline call: those that do not shape the sampler are passed over."""
+        """As `of`, from all keyword arguments of a pipeline call: those that do not shape the sampler are passed
+        over."""
         return cls.of(scheduler, k, schedule, **{key: call[key] for key in SHAPING if key in call})
 
     def telling(self, role: Role) -> Role:
-        """The role as this sampler asks a flow map: told, as cond.r, where the step from each of its times lands."""
+        """The role as this sampler calls a flow map: cond.r says where the step from each of its times lands."""
         return _Landing(role, self)
 
     @property
     def times(self) -> Tensor:
-        """What the network is told at each evaluation, as t: (nfe,) float64."""
-        return torch.tensor([e.told for e in self.evaluations], dtype=torch.float64)
+        """The time that the network reads at each evaluation, as t: (nfe,) float64."""
+        return torch.tensor([e.time for e in self.evaluations], dtype=torch.float64)
 
     @property
     def landings(self) -> Tensor:
@@ -117,13 +121,15 @@ class Sampler:
         """noise: (B, ...) unit normal; draw(i): fresh noise of that shape after evaluation i, asked for in order."""
         return self.rollout(role, noise, self.nfe, cond, draw)
 
-    def rollout(self, role: Role, noise: Tensor, until: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+    def rollout(self, role: Role, noise: Tensor, until: int, cond: Condition | None = None,
+                draw: Draw | None = None) -> Tensor:
         """The state that evaluation `until` would be given, at times[until]; until = nfe is the sample.
 
         ValueError for an evaluation that the sampler has not.
         """
         if not 0 <= until <= self.nfe:
-            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to {self.nfe} exist")
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to "
+                             f"{self.nfe} exist")
         if self.stochastic and draw is None:
             raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
         x, history = self.start * noise, []
@@ -132,20 +138,22 @@ class Sampler:
             x = e.rule(history, _times(e.landing, x), draw(i) if e.noisy else None)
         return x
 
-    def simulate(self, role: Role, noise: Tensor, exit: int, cond: Condition | None = None, draw: Draw | None = None) -> Tensor:
+    def simulate(self, role: Role, noise: Tensor, exit: int, cond: Condition | None = None,
+                 draw: Draw | None = None) -> Tensor:
         """Backward simulation: the clean sample that evaluation `exit` predicts where the sampler itself arrives.
 
         Yin et al. 2024, arXiv:2405.14867, section 4.5. Gradients flow through the last evaluation alone. exit from 0 to
         nfe - 1; the prediction at exit = nfe - 1 is the sample, where the last landing is the data.
         """
         if not 0 <= exit < self.nfe:
-            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to {self.nfe - 1} exist")
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to "
+                             f"{self.nfe - 1} exist")
         with torch.no_grad():
             x = self.rollout(role, noise, exit, cond, draw)
         return self._predict(role, x, self.evaluations[exit], cond).x0
 
     def _predict(self, role: Role, x: Tensor, e: Evaluation, cond: Condition | None) -> Prediction:
-        return replace(role(x, _times(e.told, x), cond), t=_times(e.level, x))
+        return replace(role(x, _times(e.time, x), cond), t=_times(e.level, x))
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class _Landing(Wrapper):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         if cond is None:
-            raise ValueError("where a step lands is told beside a condition, and there is none")
+            raise ValueError("the time where a step lands goes into a condition, and there is none")
         nearest = (t.cpu()[:, None] - self.sampler.times).abs().argmin(1)
         return self.role(x_t, t, cond.replace(r=self.sampler.landings[nearest]))
 
@@ -186,31 +194,37 @@ def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_s
 
 
 def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, through: float) -> Tensor:
-    """Zheng et al. 2024, arXiv:2402.19159, algorithm 4: by DDIM past the landing, to `through`, and back by fresh noise."""
+    """Zheng et al. 2024, arXiv:2402.19159, algorithm 4: by DDIM past the landing, to `through`, and back by fresh
+    noise."""
     p, s = history[-1], torch.full_like(r, through)
     x_s = ddim_step(p, s)
     return x_s if noise is None else p.schedule.renoise(x_s, noise, s, r)
 
 
-# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) ----------------------------------------
+# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations)
+# ----------------------------------------
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():
         if scheduler.config[key] != value:
-            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by the "
+            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by "
+                             "the "
                              f"sampler: use a scheduler config with {key}={value!r}")
 
 
-def _vp_told(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
-    """The times told to the network on a schedule of N nodes, as t = (told + 1) / N."""
+def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
+    """The times that the network reads on a schedule of N nodes: t = (timestep + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
-        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
+        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found "
+                         f"{type(schedule).__name__}: "
                          "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
-    told = scheduler.timesteps.double()
+    timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
-    if told.max() > last or told.min() < 0:                 # leading grids overrun by steps_offset, trailing ones by rounding
-        raise ValueError(f"{type(scheduler).__name__} would tell the network times from {told.min():g} to {told.max():g}, where "
+    # leading grids overrun by steps_offset, trailing ones by rounding
+    if timesteps.max() > last or timesteps.min() < 0:
+        raise ValueError(f"{type(scheduler).__name__} would give the network timesteps from {timesteps.min():g} to "
+                         f"{timesteps.max():g}, where "
                          f"0 to {last} exist: take another number of steps, or another steps_offset")
-    return ((told + 1) / schedule.nodes).tolist()
+    return ((timesteps + 1) / schedule.nodes).tolist()
 
 
 def _level(alphas_cumprod: Tensor, schedule: Schedule) -> list[float]:
@@ -220,33 +234,33 @@ def _level(alphas_cumprod: Tensor, schedule: Schedule) -> list[float]:
 
 def _lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False, thresholding=False)
-    told = _vp_told(scheduler, schedule)
+    times = _vp_times(scheduler, schedule)
     levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
     scalings = (scheduler.get_scalings_for_boundary_condition_discrete(t) for t in scheduler.timesteps.tolist())
     rules = [partial(_consistency, c_skip=c_skip, c_out=c_out) for c_skip, c_out in scalings]
-    noisy = [True] * (len(told) - 1) + [False]
-    return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:] + [0.0], rules, noisy)]
+    noisy = [True] * (len(times) - 1) + [False]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:] + [0.0], rules, noisy)]
 
 
 def _tcd(scheduler: SchedulerMixin, schedule: Schedule, eta: float = 0.0) -> tuple[float, list[Evaluation]]:
-    """Its clean data is the told time 0, which still holds a little noise."""
-    told, times = _vp_told(scheduler, schedule), scheduler.timesteps
-    after = torch.cat([times[1:], times.new_zeros(1)])
+    """Its clean data is timestep 0, which still holds a little noise."""
+    times, timesteps = _vp_times(scheduler, schedule), scheduler.timesteps
+    after = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     through = torch.floor((1 - eta) * after).long()                      # in float32, as the scheduler rounds
-    levels, landings, middles = (_level(scheduler.alphas_cumprod[i], schedule) for i in (times, after, through))
+    levels, landings, middles = (_level(scheduler.alphas_cumprod[i], schedule) for i in (timesteps, after, through))
     rules = [partial(_strategic, through=middle) for middle in middles]
-    noisy = [eta > 0] * (len(told) - 1) + [False]
-    return 1.0, [Evaluation(*row) for row in zip(told, levels, landings, rules, noisy)]
+    noisy = [eta > 0] * (len(times) - 1) + [False]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, landings, rules, noisy)]
 
 
 def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False, thresholding=False)
-    told = _vp_told(scheduler, schedule)
-    # The stock landing is a fixed stride below, which is the next told time only where the steps divide the nodes.
-    after = scheduler.timesteps - scheduler.config["num_train_timesteps"] // len(told)
+    times = _vp_times(scheduler, schedule)
+    # The stock landing is a fixed stride below, which is the next timestep only where the steps divide the nodes.
+    after = scheduler.timesteps - scheduler.config["num_train_timesteps"] // len(times)
     landings = torch.where(after >= 0, scheduler.alphas_cumprod[after.clamp(min=0)], scheduler.final_alpha_cumprod)
     levels = _level(scheduler.alphas_cumprod[scheduler.timesteps], schedule)
-    return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, _level(landings, schedule))]
+    return 1.0, [Evaluation(*row, _ddim) for row in zip(times, levels, _level(landings, schedule))]
 
 
 def _sigma_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
@@ -256,8 +270,8 @@ def _sigma_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
 
 def _euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, timestep_type="discrete")
-    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
-    return _start(scheduler), [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
+    times, levels = _vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    return _start(scheduler), [Evaluation(*row, _ddim) for row in zip(times, levels, levels[1:])]
 
 
 def _start(scheduler: SchedulerMixin) -> float:
@@ -267,44 +281,46 @@ def _start(scheduler: SchedulerMixin) -> float:
 
 def _heun_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, clip_sample=False)
-    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
-    rules = [_heun if i % 2 else _ddim for i in range(len(told))]        # the stock grid holds every inner node twice
-    return _start(scheduler), [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
+    times, levels = _vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)
+    rules = [_heun if i % 2 else _ddim for i in range(len(times))]        # the stock grid holds every inner node twice
+    return _start(scheduler), [Evaluation(*row) for row in zip(times, levels, levels[1:], rules)]
 
 
 def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    flow = isinstance(schedule, RectifiedFlow)
     _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False,
-            use_flow_sigmas=False, final_sigmas_type="zero", variance_type=None)
-    told, levels = _vp_told(scheduler, schedule), _sigma_levels(scheduler, schedule)
-    rules = [_ddim, *[_dpmpp_2m] * (len(told) - 2), _ddim][-len(told):]
-    return 1.0, [Evaluation(*row) for row in zip(told, levels, levels[1:], rules)]
+            use_flow_sigmas=flow, final_sigmas_type="zero", variance_type=None)
+    times, levels = (_flow_times(scheduler, schedule) if flow else
+                     (_vp_times(scheduler, schedule), _sigma_levels(scheduler, schedule)))
+    rules = [_ddim, *[_dpmpp_2m] * (len(times) - 2), _ddim][-len(times):]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:], rules)]
 
 
 def _flow_times(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[list[float], list[float]]:
-    """The times told to the network, and the levels: one more."""
+    """The times that the network reads, and the levels: one more."""
     if not isinstance(schedule, RectifiedFlow):
         raise ValueError(f"{type(scheduler).__name__} serves rectified flows, found {type(schedule).__name__}")
-    sigmas, told = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]
-    told, levels = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (told, sigmas))
-    return told, levels
+    sigmas, times = scheduler.sigmas.double(), scheduler.timesteps.double() / scheduler.config["num_train_timesteps"]
+    times, levels = (schedule.time_at(torch.atan2(s, 1 - s)).tolist() for s in (times, sigmas))
+    return times, levels
 
 
 def _flow_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     _demand(scheduler, invert_sigmas=False)
-    told, levels = _flow_times(scheduler, schedule)
+    times, levels = _flow_times(scheduler, schedule)
     if not scheduler.config["stochastic_sampling"]:
-        return 1.0, [Evaluation(*row, _ddim) for row in zip(told, levels, levels[1:])]
+        return 1.0, [Evaluation(*row, _ddim) for row in zip(times, levels, levels[1:])]
     rule = partial(_consistency, c_skip=0.0, c_out=1.0)
-    return 1.0, [Evaluation(*row, rule, noisy=True) for row in zip(told, levels, levels[1:])]
+    return 1.0, [Evaluation(*row, rule, noisy=True) for row in zip(times, levels, levels[1:])]
 
 
 def _flow_lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     """The stock scheduler also draws noise after its last step, and multiplies it by zero."""
     _demand(scheduler, invert_sigmas=False, scale_factors=None)
-    told, levels = _flow_times(scheduler, schedule)
+    times, levels = _flow_times(scheduler, schedule)
     rule = partial(_consistency, c_skip=0.0, c_out=1.0)
-    noisy = [True] * (len(told) - 1) + [False]
-    return 1.0, [Evaluation(*row[:3], rule, row[3]) for row in zip(told, levels, levels[1:], noisy)]
+    noisy = [True] * (len(times) - 1) + [False]
+    return 1.0, [Evaluation(*row[:3], rule, row[3]) for row in zip(times, levels, levels[1:], noisy)]
 
 
 READERS: dict[str, Callable[..., tuple[float, list[Evaluation]]]] = {

@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`. On its way to a GPU the host does not wait: the driver has copied it when the call returns.
+    """The tensor on `device`. On its way to a GPU the host does not wait: the driver has copied it when the call
+    returns.
 
     The way back waits, as it must: a CPU tensor would be read before it is written.
     """
@@ -57,14 +58,15 @@ class Schedule(ABC):
         return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * eps
 
     def renoise(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """x_t, t >= s, of what stands at s already: the noise that it lacks is fresh. alpha(s) > 0; `add_noise` is s = 0."""
+        """x_t, t >= s, of what stands at s already: the noise that it lacks is fresh. alpha(s) > 0; `add_noise` is s =
+        0."""
         kept = self.alpha(t) / self.alpha(s)
         fresh = (self.sigma(t) ** 2 - (kept * self.sigma(s)) ** 2).clamp(min=0).sqrt()
         return like(kept, x_s) * x_s + like(fresh, x_s) * eps
 
     def start(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """As `add_noise`, but unit noise alone at t = 1, where samplers begin and Stable Diffusion's alpha is still 0.07: Lin
-        et al. 2024, arXiv:2402.13929, eq. 24. For schedules whose sigma ends at 1."""
+        """As `add_noise`, but unit noise alone at t = 1, where samplers begin and Stable Diffusion's alpha is still
+        0.07: Lin et al. 2024, arXiv:2402.13929, eq. 24. For schedules whose sigma ends at 1."""
         return torch.where(like(t >= 1, x0).bool(), eps.to(x0), self.add_noise(x0, eps, t))
 
 
@@ -72,7 +74,7 @@ class Schedule(ABC):
 class VariancePreserving(Schedule):
     """Ho et al. 2020, arXiv:2006.11239, on N discrete nodes as diffusers stores them.
 
-    Node i, whose told time is i, lies at t = (i + 1) / N and has exactly alpha^2 = alphas_cumprod[i]; t = 0 is clean
+    Node i, whose timestep is i, lies at t = (i + 1) / N and has exactly alpha^2 = alphas_cumprod[i]; t = 0 is clean
     data. Between nodes the angle atan2(sigma, alpha) is interpolated linearly.
     """
 
@@ -122,7 +124,8 @@ class VariancePreserving(Schedule):
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """Liu et al. 2022, arXiv:2209.03003; shift moves time towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    """Liu et al. 2022, arXiv:2209.03003; shift moves time towards noise (Esser et al. 2024, arXiv:2403.03206, eq.
+    23)."""
 
     shift: float = 1.0
 

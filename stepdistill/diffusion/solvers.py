@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE (and its SDE) down a grid of times: one algorithm, one short function.
 
-solver(role, x, times, cond, noise, seen) -> x at times[-1]. x: (B, ...), the state at times[0]; times: (K + 1,) float64,
-descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for those that want it; seen(i, x) is shown the
-state that step i arrives at, at times[i + 1].
+solver(role, x, times, cond, noise, seen) -> x at times[-1]. x: (B, ...), the state at times[0]; times: (K + 1,)
+float64, descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for those that want it; seen(i, x)
+is shown the state that step i arrives at, at times[i + 1].
 """
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _steps(times: Tensor, batch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 def ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
          seen: Seen = unseen) -> Tensor:
-    """Song et al. 2021, arXiv:2010.02502: order 1, K evaluations. It is also Euler's rule, in the `_straight` coordinates."""
+    """Song et al. 2021, arXiv:2010.02502: order 1, K evaluations. It is also Euler's rule, in the `_straight`
+    coordinates."""
     for i, t, r in _steps(times, len(x)):
         x = ddim_step(role(x, t, cond), r)
         seen(i, x)
@@ -44,7 +45,8 @@ def ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, no
 def _straight(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """(m, u), such that x_t / m is a straight line in u for a fixed (x_0, eps): where the stock schedulers integrate.
 
-    Karras et al. 2022 divide by alpha and step in sigma / alpha; a flow, whose alpha vanishes at t = 1, is straight in sigma.
+    Karras et al. 2022 divide by alpha and step in sigma / alpha; a flow, whose alpha vanishes at t = 1, is straight in
+    sigma.
     """
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return (alpha + sigma, sigma) if isinstance(schedule, RectifiedFlow) else (alpha, sigma / alpha)
@@ -55,11 +57,13 @@ def _slope(p: Prediction) -> Tensor:
     return p.eps - p.x0 if isinstance(p.schedule, RectifiedFlow) else p.eps
 
 
-NOISY = 20.0                      # sigma / alpha beyond which `heun_step` may give way to DDIM's; Stable Diffusion ends at 14.6
+NOISY = 20.0                      # sigma / alpha beyond which `heun_step` may give way to DDIM's; Stable Diffusion ends
+                                  # at 14.6
 
 
 def trapezoid(here: Prediction, there: Prediction) -> Tensor:
-    """Heun's rule as stock schedulers have it: from here.x_t to there.t, where `there` was evaluated at the end of an Euler step."""
+    """Heun's rule as stock schedulers have it: from here.x_t to there.t, where `there` was evaluated at the end of an
+    Euler step."""
     x, ((m_t, u_t), (m_r, u_r)) = here.x_t, (_straight(p.schedule, p.t) for p in (here, there))
     return like(m_r / m_t, x) * x + like(m_r * (u_r - u_t) / 2, x) * (_slope(here) + _slope(there))
 
@@ -67,10 +71,11 @@ def trapezoid(here: Prediction, there: Prediction) -> Tensor:
 def long_step(schedule: Schedule, t: Tensor, r: Tensor) -> Tensor:
     """Whether DDIM's step from t to r, (B,), is nearer to the ODE than Heun's: (B,) bool.
 
-    Heun's rule integrates x / alpha in u = sigma / alpha. Near pure noise of data of deviation 1 the exact state there is
-    sqrt(1 + u^2) times a constant, DDIM's step from u_t >> 1 to u_r lands on u_r, short by 1 / (2 u_r), and the trapezoid beyond it
-    by (u_t - u_r) / (2 u_r^2): less is DDIM's where u_t > 3 u_r. On alpha = 0 the trapezoid is not even defined. Below NOISY it is
-    left alone, as in the stock schedulers. A flow is integrated in sigma, which has no such end.
+    Heun's rule integrates x / alpha in u = sigma / alpha. Near pure noise of data of deviation 1 the exact state there
+    is sqrt(1 + u^2) times a constant, DDIM's step from u_t >> 1 to u_r lands on u_r, short by 1 / (2 u_r), and the
+    trapezoid beyond it by (u_t - u_r) / (2 u_r^2): less is DDIM's where u_t > 3 u_r. On alpha = 0 the trapezoid is not
+    even defined. Below NOISY it is left alone, as in the stock schedulers. A flow is integrated in sigma, which has no
+    such end.
     """
     if isinstance(schedule, RectifiedFlow):
         return torch.zeros_like(t, dtype=torch.bool, device="cpu")
@@ -91,8 +96,8 @@ def heun_step(here: Prediction, there: Prediction) -> Tensor:
 
 def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
          seen: Seen = unseen) -> Tensor:
-    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: order 2, 2K evaluations; a last step to t = 0 is Euler's, and so is a long
-    one from nearly pure noise (`long_step`)."""
+    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: order 2, 2K evaluations; a last step to t = 0 is Euler's, and
+    so is a long one from nearly pure noise (`long_step`)."""
     for i, t, r in _steps(times, len(x)):
         here = role(x, t, cond)
         x = ddim_step(here, r)
@@ -127,7 +132,8 @@ def dpmpp_2m(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None
 
 def sde_ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
              seen: Seen = unseen, eta: float = 1.0) -> Tensor:
-    """Song et al. 2021, arXiv:2010.02502, eq. 12 and 16: a share of each step's noise is fresh; eta = 1 is DDPM, 0 is `ddim`."""
+    """Song et al. 2021, arXiv:2010.02502, eq. 12 and 16: a share of each step's noise is fresh; eta = 1 is DDPM, 0 is
+    `ddim`."""
     if noise is None:
         raise ValueError("sde_ddim is stochastic: pass noise(i, shape), which gives the normal noise of step i")
     schedule = role.schedule
@@ -150,7 +156,8 @@ def addim_step(p: Prediction, r: Tensor, x_var: Tensor) -> Tensor:
     schedule, t, x = p.schedule, p.t, p.x_t
     z_var = (schedule.alpha(r) - schedule.alpha(t) * schedule.sigma(r) / schedule.sigma(t)) ** 2 * x_var.to(r)
     mean_square = like((p.eps.flatten(1) ** 2).mean(1), x)
-    return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + like(z_var, x) / mean_square).sqrt() * p.eps
+    return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + like(z_var, x)
+                                                / mean_square).sqrt() * p.eps
 
 
 def addim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,

@@ -46,7 +46,8 @@ def weighted(grid: Tensor, shares: Sequence[float]) -> Law:
 
 
 def nodes(n: int) -> Tensor:
-    """The ends of n equal segments of [0, 1], ascending from 1 / n to 1: with n = N, the nodes of a discrete schedule."""
+    """The ends of n equal segments of [0, 1], ascending from 1 / n to 1: with n = N, the nodes of a discrete
+    schedule."""
     return torch.arange(1, n + 1, dtype=torch.float64) / n
 
 
@@ -56,7 +57,8 @@ def even(steps: int) -> Tensor:
 
 
 def trailing(steps: int, schedule: Schedule) -> Tensor:
-    """When stock samplers of trailing steps call the network, and 0, where they end: (steps + 1,) float64, descending from 1.
+    """When stock samplers of trailing steps call the network, and 0, where they end: (steps + 1,) float64, descending
+    from 1.
 
     On discrete nodes each time is rounded to one, halves to even. The grid of twice the steps holds this one.
     """
@@ -70,7 +72,8 @@ LEVELS = 1000                     # training times of every stock scheduler: tim
 
 
 def levels(low: float = 0.0, high: float = 1.0) -> Tensor:
-    """The times of stock schedulers from number floor(low LEVELS) to floor(high LEVELS), the last one being LEVELS - 1."""
+    """The times of stock schedulers from number floor(low LEVELS) to floor(high LEVELS), the last one being LEVELS -
+    1."""
     return (torch.arange(int(low * LEVELS), min(int(high * LEVELS), LEVELS - 1) + 1, dtype=torch.float64) + 1) / LEVELS
 
 
@@ -78,28 +81,33 @@ NoiseLaw = Literal["uniform", "lognormal", "shifted", "mixture"]
 NOISE_LAWS: tuple[str, ...] = get_args(NoiseLaw)
 
 
-def noise_law(name: str, schedule: Schedule, t_range: tuple[float, float] = (0.0, 1.0), mean: float = -1.2, std: float = 1.2,
+def noise_law(name: str, schedule: Schedule, t_range: tuple[float, float] = (0.0, 1.0), mean: float = -1.2,
+              std: float = 1.2,
               shift: float = 3.0) -> Law:
-    """Noise levels at which distributions are matched and critics trained, on the stock times of t_range, ends included.
+    """Noise levels at which distributions are matched and critics trained, on the stock times of t_range, ends
+    included.
 
-    uniform: all times alike (Yin et al. 2024, arXiv:2311.18828). lognormal: ln(sigma / alpha) ~ N(mean, std^2) (Karras et al.
-    2022, arXiv:2206.00364, table 1; Luo et al. 2023, arXiv:2305.18455). shifted: uniform, moved towards noise where shift > 1
-    (Esser et al. 2024, arXiv:2403.03206, eq. 23). mixture: half of the draws uniform, half lognormal. High noise decides how
-    much each mode of the data weighs, low noise which shape it has: a law that leaves one of them out leaves that unlearned.
+    uniform: all times alike (Yin et al. 2024, arXiv:2311.18828). lognormal: ln(sigma / alpha) ~ N(mean, std^2) (Karras
+    et al. 2022, arXiv:2206.00364, table 1; Luo et al. 2023, arXiv:2305.18455). shifted: uniform, moved towards noise
+    where shift > 1 (Esser et al. 2024, arXiv:2403.03206, eq. 23). mixture: half of the draws uniform, half lognormal.
+    High noise decides how much each mode of the data weighs, low noise which shape it has: a law that leaves one of
+    them out leaves that unlearned.
 
-    Each time has the probability of the cell around it; what lies outside t_range is left out. ValueError for any other name,
-    and for numbers that leave t_range without a probability.
+    Each time has the probability of the cell around it; what lies outside t_range is left out. ValueError for any other
+    name, and for numbers that leave t_range without a probability.
     """
     grid = levels(*t_range)
     if name == "uniform":
         return discrete(grid)
     edges = torch.cat([grid - 0.5 / LEVELS, grid[-1:] + 0.5 / LEVELS])
-    edges = torch.where(edges < 1 / LEVELS, 0.0, torch.where(edges > 1, 1.0, edges))       # the outer cells reach to the ends
+    # the outer cells reach to the ends
+    edges = torch.where(edges < 1 / LEVELS, 0.0, torch.where(edges > 1, 1.0, edges))
     if name == "shifted":
         shares = (edges / (shift - (shift - 1) * edges)).diff()
     elif name in ("lognormal", "mixture"):
         below = torch.special.ndtr((schedule.angle(edges).tan().log() - mean) / std)
-        shares = torch.where(edges == 1, 1.0, below).diff()              # t = 1 stands for all noise beyond the schedule's end
+        # t = 1 stands for all noise beyond the schedule's end
+        shares = torch.where(edges == 1, 1.0, below).diff()
     else:
         raise ValueError(f"noise_law is one of {', '.join(NOISE_LAWS)}; found {name!r}")
     if not shares.sum() > 1e-9:

@@ -1,7 +1,8 @@
-"""Toy: a mixture in the plane whose teacher is known in closed form. A folder says which; `write` draws one from a seed.
+"""Toy: a mixture in the plane whose teacher is known in closed form. A folder says which; `write` draws one from a
+seed.
 
-A point is a sample of shape (2, 1, 1), so that it goes where latents go. Its prompt names its class; each class is a few
-long, thin components, and "" is all of them.
+A point is a sample of shape (2, 1, 1), so that it goes where latents go. Its prompt names its class; each class is a
+few long, thin components, and "" is all of them.
 """
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ from .schedule import Schedule
 CLASSES, MODES = 2, 3                       # of the drawn problem; modes are those of one class
 SHAPE = (2, 1, 1)
 FILE = "toy.json"
-SCHEDULERS = {                              # of the drawn problem's noise: how the teacher's folder tells it to diffusers
+SCHEDULERS = {                              # of the drawn problem's noise: how the teacher's folder tells it to
+                                            # diffusers
     "vp": {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-           "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+           "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing",
+           "prediction_type": "v_prediction"},
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }
 
@@ -36,8 +39,8 @@ def is_toy(name: str | Path) -> bool:
 def write(folder: str | Path, seed: int, noise: str) -> Path:
     """A teacher's folder of a mixture drawn from the seed. noise: "vp" or "flow".
 
-    Six components on a ring, their standard deviations from 0.06 to 0.35 in any direction; all in all the mean is 0 and the
-    variance 1 in each direction.
+    Six components on a ring, their standard deviations from 0.06 to 0.35 in any direction; all in all the mean is 0 and
+    the variance 1 in each direction.
     """
     folder, generator = Path(folder), torch.Generator().manual_seed(key(seed, "toy"))
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -53,9 +56,10 @@ def write(folder: str | Path, seed: int, noise: str) -> Path:
     whole = {"seed": seed, "noise": noise, "labels": labels.tolist(), "weights": (weights / weights.sum()).tolist()}
     means, covariances = _standardised(weights / weights.sum(), means, covariances)
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    _say(folder / FILE, whole | {"means": means.tolist(), "covariances": covariances.tolist()})
-    _say(folder / "model_index.json", {"_class_name": "Toy", "scheduler": ["diffusers", SCHEDULERS[noise]["_class_name"]]})
-    _say(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[noise])
+    _write_config(folder / FILE, whole | {"means": means.tolist(), "covariances": covariances.tolist()})
+    _write_config(folder / "model_index.json", {"_class_name": "Toy",
+                                                "scheduler": ["diffusers", SCHEDULERS[noise]["_class_name"]]})
+    _write_config(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[noise])
     return folder
 
 
@@ -67,7 +71,7 @@ def _standardised(weights: Tensor, means: Tensor, covariances: Tensor) -> tuple[
     return means @ whiten.T, whiten @ covariances @ whiten.T
 
 
-def _say(path: Path, what: dict) -> None:
+def _write_config(path: Path, what: dict) -> None:
     path.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
 
 
@@ -80,7 +84,7 @@ class Toy:
     count: int | None = None
 
     @cached_property
-    def said(self) -> dict:
+    def config(self) -> dict:
         path = Path(self.folder) / FILE
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -89,28 +93,30 @@ class Toy:
 
     @cached_property
     def labels(self) -> Tensor:
-        return torch.tensor(self.said["labels"])
+        return torch.tensor(self.config["labels"])
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"toy": self.said, "seed": self.seed}
+        return {"toy": self.config, "seed": self.seed}
 
     def law(self, schedule: Schedule, kind: str) -> GaussianMixture:
         """Of x_0 (B, 2, 1, 1), as a teacher that answers in `kind`."""
-        means, covariances = (torch.tensor(self.said[name], dtype=torch.float64) for name in ("means", "covariances"))
-        parts = [Gaussian(schedule, mean.reshape(SHAPE), covariance, kind) for mean, covariance in zip(means, covariances)]
-        return GaussianMixture(torch.tensor(self.said["weights"], dtype=torch.float64), parts, self.labels, kind)
+        means, covariances = (torch.tensor(self.config[name], dtype=torch.float64) for name in ("means", "covariances"))
+        parts = [Gaussian(schedule, mean.reshape(SHAPE), covariance, kind)
+                 for mean, covariance in zip(means, covariances)]
+        return GaussianMixture(torch.tensor(self.config["weights"], dtype=torch.float64), parts, self.labels, kind)
 
     def points(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """x_0 (B, 2, 1, 1) float32 of numbered samples, and their labels (B,)."""
         drawn = fractions(key(self.seed, "toy point"), indices, 3)
-        which = torch.searchsorted(torch.tensor(self.said["weights"], dtype=torch.float64).cumsum(0)[:-1], drawn[:, 0].contiguous())
+        which = torch.searchsorted(torch.tensor(self.config["weights"], dtype=torch.float64).cumsum(0)[:-1],
+                                   drawn[:, 0].contiguous())
         z, means, roots = torch.special.ndtri(drawn[:, 1:]), *self._shapes
         return (means[which] + (roots[which] @ z[:, :, None])[:, :, 0]).float().reshape(-1, *SHAPE), self.labels[which]
 
     @cached_property
     def _shapes(self) -> tuple[Tensor, Tensor]:
-        means, covariances = (torch.tensor(self.said[name], dtype=torch.float64) for name in ("means", "covariances"))
+        means, covariances = (torch.tensor(self.config[name], dtype=torch.float64) for name in ("means", "covariances"))
         return means, torch.linalg.cholesky(covariances)
 
     def captions(self, indices: Tensor) -> list[str]:
@@ -129,5 +135,6 @@ def labels_of(prompts: list[str], classes: int) -> Tensor:
     """Captions, or "" for -1, back to labels (B,). RequestError for any other prompt."""
     known = {caption(label): label for label in range(classes)} | {"": -1}
     if unknown := sorted(set(prompts) - known.keys()):
-        raise RequestError(f"Toy knows no prompt {unknown[0]!r}: its prompts are {', '.join(known)[:-2]} and the empty one")
+        raise RequestError(f"Toy knows no prompt {unknown[0]!r}: its prompts are {', '.join(known)[:-2]} and the empty "
+                           "one")
     return torch.tensor([known[prompt] for prompt in prompts])

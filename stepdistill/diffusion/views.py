@@ -31,7 +31,8 @@ class Viewed(Wrapper):
         norm, own_norm = (torch.hypot(s.alpha(u), s.sigma(u)) for s, u in ((self.schedule, t), (own, own_t)))
         p = self.role(like(own_norm / norm, x_t) * x_t, own_t, cond)
         # On the unit circle x = cos x_0 + sin eps and v = cos eps - sin x_0, and v is the view that is regular at both
-        # ends. Where the network's own schedule stops short of pure noise the angles differ, and it is x_0 that is kept.
+        # ends. Where the network's own schedule stops short of pure noise the angles differ, and it is x_0 that is
+        # kept.
         own_angle = own.angle(own_t)
         keep = torch.where(angle > 0, own_angle.sin() / angle.sin(), 1.0)
         shift = torch.where(angle > 0, (angle.cos() - own_angle.cos()) / angle.sin(), 0.0)
@@ -39,5 +40,5 @@ class Viewed(Wrapper):
 
 
 def viewed(role: Role, schedule: Schedule) -> Role:
-    """The same network under `schedule`: matched by signal-to-noise ratio, x_t rescaled, and told its own time."""
+    """The same network under `schedule`: matched by signal-to-noise ratio, x_t rescaled, and given its own time."""
     return role if role.schedule == schedule else Viewed(role, schedule)

@@ -16,8 +16,8 @@ from .schedule import Schedule
 class Wrapper(ABC):
     """A role that asks another one. Whatever looks for a property of the network behind it goes through `over`.
 
-    Every role that holds a role is one of these, with `role: Role` and, where there are more, further fields annotated `Role`:
-    all of them are found by their annotation, so that a new wrapper has nothing to remember.
+    Every role that holds a role is one of these, with `role: Role` and, where there are more, further fields annotated
+    `Role`: all of them are found by their annotation, so that a new wrapper has nothing to remember.
     """
 
     role: Role

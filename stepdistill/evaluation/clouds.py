@@ -29,7 +29,8 @@ def within(z: Tensor) -> float:
 
 def _mean(x: Tensor, y: Tensor) -> float:
     x, y = x.float(), y.float()
-    sums = [torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist").sum(dtype=torch.float64) for part in x.split(CHUNK)]
+    sums = [torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist").sum(dtype=torch.float64)
+            for part in x.split(CHUNK)]
     return (torch.stack(sums).sum() / len(x) / len(y)).item()
 
 
@@ -47,7 +48,8 @@ def cloud(panels: Mapping[str, tuple[Tensor, Tensor]], path: Path | str, ways: M
     figure = Figure(figsize=(2.9 * columns, 3.1 * rows), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for (title, (points, classes)), axis in zip(panels.items(), axes):     # in this order, or zip takes one axis too many
+    # in this order, or zip takes one axis too many
+    for (title, (points, classes)), axis in zip(panels.items(), axes):
         colours = [COLOURS[label % len(COLOURS)] for label in classes.tolist()]
         axis.scatter(*points.T, s=2, c=colours, alpha=0.35, linewidths=0)
         for way in () if ways is None else ways.get(title, ()):

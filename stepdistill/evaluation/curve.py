@@ -19,17 +19,19 @@ DASHES = {"ddim": (0, ()), "euler": (0, (5, 2)), "heun": (0, (1, 1.4)), "dpmpp_2
 
 
 def curve(rows: Sequence[Row], dim: int) -> bytes:
-    """PNG. Left: FD with its 95 % interval, both axes logarithmic. Right, where it was judged: all attributes right."""
-    judged = any(row["metrics"]["all_attributes"] is not None for row in rows)
-    figure = Figure(figsize=(11.5 if judged else 6.4, 4.9), dpi=150)
+    """PNG. Left: FD with its 95 % interval, both axes logarithmic. Right, where attributes were classified: the share
+    of pictures with all of them right."""
+    with_attributes = any(row["metrics"]["all_attributes"] is not None for row in rows)
+    figure = Figure(figsize=(11.5 if with_attributes else 6.4, 4.9), dpi=150)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
+    panels = figure.subplots(1, 2 if with_attributes else 1, squeeze=False)[0]
     _distance_panel(panels[0], rows, dim)
-    if judged:
+    if with_attributes:
         _attribute_panel(panels[1], rows)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not judged else 0.07, 1, 1), w_pad=3)
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if judged else 4, frameon=False, fontsize=8.5,
+    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not with_attributes else 0.07, 1, 1), w_pad=3)
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if with_attributes else 4,
+                  frameon=False, fontsize=8.5,
                   columnspacing=1.4, handlelength=2.4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -51,7 +53,8 @@ def best_per_nfe(rows: Sequence[Row]) -> list[Row]:
 
 
 def lines(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], list[Row], dict[str, list[Row]]]:
-    """(teacher solvers, the best of them all, students): rows to be joined by a line, each over increasing evaluations."""
+    """(teacher solvers, the best of them all, students): rows to be joined by a line, each over increasing
+    evaluations."""
     teachers = [row for row in rows if solver_of(row)]
     students = [row for row in rows if not solver_of(row) and row["target"] != "real"]
     by_name = lambda some: {name: best_per_nfe([r for r in some if r["target"] == name])
@@ -60,13 +63,15 @@ def lines(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], list[Row], dict[st
 
 
 def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
-    floor = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0], default=1.0) / 4
+    floor = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0],
+                default=1.0) / 4
     solvers, best, students = lines(rows)
     metric = lambda row: tuple(max(row["metrics"][key], floor) for key in ("fd", "fd_low", "fd_high"))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in rows if row["target"] == "real"):
         axes.axhspan(floor, max(real["metrics"]["fd_high"], floor * 1.2), color=REAL, alpha=0.18, lw=0)
-        axes.annotate(f"fresh real pictures: {real['metrics']['fd']:.3f}", (0.015, 0.012), xycoords="axes fraction", **NOTE)
+        axes.annotate(f"fresh real pictures: {real['metrics']['fd']:.3f}", (0.015, 0.012),
+                      xycoords="axes fraction", **NOTE)
     axes.set_yscale("log")
     axes.set_ylim(bottom=floor)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -77,15 +82,16 @@ def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
 
 
 def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
-    judged = [row for row in rows if row["metrics"]["all_attributes"] is not None]
-    solvers, best, students = lines(judged)
+    measured = [row for row in rows if row["metrics"]["all_attributes"] is not None]
+    solvers, best, students = lines(measured)
     metric = lambda row: (100 * row["metrics"]["all_attributes"],) + tuple(100 * edge for edge in share_interval(
         row["metrics"]["all_attributes"], row["samples"]))
     _draw(axes, solvers, best, students, metric)
-    for real in (row for row in judged if row["target"] == "real"):
+    for real in (row for row in measured if row["target"] == "real"):
         _, low, high = metric(real)
         axes.axhspan(low, max(high, low + 0.8), color=REAL, alpha=0.3, lw=0)
-        axes.annotate(f"fresh real pictures: {metric(real)[0]:.1f} %", (0.015, low - 1), xycoords=("axes fraction", "data"),
+        axes.annotate(f"fresh real pictures: {metric(real)[0]:.1f} %", (0.015, low - 1),
+                      xycoords=("axes fraction", "data"),
                       va="top", **NOTE)
     axes.set_ylim(0, 103)
     axes.set_ylabel("pictures with all attributes right, %")
@@ -99,7 +105,8 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], students: Mapping[str, list[Row]], metric) -> None:
+def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], students: Mapping[str, list[Row]],
+          metric) -> None:
     """Teacher solvers thin, the best of them at each count of evaluations bold, students bold in colour."""
     for colour, (name, line) in zip(cycle(STUDENTS), students.items()):
         _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=name, zorder=5)
@@ -107,7 +114,8 @@ def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], student
         teacher = best[0]["target"].partition(":")[0]
         _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=f"{teacher}, best solver", zorder=4)
     for name, line in solvers.items():
-        axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".", ms=4, label=name)
+        axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".",
+                  ms=4, label=name)
     axes.set_xscale("log")
     ticks = sorted({row["nfe"] for line in (*solvers.values(), *students.values()) for row in line})
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -125,5 +133,6 @@ def _xy(line: list[Row], metric) -> tuple[list[int], list[float]]:
 
 def _errors(axes: Axes, line: list[Row], metric, **style: Any) -> None:
     x, y = _xy(line, metric)
-    spread = [[value - low for value, low, _ in map(metric, line)], [high - value for value, _, high in map(metric, line)]]
+    spread = [[value - low for value, low, _ in map(metric, line)],
+              [high - value for value, _, high in map(metric, line)]]
     axes.errorbar(x, y, yerr=spread, capsize=3, elinewidth=1.2, **style)

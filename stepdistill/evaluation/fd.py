@@ -14,7 +14,8 @@ from torch import Tensor
 
 SPLITS = 48               # random partitions behind each point of the extrapolation
 RESAMPLES = 200
-BLOCKS, LEFT_OUT, ORDERS = 10, (1, 2, 3), 4      # of a small reference: tenths, of which one to three are left out, in random orders
+BLOCKS, LEFT_OUT, ORDERS = 10, (1, 2, 3), 4      # of a small reference: tenths, of which one to three are left out, in
+                                                 # random orders
 KID_BLOCK = 1000
 
 
@@ -87,17 +88,20 @@ def least_samples(dim: int) -> int:
 
 
 def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> Estimate:
-    """The Fréchet distance at infinitely many samples of both sides, with an interval that holds it in about 95 of 100 repetitions.
+    """The Fréchet distance at infinitely many samples of both sides, with an interval that holds it in about 95 of 100
+    repetitions.
 
     Chong & Forsyth 2020, arXiv:1911.07023: the plug-in distance of n samples is too large by c / n + O(1 / n^2). The
     points are the averages over random partitions into 1, 2 and 3 equal parts; the parabola in 1 / n through them
-    has the value 3 f(n) - 3 f(n / 2) + f(n / 3) at 1 / n = 0. What the reference's own size adds is removed too, see `_surplus`,
-    and the interval holds the chance of its pictures beside that of the samples. May be slightly negative where the truth is 0.
+    has the value 3 f(n) - 3 f(n / 2) + f(n / 3) at 1 / n = 0. What the reference's own size adds is removed too, see
+    `_surplus`, and the interval holds the chance of its pictures beside that of the samples. May be slightly negative
+    where the truth is 0.
     features: (n, D) with n >= least_samples(D).
     """
     x = features.double().cpu()
     if len(x) < least_samples(x.shape[1]):
-        raise ValueError(f"{len(x)} samples are too few for {x.shape[1]} dimensions: it takes {least_samples(x.shape[1])}")
+        raise ValueError(f"{len(x)} samples are too few for {x.shape[1]} dimensions: it takes "
+                         f"{least_samples(x.shape[1])}")
     generator = torch.Generator().manual_seed(seed)
     here = Moments.of(x)
     plug_in = frechet(here.mean, here.covariance, reference.whole)
@@ -112,9 +116,9 @@ def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> E
 def _surplus(reference: Reference, here: Moments, plug_in: Tensor, generator: torch.Generator) -> Tensor:
     """What the reference's finite size N adds to the plug-in distance.
 
-    A large one: c / N, from its halves. Where it is so small that its features are all at hand, terms to 1 / N^3: the generalised
-    jackknife (Schucany, Gray & Owen 1971) of orders 1 to 3, over tenths of it. All choices of the tenths to leave out count alike,
-    so the chance of the pictures cancels in the differences.
+    A large one: c / N, from its halves. Where it is so small that its features are all at hand, terms to 1 / N^3: the
+    generalised jackknife (Schucany, Gray & Owen 1971) of orders 1 to 3, over tenths of it. All choices of the tenths to
+    leave out count alike, so the chance of the pictures cancels in the differences.
     """
     if not reference.complete:
         return sum(frechet(here.mean, here.covariance, half) for half in reference.halves) / 2 - plug_in
@@ -125,12 +129,14 @@ def _surplus(reference: Reference, here: Moments, plug_in: Tensor, generator: to
 
 
 def _without(orders: Sequence[Sequence[Tensor]], count: int, other: Moments) -> tuple[float, Tensor]:
-    """The mean size of what is left, and its mean plug-in distance to `other`, over all ways to leave out `count` blocks."""
+    """The mean size of what is left, and its mean plug-in distance to `other`, over all ways to leave out `count`
+    blocks."""
     out = torch.tensor(list(combinations(range(BLOCKS), count)))
     sizes, distances = [], []
     for blocks in orders:
         number = torch.tensor([len(block) for block in blocks], dtype=torch.float64)
-        sums, squares = torch.stack([block.sum(0) for block in blocks]), torch.stack([block.T @ block for block in blocks])
+        sums = torch.stack([block.sum(0) for block in blocks])
+        squares = torch.stack([block.T @ block for block in blocks])
         left, total, square = (whole.sum(0) - whole[out].sum(1) for whole in (number, sums, squares))
         mean = total / left[:, None]
         scatter = square - left[:, None, None] * mean[:, :, None] * mean[:, None, :]
@@ -181,7 +187,8 @@ def _variance(x: Tensor, here: Moments, reference: Moments, generator: torch.Gen
 
 
 def _influence_variance(x: Tensor, here: Moments, reference: Moments) -> Tensor:
-    """Var(f'(x)), n times the distance's by n of x, for the derivative f'(x) = 2 (m - m_r) . (x - m) + (x - m)^T (1 - T) (x - m) of the distance.
+    """Var(f'(x)), n times the distance's by n of x, for the derivative f'(x) = 2 (m - m_r) . (x - m) + (x - m)^T (1 -
+    T) (x - m) of the distance.
 
     T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport map between the two Gaussians.
     """
@@ -194,10 +201,11 @@ def _influence_variance(x: Tensor, here: Moments, reference: Moments) -> Tensor:
 
 
 def kid(features: Tensor, subset: Tensor) -> float:
-    """Unbiased squared MMD under the kernel (x . y / D + 1)^3, Bińkowski et al. 2018, arXiv:1801.01401, by torchmetrics.
+    """Unbiased squared MMD under the kernel (x . y / D + 1)^3, Bińkowski et al. 2018, arXiv:1801.01401, by
+    torchmetrics.
 
-    features (n, D), subset (m, D): of generated pictures, and of the reference's. The mean over disjoint blocks of one size, at most
-    1,000: each is taken at least once, so that nothing is drawn and equal features give an equal figure.
+    features (n, D), subset (m, D): of generated pictures, and of the reference's. The mean over disjoint blocks of one
+    size, at most 1,000: each is taken at least once, so that nothing is drawn and equal features give an equal figure.
     """
     from torchmetrics.image.kid import poly_mmd  # here, because torchmetrics brings matplotlib's pyplot with it
 
@@ -209,7 +217,8 @@ def kid(features: Tensor, subset: Tensor) -> float:
 
 
 def precision_recall(features: Tensor, subset: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of generated features inside the reference's manifold, and the reverse; Kynkäänniemi et al. 2019, arXiv:1904.06991.
+    """Share of generated features inside the reference's manifold, and the reverse; Kynkäänniemi et al. 2019,
+    arXiv:1904.06991.
 
     A manifold is the union of balls around its members, each reaching to the k-th nearest other. Both sides are cut
     to the same count, since the figures depend on it.

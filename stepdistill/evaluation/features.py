@@ -1,4 +1,4 @@
-"""Features of pictures: a CLIP model's projections with the attribute judge on top, or InceptionV3's."""
+"""Features of pictures: a CLIP model's projections with the attribute classifier on top, or InceptionV3's."""
 from __future__ import annotations
 
 import hashlib
@@ -24,7 +24,7 @@ class Features(Protocol):
     id: str
     dim: int
     resize: str
-    judge: Judge | None
+    attribute_classifier: AttributeClassifier | None
 
     def images(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] -> (B, dim) float32 on the CPU."""
@@ -34,19 +34,20 @@ class Features(Protocol):
 
 
 @dataclass(frozen=True)
-class Judge:
+class AttributeClassifier:
     """Linear heads on image features, one per attribute slot, in the order of SLOTS."""
 
     heads: tuple[tuple[Tensor, Tensor], ...]
     id: str
 
     @classmethod
-    def load(cls, file: Path) -> Judge:
+    def load(cls, file: Path) -> AttributeClassifier:
         with safe_open(file, "pt") as saved:
             slots = json.loads(saved.metadata()["slots"])
             if slots != {slot: list(values) for slot, values in SLOTS.items()}:
-                raise RequestError(f"{file} judges the slots {slots}, but Shapes has {SLOTS}: train the judge anew")
-            heads = tuple((saved.get_tensor(f"{slot}.weight").float(), saved.get_tensor(f"{slot}.bias").float()) for slot in SLOTS)
+                raise RequestError(f"{file} classifies the slots {slots}, but Shapes has {SLOTS}: train it anew")
+            heads = tuple((saved.get_tensor(f"{slot}.weight").float(), saved.get_tensor(f"{slot}.bias").float())
+                          for slot in SLOTS)
         return cls(heads, digest([file]))
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class ClipFeatures:
         self.dim = self.model.config.projection_dim
         self.size = self.model.config.vision_config.image_size
         self.resize = f"none at {self.size} px, else antialiased bicubic of the short side and a centre crop"
-        self.judge = Judge.load(folder / "judge.safetensors") if (folder / "judge.safetensors").is_file() else None
+        self.attribute_classifier = AttributeClassifier.load(folder / "judge.safetensors") if (folder / "judge.safetensors").is_file() else None
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class ClipFeatures:
 class InceptionFeatures:
     """The 2048 pool features of the FID's InceptionV3, as torch-fidelity holds them: it resizes by itself."""
 
-    name, dim, judge = "inception", 2048, None
+    name, dim, attribute_classifier = "inception", 2048, None
     id = "torch-fidelity inception-v3-compat 2048"
     resize = "bilinear to 299 px as TensorFlow 1 did it"
 
@@ -108,12 +109,13 @@ class InceptionFeatures:
 
 
 def load_features(name: Path | str, device: str | torch.device = "cpu") -> Features:
-    """name: "inception", or the folder of a CLIPModel, with a judge.safetensors if attributes are to be judged."""
+    """name: "inception", or the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified."""
     return InceptionFeatures(device) if str(name) == "inception" else ClipFeatures(name, device)
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """The short side brought to `size`, the centre cut out: (B, 3, size, size). Pictures of that size pass untouched."""
+    """The short side brought to `size`, the centre cut out: (B, 3, size, size). Pictures of that size pass
+    untouched."""
     height, width = pixels.shape[-2:]
     if height == width == size:
         return pixels

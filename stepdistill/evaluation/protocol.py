@@ -49,4 +49,5 @@ def demand_same(ours: dict[str, Any], theirs: dict[str, Any], where: Path | str)
     parts = [f"{key} is {theirs.get(key)!r} there and {value!r} here"
              for key, value in ours.items() if key != "id" and theirs.get(key) != value]
     raise RequestError(f"{where} was measured under another protocol, so its figures cannot stand beside these: "
-                       f"{'; '.join(parts)}. Ask for the same samples, seed, prompts and features, or write to another folder")
+                       f"{'; '.join(parts)}. Ask for the same samples, seed, prompts and features, or write to another "
+                       "folder")

@@ -61,14 +61,15 @@ class ShapesSource:
         return (render(scenes(ids, HELD_OUT_SEED)) for ids in torch.arange(count).split(BLOCK))
 
     def alike(self, prompts: int, each: int) -> Iterator[Tensor]:
-        """A caption leaves 15 numbers unsaid: these are drawn afresh, from ids that no prompt uses."""
+        """A caption does not fix 15 numbers: these are drawn afresh, from ids that no prompt uses."""
         for ids in torch.arange(prompts * each).split(BLOCK):
             attributes = scenes(ids // each, HELD_OUT_SEED).attributes
-            yield render(Scenes(attributes, scenes(2**32 + ids, HELD_OUT_SEED).unsaid))
+            yield render(Scenes(attributes, scenes(2**32 + ids, HELD_OUT_SEED).uncaptioned))
 
 
 class FolderSource:
-    """The images of a folder, in an order scattered by their names: the first `held_out` are fresh, the rest reference."""
+    """The images of a folder, in an order scattered by their names: the first `held_out` are fresh, the rest
+    reference."""
 
     def __init__(self, folder: Path, held_out: int) -> None:
         files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
@@ -110,7 +111,8 @@ def _read(file: Path) -> Tensor:
 
 def load_reference(features: Features, source: Source, shipped: Path | None = None,
                    say: Callable[[str], None] = print) -> Reference:
-    """From the file shipped beside the features if it was made by them, else from the cache, else computed and cached."""
+    """From the file shipped beside the features if it was made by them, else from the cache, else computed and
+    cached."""
     key = reference_key(features, source)
     cached = default_root() / f"reference-{key}.safetensors"
     for file in (shipped, cached):
@@ -119,7 +121,8 @@ def load_reference(features: Features, source: Source, shipped: Path | None = No
             if found == key:
                 return reference
             say(f"{file} belongs to other features or pictures: not used")
-    say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} (once; kept in {cached})")
+    say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} (once; kept in "
+        f"{cached})")
     reference = compute_reference(features, source)
     save_reference(reference, cached, key)
     return reference
@@ -139,7 +142,8 @@ def reference_key(features: Features, source: Source) -> str:
 def compute_reference(features: Features, source: Source) -> Reference:
     found = torch.cat([features.images(block) for block in source.pictures()])
     if len(found) < 2 * (features.dim + 1):
-        raise RequestError(f"the reference {source.name} holds {len(found)} pictures, too few for features of {features.dim} "
+        raise RequestError(f"the reference {source.name} holds {len(found)} pictures, too few for features of "
+                           f"{features.dim} "
                            f"dimensions: at least {2 * (features.dim + 1)}, better 10,000")
     halves = Moments.of(found[0::2]), Moments.of(found[1::2])
     return Reference(halves, found[:: max(1, len(found) // SUBSET)][:SUBSET].clone())

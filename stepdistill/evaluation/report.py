@@ -33,10 +33,12 @@ def row_key(row: Mapping[str, Any]) -> tuple[str, int, float | None]:
 
 
 def join(first: Results, second: Results, where: Path | str = "the second") -> Results:
-    """The rows of both; of two that measure the same thing the second's. RequestError unless the protocols are equal."""
+    """The rows of both; of two that measure the same thing the second's. RequestError unless the protocols are
+    equal."""
     demand_same(first["protocol"], second["protocol"], where)
     rows = {row_key(row): row for row in (*first["rows"], *second["rows"])}
-    order = lambda row: (row["target"] != "real", ":" not in row["target"], row["target"], row["nfe"], row["guidance"] or 0)
+    order = lambda row: (row["target"] != "real", ":" not in row["target"], row["target"], row["nfe"],
+                         row["guidance"] or 0)
     return {"protocol": first["protocol"], "rows": sorted(rows.values(), key=order)}
 
 
@@ -62,8 +64,10 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """A row of the table, as text: target, NFE, steps, guidance, the metrics, latency, images per second."""
     m = row["metrics"]
     number = lambda value, spec: "–" if value is None else format(value, spec)
-    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"), number(row["guidance"], "g"),
-            f"{m['fd']:.3f} [{m['fd_low']:.3f}, {m['fd_high']:.3f}]", number(m["kid"], ".4f"), number(m["precision"], ".3f"),
+    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
+            number(row["guidance"], "g"),
+            f"{m['fd']:.3f} [{m['fd_low']:.3f}, {m['fd_high']:.3f}]", number(m["kid"], ".4f"),
+            number(m["precision"], ".3f"),
             number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
             number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
 
@@ -84,7 +88,8 @@ def table(results: Results) -> Table:
         made.add_column(HEADINGS[i], justify="right" if i else "left", no_wrap=True)
     for row in results["rows"]:
         texts = cells(row)
-        made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else "" if ":" in row["target"] else "bold")
+        made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
+                     if ":" in row["target"] else "bold")
     return made
 
 
@@ -102,7 +107,8 @@ dt { color: #616e7c } dd { margin: 0; overflow-wrap: anywhere }
 
 def _page(results: Results, drawn: bytes, out: Path) -> str:
     protocol, rows = results["protocol"], results["rows"]
-    body = "".join(f"<tr class='{_kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
+    body = "".join(f"<tr class='{_kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>"
+                                                          for cell in cells(row)) + "</tr>"
                    for row in rows)
     heads = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
     facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in protocol.items())

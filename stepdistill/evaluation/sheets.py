@@ -12,7 +12,8 @@ from torch import Tensor
 GAP, LEAST_CELL = 4, 96
 
 
-def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None, captions: Sequence[str] | None = None) -> bytes:
+def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None,
+          captions: Sequence[str] | None = None) -> bytes:
     """Draws a grid and returns it as PNG; writes it to `path`, if given, aside first.
 
     images: rows of (columns, 3, H, W) in [-1, 1], all of one size, such as a teacher's row above its student's; or one
@@ -31,7 +32,8 @@ def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None, cap
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
         if captions is not None:
-            draw.text((margin - 2 * GAP, GAP + i * cell_h + height * zoom / 2), captions[i], fill="#222222", font=font, anchor="rm")
+            draw.text((margin - 2 * GAP, GAP + i * cell_h + height * zoom / 2), captions[i], fill="#222222",
+                      font=font, anchor="rm")
         for j, pixels in enumerate(row):
             canvas.paste(_picture(pixels, zoom), (margin + GAP + j * cell_w, GAP + i * cell_h))
     buffer = io.BytesIO()

@@ -34,7 +34,8 @@ class Evaluation:
                  device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> None:
         self.features = load_features(features, device)
         if samples < least_samples(self.features.dim):
-            raise RequestError(f"{samples} samples are too few: the Fréchet distance in {self.features.dim} dimensions takes at "
+            raise RequestError(f"{samples} samples are too few: the Fréchet distance in {self.features.dim} dimensions "
+                               "takes at "
                                f"least {least_samples(self.features.dim)}, and 2,000 for a narrow interval")
         if prompts is not None and not prompts:
             raise RequestError("the list of prompts is empty")
@@ -46,9 +47,10 @@ class Evaluation:
         shipped = None if str(features) == "inception" else Path(features) / "reference.safetensors"
         self.reference = load_reference(self.features, self.source, shipped, say)
         self.texts = self.features.texts(self.prompts)
-        self.attributes = _attributes(self.prompts) if self.features.judge else None
-        judge = self.features.judge
-        self.protocol = Protocol(self.features.name, self.features.dim, judge and judge.id[:12], self.source.name,
+        self.attributes = _attributes(self.prompts) if self.features.attribute_classifier else None
+        classifier = self.features.attribute_classifier
+        self.protocol = Protocol(self.features.name, self.features.dim, classifier and classifier.id[:12],
+                                 self.source.name,
                                  self.features.resize, "float32", fingerprint(self.prompts), samples, seed)
 
     @property
@@ -63,14 +65,14 @@ class Evaluation:
         """
         fd = frechet_infinity(images, self.reference, self.seed)
         precision, recall = precision_recall(images, self.reference.subset)
-        told = captioned and self.texts is not None
-        judged = captioned and self.attributes is not None
+        with_texts = captioned and self.texts is not None
+        with_attributes = captioned and self.attributes is not None
         return {
             "fd": fd.value, "fd_low": fd.low, "fd_high": fd.high, "kid": kid(images, self.reference.subset),
             "precision": precision, "recall": recall,
-            "clip_score": clip_score(images, self.texts) if told else None,
+            "clip_score": clip_score(images, self.texts) if with_texts else None,
             "diversity": None if alike is None else diversity(alike),
-            "all_attributes": (self.features.judge(images) == self.attributes).all(1).double().mean().item() if judged else None,
+            "all_attributes": (self.features.attribute_classifier(images) == self.attributes).all(1).double().mean().item() if with_attributes else None,
         }
 
     def real(self) -> tuple[dict[str, Any], Tensor]:
@@ -81,10 +83,13 @@ class Evaluation:
             if len(shown) < SHOWN:
                 shown = torch.cat([shown, block])[:SHOWN].clone() if len(shown) else block[:SHOWN].clone()
         again = None if self.own_prompts else self.source.alike(self.groups, EACH)
-        alike = None if again is None else torch.cat([self.features.images(block) for block in again]).unflatten(0, (-1, EACH))
+        alike = None if again is None else torch.cat([self.features.images(block)
+                                                      for block in again]).unflatten(0, (-1, EACH))
         images = torch.cat(found)
-        row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples, "seed": self.seed,
-               "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None, "images_per_s": None}
+        row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples,
+               "seed": self.seed,
+               "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
+               "images_per_s": None}
         return row, shown
 
     def row(self, plan: Plan, batch: int = 100,
@@ -106,7 +111,8 @@ class Evaluation:
                                f"{evaluations[0] / len(found):g}")
         images, others = found[: self.samples], found[self.samples:].unflatten(0, (self.groups, EACH - 1))
         alike = torch.cat([images[: self.groups, None], others], 1)
-        return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps, "guidance": plan.guidance,
+        return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
+                "guidance": plan.guidance,
                 "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=True),
                 "latency_ms": self.latency(plan), "images_per_s": len(found) / seconds}, shown
 
@@ -133,9 +139,11 @@ class Evaluation:
             yield ids, [prompts[i] for i in ids.tolist()]
 
 
-def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path | str, guidance: Sequence[float] = (2.0,),
+def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path | str,
+          guidance: Sequence[float] = (2.0,),
           solvers: Sequence[str] = tuple(SOLVERS), seed: int = 0, prompts: Sequence[str] | None = None,
-          features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes", reuse: Sequence[Path | str] = (),
+          features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
+          reuse: Sequence[Path | str] = (),
           batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
@@ -188,7 +196,8 @@ def _keep(results: Results, row: dict[str, Any], shown: Tensor, out: Path) -> Re
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
     """A bar on standard error: advance(what) names the work at hand and returns what counts it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
+               TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("preparing", total=total)
 

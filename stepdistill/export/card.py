@@ -5,42 +5,49 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..models.adapters import PEFT_WEIGHTS
+
+FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
+         "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
+PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()", )       # pipelines that load no LoRA
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
-def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, prompt: str) -> str:
-    """README.md. said: stepdistill.json; folder: its path, as it was asked for; results: results.json or None."""
-    parts = [_front_matter(said), f"# {said['method']}, {said['steps']} steps", _what(said), "![samples](samples.png)",
-             f"## Use\n\n```python\n{snippet(said, folder, prompt)}```", _facts(said)]
-    if said["format"] == "comfyui":
-        parts.append(f"## ComfyUI\n\nPut `{said['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
-                     f"{said['steps']} steps, cfg {said['scale']:g}. ComfyUI makes its own list of time steps: "
-                     f"those this student was made for are {', '.join(f'{t:g}' for t in said['told_times'])}.")
+def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:
+    """README.md. settings: stepdistill.json; folder: its path, as it was asked for; results: results.json or
+    None; asked: the argument of a call that asks for a picture."""
+    parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
+             "![samples](samples.png)",
+             f"## Use\n\n```python\n{snippet(settings, folder, asked)}```", _facts(settings)]
+    if settings["format"] == "comfyui":
+        parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at "
+                     f"strength 1, {settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
+                     f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}.")
     if results is not None:
         parts.append(_table(results))
     return "\n\n".join(parts) + "\n"
 
 
-def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
+def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
-    call = "".join(f", {key}={value!r}" for key, value in said["call"].items())
-    revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
-    without = "".join(f", {name}=None" for name in said["without"])
-    names = said["pipeline"] if said["format"] == "pipeline" else f"{said['pipeline']}, {said['scheduler']}"
-    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
-    if said["format"] == "pipeline":
-        lines += [f"pipe = {said['pipeline']}.from_pretrained(folder{without})"]
+    call = "".join(f", {key}={value!r}" for key, value in settings["call"].items())
+    revision = "" if settings["revision"] is None else f", revision={_quoted(settings['revision'])}"
+    without = "".join(f", {name}=None" for name in settings["without"])
+    names = settings["pipeline"] if settings["format"] == "pipeline" else f"{settings['pipeline']}, {settings['scheduler']}"
+    by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
+    lines = ["import torch", f"from diffusers import {names}", *by_peft, "",
+             f"folder = {_quoted(folder)}          # where this card lies"]
+    if settings["format"] == "pipeline":
+        lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
     else:
-        name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
-        loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
-        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}{without}).to(torch.float32)",
-                  f"pipe.load_lora_weights(folder{name})",
-                  "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
-                  "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added",
-                  f"pipe.scheduler = {said['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
-    if said["global_noise"]:
+        name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
+        loader = "from_single_file" if settings["teacher"].endswith(".safetensors") else "from_pretrained"
+        lines += [f"pipe = {settings['pipeline']}.{loader}({_quoted(settings['teacher'])}{revision}{without}).to(torch.float32)",
+                  *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
+                  f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
+    if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
-    lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
+    lines += [f"image = pipe({asked}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)
 
@@ -49,55 +56,60 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _front_matter(said: Mapping[str, Any]) -> str:
-    tags = ["diffusers", "text-to-image", "distillation", "stepdistill", said["method"]]
-    tags += [] if said["format"] == "pipeline" else ["lora"]
-    rows = {"base_model": said["teacher"], "library_name": "diffusers", "license": "other",
+def _front_matter(settings: Mapping[str, Any]) -> str:
+    tags = ["diffusers", "text-to-image", "distillation", "stepdistill", settings["method"]]
+    tags += [] if settings["format"] == "pipeline" else ["lora"]
+    rows = {"base_model": settings["teacher"], "library_name": "diffusers", "license": "other",
             "license_name": "that-of-the-base-model", "pipeline_tag": "text-to-image", "tags": tags}
     return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in rows.items()) + "\n---"
 
 
-def _what(said: Mapping[str, Any]) -> str:
-    form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[said["format"]]
-    return (f"{form} that makes `{said['teacher']}` sample in {said['steps']} step{'s' * (said['steps'] != 1)}, trained with "
-            f"`{said['method']}` by stepdistill. The weights are those of the role `{said['role']}`.")
+def _what(settings: Mapping[str, Any]) -> str:
+    form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
+    return (f"{form} that makes `{settings['teacher']}` sample in {settings['steps']} "
+            f"step{'s' * (settings['steps'] != 1)}, trained with "
+            f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`.")
 
 
-def _facts(said: Mapping[str, Any]) -> str:
-    call = said["call"]
-    settings = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
-    proof = said["proof"]
-    return (f"## Settings\n\n- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {settings}\n"
-            f"- guidance at inference: {_guidance(said)}\n{_steps(said)}"
-            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
-            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- {_rounding(said)}")
+def _facts(settings: Mapping[str, Any]) -> str:
+    call = settings["call"]
+    arguments = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
+    proof = settings["proof"]
+    return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
+            f"{arguments}\n"
+            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}"
+            f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on "
+            "[0, 1] "
+            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
+            f"{_rounding(settings)}")
 
 
-def _rounding(said: Mapping[str, Any]) -> str:
-    if said["dtype"] == "float32":
+def _rounding(settings: Mapping[str, Any]) -> str:
+    if settings["dtype"] == "float32":
         return "weights: float32, as they were trained"
-    return (f"weights: {said['dtype']}, rounded before the proof; on its images the largest difference to the student "
-            f"before it was rounded is {said['proof']['rounding']:.1e} on [0, 1] pixels")
+    return (f"weights: {settings['dtype']}, rounded before the proof; on its images the largest difference to the "
+            "student "
+            f"before it was rounded is {settings['proof']['rounding']:.1e} on [0, 1] pixels")
 
 
-def _steps(said: Mapping[str, Any]) -> str:
-    return f"- steps: exactly {said['steps']}, whose landings are folded into the weights\n" if said["fixed_steps"] else ""
+def _steps(settings: Mapping[str, Any]) -> str:
+    return f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n" if settings["fixed_steps"] else ""
 
 
-def _guidance(said: Mapping[str, Any]) -> str:
-    scale, off = said["scale"], ", ".join(f"`{name}` {value:g}" for name, value in said["unguided"].items())
-    if said["told"] and said["keeps"]:
-        return f"the network is told the scale, so it costs no second evaluation; {scale:g} here{_range(said)}"
-    if said["told"]:
-        return f"the scale {said['guidance']:g} is folded into the weights; leave {off}"
+def _guidance(settings: Mapping[str, Any]) -> str:
+    scale, off = settings["scale"], ", ".join(f"`{name}` {value:g}" for name, value in settings["unguided"].items())
+    if settings["told"] and settings["keeps"]:
+        return f"the network reads the scale, so it costs no second evaluation; {scale:g} here{_range(settings)}"
+    if settings["told"]:
+        return f"the scale {settings['guidance']:g} is folded into the weights; leave {off}"
     if scale > 1:
         return f"classifier-free with scale {scale:g}: two evaluations a step"
-    trained = said["trained_guidance"]
+    trained = settings["trained_guidance"]
     return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
 
 
-def _range(said: Mapping[str, Any]) -> str:
-    return "" if said["trained_guidance"] is None else f", trained for {_span(said['trained_guidance'])}"
+def _range(settings: Mapping[str, Any]) -> str:
+    return "" if settings["trained_guidance"] is None else f", trained for {_span(settings['trained_guidance'])}"
 
 
 def _span(scale: Any) -> str:
@@ -107,13 +119,16 @@ def _span(scale: Any) -> str:
 def _table(results: Mapping[str, Any]) -> str:
     rows = results["rows"]
     columns = {key: title for key, title in COLUMNS.items() if any(key in row["metrics"] for row in rows)}
-    lines = ["| target | NFE | guidance | " + " | ".join(columns.values()) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = ["| target | NFE | guidance | " + " | ".join(columns.values()) + " |",
+             "|---|---|---|" + "---|" * len(columns)]
     for row in rows:
         values = [row["metrics"].get(key) for key in columns]
         cells = ["" if value is None else f"{value:.3g}" for value in values]
-        lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
+                     + " | ".join(cells) + " |")
     return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {results['protocol']['features']}, reference "
-            f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network evaluations: a guided "
+            f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network "
+            "evaluations: a guided "
             "step is two.")
 
 

@@ -8,9 +8,10 @@ from .student import Lora, Student
 def folded(student: Student, sampler: Sampler, w: float | None) -> Lora:
     """The adapter of the same student for a stock network, which reads its time alone.
 
-    The network computes W (s + c), with s the sinusoids of its time and c what its own layers add to them. A stock adapter could hold
-    a constant as `lora_bias`, but peft gives every module of the adapter one, and cannot fuse those whose base has none, the
-    attention projections; so W c is folded as a term of low rank, see `models.extra_embedding`. w: the guidance scale.
+    The network computes W (s + c), with s the sinusoids of its time and c what its own layers add to them. A stock
+    adapter could hold a constant as `lora_bias`, but peft gives every module of the adapter one, and cannot fuse those
+    whose base has none, the attention projections; so W c is folded as a term of low rank, see
+    `models.extra_embedding`. w: the guidance scale.
     """
     teacher, lora = student.teacher, student.lora
     module = teacher.family.time.first

@@ -1,5 +1,5 @@
 """The three forms in which a student leaves. Each writer fills a folder from a student and pipeline as they leave
-(`leaving.Leaving`) and returns the name of its weights file."""
+(`prepare.PreparedExport`) and returns the name of its weights file."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor
 
 from ..errors import RequestError
+from ..models.adapters import save_adapter
 from .dtypes import save_pipeline
 from .fold import folded
 from .student import Lora, Student
@@ -27,8 +29,15 @@ def component(pipe: DiffusionPipeline) -> str:
     return next(name for name in ("unet", "transformer") if name in pipe.components)
 
 
+def loads_loras(pipe: DiffusionPipeline) -> bool:
+    """Whether it loads LoRAs by itself. Where it does not, peft puts them on its network."""
+    return isinstance(pipe, LoraBaseMixin)
+
+
 def write_lora(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
     lora, name = student.lora, component(pipe)
+    if not loads_loras(pipe):
+        return save_adapter(folder, lora.state, lora.metadata())
     layers = {key: value.contiguous() for key, value in lora.state.items()}
     pipe.save_lora_weights(folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora.metadata()})
     return "pytorch_lora_weights.safetensors"
@@ -43,8 +52,8 @@ def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype,
 
 
 def write_pipeline(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
-    """The whole pipeline, an adapter merged into its network. A student keeps reading the numbers that its class has an input
-    for."""
+    """The whole pipeline, an adapter merged into its network. A student keeps reading the numbers that its class has an
+    input for."""
     save_pipeline(pipe, folder, dtype)
     return f"{component(pipe)}/diffusion_pytorch_model.safetensors"
 
@@ -53,36 +62,41 @@ WRITERS: dict[str, Callable[[Student, DiffusionPipeline, torch.dtype, Path], str
     "lora": write_lora, "pipeline": write_pipeline, "comfyui": write_comfyui}
 
 
-def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...], lora: bool, trained: Trained) -> None:
+def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...], lora: bool,
+          trained: Trained) -> None:
     """RequestError for an export that cannot be, known before anything is loaded.
 
-    reads: the numbers that the student reads beside its time; lora: whether it is an adapter; trained: the scale or the range of scales
-    that it was trained at.
+    reads: the numbers that the student reads beside its time; lora: whether it is an adapter; trained: the scale or the
+    range of scales that it was trained at.
     """
     if family.no_pipeline is not None:
         raise RequestError(family.no_pipeline)
     if to not in WRITERS:
         raise RequestError(f"there is no export --to {to}; there are {', '.join(WRITERS)}")
     if to == "comfyui" and family.denoiser != "unet":
-        raise RequestError(f"kohya's LoRA keys are written for UNets; the network of the family {family.name} is a {family.denoiser}: "
+        raise RequestError(f"kohya's LoRA keys are written for UNets; the network of the family {family.name} is a "
+                           f"{family.denoiser}: "
                            "use --to lora, which ComfyUI reads for transformers")
     if to != "pipeline" and not lora:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
     if "w" not in reads and guidance is not None:
-        raise RequestError(f"--guidance {guidance:g} chooses the scale of a student that is told one; this student was not: "
+        raise RequestError(f"--guidance {guidance:g} chooses the scale of a student with a guidance embedding; this "
+                           "student has none: "
                            "leave --guidance out")
     if "w" in reads and guidance is None and not keeps(to, family, reads):
         instead = ", or use --to pipeline, which keeps the choice" if keeps("pipeline", family, reads) else ""
-        raise RequestError(f"this student is told its guidance scale and its weights hold one: add --guidance W"
+        raise RequestError("this student has a guidance embedding, and its weights can hold one scale: add --guidance "
+                           "W"
                            f"{'' if trained is None else f' (it was trained at {trained})'}{instead}")
     if guidance is not None and isinstance(trained, (tuple, list)) and not trained[0] <= guidance <= trained[1]:
-        raise RequestError(f"--guidance {guidance:g} is outside what this student was trained for: choose from {trained[0]:g} to "
+        raise RequestError(f"--guidance {guidance:g} is outside what this student was trained for: choose from "
+                           f"{trained[0]:g} to "
                            f"{trained[1]:g}")
 
 
 def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:
-    """Whether an export leaves the guidance scale of a student that is told one to the call: its class must have an input for it, and
-    for all else that the student reads."""
+    """Whether an export leaves the guidance scale of a student with a guidance embedding to the call: its class must
+    have an input for it, and for all else that the student reads."""
     return to == "pipeline" and "w" in reads and not family.time.own(reads)
 
 

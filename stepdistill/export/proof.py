@@ -12,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import guided
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..models.stock import pictures
+from ..models.teacher import Teacher
 from .folder import fuse, open_export, read_settings
 from .formats import component
 from .student import Lora, Student
@@ -35,20 +37,20 @@ class Proof:
 def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
-    student: with the values that were written, as `leaving.leave` makes it; its `lora` is None for a pipeline. guidance: the
+    student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline. guidance: the
     scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same order: first the
     latents, then the noise of each step, which some pipelines take from the global generator.
     RequestError if a key is missing or unexpected, or a pixel differs by more than 1e-4; by as much may those of a LoRA that
     is fused differ from those of one that is not.
     """
-    said = read_settings(folder)
+    settings = read_settings(folder)
     pipe, call = open_export(folder, student.teacher.source, fused=False)
     if student.lora is not None:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
     stock, ours = _called(pipe, student, call), reference(student, pipe.scheduler, call, guidance)
-    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {said['scheduler']} and {call}")
+    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {settings['scheduler']} and {call}")
     if student.lora is not None:
         fuse(pipe)
         within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
@@ -75,21 +77,30 @@ def within(images: Tensor, ours: Tensor, what: str) -> float:
 @torch.no_grad()
 def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, Any], guidance: float | None) -> Tensor:
     """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]."""
-    teacher, generator, prompts = student.teacher, torch.Generator().manual_seed(SEED), _prompts(student)
+    teacher, prompts = student.teacher, _prompts(student)
     sampler = Sampler.of_call(scheduler, student.steps, teacher.schedule, call)
-    shape = (len(prompts), *teacher.latent_shape)
-    noise = torch.randn(shape, generator=generator)
-    if not teacher.family.seeded_steps:
-        generator = torch.Generator().manual_seed(SEED)
     cond, role = teacher.encode(prompts), student.role
     if "r" in student.reads:
         role = sampler.telling(role)
-    if student.told:
+    if student.guidance_embedding:
         cond = cond.replace(w=torch.full((len(prompts),), guidance, dtype=torch.float64))
     elif teacher.scale is None:
         role = guided(role, teacher.guidance.scale(call))
-    latents = sampler(role, noise, cond, lambda i: teacher.family.step_noise(shape, generator))
-    return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
+    return sampled(teacher, sampler, role, cond)
+
+
+@torch.no_grad()
+def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> Tensor:
+    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in [0, 1], on
+    the CPU. It draws the start in the precision of its text, and each step's noise from the same generator or the global one."""
+    shape = (len(cond), *teacher.latent_shape)
+    dtype = next((tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point()), teacher.dtype)
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(shape, generator=generator, dtype=dtype).to(teacher.device)
+    if not teacher.family.seeded_steps:
+        generator = torch.Generator(teacher.device).manual_seed(SEED)
+    draw = lambda i: teacher.family.step_noise(shape, generator, dtype).to(teacher.device)
+    return (teacher.decode(sampler(role, noise, cond, draw)) / 2 + 0.5).clamp(0, 1).cpu()
 
 
 def _prompts(student: Student) -> list[str]:

@@ -84,11 +84,12 @@ class Student:
     """One role of a finished run, ready to leave. Everything is float32 and on the CPU.
 
     teacher: encodes, decodes and builds stock pipelines. role: the student as it samples.
-    lora: its adapter, None if it trained all weights. network(sampler, w): makes a stock network that computes the same, adapters
-    merged and numbers that its class cannot read folded in. reads: the numbers that it reads beside its time; layers: the weights that
-    read them. scheduler: the stock scheduler of its inference; call: the literal keyword arguments of its pipeline
-    call, num_inference_steps and guidance_scale among them. run names the run: an export may be replaced by the same run's alone. guidance: what it was trained at, a
-    scale or a range. base_model: what users call the teacher, its source unless given. results: results.json as read, or None.
+    lora: its adapter, None if it trained all weights. network(sampler, w): makes a stock network that computes the
+    same, adapters merged and numbers that its class cannot read folded in. reads: the numbers that it reads beside its
+    time; layers: the weights that read them. scheduler: the stock scheduler of its inference; call: the literal keyword
+    arguments of its pipeline call, num_inference_steps and guidance_scale among them. run names the run: an export may
+    be replaced by the same run's alone. guidance: what it was trained at, a scale or a range. base_model: what users
+    call the teacher, its source unless given. results: results.json as read, or None.
     """
 
     teacher: Teacher
@@ -109,16 +110,18 @@ class Student:
 
     @classmethod
     def of(cls, roles: Roles, name: str, stock: StockCall, method: str, run: str, **more: Any) -> Student:
-        """The role `name` ("ema" if the run has one, else "student") of roles on the CPU. more: the fields with defaults."""
+        """The role `name` ("ema" if the run has one, else "student") of roles on the CPU. more: the fields with
+        defaults."""
         teacher, state, reads = roles.teacher, roles.state_dict(name), roles.reads[name]
         lora = Lora.of(state, roles.lora_metadata(name)) if roles.is_lora(name) else None
         scheduler = stock_scheduler(stock.scheduler, stock.config, teacher.scheduler)
         layers = {f"{path}.weight": state[f"{path}.weight"] for path in teacher.family.time.layers(reads)}
-        return cls(teacher, roles[name], name, lora, partial(roles.stock_network, name), reads, layers, scheduler, stock.call, method, run,
+        return cls(teacher, roles[name], name, lora, partial(roles.stock_network, name), reads, layers, scheduler,
+                   stock.call, method, run,
                    **more)
 
     @property
-    def told(self) -> bool:
+    def guidance_embedding(self) -> bool:
         """Whether it has a guidance embedding."""
         return "w" in self.reads
 

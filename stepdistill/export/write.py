@@ -19,7 +19,7 @@ from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
 from .formats import WRITERS, check, keeps
-from .leaving import leave
+from .prepare import prepare
 from .proof import IMAGES, TOLERANCE, Proof, prove
 from .student import Student
 
@@ -28,7 +28,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
                    dtype: str | None = None) -> Proof:
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
-    guidance: the scale of a student that is told one; a LoRA is folded at it, a pipeline takes it as its default call.
+    guidance: the scale of a student with a guidance embedding; a LoRA is folded at it, a pipeline takes it as its
+    default call.
     dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
@@ -36,27 +37,28 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance)
     dtype = chosen(dtype, to)
     _may_write(out, student)
-    call, scale = _settings(student, to, guidance)
-    leaving = leave(student, to, call, scale, DTYPES[dtype])
+    call, scale = _call(student, to, guidance)
+    prepared = prepare(student, to, call, scale, DTYPES[dtype])
     with _aside(out) as folder:
-        weights = WRITERS[to](leaving.student, leaving.pipe, DTYPES[dtype], folder)
+        weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
         student.scheduler.save_pretrained(folder / "scheduler")
-        said = _said(student, type(leaving.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
-        _write(folder / SETTINGS, said)
-        proof = prove(leaving.student, folder, scale)
-        rounding = 0.0 if leaving.unrounded is None else (proof.images - leaving.unrounded).abs().max().item()
-        said["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES, "dtype": "float32",
-                         "rounding": rounding}
-        _write(folder / SETTINGS, said)
-        (folder / "README.md").write_text(card(said, out.as_posix(), student.results, student.prompts[0]), encoding="utf-8")
-        _picture(leaving.pipe, proof).save(folder / "samples.png")
+        settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
+        _write(folder / SETTINGS, settings)
+        proof = prove(prepared.student, folder, scale)
+        rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
+        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES,
+                             "dtype": "float32", "rounding": rounding}
+        _write(folder / SETTINGS, settings)
+        asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
+        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, asked), encoding="utf-8")
+        _picture(prepared.pipe, proof).save(folder / "samples.png")
     return proof
 
 
-def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
-    """(the keyword arguments of the pipeline call, the scale that a told student is told: None for any other)."""
+def _call(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
+    """(the keyword arguments of the pipeline call, the scale of a student with a guidance embedding, else None)."""
     call, spoken = dict(student.call), student.teacher.guidance
-    if not student.told:
+    if not student.guidance_embedding:
         return call, None
     if not keeps(to, student.teacher.family, student.reads):
         return call | spoken.none, guidance
@@ -64,23 +66,26 @@ def _settings(student: Student, to: str, guidance: float | None) -> tuple[dict[s
     return call | {spoken.embedded: scale}, scale
 
 
-def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None, weights: str) -> dict[str, Any]:
+def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None,
+              weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler = student.sampler(call)
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
             "teacher": student.base_model or student.teacher.source,
             "revision": student.teacher.revision, "role": student.role_name, "run": student.run,
-            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.told, "keeps": keeps(to, student.teacher.family, student.reads),
+            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
+            "keeps": keeps(to, student.teacher.family, student.reads),
             "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
-            "without": list(student.teacher.without), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
+            "without": list(student.teacher.without), "global_noise": sampler.stochastic
+            and not student.teacher.family.seeded_steps,
             "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 
 def _picture(pipe: DiffusionPipeline, proof: Proof) -> Any:
-    pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(proof.images))
+    pictures = pipe.numpy_to_pil(proof.images.permute(0, 2, 3, 1).numpy())
     return make_image_grid(pictures, rows=1, cols=len(pictures))
 
 
@@ -94,7 +99,8 @@ def _may_write(out: Path, student: Student) -> None:
         raise RequestError(f"{out} is not empty and is no export folder: choose another --out")
     found = read_settings(out).get("run")
     if found != student.run:
-        raise RequestError(f"{out} holds the export of another run ({found}; this is {student.run}): choose another --out")
+        raise RequestError(f"{out} holds the export of another run ({found}; this is {student.run}): choose another "
+                           "--out")
 
 
 @contextmanager
@@ -118,5 +124,5 @@ def _aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(path: Path, said: dict[str, Any]) -> None:
-    path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

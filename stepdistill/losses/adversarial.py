@@ -8,30 +8,33 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 
-def fool(fake: Tensor) -> Tensor:
+def generator_loss(fake: Tensor) -> Tensor:
     """Non-saturating: -log sigmoid(fake). Goodfellow et al. 2014, arXiv:1406.2661, section 3."""
     return softplus(-fake)
 
 
-def tell_apart(real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """-log sigmoid(real) - log(1 - sigmoid(fake)): its least value is 2 log 2 where they are alike."""
     return softplus(-real) + softplus(fake)
 
 
-def hinge_fool(fake: Tensor) -> Tensor:
+def hinge_generator_loss(fake: Tensor) -> Tensor:
     """-fake: Lim & Ye 2017, arXiv:1705.02894, eq. 4."""
     return -fake
 
 
-def hinge_tell_apart(real: Tensor, fake: Tensor) -> Tensor:
-    """max(0, 1 - real) + max(0, 1 + fake): its least value is 2 where they are alike. No gradient beyond the margins."""
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """max(0, 1 - real) + max(0, 1 + fake): its least value is 2 where they are alike. No gradient beyond the
+    margins."""
     return relu(1 - real) + relu(1 + fake)
 
 
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """|d sum_k logits_k / d inputs|^2, (B,): Mescheder et al. 2018, arXiv:1801.04406, eq. 9, at real `inputs` (B, ...) each.
+    """|d sum_k logits_k / d inputs|^2, (B,): Mescheder et al. 2018, arXiv:1801.04406, eq. 9, at real `inputs` (B, ...)
+    each.
 
-    logits (B, K), those of a sample functions of its own inputs alone. Differentiable: what made the logits is what it trains.
+    logits (B, K), those of a sample functions of its own inputs alone. Differentiable: what made the logits is what it
+    trains.
     """
     slopes = torch.autograd.grad(logits.sum(), list(inputs), create_graph=True)
     return sum(slope.square().flatten(1).sum(1) for slope in slopes)

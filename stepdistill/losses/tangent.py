@@ -1,8 +1,8 @@
 """Tangents: how what a student says changes along the teacher's trajectories, and the loss that carries it back.
 
-f(x, t) is a student at a fixed condition, (B, ...) and (B,) float64 -> (B, ...). Its derivative at (x, t) along (dx, dt) is
-d f(x + s dx, t + s dt) / ds at s = 0, with dx (B, ...) and dt a number; no gradient flows through it, and autocast is off
-in it, since a tangent is a small difference of large numbers.
+f(x, t) is a student at a fixed condition, (B, ...) and (B,) float64 -> (B, ...). Its derivative at (x, t) along (dx,
+dt) is d f(x + s dx, t + s dt) / ds at s = 0, with dx (B, ...) and dt a number; no gradient flows through it, and
+autocast is off in it, since a tangent is a small difference of large numbers.
 """
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def exact(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float) -> Tensor:
 
 @torch.no_grad()
 def trig_difference(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: float, first: float = 0.0) -> Tensor:
-    """df / dtheta under TrigFlow along dx / dtheta = velocity, by the secant from theta - width, no further than t = first, where
-    one step of DDIM leads: two evaluations. NVlabs/rcm's, arXiv:2510.08431.
+    """df / dtheta under TrigFlow along dx / dtheta = velocity, by the secant from theta - width, no further than t =
+    first, where one step of DDIM leads: two evaluations. NVlabs/rcm's, arXiv:2510.08431.
 
-    It is off by width / 2 times f + d2f / dtheta2, which is zero where the trajectory keeps its x_0 and eps; and by the rounding
-    error of f over width: 1e-5 |f| for float32 and up to half of |f| for bfloat16 weights, at 0.05. It looks back, where students
-    are right sooner: what they learn travels from data to noise, and schemes that look both ways do not damp what errs.
+    It is off by width / 2 times f + d2f / dtheta2, which is zero where the trajectory keeps its x_0 and eps; and by the
+    rounding error of f over width: 1e-5 |f| for float32 and up to half of |f| for bfloat16 weights, at 0.05. It looks
+    back, where students are right sooner: what they learn travels from data to noise, and schemes that look both ways
+    do not damp what errs.
     """
     back = ((t - first) * pi / 2).clamp(max=width)
     cos, sin = like(back.cos(), x), like(back.sin(), x)
@@ -47,8 +48,8 @@ def trig_difference(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: flo
 def trig_pair(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: float, first: float = 0.0) -> Tensor:
     """`trig_difference` extrapolated from a width and its half (Richardson 1911): of second order, three evaluations.
 
-    It looks back as well, and is the backward differentiation formula of order 2, which damps what errs. Rounding errors of f are
-    about six times those of one difference of this width: 4e-5 |f| for float32 at 0.03.
+    It looks back as well, and is the backward differentiation formula of order 2, which damps what errs. Rounding
+    errors of f are about six times those of one difference of this width: 4e-5 |f| for float32 at 0.03.
     """
     back, radian = ((t - first) * pi / 2).clamp(max=width), 2 / pi
     with torch.autocast(x.device.type, enabled=False):
@@ -63,8 +64,8 @@ def trig_pair(f: Field, x: Tensor, t: Tensor, velocity: Tensor, width: float, fi
 def trig_tangent(x: Tensor, t: Tensor, v: Tensor, velocity: Tensor, slope: Tensor, r: float = 1.0) -> Tensor:
     """cos df / dtheta of the consistency function f = cos x - sin v under TrigFlow, theta = pi t / 2.
 
-    x, v, velocity, slope (B, ...): the state, the student's v and the teacher's at it, and dv / dtheta of the student along
-    the teacher's. r weighs what makes it a consistency model: at 0 it points from v to velocity. Lu & Song 2024,
+    x, v, velocity, slope (B, ...): the state, the student's v and the teacher's at it, and dv / dtheta of the student
+    along the teacher's. r weighs what makes it a consistency model: at 0 it points from v to velocity. Lu & Song 2024,
     arXiv:2410.11081, section 4.1, with sigma_data = 1.
     """
     cos, sin = (like(c, x) for c in (TrigFlow().alpha(t), TrigFlow().sigma(t)))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """module is relative to this package; steps: the fewest and the most evaluations at which the method is at its best."""
+    """module is relative to this package; steps: the fewest and the most evaluations at which the method is at its
+    best."""
 
     module: str
     cls: str
@@ -31,15 +32,19 @@ METHODS: dict[str, Entry] = {
                 needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
-    "scm": Entry("consistency.scm", "SCM", "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "2410.11081",
+    "scm": Entry("consistency.scm", "SCM", "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
+                 "2410.11081",
                  "consistency", needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "tcd": Entry("consistency.tcd", "TCD", "Trajectory Consistency Distillation", "2402.19159", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
-    "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models", "2210.03142", "trajectory",
+    "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
+                    "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),
-    "kd": Entry("trajectory.kd", "KD", "Knowledge Distillation in Iterative Generative Models", "2101.02388", "trajectory",
+    "kd": Entry("trajectory.kd", "KD", "Knowledge Distillation in Iterative Generative Models",
+                "2101.02388", "trajectory",
                 needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
-    "progressive": Entry("trajectory.progressive", "Progressive", "Progressive Distillation", "2202.00512", "trajectory",
+    "progressive": Entry("trajectory.progressive", "Progressive", "Progressive Distillation",
+                         "2202.00512", "trajectory",
                          needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 8)),
     "reflow": Entry("trajectory.reflow", "Reflow", "Rectified Flow", "2209.03003", "trajectory",
                     needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
@@ -49,18 +54,23 @@ METHODS: dict[str, Entry] = {
                            needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
     "dmd": Entry("distribution.dmd", "DMD", "Distribution Matching Distillation", "2311.18828", "distribution",
                  needs=("teacher", "student", "critic"), data=("pairs",), steps=(1, 1)),
-    "dmd2": Entry("distribution.dmd2", "DMD2", "Improved Distribution Matching Distillation", "2405.14867", "distribution",
-                  needs=("teacher", "student", "critic", "discriminator"), data=("prompts", "images", "samples"), steps=(1, 4)),
+    "dmd2": Entry("distribution.dmd2", "DMD2", "Improved Distribution Matching Distillation",
+                  "2405.14867", "distribution",
+                  needs=("teacher", "student", "critic", "discriminator"),
+                  data=("prompts", "images", "samples"), steps=(1, 4)),
     "sid": Entry("distribution.sid", "SiD", "Score identity Distillation", "2404.04057", "distribution",
                  needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 4)),
     "swiftbrush": Entry("distribution.swiftbrush", "SwiftBrush", "SwiftBrush", "2312.05239", "distribution",
                         needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
     "add": Entry("adversarial.add", "ADD", "Adversarial Diffusion Distillation", "2311.17042", "adversarial",
-                 needs=("teacher", "student", "decode", "features", "discriminator"), data=("images", "samples"), steps=(1, 4)),
+                 needs=("teacher", "student", "decode", "features", "discriminator"),
+                 data=("images", "samples"), steps=(1, 4)),
     "ladd": Entry("adversarial.ladd", "LADD", "Latent Adversarial Diffusion Distillation", "2403.12015", "adversarial",
                   needs=("teacher", "student", "discriminator"), data=("samples", "images"), steps=(1, 4)),
-    "lightning": Entry("adversarial.lightning", "Lightning", "Progressive Adversarial Diffusion Distillation", "2402.13929", "adversarial",
-                       needs=("teacher", "student", "critic", "discriminator"), data=("images", "samples"), steps=(2, 8)),
+    "lightning": Entry("adversarial.lightning", "Lightning", "Progressive Adversarial Diffusion Distillation",
+                       "2402.13929", "adversarial",
+                       needs=("teacher", "student", "critic", "discriminator"),
+                       data=("images", "samples"), steps=(2, 8)),
 }
 
 

@@ -32,8 +32,8 @@ class Frozen:
 class Trained:
     """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first.
 
-    reads: names of numbers in `cond.extra` that its network also reads, through an embedding that contributes nothing at first:
-    "w", the guidance scale or a critic's exit, "r", the time to land on.
+    reads: names of numbers in `cond.extra` that its network also reads, through an embedding that contributes nothing
+    at first: "w", the guidance scale or a critic's exit, "r", the time to land on.
     """
 
     start: str = "teacher"
@@ -61,7 +61,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class Codec:
-    """The teacher's decoder: latents (B, ...) -> pixels (B, 3, H, W), [-1, 1] and a little beyond, with gradients to the latents."""
+    """The teacher's decoder: latents (B, ...) -> pixels (B, 3, H, W), [-1, 1] and a little beyond, with gradients to
+    the latents."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,13 @@ class Update:
 class Inference:
     """How a student is sampled, in words of the mathematics; the teacher's family spells it for its stock pipeline.
 
-    steps: evaluations of the network. noise: the share of fresh noise in each step: 0 is DDIM's or Euler's step, 1 is x_0 noised
-    again to the next time (Luo et al. 2023, arXiv:2310.04378), between them is TCD's gamma. nodes: the even grid from which
-    `steps` times are taken; None: steps. times: the times themselves, descending in [0, 1], where they are no even grid. end: where
-    the last step lands, 0 the data. shift: of a flow's nodes towards noise. guidance: what the student's guidance embedding
-    reads; None where it has none. The pipeline itself never guides. exact_grid: every step lands where the next begins and the
-    network is asked; False: times may be rounded to those that a discrete schedule has.
+    steps: evaluations of the network. noise: the share of fresh noise in each step: 0 is DDIM's or Euler's step, 1 is
+    x_0 noised again to the next time (Luo et al. 2023, arXiv:2310.04378), between them is TCD's gamma. nodes: the even
+    grid from which `steps` times are taken; None: steps. times: the times themselves, descending in [0, 1], where they
+    are no even grid. end: where the last step lands, 0 the data. shift: of a flow's nodes towards noise. guidance: what
+    the student's guidance embedding reads; None where it has none. The pipeline itself never guides. exact_grid: every
+    step lands where the next begins and the network is asked; False: times may be rounded to those that a discrete
+    schedule has.
     """
 
     steps: int
@@ -156,12 +158,13 @@ class Method(ABC):
 
     A method sees its roles as callables only, so that the same file runs on a closed-form denoiser, a full network
     and an adapter. `settings` is the method's own frozen dataclass, `guidance` the recipe's: a scale, a range of
-    scales [low, high], in the convention where 1 is conditional only; `sampler` the very one that samples and exports the
-    student, at the number of evaluations that it is made for.
+    scales [low, high], in the convention where 1 is conditional only; `sampler` the very one that samples and exports
+    the student, at the number of evaluations that it is made for.
     """
 
     Settings: ClassVar[type]
-    data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "pairs", "prompts"
+    data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "pairs",
+                                                  # "prompts"
 
     def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: Guidance, sampler: Sampler) -> None:
         self.settings, self.roles, self.guidance, self.sampler = settings, roles, guidance, sampler
@@ -173,12 +176,14 @@ class Method(ABC):
 
     @classmethod
     def succession(cls, steps: int, before: int) -> str | None:
-        """Why a student of `before` evaluations cannot teach one of `steps`, stage after stage, and what would be right."""
+        """Why a student of `before` evaluations cannot teach one of `steps`, stage after stage, and what would be
+        right."""
         return None
 
     @classmethod
     def waypoints(cls, settings: Any, steps: int) -> int:
-        """The fewest evenly spaced states of the teacher's way, its end among them, that pairs must keep; multiples do as well."""
+        """The fewest evenly spaced states of the teacher's way, its end among them, that pairs must keep; multiples do
+        as well."""
         return 1
 
     @classmethod
@@ -189,7 +194,8 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def inference(cls, settings: Any, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        """How a student of `steps` evaluations is sampled. schedule: the teacher's. ValueError where the settings do not serve it.
+        """How a student of `steps` evaluations is sampled. schedule: the teacher's. ValueError where the settings do
+        not serve it.
 
         guidance: the recipe's. Only a student with a guidance embedding reads it.
         """

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +29,8 @@ from ..errors import RequestError
 from . import lora_layers
 from .recompute import recomputed
 
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
 
 def lora_config(rank: int, targets: Sequence[str], alpha: float | None = None) -> LoraConfig:
     """targets: ends of module names, such as "to_q" or "ff.net.2". alpha: rank unless given; the adapter counts
@@ -34,7 +38,8 @@ def lora_config(rank: int, targets: Sequence[str], alpha: float | None = None) -
     if rank < 1:
         raise RequestError(f"the rank of a LoRA is at least 1, found {rank}")
     if not targets:
-        raise RequestError("a LoRA without targets trains nothing: name modules, or leave `targets` out for the usual ones")
+        raise RequestError("a LoRA without targets trains nothing: name modules, or leave `targets` out for the usual "
+                           "ones")
     return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets),
                       init_lora_weights="gaussian")
 
@@ -62,7 +67,8 @@ OURS = {(lora.Linear, nn.Linear): LoraLinear, (lora.Conv2d, nn.Conv2d): LoraConv
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer without bias that some adapters have, each of its own width, and the base has not: x (B, I) -> (B, O).
+    """A linear layer without bias that some adapters have, each of its own width, and the base has not: x (B, I) -> (B,
+    O).
 
     All start at zero. widths: I of each adapter; `active` is the bank's list of active adapters.
     """
@@ -101,11 +107,13 @@ class AdapterBank:
 
     def __init__(self, network: nn.Module, configs: Mapping[str, LoraConfig], seed: int = 0) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-            raise ValueError("this network carries adapters already: make one bank with all roles, or load the network anew")
+            raise ValueError("this network carries adapters already: make one bank with all roles, or load the network "
+                             "anew")
         for name, config in configs.items():
             _check_targets(network, config.target_modules)
             if other := [key for key in ("lora_dropout", "use_dora", "lora_bias") if getattr(config, key)]:
-                raise ValueError(f"adapter {name!r} has {', '.join(other)}; those of a bank are plain LoRA: take `lora_config`")
+                raise ValueError(f"adapter {name!r} has {', '.join(other)}; those of a bank are plain LoRA: take "
+                                 "`lora_config`")
         self.network = network.requires_grad_(False)
         self.configs = {name: _layers_alone(network, config) for name, config in configs.items()}
         self._active: list[str] = []
@@ -138,10 +146,12 @@ class AdapterBank:
                 parameter.requires_grad_(True)
                 if ".lora_A." in path and not parameter.is_meta:
                     generator = torch.Generator().manual_seed(key(seed, "adapter", name, path))
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / self.configs[name].r)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu")
+                                    / self.configs[name].r)
 
     def add_linear(self, path: str, widths: Mapping[str, int], out_features: int) -> None:
-        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of the adapters in `widths`."""
+        """Puts an AdapterLinear at `path` (where the base has None) and makes its weights part of the adapters in
+        `widths`."""
         parent, _, leaf = path.rpartition(".")
         layer = AdapterLinear(widths, out_features, self._active).to(next(self.network.parameters()).device)
         setattr(self.network.get_submodule(parent), leaf, layer)
@@ -163,6 +173,10 @@ class AdapterBank:
         name = self.active
         return recomputed(module, *args, again=lambda: self.use(name))
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of all adapters."""
+        return [parameter for name in self._parameters for parameter in self.parameters_of(name)]
+
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Float32, in a fixed order."""
         return list(self._parameters[name].values())
@@ -176,7 +190,8 @@ class AdapterBank:
         own = self._parameters[name]
         wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
-            raise ValueError(f"these are not the weights of adapter {name!r} (rank {self.configs[name].r}): {len(wrong)} of "
+            raise ValueError(f"these are not the weights of adapter {name!r} (rank {self.configs[name].r}): "
+                             f"{len(wrong)} of "
                              f"{len(own)} tensors are missing, unknown or of another shape, the first is {wrong[0]}")
         for path, parameter in own.items():
             parameter.copy_(state[path])
@@ -191,11 +206,13 @@ class AdapterBank:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """The adapter's LoraConfig as plain values, sets as sorted lists."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in self.configs[name].to_dict().items()}
+        return {key: sorted(value) if isinstance(value, set) else value
+                for key, value in self.configs[name].to_dict().items()}
 
     @torch.no_grad()
     def merged(self, name: str | None) -> dict[str, Tensor]:
-        """The float32 state dict of a plain network that computes what the base does with this adapter (None: the base).
+        """The float32 state dict of a plain network that computes what the base does with this adapter (None: the
+        base).
 
         W + (alpha / rank) B A takes the place of W. The tensors are copies.
         """
@@ -209,6 +226,46 @@ class AdapterBank:
                     plain[f"{path}.weight"] += layer.get_delta_weight(name).float()
             plain |= {path: value.clone() for path, value in self.state_dict(name).items() if ".lora_" not in path}
         return plain
+
+
+# peft's own folders ----------------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model."                       # of a weight's name in them
+
+
+def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """Writes an adapter as peft.PeftModel.from_pretrained(network, folder) reads it, and returns the name of its weights file.
+
+    state: as `AdapterBank.lora_state_dict`; config: keyword arguments of LoraConfig."""
+    LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
+    save_file({PREFIX + key: value.contiguous() for key, value in state.items()}, Path(folder) / PEFT_WEIGHTS, {"format": "pt"})
+    return PEFT_WEIGHTS
+
+
+def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]:
+    """Puts such an adapter beside the network's weights, and returns what does not fit; then nothing of it stays.
+
+    ValueError where none of its modules is there, RuntimeError for weights of another shape."""
+    state = {key.removeprefix(PREFIX): value for key, value in load_file(Path(folder) / PEFT_WEIGHTS).items()}
+    wrong: list[str] = ["nothing of it could be read"]
+    try:
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, adapter_name=name)
+        found = set_peft_model_state_dict(network, state, adapter_name=name)
+        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key]
+    finally:
+        if wrong:
+            take_off(network, merge=False)
+    return wrong
+
+
+def take_off(network: nn.Module, merge: bool) -> None:
+    """The network without adapters, merge: which are added to its weights first."""
+    for path, layer in [(path, m) for path, m in network.named_modules() if isinstance(m, BaseTunerLayer)]:
+        if merge:
+            layer.merge()
+        place, _, leaf = path.rpartition(".")
+        setattr(network.get_submodule(place), leaf, layer.get_base_layer())
+    vars(network).pop("peft_config", None)
 
 
 def _same_device(network: nn.Module) -> AbstractContextManager:

@@ -1,10 +1,11 @@
-"""Which kernel computes attention: torch's own choice (sdpa), that of xformers, or torch's flash kernel; and attention with a JVP.
+"""Which kernel computes attention: torch's own choice (sdpa), that of xformers, or torch's flash kernel; and attention
+with a JVP.
 
-A network of diffusers computes attention in processors, and there are two kinds of them. Some ask diffusers' dispatcher, which
-reads their `_attention_backend` (Flux, Qwen-Image, Wan); others call a kernel themselves (UNets, SD3, PixArt, DiT), and
-`network.set_attention_backend` passes over these without a word. So every processor is looked at here: the first kind is given the
-dispatcher's backend, the second is exchanged, and one of neither kind is refused. The network's method is not called, because it
-also changes the backend of every other network in the process.
+A network of diffusers computes attention in processors, and there are two kinds of them. Some ask diffusers'
+dispatcher, which reads their `_attention_backend` (Flux, Qwen-Image, Wan); others call a kernel themselves (UNets, SD3,
+PixArt, DiT), and `network.set_attention_backend` passes over these without a word. So every processor is looked at
+here: the first kind is given the dispatcher's backend, the second is exchanged, and one of neither kind is refused. The
+network's method is not called, because it also changes the backend of every other network in the process.
 """
 from __future__ import annotations
 
@@ -34,15 +35,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import RequestError
 
 BACKENDS = ("auto", "sdpa", "xformers", "flash")       # auto: what diffusers chose
-DISPATCHER = {"sdpa": AttentionBackendName.NATIVE, "xformers": AttentionBackendName.XFORMERS, "flash": AttentionBackendName._NATIVE_FLASH}
+DISPATCHER = {"sdpa": AttentionBackendName.NATIVE, "xformers": AttentionBackendName.XFORMERS,
+              "flash": AttentionBackendName._NATIVE_FLASH}
 HALF = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256                                       # of torch's flash kernel on CUDA
 OLDEST = (8, 0)                                         # the compute capability that it takes
 
 
 def _flash(x: Tensor) -> AbstractContextManager:
-    """The flash kernel and no other. On CUDA it has 16 bits only: what is computed in float32 there, as a preview of a full student
-    is outside of autocast, takes the kernel that torch chooses."""
+    """The flash kernel and no other. On CUDA it has 16 bits only: what is computed in float32 there, as a preview of a
+    full student is outside of autocast, takes the kernel that torch chooses."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if kind == "cpu" or dtype in HALF else nullcontext()
@@ -76,14 +78,15 @@ LINEAR = (SanaLinearAttnProcessor2_0, SanaMultiscaleAttnProcessor2_0)     # no s
 def set_attention(network: nn.Module, backend: str) -> None:
     """Gives every attention of the network, whatever adapters are on it, a backend of BACKENDS.
 
-    RequestError, before anything is changed, if some attention has no form for the backend, or the network has no attention and
-    the backend is neither auto nor sdpa.
+    RequestError, before anything is changed, if some attention has no form for the backend, or the network has no
+    attention and the backend is neither auto nor sdpa.
     """
     if backend == "auto":
         return
     layers = _attentions(network)
     if not layers and backend != "sdpa":
-        raise RequestError(f"a {type(network).__name__} has no attention that {backend} could compute: choose auto or sdpa")
+        raise RequestError(f"a {type(network).__name__} has no attention that {backend} could compute: choose auto or "
+                           "sdpa")
     others = [_other(layer.processor, backend) for layer in layers]
     if None in others:
         unknown = type(layers[others.index(None)].processor).__name__
@@ -94,8 +97,8 @@ def set_attention(network: nn.Module, backend: str) -> None:
 
 @contextmanager
 def differentiable(network: nn.Module) -> Iterator[None]:
-    """Within, the network has a derivative forward, torch.func.jvp: attention is computed as it is written, by torch's math kernel.
-    The kernels of flash and of xformers have none. The chosen backend comes back afterwards."""
+    """Within, the network has a derivative forward, torch.func.jvp: attention is computed as it is written, by torch's
+    math kernel. The kernels of flash and of xformers have none. The chosen backend comes back afterwards."""
     chosen = {layer: layer.processor for layer in _attentions(network)}
     try:
         for layer, processor in chosen.items():
@@ -112,11 +115,12 @@ def has_tangent(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-# -- what a backend can serve -----------------------------------------------------------------------------------------------
+# -- what a backend can serve
+# -----------------------------------------------------------------------------------------------
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype, network: nn.Module | None = None) -> None:
-    """RequestError if a backend cannot compute attention of this dtype on this device, or that of this network, which may be on
-    the meta device and is changed."""
+    """RequestError if a backend cannot compute attention of this dtype on this device, or that of this network, which
+    may be on the meta device and is changed."""
     if network is not None:
         set_attention(network, backend)
     if reason := refusal(backend, device, dtype, () if network is None else head_sizes(network)):

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 class Codec:
     """An autoencoder whose latents are moved and scaled, by one number or by channel: latents = (z - shift) scale.
 
-    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1).
+    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1). patch: squares of so many latents a
+    side are folded into channels first.
     """
 
-    def __init__(self, network: nn.Module, scale: float | Tensor, shift: float | Tensor = 0.0) -> None:
-        self.network, self.scale, self.shift = network.eval().requires_grad_(False), scale, shift
+    def __init__(self, network: nn.Module, scale: float | Tensor, shift: float | Tensor = 0.0, patch: int = 1) -> None:
+        self.network, self.scale, self.shift, self.patch = network.eval().requires_grad_(False), scale, shift, patch
 
     @property
     def dtype(self) -> torch.dtype:
@@ -22,16 +24,26 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> latents, float32: the posterior's mode, or a sample of it where a generator is given."""
+        """pixels (B, 3, H, W) in [-1, 1] -> latents, float32: the posterior's mode, or a sample of it where a generator
+        is given."""
         posterior = self.network.encode(pixels.to(self.network.device, self.dtype)).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
+        z = pixel_unshuffle(z, self.patch)
         return (z.float() - _on(self.shift, z)) * _on(self.scale, z)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Latents -> pixels (B, 3, H, W), float32, [-1, 1] and a little beyond, with gradients to the latents."""
         latents = latents.to(self.network.device, self.dtype)
         z = latents / _on(self.scale, latents) + _on(self.shift, latents)
-        return self.network.decode(z.to(self.dtype), return_dict=False)[0].float()
+        return self.network.decode(pixel_shuffle(z.to(self.dtype), self.patch), return_dict=False)[0].float()
+
+
+class Plain(Codec):
+    """An autoencoder without a posterior, such as AutoencoderDC: a picture has one latent."""
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.network.encode(pixels.to(self.network.device, self.dtype)).latent.float() * self.scale
 
 
 class Framed(Codec):
@@ -75,7 +87,8 @@ def shifted(vae: Any) -> Codec:
 
 
 def normalised(vae: Any) -> Codec:
-    """By the mean and the deviation of each channel, and the scaling factor: SDXL pipelines whose codec has latents_mean."""
+    """By the mean and the deviation of each channel, and the scaling factor: SDXL pipelines whose codec has
+    latents_mean."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
     return Codec(vae, vae.config.scaling_factor / std, mean)
 
@@ -85,6 +98,12 @@ def framed(vae: Any) -> Codec:
     mean, std = (torch.tensor(values)[:, None, None, None]
                  for values in (vae.config.latents_mean, vae.config.latents_std))
     return Framed(vae, 1 / std, mean)
+
+
+def folded(vae: Any) -> Codec:
+    """By 2 x 2 latents and the running statistics of its normalisation, which are weights and no config: FLUX.2."""
+    mean, variance = (values.float()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
+    return Codec(vae, (variance + vae.config.batch_norm_eps).rsqrt(), mean, patch=2)
 
 
 def _on(value: float | Tensor, x: Tensor) -> float | Tensor:

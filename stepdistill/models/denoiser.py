@@ -19,11 +19,12 @@ class Denoiser:
     """One network, or one adapter of a network, under its teacher's conventions. It can be differentiated forward.
 
     context: entered around every call; an adapter bank hands in `partial(bank.use, name)`.
-    reads: the numbers of `cond.extra` that this role reads. It never sees others, so that teacher and student may share a
-    batch's condition; it refuses a condition without its own.
+    reads: the numbers of `cond.extra` that this role reads. It never sees others, so that teacher and student may share
+    a batch's condition; it refuses a condition without its own.
     """
 
-    def __init__(self, teacher: Teacher, network: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext,
+    def __init__(self, teacher: Teacher, network: nn.Module,
+                 context: Callable[[], AbstractContextManager] = nullcontext,
                  reads: tuple[str, ...] = ()) -> None:
         self.teacher, self.network, self.context, self.reads = teacher, network, context, reads
         self.schedule = teacher.schedule
@@ -31,7 +32,8 @@ class Denoiser:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         """x_t (B, ...); t (B,) float64 in [0, 1]. The raw output has the dtype of x_t."""
         if missing := [name for name in self.reads if cond is None or name not in cond.extra]:
-            raise ValueError(f"this role reads {', '.join(self.reads)}, but the condition has no {', '.join(missing)}: pass "
+            raise ValueError(f"this role reads {', '.join(self.reads)}, but the condition has no {', '.join(missing)}: "
+                             "pass "
                              f"cond.replace({missing[0]}=...)")
         reads = self.reads
         if cond is not None and self.teacher.scale is not None:
@@ -43,6 +45,7 @@ class Denoiser:
         return Prediction(raw, x_t, t, self.schedule, self.teacher.kind, self.teacher.family.combine)
 
     def _attention(self, x_t: Tensor, t: Tensor, cond: Condition | None) -> AbstractContextManager:
-        """The chosen kernels have no derivative forward, so within torch.func.jvp attention is computed as it is written."""
+        """The chosen kernels have no derivative forward, so within torch.func.jvp attention is computed as it is
+        written."""
         given = [x_t, t, *(() if cond is None else cond.tensors())]
         return differentiable(self.network) if has_tangent(*given) else nullcontext()

@@ -22,7 +22,8 @@ class Ema:
             raise ValueError(f"a running average of {len(leader)} tensors needs a shadow of the same shapes, "
                              f"found {len(shadow)} tensors")
         if wrong := {x.dtype for x in (*shadow, *leader)} - {torch.float32}:
-            raise ValueError(f"a running average is kept in float32, found {sorted(map(str, wrong))}: in 16 bits steps of "
+            raise ValueError(f"a running average is kept in float32, found {sorted(map(str, wrong))}: in 16 bits steps "
+                             "of "
                              "1 - decay are lost to rounding")
         self.shadow, self.leader, self.decay = list(shadow), list(leader), decay
 

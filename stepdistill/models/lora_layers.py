@@ -1,11 +1,12 @@
 """What a linear layer and a convolution with LoRA adapters compute: W x + s B A x, s = alpha / rank (arXiv:2106.09685).
 
-The layers are peft's, with peft's names and parameters, and give peft's values. Only what lies around the two products is
-left out: a sum of its own, a product with the scale, casts there and back, the look at settings that no adapter of ours
-has. So these functions serve plain LoRA without dropout, of which at most one is active, on a base that is not merged.
+The layers are peft's, with peft's names and parameters, and give peft's values. Only what lies around the two products
+is left out: a sum of its own, a product with the scale, casts there and back, the look at settings that no adapter of
+ours has. So these functions serve plain LoRA without dropout, of which at most one is active, on a base that is not
+merged.
 
-Where no gradient is wanted and all is float32, W + s B A is formed anew for each call if that is less work than two more
-passes over the input. On a 16-bit base it never is: what one update of an adapter adds is below the rounding of W.
+Where no gradient is wanted and all is float32, W + s B A is formed anew for each call if that is less work than two
+more passes over the input. On a 16-bit base it never is: what one update of an adapter adds is below the rounding of W.
 """
 from __future__ import annotations
 

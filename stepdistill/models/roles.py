@@ -1,4 +1,5 @@
-"""The roles that a method needs, made from one teacher: adapters on its network, networks of their own, and heads on them."""
+"""The roles that a method needs, made from one teacher: adapters on its network, networks of their own, and heads on
+them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +43,8 @@ class Full:
 class Places:
     """A role as heads on the outputs of these modules of a network, the network's usual ones unless given.
 
-    network: where the heads are on pictures, the folder or Hub id of the vision network; the published one unless given.
+    network: where the heads are on pictures, the folder or Hub id of the vision network; the published one unless
+    given.
     """
 
     features: tuple[str, ...] | None = None
@@ -54,7 +56,8 @@ Setting = Lora | Full | Places
 
 @dataclass(frozen=True)
 class Weights:
-    """A student of another run on the same base. state: of its adapter or its network, with the layers of the numbers it `reads`."""
+    """A student of another run on the same base. state: of its adapter or its network, with the layers of the numbers
+    it `reads`."""
 
     setting: Lora | Full
     state: Mapping[str, Tensor]
@@ -65,23 +68,30 @@ Role = Denoiser | Discriminator | SelfGuided | PictureHeads | Vision | PlaneFeat
 
 
 class Roles(Mapping[str, Role]):
-    """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by `build_roles`.
+    """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by
+    `build_roles`.
 
-    bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen base. A frozen role
-    of another run's weights has its guidance within.
-    features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the vision networks, by role.
+    bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen base. A
+    frozen role of another run's weights has its guidance within.
+    features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the vision networks, by
+    role.
     seed: of the heads' first values.
     """
 
-    def __init__(self, teacher: Teacher, needs: Mapping[str, Need], reads: Mapping[str, tuple[str, ...]], bank: AdapterBank | None,
-                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]], visions: Mapping[str, Vision | PlaneFeatures],
+    def __init__(self, teacher: Teacher, needs: Mapping[str, Need], reads: Mapping[str, tuple[str, ...]],
+                 bank: AdapterBank | None,
+                 networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]],
+                 visions: Mapping[str, Vision | PlaneFeatures],
                  seed: int) -> None:
         self.teacher, self.needs, self.reads, self.bank, self.networks = teacher, dict(needs), dict(reads), bank, dict(networks)
         self.visions = dict(visions)
         pixels = {name: teacher.pixels for name, need in needs.items() if isinstance(need, Codec)}
-        self._denoisers = {name: self._denoiser(name) for name, need in needs.items() if not isinstance(need, Heads | Codec | Features)}
-        self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed) for name, shapes in features.items()}
-        taught = {name: self_guided(self._denoisers[name], "w" in reads[name] or teacher.scale is not None) for name, need in needs.items()
+        self._denoisers = {name: self._denoiser(name) for name, need in needs.items()
+                           if not isinstance(need, Heads | Codec | Features)}
+        self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed)
+                                for name, shapes in features.items()}
+        taught = {name: self_guided(self._denoisers[name], "w" in reads[name] or teacher.scale is not None)
+                  for name, need in needs.items()
                   if isinstance(need, Frozen) and (name in networks or self.is_lora(name))}
         within = {name: self._within(role) for name, role in self._denoisers.items()}
         self._roles: dict[str, Role] = within | self._discriminators | self.visions | pixels | taught
@@ -150,7 +160,8 @@ class Roles(Mapping[str, Role]):
         own = self.state_dict(name)
         wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
         if wrong:
-            raise ValueError(f"these are not the weights of role {name!r}: {len(wrong)} of {len(own)} tensors are missing, "
+            raise ValueError(f"these are not the weights of role {name!r}: {len(wrong)} of {len(own)} tensors are "
+                             "missing, "
                              f"unknown or of another shape, the first is {wrong[0]}")
         if name in self._modules:
             self._modules[name].load_state_dict(state)
@@ -170,8 +181,8 @@ class Roles(Mapping[str, Role]):
         return self
 
     def network(self, name: str) -> nn.Module:
-        """The role as a new float32 network, an adapter merged into it: stock, for `network.save_pretrained`, unless it reads numbers
-        that its class has no input for."""
+        """The role as a new float32 network, an adapter merged into it: stock, for `network.save_pretrained`, unless it
+        reads numbers that its class has no input for."""
         reads = self.reads.get(name, ())
         if name in self.networks:
             return self.teacher.fresh_network(self.networks[name].state_dict(), reads)
@@ -180,9 +191,9 @@ class Roles(Mapping[str, Role]):
         return self.teacher.fresh_network(self.bank.merged(name if self.is_lora(name) else None), reads)
 
     def stock_network(self, name: str, sampler: Sampler, w: float | None = None) -> nn.Module:
-        """As `network`, but always of the stock class: where it reads numbers that this has no input for, all that it reads are folded
-        into its weights, as they are in this sampler's steps; w: the guidance scale. (One of them left to the class's own input
-        would be read through the folded weights.)"""
+        """As `network`, but always of the stock class: where it reads numbers that this has no input for, all that it
+        reads are folded into its weights, as they are in this sampler's steps; w: the guidance scale. (One of them left
+        to the class's own input would be read through the folded weights.)"""
         network, reads, time = self.network(name), self.reads.get(name, ()), self.teacher.family.time
         if not time.own(reads):
             return network
@@ -202,35 +213,38 @@ class Roles(Mapping[str, Role]):
 
 
 def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting], *,
-                begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False, attention: str = "auto",
+                begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False,
+                attention: str = "auto",
                 seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
     trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
     Places, the family's own unless given.
 
-    A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them start at
-    zero. Every role equals its start at first. attention: of all networks, see attention.py. begin: trained and frozen roles
-    that are another run's student at first; a
-    frozen one stays it. seed: of the first values of adapters and heads. ValueError for needs and settings that do not go
-    together, RequestError for LoRA targets and features that the network has not.
+    A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them
+    start at zero. Every role equals its start at first. attention: of all networks, see attention.py. begin: trained
+    and frozen roles that are another run's student at first; a
+    frozen one stays it. seed: of the first values of adapters and heads. ValueError for needs and settings that do not
+    go together, RequestError for LoRA targets and features that the network has not.
     """
     _check(needs, settings)
     frozen = {name: weights for name, weights in (begin or {}).items() if isinstance(needs[name], Frozen)}
     settings = {**settings, **{name: weights.setting for name, weights in frozen.items()}}
-    made = {name: _setting(name, needs, settings) for name, need in needs.items() if not isinstance(need, (Heads, *FIXED)) or name in frozen}
+    made = {name: _setting(name, needs, settings) for name, need in needs.items()
+            if not isinstance(need, (Heads, *FIXED)) or name in frozen}
     reads = {name: frozen[name].reads if name in frozen else needs[_leader(name, needs)].reads for name in made}
     states = {name: _state(teacher, weights, made[name], reads[name]) for name, weights in (begin or {}).items()}
     networks = {name: teacher.fresh_network(teacher.network.state_dict(), reads[name])
                 for name, setting in made.items() if isinstance(setting, Full)}
     configs = {name: _config(teacher, setting) for name, setting in made.items() if isinstance(setting, Lora)}
     bank = _bank(teacher, teacher.network, configs, {name: reads[name] for name in configs}, seed) if configs else None
-    features, visions = _judges(teacher, needs, settings)
+    features, visions = _discriminator_inputs(teacher, needs, settings)
     roles = Roles(teacher, needs, reads, bank, networks, features, visions, seed)
     for name, state in states.items():
         roles.load_state_dict(name, state)
     for name, need in needs.items():
         _start(roles, name, need, name in states)
-    again = {teacher.network: recomputed if bank is None else bank.checkpoint, **dict.fromkeys(networks.values(), recomputed)}
+    again = {teacher.network: recomputed if bank is None else bank.checkpoint,
+             **dict.fromkeys(networks.values(), recomputed)}
     for network, checkpoint in again.items():
         set_attention(network, attention)
         if gradient_checkpointing:
@@ -238,7 +252,8 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
     return roles
 
 
-def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig], reads: Mapping[str, tuple[str, ...]], seed: int = 0) -> AdapterBank:
+def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig], reads: Mapping[str, tuple[str, ...]],
+          seed: int = 0) -> AdapterBank:
     """Adapters on a network, each with layers for the numbers that it reads."""
     bank, time = AdapterBank(network, configs, seed), teacher.family.time
     widths: dict[str, dict[str, int]] = {}
@@ -252,7 +267,9 @@ def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig
     return bank
 
 
-def _judges(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
+def _discriminator_inputs(teacher: Teacher, needs: Mapping[str, Need],
+                          settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]],
+                                                                    dict[str, Vision | PlaneFeatures]]:
     """What each discriminator's heads lie on, and the vision networks among that."""
     features: dict[str, dict[str, Shape]] = {}
     visions: dict[str, Vision | PlaneFeatures] = {}
@@ -260,17 +277,19 @@ def _judges(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, 
         if isinstance(need, Heads):
             places = settings.get(name, Places())
             if isinstance(needs[need.of], Features):
-                sight = teacher.family.vision(places.network)
-                features[name] = sight.read(places.features)
-                visions[need.of] = sight.features(tuple(features[name]), teacher.device)
+                vision_config = teacher.family.vision(places.network)
+                features[name] = vision_config.read(places.features)
+                visions[need.of] = vision_config.features(tuple(features[name]), teacher.device)
             else:
-                shapes = chosen(teacher.feature_shapes, teacher.default_features if places.features is None else places.features)
+                shapes = chosen(teacher.feature_shapes, teacher.default_features if places.features is None
+                                else places.features)
                 features[name] = paired(shapes) if need.pair else shapes
     return features, visions
 
 
 def _config(teacher: Teacher, setting: Lora) -> LoraConfig:
-    return lora_config(setting.rank, teacher.default_targets if setting.targets is None else setting.targets, setting.alpha)
+    return lora_config(setting.rank, teacher.default_targets if setting.targets is None
+                       else setting.targets, setting.alpha)
 
 
 def _state(teacher: Teacher, weights: Weights, setting: Lora | Full, reads: tuple[str, ...]) -> dict[str, Tensor]:
@@ -285,7 +304,8 @@ def _state(teacher: Teacher, weights: Weights, setting: Lora | Full, reads: tupl
 
 
 def _start(roles: Roles, name: str, need: Need, begun: bool) -> None:
-    """Gives a role the weights of its start, unless it has begun with others, and its parameters their requires_grad."""
+    """Gives a role the weights of its start, unless it has begun with others, and its parameters their
+    requires_grad."""
     start = need.leader if isinstance(need, Follows) else need.start if isinstance(need, Trained) else None
     if start is not None and not begun and (state := roles.state_dict(start)):
         whole = roles.is_lora(start) and not roles.is_lora(name)
@@ -299,12 +319,16 @@ def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> None:
     heads = {name: need for name, need in needs.items() if isinstance(need, Heads)}
     trained = [name for name, need in needs.items() if isinstance(need, Trained)]
     if unknown := sorted({*settings} - {*trained, *heads}):
-        raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains {', '.join((*trained, *heads))}")
+        raise ValueError(f"there is no trained role {', '.join(unknown)}; the method trains "
+                         f"{', '.join((*trained, *heads))}")
     if wrong := [name for name, setting in settings.items() if isinstance(setting, Places) != (name in heads)]:
-        raise ValueError(f"{', '.join(wrong)}: heads are made at Places, networks as Lora or Full; found {settings[wrong[0]]}")
-    lonely = [name for name, need in needs.items() if isinstance(need, Features) and [h.of for h in heads.values()].count(name) != 1]
+        raise ValueError(f"{', '.join(wrong)}: heads are made at Places, networks as Lora or Full; found "
+                         f"{settings[wrong[0]]}")
+    lonely = [name for name, need in needs.items() if isinstance(need, Features)
+              and [h.of for h in heads.values()].count(name) != 1]
     if lonely:
-        raise ValueError(f"{', '.join(lonely)}: the features of pictures are read by one discriminator, whose settings say which")
+        raise ValueError(f"{', '.join(lonely)}: the features of pictures are read by one discriminator, whose settings "
+                         "say which")
     for name, need in heads.items():
         if need.of not in needs or need.of in heads or isinstance(needs[need.of], Codec):
             networks = ", ".join(role for role in needs if role not in heads)
@@ -319,7 +343,8 @@ def _leader(name: str, needs: Mapping[str, Need]) -> str:
     seen = [name]
     while isinstance(need := needs[seen[-1]], Follows):
         if need.leader not in needs or need.leader in seen or isinstance(needs[need.leader], Heads):
-            raise ValueError(f"role {seen[-1]!r} follows {need.leader!r}, which is no role that can lead it: {', '.join(needs)}")
+            raise ValueError(f"role {seen[-1]!r} follows {need.leader!r}, which is no role that can lead it: "
+                             f"{', '.join(needs)}")
         seen.append(need.leader)
     return seen[-1]
 
@@ -332,5 +357,6 @@ def _setting(name: str, needs: Mapping[str, Need], settings: Mapping[str, Settin
     like = need.start if isinstance(need, Trained) else name
     like = "student" if isinstance(needs.get(like), Frozen) and like != name else like
     if like == name or like not in needs:
-        raise ValueError(f"role {name!r} is trained, but nothing says how: settings has {', '.join(settings) or 'no role'}")
+        raise ValueError(f"role {name!r} is trained, but nothing says how: settings has "
+                         f"{', '.join(settings) or 'no role'}")
     return _setting(like, needs, settings)

@@ -1,6 +1,8 @@
 """How a call of a stock pipeline is spelled: its guidance, its prompts, and the pictures that it returns."""
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,8 +16,9 @@ from torch import Tensor
 class Guidance:
     """How a pipeline's call speaks of the guidance scale w, of which 1 is conditional only.
 
-    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further keywords that
-    switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class has such an input.
+    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further
+    keywords that switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class
+    has such an input.
     within: this pipeline's own network reads its scale there: a step costs one evaluation, whatever the scale.
     """
 
@@ -49,7 +52,8 @@ USUAL = Guidance()                                  # of pipelines that say guid
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one of them.
+    """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
+    of them.
 
     output_type: of pictures, where "pt" is not known. each: keywords that a call takes once for every prompt, as a list.
     """
@@ -63,6 +67,27 @@ class Prompts:
         """The keyword arguments of this call for these prompts."""
         spread = {name: [call[name]] * len(prompts) for name in self.each if name in call}
         return {**call, **spread, self.keyword: [self.read(pipeline, prompt) for prompt in prompts]}
+
+    def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
+        """The argument of a call that asks for one prompt, as Python is written: by its name, unless a prompt is the first."""
+        value, first = self.read(pipeline, prompt), [*inspect.signature(type(pipeline).__call__).parameters][1]
+        if self.keyword == first == "prompt":
+            return json.dumps(value, ensure_ascii=False)
+        return f"{self.keyword}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else [value]}"
+
+
+def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
+    """The keywords of a call that this class of pipelines does not take."""
+    taken = inspect.signature(cls.__call__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return []
+    return sorted(call.keys() - {parameter.name for parameter in taken})
+
+
+def defaults(cls: type[DiffusionPipeline]) -> dict[str, Any]:
+    """What a call of this class of pipelines is given where it says nothing. Its encode_prompt has others."""
+    parameters = inspect.signature(cls.__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
 
 
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:

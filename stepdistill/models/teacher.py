@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from transformers.utils import cached_file as hub_file
 
 from ..diffusion.contracts import Condition
-from ..diffusion.guidance import told
+from ..diffusion.guidance import with_scale
 from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, moved
 from ..diffusion.times import LEVELS
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from ..methods.base import Inference
 from .adapters import matching
 from .extra_embedding import added, fold, install, reading
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, Family, Size, family_of
 from .schedulers import StockCall, sampler_of, stock_call
 from .sources import check_safetensors, class_at
+from .stock import defaults, unknown
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
@@ -36,21 +37,22 @@ class Teacher:
     """A loaded pipeline under the conventions of its family. The network is frozen and in evaluation mode.
 
     family: what differs for its kind. source, revision: where it was loaded from: folder, file or Hub id. call: the keyword
-    arguments that every call of its stock pipeline is given. parts: its components by name; scheduler: its own. network: the one
+    arguments that every call of its stock pipeline is given. parts: its components and settings by name; scheduler: its own. network: the one
     that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
-    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device. guidance: how a call of its pipeline
+    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
     speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
     read: the stock pipeline again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: str, revision: str | None = None, *,
                  scale: float = 1.0, resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (),
+                 cls: type[DiffusionPipeline] | None = None,
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
         self.family, self.parts, self.source, self.revision, self.without = family, dict(parts), source, revision, without
-        self.loaded, self._read, self.call = loaded, read, call_of(source)
+        self.loaded, self._read, self.cls = loaded, read, cls
+        self.resolution, self.call = every_call(family, parts, source, resolution)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
-        self.call |= _sides(resolution)
         self.guidance = family.guidance(self.network)
         self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
@@ -70,8 +72,9 @@ class Teacher:
         return self.family.null_prompt
 
     @property
-    def resolution(self) -> tuple[int, int] | None:
-        return (self.call["height"], self.call["width"]) if {"height", "width"} <= self.call.keys() else None
+    def asked(self) -> dict[str, Any]:
+        """`call` with the defaults of its pipeline's class."""
+        return {**({} if self.cls is None else defaults(self.cls)), **self.call}
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +108,7 @@ class Teacher:
         return self.family.encode(self, list(prompts), null)
 
     def _shaped(self, prompts: list[str], null: bool) -> Condition:
-        shapes = self.family.condition_shapes(self.parts, self.call)
+        shapes = self.family.condition_shapes(self.parts, self.asked)
         dtypes = {name: torch.int64 if name in ("label", "mask") else self.dtype for name in shapes}
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
 
@@ -132,7 +135,7 @@ class Teacher:
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
         """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of cond.extra."""
         if cond is None:
-            raise ValueError("this network is told a text or a class: pass a condition from teacher.encode(prompts)")
+            raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
         given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
@@ -143,7 +146,7 @@ class Teacher:
 
     def scaled(self, cond: Condition) -> Condition:
         """The condition with the scale that the network reads by itself, where it does and the condition says none."""
-        return cond if self.scale is None or cond.w is not None else told(cond, self.scale)
+        return cond if self.scale is None or cond.w is not None else with_scale(cond, self.scale)
 
     def feature_map(self, output: Any, x_t: Tensor) -> Tensor:
         """What a module returned in the pass of x_t, as a map (B, C, H, W)."""
@@ -164,6 +167,10 @@ class Teacher:
         if own := f"{time.sinusoids}.layer" if time.own(reads) else None:
             install(network, time.sinusoids, nn.Linear(layers[own], time.out(network, own), bias=False))
         network = network.to_empty(device=self.device) if any(p.is_meta for p in network.parameters()) else network.to(self.device)
+        kept = network.state_dict()
+        for path, buffer in self.network.named_buffers():              # tables that a class makes itself and keeps out of its state
+            if path not in kept:
+                network.get_buffer(path).copy_(buffer)
         network.load_state_dict({**self.silent(reads), **state})
         return network.eval().requires_grad_(False)
 
@@ -175,8 +182,9 @@ class Teacher:
 
     def sinusoids(self, timestep: Tensor) -> Tensor:
         """Of what the network is told (N,) -> (N, D) float64, made in the network's own float32."""
-        place = self.network.get_submodule(self.family.time.sinusoids)
-        return place(timestep.to(self.device, self.family.timestep_dtype or torch.float32)).double().cpu()
+        time = self.family.time
+        given = timestep.to(self.device, self.family.timestep_dtype or torch.float32) * time.scale(self.network)
+        return self.network.get_submodule(time.sinusoids)(given).double().cpu()
 
     def folded(self, layers: Mapping[str, Tensor], reads: Sequence[str], weight: Tensor, sampler: Sampler,
                w: float | None) -> tuple[Tensor, Tensor]:
@@ -193,7 +201,11 @@ class Teacher:
         if self.scale is not None:
             inference = replace(inference, guidance=self.scale)
         found = stock_call(inference, self.schedule, self.guidance)
-        return StockCall(found.scheduler, found.config, {**found.call, **self.call}, found.components)
+        call = {**found.call, **self.call}
+        if self.cls is not None and (names := unknown(self.cls, call)):
+            raise ValueError(f"it asks its pipeline for {', '.join(names)}, which a call of {self.cls.__name__} does not take: choose a method "
+                             "or settings of even steps, which need nothing but their number")
+        return StockCall(found.scheduler, found.config, call, found.components)
 
     def sampler(self, stock: StockCall) -> Sampler:
         """The sampler that training and the stock pipeline share. ValueError for what its scheduler does not serve."""
@@ -231,7 +243,7 @@ def _check(family: Family, parts: Mapping[str, Any], source: str) -> None:
 
 def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
     """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
-    said = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
+    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
             if scheduler.config.get(key) not in (None, False)}
     if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
         return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step students are read at {LEVELS} "
@@ -241,7 +253,7 @@ def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) ->
     apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
     if apart >= LEAST:
         return []
-    named = ", ".join(f"{key}: {value}" for key, value in said.items())
+    named = ", ".join(f"{key}: {value}" for key, value in config.items())
     return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a network that predicts "
             f"noise says nothing about the picture; its scheduler_config.json says {named}. A zero terminal signal-to-noise ratio "
             "(rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
@@ -271,23 +283,28 @@ def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.d
     if family.open is not None:
         teacher = Teacher(family, family.open(source, dtype), source, scale=scale, resolution=resolution)
     elif meta:
-        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision, scale=scale, resolution=resolution)
+        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision, scale=scale, resolution=resolution,
+                          cls=getattr(diffusers, class_name))
     else:
         absent = absent_parts(source, revision) if family.optional else {}
         without = tuple(name for name in family.optional if name in absent)
         arguments = {"dtype": dtype, **family.arguments(class_name), **dict.fromkeys(without)}
         read = lambda parts: _read(source, class_name, revision, arguments | parts)
         loaded = read({})
-        teacher = Teacher(family, loaded.components, source, revision, scale=scale, resolution=resolution, loaded=loaded, without=without, read=read)
+        parts = loaded.components | _settings(loaded.config)
+        teacher = Teacher(family, parts, source, revision, scale=scale, resolution=resolution, loaded=loaded,
+                          without=without, read=read, cls=type(loaded))
     return teacher if device is None else teacher.to(device)
 
 
-def _sides(resolution: int | tuple[int, int] | None) -> dict[str, int]:
-    """The keyword arguments of a call that say it."""
-    if resolution is None:
-        return {}
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    return {"height": height, "width": width}
+def every_call(family: Family, parts: Mapping[str, Any], source: str,
+               resolution: int | tuple[int, int] | None = None) -> tuple[Size, dict[str, Any]]:
+    """(height and width of a pipeline's pictures, None for its network's own; the keyword arguments that every call of it is given)."""
+    call = call_of(source)
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if size is None and {"height", "width"} <= call.keys():
+        size = call["height"], call["width"]
+    return size, {**call, **family.call(parts, size)}
 
 
 def family_at(source: str, revision: str | None = None) -> Family:
@@ -311,8 +328,8 @@ def call_of(source: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return dict(said.get("teacher_call", {}) if "method" in said else said["call"])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return dict(settings.get("teacher_call", {}) if "method" in settings else settings["call"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
                            f"({type(error).__name__}: {error})") from error
@@ -332,18 +349,24 @@ def absent_parts(source: str, revision: str | None = None) -> dict[str, None]:
     return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
 
 
+def _settings(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a pipeline's index that are no components, such as is_distilled."""
+    return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, (list, tuple))}
+
+
 def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str, Any]) -> DiffusionPipeline:
     cls = getattr(diffusers, class_name)
     try:
         single = source.endswith(".safetensors")
         pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
+        pipeline.register_to_config(**family_of(class_name).index(pipeline))
         return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
     except OSError as error:
-        raise RequestError(f"the teacher {source} cannot be loaded: {gist(error)}") from error
+        raise RequestError(f"the teacher {source} cannot be loaded: {first_lines(error)}") from error
 
 
 def _without_weights(source: str, revision: str | None, family: Family, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The components of a pipeline on the meta device, made from their configs, and its scheduler; no tokenizers."""
+    """The components of a pipeline on the meta device, made from their configs, its scheduler and settings; no tokenizers."""
     if source.endswith(".safetensors"):
         raise RequestError(f"{source} is one file of weights, which holds no configs, so it cannot be opened without reading it: give the "
                            "pipeline as a folder or a Hub id")
@@ -354,7 +377,7 @@ def _without_weights(source: str, revision: str | None, family: Family, class_na
     dropped = {"scheduler", *family.arguments(class_name)}
     listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
     networks = {name: _network(source, revision, name, *made_by) for name, made_by in listed.items()}
-    return {"scheduler": scheduler} | {name: network.to(dtype) for name, network in networks.items() if network is not None}
+    return _settings(index) | {"scheduler": scheduler} | {name: network.to(dtype) for name, network in networks.items() if network is not None}
 
 
 def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module | None:
@@ -369,4 +392,4 @@ def _network(source: str, revision: str | None, name: str, library: str, kind: s
                 return made_by.from_config(made_by.load_config(source, subfolder=name, revision=revision))
             return made_by(made_by.config_class.from_pretrained(source, subfolder=name, revision=revision))
     except OSError as error:
-        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {gist(error)}") from error
+        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {first_lines(error)}") from error

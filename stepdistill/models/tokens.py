@@ -25,7 +25,8 @@ def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     return pixel_shuffle(grid(tokens, shape), PATCH)
 
 
-def packed_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Unit noise of latents of this shape, drawn as that of their tokens is."""
+def packed_noise(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unit noise of latents of this shape, drawn as that of their tokens is, on the generator's device."""
     batch, channels, height, width = shape
-    return unpacked(torch.randn(batch, height * width // PATCH**2, channels * PATCH**2, generator=generator), shape)
+    tokens = batch, height * width // PATCH**2, channels * PATCH**2
+    return unpacked(torch.randn(tokens, generator=generator, dtype=dtype, device=generator.device), shape)

@@ -21,10 +21,11 @@ class Waves(nn.Module):
 
 
 class ToyNetwork(nn.Module):
-    """The mixture's exact prediction plus an MLP whose last layer is zero at first: a student begins as its teacher does.
+    """The mixture's exact prediction plus an MLP whose last layer is zero at first: a student begins as its teacher
+    does.
 
-    forward(x_t (B, 2, 1, 1), t (B,), label (B,), w (B,) or None) -> raw prediction (B, 2, 1, 1). w_in: whether it has a layer that
-    reads w. Its first values are a function of nothing: every student of Toy begins alike.
+    forward(x_t (B, 2, 1, 1), t (B,), label (B,), w (B,) or None) -> raw prediction (B, 2, 1, 1). w_in: whether it has a
+    layer that reads w. Its first values are a function of nothing: every student of Toy begins alike.
     """
 
     def __init__(self, mixture: GaussianMixture, classes: int, w_in: bool = False) -> None:

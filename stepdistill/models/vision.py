@@ -1,4 +1,5 @@
-"""What judges pictures: a frozen vision transformer as a network of features, and trained heads on them that are told the prompt."""
+"""A discriminator on pictures: features of a frozen vision transformer, and trained heads on them that read the
+prompt."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import key
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from .discriminator import WIDTH, Shape, chosen, head, initialise, slug, uncast
 
 PUBLISHED = "facebook/dinov2-small"      # Sauer et al. 2023, arXiv:2311.17042, table 1: the best of four
 CLASS_WAVES, PLANE_WIDTH = 4, 128
-CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer lies
+CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer
+                                                       # lies
     "dinov2": (Dinov2Model, ""),
     "dinov2_with_registers": (Dinov2WithRegistersModel, ""),
     "clip": (CLIPModel, "vision_model"),
@@ -29,9 +31,9 @@ CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A vision transformer before its weights are read: its configs, the side of the pictures that it is shown, their mean and
-    deviation by channel for pixels in [0, 1]."""
+class VisionConfig:
+    """A vision transformer before its weights are read: its configs, the side of the pictures that it is shown, their
+    mean and deviation by channel for pixels in [0, 1]."""
 
     source: str
     config: PretrainedConfig
@@ -40,34 +42,40 @@ class Sight:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, source: str) -> Sight:
-        """source: a folder or Hub id of a transformers model. RequestError for one that is missing or not of CLASSES."""
+    def of(cls, source: str) -> VisionConfig:
+        """source: a folder or Hub id of a transformers model. RequestError for one that is missing or not of
+        CLASSES."""
         try:
             config = AutoConfig.from_pretrained(source)
-            said, _ = BaseImageProcessor.get_image_processor_dict(source)
+            processor, _ = BaseImageProcessor.get_image_processor_dict(source)
         except (OSError, ValueError) as error:
-            raise RequestError(f"there is no vision network {source} with its preprocessor_config.json (a folder such as assets/shapes-clip "
-                               f"or a Hub id such as {PUBLISHED} would do): {gist(error)}") from error
+            raise RequestError(f"there is no vision network {source} with its preprocessor_config.json (a folder such "
+                               "as assets/shapes-clip "
+                               f"or a Hub id such as {PUBLISHED} would do): {first_lines(error)}") from error
         if config.model_type not in CLASSES:
-            raise RequestError(f"the vision network {source} is a {config.model_type}; features are read of {', '.join(CLASSES)}")
-        size = said.get("crop_size") or said["size"]
-        return cls(source, config, size["height"], tuple(said["image_mean"]), tuple(said["image_std"]))
+            raise RequestError(f"the vision network {source} is a {config.model_type}; features are read of "
+                               f"{', '.join(CLASSES)}")
+        size = processor.get("crop_size") or processor["size"]
+        return cls(source, config, size["height"], tuple(processor["image_mean"]), tuple(processor["image_std"]))
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """What can be read: the embedded patches and every layer's output -> (C, H, W)."""
         config = self.config.vision_config if self.config.model_type == "clip" else self.config
         names = ("embeddings", *(f"layers.{i}" for i in range(config.num_hidden_layers)))
-        return dict.fromkeys(names, (config.hidden_size, self.side // config.patch_size, self.side // config.patch_size))
+        return dict.fromkeys(names, (config.hidden_size, self.side // config.patch_size,
+                                     self.side // config.patch_size))
 
     @property
     def default(self) -> tuple[str, ...]:
-        """The embedded patches and four layers at even distances, the last one among them: those of StyleGAN-T, arXiv:2301.09515."""
+        """The embedded patches and four layers at even distances, the last one among them: those of StyleGAN-T,
+        arXiv:2301.09515."""
         names = tuple(self.shapes)
         return tuple(dict.fromkeys(names[round(i * (len(names) - 1) / 4)] for i in range(5)))
 
     def read(self, names: Sequence[str] | None) -> dict[str, Shape]:
-        """Those of `names`, or the default ones, in the order in which it runs. RequestError for one that it has not."""
+        """Those of `names`, or the default ones, in the order in which it runs. RequestError for one that it has
+        not."""
         return chosen(self.shapes, self.default if names is None else names)
 
     def network(self) -> nn.Module:
@@ -87,7 +95,7 @@ class Sight:
         try:
             return cls.from_pretrained(self.source, dtype=torch.float32).get_submodule(path)
         except (OSError, SafetensorError) as error:
-            raise RequestError(f"the weights of the vision network {self.source} cannot be loaded: {gist(error)}") from error
+            raise RequestError(f"the weights of the vision network {self.source} cannot be loaded: {first_lines(error)}") from error
 
 
 class Vision(nn.Module):
@@ -96,13 +104,13 @@ class Vision(nn.Module):
     pixels (B, 3, H, W) in [-1, 1]; those of another size than the network's are brought to it, bicubic and antialiased.
     """
 
-    def __init__(self, sight: Sight, names: Sequence[str], network: nn.Module) -> None:
+    def __init__(self, vision_config: VisionConfig, names: Sequence[str], network: nn.Module) -> None:
         super().__init__()
-        self.side, self.places = sight.side, [tuple(sight.shapes).index(name) for name in names]
-        self.grid = sight.shapes[names[0]][1:]
+        self.side, self.places = vision_config.side, [tuple(vision_config.shapes).index(name) for name in names]
+        self.grid = vision_config.shapes[names[0]][1:]
         self.network = network.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(sight.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(sight.std)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(vision_config.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(vision_config.std)[:, None, None], persistent=False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         if pixels.shape[-2:] != (self.side, self.side):
@@ -118,8 +126,9 @@ class Vision(nn.Module):
         return tokens[:, -height * width:].transpose(1, 2).unflatten(2, (height, width))
 
 
-class PlaneSight:
-    """What stands for a vision network where samples are points of the plane: a random one of three layers, always the same."""
+class PlaneVisionConfig:
+    """What stands for a vision network where samples are points of the plane: a random one of three layers, always the
+    same."""
 
     shapes = dict.fromkeys(("layers.0", "layers.1", "layers.2"), (PLANE_WIDTH, 1, 1))
 
@@ -135,11 +144,12 @@ class PlaneFeatures(nn.Module):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        self.places = [tuple(PlaneSight.shapes).index(name) for name in names]
+        self.places = [tuple(PlaneVisionConfig.shapes).index(name) for name in names]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key("features of the plane"))
-            sizes = pairwise((2, *[PLANE_WIDTH] * len(PlaneSight.shapes)))
-            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(*pair), nn.SiLU()) for pair in sizes]).requires_grad_(False)
+            sizes = pairwise((2, *[PLANE_WIDTH] * len(PlaneVisionConfig.shapes)))
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(*pair), nn.SiLU())
+                                         for pair in sizes]).requires_grad_(False)
 
     def forward(self, points: Tensor) -> list[Tensor]:
         states = [points.flatten(1)]
@@ -148,12 +158,12 @@ class PlaneFeatures(nn.Module):
         return [states[place + 1][:, :, None, None] for place in self.places]
 
 
-def published(source: str | None) -> Sight:
+def published(source: str | None) -> VisionConfig:
     """The vision network that a recipe names, or the published one."""
-    return Sight.of(source or PUBLISHED)
+    return VisionConfig.of(source or PUBLISHED)
 
 
-class ToldHead(nn.Module):
+class PromptHead(nn.Module):
     """Feature map (B, C, H, W), vector (B, D) -> logit (B,): Miyato & Koyama 2018, arXiv:1802.05637, eq. 4."""
 
     def __init__(self, shape: Shape, width: int) -> None:
@@ -175,7 +185,7 @@ class PictureHeads(nn.Module):
     def __init__(self, shapes: Mapping[str, Shape], width: int, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            self.heads = nn.ModuleDict({slug(name): ToldHead(shape, width) for name, shape in shapes.items()})
+            self.heads = nn.ModuleDict({slug(name): PromptHead(shape, width) for name, shape in shapes.items()})
         initialise(self.heads, seed)
 
     def forward(self, maps: Sequence[Tensor], cond: Condition) -> Tensor:

@@ -37,8 +37,8 @@ class Net:
 
     def _affine(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> Tensor:
         n, t = self.numbers, t[:, None]
-        told = 0 if w is None else w[:, None] * n["q"]
-        return n["m"] + (1 + t) * (x @ n["S"].T) + text @ n["U"].T + t * n["p"] + told
+        extra = 0 if w is None else w[:, None] * n["q"]
+        return n["m"] + (1 + t) * (x @ n["S"].T) + text @ n["U"].T + t * n["p"] + extra
 
     @torch.no_grad()
     def x0(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None = None) -> Tensor:
@@ -47,8 +47,8 @@ class Net:
 
     def slopes(self, pull: Tensor, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None = None) -> Tensor:
         """Of a loss in all numbers, flat, where `pull` (B, D) is its slope in x_0."""
-        told = torch.zeros(len(x), dtype=torch.float64) if w is None else w
-        parts = pull.sum(0), pull.T @ ((1 + t)[:, None] * x), pull.T @ text, pull.T @ t, pull.T @ told
+        extra = torch.zeros(len(x), dtype=torch.float64) if w is None else w
+        parts = pull.sum(0), pull.T @ ((1 + t)[:, None] * x), pull.T @ text, pull.T @ t, pull.T @ extra
         return torch.cat([part.flatten() for part in parts])
 
     def back(self, pull: Tensor, t: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class QuadraticHeads:
 
     def slopes(self, pull: Tensor, z: Tensor, s: Tensor, text: Tensor, w: Tensor | None = None) -> Tensor:
         """Of a loss in all numbers, flat, where `pull` (B, K) is its slope in the logits."""
-        told = torch.zeros(len(z), dtype=torch.float64) if w is None else w
-        parts = torch.einsum("bk,bf,bg->kfg", pull, z, z), pull.T @ z, pull.T @ s, pull.T @ text, pull.T @ told
+        extra = torch.zeros(len(z), dtype=torch.float64) if w is None else w
+        parts = torch.einsum("bk,bf,bg->kfg", pull, z, z), pull.T @ z, pull.T @ s, pull.T @ text, pull.T @ extra
         return torch.cat([part.flatten() for part in parts])
 
     def back(self, pull: Tensor, z: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Consistency distillation: the boundary is built in, and the loss vanishes at the product of the teacher's Heun steps."""
+"""Consistency distillation: the boundary is built in, and the loss vanishes at the product of the teacher's Heun
+steps."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ def made(problem: Problem, student: Role, target: Role) -> CD:
 
 
 def nodes(problem: Problem) -> torch.Tensor:
-    """sigma_i^(1/7) evenly from 80, or as far as the schedule reaches, to 0.002, or its first time's, where networks know it."""
+    """sigma_i^(1/7) evenly from 80, or as far as the schedule reaches, to 0.002, or its first time's, where networks
+    know it."""
     known = stock_times()
     first, last = (problem.schedule.sigma(u) / problem.schedule.alpha(u) for u in (known[:1], known[-1:]))
     high, low = (f(*pair) ** (1 / 7) for f, pair in ((min, (80.0, last.item())), (max, (0.002, first.item()))))
@@ -45,7 +47,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     learner: Affine = problem.affine()
     network = learner.as_network(problem.kind)
     target = problem.affine()
-    method, batch, step = made(problem, network, target.as_network(problem.kind)), problem.batch(COUNT), problem.step(COUNT)
+    method, batch, step = made(problem, network,
+                               target.as_network(problem.kind)), problem.batch(COUNT), problem.step(COUNT)
     x, origin = problem.normal(COUNT, problem.dim), method.grid[-1:].expand(COUNT)
     yield Check("what any network makes of a state at the origin, against the state; relative",
                 difference(consistency(network(x, origin, batch.cond)), x), 1e-12)
@@ -60,7 +63,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     yield Check("root of the loss at the product of the guided teacher's Heun steps", root.item(), 1e-9)
 
     away = (method.grid[:, None] - nodes(problem)).abs()
-    yield Check("nodes from the nearest of Karras et al.'s, the sampler's and the origin, and those from the nearest node",
+    yield Check("nodes from the nearest of Karras et al.'s, the sampler's and the origin, and those from the nearest "
+                "node",
                 largest(away.amin(1).max().item(), away.amin(0).max().item()), 1e-12)
     once = problem.sampler(CD.inference(Settings(), 1, problem.schedule))
     found, known = once(student, x, batch.cond), path.carried(x, torch.ones(COUNT, dtype=torch.float64), origin)

@@ -27,7 +27,8 @@ STEPS, BATCH, COUNT = 2, 2, 4
 
 def recipe(method: str) -> Recipe:
     """The method's first recipe for a shipped pipeline, cut down to two steps of training on two samples."""
-    name = next(name for name, path in builtin().items() if name.startswith("shapes/") and path.stem.split("-")[0] == method)
+    name = next(name for name, path in builtin().items() if name.startswith("shapes/")
+                and path.stem.split("-")[0] == method)
     plain = Recipe.load(name).resolved()
     data: dict[str, Any] = {"data.batch": BATCH, "data.cache": False}
     if plain["data"]["count"] is not None or plain["data"]["images"] == "shapes":
@@ -35,22 +36,24 @@ def recipe(method: str) -> Recipe:
     for made in ("samples", "pairs"):
         if plain["data"][made] is not None:
             data[f"data.{made}.steps"] = data.get(f"data.{made}.steps", plain["data"][made].get("nodes", 1))
-    short = {"train.updates": STEPS, "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1, "train.log_every": 1}
+    short = {"train.updates": STEPS, "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1,
+             "train.log_every": 1}
     return Recipe.load(name, data | short)
 
 
 def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
-    said = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
-    work = setup(said, torch.device("cpu"))
+    seeded = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
+    work = setup(seeded, torch.device("cpu"))
     yield from stock_teachers(method, seed)
-    yield from kept_pairs(said)
+    yield from kept_pairs(seeded)
     yield from moves(work, out / "moved")
-    yield from decays(said, work.roles)
-    whole = train(said, out=out / "whole")
-    yield Check("tensors of a run that was stopped and resumed which differ from the whole run's", resumed(said, whole, out / "resumed"), 0)
+    yield from decays(seeded, work.roles)
+    whole = train(seeded, out=out / "whole")
+    yield Check("tensors of a run that was stopped and resumed which differ from the whole run's",
+                resumed(seeded, whole, out / "resumed"), 0)
     try:
-        scale = middle(said.guidance) if "w" in work.roles.reads["student"] else None
-        folder = export(whole, "lora" if said.student.lora else "pipeline", scale, out / "export")
+        scale = middle(seeded.guidance) if "w" in work.roles.reads["student"] else None
+        folder = export(whole, "lora" if seeded.student.lora else "pipeline", scale, out / "export")
         missing = [part for part in ("stepdistill.json", "README.md", "scheduler") if not (folder / part).exists()]
         yield Check("parts that are missing of an export, which a stock pipeline has reproduced", len(missing), 0)
     except RequestError as error:
@@ -62,8 +65,10 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
     recipe, roles = work.recipe, work.roles
     stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape)
     trainer = Trainer(work.method, roles, stream, train_config(recipe), run)
-    own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}         # adapters lie on the teacher's network
-    base = {name: tensor for name, tensor in work.teacher.network.state_dict(keep_vars=True).items() if id(tensor) not in own}
+    # adapters lie on the teacher's network
+    own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}
+    base = {name: tensor for name, tensor in work.teacher.network.state_dict(keep_vars=True).items()
+            if id(tensor) not in own}
     before, base_before = {name: _copy(roles.state_dict(name)) for name in roles.names}, _copy(base)
     for index in range(STEPS):
         trainer.step(index)
@@ -71,7 +76,8 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
     trained = {role for update in trainer.updates for role in update.trains}
     follow = {name for name, need in roles.needs.items() if isinstance(need, Follows)}
     frozen = {name for name, need in roles.needs.items() if isinstance(need, Frozen)}
-    yield Check("roles that updates train, or that follow one, and that did not move", len((trained | follow) - moved), 0)
+    yield Check("roles that updates train, or that follow one, and that did not move",
+                len((trained | follow) - moved), 0)
     yield Check("roles that moved and that no update trains", len(moved - trained - follow), 0)
     yield Check("tensors of the teacher's network that moved", _apart(base_before, base), 0)
     reached = [p for p in work.teacher.network.parameters() if id(p) not in own and p.grad is not None]

@@ -44,12 +44,12 @@ class Distance:
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
         self.exact, self.labels = toy.points(torch.arange(COUNT) + COUNT)
-        self.asked = toy.points(torch.arange(COUNT))[1]            # the classes of what is to be measured
-        self.within = {k: within(points_of(self.exact)[self.labels == k]) for k in self.asked.unique().tolist()}
+        self.classes = toy.points(torch.arange(COUNT))[1]            # the classes of what is to be measured
+        self.within = {k: within(points_of(self.exact)[self.labels == k]) for k in self.classes.unique().tolist()}
 
     def of(self, samples: Tensor) -> float:
-        """samples (COUNT, 2, 1, 1), of the classes `asked`. Without the unit."""
-        apart = [energy_distance(points_of(samples)[self.asked == k], points_of(self.exact)[self.labels == k], known)
+        """samples (COUNT, 2, 1, 1), of `classes`. Without the unit."""
+        apart = [energy_distance(points_of(samples)[self.classes == k], points_of(self.exact)[self.labels == k], known)
                  for k, known in self.within.items()]
         return sum(apart) / len(apart)
 
@@ -129,7 +129,7 @@ def convergence(name: str, seed: int, out: Path) -> Iterator[Check]:
             limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
             yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher {distance.of_teacher(work, steps) / unit:.3f}",
                         distance.of(found[-1]) / unit, limit)
-    torch.save({"exact": (points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]), "classes": distance.asked[:SHOWN], "shown": shown},
+    torch.save({"exact": (points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]), "classes": distance.calls[:SHOWN], "shown": shown},
                out / DRAWN)
 
 

@@ -10,7 +10,7 @@ from ..diffusion.guidance import drawn
 from ..methods.distribution.diff_instruct import DiffInstruct, Settings
 from .paths import elsewhere
 from .paths_diff_instruct import paths
-from .players import Pupil, error, heard
+from .players import OffsetRole, error, role_inputs
 from .problem import Affine, Check, Problem, difference, gradient, normal_values
 
 COUNT, MANY = 256, 5_000
@@ -39,18 +39,24 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     guided = problem.guided_cond(COUNT, drawn(problem.w, step))
     apart = method.critic(x_t, t, batch.cond).x0 - problem.teacher(x_t, t, guided).x0
     known = gradient((apart.to(x) * x).mean(), student)
-    yield Check("student's gradient against that of (fake - real) x, exact guided scores; relative", difference(found, known), 1e-5)
+    yield Check("student's gradient against that of (fake - real) x, exact guided scores; relative",
+                difference(found, known), 1e-5)
 
     mean, covariance = problem.guided_cond(1, problem.w).text[0], problem.covariance
     right = Affine(problem.schedule, mean.requires_grad_(), torch.linalg.cholesky(covariance).requires_grad_())
     rest = gradient(made(problem, right, problem.w).student_loss(batch, step)["matching"], right)
-    yield Check("gradient where the student draws as the guided teacher, over its usual size", (rest.norm() / known.norm()).item(), 1e-5)
+    yield Check("gradient where the student draws as the guided teacher, over its usual size",
+                (rest.norm() / known.norm()).item(), 1e-5)
 
-    pupil, batch, step = Pupil(method.critic, MANY, problem.dim), problem.batch(MANY, data=False), problem.step(MANY, "critic")
+    pupil, batch, step = OffsetRole(method.critic, MANY,
+                                    problem.dim), problem.batch(MANY, data=False), problem.step(MANY, "critic")
     loss = made(problem, student, problem.w, pupil).critic_loss(batch, step)["denoising"]
-    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0.detach(), method.level(step.uniform("t"))
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY),
+                   batch.cond).x0.detach(), method.level(step.uniform("t"))
     weight = (problem.schedule.alpha(t) / problem.schedule.sigma(t)) ** 2 + 1
-    yield from pupil.checks(loss, (weight * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "x0")).mean())
+    yield from pupil.checks(loss, (weight * error(pupil, x, step.normal("noise", batch.shape), t,
+                                                  batch.cond, "x0")).mean())
     levels = problem.schedule.time_at(normal_values(Settings().mean, Settings().std).exp().atan())
     levels = (1000 * levels).round().clamp(1, 1000) / 1000          # the nearest time that networks know
-    yield from heard(problem, lambda student, critic: made(problem, student, problem.w, critic), levels, levels, shares=False)
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, problem.w, critic), levels,
+                           levels, shares=False)

@@ -11,7 +11,7 @@ from ..diffusion.contracts import Batch, Pairs, Role
 from ..methods.distribution.dmd import DMD, Settings
 from .paths import elsewhere
 from .paths_dmd import paths
-from .players import Pupil, error, heard, simulated
+from .players import OffsetRole, error, role_inputs, simulated
 from .problem import Affine, Check, Problem, difference, gradient, stock_times
 
 COUNT, MANY = 256, 5_000
@@ -66,7 +66,7 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     rest = gradient(made(problem, carried, method.critic).student_loss(batch, step)["regression"], carried)
     yield Check("gradient of the distance where the student is the teacher's flow, over its usual size", (rest.norm() / pulled.norm()).item(), 1e-6)
 
-    pupil, batch = Pupil(problem.law(*reversed(student.law)), MANY, problem.dim), paired(problem, MANY)
+    pupil, batch = OffsetRole(problem.law(*reversed(student.law)), MANY, problem.dim), paired(problem, MANY)
     first, step = problem.step(MANY), problem.step(MANY, "critic")
     method = made(problem, student, pupil)
     method.student_loss(batch, first)
@@ -74,4 +74,4 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     x, t = student(first.normal("start", batch.shape), t, batch.cond).x0.detach(), method.trained(step.uniform("t"))
     known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
     yield from pupil.checks(method.critic_loss(batch, step)["denoising"], known)
-    yield from heard(problem, lambda student, critic: made(problem, student, critic), stock_times(*Settings().t_range), stock_times())
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic), stock_times(*Settings().t_range), stock_times())

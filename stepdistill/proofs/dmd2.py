@@ -1,5 +1,5 @@
-"""DMD2: at every exit of the student's rollout the gradient is the normalised difference of exact scores; the discriminator's
-optimum is the log ratio of the densities, and one that cannot tell pulls nowhere."""
+"""DMD2: at every exit of the student's rollout the gradient is the normalised difference of exact scores; the
+discriminator's optimum is the log ratio of the densities, and one that cannot tell pulls nowhere."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from ..diffusion.schedule import like
 from ..methods.distribution.dmd2 import DMD2, Settings
 from .paths import elsewhere
 from .paths_dmd2 import paths
-from .players import Pupil, error, exits, heard, simulated
+from .players import OffsetRole, error, exits, role_inputs, simulated
 from .problem import Affine, Check, Problem, difference, gradient, largest, off_zero, stock_times
 
 COUNT, MANY, STEPS = 256, 5_000, 4
@@ -23,24 +23,25 @@ PLAIN, GAN = Settings(gan_weight=0), Settings(gan_weight=0.7, critic_gan_weight=
 
 
 @dataclass
-class Judge:
+class FunctionDiscriminator:
     """A discriminator that says judges(x_t, t), (B, 1), beside its critic's prediction."""
 
     critic: Role
-    judges: Callable[[Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.with_prediction(x_t, t, cond)[1]
 
     def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor]:
-        return self.critic(x_t, t, cond), self.judges(x_t, t)
+        return self.critic(x_t, t, cond), self.logits(x_t, t)
 
 
 def made(problem: Problem, student: Affine, critic: Role, w: float, steps: int = 1,
-         judges: Callable[[Tensor, Tensor], Tensor] | None = None) -> DMD2:
+         logits: Callable[[Tensor, Tensor], Tensor] | None = None) -> DMD2:
     roles = {"teacher": problem.teacher, "student": student, "critic": critic}
-    settings = PLAIN if judges is None else GAN
-    return DMD2(settings, roles if judges is None else roles | {"discriminator": Judge(critic, judges)}, w,
+    settings = PLAIN if logits is None else GAN
+    return DMD2(settings, roles if logits is None else roles | {"discriminator": FunctionDiscriminator(critic, logits)},
+                w,
                 problem.sampler(DMD2.inference(settings, steps, problem.schedule)))
 
 
@@ -71,43 +72,49 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
         apart = (fake - real) / (x.detach() - real).abs().mean(1, keepdim=True)
         known = gradient((apart * x).mean(), student)
         worst = largest(worst, difference(found, known))
-    yield Check(f"student's gradient at each of {STEPS} exits against that of (fake - real) x / |x - real|; relative", worst, 1e-5)
+    yield Check(f"student's gradient at each of {STEPS} exits against that of (fake - real) x / |x - real|; relative",
+                worst, 1e-5)
 
     mean, covariance, step = problem.guided_cond(1, w).text[0], problem.covariance, problem.step(COUNT)
     right = Affine(problem.schedule, mean.requires_grad_(), torch.linalg.cholesky(covariance).requires_grad_())
-    rest = gradient(made(problem, right, problem.law(covariance, mean.detach()), w).student_loss(batch, step)["matching"], right)
-    yield Check("gradient where the student draws as the guided teacher, over its usual size", (rest.norm() / known.norm()).item(), 1e-5)
+    rest = gradient(made(problem, right, problem.law(covariance, mean.detach()),
+                         w).student_loss(batch, step)["matching"], right)
+    yield Check("gradient where the student draws as the guided teacher, over its usual size",
+                (rest.norm() / known.norm()).item(), 1e-5)
     yield from fooled(problem, student)
-    yield from told_apart(problem, student)
-    judged = lambda student, critic: made(problem, student, critic, w, STEPS, lambda x_t, t: x_t[:, :1])
-    yield from heard(problem, judged, stock_times(*GAN.t_range), stock_times(), STEPS, shares=False)
+    yield from separation(problem, student)
+    with_discriminator = lambda student, critic: made(problem, student, critic, w, STEPS, lambda x_t, t: x_t[:, :1])
+    yield from role_inputs(problem, with_discriminator, stock_times(*GAN.t_range), stock_times(), STEPS, shares=False)
 
 
 def fooled(problem: Problem, student: Affine) -> Iterator[Check]:
     """The student's part in the game."""
     batch, step, towards = problem.batch(COUNT), problem.step(COUNT), problem.normal(problem.dim)
     critic = problem.law(*reversed(student.law))
-    judges = lambda x_t, t: (x_t.double() @ towards + t)[:, None]
-    method = made(problem, student, critic, problem.w, judges=judges)
+    logits = lambda x_t, t: (x_t.double() @ towards + t)[:, None]
+    method = made(problem, student, critic, problem.w, logits=logits)
     found = gradient(method.student_loss(batch, step)["gan"], student)
     z, _, _ = simulated(student, method.sampler, step)
     x = student(z, torch.ones(COUNT), batch.cond).x0
     x_t, t = noised(problem, method, x.detach(), step)
-    pull = -torch.sigmoid(-judges(x_t, t)) * like(problem.schedule.alpha(t), x_t) * towards
+    pull = -torch.sigmoid(-logits(x_t, t)) * like(problem.schedule.alpha(t), x_t) * towards
     known = gradient(GAN.gan_weight * (pull * x).sum(1).mean(), student)
-    yield Check("gradient of fooling it against -sigmoid(-logit) alpha grad(logit); relative", difference(found, known), 1e-5)
+    yield Check("gradient of fooling it against -sigmoid(-logit) alpha grad(logit); relative",
+                difference(found, known), 1e-5)
 
-    alone = gradient(made(problem, student, critic, problem.w).student_loss(batch, problem.step(COUNT))["matching"], student)
-    blind = made(problem, student, critic, problem.w, judges=lambda x_t, t: 0 * x_t[:, :1] + t[:, None])
+    alone = gradient(made(problem, student, critic, problem.w).student_loss(batch, problem.step(COUNT))["matching"],
+                     student)
+    blind = made(problem, student, critic, problem.w, logits=lambda x_t, t: 0 * x_t[:, :1] + t[:, None])
     both = gradient(sum(blind.student_loss(batch, step).values()), student)
     yield Check("what a discriminator that cannot tell adds to the gradient; relative", difference(both, alone), 1e-9)
 
 
-def told_apart(problem: Problem, student: Affine) -> Iterator[Check]:
-    """The other two's part: slopes at the exact denoiser, and at the log ratio of the densities moved by an affine of x_t."""
+def separation(problem: Problem, student: Affine) -> Iterator[Check]:
+    """The other two's part: slopes at the exact denoiser, and at the log ratio of the densities moved by an affine of
+    x_t."""
     batch, step = problem.batch(MANY), problem.step(MANY, "critic")
     mean, covariance = student.law
-    fake, pupil = problem.law(covariance, mean), Pupil(problem.law(covariance, mean), MANY, problem.dim)
+    fake, pupil = problem.law(covariance, mean), OffsetRole(problem.law(covariance, mean), MANY, problem.dim)
     moved = torch.zeros(MANY, 1 + problem.dim, dtype=torch.float64, requires_grad=True)
 
     def ratio(x_t: Tensor, t: Tensor) -> Tensor:
@@ -115,9 +122,10 @@ def told_apart(problem: Problem, student: Affine) -> Iterator[Check]:
         apart = problem.teacher.of(batch.cond).log_density(x_t, t) - fake.of(batch.cond).log_density(x_t, t)
         return (apart + moved[:, 0] + (moved[:, 1:] * x_t).sum(1))[:, None]
 
-    method = made(problem, student, pupil, problem.w, judges=ratio)
+    method = made(problem, student, pupil, problem.w, logits=ratio)
     losses = method.critic_loss(batch, step)
-    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0.detach(), method.trained(step.uniform("t"))
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY),
+                   batch.cond).x0.detach(), method.trained(step.uniform("t"))
     known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
     yield from pupil.checks(losses["denoising"], known)
     slopes = torch.autograd.grad(losses["discriminator"], moved)[0]

@@ -15,20 +15,22 @@ from ..diffusion.times import LEVELS
 from ..methods.base import Guidance
 from ..methods.trajectory.guided import GuidedDistillation, Settings
 from .paths_trajectory import guided as paths
-from .problem import Affine, Believer, Check, Problem, difference, evenly, gradient, off_law, reaching, stock_times
+from .problem import Affine, Check, FunctionRole, Problem, difference, evenly, gradient, off_law, reaching, stock_times
 
 COUNT, STEPS = 512, 8
 
 
-def made(problem: Problem, student: Role, w: Guidance, teacher: Role | None = None, **settings: Any) -> GuidedDistillation:
-    asked = Settings(**settings)
-    sampler = problem.sampler(GuidedDistillation.inference(asked, STEPS, problem.schedule))
-    return GuidedDistillation(asked, {"teacher": teacher or problem.teacher, "student": student}, w, sampler)
+def made(problem: Problem, student: Role, w: Guidance, teacher: Role | None = None,
+         **settings: Any) -> GuidedDistillation:
+    chosen = Settings(**settings)
+    sampler = problem.sampler(GuidedDistillation.inference(chosen, STEPS, problem.schedule))
+    return GuidedDistillation(chosen, {"teacher": teacher or problem.teacher, "student": student}, w, sampler)
 
 
-def closed(problem: Problem, off: float = 0.0) -> Believer:
+def closed(problem: Problem, off: float = 0.0) -> FunctionRole:
     """Guided, in closed form, at the scale that it is told, `off` too much."""
-    return Believer(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), cond.w + off)).x0, problem.kind)
+    return FunctionRole(problem.schedule, lambda x, t,
+                        cond: problem.teacher(x, t, problem.guided_cond(len(t), cond.w + off)).x0, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -36,25 +38,32 @@ def identities(problem: Problem) -> Iterator[Check]:
     loss = lambda student, w, **settings: made(problem, student, w, **settings).loss(batch, step)["guided"]
     usual, right = loss(closed(problem, 1.0), spread), closed(problem)
     rest = loss(right, spread) / usual
-    yield Check("loss of the guided teacher at every scale of a range, over that of one a scale too high", rest.item(), 1e-18)
-    ((_, t, cond),) = right.asked
-    for name, found, law in (("scales it was told", cond.w, evenly(*spread)), ("times it was asked at", t, stock_times())):
+    yield Check("loss of the guided teacher at every scale of a range, over that of one a scale too high",
+                rest.item(), 1e-18)
+    ((_, t, cond),) = right.calls
+    for name, found, law in (("scales it was told", cond.w, evenly(*spread)),
+                             ("times it was asked at", t, stock_times())):
         yield Check(f"moments of the {name} against the uniform law's, in standard errors", off_law(found, law), 6)
 
-    plain, fixed = (Believer(problem.schedule, lambda x, t, cond, w=w: problem.teacher(x, t, problem.guided_cond(len(t), w)).x0, problem.kind)
+    plain, fixed = (FunctionRole(problem.schedule, lambda x, t, cond,
+                                 w=w: problem.teacher(x, t, problem.guided_cond(len(t), w)).x0, problem.kind)
                     for w in (1.0, problem.w))
     for w in (1.0, (1.0, 1.0)):
-        yield Check(f"loss of the conditional teacher at w = {w}, over that of one a scale too high", (loss(plain, w) / usual).item(), 1e-18)
-    rest = loss(fixed, problem.w, told=False) / usual
+        yield Check(f"loss of the conditional teacher at w = {w}, over that of one a scale too high",
+                    (loss(plain, w) / usual).item(), 1e-18)
+    rest = loss(fixed, problem.w, guidance_embedding=False) / usual
     yield Check("loss of the guided teacher where nothing is told, over the same", rest.item(), 1e-18)
 
     for weight in ("truncated", "v"):
         student = problem.affine()
-        found, known = gradient(loss(student, spread, weight=weight), student), _slope(problem, weight, batch, step, student)
-        yield Check(f"gradient under weight {weight} against that of the weighted error in x_0; relative", difference(found, known), 1e-9)
+        found = gradient(loss(student, spread, weight=weight), student)
+        known = _slope(problem, weight, batch, step, student)
+        yield Check(f"gradient under weight {weight} against that of the weighted error in x_0; relative",
+                    difference(found, known), 1e-9)
 
     teacher = problem.affine()
-    yield Check("gradient that reaches the teacher", reaching(loss(problem.affine(), spread, teacher=teacher), teacher), 0)
+    yield Check("gradient that reaches the teacher", reaching(loss(problem.affine(), spread, teacher=teacher), teacher),
+                0)
     yield from paths(problem)
 
 

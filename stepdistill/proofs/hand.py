@@ -109,8 +109,8 @@ class Hand:
         if self.flow:
             out = (t[:, None] > 0).double()
             return 1 - out, out
-        told = 10 * (LEVELS * t[:, None] - 1)
-        return 0.25 / (told**2 + 0.25), told / (told**2 + 0.25).sqrt()
+        scaled = 10 * (LEVELS * t[:, None] - 1)
+        return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
 
     def snr(self, t: Tensor) -> Tensor:
         a, s = self.at(t)
@@ -140,12 +140,12 @@ class Hand:
     def strategic(self, x0: Denoiser, noise: Tensor, times: Sequence[float], gamma: float,
                   draw: Callable[[int], Tensor]) -> Tensor:
         """TCD's algorithm 4 by the told times of TCDScheduler: to floor((1 - gamma) n), n the next, and back to n."""
-        x, told = noise, [round(LEVELS * t) - 1 for t in times] + [0]
-        for i, (now, after) in enumerate(zip(told, told[1:])):
+        x, timesteps = noise, [round(LEVELS * t) - 1 for t in times] + [0]
+        for i, (now, after) in enumerate(zip(timesteps, timesteps[1:])):
             past = int((1 - gamma) * after)
             t, s, r = (column((n + 1) / LEVELS, x)[:, 0] for n in (now, past, after))
             x = self.land(x0(x, t), x, t, s)
-            if gamma > 0 and i + 2 < len(told):
+            if gamma > 0 and i + 2 < len(timesteps):
                 kept = self.at(r)[0] / self.at(s)[0]
                 x = kept * x + (self.at(r)[1] ** 2 - (kept * self.at(s)[1]) ** 2).sqrt() * draw(i)
         return x
@@ -166,11 +166,11 @@ class Learner:
 
     def x0(self, x: Tensor, t: Tensor, cond: Condition, w: Tensor | float | None = None) -> Tensor:
         m, S, T, n, u = self.parts
-        said = m + x @ S.T + cond.text @ T.T + t[:, None] * n
-        return said + (column(w, x) - 1) * u if self.reads_w else said
+        x0 = m + x @ S.T + cond.text @ T.T + t[:, None] * n
+        return x0 + (column(w, x) - 1) * u if self.reads_w else x0
 
     def network(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """As a `Believer` believes it. ValueError where it is told a scale that it does not read, or none."""
+        """As a `FunctionRole` answers. ValueError where it is told a scale that it does not read, or none."""
         if (cond.w is not None) != self.reads_w:
             raise ValueError(f"this network reads {'a' if self.reads_w else 'no'} guidance scale; it was told {cond.w}")
         return self.x0(x, t, cond, None if cond.w is None else cond.w.double())

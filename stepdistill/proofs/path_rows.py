@@ -23,7 +23,7 @@ from ..models.schedulers import StockCall, sampler_of, stock_call, stock_schedul
 from ..models.stock import Guidance
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
 from .path_table import PUBLISHED, Path, all_paths, refused, served
-from .problem import Believer, Check, Problem, difference, largest
+from .problem import Check, FunctionRole, Problem, difference, largest
 
 COUNT, SAMPLES = 64, 16
 AVERAGED = ("cd", "tract")                  # whose target is an average of the student, an adapter's too
@@ -79,13 +79,13 @@ class Cast:
 
 def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     """ValueError where no stock scheduler serves the path on this noise."""
-    kind, settings, scale = load_method(name), path.asked(name), path.scale(problem)
+    kind, settings, scale = load_method(name), path.settings_of(name), path.scale(problem)
     inference = kind.inference(settings, path.steps, problem.schedule, scale)
     exported = stock_call(inference, problem.schedule, Guidance(embedded="guidance_scale"))
     needs = kind.needs(settings, path.full)
     learner, average = (Learner(problem, "w" in needs["student"].reads) for _ in range(2))
     target = average if path.full or name in AVERAGED else learner
-    network, averaged = (Believer(problem.schedule, each.network, problem.kind) for each in (learner, average))
+    network, averaged = (FunctionRole(problem.schedule, each.network, problem.kind) for each in (learner, average))
     teacher = _teacher(problem, path, learner.reads_w)
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
@@ -99,12 +99,12 @@ def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
     if not path.previous:
         return problem.teacher
 
-    def believes(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.null is None:
             raise ValueError("a teacher that has its guidance within was guided again")
         w = cond.w.double() if reads_w else path.scale(problem)
         return problem.teacher(x, t, Condition(text=guided_mean(cond, w))).x0
-    return self_guided(Believer(problem.schedule, believes, problem.kind), told=reads_w)
+    return self_guided(FunctionRole(problem.schedule, x0_of, problem.kind), guidance_embedding=reads_w)
 
 
 def _batch(problem: Problem, path: Path) -> Batch:
@@ -122,7 +122,7 @@ def stock(problem: Problem, exported: StockCall) -> SchedulerMixin:
     return scheduler
 
 
-def told_at_export(exported: StockCall) -> float:
+def scale_at_export(exported: StockCall) -> float:
     """The guidance scale in the exported call: a stock pipeline tells it a network that reads one, and guides any other
     itself where it is above 1."""
     return exported.call["guidance_scale"]
@@ -134,11 +134,11 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
     problem, call, scheduler = found.problem, found.stock.call, stock(found.problem, found.stock)
     grid = next(name for name in ("sigmas", "timesteps", "num_inference_steps") if name in call)
     scheduler.set_timesteps(**{grid: call[grid]})
-    network = Believer(problem.schedule, found.learner.network, problem.kind)
+    network = FunctionRole(problem.schedule, found.learner.network, problem.kind)
     takes, given = inspect.signature(scheduler.step).parameters, {"eta": call.get("eta", 0.0), "generator": generator}
     given = {name: value for name, value in given.items() if name in takes}
     cond = found.batch.cond[:SAMPLES]
-    w = told_at_export(found.stock)
+    w = scale_at_export(found.stock)
     cond = cond.replace(w=torch.full((SAMPLES,), w).double()) if found.learner.reads_w else cond
     x = noise if problem.name == "flow" else noise * scheduler.init_noise_sigma
     for time in scheduler.timesteps:
@@ -177,11 +177,11 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
     streams = [torch.Generator().manual_seed(7) for _ in range(3)]
     draws = [lambda i, s=s: torch.randn(SAMPLES, problem.dim, generator=s, dtype=torch.float64) for s in streams]
     cond = found.batch.cond[:SAMPLES]
-    w = torch.full((SAMPLES,), told_at_export(found.stock)).double()
-    told, network = cond.replace(w=w) if found.learner.reads_w else cond, found.learner.network
+    w = torch.full((SAMPLES,), scale_at_export(found.stock)).double()
+    cond, network = cond.replace(w=w) if found.learner.reads_w else cond, found.learner.network
     with torch.no_grad():
         right = known(found, noise, draws[0])
-        ours = found.method.sampler(Believer(problem.schedule, network, problem.kind), noise, told, draws[1])
+        ours = found.method.sampler(FunctionRole(problem.schedule, network, problem.kind), noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 
 
@@ -204,8 +204,9 @@ def rows(name: str, problem: Problem, loss: Known, sample: Sampled, tolerance: f
     for path in all_paths(name):
         if not served(name, path, problem):
             continue
-        told, rounded = path.settings.get("told"), problem.name == "vp" and LEVELS % path.steps
+        reads_scale, rounded = path.settings.get("guidance_embedding"), problem.name == "vp" and LEVELS % path.steps
         yield Check(f"{path.name}: {TRAINED}, on {len(places)} noises; relative",
-                    largest(*(trained(name, path, place, loss, kept) for place in places)), 1e-5 if told else tolerance)
+                    largest(*(trained(name, path, place, loss, kept) for place in places)),
+                    1e-5 if reads_scale else tolerance)
         yield Check(f"{path.name}: {DRAWN}, on {len(places)} noises; relative",
                     largest(*(sampled(name, path, place, sample) for place in places)), 1e-3 if rounded else 1e-4)

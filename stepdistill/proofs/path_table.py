@@ -32,7 +32,7 @@ class Path:
     previous: bool = False
     nodes: int = 4
 
-    def asked(self, method: str) -> Any:
+    def settings_of(self, method: str) -> Any:
         """The method's settings."""
         return load_method(method).Settings(**self.settings)
 
@@ -55,10 +55,10 @@ SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3
 PATHS: dict[str, tuple[Path, ...]] = {
     "cd": (*CONSISTENCY, ONE),
     "lcm": (*CONSISTENCY, *SKIPS,
-            of("told a range", w=RANGE, told=True),
-            of("told one scale", told=True),
-            of("told, an averaged target", w=RANGE, full=True, told=True),
-            Path("of the stage before, told", {"told": True}, w=RANGE, previous=True)),
+            of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
+            of("guidance embedding, one scale", guidance_embedding=True),
+            of("guidance embedding, an averaged target", w=RANGE, full=True, guidance_embedding=True),
+            Path("of the stage before, guidance embedding", {"guidance_embedding": True}, w=RANGE, previous=True)),
     "scm": (*GUIDED, ONE,
             of("exact", derivative="exact"),
             of("mean and deviation", mean=0.9, std=1.1),
@@ -75,13 +75,15 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("skip 2, gamma 1", skip=2, gamma=1.0),
             of("shift 2, gamma 1, an averaged target", full=True, shift=2.0, gamma=1.0),
             of("Huber, gamma 0, a range of scales", w=RANGE, loss="huber", huber_c=0.3, gamma=0.0)),
-    "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("untold", told=False), of("16 steps", 16, RANGE)),
+    "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("no guidance embedding", guidance_embedding=False),
+               of("16 steps", 16, RANGE)),
     "kd": (ONE, of("absolute", loss="absolute"), of("2 steps on 4 nodes", 2)),
     "progressive": (*GUIDED, AFTER,
                     of("SNR + 1", weight="v"),
                     of("16 steps", 16),
-                    of("told a range", w=RANGE, told=True),
-                    Path("of the stage before, told", {"told": True}, 8, RANGE, previous=True)),
+                    of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
+                    Path("of the stage before, guidance embedding", {"guidance_embedding": True}, 8, RANGE,
+                         previous=True)),
     "reflow": (HUBER, of("distil", distil=True), of("distil, 1 step", 1, distil=True)),
     "tract": (*GUIDED, AFTER, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2), of("a step a node", 4, nodes=4)),
 }
@@ -94,9 +96,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
     "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
             "shift": 1.0},
-    "guided": {"weight": "truncated", "told": True},
+    "guided": {"weight": "truncated", "guidance_embedding": True},
     "kd": {"loss": "squared"},
-    "progressive": {"weight": "truncated", "told": False},
+    "progressive": {"weight": "truncated", "guidance_embedding": False},
     "reflow": {"distil": False, "loss": "squared", "huber_c": 0.001},
     "tract": {"nodes": 40, "target_decay": 0.5},
 }
@@ -141,7 +143,7 @@ def uncovered(method: str, settings: type | None = None) -> list[str]:
 def served(name: str, path: Path, problem: Problem) -> bool:
     """Whether a stock scheduler exists for it: those of LCM and TCD have nodes that divide 1000 and no shift; of a flow
     none adds a share of fresh noise."""
-    settings = vars(path.asked(name))
+    settings = vars(path.settings_of(name))
     if problem.name == "flow":
         return settings.get("gamma", 1.0) in (0, 1)
     return name not in ("lcm", "tcd") or LEVELS % settings["nodes"] == 0 and settings["shift"] == 1
@@ -149,7 +151,8 @@ def served(name: str, path: Path, problem: Problem) -> bool:
 
 def refused(name: str, path: Path, problem: Problem) -> bool:
     try:
-        inference = load_method(name).inference(path.asked(name), path.steps, problem.schedule, path.scale(problem))
+        inference = load_method(name).inference(path.settings_of(name), path.steps, problem.schedule,
+                                                path.scale(problem))
         stock_call(inference, problem.schedule)
     except ValueError:
         return True

@@ -120,7 +120,7 @@ class Known:
 
     values: Mapping[str, Tensor | None]
     slopes: Mapping[str, Tensor]
-    unasked: Sequence[str] = ()
+    unchecked: Sequence[str] = ()
 
 
 def batch_of(problem: Problem, offset: int) -> Batch:
@@ -221,7 +221,7 @@ def of_turn(losses: Mapping[str, Tensor], known: Known, turn: Turn) -> float:
     values = [(losses[name], value) for name, value in known.values.items() if value is not None]
     figures = [((found - value).abs() / (value.abs() + 1e-3)).item() for found, value in values]
     for name, role in turn.roles.items():
-        if name in (*known.unasked, *FIXED):
+        if name in (*known.unchecked, *FIXED):
             continue
         numbers = list(role.numbers.values())
         found = torch.autograd.grad(sum(losses.values()), numbers, allow_unused=True, retain_graph=True)
@@ -240,8 +240,8 @@ def stock_time(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 
 def noise_level(turn: Turn, u: Tensor, whole: bool = False) -> Tensor:
-    """The time (B,) of a draw u by the law of the settings, in t_range or at all times: each stock time has the probability
-    of the cell around it."""
+    """The time (B,) of a draw u by the law of the settings, in t_range or at all times: each stock time has the
+    probability of the cell around it."""
     s, schedule = turn.settings, turn.problem.schedule
     low, high = (0.0, 1.0) if whole else s.t_range
     if s.noise_law == "uniform":
@@ -264,7 +264,8 @@ def noise_level(turn: Turn, u: Tensor, whole: bool = False) -> Tensor:
     return (times[0] + place + 1).double() / 1000
 
 
-NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0}      # defaults of most
+# defaults of most
+NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0}
 
 
 def laws(**settings: Any) -> tuple[Path, ...]:
@@ -278,9 +279,9 @@ def laws(**settings: Any) -> tuple[Path, ...]:
 
 def renoised(problem: Problem, x0: Tensor, x: Tensor, t: Tensor, r: Tensor, noise: Tensor) -> Tensor:
     """x_0 noised to r: with LCMScheduler's boundary, of 1e-6 at the times of few steps, on a VP schedule."""
-    told = 10 * (1000 * t[0] - 1)
+    scaled = 10 * (1000 * t[0] - 1)
     if problem.name == "vp":
-        x0 = told / (told**2 + 0.25).sqrt() * x0 + 0.25 / (told**2 + 0.25) * x
+        x0 = scaled / (scaled**2 + 0.25).sqrt() * x0 + 0.25 / (scaled**2 + 0.25) * x
     return problem.schedule.alpha(r)[:, None] * x0 + problem.schedule.sigma(r)[:, None] * noise
 
 

@@ -145,7 +145,8 @@ def of_student(turn: Turn) -> Known:
         values["distillation"] = s.distillation_weight * (alpha * off.square().mean(1)).mean()
         pulled = 2 * s.distillation_weight * alpha[:, None] * off / off.numel()
         pull = pull + (pulled if s.distance == "latents" else decode.back(pulled, x))
-    return Known(values, {"student": turn.roles["student"].slopes(pull, x_s, t, turn.text)}, unasked=("discriminator",))
+    return Known(values, {"student": turn.roles["student"].slopes(pull, x_s, t, turn.text)},
+                 unchecked=("discriminator",))
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ def consistency(hand: Hand, x0: Callable[[Tensor, Tensor], Tensor], x: Tensor, t
     return skip * x + out * x0(x, t)
 
 
-def karras_grid(hand: Hand, count: int, asked: Tensor) -> Tensor:
-    """sigma_i^(1/7) evenly between the ends, at whole times where the noise has a table, with `asked` and the origin.
+def karras_grid(hand: Hand, count: int, sampled: Tensor) -> Tensor:
+    """sigma_i^(1/7) evenly between the ends, at whole times where the noise has a table, with `sampled` and the origin.
 
     Descending.
     """
@@ -29,7 +29,7 @@ def karras_grid(hand: Hand, count: int, asked: Tensor) -> Tensor:
     low, high = max(KARRAS[0], reach[0]), min(KARRAS[1], reach[1])
     ratio = (high ** (1 / 7) + torch.arange(count).double() / (count - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     times = ratio / (1 + ratio) if hand.flow else (LEVELS * hand.time(ratio.atan())).round() / LEVELS
-    return torch.cat([times, asked, torch.tensor([hand.end], dtype=torch.float64)]).unique().flip(0)
+    return torch.cat([times, sampled, torch.tensor([hand.end], dtype=torch.float64)]).unique().flip(0)
 
 
 def even_times(steps: int) -> list[float]:
@@ -59,8 +59,8 @@ def nodes(found: Cast) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def neighbours(found: Cast) -> tuple[Tensor, Tensor]:
     """(t, s) on cd's grid, which holds the times of the sampler too."""
-    asked = torch.tensor(even_times(found.path.steps), dtype=torch.float64)
-    grid = karras_grid(found.hand, found.settings.nodes, asked)
+    sampled = torch.tensor(even_times(found.path.steps), dtype=torch.float64)
+    grid = karras_grid(found.hand, found.settings.nodes, sampled)
     i = found.step.integers("node", len(grid) - 1)
     return grid[i], grid[i + 1]
 

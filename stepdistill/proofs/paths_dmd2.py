@@ -17,20 +17,22 @@ from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, n
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
-SHARED, TOLD = {"critic_steps": 2, "share_rollout": True}, {"tell_exit": True}
+SHARED, TOLD = {"critic_steps": 2, "share_rollout": True}, {"exit_embedding": True}
 TOY = {"critic_steps": 3, "share_rollout": True, "gan_weight": 0.0}
 PATHS = (
     Path("the defaults", elsewhere=True),
     Path("the defaults at 4 steps", steps=4, moments=MANY),
     Path("shapes/dmd2, shapes-sd3/dmd2", SHARED, steps=4, moments=MANY, elsewhere=True),
     Path("shapes/dmd2-1step", SHARED, elsewhere=True),
-    Path("toy/dmd2, four exits told, not guided", TOY | TOLD | {"noise_law": "mixture", "t_range": (0.02, 0.9)}, steps=4, guidance=1.0,
+    Path("toy/dmd2, exit embedding, four exits, not guided",
+         TOY | TOLD | {"noise_law": "mixture", "t_range": (0.02, 0.9)}, steps=4, guidance=1.0,
          moments=MANY, elsewhere=True),
     Path("toy/dmd2-1step, not guided", TOY | {"t_range": (0.02, 0.7)}, guidance=1.0, elsewhere=True),
     Path("a range of guidance", {"critic_steps": 1}, guidance=(1.5, 4.0)),
     Path("critic_steps 3, fresh samples after the first", {"critic_steps": 3}, steps=2, moments=MANY),
-    Path("share_rollout with the exit told", TOLD | {"critic_steps": 3, "share_rollout": True}, steps=2, moments=MANY),
-    Path("the exit told, fresh samples, with the discriminator", TOLD | {"critic_steps": 3}, steps=4, moments=MANY),
+    Path("share_rollout with an exit embedding", TOLD | {"critic_steps": 3, "share_rollout": True},
+         steps=2, moments=MANY),
+    Path("exit embedding, fresh samples, with the discriminator", TOLD | {"critic_steps": 3}, steps=4, moments=MANY),
     Path("a teacher with its guidance within", {"critic_steps": 1}, within=True),
     Path("no discriminator", {"gan_weight": 0.0}, elsewhere=True),
     Path("gan_weight 0.7", {"gan_weight": 0.7, "critic_steps": 1}),
@@ -62,8 +64,8 @@ class OnCritic:
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: Net.of(problem) for name in ("teacher", "student", "critic")}
-    judge = OnCritic(found["critic"], QuadraticHeads.of(problem, problem.dim))
-    return found | ({"discriminator": judge} if settings.gan_weight else {})
+    discriminator = OnCritic(found["critic"], QuadraticHeads.of(problem, problem.dim))
+    return found | ({"discriminator": discriminator} if settings.gan_weight else {})
 
 
 def known(turn: Turn) -> Known:
@@ -72,42 +74,42 @@ def known(turn: Turn) -> Known:
 
 def of_student(turn: Turn) -> Known:
     s, sample, student, critic = turn.settings, rolled(turn), turn.roles["student"], turn.roles["critic"]
-    told, t = sample.exit if s.tell_exit else None, noise_level(turn, turn.step.uniform("t"))
+    w, t = sample.exit if s.exit_embedding else None, noise_level(turn, turn.step.uniform("t"))
     x_t = turn.noised(sample.x, t)
     real = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale))
-    fake = critic.x0(x_t, t, turn.text, told)
+    fake = critic.x0(x_t, t, turn.text, w)
     pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
     if not s.gan_weight:
         return Known({"matching": None}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)})
-    heads, logits = turn.roles["discriminator"].heads, logits_at(turn, x_t, t, told)
+    heads, logits = turn.roles["discriminator"].heads, logits_at(turn, x_t, t, w)
     fooled = -s.gan_weight * torch.sigmoid(-logits) / logits.numel()
     pull = pull + turn.problem.schedule.alpha(t)[:, None] * critic.back(heads.back(fooled, fake), t)
     value = s.gan_weight * softplus(-logits).mean()
     return Known({"matching": None, "gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
-                 unasked=("critic", "discriminator"))
+                 unchecked=("critic", "discriminator"))
 
 
 @torch.no_grad()
-def logits_at(turn: Turn, x_t: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
-    return turn.roles["discriminator"](x_t, t, Condition(text=turn.text, w=told))
+def logits_at(turn: Turn, x_t: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    return turn.roles["discriminator"](x_t, t, Condition(text=turn.text, w=w))
 
 
 def of_critic(turn: Turn) -> Known:
     s, critic, t = turn.settings, turn.roles["critic"], noise_level(turn, turn.step.uniform("t"), whole=True)
     sample = rolled(turn.before or turn)                          # the student's own where it is shared
-    told = sample.exit if s.tell_exit else None
-    value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2, told)
+    w = sample.exit if s.exit_embedding else None
+    value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2, w)
     if not s.gan_weight:
         return Known({"denoising": value}, {"critic": slope})
     heads, t_real = turn.roles["discriminator"].heads, noise_level(turn, turn.step.uniform("real t"), whole=True)
     game, slope_of_heads = torch.zeros(()), 0
     fake, real = turn.noised(sample.x, t), turn.noised(turn.x0, t_real, "real noise")
     for x_t, at, sign in ((fake, t, 1), (real, t_real, -1)):
-        logits, features = logits_at(turn, x_t, at, told), critic.x0(x_t, at, turn.text, told)
+        logits, features = logits_at(turn, x_t, at, w), critic.x0(x_t, at, turn.text, w)
         game = game + s.critic_gan_weight * softplus(sign * logits).mean()
         pull = s.critic_gan_weight * sign * torch.sigmoid(sign * logits) / logits.numel()
-        slope_of_heads = slope_of_heads + heads.slopes(pull, features, at[:, None], turn.text, told)
-        slope = slope + critic.slopes(heads.back(pull, features), x_t, at, turn.text, told)
+        slope_of_heads = slope_of_heads + heads.slopes(pull, features, at[:, None], turn.text, w)
+        slope = slope + critic.slopes(heads.back(pull, features), x_t, at, turn.text, w)
     return Known({"denoising": value, "discriminator": game}, {"critic": slope, "discriminator": slope_of_heads})
 
 
@@ -118,14 +120,14 @@ def orders(settings: Any) -> list[Order]:
 
 
 def needs(settings: Any) -> dict[str, Any]:
-    critic = Trained("teacher", reads=("w",) if settings.tell_exit else ())
+    critic = Trained("teacher", reads=("w",) if settings.exit_embedding else ())
     found = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
     return found | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
 
 
 ALGORITHM = Algorithm(
     DMD2, roles, orders, needs, known,
-    defaults={"critic_steps": 5, "share_rollout": False, "tell_exit": False, **NOISE,
+    defaults={"critic_steps": 5, "share_rollout": False, "exit_embedding": False, **NOISE,
               "gan_weight": 5e-3, "critic_gan_weight": 1e-2},
 )
 

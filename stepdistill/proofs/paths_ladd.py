@@ -16,16 +16,16 @@ from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
 
 ENDS = (0, 60, 499, 500)                # moments: of the warm-up's end at its default, and at that of shapes/ladd
-TOY = {"warm": 0, "mean": -1.0, "shares": (1.0,), "first_shares": (1.0,)}
+TOY = {"warmup_updates": 0, "mean": -1.0, "shares": (1.0,), "warmup_shares": (1.0,)}
 PATHS = (
     Path("the defaults, before and after the warm-up", moments=ENDS, steps=4, elsewhere=True),
-    Path("shapes/ladd", {"warm": 50, "mean": -1.0}, moments=ENDS, steps=4, elsewhere=True),
+    Path("shapes/ladd", {"warmup_updates": 50, "mean": -1.0}, moments=ENDS, steps=4, elsewhere=True),
     Path("toy/ladd, one node", TOY, moments=ENDS, guidance=1.0, elsewhere=True),
-    Path("no warm-up", {"warm": 0}, moments=ENDS, steps=2),
-    Path("a warm-up of 1", {"warm": 1}, moments=(0, 1), steps=4),
-    Path("even shares", {"warm": 0, "shares": (0.25,) * 4}, moments=ENDS, steps=4),
-    Path("first_shares of noise alone", {"first_shares": (1.0, 0.0, 0.0, 0.0)}, moments=(0, 499), steps=4),
-    Path("two nodes", {"shares": (0.3, 0.7), "first_shares": (0.9, 0.1)}, moments=ENDS, steps=2),
+    Path("no warm-up", {"warmup_updates": 0}, moments=ENDS, steps=2),
+    Path("a warm-up of 1", {"warmup_updates": 1}, moments=(0, 1), steps=4),
+    Path("even shares", {"warmup_updates": 0, "shares": (0.25,) * 4}, moments=ENDS, steps=4),
+    Path("warmup_shares of noise alone", {"warmup_shares": (1.0, 0.0, 0.0, 0.0)}, moments=(0, 499), steps=4),
+    Path("two nodes", {"shares": (0.3, 0.7), "warmup_shares": (0.9, 0.1)}, moments=ENDS, steps=2),
     Path("mean -1", {"mean": -1.0}),
     Path("std 0.4", {"std": 0.4}),
     Path("critic_steps 3, all on one sample", {"critic_steps": 3}),
@@ -33,7 +33,7 @@ PATHS = (
 
 
 @dataclass
-class Judge:
+class QuadraticDiscriminator:
     """Quadratic heads, called as a discriminator on a network's features is."""
 
     numbers: dict[str, Tensor]
@@ -60,7 +60,7 @@ def level(turn: Turn, name: str) -> Tensor:
 def sample(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
     """The student's x_0, what it is given, and the time."""
     s, schedule, noise = turn.settings, turn.problem.schedule, turn.noise("start")
-    t = drawn_from(turn.step.uniform("t"), s.first_shares if turn.step.index < s.warm else s.shares)
+    t = drawn_from(turn.step.uniform("t"), s.warmup_shares if turn.step.index < s.warmup_updates else s.shares)
     x_t = schedule.alpha(t)[:, None] * turn.x0 + schedule.sigma(t)[:, None] * noise
     x_t = torch.where(t[:, None] == 1, noise, x_t)                # pure, whatever alpha is there
     return turn.roles["student"].x0(x_t, t, turn.text), x_t, t
@@ -81,7 +81,7 @@ def known(turn: Turn) -> Known:
         x_s, s, logits = seen(turn, x, "fake")
         pull = heads.back(torch.full_like(logits, -1 / logits.numel()), x_s) * turn.problem.schedule.alpha(s)[:, None]
         return Known({"gan": -logits.mean()}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
-                     unasked=("discriminator",))
+                     unchecked=("discriminator",))
     value, slope = torch.zeros(()), 0
     for x, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         x_s, s, logits = seen(turn, x, name)
@@ -92,8 +92,8 @@ def known(turn: Turn) -> Known:
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    judge = Judge(QuadraticHeads.of(problem, problem.dim).numbers)
-    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": judge}
+    discriminator = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)
+    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": discriminator}
 
 
 ALGORITHM = Algorithm(
@@ -103,7 +103,7 @@ ALGORITHM = Algorithm(
                              Order(("discriminator",), settings.critic_steps, shares=settings.critic_steps)],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "discriminator": Heads("teacher")},
     known=known,
-    defaults={"shares": (0.7, 0.1, 0.1, 0.1), "first_shares": (0.0, 0.0, 0.5, 0.5), "warm": 500, "mean": 1.0,
+    defaults={"shares": (0.7, 0.1, 0.1, 0.1), "warmup_shares": (0.0, 0.0, 0.5, 0.5), "warmup_updates": 500, "mean": 1.0,
               "std": 1.0},
 )
 

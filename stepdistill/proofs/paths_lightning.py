@@ -15,15 +15,16 @@ from .affine import Net, QuadraticHeads, softplus
 from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
 from .problem import Check, Problem
 
-SHOWN = (0.01, 0.25, 0.5, 0.75)         # judged_at, as published
-SHAPES, TOY = {"nodes": 16, "judged_at": SHOWN}, {"objective": "pair", "nodes": 8, "judged_at": (0.1, 0.25, 0.5)}
+SHOWN = (0.01, 0.25, 0.5, 0.75)         # discriminator_times, as published
+SHAPES, TOY = {"nodes": 16, "discriminator_times": SHOWN}, {"objective": "pair", "nodes": 8,
+                                                            "discriminator_times": (0.1, 0.25, 0.5)}
 PATHS = (
     Path("the defaults", steps=4, elsewhere=True),
     Path("shapes/lightning, first stage, mse", SHAPES | {"objective": "mse"}, steps=4, elsewhere=True),
     Path("shapes/lightning, second stage, pair", SHAPES | {"objective": "pair"}, steps=4, elsewhere=True),
     Path("toy/lightning, not guided", TOY, steps=2, guidance=1.0, elsewhere=True),
     Path("single", {"objective": "single", "nodes": 8}, steps=2, elsewhere=True),
-    Path("single, judged under noise", {"objective": "single", "nodes": 8, "judged_at": SHOWN}, steps=2),
+    Path("single, judged under noise", {"objective": "single", "nodes": 8, "discriminator_times": SHOWN}, steps=2),
     Path("mse of an unguided teacher", {"objective": "mse", "nodes": 8}, steps=4, guidance=1.0),
     Path("a range of guidance, mse", {"objective": "mse", "nodes": 8}, steps=2, guidance=(1.5, 4.0)),
     Path("a range of guidance, pair", {"nodes": 8}, steps=2, guidance=(1.5, 4.0)),
@@ -33,14 +34,15 @@ PATHS = (
     Path("starts of twice the steps, mse", {"objective": "mse", "nodes": 8, "starts": 4}, steps=2, elsewhere=True),
     Path("starts of twice the steps, pair", {"nodes": 8, "starts": 4}, steps=2),
     Path("starts of four times the steps, single, judged under noise",
-         {"objective": "single", "nodes": 8, "starts": 8, "judged_at": SHOWN}, steps=2),
-    Path("one step from four starts, pair, judged under noise", {"nodes": 8, "starts": 4, "judged_at": SHOWN}, steps=1),
-    Path("judged at one level", {"nodes": 8, "judged_at": (0.3,)}, steps=2),
+         {"objective": "single", "nodes": 8, "starts": 8, "discriminator_times": SHOWN}, steps=2),
+    Path("one step from four starts, pair, judged under noise", {"nodes": 8, "starts": 4, "discriminator_times": SHOWN},
+         steps=1),
+    Path("judged at one level", {"nodes": 8, "discriminator_times": (0.3,)}, steps=2),
 )
 
 
 @dataclass
-class Judge:
+class QuadraticDiscriminator:
     """Quadratic heads on the landing alone, or on the landing and where it came from, told the levels of both."""
 
     numbers: dict[str, Tensor]
@@ -58,7 +60,7 @@ def roles(problem: Problem, settings: Any) -> dict[str, Any]:
         return found
     seen = 2 if settings.objective == "pair" else 1
     heads = QuadraticHeads.of(problem, seen * problem.dim, levels=seen)
-    return found | {"critic": Net.of(problem), "discriminator": Judge(heads.numbers)}
+    return found | {"critic": Net.of(problem), "discriminator": QuadraticDiscriminator(heads.numbers)}
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ def landed(turn: Turn, begun: Start) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def judged(turn: Turn, begun: Start, x_r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, levels and logits of a landing, and how much of it they hold: on the data it is noised by judged_at."""
-    at, schedule, judge = turn.settings.judged_at, turn.problem.schedule, turn.roles["discriminator"]
+def logits_of(turn: Turn, begun: Start, x_r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, levels and logits of a landing, and how much of it they hold: on the data it is noised by
+    discriminator_times."""
+    at, schedule, discriminator = turn.settings.discriminator_times, turn.problem.schedule, turn.roles["discriminator"]
     s, kept, on_data = begun.r, torch.ones_like(begun.r), begun.r == 0
     if at:
         drawn = torch.tensor(at, dtype=torch.float64)[(turn.step.uniform("judged s") * len(at)).long()]
@@ -109,7 +112,7 @@ def judged(turn: Turn, begun: Start, x_r: Tensor) -> tuple[Tensor, Tensor, Tenso
     pair = turn.settings.objective == "pair"
     z = torch.cat([x_r, begun.x_t], 1) if pair else x_r
     levels = torch.stack([s, begun.t], 1) if pair else s[:, None]
-    return z, levels, QuadraticHeads(judge.numbers)(z, levels, Condition(text=turn.text)), kept
+    return z, levels, QuadraticHeads(discriminator.numbers)(z, levels, Condition(text=turn.text)), kept
 
 
 def known(turn: Turn) -> Known:
@@ -119,23 +122,23 @@ def known(turn: Turn) -> Known:
     x_r, share = landed(turn, begun)
     if turn.settings.objective == "mse":
         off = x_r - taught(turn, begun)
-        value, pull, unasked = {"mse": off.square().mean()}, 2 * off / off.numel(), ()
+        value, pull, unchecked = {"mse": off.square().mean()}, 2 * off / off.numel(), ()
     else:
-        z, _, logits, kept = judged(turn, begun, x_r)
+        z, _, logits, kept = logits_of(turn, begun, x_r)
         back = QuadraticHeads(turn.roles["discriminator"].numbers).back(-torch.sigmoid(-logits) / logits.numel(), z)
         value, pull = {"gan": softplus(-logits).mean()}, kept[:, None] * back[:, :dim]
-        unasked = ("critic", "discriminator")
-    return Known(value, {"student": student.slopes(share[:, None] * pull, begun.x_t, begun.t, turn.text)}, unasked)
+        unchecked = ("critic", "discriminator")
+    return Known(value, {"student": student.slopes(share[:, None] * pull, begun.x_t, begun.t, turn.text)}, unchecked)
 
 
 def of_heads(turn: Turn) -> Known:
     begun, value, slope = start(turn.before), torch.zeros(()), 0
     heads = QuadraticHeads(turn.roles["discriminator"].numbers)
     for x_r, sign in ((taught(turn, begun), -1), (landed(turn, begun)[0], 1)):
-        z, levels, logits, _ = judged(turn, begun, x_r)
+        z, levels, logits, _ = logits_of(turn, begun, x_r)
         value = value + softplus(sign * logits).mean()
         slope = slope + heads.slopes(sign * torch.sigmoid(sign * logits) / logits.numel(), z, levels, turn.text)
-    return Known({"discriminator": value}, {"discriminator": slope}, unasked=("critic",))
+    return Known({"discriminator": value}, {"discriminator": slope}, unchecked=("critic",))
 
 
 def orders(settings: Any) -> list[Order]:
@@ -152,7 +155,7 @@ def needs(settings: Any) -> dict[str, Any]:
 
 ALGORITHM = Algorithm(
     Lightning, roles, orders, needs, known,
-    defaults={"objective": "pair", "starts": None, "judged_at": ()},
+    defaults={"objective": "pair", "starts": None, "discriminator_times": ()},
     renoised=False,
 )
 

@@ -39,7 +39,8 @@ def whole(found: Cast, x: Tensor, theta: Tensor) -> Tensor:
 
 
 def secant(found: Cast, x: Tensor, theta: Tensor, share: float = 1.0) -> Tensor:
-    """(cos b F(x) - F(cos b x - sin b v, theta - b)) / sin b, b a share of the width, no further than the first time."""
+    """(cos b F(x) - F(cos b x - sin b v, theta - b)) / sin b, b a share of the width, no further than the first
+    time."""
     first = found.hand.angle(torch.tensor([FIRST], dtype=torch.float64))
     b = share * (theta - first).clamp(max=found.settings.width)
     cos, sin = b.cos()[:, None], b.sin()[:, None]
@@ -58,11 +59,11 @@ def scm_loss(found: Cast) -> Tensor:
     cos, sin = theta.cos()[:, None], theta.sin()[:, None]
     x = cos * found.batch.x0 + sin * found.eps()
     r = min(1.0, found.step.progress / found.settings.warmup) if found.settings.warmup else 1.0
-    v, said = velocity(found, x, theta), field(found, x, theta)
+    v, output = velocity(found, x, theta), field(found, x, theta)
     slope = {"exact": whole, "pair": pair, "difference": secant}[found.settings.derivative](found, x, theta)
-    g = (cos**2 * (v - said) - r * cos * sin * (x + slope)).detach()
+    g = (cos**2 * (v - output) - r * cos * sin * (x + slope)).detach()
     aim = g / (g.square().mean(1, keepdim=True).sqrt() + found.settings.damping)
-    return (-2 * aim * said).mean()
+    return (-2 * aim * output).mean()
 
 
 def scm_sample(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
@@ -85,7 +86,7 @@ def latest(path: Path, problem: Problem) -> float:
     found = cast("scm", path, problem, progress=1.0)
     step = Latest(**{**vars(found.step), "ids": found.batch.ids})
     found.method.loss(found.batch, step)
-    trained_at = max(t.max().item() for _, t, _ in found.method.roles["student"].asked)
+    trained_at = max(t.max().item() for _, t, _ in found.method.roles["student"].calls)
     return abs(trained_at - found.method.sampler.times[0].item())
 
 
@@ -94,7 +95,7 @@ def scm(problem: Problem) -> Iterator[Check]:
     yield from table("scm", problem)
     places = sites(problem)
     for path in all_paths("scm"):
-        moments = [share * path.asked("scm").warmup for share in SHARES]
+        moments = [share * path.settings_of("scm").warmup for share in SHARES]
         yield Check(f"{path.name}: gradient against that of the tangent written out, on {len(places)} noises; relative",
                     largest(*(trained("scm", path, place, scm_loss, value=False, progress=moment)
                               for place in places for moment in moments)), 1e-6)
@@ -111,4 +112,5 @@ def scm(problem: Problem) -> Iterator[Check]:
 def published_times(problem: Problem, settings: Settings) -> Tensor:
     """Of the law, cut off where a network knows no more times and where sampling starts."""
     ends = torch.tensor([FIRST + INSIDE, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
-    return normal_values(settings.mean, settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN
+    return normal_values(settings.mean,
+                         settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN

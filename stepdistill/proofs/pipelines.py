@@ -40,7 +40,7 @@ def encoded(pipeline: DiffusionPipeline, teacher: Teacher) -> list[Tensor]:
                                        do_classifier_free_guidance=True))
 
 
-def asked(pipeline: DiffusionPipeline, x: Tensor, t: float, text: Tensor, pooled: Tensor | None) -> Tensor:
+def stock_output(pipeline: DiffusionPipeline, x: Tensor, t: float, text: Tensor, pooled: Tensor | None) -> Tensor:
     """The stock network's answer, in the units of time in which a stock scheduler tells it."""
     if pooled is not None:
         return pipeline.transformer(x, timestep=torch.full((len(x),), 1000 * t), encoder_hidden_states=text,
@@ -63,7 +63,8 @@ def conditions(teacher: Teacher, seed: int) -> Iterator[Check]:
     x, w = torch.randn(len(PROMPTS), *teacher.latent_shape, generator=torch.Generator().manual_seed(seed)), 2.5
     away = []
     for t in TIMES:
-        without, given = (asked(pipeline, x, t, *told) for told in ((null, pooled_null), (text, pooled)))
+        without, given = (stock_output(pipeline, x, t, *condition)
+                          for condition in ((null, pooled_null), (text, pooled)))
         found = guided(role, w)(x, torch.full((len(x),), t, dtype=torch.float64), cond).raw
         away.append(difference(found, without + w * (given - without)))
     yield Check(f"{name}: the guided teacher against the stock network's two answers, mixed by hand; relative",
@@ -103,7 +104,8 @@ def kept_pairs(recipe: Recipe) -> Iterator[Check]:
     run = setup(Recipe.load(plain | {"steps": 1, "guidance": [low, high]}), torch.device("cpu"))
     pipeline, kept, ids = stock_of(run.teacher), dataset(run), torch.arange(2)
     (x0, cond), pairs = kept[ids], kept.pairs(ids)
-    without, given = (asked(pipeline, pairs.noise, 1.0, told.text, told.pooled) for told in (cond.null, cond))
+    without, given = (stock_output(pipeline, pairs.noise, 1.0, condition.text, condition.pooled)
+                      for condition in (cond.null, cond))
     raw = without + (low + high) / 2 * (given - without)
     picture = clean(pipeline, pairs.noise, raw)
     yield Check("kept pictures of one step against the stock network's at the middle of a range of scales; relative",

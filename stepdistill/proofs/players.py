@@ -1,4 +1,5 @@
-"""Two players in closed form: what a loss teaches a critic, sample by sample, and what a student answers within a rollout."""
+"""Two players in closed form: what a loss teaches a critic, sample by sample, and what a student answers within a
+rollout."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -13,13 +14,13 @@ from ..diffusion.prediction import Prediction, truth
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule
 from ..methods.base import Method
-from .problem import Affine, Believer, Check, Problem, difference, largest, off_law, off_zero, strayed
+from .problem import Affine, Check, FunctionRole, Problem, condition_error, difference, largest, off_law, off_zero
 
 MANY = 2_000
 
 
 @dataclass
-class Pupil:
+class OffsetRole:
     """A role whose raw output at each of `count` samples may move by an affine of its own, a + b x_t, which is zero.
 
     a (count, D) and b (count, D, D) take gradients. A guided call holds every sample twice, and moves both alike.
@@ -40,8 +41,9 @@ class Pupil:
         return self.role.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        said, each = self.role(x_t, t, cond), torch.arange(len(x_t)) % self.count
-        return replace(said, raw=said.raw + self.a[each] + torch.einsum("nij,nj->ni", self.b[each], x_t.double()))
+        prediction, each = self.role(x_t, t, cond), torch.arange(len(x_t)) % self.count
+        moved = self.a[each] + torch.einsum("nij,nj->ni", self.b[each], x_t.double())
+        return replace(prediction, raw=prediction.raw + moved)
 
     def slopes(self, loss: Tensor) -> Tensor:
         """Of a loss in the numbers of each sample, (count, D + D D)."""
@@ -57,13 +59,14 @@ class Pupil:
 
 def error(role: Role, x: Tensor, eps: Tensor, t: Tensor, cond: Condition, kind: str) -> Tensor:
     """Mean squared over a sample, (B,), of what a role says of x_t in the view `kind`."""
-    said = role(role.schedule.add_noise(x, eps, t), t, cond).view(kind)
-    return (said - truth(x, eps, t, role.schedule, kind)).square().mean(1)
+    prediction = role(role.schedule.add_noise(x, eps, t), t, cond).view(kind)
+    return (prediction - truth(x, eps, t, role.schedule, kind)).square().mean(1)
 
 
 @torch.no_grad()
 def simulated(student: Affine, sampler: Sampler, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """The states (B, D) that the student is asked about at the exit, and the law of what it answers: mean, covariance."""
+    """The states (B, D) that the student is asked about at the exit, and the law of what it answers: mean,
+    covariance."""
     dim, (m, S) = len(student.m), (student.m, student.S)
     x, mean, covariance = step.normal("start", (dim,)).double(), torch.zeros(dim).double(), torch.eye(dim).double()
     for i in range(int(step.shared("exit") * sampler.nfe)):
@@ -74,24 +77,27 @@ def simulated(student: Affine, sampler: Sampler, step: Step) -> tuple[Tensor, Te
     return x, m + S @ mean, S @ covariance @ S.T
 
 
-def heard(problem: Problem, made: Callable[[Role, Role], Method], matched: Tensor, trained: Tensor, steps: int = 1,
+def role_inputs(problem: Problem, made: Callable[[Role, Role], Method], matched: Tensor,
+                trained: Tensor, steps: int = 1,
           shares: bool = True, drop: float = 0.0) -> Iterator[Check]:
     """What the players of made(student, critic) are told.
 
-    matched, trained (M,): equally likely times of the networks in the student's loss and in the critic's. shares: whether the
-    critic sees the student's own sample; drop: of the prompts in its loss.
+    matched, trained (M,): equally likely times of the networks in the student's loss and in the critic's. shares:
+    whether the critic sees the student's own sample; drop: of the prompts in its loss.
     """
-    student, critic = (Believer(problem.schedule, lambda x, t, cond: x / 2) for _ in range(2))
+    student, critic = (FunctionRole(problem.schedule, lambda x, t, cond: x / 2) for _ in range(2))
     method, batch = made(student, critic), replace(problem.paired(MANY), cond=problem.prompts(MANY))
     times, prompts, levels = [], [], ([], [])
     for first in exits(problem, MANY, steps):
         second = problem.step(MANY, "critic", index=first.index, kept=first.kept if shares else {})
-        for loss, step, share, into in zip((method.student_loss, method.critic_loss), (first, second), (0.0, drop), levels):
-            student.asked.clear(), critic.asked.clear()
+        for loss, step, share, into in zip((method.student_loss, method.critic_loss), (first, second),
+                                           (0.0, drop), levels):
+            student.calls.clear(), critic.calls.clear()
             loss(batch, step)
-            times += [(t - 1 + i % steps / steps).abs().max().item() for i, (_, t, _) in enumerate(student.asked)]
-            prompts.append(strayed([cond for *_, cond in student.asked + critic.asked], batch.cond.dropped(step.uniform("drop") < share)))
-            into += [t[-MANY:] for _, t, _ in critic.asked]
+            times += [(t - 1 + i % steps / steps).abs().max().item() for i, (_, t, _) in enumerate(student.calls)]
+            prompts.append(condition_error([cond for *_, cond in student.calls + critic.calls],
+                                           batch.cond.dropped(step.uniform("drop") < share)))
+            into += [t[-MANY:] for _, t, _ in critic.calls]
     yield Check("times that the student is told from those of even steps", largest(*times), 1e-12)
     yield Check("prompts that both are told from the batch's, but those that are to be dropped", largest(*prompts), 0)
     yield Check("moments of the noise levels, the student's and the critic's, against their laws', in standard errors",

@@ -73,7 +73,8 @@ def reaching(loss: Tensor, role: Affine) -> float:
 def standard_errors(slope: Tensor, x_t: Tensor) -> float:
     """The largest mean of slope_i and of slope_i x_t,j over samples, in standard errors: of order 1 where all are 0.
 
-    slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine prediction.
+    slope, x_t (B, D). They are the gradients of a regression in the constants and the coefficients of an affine
+    prediction.
     """
     return off_zero(torch.cat([slope, (slope[:, :, None] * x_t[:, None, :]).flatten(1)], 1))
 
@@ -88,7 +89,8 @@ def off_law(drawn: Tensor, values: Tensor, shares: Tensor | None = None) -> floa
 
     values (M,), each with probability shares (M,), which sum to 1; None: all alike.
     """
-    powers, shares = torch.stack([values, values**2]), torch.full_like(values, 1 / len(values)) if shares is None else shares
+    powers, shares = torch.stack([values, values**2]), torch.full_like(values,
+                                                                       1 / len(values)) if shares is None else shares
     mean = powers @ shares
     errors = (((powers - mean[:, None]) ** 2) @ shares / len(drawn)).sqrt()
     return ((torch.stack([drawn, drawn**2]).mean(1) - mean).abs() / errors).max().item()
@@ -109,9 +111,9 @@ def stock_times(low: float = 0.0, high: float = 1.0) -> Tensor:
     return torch.arange(round(1000 * low) + 1, min(round(1000 * high) + 1, 1000) + 1, dtype=torch.float64) / 1000
 
 
-def strayed(heard: list[Condition], cond: Condition) -> float:
-    """The largest distance of what was heard from `cond`. Of a guided call the last half is its prompts."""
-    return largest(*((each.text[-len(cond):] - cond.text).abs().max().item() for each in heard))
+def condition_error(conditions: list[Condition], cond: Condition) -> float:
+    """The largest distance of these conditions from `cond`. Of a guided call the last half is its prompts."""
+    return largest(*((each.text[-len(cond):] - cond.text).abs().max().item() for each in conditions))
 
 
 def moments(x: Tensor) -> Tensor:
@@ -121,7 +123,8 @@ def moments(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Law:
-    """The exact denoiser of x_0 ~ N(mean, covariance), as a role. covariance (D, D); mean (D,), or None: cond.text (B, D)."""
+    """The exact denoiser of x_0 ~ N(mean, covariance), as a role. covariance (D, D); mean (D,), or None: cond.text (B,
+    D)."""
 
     schedule: Schedule
     covariance: Tensor
@@ -137,20 +140,21 @@ class Law:
 
 
 @dataclass
-class Believer:
-    """A role that predicts x_0 = believes(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is x0.
+class FunctionRole:
+    """A role that predicts x_0 = x0_of(x_t, t, cond), whatever it is; where sigma = 0, x_t itself unless its kind is
+    x0.
 
-    It notes what it was asked.
+    calls: the arguments of each call.
     """
 
     schedule: Schedule
-    believes: Callable[[Tensor, Tensor, Condition], Tensor]
+    x0_of: Callable[[Tensor, Tensor, Condition], Tensor]
     kind: str = "x0"
-    asked: list[tuple[Tensor, Tensor, Condition]] = field(default_factory=list)
+    calls: list[tuple[Tensor, Tensor, Condition]] = field(default_factory=list)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        self.asked.append((x_t.detach(), t, cond))
-        x0 = self.believes(x_t, t, cond)
+        self.calls.append((x_t.detach(), t, cond))
+        x0 = self.x0_of(x_t, t, cond)
         eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t).clamp(min=1e-12), x_t)
         raw = x0 if self.kind == "x0" else truth(x0, eps, t, self.schedule, self.kind)
         return Prediction(raw, x_t, t, self.schedule, self.kind)
@@ -158,7 +162,8 @@ class Believer:
 
 @dataclass
 class Affine:
-    """A student whose x_0 is m + S x_t at every time: of unit noise it draws N(m, S S'). m (D,), S (D, D) take gradients."""
+    """A student whose x_0 is m + S x_t at every time: of unit noise it draws N(m, S S'). m (D,), S (D, D) take
+    gradients."""
 
     schedule: Schedule
     m: Tensor
@@ -167,9 +172,9 @@ class Affine:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return Prediction(self.m.to(x_t) + x_t @ self.S.to(x_t).T, x_t, t, self.schedule, "x0")
 
-    def as_network(self, kind: str) -> Believer:
+    def as_network(self, kind: str) -> FunctionRole:
         """The same beliefs, put as a network of this kind puts them."""
-        return Believer(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
+        return FunctionRole(self.schedule, lambda x, t, cond: self.m + x @ self.S.T, kind)
 
     @property
     def law(self) -> tuple[Tensor, Tensor]:
@@ -178,10 +183,11 @@ class Affine:
 
 
 class Problem:
-    """name: of the noise, "vp" (betas drawn about Stable Diffusion's) or "flow". Everything else is drawn from the seed.
+    """name: of the noise, "vp" (betas drawn about Stable Diffusion's) or "flow". Everything else is drawn from the
+    seed.
 
-    schedule, kind: the teacher's; dim: D; w: a guidance scale above 1; covariance (D, D); teacher: a `Law`; means (2, D):
-    the conditional and the unconditional mean. Times of checks are to stay off t = 0 where a row is singular.
+    schedule, kind: the teacher's; dim: D; w: a guidance scale above 1; covariance (D, D); teacher: a `Law`; means (2,
+    D): the conditional and the unconditional mean. Times of checks are to stay off t = 0 where a row is singular.
     """
 
     def __init__(self, seed: int, name: str) -> None:
@@ -224,7 +230,8 @@ class Problem:
 
     def times(self, count: int, low: float = 0.02, high: float = 1.0) -> Tensor:
         """(count,) float64, descending."""
-        return torch.rand(count, generator=self.generator, dtype=torch.float64).mul(high - low).add(low).sort(descending=True).values
+        return torch.rand(count, generator=self.generator,
+                          dtype=torch.float64).mul(high - low).add(low).sort(descending=True).values
 
     def cond(self, count: int) -> Condition:
         conditional, null = (mean.expand(count, -1) for mean in self.means)
@@ -235,9 +242,11 @@ class Problem:
         return Condition(text=self.normal(count, self.dim), null=Condition(text=self.normal(count, self.dim)))
 
     def guided_cond(self, count: int, w: float | Tensor) -> Condition:
-        """The condition under which the teacher's law is the guided one at w: its mean is null + w (conditional - null)."""
+        """The condition under which the teacher's law is the guided one at w: its mean is null + w (conditional -
+        null)."""
         conditional, null = self.means
-        return Condition(text=null + torch.as_tensor(w, dtype=torch.float64).expand(count)[:, None] * (conditional - null))
+        return Condition(text=null + torch.as_tensor(w, dtype=torch.float64).expand(count)[:, None]
+                         * (conditional - null))
 
     def batch(self, count: int, data: bool = True, offset: int = 0) -> Batch:
         """Prompts, and samples of the conditional law unless data is False."""
@@ -250,7 +259,8 @@ class Problem:
         return self.teacher.of(self.guided_cond(len(x_t), w)).flow(x_t, t, r)
 
     def paired(self, count: int, nodes: int = 1, w: float = 1.0) -> Batch:
-        """Prompts, unit noises, and the guided teacher's exact ways from there: evenly spaced states, the last its sample."""
+        """Prompts, unit noises, and the guided teacher's exact ways from there: evenly spaced states, the last its
+        sample."""
         noise, start = self.normal(count, self.dim), torch.ones(count, dtype=torch.float64)
         times = torch.linspace(1, 0, nodes + 1, dtype=torch.float64)[1:].expand(count, -1)
         states = torch.stack([self.flow(noise, start, r, w) for r in times.T], 1)
@@ -258,8 +268,8 @@ class Problem:
 
     def step(self, count: int, update: str = "student", **moment: Any) -> Step:
         """The moment of the first `count` samples. moment: repeat, index, progress, kept of Step."""
-        said = {"index": 0, "progress": 0.0, "repeat": 0, **moment}
-        return Step(self.seed, update=update, ids=torch.arange(count), **said)
+        fields = {"index": 0, "progress": 0.0, "repeat": 0, **moment}
+        return Step(self.seed, update=update, ids=torch.arange(count), **fields)
 
     def sampler(self, inference: Inference) -> Sampler:
         """The sampler that a method trains and exports with on this noise."""
@@ -268,7 +278,8 @@ class Problem:
     def _scheduler(self) -> SchedulerMixin:
         if self.name == "flow":
             return FlowMatchEulerDiscreteScheduler()
-        return DDIMScheduler(beta_start=self.uniform(0.0007, 0.001), beta_end=self.uniform(0.011, 0.014), beta_schedule="scaled_linear", **VP)
+        return DDIMScheduler(beta_start=self.uniform(0.0007, 0.001), beta_end=self.uniform(0.011, 0.014),
+                             beta_schedule="scaled_linear", **VP)
 
 
 class Elsewhere(Problem):
@@ -281,4 +292,6 @@ class Elsewhere(Problem):
         self.teacher = Law(self.schedule, self.covariance, self.kind)
 
     def _scheduler(self) -> SchedulerMixin:
-        return FlowMatchEulerDiscreteScheduler(**self.config) if self.name == "flow" else DDIMScheduler(**self.config, **VP)
+        if self.name == "flow":
+            return FlowMatchEulerDiscreteScheduler(**self.config)
+        return DDIMScheduler(**self.config, **VP)

@@ -12,7 +12,7 @@ from ..diffusion.contracts import Condition, Role
 from ..diffusion.schedule import like
 from ..methods.trajectory.reflow import Reflow, Settings
 from .paths_trajectory import reflow as paths
-from .problem import Believer, Check, Problem, difference, evenly, gradient, off_law, standard_errors
+from .problem import Check, FunctionRole, Problem, difference, evenly, gradient, off_law, standard_errors
 
 COUNT, FEW, MANY = 256, 5_000, 20_000
 
@@ -35,45 +35,45 @@ def along_axes(problem: Problem, x: Tensor, share: Tensor) -> Tensor:
     return (x.double() @ axes * share) @ axes.T
 
 
-def straight(problem: Problem, w: float) -> Believer:
+def straight(problem: Problem, w: float) -> FunctionRole:
     """It knows the y of the pair whose line it is on: y - m = G (e - alpha_1 m), G = (C / (alpha_1^2 C + sigma_1^2))^(1/2), so
     y = m + (a + b / G)^-1 (x_t - alpha_t m)."""
     schedule, variances = problem.schedule, torch.linalg.eigvalsh(problem.covariance)
     alpha, sigma = (f(torch.ones(1, dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma))
     gain = (variances / (alpha**2 * variances + sigma**2)).sqrt()
 
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         (a, b), m = shares(problem, t), problem.guided_cond(len(t), w).text
         return m + along_axes(problem, x_t - like(schedule.alpha(t), m) * m, 1 / (a[:, None] + b[:, None] / gain))
-    return Believer(schedule, believes, problem.kind)
+    return FunctionRole(schedule, x0_of, problem.kind)
 
 
-def independent(problem: Problem, offset: Tensor) -> Believer:
+def independent(problem: Problem, offset: Tensor) -> FunctionRole:
     """The optimum where y knows nothing of e: E[y | a y + b e], and `offset` (B, D) off it."""
     variances = torch.linalg.eigvalsh(problem.covariance)
 
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         (a, b), m = (each[:, None] for each in shares(problem, t)), cond.text
         return m + along_axes(problem, x_t - a * m, a * variances / (a**2 * variances + b**2)) + offset
-    return Believer(problem.schedule, believes, problem.kind)
+    return FunctionRole(problem.schedule, x0_of, problem.kind)
 
 
 def places(problem: Problem) -> Iterator[Check]:
     """What the student is told: a uniform place on the line, from the first stock time's, sigma / (alpha + sigma); or a step's own."""
     place = lambda t: problem.schedule.sigma(t) / (problem.schedule.alpha(t) + problem.schedule.sigma(t))
     ends, steps = place(torch.tensor([1e-3, 1.0], dtype=torch.float64)), torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    for distil, law, said in ((False, evenly(*ends.tolist()), "uniform law's on the line"), (True, place(steps), "4 steps'")):
-        student = Believer(problem.schedule, lambda x, t, cond: x)
+    for distil, law, label in ((False, evenly(*ends.tolist()), "uniform law's on the line"), (True, place(steps), "4 steps'")):
+        student = FunctionRole(problem.schedule, lambda x, t, cond: x)
         made(problem, student, 4, distil=distil).loss(problem.paired(FEW), problem.step(FEW))
-        yield Check(f"moments of its places against the {said}, in standard errors", off_law(place(student.asked[0][1]), law), 6)
+        yield Check(f"moments of its places against the {label}, in standard errors", off_law(place(student.calls[0][1]), law), 6)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
     batch, step = problem.paired(COUNT, w=problem.w), problem.step(COUNT)
     student, other = straight(problem, problem.w), straight(problem, 1.0)
-    for distil, said in ((False, "loss along the lines"), (True, "loss at the times of 4 steps")):
+    for distil, label in ((False, "loss along the lines"), (True, "loss at the times of 4 steps")):
         rest, usual = (made(problem, role, 4, distil=distil).loss(batch, step)["velocity"] for role in (student, other))
-        yield Check(f"{said} where the pairs' lines are known, over the unguided pairs'", (rest / usual).item(), 1e-18)
+        yield Check(f"{label} where the pairs' lines are known, over the unguided pairs'", (rest / usual).item(), 1e-18)
     yield from places(problem)
     for steps in (1, 4):
         drawn = made(problem, student, steps).sampler(student, batch.pairs.noise, batch.cond)
@@ -92,7 +92,7 @@ def identities(problem: Problem) -> Iterator[Check]:
     offset = torch.zeros(MANY, problem.dim, dtype=torch.float64, requires_grad=True)
     batch, best = replace(problem.batch(MANY), pairs=problem.paired(MANY).pairs), independent(problem, offset)
     slope = MANY * torch.autograd.grad(made(problem, best).loss(batch, problem.step(MANY))["velocity"], offset)[0]
-    yield Check("independent pairs: slope at their optimum, in standard errors", standard_errors(slope, best.asked[0][0]), 6)
+    yield Check("independent pairs: slope at their optimum, in standard errors", standard_errors(slope, best.calls[0][0]), 6)
     once = made(problem, best).sampler(best, batch.pairs.noise, batch.cond).detach()
     yield Check("its one step against the mean, over the deviation of the data", ((once - problem.means[0]).abs().max() / 0.3).item(), 1e-9)
     yield from paths(problem)

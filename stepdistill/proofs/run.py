@@ -31,8 +31,8 @@ PROCESSES = 8                                         # at most; one a core
 
 @dataclass(frozen=True)
 class Row:
-    """figure <= tolerance is what passes. A check that could not be made, or gave no finite number, has no figure; of the
-    former the name says why."""
+    """figure <= tolerance is what passes. A check that could not be made, or gave no finite number, has no figure; of
+    the former the name says why."""
 
     method: str
     kind: str
@@ -42,12 +42,13 @@ class Row:
     passed: bool
 
 
-def verify(*methods: str, seed: int = 0, out: str | Path = "verify", done: Callable[[list[Row]], None] = lambda rows: None) -> dict[str, Any]:
-    """Proves methods, all unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check, figure,
-    tolerance, passed}]}.
+def verify(*methods: str, seed: int = 0, out: str | Path = "verify",
+           done: Callable[[list[Row]], None] = lambda rows: None) -> dict[str, Any]:
+    """Proves methods, all unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check,
+    figure, tolerance, passed}]}.
 
-    Writes verify.json, a picture METHOD.png and logs to `out`. done: called with the rows of a method and a kind once they are measured. RequestError
-    for an unknown method. A failing row is a row, not an error.
+    Writes verify.json, a picture METHOD.png and logs to `out`. done: called with the rows of a method and a kind once
+    they are measured. RequestError for an unknown method. A failing row is a row, not an error.
     """
     start, out = time.perf_counter(), Path(out)
     for name in methods:
@@ -55,10 +56,12 @@ def verify(*methods: str, seed: int = 0, out: str | Path = "verify", done: Calla
     names = list(dict.fromkeys(methods)) or list(METHODS)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="work-", dir=out) as work:
-        tasks = [Task(name, kind, part, seed, out, Path(work)) for kind in KINDS for name in names for part in _parts(name, kind)]
+        tasks = [Task(name, kind, part, seed, out, Path(work)) for kind in KINDS for name in names
+                 for part in _parts(name, kind)]
         rows = _measured(tasks, done)
         for name in names:
-            draw([task.folder for task in tasks if (task.method, task.kind) == (name, "convergence")], out / f"{name}.png")
+            draw([task.folder for task in tasks if (task.method, task.kind) == (name, "convergence")],
+                 out / f"{name}.png")
     rows.sort(key=lambda row: (names.index(row.method), KINDS[::-1].index(row.kind)))
     found = {"seed": seed, "seconds": time.perf_counter() - start, "rows": [asdict(row) for row in rows]}
     (out / RESULTS).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -112,15 +115,18 @@ def measure(task: Task) -> list[Row]:
     torch.set_num_threads(1)
     os.environ["STEPDISTILL_CACHE"] = str(task.work / "cache")
     rows = []
-    with (task.out / "logs" / f"{task.name}.log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with (task.out / "logs" / f"{task.name}.log").open("w",
+                                                       encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         api.quiet()
         try:
             for check in _checks(task):
                 figure = check.figure if isfinite(check.figure) else None
                 rows.append(Row(task.method, task.kind, check.name, figure, check.tolerance, check.passed))
-        except Exception as error:                        # a method that breaks is a row that fails, and the others go on
+        except Exception as error:                        # a method that breaks is a row that fails, and the others go
+                                                          # on
             traceback.print_exc()
-            rows.append(Row(task.method, task.kind, f"could not be measured: {type(error).__name__}: {error}", None, 0.0, False))
+            rows.append(Row(task.method, task.kind, f"could not be measured: {type(error).__name__}: {error}",
+                            None, 0.0, False))
     return rows
 
 

@@ -1,4 +1,5 @@
-"""sCM: the gradient is that of the consistency function along the guided teacher's ODE, and vanishes at its flow map."""
+"""sCM: the gradient is that of the consistency function along the guided teacher's ODE, and vanishes at its flow
+map."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from ..losses.tangent import trig_difference, trig_pair
 from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, SCM, TRIG, Settings, start
 from .paths_scm import published_times
 from .paths_scm import scm as paths
-from .problem import Believer, Check, Law, Problem, difference, gradient, largest, off_law
+from .problem import Check, FunctionRole, Law, Problem, difference, gradient, largest, off_law
 
 COUNT, MANY = 256, 20_000
 TINY = 1e-4                       # radians to either side of a time
@@ -26,12 +27,13 @@ def made(problem: Problem, student: Role, w: float, **settings) -> SCM:
     return SCM(chosen, roles, w, problem.sampler(SCM.inference(chosen, 1, problem.schedule)))
 
 
-def believer(problem: Problem, w: float, flows: bool) -> Believer:
-    """Believes in the end of the guided teacher's trajectory through x_t, or else, as that teacher does, in the mean of x_0."""
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+def believer(problem: Problem, w: float, flows: bool) -> FunctionRole:
+    """Believes in the end of the guided teacher's trajectory through x_t, or else, as that teacher does, in the mean of
+    x_0."""
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         law = problem.teacher.of(problem.guided_cond(len(t), w))
         return law.flow(x_t, t, torch.zeros_like(t)) if flows else law(x_t, t).x0
-    return Believer(problem.schedule, believes, problem.kind)
+    return FunctionRole(problem.schedule, x0_of, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -42,7 +44,8 @@ def identities(problem: Problem) -> Iterator[Check]:
 
     teacher, other = (made(problem, believer(problem, w, flows=False), problem.w) for w in (problem.w, problem.w - 1))
     least, usual = (method.loss(batch, begins)["consistency"].sqrt().item() for method in (teacher, other))
-    yield Check("at the first step, tangent at the guided teacher, over that at one of another scale", least / usual, 1e-9)
+    yield Check("at the first step, tangent at the guided teacher, over that at one of another scale",
+                least / usual, 1e-9)
 
     yield from arbitrary(problem)
     yield from stages(problem)
@@ -57,25 +60,30 @@ def identities(problem: Problem) -> Iterator[Check]:
 
 
 def stages(problem: Problem) -> Iterator[Check]:
-    """`guided {told: false}`, and then this method with that student as its teacher: its guidance lies within."""
+    """`guided {guidance_embedding: false}`, and then this method with that student as its teacher: its guidance lies
+    within."""
     batch, begun = problem.batch(COUNT), problem.step(COUNT, progress=0.5)
-    taught = self_guided(believer(problem, problem.w, flows=False), told=False)
+    taught = self_guided(believer(problem, problem.w, flows=False), guidance_embedding=False)
 
     def tangent(w: float) -> float:
         roles = {"teacher": taught, "student": believer(problem, w, flows=True)}
         settings = Settings(derivative="exact")
-        return SCM(settings, roles, problem.w, problem.sampler(SCM.inference(settings, 1, problem.schedule))).loss(batch, begun)["consistency"].sqrt().item()
+        return SCM(settings, roles, problem.w,
+                   problem.sampler(SCM.inference(settings, 1,
+                                                 problem.schedule))).loss(batch, begun)["consistency"].sqrt().item()
     yield Check("tangent at the flow map of a teacher with its guidance within, over that at another scale's",
                 tangent(problem.w) / tangent(problem.w - 1), 1e-9)
 
 
 def at_the_defaults(problem: Problem) -> Iterator[Check]:
-    """The widest that one-step samples can be off: where the default loss rests, the student follows its own recursion of differences.
+    """The widest that one-step samples can be off: where the default loss rests, the student follows its own recursion
+    of differences.
 
     Marched up from the exact flow map at `FIRST`, for Gaussian data of deviation 0.2, 0.5 and 1, F(x) = c(theta) x.
     """
     worst = largest(*(abs(rest_width(problem, deviation, Settings()) - 1) for deviation in (0.2, 0.5, 1.0)))
-    yield Check("width of one-step samples where the loss at the default derivative rests, from the data's; relative", worst, 0.01)
+    yield Check("width of one-step samples where the loss at the default derivative rests, from the data's; relative",
+                worst, 0.01)
 
 
 def rest_width(problem: Problem, deviation: float, settings: Settings, count: int = 500) -> float:
@@ -86,13 +94,15 @@ def rest_width(problem: Problem, deviation: float, settings: Settings, count: in
     velocity = angles.sin() * angles.cos() * (1 - deviation**2) / variance
     known = ((angles.cos() - deviation / variance.sqrt()) / angles.sin())[:1]
     for i in range(1, count):
-        low, high = (residual(torch.cat([known, torch.tensor([c], dtype=torch.float64)]), angles, velocity[i], settings) for c in (0.0, 1.0))
+        low, high = (residual(torch.cat([known, torch.tensor([c], dtype=torch.float64)]), angles, velocity[i],
+                              settings) for c in (0.0, 1.0))
         known = torch.cat([known, (low / (low - high)).reshape(1)])      # it is linear in the last coefficient
     return ((angles[-1].cos() - angles[-1].sin() * known[-1]) / (deviation / variance[-1].sqrt())).item()
 
 
 def residual(known: Tensor, angles: Tensor, velocity: Tensor, settings: Settings) -> Tensor:
-    """(velocity - F) cos - (x + slope) sin at x = 1 and the last of the angles that have a coefficient of F in `known` (n,)."""
+    """(velocity - F) cos - (x + slope) sin at x = 1 and the last of the angles that have a coefficient of F in `known`
+    (n,)."""
     last, step = len(known) - 1, angles[1] - angles[0]
 
     def field(x: Tensor, t: Tensor) -> Tensor:
@@ -113,7 +123,8 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
     t = method.times(begun)
     x, seen = TRIG.add_noise(batch.x0, begun.normal("noise", batch.shape), t), viewed(student, TRIG)
     law = Law(TRIG, problem.covariance, "v").of(problem.guided_cond(COUNT, problem.w))
-    after, before = (seen(law.flow(x, t, t + h * RADIAN), t + h * RADIAN, batch.cond).x0.detach() for h in (TINY, -TINY))
+    after, before = (seen(law.flow(x, t, t + h * RADIAN), t + h * RADIAN, batch.cond).x0.detach()
+                     for h in (TINY, -TINY))
     whole, v = like(TRIG.alpha(t), x) * (after - before) / (2 * TINY), seen(x, t, batch.cond).v.detach()
     at_first, worst = like(TRIG.alpha(t) ** 2, x) * (law(x, t).v - v), 0.0
     for share in (0.25, 0.75, 1.0, 2.0):
@@ -122,12 +133,14 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
         aim = g / (g.square().mean(1, keepdim=True).sqrt() + method.settings.damping)
         known = gradient((-2 * aim * seen(x, t, batch.cond).v).mean(), student)
         worst = largest(worst, difference(gradient(method.loss(batch, moment)["consistency"], student), known))
-    yield Check("gradient of an arbitrary student, at four stages of the warm-up, against cos df/dtheta along the guided ODE; relative",
+    yield Check("gradient of an arbitrary student, at four stages of the warm-up, against cos df/dtheta along the "
+                "guided ODE; relative",
                 worst, 1e-6)
 
     yield Check("moments of its times against those of ln tan theta ~ N(mean, std^2), in standard errors",
                 off_law(method.times(problem.step(MANY)), published_times(problem, method.settings)), 6)
 
     tame = problem.law(problem.drawn_covariance())
-    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond) for by in ("difference", "exact")]
+    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond)
+              for by in ("difference", "exact")]
     yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)

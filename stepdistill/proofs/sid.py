@@ -1,4 +1,5 @@
-"""SiD: the loss has the gradient of the Fisher divergence, through both networks, and its guidance ends at w kappa_1 / kappa_2."""
+"""SiD: the loss has the gradient of the Fisher divergence, through both networks, and its guidance ends at w kappa_1 /
+kappa_2."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from ..losses.matching import score_identity
 from ..methods.distribution.sid import Settings, SiD
 from .paths import elsewhere
 from .paths_sid import paths
-from .players import Pupil, error, exits, heard, simulated
-from .problem import Affine, Believer, Check, Problem, difference, gradient, largest, stock_times
+from .players import OffsetRole, error, exits, role_inputs, simulated
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient, largest, stock_times
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 
@@ -38,8 +39,8 @@ class Stretched:
 
 
 def made(problem: Problem, student: Role, critic: Role, steps: int = 1, **settings: float) -> SiD:
-    roles, said = {"teacher": problem.teacher, "student": student, "critic": critic}, Settings(**settings)
-    return SiD(said, roles, problem.w, problem.sampler(SiD.inference(said, steps, problem.schedule)))
+    roles, chosen = {"teacher": problem.teacher, "student": student, "critic": critic}, Settings(**settings)
+    return SiD(chosen, roles, problem.w, problem.sampler(SiD.inference(chosen, steps, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -53,10 +54,12 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     yield from divergences(problem)
     yield from guidances(problem)
     levels = stock_times(*Settings().t_range)
-    yield from heard(problem, lambda student, critic: made(problem, student, critic, STEPS), levels, levels, STEPS, False, Settings().drop)
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic, STEPS), levels, levels,
+                           STEPS, False, Settings().drop)
 
 
-# -- the loss at every sample -----------------------------------------------------------------------------------------------
+# -- the loss at every sample
+# -----------------------------------------------------------------------------------------------
 
 def denoiser(problem: Problem, t: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """E[x_0 | x_t] = A x_t + b of N(mean, covariance): A (B, D, D), b (B, D). All float64."""
@@ -71,10 +74,11 @@ def times(A: Tensor, x: Tensor) -> Tensor:
 
 
 def pathwise(problem: Problem) -> Check:
-    """With any critic: in x the slope of |d|^2 is 2 alpha_t D' d, D of d = D x_t + e, and that of the product has two parts."""
+    """With any critic: in x the slope of |d|^2 is 2 alpha_t D' d, D of d = D x_t + e, and that of the product has two
+    parts."""
     student, batch, alpha = problem.affine(), problem.batch(COUNT, data=False), problem.uniform(0.5, 1.5)
     kappa, law = problem.uniform(1.0, 3.0), problem.law(problem.drawn_covariance())
-    method, worst = made(problem, student, law, STEPS, alpha=alpha, critic_asked_at=kappa), 0.0
+    method, worst = made(problem, student, law, STEPS, alpha=alpha, critic_guidance=kappa), 0.0
     for step in exits(problem, COUNT, STEPS):
         found = gradient(method.student_loss(batch, step)["identity"], student)
         z, t = simulated(student, method.sampler, step)[0], method.level(step.uniform("t"))
@@ -90,12 +94,15 @@ def pathwise(problem: Problem) -> Check:
     return Check(f"student's gradient at each of {STEPS} exits against the slope in x, through both denoisers; relative", worst, 1e-5)
 
 
-# -- the loss in expectation --------------------------------------------------------------------------------------------------
+# -- the loss in expectation
+# --------------------------------------------------------------------------------------------------
 
 def whitened(points: Tensor) -> Tensor:
-    """Points (N, K) made to have mean 0 and covariance 1 exactly, so that their mean of a quadratic is its expectation."""
+    """Points (N, K) made to have mean 0 and covariance 1 exactly, so that their mean of a quadratic is its
+    expectation."""
     points = points - points.mean(0)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(points.T @ points / len(points)), points.T, upper=False).T
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(points.T @ points / len(points)),
+                                         points.T, upper=False).T
 
 
 def divergences(problem: Problem) -> Iterator[Check]:
@@ -117,9 +124,11 @@ def divergences(problem: Problem) -> Iterator[Check]:
         B, b = denoiser(problem, t, student.m, student.S @ student.S.T)
         return (times(A - B, x_t) + a - b).square().mean()
 
-    for alpha, name, known in ((0.5, "", fisher(drawn()[1])), (1.0, " with the law of x_t held fixed", fisher(drawn()[1].detach()))):
+    for alpha, name, known in ((0.5, "", fisher(drawn()[1])),
+                               (1.0, " with the law of x_t held fixed", fisher(drawn()[1].detach()))):
         apart = difference(gradient(loss(alpha), student), gradient(known / 2, student))
-        yield Check(f"expected gradient at alpha = {alpha:g} against half of the Fisher divergence's{name}; relative", apart, 1e-9)
+        yield Check(f"expected gradient at alpha = {alpha:g} against half of the Fisher divergence's{name}; relative",
+                    apart, 1e-9)
     known = fisher(drawn()[1]).item()
     far = largest(*(abs(loss(alpha).item() - (1 - alpha) * known) for alpha in (0.5, 1.0, 1.2)))
     yield Check("expected loss against 1 - alpha times the Fisher divergence, over the divergence", far / known, 1e-9)
@@ -135,19 +144,24 @@ def guidances(problem: Problem) -> Iterator[Check]:
     batch, step, null = problem.batch(COUNT, data=False), problem.step(COUNT), problem.means[1]
     own = Affine(problem.schedule, torch.zeros(problem.dim).double().requires_grad_(),
                  torch.linalg.cholesky(problem.covariance).requires_grad_())
-    drawing = Believer(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
+    drawing = FunctionRole(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
     fitted = lambda scale, kappa_1: (Stretched(drawing, null, scale), Stretched(problem.teacher, null, scale / kappa_1))
     worst = 0.0
-    for kappa_1, kappa_2 in ((problem.w, problem.w), (1.0, problem.w), (problem.uniform(1.2, 4.0), problem.uniform(1.2, 4.0))):
-        scale, kappas = problem.w * kappa_1 / kappa_2, {"critic_trained_at": kappa_1, "critic_asked_at": kappa_2}
-        rest, usual = (gradient(made(problem, *fitted(at, kappa_1), **kappas).student_loss(batch, step)["identity"], own).norm()
+    for kappa_1, kappa_2 in ((problem.w, problem.w), (1.0, problem.w),
+                             (problem.uniform(1.2, 4.0), problem.uniform(1.2, 4.0))):
+        scale, kappas = problem.w * kappa_1 / kappa_2, {"critic_training_guidance": kappa_1, "critic_guidance": kappa_2}
+        rest, usual = (gradient(made(problem, *fitted(at, kappa_1), **kappas).student_loss(batch, step)["identity"],
+                                own).norm()
                        for at in (scale, scale + 0.5))
         worst = largest(worst, (rest / usual).item())
-    yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at another; over that 0.5 higher", worst, 1e-9)
+    yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at another; over that "
+                "0.5 higher", worst, 1e-9)
     student, critic = fitted(scale, kappa_1)
-    pupil, batch = Pupil(critic, MANY, problem.dim), problem.batch(MANY, data=False)
+    pupil, batch = OffsetRole(critic, MANY, problem.dim), problem.batch(MANY, data=False)
     method, step = made(problem, student, pupil, **kappas), problem.step(MANY, "critic")
-    loss, cond = method.critic_loss(batch, step)["denoising"], batch.cond.dropped(step.uniform("drop") < method.settings.drop)
-    x, t = student(step.normal("start", batch.shape), torch.ones(MANY), cond).x0.detach(), method.level(step.uniform("t"))
+    loss, cond = method.critic_loss(batch,
+                                    step)["denoising"], batch.cond.dropped(step.uniform("drop") < method.settings.drop)
+    x, t = student(step.normal("start", batch.shape), torch.ones(MANY),
+                   cond).x0.detach(), method.level(step.uniform("t"))
     known = error(guided(pupil, kappa_1), x, step.normal("noise", batch.shape), t, cond, problem.kind).mean()
     yield from pupil.checks(loss, known)

@@ -10,8 +10,8 @@ from ..diffusion.schedule import like
 from ..methods.distribution.swiftbrush import Settings, SwiftBrush
 from .paths import elsewhere
 from .paths_swiftbrush import paths
-from .players import Pupil, error, heard, simulated
-from .problem import Affine, Believer, Check, Problem, difference, gradient, off_zero, stock_times
+from .players import OffsetRole, error, role_inputs, simulated
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient, off_zero, stock_times
 
 COUNT, MANY = 256, 5_000
 
@@ -44,7 +44,7 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     yield Check("gradient once the critic is the teacher, given the prompt and without, over its usual size",
                 (rest.norm() / known.norm()).item(), 1e-5)
     yield from fitted(problem)
-    yield from heard(problem, lambda student, critic: made(problem, student, critic, problem.w), stock_times(*Settings().t_range),
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic, problem.w), stock_times(*Settings().t_range),
                      stock_times(), drop=Settings().drop)
 
 
@@ -52,15 +52,15 @@ def fitted(problem: Problem) -> Iterator[Check]:
     """The critic of a student that draws N(text, C): exact, and not shown some of the prompts."""
     batch, step = problem.batch(MANY, data=False), problem.step(MANY, "critic")
     own = Affine(problem.schedule, torch.zeros(problem.dim), torch.linalg.cholesky(problem.covariance))
-    student = Believer(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
+    student = FunctionRole(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
     # The sample is made for the prompt, and the critic that is not shown it learns the law of such samples: where nothing
     # but one prompt is asked for, that is N(text, C) too.
-    critic = Believer(problem.schedule, lambda x_t, t, cond: problem.teacher(x_t, t, problem.cond(len(t))).x0, problem.kind)
-    pupil = Pupil(critic, MANY, problem.dim)
+    critic = FunctionRole(problem.schedule, lambda x_t, t, cond: problem.teacher(x_t, t, problem.cond(len(t))).x0, problem.kind)
+    pupil = OffsetRole(critic, MANY, problem.dim)
     method = made(problem, student, pupil, problem.w)
     method.student_loss(batch, step)
     loss = method.critic_loss(batch, step)["denoising"]
-    missed = (critic.asked[-1][2].text == problem.means[1]).all(1).double()
+    missed = (critic.calls[-1][2].text == problem.means[1]).all(1).double()
     x, t = student(step.normal("start", batch.shape), torch.ones(MANY), batch.cond).x0, method.trained(step.uniform("t"))
     known = problem.schedule.alpha(t) ** 2 * error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, "eps")
     yield from pupil.checks(loss, known.mean())

@@ -1,4 +1,5 @@
-"""TRACT: the fixed point is the teacher's own DDIM steps to the segment's end, guided as the teacher is, and it samples so."""
+"""TRACT: the fixed point is the teacher's own DDIM steps to the segment's end, guided as the teacher is, and it samples
+so."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,37 +16,38 @@ from ..diffusion.solvers import ddim
 from ..methods.trajectory.tract import TRACT, Settings
 from .followers import following
 from .paths_trajectory import tract as paths
-from .problem import Affine, Believer, Check, Problem, difference, gradient
+from .problem import Affine, Check, FunctionRole, Problem, difference, gradient
 
 COUNT, NODES = 256, 40
 
 
 def made(problem: Problem, steps: int, student: Role, target: Role) -> TRACT:
     roles = {"teacher": problem.teacher, "student": student, "target": target}
-    return TRACT(Settings(nodes=NODES), roles, problem.w, problem.sampler(TRACT.inference(Settings(nodes=NODES), steps, problem.schedule)))
+    return TRACT(Settings(nodes=NODES), roles, problem.w,
+                 problem.sampler(TRACT.inference(Settings(nodes=NODES), steps, problem.schedule)))
 
 
 def gains(problem: Problem) -> Tensor:
-    """What the teacher's DDIM steps from node i to 0 leave of x - alpha m along the axes of the data: (NODES + 1, D). One step
-    leaves (alpha_r alpha_t C + sigma_r sigma_t) / (alpha_t^2 C + sigma_t^2)."""
+    """What the teacher's DDIM steps from node i to 0 leave of x - alpha m along the axes of the data: (NODES + 1, D).
+    One step leaves (alpha_r alpha_t C + sigma_r sigma_t) / (alpha_t^2 C + sigma_t^2)."""
     t, variances = torch.arange(NODES + 1).double() / NODES, torch.linalg.eigvalsh(problem.covariance)
     alpha, sigma = problem.schedule.alpha(t)[:, None], problem.schedule.sigma(t)[:, None]
     each = (alpha[:-1] * alpha[1:] * variances + sigma[:-1] * sigma[1:]) / (alpha[1:] ** 2 * variances + sigma[1:] ** 2)
     return torch.cat([torch.ones(1, problem.dim, dtype=torch.float64), each]).cumprod(0)
 
 
-def closed(problem: Problem, steps: int, w: float) -> Believer:
+def closed(problem: Problem, steps: int, w: float) -> FunctionRole:
     """The student whose one step from any node goes the teacher's steps, guided at w, to the end of the segment."""
     schedule, axes, left = problem.schedule, torch.linalg.eigh(problem.covariance).eigenvectors, gains(problem)
 
-    def believes(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         i, m = (t * NODES).round().long(), problem.guided_cond(len(t), w).text
         end = (i - 1) * steps // NODES * (NODES // steps)
         r = end.double() / NODES
         off = (x_t.double() - like(schedule.alpha(t), m) * m) @ axes
         x_r = like(schedule.alpha(r), m) * m + (off * left[i] / left[end]) @ axes.T
         return secant_target(x_t, x_r, t, r, schedule)
-    return Believer(schedule, believes, problem.kind)
+    return FunctionRole(schedule, x0_of, problem.kind)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -55,14 +57,18 @@ def identities(problem: Problem) -> Iterator[Check]:
     for steps in (1, 4):
         student, other = closed(problem, steps, problem.w), closed(problem, steps, 1.0)
         rest, usual = (made(problem, steps, role, role).loss(batch, step)["closure"] for role in (student, other))
-        yield Check(f"{steps}-step loss at the guided teacher's own steps, over that at the unguided's", (rest / usual).item(), 1e-18)
+        yield Check(f"{steps}-step loss at the guided teacher's own steps, over that at the unguided's",
+                    (rest / usual).item(), 1e-18)
         drawn = made(problem, steps, student, student).sampler(student, noise, batch.cond)
-        yield Check(f"its sample in {steps} steps against the teacher's in {NODES}; relative", difference(drawn, far), 1e-9)
+        yield Check(f"its sample in {steps} steps against the teacher's in {NODES}; relative",
+                    difference(drawn, far), 1e-9)
 
-    for said, student, target in (("teacher and target reach", problem.affine(), problem.affine()), ("it reaches itself", one := problem.affine(), one)):
+    for label, student, target in (("teacher and target reach", problem.affine(), problem.affine()),
+                                   ("it reaches itself", one := problem.affine(), one)):
         found = gradient(made(problem, 4, student, target).loss(batch, step)["closure"], student)
         known = _slope(problem, batch, step, student, target)
-        yield Check(f"gradient against that of the regression on where {said}; relative", difference(found, known), 1e-9)
+        yield Check(f"gradient against that of the regression on where {label}; relative",
+                    difference(found, known), 1e-9)
     yield from paths(problem)
     yield from following("tract", problem)
 

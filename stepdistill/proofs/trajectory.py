@@ -1,7 +1,8 @@
 """Trajectories of a solver in closed form: where its steps carry the states of a Gaussian teacher, and who knows it.
 
-Along each principal axis, of variance V, one step from t to r multiplies x_t - alpha_t m by a known factor: that of the exact
-flow map in the limit of a fine grid, and another on a coarse one. A consistency loss vanishes at the product of its own steps.
+Along each principal axis, of variance V, one step from t to r multiplies x_t - alpha_t m by a known factor: that of the
+exact flow map in the limit of a fine grid, and another on a coarse one. A consistency loss vanishes at the product of
+its own steps.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from ..diffusion.contracts import Batch, Condition
 from ..diffusion.draws import Step
 from ..diffusion.flow_map import secant_target
 from ..diffusion.schedule import RectifiedFlow, Schedule, like
-from .problem import Affine, Believer, Problem, gradient
+from .problem import Affine, FunctionRole, Problem, gradient
 
 Factor = Callable[[Schedule, Tensor, Tensor, Tensor], Tensor]       # (schedule, V (D,), t (n, 1), r (n, 1)) -> (n, D)
 
@@ -31,7 +32,8 @@ def heun_factor(schedule: Schedule, variances: Tensor, t: Tensor, r: Tensor) -> 
     """The trapezoidal rule on dy / du = g(u) y: y = x / alpha, u = sigma / alpha, of a flow y = x, u = t."""
     (a_t, s_t), (a_r, s_r) = ((schedule.alpha(u), schedule.sigma(u)) for u in (t, r))
     if isinstance(schedule, RectifiedFlow):
-        scale, h, slopes = 1.0, s_r - s_t, [(s - a * variances) / (a**2 * variances + s**2) for a, s in ((a_t, s_t), (a_r, s_r))]
+        scale, h, slopes = 1.0, s_r - s_t, [(s - a * variances) / (a**2 * variances + s**2)
+                                            for a, s in ((a_t, s_t), (a_r, s_r))]
     else:
         u_t, u_r = s_t / a_t, s_r / a_r
         scale, h, slopes = a_r / a_t, u_r - u_t, [u / (variances + u**2) for u in (u_t, u_r)]
@@ -40,7 +42,8 @@ def heun_factor(schedule: Schedule, variances: Tensor, t: Tensor, r: Tensor) -> 
 
 @dataclass
 class Trajectory:
-    """The guided teacher's, by steps between neighbours of `grid` (n,), descending; `factors` (n - 1, D) of those steps."""
+    """The guided teacher's, by steps between neighbours of `grid` (n,), descending; `factors` (n - 1, D) of those
+    steps."""
 
     problem: Problem
     grid: Tensor
@@ -60,20 +63,23 @@ class Trajectory:
 
     def carried(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """x_r of x_t (B, D); t, r (B,) on the grid."""
-        mean, schedule, axes = self.problem.guided_cond(len(t), self.problem.w).text, self.problem.schedule, self.problem.axes[1]
+        mean, schedule, axes = self.problem.guided_cond(len(t),
+                                                        self.problem.w).text, self.problem.schedule, self.problem.axes[1]
         along = (x_t - like(schedule.alpha(t), x_t) * mean) @ axes * (self._at(t) / self._at(r))
         return like(schedule.alpha(r), x_t) * mean + along @ axes.T
 
-    def consistent(self) -> Believer:
+    def consistent(self) -> FunctionRole:
         """The student whose consistency function lands at the grid's last time."""
         def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             c_skip, c_out = scalings(self.problem.schedule, t)
             f = self.carried(x, t, self.grid[-1].expand(len(t)))
             return (f - like(c_skip, x) * x) / like(torch.where(c_out == 0, 1.0, c_out), x)
-        return Believer(self.problem.schedule, x0, self.problem.kind)
+        return FunctionRole(self.problem.schedule, x0, self.problem.kind)
 
-    def consistency_gradient(self, learner: Affine, batch: Batch, step: Step, t: Tensor, s: Tensor, target: Affine) -> Tensor:
-        """In the learner, of its consistency function's squared distance to the target's, fixed, at x_s of this trajectory."""
+    def consistency_gradient(self, learner: Affine, batch: Batch, step: Step, t: Tensor, s: Tensor,
+                             target: Affine) -> Tensor:
+        """In the learner, of its consistency function's squared distance to the target's, fixed, at x_s of this
+        trajectory."""
         def f(role: Affine, x: Tensor, u: Tensor) -> Tensor:
             c_skip, c_out = scalings(self.problem.schedule, u)
             return like(c_skip, x) * x + like(c_out, x) * (role.m + x @ role.S.T)
@@ -83,11 +89,11 @@ class Trajectory:
         fixed = torch.where(like(s, x_s) > self.grid[-1], f(target, x_s, s), x_s).detach()
         return gradient((f(learner, x_t, t) - fixed).square().mean(), learner)
 
-    def landing(self, r: Tensor) -> Believer:
+    def landing(self, r: Tensor) -> FunctionRole:
         """The student whose DDIM step from any time above r (B,) lands at r."""
         def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             above = t > r
             begin, end = torch.where(above, t, 1.0), torch.where(above, r, 0.5)
             found = secant_target(x, self.carried(x, t, r), begin, end, self.problem.schedule)
             return torch.where(like(above, x) > 0, found, x)
-        return Believer(self.problem.schedule, x0, self.problem.kind)
+        return FunctionRole(self.problem.schedule, x0, self.problem.kind)

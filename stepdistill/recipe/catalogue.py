@@ -19,9 +19,11 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     """[{name, title, arxiv, family, needs, data, steps}], of one method where a name is given."""
     if name is not None and name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
-        raise RequestError(f"there is no method '{name}'; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"))
+        raise RequestError(f"there is no method '{name}'; "
+                           + (f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"))
     keys = ("title", "arxiv", "family", "needs", "data", "steps")
-    return [{"name": key, **{k: v if isinstance(v, str) else list(v) for k, v in dataclasses.asdict(entry).items() if k in keys}}
+    return [{"name": key, **{k: v if isinstance(v, str) else list(v)
+                             for k, v in dataclasses.asdict(entry).items() if k in keys}}
             for key, entry in METHODS.items() if name in (None, key)]
 
 
@@ -33,7 +35,8 @@ def algorithm(name: str) -> str:
     settings = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
     fields = [node for node in settings.body if isinstance(node, ast.AnnAssign)]
     lines, first, last = source.splitlines(), fields[0].lineno - 1, fields[-1].end_lineno
-    more = takewhile(lambda line: line.lstrip().startswith("#"), lines[last:])            # the last one's comment may go on
+    # the last one's comment may go on
+    more = takewhile(lambda line: line.lstrip().startswith("#"), lines[last:])
     return "\n".join([ast.get_docstring(tree), "", "settings:", *lines[first:last], *more])
 
 
@@ -43,7 +46,8 @@ def recipes(name: str | None = None) -> list[dict[str, str]]:
     rows = []
     for key, path in found.items():
         values = Source.of_file(path).values
-        rows.append({"name": key, "path": str(path), "method": values.get("method", ""), "teacher": values.get("teacher", "")})
+        rows.append({"name": key, "path": str(path), "method": values.get("method", ""),
+                     "teacher": values.get("teacher", "")})
     return rows
 
 

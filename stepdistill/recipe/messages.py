@@ -1,4 +1,5 @@
-"""What pydantic finds wrong with a recipe, in the words of a recipe; and the names that entries had in earlier versions."""
+"""What pydantic finds wrong with a recipe, in the words of a recipe; and the names that entries had in earlier
+versions."""
 from __future__ import annotations
 
 import difflib
@@ -9,25 +10,35 @@ from typing import Any
 from .yaml import EntryPath, Source
 
 # Entries as earlier versions named them -> their names now. Recipes and run folders of those versions go on.
-EARLIER_NAMES: dict[EntryPath, str] = {}
+EARLIER_NAMES: dict[EntryPath, str] = {
+    ("settings", "told"): "guidance_embedding", ("settings", "tell_exit"): "exit_embedding",
+    ("settings", "judged_at"): "discriminator_times", ("settings", "critic_trained_at"): "critic_training_guidance",
+    ("settings", "critic_asked_at"): "critic_guidance", ("settings", "warm"): "warmup_updates",
+    ("settings", "first_shares"): "warmup_shares",
+}
 
 _EXPECTED = {
     "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",
-    "bool_type": "should be true or false", "list_type": "should be a list such as [1, 2, 4]", "dict_type": "should be a table",
+    "bool_type": "should be true or false", "list_type": "should be a list such as [1, 2, 4]",
+    "dict_type": "should be a table",
     "model_type": "should be a table of entries", "int_from_float": "should be a whole number",
-    "greater_than_equal": "should be at least {ge}", "greater_than": "should be above {gt}", "less_than": "should be below {lt}",
-    "less_than_equal": "should be at most {le}", "literal_error": "should be {expected}", "too_short": "should not be empty",
+    "greater_than_equal": "should be at least {ge}", "greater_than": "should be above {gt}",
+    "less_than": "should be below {lt}",
+    "less_than_equal": "should be at most {le}", "literal_error": "should be {expected}",
+    "too_short": "should not be empty",
     "int_parsing": "should be a whole number", "float_parsing": "should be a number", "value_error": "{error}",
     "finite_number": "should be a finite number",
 }
 
 
-def current(source: Source) -> Source:
-    """The same recipe with the names of today. RequestError where an entry stands under both names."""
-    return source.renamed(EARLIER_NAMES)
+def current(source: Source, overrides: Mapping[str, Any]) -> Source:
+    """The recipe with the names of today, and with these entries put over its own. RequestError where an entry stands in it
+    under both names."""
+    return source.renamed(EARLIER_NAMES).overridden(overrides, EARLIER_NAMES)
 
 
-def complaint(source: Source, path: EntryPath, error: Mapping[str, Any], entries: Callable[[EntryPath], list[str]]) -> str:
+def complaint(source: Source, path: EntryPath, error: Mapping[str, Any],
+              entries: Callable[[EntryPath], list[str]]) -> str:
     """One line on one error. entries: those that the table at a path can have."""
     if path == ("settings",) and error["type"] == "value_error":
         return _of_settings(source, str(error["ctx"]["error"]))
@@ -42,7 +53,8 @@ def complaint(source: Source, path: EntryPath, error: Mapping[str, Any], entries
 
 
 def _of_settings(source: Source, message: str) -> str:
-    """What a method says of its settings together, at the place of one that it names: of one that was --set, if there is such."""
+    """What a method says of its settings together, at the place of one that it names: of one that was --set, if there
+    is such."""
     named = [("settings", word) for word in re.findall(r"\w+", message) if ("settings", word) in source.places]
     place = next((path for path in named if source.was_set(path)), (*named, ("settings",))[0])
     return f"{source.where(place)}: settings: {message}"

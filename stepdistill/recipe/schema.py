@@ -149,6 +149,7 @@ class Train(Strict):
     decay: Literal["constant", "cosine"] = "constant"    # of the learning rate after the warm-up
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; for adversaries [0, 0.99]
     weight_decay: float = Field(0.01, ge=0)      # of AdamW
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"   # adamw8bit: moments of 8 bits (pip install stepdistill[bitsandbytes])
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the passes; trained weights stay float32
     ema: float | None = Field(None, gt=0, lt=1)  # decay an update of the averaged student; none: no average
     clip: float | None = Field(1.0, gt=0)        # largest norm of a role's gradient; none: any
@@ -159,6 +160,7 @@ class Train(Strict):
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
     compile: bool = False                        # torch.compile, by repeated block
+    fsdp: bool = False                           # several processes: each holds a part of the frozen base (FSDP2)
 
 
 class Evaluate(Strict):
@@ -198,7 +200,7 @@ class Recipe(Strict):
         RequestError names file and line, what was found, and the nearest valid name.
         """
         source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
-        source = current(source.overridden(overrides or {}))
+        source = current(source, overrides or {})
         made: Recipe | None = None
         complaints: list[str] = []
         for teacher, own in staged(source):

@@ -21,7 +21,8 @@ FIXED = ("stages", "revision")                          # what no stage can chan
 
 
 def staged(source: Source) -> list[tuple[str, Source]]:
-    """(base or previous, the recipe of the stage as a source of its own) for each stage; of a recipe without, itself alone.
+    """(base or previous, the recipe of the stage as a source of its own) for each stage; of a recipe without, itself
+    alone.
 
     RequestError for what is no list of tables, and for teachers that a stage cannot have.
     """
@@ -43,30 +44,34 @@ def _each(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Iterator[M
     """A table whose steps are a list stands for one a number."""
     steps = table.get("steps")
     if steps == []:
-        raise RequestError(f"{source.where((*at, 'steps'))}: steps of a stage is an empty list: give a number, or one a stage such as [8, 4]")
+        raise RequestError(f"{source.where((*at, 'steps'))}: steps of a stage is an empty list: give a number, or one "
+                           "a stage such as [8, 4]")
     return ({**table, "steps": count} for count in steps) if isinstance(steps, list) else iter([table])
 
 
 def _teacher(source: Source, at: EntryPath, table: Mapping[str, Any], first: bool) -> str:
-    said = table.get("teacher", TEACHERS[0])
-    if said not in TEACHERS:
-        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of a stage is {said!r}; it should be base, the recipe's pipeline, "
+    teacher = table.get("teacher", TEACHERS[0])
+    if teacher not in TEACHERS:
+        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of a stage is {teacher!r}; it should be base, "
+                           "the recipe's pipeline, "
                            "or previous, the student of the stage before")
-    if first and said == "previous":
-        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of the first stage is previous, but no stage is before it: "
+    if first and teacher == "previous":
+        raise RequestError(f"{source.where((*at, 'teacher'))}: teacher of the first stage is previous, but no stage is "
+                           "before it: "
                            "it should be base")
-    return said
+    return teacher
 
 
 def _merged(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Source:
-    """The entries of all stages with this one's over them. Of another method all settings are the stage's own, and a kind of
-    data takes the place of another."""
+    """The entries of all stages with this one's over them. Of another method all settings are the stage's own, and a
+    kind of data takes the place of another."""
     own = {path: value for path, value in leaves(table) if path != ("teacher",) and not source.was_set(path)}
     if fixed := [path for path in own if path[0] in FIXED]:
-        raise RequestError(f"{source.where((*at, *fixed[0]))}: {fixed[0][0]} is no entry of a stage: it is the whole recipe's")
+        raise RequestError(f"{source.where((*at, *fixed[0]))}: {fixed[0][0]} is no entry of a stage: it is the whole "
+                           "recipe's")
     place = lambda path: source.where((*at, *path))
     common = Source(source.name, {key: value for key, value in source.values.items() if key != "stages"},
-                    {path: said for path, said in source.places.items() if path[0] != "stages"})
+                    {path: written for path, written in source.places.items() if path[0] != "stages"})
     merged = common.changed(_replaced(common.values, own), place).changed(own.items(), place)
     tables = {path[:length]: place(path[:length]) for path in own for length in range(1, len(path))}
     return Source(source.name, merged.values, merged.places | tables)

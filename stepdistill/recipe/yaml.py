@@ -45,9 +45,10 @@ class Source:
     def of_mapping(cls, values: Mapping[str, Any]) -> Source:
         return cls("recipe", unwrapped(values), {})
 
-    def overridden(self, overrides: Mapping[str, Any]) -> Source:
-        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's."""
-        return self.changed(leaves(overrides), lambda path: f"{SET}{'.'.join(path)}")
+    def overridden(self, overrides: Mapping[str, Any], names: Mapping[EntryPath, str]) -> Source:
+        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's. names: as of `renamed`."""
+        entries = [(_renamed(path, names), value) for path, value in leaves(overrides)]
+        return self.changed(entries, lambda path: f"{SET}{'.'.join(path)}")
 
     def changed(self, entries: Iterable[tuple[EntryPath, Any]], place: Callable[[EntryPath], str]) -> Source:
         """Each of `entries`, path and value, put over what is there; place(path): where it was written."""
@@ -58,7 +59,7 @@ class Source:
                 inner = node.get(key)
                 node[key] = node = inner if isinstance(inner, dict) else {}
             node[path[-1]] = value
-            places = {key: said for key, said in places.items() if key[:len(path)] != path}
+            places = {key: written for key, written in places.items() if key[:len(path)] != path}
             places[path] = place(path)
         return Source(self.name, values, places)
 
@@ -81,8 +82,8 @@ class Source:
         for key, inner in value.items():
             new = str(_renamed((*path, key), names)[-1])
             if new != key and new in value:
-                raise RequestError(f"{self.where((*path, key))}: {key} is the earlier name of {new}, which is given too: "
-                                   "leave one of them out")
+                raise RequestError(f"{self.where((*path, key))}: {key} is the earlier name of {new}, which is given "
+                                   "too: leave one of them out")
             found[new] = self._renamed(inner, (*path, key), names)
         return found
 
@@ -91,8 +92,9 @@ class Source:
         return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
 
     def where(self, path: EntryPath) -> str:
-        """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands in."""
-        inner = next((said for key, said in self.places.items() if key[:len(path)] == path), None)
+        """Where an entry was written: itself, else the first entry of its table that was, else the table that it stands
+        in."""
+        inner = next((written for key, written in self.places.items() if key[:len(path)] == path), None)
         if inner is not None and path not in self.places:
             return inner
         for length in range(len(path), 0, -1):

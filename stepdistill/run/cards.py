@@ -33,7 +33,8 @@ def check_card(recipe: Recipe, device: torch.device) -> None:
 
 def check_precision(recipe: Recipe, card: torch._C._CudaDeviceProperties) -> None:
     if recipe.train.precision == "bf16" and (card.major, card.minor) < (8, 0):
-        raise recipe.refuse("train.precision", f"is bf16, which a {card.name} lacks (compute capability {card.major}.{card.minor}, and "
+        raise recipe.refuse("train.precision",
+                            f"is bf16, which a {card.name} lacks (compute capability {card.major}.{card.minor}, and "
                             "bfloat16 begins with 8.0): take fp16, which it has, or fp32")
 
 
@@ -52,11 +53,13 @@ def check_memory(recipe: Recipe, peak: float, card: torch._C._CudaDeviceProperti
         outcome = f"Even with {', '.join(tried)} the peak is about {least / GB:.1f} GB" if tried else "No switch is left"
         outcome += ": take a larger card or a smaller teacher"
     raise RequestError(f"{recipe.name} takes about {peak / GB:.1f} GB at its peak, and the {card.name} has "
-                       f"{card.total_memory / GB:.1f} GB. {outcome}. `stepdistill plan {recipe.arguments}` shows what it is made of")
+                       f"{card.total_memory / GB:.1f} GB. {outcome}. `stepdistill plan {recipe.arguments}` shows what "
+                       "it is made of")
 
 
 def switches(recipe: Recipe) -> Iterator[tuple[str, object, Recipe]]:
-    """(entry, value, recipe with it and those before): what makes a training smaller, cheapest first, as far as it is not on yet."""
+    """(entry, value, recipe with it and those before): what makes a training smaller, cheapest first, as far as it is
+    not on yet."""
     plain = recipe.resolved()
     train, batch = plain["train"], plain["data"]["batch"]
     half = "bf16" if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0) else "fp16"

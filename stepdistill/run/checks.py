@@ -1,8 +1,10 @@
-"""What can be known not to work before any weights are read. Every refusal of a combination stands here, with the recipe's line."""
+"""What can be known not to work before any weights are read. Every refusal of a combination stands here, with the
+recipe's line."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,14 +20,15 @@ from ..models.discriminator import Shape, chosen
 from ..models.families import Family
 from ..models.roles import Full, Lora, Places, Setting
 from ..models.teacher import family_at, load_teacher
-from ..models.vision import PlaneSight, Sight
+from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 
 
 @dataclass(frozen=True)
 class Checked:
-    """settings: the method's own. needs: role -> what it is. roles: how each role is trained that the recipe configures."""
+    """settings: the method's own. needs: role -> what it is. roles: how each role is trained that the recipe
+    configures."""
 
     settings: Any
     needs: Mapping[str, Need]
@@ -41,10 +44,15 @@ def check(recipe: Recipe) -> Checked:
     _check_solver(recipe)
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
     needs = method.needs(settings, recipe.student.lora is None)
-    _check_reads(recipe, needs)
     roles = configured(recipe, needs)
+    _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
+    if recipe.train.fsdp:
+        _check_fsdp(recipe, roles)
+    if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise recipe.refuse("train.optimizer", "is adamw8bit, which wants bitsandbytes, and that is not installed: "
+                            "pip install stepdistill[bitsandbytes], or take adamw")
     if recipe.previous is not None:
         _check_succession(recipe, needs, roles)
     return Checked(settings, needs, roles)
@@ -72,6 +80,15 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
     return roles
 
 
+def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
+    if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
+        raise recipe.refuse("train.fsdp", f"is on, which shards a frozen base, but the {full[0]} trains all its weights: "
+                            f"let it be a LoRA, such as {full[0]}: {{lora: {{rank: 32}}}}")
+    if recipe.evaluate.reference is not None:
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are taken of whole networks, and "
+                            "train.fsdp shards the base: leave it out, and `stepdistill bench` the run")
+
+
 def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
     if choice.lora is None:
         return Full()
@@ -79,9 +96,20 @@ def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
 
 
+def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for roles that read numbers where the teacher's network has no place for them."""
+    time = family(recipe).time
+    reading = {name: time.own(need.reads) for name, need in needs.items() if isinstance(need, Trained)}
+    if time.sinusoids is None and (name := next((name for name, own in reading.items() if own), None)):
+        raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(reading[name])} beside its "
+                            "time, but this teacher's network has no one place where it could be added to the time: "
+                            "choose settings without it (guidance_embedding: false), or another method")
+
+
 def learning_rates(recipe: Recipe) -> dict[str, float]:
-    """Role -> its learning rate, of those that have one of their own. A discriminator beside a critic learns at the critic's,
-    unless it has another: they are one network's features and heads, and one optimizer's in the published training."""
+    """Role -> its learning rate, of those that have one of their own. A discriminator beside a critic learns at the
+    critic's, unless it has another: they are one network's features and heads, and one optimizer's in the published
+    training."""
     own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
     found = {name: choice.lr for name, choice in own.items() if choice is not None and choice.lr is not None}
     if "critic" in found and "discriminator" in needs_of(recipe):
@@ -92,7 +120,8 @@ def learning_rates(recipe: Recipe) -> dict[str, float]:
 def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
     features, network = recipe.discriminator.features, recipe.discriminator.network
     if network is not None and not isinstance(needs[needs["discriminator"].of], Features):
-        raise recipe.refuse("discriminator.network", f"is {network}, but the discriminator of {recipe.method} reads the "
+        raise recipe.refuse("discriminator.network",
+                            f"is {network}, but the discriminator of {recipe.method} reads the "
                             f"features of its {needs['discriminator'].of}, not of pictures")
     return Places(None if features is None else tuple(features),
                   None if network is None else str(resources.locate(network) or network))
@@ -100,7 +129,7 @@ def _places(recipe: Recipe, needs: Mapping[str, Need]) -> Places:
 
 # -- what a discriminator reads --------------------------------------------------------------------------------------
 
-def vision_network(recipe: Recipe) -> Sight | PlaneSight:
+def vision_network(recipe: Recipe) -> VisionConfig | PlaneVisionConfig:
     """The network whose features of pictures a discriminator reads, before its weights are."""
     name = None if recipe.discriminator is None else recipe.discriminator.network
     with recipe.blaming("discriminator.network", "cannot be used"):
@@ -132,8 +161,9 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
         if not source.endswith(".safetensors"):              # a single file has no config
             teacher = load_teacher(source, recipe.revision, device="meta")
             check_backend(backend, device, dtype, teacher.network)
-            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.call):
-                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: choose sdpa")
+            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.asked):
+                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: "
+                                   "choose sdpa")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -150,7 +180,8 @@ def _check_solver(recipe: Recipe) -> None:
 def _check_nodes(recipe: Recipe, waypoints: int) -> None:
     pairs = recipe.data.pairs
     if pairs is not None and pairs.nodes % waypoints:
-        raise recipe.refuse("data.pairs.nodes", f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} "
+        raise recipe.refuse("data.pairs.nodes",
+                            f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} "
                             f"evenly spaced states of the teacher's way, and a multiple of {waypoints} holds them")
 
 
@@ -166,7 +197,8 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
     embeds = "w" in needs_of(before)["student"].reads
     (low, high), (lowest, highest) = (w if isinstance(w, tuple) else (w, w) for w in (recipe.guidance, before.guidance))
     if not lowest <= low <= high <= highest or not embeds and (low, high) != (lowest, highest):
-        raise recipe.refuse("guidance", f"is {recipe.guidance}, but the teacher is the student of the stage before, which "
+        raise recipe.refuse("guidance",
+                            f"is {recipe.guidance}, but the teacher is the student of the stage before, which "
                             f"has learned {before.guidance}" + " and has no guidance embedding" * (not embeds))
     if reason := load_method(recipe.method).succession(recipe.steps, before.steps):
         raise recipe.refuse("steps", f"is {recipe.steps} after {before.steps}: {reason}")
@@ -177,7 +209,8 @@ def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None
     embeds, embedded = ("w" in needs["student"].reads, "w" in needs_of(recipe.previous)["student"].reads)
     if embedded and not embeds or recipe.taught_by_previous and embeds != embedded:
         raise recipe.refuse("method", f"is {recipe.method}, whose student {has[embeds]}, and that of the stage before "
-                            f"{has[embedded]}: let both have one by their settings (told: true), or neither")
+                            f"{has[embedded]}: let both have one by their settings (guidance_embedding: true), or "
+                            "neither")
 
 
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
@@ -187,8 +220,10 @@ def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[s
                                      if taught and isinstance(need, Trained) and need.start == "teacher"}
     for name, setting in begins.items():
         if setting not in (Full(), role_setting(before.student)):
-            raise recipe.refuse(name, f"is {_as_written(setting)}, but it begins as the student of the stage before, which "
-                                f"is {_as_written(role_setting(before.student))}: a LoRA stays what it is, or becomes full")
+            raise recipe.refuse(name, f"is {_as_written(setting)}, but it begins as the student of the stage before, "
+                                      "which "
+                                f"is {_as_written(role_setting(before.student))}: a LoRA stays what it is, or becomes "
+                                "full")
         if "w" in needs_of(before)["student"].reads and "w" not in needs[name].reads:
             raise recipe.refuse("method", f"is {recipe.method}, whose {name} begins as the teacher and has no guidance "
                                 "embedding, which the student of the stage before has: let teacher be base")
@@ -209,11 +244,13 @@ def family(recipe: Recipe) -> Family:
 
 
 def _check_family(recipe: Recipe) -> None:
-    """RequestError for entries that the teacher's family does not serve, and for data of another kind than its samples."""
+    """RequestError for entries that the teacher's family does not serve, and for data of another kind than its
+    samples."""
     served = family(recipe)
     points, (path, data) = served.samples == "points", _data(recipe)
     if points and not _are_points(data):
-        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its "
+                                  "own "
                             f"folder, {recipe.teacher}")
     if not points and _are_points(data):
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
@@ -221,17 +258,6 @@ def _check_family(recipe: Recipe) -> None:
     for entry, reason in served.unserved.items():
         if (value := _entry(recipe, entry)) not in (None, False, "auto"):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
-
-
-def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
-    """RequestError for a role that reads a number beside its time, where the family's network has no place for one."""
-    time = family(recipe).time
-    for name, need in needs.items():
-        own = time.own(need.reads) if isinstance(need, Trained) and time.sinusoids is None else ()
-        if own:
-            raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(own)} beside its time, and a "
-                                f"network of the teacher {recipe.teacher} has no place for a layer that does: leave the "
-                                "settings out by which it reads them, or take another method")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import parallel, resources
-from ..data.cache import Cache, Report, Shelf, contents, fingerprint, silent
+from .. import resources
+from ..data.cache import Cache, Report, StoreSpec, contents, fingerprint, silent
 from ..data.datasets import (
     SAMPLES_PER_FILE,
     Dataset,
@@ -43,16 +43,15 @@ def captions(run: Run) -> Captions:
 
 
 def dataset(run: Run, report: Report = silent) -> Dataset:
-    """What batches come from; whatever is to be kept on disk is made here, by the first rank."""
+    """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
-    with parallel.main_first():
-        if data.kind == "images":
-            return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
-        if data.kind == "prompts":
-            return prompts_only(captions(run), encoders, cache)
-        if data.kind == "pairs":
-            return _pairs(run, cache)
-        return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
+    if data.kind == "images":
+        return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
+    if data.kind == "prompts":
+        return prompts_only(captions(run), encoders, cache)
+    if data.kind == "pairs":
+        return _pairs(run, cache)
+    return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
 
 
 def preview_prompts(run: Run, count: int = 4) -> list[str]:
@@ -71,39 +70,41 @@ def pixels_of(teacher: Teacher) -> int | tuple[int, int]:
 
 # -- the teacher's samples and pairs ---------------------------------------------------------------------------------
 
-def pairs_shelf(run: Run, cache: Cache, out: str | Path | None = None) -> Shelf:
+def pairs_spec(run: Run, cache: Cache, out: str | Path | None = None) -> StoreSpec:
     """Where the recipe's pairs lie or are to lie: the cache, unless the recipe or `out` names a folder.
 
-    RequestError for a folder that holds pairs made otherwise. There the teacher is known by what its files hold, so that
-    pairs can be carried to another machine.
+    RequestError for a folder that holds pairs made otherwise. There the teacher is known by what its files hold, so
+    that pairs can be carried to another machine.
     """
     recipe, teacher = run.recipe, run.teacher
     name = recipe.data.pairs.path if out is None else str(out)
     made_on = _identity(teacher) | ({} if name is None else {"teacher": contents(teacher.source)})
     identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": made_on}
     folder = None if name is None else resources.locate(name) or Path(name)
-    shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
-    if name is not None and (otherwise := shelf.found_otherwise()):
-        raise recipe.refuse("data.pairs.path" if out is None else "--out", f"is {name}, whose pairs were made otherwise: "
+    spec = cache.spec("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
+    if name is not None and (otherwise := spec.found_otherwise()):
+        raise recipe.refuse("data.pairs.path" if out is None else "--out",
+                            f"is {name}, whose pairs were made otherwise: "
                             f"{'; '.join(otherwise)}. The right ones are made by `stepdistill pairs {recipe.arguments} "
                             "--out FOLDER`, with a folder of their own")
-    return shelf
+    return spec
 
 
-def fill_pairs(run: Run, shelf: Shelf, cache: Cache) -> Dataset:
+def fill_pairs(run: Run, spec: StoreSpec, cache: Cache) -> Dataset:
     """The recipe's pairs, once those that are missing have been made."""
     pairs = run.recipe.data.pairs
     times = even(pairs.steps)[pairs.steps // pairs.nodes::pairs.steps // pairs.nodes]
-    return teacher_pairs(captions(run), shelf, partial(_generate_pairs, run), times, _encoders(run), cache)
+    return teacher_pairs(captions(run), spec, partial(_generate_pairs, run), times, _encoders(run), cache)
 
 
 def _pairs(run: Run, cache: Cache) -> Dataset:
     """For training: a folder that the recipe names must hold them all, so that a slip in its name is noticed."""
-    recipe, shelf = run.recipe, pairs_shelf(run, cache)
-    if recipe.data.pairs.path is not None and (made := shelf.made()) < recipe.data.count:
-        raise recipe.refuse("data.pairs.path", f"is {recipe.data.pairs.path}, which holds {made} of {recipe.data.count} pairs: "
+    recipe, spec = run.recipe, pairs_spec(run, cache)
+    if recipe.data.pairs.path is not None and (made := spec.made()) < recipe.data.count:
+        raise recipe.refuse("data.pairs.path",
+                            f"is {recipe.data.pairs.path}, which holds {made} of {recipe.data.count} pairs: "
                             f"`stepdistill pairs {recipe.arguments}` makes them")
-    return fill_pairs(run, shelf, cache)
+    return fill_pairs(run, spec, cache)
 
 
 @torch.no_grad()
@@ -123,7 +124,8 @@ def _generate_pairs(run: Run, ids: Tensor, texts: list[str]) -> tuple[Tensor, Te
 
 
 def noises(run: Run, use: str, name: object, ids: Tensor) -> Tensor:
-    """(B, ...) unit normal on the run's device: a function of the run's seed, what it is for, its name and each sample's number."""
+    """(B, ...) unit normal on the run's device: a function of the run's seed, what it is for, its name and each
+    sample's number."""
     draw = lambda i: torch.Generator().manual_seed(key(run.recipe.train.seed, use, name, i))
     return torch.stack([torch.randn(run.teacher.latent_shape, generator=draw(i)) for i in ids.tolist()]).to(run.device)
 
@@ -146,7 +148,8 @@ def _encoders(run: Run) -> Encoders:
 
 def _identity(teacher: Teacher) -> dict[str, Any]:
     dtype = str(next(teacher.network.parameters()).dtype)
-    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype}
+    size = {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}       # its samples have it, and conditions may tell it
+    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype} | size
 
 
 def _found(name: str) -> str:

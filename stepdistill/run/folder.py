@@ -47,21 +47,24 @@ def _may_resume(run: Path, recipe: Recipe) -> None:
     if run.resolve().parent.name == STAGES and is_run(whole := run.resolve().parent.parent):
         raise RequestError(f"{run} is a stage of {whole}: resume that run")
     if not (run / RECIPE).is_file():
-        raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin one")
+        raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin "
+                           "one")
     begun, asked = (flat(_numbered(r.resolved())) for r in (Recipe.load(run / RECIPE), recipe))
-    changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked if begun.get(key) != asked.get(key)]
+    changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked
+               if begun.get(key) != asked.get(key)]
     if changed:
         raise RequestError(f"{run} was begun with another recipe: {'; '.join(changed)}. Resume with {run / RECIPE}, "
                            "or begin a new run with another --out")
 
 
 def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe with its stages by number, so that a difference is told by its entry."""
+    """A resolved recipe with its stages by number, so that a difference is named by its entry."""
     return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
 
 
 def stage_folders(recipe: Recipe, run: Path) -> list[Path]:
-    """Where its stages lie: the last in the run's own folder, those before in stages/1, stages/2, ..., each a run of its own."""
+    """Where its stages lie: the last in the run's own folder, those before in stages/1, stages/2, ..., each a run of
+    its own."""
     return [*(run / STAGES / str(i + 1) for i in range(len(recipe.stages) - 1)), run]
 
 
@@ -101,7 +104,8 @@ def is_run(folder: Path) -> bool:
 
 def recipe_of(run: Path) -> Recipe:
     if not is_run(run):
-        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out {run}` makes one")
+        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out {run}` "
+                           "makes one")
     return Recipe.load(run / RECIPE)
 
 
@@ -114,5 +118,6 @@ def results_of(run: Path) -> dict[str, Any] | None:
 def checkpoint_of(run: Path) -> Path:
     folder = checkpoints.latest(run)
     if folder is None:
-        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {run / RECIPE} --out {run} --resume`")
+        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {run / RECIPE} --out {run} "
+                           "--resume`")
     return folder

@@ -1,4 +1,5 @@
-"""What a training step asks of its networks: passes, and the activations that autograd keeps. Counted on the meta device."""
+"""What a training step asks of its networks: passes, and the activations that autograd keeps. Counted on the meta
+device."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,14 +17,15 @@ from ..diffusion.draws import Step
 from ..diffusion.times import even
 from ..methods.base import Heads, Update
 from ..models.discriminator import tap
-from ..models.recompute import Enough
+from ..models.recompute import StopForward
 from .checks import network_features
 from .setup import Run
 
 
 @dataclass
-class Tally:
-    """Evaluations of the network a sample and step, forward and with gradients; held: the most bytes that autograd keeps."""
+class PassCounts:
+    """Evaluations of the network a sample and step, forward and with gradients; held: the most bytes that autograd
+    keeps."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -41,35 +43,37 @@ class _Moment(Step):
         return self.at
 
 
-def tallied(run: Run) -> Tally:
+def count_passes(run: Run) -> PassCounts:
     """By running the method's own losses, with as many samples as a micro-batch has.
 
-    A pass that ends at a discriminator's last feature counts as its share of a whole pass's arithmetic. Passes are a mean over
-    the exits of the student's rollouts: their count grows evenly from exit to exit, so the first and the last one tell it.
+    A pass that ends at a discriminator's last feature counts as its share of a whole pass's arithmetic. Passes are a
+    mean over the exits of the student's rollouts: their count grows evenly from exit to exit, so the first and the last
+    one tell it.
     """
-    tally, batch, share = Tally(), _batch(run), _share(run)
+    passes, batch, share = PassCounts(), _batch(run), _share(run)
     networks, last = [run.teacher.network, *run.roles.networks.values()], run.method.sampler.nfe - 1
     with ExitStack() as counting:
         for network in networks:
             if run.recipe.train.precision != "fp32":        # as autocast computes
                 network.to(torch.bfloat16)
-            counting.enter_context(_counted(network.train(), run, tally, share))
+            counting.enter_context(_counted(network.train(), run, passes, share))
         for exit in (0, last):
-            _step(run, batch, tally, (exit + 0.5) / (last + 1))
-    return tally
+            _step(run, batch, passes, (exit + 0.5) / (last + 1))
+    return passes
 
 
-def _step(run: Run, batch: Batch, tally: Tally, at: float) -> None:
-    """One training step of two, with batches shared as training shares them. Repeats on batches of their own cost the same."""
+def _step(run: Run, batch: Batch, passes: PassCounts, at: float) -> None:
+    """One training step of two, with batches shared as training shares them. Repeats on batches of their own cost the
+    same."""
     kept: dict[str, Any] = {}
     for update in run.method.updates():
         shares = min(update.shares, update.repeat)
         for repeat, count in ((0, shares), (shares, update.repeat - shares)):
             if count:
                 kept = kept if repeat < shares else {}
-                tally.weight = count / (2 * update.every * len(batch))
+                passes.weight = count / (2 * update.every * len(batch))
                 step = _Moment(0, 0, 0.0, update.name, repeat, batch.ids, run.teacher.device, kept=kept, at=at)
-                tally.held = max(tally.held, _held(run, update, batch, step))
+                passes.held = max(passes.held, _held(run, update, batch, step))
 
 
 def _held(run: Run, update: Update, batch: Batch, step: Step) -> int:
@@ -101,7 +105,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch computes attention as it is written, and keeps what a kernel on a GPU or a CPU does not."""
+    """On the meta device torch computes attention as it is written, and keeps what a kernel on a GPU or a CPU does
+    not."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
@@ -111,22 +116,22 @@ class _FusedAttention(TorchFunctionMode):
 
 
 @contextmanager
-def _counted(network: nn.Module, run: Run, tally: Tally, share: float) -> Iterator[None]:
+def _counted(network: nn.Module, run: Run, passes: PassCounts, share: float) -> Iterator[None]:
     """Counts the passes of a network, and those that gradients go back through. share: of a pass that ends early."""
     forward = network.forward
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())                   # x_t first, a tensor or a list of samples
         back = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors_in(given)) or _trains(network, run))
-        count = tally.weight * len(given[0])
+        count = passes.weight * len(given[0])
         try:
             return forward(*args, **kwargs)
-        except Enough:
+        except StopForward:
             count *= share
             raise
         finally:
-            tally.forward += count
-            tally.backward += count * back
+            passes.forward += count
+            passes.backward += count * back
 
     network.forward = counting
     try:

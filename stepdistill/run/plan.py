@@ -13,10 +13,11 @@ from ..methods.base import Heads, Trained
 from ..models.teacher import cached_file
 from ..recipe import Recipe
 from .checks import family, vision_network
-from .passes import tallied, tensors_in
+from .passes import count_passes, tensors_in
 from .setup import Previous, Run, setup, student_weights
 
-ADAM, GRADIENT, FLOAT = 8, 4, 4       # bytes a trained parameter: two moments, its gradient, itself
+GRADIENT, FLOAT = 4, 4                # bytes a trained parameter: its gradient, itself
+ADAM = {"adamw": 8, "adamw8bit": 2}   # its two moments
 LIBRARIES = 600_000_000               # bytes that torch, diffusers and transformers hold before any network
 META = torch.device("meta")
 
@@ -24,15 +25,16 @@ META = torch.device("meta")
 def plan(recipe: Recipe) -> dict[str, Any]:
     """{roles: {name: {parameters, trained, bytes}}, bytes, peak, passes, disk, downloads}; bytes as plain numbers.
 
-    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate. No weights are read. Of several
-    stages roles, bytes and peak are those of the largest, passes a mean over all their steps, disk the sum, and `stages` has
-    each. RequestError for what training would refuse.
+    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate. No weights are read. Of
+    several stages roles, bytes and peak are those of the largest, passes a mean over all their steps, disk the sum, and
+    `stages` has each. RequestError for what training would refuse.
     """
     found: list[dict[str, Any]] = []
     previous: Previous | None = None
     for stage in recipe.stages:
         if family(stage).no_pipeline:
-            raise stage.refuse("teacher", f"is {stage.teacher}, a Toy, which there is nothing to plan of: its recipes train within a "
+            raise stage.refuse("teacher", f"is {stage.teacher}, a Toy, which there is nothing to plan of: its recipes "
+                                          "train within a "
                                "minute, by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
         run = setup(stage, META, previous=previous, attention="auto")
         found.append(_stage(run))
@@ -41,8 +43,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         return found[0]
     passes = [row["passes"] for row in found]
     updates, samples = sum(p["updates"] for p in passes), sum(p["updates"] * p["batch"] for p in passes)
-    mean = {name: _short(sum(p[name] * p["updates"] * p["batch"] for p in passes) / samples) for name in ("forward", "backward")}
-    each = [{"method": stage.method, "steps": stage.steps, **row} for stage, row in zip(recipe.stages, found, strict=True)]
+    mean = {name: _short(sum(p[name] * p["updates"] * p["batch"] for p in passes) / samples)
+            for name in ("forward", "backward")}
+    each = [{"method": stage.method, "steps": stage.steps, **row}
+            for stage, row in zip(recipe.stages, found, strict=True)]
     return max(found, key=lambda row: row["peak"]) | {
         "disk": sum(row["disk"] for row in found), "stages": each,
         "passes": mean | {"batch": _short(samples / updates), "updates": updates}}
@@ -51,18 +55,20 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def _stage(run: Run) -> dict[str, Any]:
     rows, train = _rows(run), run.recipe.train
     weights, trained = (sum(row[name] for row in rows.values()) for name in ("bytes", "trained"))
-    disk, tally = _disk(run, rows), tallied(run)
-    passes = {"forward": _short(tally.forward), "backward": _short(tally.backward), "batch": run.recipe.data.batch,
+    disk, counts = _disk(run, rows), count_passes(run)
+    passes = {"forward": _short(counts.forward), "backward": _short(counts.backward), "batch": run.recipe.data.batch,
               "updates": train.updates}
-    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM) + tally.held
-    return {"roles": rows, "bytes": weights, "peak": peak, "passes": passes, "disk": disk, "downloads": _downloads(run, rows)}
+    peak = LIBRARIES + weights + trained * (GRADIENT + ADAM[train.optimizer]) + counts.held
+    return {"roles": rows, "bytes": weights, "peak": peak, "passes": passes, "disk": disk,
+            "downloads": _downloads(run, rows)}
 
 
 def _rows(run: Run) -> dict[str, dict[str, int]]:
     """A row for each network of the pipeline, and for each role that has weights of its own."""
     teacher, roles = run.teacher, run.roles
     base = "base" if run.recipe.taught_by_previous else "teacher"
-    rows = {base if name == teacher.family.denoiser else name: {"parameters": size, "trained": 0, "bytes": size * _width(teacher.parts[name])}
+    rows = {base if name == teacher.family.denoiser
+            else name: {"parameters": size, "trained": 0, "bytes": size * _width(teacher.parts[name])}
             for name, size in teacher.sizes.items()}
     for name, need in roles.needs.items():
         own = list(roles.visions[name].parameters()) if name in roles.visions else roles.parameters(name)
@@ -85,10 +91,11 @@ def _width(network: nn.Module) -> int:
 # -- disk and net ----------------------------------------------------------------------------------------------------------
 
 def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
-    """Bytes of checkpoints (every role and both moments), the export, and the cache, unless an earlier stage has filled it."""
+    """Bytes of checkpoints (every role and both moments), the export, and the cache, unless an earlier stage has filled
+    it."""
     train, data, earlier = run.recipe.train, run.recipe.data, run.recipe.stages[:-1]
     roles = [row for name, row in rows.items() if name in run.roles.needs and name != "teacher"]
-    each = sum(row["bytes"] + row["trained"] * ADAM for row in roles)
+    each = sum(row["bytes"] + row["trained"] * ADAM[train.optimizer] for row in roles)
     checkpoints = -(-train.updates // (train.checkpoint_every or train.updates))
     cond = run.teacher.encode([run.teacher.null_prompt]).replace(null=None)
     latents = prod(run.teacher.latent_shape) * (1 if data.pairs is None else 1 + data.pairs.nodes)

@@ -30,24 +30,28 @@ FIGURES = "evaluations.jsonl"
 
 
 class Preview:
-    """Called after every step; speaks when evaluate.every is due and after the last one. Rank 0 alone works."""
+    """Called after every step; speaks when evaluate.every is due and after the last one. Rank 0 alone works, unless the base is sharded:
+    then all ranks take part in its passes, and rank 0 alone writes."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
         self.cond = run.teacher.encode(preview_prompts(run, CLOUD if run.teacher.family.samples == "points" else 4))
         self.teacher: Tensor | None = None
-        asked = run.recipe.evaluate
+        choices = run.recipe.evaluate
         self.figures: Evaluation | None = None
         if parallel.rank() == 0:                      # a resumed run forgets what came after its checkpoint
             saved = checkpoints.latest(folder)
             truncate(folder / FIGURES, 0 if saved is None else checkpoints.step_of(saved))
-        if asked.reference is not None and parallel.rank() == 0:
-            self.figures = Evaluation(asked.samples, run.recipe.train.seed, features=resources.locate(asked.features) or asked.features,
-                                      reference=asked.reference, say=lambda text: None)
+        if choices.reference is not None and parallel.rank() == 0:
+            self.figures = Evaluation(choices.samples, run.recipe.train.seed,
+                                      features=resources.locate(choices.features) or choices.features,
+                                      reference=choices.reference, say=lambda text: None)
 
     def __call__(self, step: int) -> None:
         recipe = self.run.recipe
-        if parallel.rank() or not (due(step, recipe.evaluate.every) or step == recipe.train.updates):
+        if not (due(step, recipe.evaluate.every) or step == recipe.train.updates):
+            return
+        if parallel.rank() and not recipe.train.fsdp:
             return
         self.pictures(step)
         if self.figures is not None:
@@ -59,6 +63,8 @@ class Preview:
         if self.teacher is None:
             self.teacher = self.run.teacher.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
         student = self.run.teacher.decode(student_samples(self.run, self.noise, self.cond))
+        if parallel.rank():
+            return
         rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps")
         path = self.folder / "samples" / f"step-{step:06d}.png"
         if self.run.teacher.family.samples == "points":

@@ -1,4 +1,5 @@
-"""From a recipe to a run: the teacher, its roles, the method and its sampler. The one place that builds them, on any device."""
+"""From a recipe to a run: the teacher, its roles, the method and its sampler. The one place that builds them, on any
+device."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -33,8 +34,8 @@ class Previous:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with everything that it names. stock: how a stock pipeline samples the student. previous: the checksum of the
-    student that it began with."""
+    """A recipe with everything that it names. stock: how a stock pipeline samples the student. previous: the checksum
+    of the student that it began with."""
 
     recipe: Recipe
     teacher: Teacher
@@ -97,7 +98,8 @@ def previous_student(recipe: Recipe, run: Path) -> Previous:
     """What the stage before leaves to this one, from its run folder."""
     before, checkpoint = recipe.previous, folder.checkpoint_of(run)
     role = sampling_role(before)
-    return Previous(student_weights(before, checkpoints.load_role(checkpoint, role)), checkpoints.checksum_of(checkpoint, role))
+    return Previous(student_weights(before, checkpoints.load_role(checkpoint, role)),
+                    checkpoints.checksum_of(checkpoint, role))
 
 
 def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
@@ -119,7 +121,7 @@ def open_run(run: str | Path) -> Run:
 
 def train_config(recipe: Recipe) -> TrainConfig:
     """What of the recipe's `train` is the loop's; the rest is the networks'."""
-    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention"})
+    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention", "fsdp"})
     return TrainConfig(**entries, rates=learning_rates(recipe))
 
 
@@ -133,7 +135,8 @@ def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previou
     begins = ("student", "teacher") if recipe.taught_by_previous else ("student",)
     begin: Mapping[str, Weights] = {} if previous is None else dict.fromkeys(begins, previous.weights)
     return build_roles(teacher, needs, checked.roles, begin=begin,
-                       gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention, seed=recipe.train.seed)
+                       gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention,
+                       seed=recipe.train.seed)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

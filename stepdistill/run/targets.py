@@ -11,14 +11,14 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from .. import resources
-from ..errors import RequestError, gist
+from ..errors import RequestError, first_lines
 from ..evaluation.plans import Target
 from ..export import open_export, read_settings
 from ..export.folder import fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of
 from ..models.sources import class_at
-from ..models.teacher import call_of, load_teacher
+from ..models.teacher import call_of, every_call, load_teacher
 from .folder import is_run
 from .setup import Run, open_run
 
@@ -43,7 +43,8 @@ def open_target(name: str | Path, called: str) -> Opened:
     if found is not None and is_export(found):
         return _open_export(found, called)
     source = resources.pipeline(str(name))
-    return Opened(Target(called, _pipeline(source, None), given=call_of(source)), source)
+    pipeline = _pipeline(source, None)
+    return Opened(Target(called, pipeline, given=_given(pipeline, source)), source)
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -59,7 +60,7 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     made = {o.teacher: o.revision for o in opened if o.teacher is not None and o.teacher not in given}
     pipelines = given | {source: _pipeline(source, revision) for source, revision in made.items()}
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source).name
-    return [Target(name(source), pipeline, given=call_of(source), companion=source in made) for source, pipeline in pipelines.items()]
+    return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made) for source, pipeline in pipelines.items()]
 
 
 def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
@@ -72,6 +73,12 @@ def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
         deepcopy(scheduler).set_timesteps(steps, **own)
     except ValueError as error:
         raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+
+
+def _given(pipeline: DiffusionPipeline, source: str) -> dict[str, Any]:
+    """What every call of it is given."""
+    name = type(pipeline).__name__
+    return every_call(family_of(name), pipeline.components, source)[1] if name in FAMILIES else call_of(source)
 
 
 def _open_export(folder: Path, called: str) -> Opened:
@@ -92,4 +99,4 @@ def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
             return load_teacher(source).pipeline()
         return fresh_pipeline(DiffusionPipeline, source, revision)
     except (OSError, SafetensorError, ValueError) as error:
-        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {gist(error)}") from error
+        raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {first_lines(error)}") from error

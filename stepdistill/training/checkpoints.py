@@ -29,7 +29,8 @@ def save(run_dir: Path, step: int, tensors: Tensors) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, group in tensors.items():
-            save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, partial / f"{name}.safetensors")
+            save_file({key: tensor.detach().contiguous() for key, tensor in group.items()},
+                      partial / f"{name}.safetensors")
         sums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
         (partial / CHECKSUMS).write_text(json.dumps({"step": step, "sha256": sums}, indent=1) + "\n", encoding="utf-8")
         for path in partial.iterdir():
@@ -94,7 +95,8 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _damaged(folder: Path, path: Path, reason: str) -> RequestError:
-    return RequestError(f"the checkpoint file {path} is damaged: {reason}. Remove the folder {folder} to go on from the "
+    return RequestError(f"the checkpoint file {path} is damaged: {reason}. Remove the folder {folder} to go on from "
+                        "the "
                         f"checkpoint before it.")
 
 

@@ -1,4 +1,5 @@
-"""How this process was started: `accelerate launch` and `torchrun` set the environment, a plain start leaves it empty."""
+"""How this process was started: `accelerate launch` and `torchrun` set the environment, a plain start leaves it
+empty."""
 from __future__ import annotations
 
 import os
@@ -10,7 +11,7 @@ from ..errors import RequestError
 
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed keeps one optimizer for the whole model, and roles are trained by one each",
-    "ACCELERATE_USE_FSDP": "accelerate's FSDP wraps one model, and roles share one base",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP wraps one model, and roles share one base. `train.fsdp: true` in the recipe shards that base",
 }
 
 

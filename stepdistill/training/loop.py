@@ -71,7 +71,8 @@ class Trainer:
         if unknown := config.rates.keys() - trained:
             raise ValueError(f"{sorted(unknown)} have learning rates, but the updates train {sorted(trained)}")
         self.optimizers = {role: RoleOptimizer(roles.parameters(role), config) for role in trained}
-        self.scalers = {update.name: GradScaler(self.device.type, enabled=config.precision == "fp16") for update in self.updates}
+        self.scalers = {update.name: GradScaler(self.device.type, enabled=config.precision == "fp16")
+                        for update in self.updates}
         frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, FIXED)}
         self.saved = [role for role in roles.names if role not in frozen]
         self.enabled: tuple[str, ...] = ()
@@ -82,8 +83,8 @@ class Trainer:
     def train(self, resume: bool = False) -> None:
         """Trains to the last step and saves it. resume: goes on from the latest checkpoint, or begins if there is none.
 
-        Stopped on Ctrl-C, on a full disk, on a loss that is not finite and where the GPU is too small; RequestError if the
-        folder holds another run.
+        Stopped on Ctrl-C, on a full disk, on a loss that is not finite and where the GPU is too small; RequestError if
+        the folder holds another run.
         """
         if resume:
             self.resume()
@@ -92,7 +93,8 @@ class Trainer:
         try:
             if self.config.compile:
                 self.warm_up()
-            with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config.updates, self.done) as tracker:
+            with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config.updates,
+                                                         self.done) as tracker:
                 for index in range(self.done, self.config.updates):
                     self.finish(index + 1, self.step(index), tracker, interrupted)
         except KeyboardInterrupt:                       # Ctrl-C for the second time
@@ -149,8 +151,8 @@ class Trainer:
                 _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
 
     def apply(self, update: Update, index: int, logs: dict[str, Tensor]) -> None:
-        """Steps the roles of this update, and those that follow them. In fp16 a step whose gradient overflowed is left out
-        and counted as skipped, and the next ones are scaled by less."""
+        """Steps the roles of this update, and those that follow them. In fp16 a step whose gradient overflowed is left
+        out and counted as skipped, and the next ones are scaled by less."""
         scaler = self.scalers[update.name]
         for role in update.trains:
             norm = self.optimizers[role].step(learning_rate(self.config, index, role), scaler)
@@ -161,9 +163,10 @@ class Trainer:
             self.roles.follow(role)
         scaler.update()
 
-    def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int, kept: dict[str, Any]) -> dict[str, Tensor]:
-        """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the run.
-        torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to come.
+    def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int,
+                 kept: dict[str, Any]) -> dict[str, Tensor]:
+        """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the
+        run. torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to come.
 
         Autocast keeps no copies of weights: one made by a pass without gradients would serve the student's pass too,
         which then had none.
@@ -195,14 +198,16 @@ class Trainer:
     def finish(self, step: int, logs: dict[str, Tensor], tracker: Tracker, interrupted: Callable[[], bool]) -> None:
         """Logs, saves and tells what is due after this step, counted from 1."""
         config = self.config
-        rates = {"lr": learning_rate(config, step - 1)} | {f"lr/{role}": learning_rate(config, step - 1, role) for role in config.rates}
+        rates = {"lr": learning_rate(config, step - 1)} | {f"lr/{role}": learning_rate(config, step - 1, role)
+                                                           for role in config.rates}
         tracker.add(step, rates, logs, self.images)
         self.images = 0
         last = step == config.updates
         logging, saving = last or due(step, config.log_every), last or due(step, config.checkpoint_every)
         stopping = not last and self._agreed(interrupted(), logging)
         if (logging or saving or stopping) and (found := tracker.flush()):
-            raise Stopped(f"{found}. The weights are of no use from there on. {self._kept()} A lower train.lr, a longer "
+            raise Stopped(f"{found}. The weights are of no use from there on. {self._kept()} A lower train.lr, a "
+                          "longer "
                           "train.warmup or precision fp32 may help.")
         with tracker.pause():
             if saving or stopping:
@@ -210,7 +215,8 @@ class Trainer:
                 self.save(step)
             # Pictures come in batches of their own size, for which nothing is compiled anew.
             with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-                for tell in self.on_step:                 # before a stop: a resumed run does not tell of this step again
+                for tell in self.on_step:                 # before a stop: a resumed run does not tell of this step
+                                                          # again
                     tell(step)
             if stopping:
                 raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
@@ -232,7 +238,8 @@ class Trainer:
         expected = {f"role-{role}" for role in self.saved} | {f"optimizer-{role}" for role in self.optimizers}
         expected |= {"scales"} if self.config.precision == "fp16" else set()
         if found.keys() != expected:
-            raise RequestError(f"{folder} holds {', '.join(sorted(found))}; this recipe needs {', '.join(sorted(expected))}. "
+            raise RequestError(f"{folder} holds {', '.join(sorted(found))}; this recipe needs "
+                               f"{', '.join(sorted(expected))}. "
                                "Resume with the recipe that the run was begun with.")
         try:
             for role in self.saved:

@@ -1,10 +1,13 @@
-"""One optimizer a role: AdamW with clipping, and a learning rate that is a function of the step."""
+"""One optimizer a role: AdamW with clipping, and a learning rate that is a function of the step.
+
+Its moments are float32, or 8 bits by bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861).
+"""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import cos, inf, pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ class TrainConfig:
     decay: Literal["constant", "cosine"] = "constant"    # after the warm-up; cosine falls to 0 at the last step
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     clip: float | None = 1.0                # largest norm of a role's gradient; None: any
     accumulate: int = 1                     # micro-batches an update
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"    # 16 bits: autocast; weights and optimizer stay float32
@@ -39,7 +43,8 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1; found {value}")
         if min((self.lr, *self.rates.values())) <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; found "
+            raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; "
+                             "found "
                              f"{(self.lr, *self.rates.values())}, {self.clip}, {self.warmup}, {self.weight_decay}")
 
 
@@ -60,8 +65,12 @@ class RoleOptimizer:
         if not parameters:
             raise ValueError("a role without parameters cannot be trained")
         self.parameters, self.clip = parameters, inf if config.clip is None else config.clip
-        self.adamw = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
-                                       fused=parameters[0].device.type in FUSED)
+        common = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+        if config.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit  # an extra, looked for when the recipe was checked
+            self.adamw = AdamW8bit(parameters, **common)
+        else:
+            self.adamw = torch.optim.AdamW(parameters, fused=parameters[0].device.type in FUSED, **common)
 
     def step(self, lr: float, scaler: GradScaler) -> Tensor:
         """Averages the gradients over ranks, unscales and clips them, steps and drops them. Returns their norm before
@@ -81,14 +90,27 @@ class RoleOptimizer:
     def state(self) -> dict[str, Tensor]:
         """Flat: "exp_avg.3" is the moment of the fourth parameter. A parameter that never had a gradient has none."""
         states = self.adamw.state_dict()["state"]
-        return {f"{name}.{i}": tensor for i, state in states.items() for name, tensor in state.items()}
+        return {f"{name}.{i}": torch.as_tensor(value) for i, state in states.items() for name, value in _flat(state)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        states: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Any]] = {}
         for key, tensor in tensors.items():
             name, i = key.rsplit(".", 1)
-            states.setdefault(int(i), {})[name] = tensor
+            *outer, last = name.split(".")
+            state = states.setdefault(int(i), {})
+            for part in outer:
+                state = state.setdefault(part, {})
+            state[last] = tensor.item() if tensor.dtype == torch.int64 and not tensor.dim() else tensor
         self.adamw.load_state_dict({"state": states, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+def _flat(state: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value): bitsandbytes keeps its tensors in a table of the state, and a step that is Python's number."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 def scales(scalers: Mapping[str, GradScaler]) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed. The first press only raises the flag; a second one stops at once.
+    """Yields a function that says whether Ctrl-C was pressed. The first press only raises the flag; a second one stops
+    at once.
 
     Outside the main thread, where Python delivers no signals, the flag stays down.
     """

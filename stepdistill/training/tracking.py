@@ -48,7 +48,8 @@ def memory(device: torch.device) -> int:
 class Tracker:
     """Collects every step's tensors and, every so often, moves them from the device at once and writes them down.
 
-    Nothing here makes the host wait for the device but `flush`, which is collective: all ranks call it at the same step.
+    Nothing here makes the host wait for the device but `flush`, which is collective: all ranks call it at the same
+    step.
     """
 
     def __init__(self, run_dir: Path, device: torch.device, total: int, done: int) -> None:
@@ -56,7 +57,8 @@ class Tracker:
         self.pending: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
         self.main = parallel.rank() == 0
         self.images, self.paused, self.seconds, self.drawn = 0, 0.0, 0.0, 0.0
-        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+                            TextColumn("{task.fields[figures]}"),
                             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), auto_refresh=False,
                             console=Console(stderr=True), disable=not self.main)
         self.task = self.bar.add_task("training", total=total, completed=done, figures="")
@@ -79,8 +81,8 @@ class Tracker:
             self.board.close()
 
     def add(self, step: int, rates: dict[str, float], values: dict[str, Tensor], images: int) -> None:
-        """After step number `step`, from 1: its learning rates, its losses and norms, () each, and the images that it used
-        on all ranks."""
+        """After step number `step`, from 1: its learning rates, its losses and norms, () each, and the images that it
+        used on all ranks."""
         self.pending.append((step, rates, values))
         self.images += images
         self.bar.update(self.task, completed=step)
@@ -93,7 +95,8 @@ class Tracker:
         flat = torch.stack([value.detach().float() for _, _, values in self.pending for value in values.values()])
         parallel.all_reduce_mean_([flat])
         numbers = iter(flat.tolist())
-        rows = [{"step": step} | {name: _short(next(numbers)) for name in values} | rates for step, rates, values in self.pending]
+        rows = [{"step": step} | {name: _short(next(numbers)) for name in values} | rates
+                for step, rates, values in self.pending]
         seconds = time.perf_counter() - self.since - self.paused
         finite = list(takewhile(lambda row: all(map(math.isfinite, row.values())), rows))
         if self.main and finite:
@@ -101,7 +104,8 @@ class Tracker:
         self.seconds += seconds
         self.pending, self.images, self.paused, self.since = [], 0, 0.0, time.perf_counter()
         bad = rows[len(finite)] if len(finite) < len(rows) else {}
-        return ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items() if not math.isfinite(value))
+        return ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items()
+                         if not math.isfinite(value))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

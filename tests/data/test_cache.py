@@ -123,9 +123,9 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_progress_is_told(tmp_path):
-    told = []
-    make(tmp_path, report=lambda *row: told.append(row))
-    assert told[0] == ("rows", 4, 25) and told[-1] == ("rows", 25, 25) and [row[1] for row in told] == sorted(row[1] for row in told)
+    reports = []
+    make(tmp_path, report=lambda *row: reports.append(row))
+    assert reports[0] == ("rows", 4, 25) and reports[-1] == ("rows", 25, 25) and [row[1] for row in reports] == sorted(row[1] for row in reports)
 
 
 def test_a_disk_without_room_is_refused_with_the_need(tmp_path, monkeypatch):
@@ -195,13 +195,13 @@ def test_contents_are_the_same_wherever_a_pipeline_lies(tmp_path):
 
 
 def test_a_named_folder_says_what_it_holds(tmp_path):
-    shelf = lambda count=25, source=1: Cache(tmp_path, batch=4).shelf("rows", {"source": {"seed": source}}, count, 10, tmp_path / "mine")
-    assert shelf().found_otherwise() == [] and shelf().made() == 0
-    check(Cache(tmp_path, batch=4).fill(shelf(), Maker()))
-    assert shelf().found_otherwise() == [] and shelf().made() == 25
-    assert shelf(24, 2).found_otherwise() == ["count is 25 there and 24 here", "source.seed is 1 there and 2 here"]
+    spec = lambda count=25, source=1: Cache(tmp_path, batch=4).spec("rows", {"source": {"seed": source}}, count, 10, tmp_path / "mine")
+    assert spec().found_otherwise() == [] and spec().made() == 0
+    check(Cache(tmp_path, batch=4).fill(spec(), Maker()))
+    assert spec().found_otherwise() == [] and spec().made() == 25
+    assert spec(24, 2).found_otherwise() == ["count is 25 there and 24 here", "source.seed is 1 there and 2 here"]
     (tmp_path / "mine/00001.safetensors").unlink()
-    assert shelf().made() == 15
+    assert spec().made() == 15
     (tmp_path / "mine/about.json").write_text("[]")
     with pytest.raises(RequestError, match="mine' holds other files"):
-        shelf().found_otherwise()
+        spec().found_otherwise()

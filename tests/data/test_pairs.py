@@ -20,7 +20,7 @@ from stepdistill.diffusion.solvers import SOLVERS
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Inference, Method, Trained, Update
 from stepdistill.recipe import Recipe
-from stepdistill.run.data import dataset, fill_pairs, pairs_shelf
+from stepdistill.run.data import dataset, fill_pairs, pairs_spec
 from stepdistill.run.plan import plan
 from stepdistill.run.setup import setup
 from stepdistill.training import TrainConfig, Trainer, checkpoints
@@ -63,10 +63,10 @@ def named(recipe, tmp_path_factory):
 @torch.no_grad()
 def solved(work, pairs, indices, end: int, start: int = 0, x=None):
     """The recipe's solver anew, from the pairs' noise or from x, between two nodes of its grid."""
-    said = work.recipe.data.pairs
-    times = torch.linspace(1, 0, said.steps + 1, dtype=torch.float64)[start:end + 1]
+    settings = work.recipe.data.pairs
+    times = torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64)[start:end + 1]
     cond = work.teacher.encode([PROMPTS[i % 2] for i in indices.tolist()])
-    return SOLVERS[said.solver](guided(work.roles["teacher"], 2.0), pairs.noise if x is None else x, times, cond)
+    return SOLVERS[settings.solver](guided(work.roles["teacher"], 2.0), pairs.noise if x is None else x, times, cond)
 
 
 def assert_same(x, y):
@@ -116,12 +116,12 @@ def test_an_interrupted_making_goes_on_bit_for_bit(work, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         whole = Cache(tmp_path / "parts", report=interrupt)
-        fill_pairs(made, pairs_shelf(made, whole), whole)
+        fill_pairs(made, pairs_spec(made, whole), whole)
     assert len(list((tmp_path / "parts").rglob("pairs-*/*.safetensors"))) == 1
     first = next((tmp_path / "parts").rglob("pairs-*/00000.safetensors"))
     written = first.stat().st_mtime_ns
     for name in ("parts", "whole"):
-        fill_pairs(made, pairs_shelf(made, Cache(tmp_path / name)), Cache(tmp_path / name))
+        fill_pairs(made, pairs_spec(made, Cache(tmp_path / name)), Cache(tmp_path / name))
         files[name] = {path.name: path.read_bytes() for path in (tmp_path / name).rglob("pairs-*/*.safetensors")}
     assert files["parts"] == files["whole"] and len(files["whole"]) == 2 and first.stat().st_mtime_ns == written
 
@@ -132,9 +132,9 @@ CHANGES = {"guidance": {"data__pairs__guidance": 3.0}, "solver": {"data__pairs__
 
 
 def test_whatever_changes_the_pairs_leads_to_others_in_the_cache(work, cache):
-    folders = {pairs_shelf(work(**changes), Cache()).folder for changes in ({}, *CHANGES.values())}
+    folders = {pairs_spec(work(**changes), Cache()).folder for changes in ({}, *CHANGES.values())}
     assert len(folders) == 1 + len(CHANGES)
-    assert pairs_shelf(work(guidance=3.0, data__pairs__guidance=2.0), Cache()).folder == pairs_shelf(work(), Cache()).folder
+    assert pairs_spec(work(guidance=3.0, data__pairs__guidance=2.0), Cache()).folder == pairs_spec(work(), Cache()).folder
 
 
 def test_training_makes_the_pairs_that_are_absent(recipe, cache, tmp_path):
@@ -164,11 +164,11 @@ def test_a_folder_of_other_pairs_is_refused_by_what_differs(work, named, entry):
                    "seed": ("1", "0"), "count": ("6", "5"),
                    "prompts": (r"\['a'\]", r"\['a red ring', 'a blue square'\]")}[entry]
     command = "`stepdistill pairs recipe --set .* --out FOLDER`"
-    said = rf"data.pairs.path is .*named, whose.*{entry} is {there} there and {here} here\. .*{command}"
-    with pytest.raises(RequestError, match=said):
+    message = rf"data.pairs.path is .*named, whose.*{entry} is {there} there and {here} here\. .*{command}"
+    with pytest.raises(RequestError, match=message):
         dataset(work(data__pairs__path=str(named), **CHANGES[entry]))
     with pytest.raises(RequestError, match=rf"--out is .*{entry} is {there} there and {here} here"):
-        pairs_shelf(work(**CHANGES[entry]), Cache(), out=named)
+        pairs_spec(work(**CHANGES[entry]), Cache(), out=named)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in named.iterdir()) == before
 
 
@@ -193,14 +193,14 @@ def test_a_folder_that_does_not_hold_them_all_is_not_trained_on(work, tmp_path):
         dataset(work(data__pairs__path=str(tmp_path / "named")))
     assert not (tmp_path / "named").exists()
     made = work(data__pairs__path=str(tmp_path / "named"))
-    fill_pairs(made, pairs_shelf(made, Cache()), Cache())
+    fill_pairs(made, pairs_spec(made, Cache()), Cache())
     assert dataset(work(data__pairs__path=str(tmp_path / "named"))).count == 5
     (tmp_path / "named/about.json").write_text("[]")
     with pytest.raises(RequestError, match="other files.*about.json"):
         dataset(work(data__pairs__path=str(tmp_path / "named")))
 
 
-@pytest.mark.parametrize(("changes", "said"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"data__pairs__solver": "sde_ddim"}, r"data.pairs.solver is sde_ddim; pairs are made by one of ddim, .*no other noise"),
     ({"data__pairs__solver": "dimm"}, "data.pairs.solver is dimm; pairs are made by one of ddim, euler"),
     ({"data__pairs__nodes": 3}, "data.pairs.nodes is 3, which does not divide the 4 steps"),
@@ -208,8 +208,8 @@ def test_a_folder_that_does_not_hold_them_all_is_not_trained_on(work, tmp_path):
     ({"data__prompts": "shapes"}, "found prompts and pairs"),
     ({"method": "swiftbrush"}, "swiftbrush trains on"),
 ])
-def test_what_cannot_be_meant_is_refused(recipe, changes, said):
-    with pytest.raises(RequestError, match=said):
+def test_what_cannot_be_meant_is_refused(recipe, changes, message):
+    with pytest.raises(RequestError, match=message):
         setup(recipe(**changes), torch.device("cpu"))
 
 

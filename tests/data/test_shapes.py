@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepdistill.data.shapes import COLOURS, SIZE, SLOTS, UNSAID, Scenes, attributes_of, captions, render, scenes
+from stepdistill.data.shapes import COLOURS, SIZE, SLOTS, UNCAPTIONED, Scenes, attributes_of, captions, render, scenes
 
 
 def test_a_scene_and_its_picture_do_not_depend_on_the_batch():
@@ -12,7 +12,7 @@ def test_a_scene_and_its_picture_do_not_depend_on_the_batch():
     pictures = render(together)
     for i in range(len(ids)):
         alone = scenes(ids[i:i + 1], seed=3)
-        assert torch.equal(alone.attributes[0], together.attributes[i]) and torch.equal(alone.unsaid[0], together.unsaid[i])
+        assert torch.equal(alone.attributes[0], together.attributes[i]) and torch.equal(alone.uncaptioned[0], together.uncaptioned[i])
         assert torch.allclose(render(alone)[0], pictures[i], atol=1e-6)
     assert not torch.equal(scenes(ids, seed=4).attributes, together.attributes)
 
@@ -65,24 +65,24 @@ def test_the_two_objects_differ_and_every_value_occurs():
 
 @pytest.mark.parametrize("slot", list(SLOTS))
 def test_every_attribute_is_visible(slot):
-    """With all that is unsaid held fixed, another value of any slot changes the picture clearly."""
+    """With all that captions leave out held fixed, another value of any slot changes the picture clearly."""
     column, scene = list(SLOTS).index(slot), scenes(torch.arange(128))
     pictures = render(scene)
     for shift in range(1, len(SLOTS[slot])):
         attributes = scene.attributes.clone()
         attributes[:, column] = (attributes[:, column] + shift) % len(SLOTS[slot])
-        changed = ((render(Scenes(attributes, scene.unsaid)) - pictures).abs().amax(1) > 0.2).flatten(1).sum(1)
+        changed = ((render(Scenes(attributes, scene.uncaptioned)) - pictures).abs().amax(1) > 0.2).flatten(1).sum(1)
         assert changed.min() >= 4
 
 
 def test_objects_stand_where_and_in_the_colour_that_the_caption_says():
     scene = scenes(torch.arange(200))
-    unsaid = scene.unsaid.clone()
-    unsaid[:, UNSAID.index("reverse")] = 1.0                       # first object first
+    uncaptioned = scene.uncaptioned.clone()
+    uncaptioned[:, UNCAPTIONED.index("reverse")] = 1.0                       # first object first
     pixels = (render(scene) + 1) / 2
     palette = torch.tensor(list(COLOURS.values()))
     wrong = 0
-    for picture, text in zip(pixels, captions(Scenes(scene.attributes, unsaid))):
+    for picture, text in zip(pixels, captions(Scenes(scene.attributes, uncaptioned))):
         words = text.replace("left of", "left").split()
         hue = (picture.permute(1, 2, 0) / picture.amax(0)[..., None]).reshape(-1, 3)
         nearest = torch.cdist(hue, palette / palette.amax(1, keepdim=True))

@@ -14,9 +14,9 @@ SD15 = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", n
 KINDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def network(x: Tensor, told: Tensor) -> Tensor:
+def network(x: Tensor, timesteps: Tensor) -> Tensor:
     """Smooth, nonlinear, different for every told time (0 .. 1000) and element. x: (B, ...); told: (B,)."""
-    t = told.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) / 1000
+    t = timesteps.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) / 1000
     return torch.sin(1.3 * x + 2 * t) + 0.4 * torch.cos(3 * t) * x.roll(1, dims=-1) + 0.1
 
 
@@ -27,8 +27,8 @@ class NetworkRole:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         flow = isinstance(self.schedule, RectifiedFlow)
-        told = 1000 * self.schedule.sigma(t) if flow else self.schedule.nodes * t - 1
-        return Prediction(network(x_t, told), x_t, t, self.schedule, self.kind)
+        timesteps = 1000 * self.schedule.sigma(t) if flow else self.schedule.nodes * t - 1
+        return Prediction(network(x_t, timesteps), x_t, t, self.schedule, self.kind)
 
 
 def schedule_of(scheduler) -> Schedule:

@@ -12,9 +12,9 @@ from .schedules import SCHEDULES
 
 def test_scalings_are_the_scheduler_s():
     scheduler = LCMScheduler()
-    told = torch.arange(0, 1000, 3)
-    theirs = torch.tensor([scheduler.get_scalings_for_boundary_condition_discrete(t) for t in told.tolist()], dtype=torch.float64)
-    ours = torch.stack(scalings(SCHEDULES["vp"], (told + 1).double() / 1000), 1)
+    timesteps = torch.arange(0, 1000, 3)
+    theirs = torch.tensor([scheduler.get_scalings_for_boundary_condition_discrete(t) for t in timesteps.tolist()], dtype=torch.float64)
+    ours = torch.stack(scalings(SCHEDULES["vp"], (timesteps + 1).double() / 1000), 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 

@@ -10,7 +10,7 @@ import torch
 from stepdistill.diffusion import guidance
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.exact import Gaussian
-from stepdistill.diffusion.guidance import autoguided, guided, self_guided, told
+from stepdistill.diffusion.guidance import autoguided, guided, self_guided, with_scale
 from stepdistill.diffusion.prediction import Prediction, linear
 from stepdistill.diffusion.views import viewed
 
@@ -103,31 +103,31 @@ def test_a_role_under_its_own_schedule_is_itself():
 def test_a_role_that_has_its_guidance_within_is_not_guided_again():
     role, x, t, cond = case()
     for w in (1.0, 3.0, torch.tensor([1.0, 2.0, 3.0])):
-        assert torch.equal(guided(self_guided(role, told=False), w)(x, t, cond).raw, 2.0 * x)
+        assert torch.equal(guided(self_guided(role, guidance_embedding=False), w)(x, t, cond).raw, 2.0 * x)
     assert role.batches == [3, 3, 3]
     with pytest.raises(ValueError, match="leave the interval out"):
-        guided(self_guided(role, told=False), 3.0, (0.2, 0.8))
+        guided(self_guided(role, guidance_embedding=False), 3.0, (0.2, 0.8))
 
 
 def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
     _, x, t, cond = case()
-    heard = []
+    scales = []
 
     class Listens:
         schedule = SCHEDULES["vp"]
 
         def __call__(self, x_t, t, cond=None):
-            heard.append(cond.w)
+            scales.append(cond.w)
             return Prediction(x_t, x_t, t, self.schedule, "eps")
 
-    role = self_guided(Listens(), told=True)
+    role = self_guided(Listens(), guidance_embedding=True)
     for w in (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=F64)):
         guided(role, w)(x, t, cond)
     role(x, t, cond)
-    assert heard[0].tolist() == [1, 1, 1] and heard[1].tolist() == [1, 2, 3] and heard[2] is None and role.schedule is SCHEDULES["vp"]
-    assert told(cond, 2).w.dtype == F64 and cond.w is None
-    with pytest.raises(ValueError, match="beside a condition"):
-        told(None, 2.0)
+    assert scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None and role.schedule is SCHEDULES["vp"]
+    assert with_scale(cond, 2).w.dtype == F64 and cond.w is None
+    with pytest.raises(ValueError, match="goes into a condition"):
+        with_scale(None, 2.0)
 
 
 class Network(Told):
@@ -149,7 +149,7 @@ def capped(given, without, w):
 
 VIEWS = {"viewed": lambda role: viewed(role, SCHEDULES["flow"]), "viewed in trig": lambda role: viewed(role, SCHEDULES["trig"]),
          "autoguided": lambda role: autoguided(role, role, 1.5)}
-WITHIN = {"self-guided": lambda role: self_guided(role, told=False), "self-guided, told": lambda role: self_guided(role, told=True)}
+WITHIN = {"self-guided": lambda role: self_guided(role, guidance_embedding=False), "self-guided, told": lambda role: self_guided(role, guidance_embedding=True)}
 WRAPPERS = VIEWS | WITHIN
 
 

@@ -86,7 +86,7 @@ def test_tcd_with_other_grids_and_without_eta():
     compare(scheduler, 8, "eps", eta=0.5)
     noise, schedule = torch.ones(2, 5), schedule_of(scheduler)
     role = NetworkRole(schedule, "eps")
-    silent, zero = (Sampler.of(scheduler, 4, schedule, **said)(role, noise) for said in ({}, {"eta": 0.0}))
+    silent, zero = (Sampler.of(scheduler, 4, schedule, **call)(role, noise) for call in ({}, {"eta": 0.0}))
     assert torch.equal(silent, zero)                                     # as the pipelines have it
 
 
@@ -118,11 +118,11 @@ def test_flow_lcm(k, shift):
 
 def test_grids_are_those_of_the_recipes():
     schedule = VariancePreserving.of(LCMScheduler(**SD15).alphas_cumprod)
-    told = lambda scheduler, k, **call: (1000 * Sampler.of(scheduler, k, schedule, **call).times - 1).round().int().tolist()
-    assert told(LCMScheduler(**SD15), 4) == [999, 759, 499, 259]
-    assert told(LCMScheduler(**SD15, original_inference_steps=4), 4) == [999, 749, 499, 249]
-    assert told(LCMScheduler(**SD15), 4, original_inference_steps=4) == [999, 749, 499, 249]
-    assert told(DDIMScheduler(**SD15, clip_sample=False, timestep_spacing="trailing"), 4) == [999, 749, 499, 249]
+    timesteps = lambda scheduler, k, **call: (1000 * Sampler.of(scheduler, k, schedule, **call).times - 1).round().int().tolist()
+    assert timesteps(LCMScheduler(**SD15), 4) == [999, 759, 499, 259]
+    assert timesteps(LCMScheduler(**SD15, original_inference_steps=4), 4) == [999, 749, 499, 249]
+    assert timesteps(LCMScheduler(**SD15), 4, original_inference_steps=4) == [999, 749, 499, 249]
+    assert timesteps(DDIMScheduler(**SD15, clip_sample=False, timestep_spacing="trailing"), 4) == [999, 749, 499, 249]
     assert Sampler.of(EulerDiscreteScheduler(**SD15, timestep_spacing="trailing"), 4, schedule).start == pytest.approx(0.9977, abs=5e-5)
     assert Sampler.of(HeunDiscreteScheduler(**SD15), 5, schedule).nfe == 9
 

@@ -28,11 +28,11 @@ def pipeline():
 SCHEDULERS = [LCMScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
 
 
-@pytest.mark.parametrize("make, said", [*((make, {}) for make in SCHEDULERS), *((TCDScheduler, {"eta": eta}) for eta in (0.0, 0.3, 1.0)),
+@pytest.mark.parametrize("make, own_call", [*((make, {}) for make in SCHEDULERS), *((TCDScheduler, {"eta": eta}) for eta in (0.0, 0.3, 1.0)),
                                         (TCDScheduler, {})])
 @pytest.mark.parametrize("w", [1.0, 3.0])
 @torch.no_grad()
-def test_the_same_latents_as_the_pipeline(pipeline, make, said, w):
+def test_the_same_latents_as_the_pipeline(pipeline, make, own_call, w):
     prompts = ["a red ring", "a blue cross on navy"]
     text, null = pipeline.encode_prompt(prompts, "cpu", 1, True)
     schedule = VariancePreserving.of(pipeline.scheduler.alphas_cumprod)
@@ -46,7 +46,7 @@ def test_the_same_latents_as_the_pipeline(pipeline, make, said, w):
 
     pipeline.scheduler = make.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     stream = torch.Generator().manual_seed(0)
-    call = {"num_inference_steps": 4, "guidance_scale": w, **said}
+    call = {"num_inference_steps": 4, "guidance_scale": w, **own_call}
     theirs = pipeline(prompts, generator=stream, output_type="latent", **call).images
     stream = torch.Generator().manual_seed(0)
     noise = torch.randn(theirs.shape, generator=stream)

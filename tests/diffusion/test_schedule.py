@@ -27,11 +27,11 @@ def test_a_noise_level_leads_back_to_its_time(name):
 @pytest.mark.parametrize("name", ["vp", "vp-zero"])
 def test_nodes_are_exact_and_the_ends_clean(name):
     s = SCHEDULES[name]
-    told = torch.arange(1000)
-    t = (told + 1).double() / 1000
+    timesteps = torch.arange(1000)
+    t = (timesteps + 1).double() / 1000
     squares = torch.tensor(s.alphas_cumprod, dtype=torch.float64)
     assert torch.allclose(s.alpha(t) ** 2, squares, rtol=1e-14, atol=1e-16)
-    assert torch.equal((1000 * t - 1).round().long(), told)
+    assert torch.equal((1000 * t - 1).round().long(), timesteps)
     zero = torch.zeros(1, dtype=torch.float64)
     assert s.alpha(zero) == 1 and s.sigma(zero) == 0
 

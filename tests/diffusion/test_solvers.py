@@ -75,8 +75,8 @@ def test_equal_to_the_stock_scheduler(name, make, more, k, kind, spacing):
     role = NetworkRole(schedule_of(scheduler), kind)
     noise = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(3))
     theirs = stock_loop(scheduler, noise, num_inference_steps=k)
-    told = torch.tensor(sorted(set(scheduler.timesteps.tolist()), reverse=True), dtype=F64)
-    times = torch.cat([(told + 1) / 1000, torch.zeros(1, dtype=F64)])
+    timesteps = torch.tensor(sorted(set(scheduler.timesteps.tolist()), reverse=True), dtype=F64)
+    times = torch.cat([(timesteps + 1) / 1000, torch.zeros(1, dtype=F64)])
     start = role.schedule.sigma(times[:1]).float() if name in ("euler", "heun") and spacing == "trailing" else 1.0
     ours = SOLVERS[name](role, start * noise, times)
     assert (ours - theirs).abs().max() <= 3e-5 * max(1.0, theirs.abs().max())

@@ -40,10 +40,10 @@ def test_features_are_the_models_projections(clip_folder):
 
 def test_the_judge_reads_each_slot(clip_folder):
     features = load_features(clip_folder)
-    weight, bias = features.judge.heads[2]
+    weight, bias = features.attribute_classifier.heads[2]
     wanted = torch.tensor([4])
     x = torch.linalg.lstsq(weight, 10 * torch.nn.functional.one_hot(wanted, len(weight)).float().T - bias[:, None]).solution.T
-    seen = features.judge(x)
+    seen = features.attribute_classifier(x)
     assert seen.shape == (1, len(SLOTS)) and seen[0, 2] == 4
 
 
@@ -85,15 +85,15 @@ def test_wrong_requests_teach(tmp_path, monkeypatch):
 
 
 def test_reference_is_computed_once_and_the_shipped_one_needs_its_key(clip_folder, tmp_path):
-    features, source, said = load_features(clip_folder), ShapesSource(100), []
-    first = load_reference(features, source, say=said.append)
-    again = load_reference(features, source, say=said.append)
-    assert len(said) == 1 and torch.equal(first.subset, again.subset)
+    features, source, messages = load_features(clip_folder), ShapesSource(100), []
+    first = load_reference(features, source, say=messages.append)
+    again = load_reference(features, source, say=messages.append)
+    assert len(messages) == 1 and torch.equal(first.subset, again.subset)
     torch.testing.assert_close(first.whole.mean, again.whole.mean, rtol=0, atol=0)
-    shipped = ship_reference(features, source, tmp_path, said.append)
+    shipped = ship_reference(features, source, tmp_path, messages.append)
     assert read_reference(shipped)[0] == reference_key(features, source)
-    other = load_reference(features, ShapesSource(90), shipped, said.append)
-    assert other.whole.count == 90 and "not used" in said[1]
+    other = load_reference(features, ShapesSource(90), shipped, messages.append)
+    assert other.whole.count == 90 and "not used" in messages[1]
     shipped.write_bytes(shipped.read_bytes()[:100])
     with pytest.raises(RequestError, match="delete it"):
         load_reference(features, source, shipped)

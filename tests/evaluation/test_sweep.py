@@ -54,15 +54,15 @@ def test_every_teacher_row_takes_the_evaluations_it_claims(teacher):
 
 def test_flow_teachers_have_solvers_of_their_own():
     """Every call is given what the teacher's folder says; the network hears it as 20 text tokens rather than 276."""
-    said, lengths, target = [], [], Target("flow", tiny_sd3(shift=3.0), given={"max_sequence_length": 0})
+    messages, lengths, target = [], [], Target("flow", tiny_sd3(shift=3.0), given={"max_sequence_length": 0})
     target.pipeline.transformer.context_embedder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    rows = plans(target, [1, 2, 6], [1.0, 2.0], ["ddim", "euler", "heun", "dpmpp_2m"], said.append)
+    rows = plans(target, [1, 2, 6], [1.0, 2.0], ["ddim", "euler", "heun", "dpmpp_2m"], messages.append)
     assert {(row.name, row.nfe, row.guidance): row.steps for row in rows} == {
         **{(f"flow:{solver}", n, 1.0): n for solver in ("euler", "dpmpp_2m") for n in (1, 2, 6)},
         **{(f"flow:{solver}", n, 2.0): n // 2 for solver in ("euler", "dpmpp_2m") for n in (2, 6)},
         ("flow:heun", 1, 1.0): 1, ("flow:heun", 2, 2.0): 1, ("flow:heun", 6, 2.0): 2}
     assert [evaluations(row) for row in rows] == [row.nfe for row in rows] and set(lengths) == {20}
-    assert said == ["flow is not run with ddim, which has no form for flow matching"]
+    assert messages == ["flow is not run with ddim, which has no form for flow matching"]
     schedulers = {row.name.split(":")[1]: row.scheduler for row in rows}
     assert type(schedulers["heun"]) is FlowMatchHeunDiscreteScheduler and schedulers["heun"].config.shift == 3.0
     assert type(schedulers["dpmpp_2m"]) is DPMSolverMultistepScheduler and schedulers["dpmpp_2m"].config.flow_shift == 3.0
@@ -97,17 +97,17 @@ def test_counting_leaves_no_trace(teacher):
 
 
 def test_student_rows_keep_their_call_and_leave_out_what_the_sampler_does_not_serve(student):
-    said = []
-    rows = plans(student, [1, 4, 8], [3.0], ["ddim"], said.append)
+    messages = []
+    rows = plans(student, [1, 4, 8], [3.0], ["ddim"], messages.append)
     assert [(row.nfe, row.steps, row.guidance, row.call["num_inference_steps"]) for row in rows] == [(1, 1, 1.0, 1), (4, 4, 1.0, 4)]
-    assert len(said) == 1 and "student is not run at 8 steps" in said[0]
+    assert len(messages) == 1 and "student is not run at 8 steps" in messages[0]
 
 
 def test_a_companion_that_nobody_asked_for_never_refuses_a_request(teacher, student, clip_folder, tmp_path):
     """One guided step takes two evaluations, so that this teacher has no row at one."""
-    beside, said = replace(teacher, companion=True), []
-    assert plans(beside, [1], [2.0], ["ddim"], said.append) == []
-    assert len(said) == 1 and "teacher, which stands beside the students, is left out: teacher can be run at none of nfe=[1]" in said[0]
+    beside, messages = replace(teacher, companion=True), []
+    assert plans(beside, [1], [2.0], ["ddim"], messages.append) == []
+    assert len(messages) == 1 and "teacher, which stands beside the students, is left out: teacher can be run at none of nfe=[1]" in messages[0]
     results = run([student, beside], clip_folder, tmp_path, nfe=[1], guidance=[2.0], solvers=["ddim"])
     assert [row["target"] for row in results["rows"]] == ["real", "student"]
     with pytest.raises(RequestError, match="unknown solver 'dmi'"):

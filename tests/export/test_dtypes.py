@@ -34,26 +34,26 @@ def pictures(folder: Path, teacher: Path) -> torch.Tensor:
         return pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
 
 
-@pytest.mark.parametrize("kind,to,told,dtype", [
+@pytest.mark.parametrize("kind,to,guidance_embedding,dtype", [
     ("epsilon", "lora", False, "float16"), ("epsilon", "lora", False, "bfloat16"),
     ("epsilon", "lora", False, "float32"), ("epsilon", "lora", True, "float16"),
     ("epsilon", "comfyui", True, "bfloat16"), ("epsilon", "pipeline", True, "float16"),
     ("sd3", "lora", False, "float16"), ("sd3-t5", "pipeline", False, "bfloat16")])
-def test_what_is_written_is_rounded_and_its_cost_is_said(make, tmp_path, teachers, kind, to, told, dtype):
+def test_what_is_written_is_rounded_and_its_cost_is_said(make, tmp_path, teachers, kind, to, guidance_embedding, dtype):
     """The cost stated is the difference of the written student to the float32 export of the same student."""
-    guidance = 3.3 if told else None
-    export_student(make(kind, told=told), to, tmp_path / "whole", guidance, "float32")
-    proof = export_student(make(kind, told=told), to, tmp_path / "out", guidance, dtype)
-    said = read_settings(tmp_path / "out")
-    assert dtypes(tmp_path / "out") == {DTYPES[dtype]} and said["dtype"] == dtype
-    assert proof.difference < 1e-5 and said["proof"]["dtype"] == "float32"
+    guidance = 3.3 if guidance_embedding else None
+    export_student(make(kind, guidance_embedding=guidance_embedding), to, tmp_path / "whole", guidance, "float32")
+    proof = export_student(make(kind, guidance_embedding=guidance_embedding), to, tmp_path / "out", guidance, dtype)
+    settings = read_settings(tmp_path / "out")
+    assert dtypes(tmp_path / "out") == {DTYPES[dtype]} and settings["dtype"] == dtype
+    assert proof.difference < 1e-5 and settings["proof"]["dtype"] == "float32"
     rough, whole = (pictures(tmp_path / name, teachers[kind]) for name in ("out", "whole"))
     cost = (rough - whole).abs().max().item()
-    assert said["proof"]["rounding"] == pytest.approx(cost, abs=2e-5)
+    assert settings["proof"]["rounding"] == pytest.approx(cost, abs=2e-5)
     assert (cost == 0) == (dtype == "float32")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"weights: {dtype}, " in card
-    assert dtype == "float32" or f"{said['proof']['rounding']:.1e} on [0, 1] pixels" in card
+    assert dtype == "float32" or f"{settings['proof']['rounding']:.1e} on [0, 1] pixels" in card
 
 
 @pytest.mark.parametrize("to,dtype", [("lora", "float16"), ("comfyui", "float16"), ("pipeline", "float32")])
@@ -129,5 +129,5 @@ def test_rounding_in_place_keeps_the_dtype():
 
 def test_settings_are_json(make, tmp_path):
     export_student(make(), "lora", tmp_path)
-    said = json.loads((tmp_path / "stepdistill.json").read_text())
-    assert {"difference", "tolerance", "images", "dtype", "rounding"} == set(said["proof"])
+    settings = json.loads((tmp_path / "stepdistill.json").read_text())
+    assert {"difference", "tolerance", "images", "dtype", "rounding"} == set(settings["proof"])

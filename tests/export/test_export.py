@@ -57,7 +57,7 @@ def images(pipe, **settings) -> torch.Tensor:
     return pipe("a red ring", generator=torch.Generator().manual_seed(5), output_type="pt", **settings).images
 
 
-@pytest.mark.parametrize("kind,to,setting,told,guidance,inference", [
+@pytest.mark.parametrize("kind,to,setting,guidance_embedding,guidance,inference", [
     ("epsilon", "lora", Lora(4, 6.0), False, None, LCM), ("v_prediction", "lora", Lora(4, 6.0), False, None, LCM),
     ("epsilon", "lora", Lora(3), False, None, DDIM), ("v_prediction", "lora", Lora(3), False, None, TCD),
     ("v_prediction", "lora", Lora(4, 6.0), True, 3.3, LCM),
@@ -67,12 +67,12 @@ def images(pipe, **settings) -> torch.Tensor:
     ("v_prediction", "pipeline", Lora(4, 6.0), True, 2.0, DDIM),
     ("sd3", "lora", Lora(4, 6.0), False, None, None), ("sd3-t5", "lora", Lora(4, 6.0), False, None, FLOW_EULER),
     ("sd3", "pipeline", Full(), False, None, None), ("sd3", "pipeline", Lora(4, 6.0), False, None, FLOW_EULER)])
-def test_every_form_is_proved(make, tmp_path, kind, to, setting, told, guidance, inference):
-    proof = export_student(make(kind, setting, told, inference), to, tmp_path / "out", guidance)
+def test_every_form_is_proved(make, tmp_path, kind, to, setting, guidance_embedding, guidance, inference):
+    proof = export_student(make(kind, setting, guidance_embedding, inference), to, tmp_path / "out", guidance)
     assert proof.difference < 1e-5
     assert proof.images.std() > 0.05
-    said = read_settings(tmp_path / "out")
-    assert said["proof"]["difference"] == proof.difference and said["role"] == "ema" and said["format"] == to
+    settings = read_settings(tmp_path / "out")
+    assert settings["proof"]["difference"] == proof.difference and settings["role"] == "ema" and settings["format"] == to
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -80,9 +80,9 @@ def test_the_folder_holds_what_the_design_says(make, tmp_path, teachers):
     student = make()
     export_student(student, "lora", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {LORA, "scheduler", "stepdistill.json", "README.md", "samples.png"}
-    said = json.loads((tmp_path / "stepdistill.json").read_text())
-    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert (said["steps"], said["method"], said["teacher"]) == (4, "lcm", str(teachers["epsilon"]))
+    settings = json.loads((tmp_path / "stepdistill.json").read_text())
+    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert (settings["steps"], settings["method"], settings["teacher"]) == (4, "lcm", str(teachers["epsilon"]))
     with safe_open(tmp_path / LORA, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6.0
 
@@ -110,7 +110,7 @@ def test_load_gives_the_settings_of_a_plain_call(make, tmp_path, teachers):
 
 
 def test_a_pipeline_export_loads_into_its_base(make, tmp_path, teachers):
-    export_student(make(setting=Full(), told=True), "pipeline", tmp_path, 4.0)
+    export_student(make(setting=Full(), guidance_embedding=True), "pipeline", tmp_path, 4.0)
     pipe = stock(teachers["epsilon"])
     settings = load(pipe, tmp_path)
     whole, same = open_export(tmp_path)
@@ -124,7 +124,7 @@ def test_a_pipeline_export_loads_into_its_base(make, tmp_path, teachers):
       for guidance in (None, 3.3)),
     *((cls, "sd3", None) for cls in (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline))])
 def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, teachers, cls, kind, guidance):
-    export_student(make(kind, told=guidance is not None), "lora", tmp_path, guidance)
+    export_student(make(kind, guidance_embedding=guidance is not None), "lora", tmp_path, guidance)
     pipe = stock(teachers[kind])
     settings = load(pipe, tmp_path)
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
@@ -150,10 +150,11 @@ def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, t
 
 @pytest.mark.parametrize("kind,to,guidance", [
     ("epsilon", "lora", None), ("epsilon", "lora", 3.3), ("epsilon", "comfyui", None), ("epsilon", "pipeline", None),
-    ("sd3", "lora", None), ("sd3", "pipeline", None)])
+    ("sd3", "lora", None), ("sd3", "pipeline", None), ("sana", "lora", 3.3), ("pixart", "lora", None), ("pixart", "lora", 3.3),
+    ("pixart", "pipeline", None)])
 def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, guidance):
     setting = Full() if to == "pipeline" else Lora(4, 6.0)
-    export_student(make(kind, setting, told=guidance is not None), to, tmp_path / "out", guidance)
+    export_student(make(kind, setting, guidance_embedding=guidance is not None), to, tmp_path / "out", guidance)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL).group(1)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
@@ -171,10 +172,10 @@ def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, gui
 
 def test_what_an_sd3_export_says(make, tmp_path, teachers):
     export_student(make("sd3"), "lora", tmp_path / "lora")
-    said = read_settings(tmp_path / "lora")
-    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 0}
-    assert said["teacher_call"] == {"max_sequence_length": 0} and said["without"] == ["text_encoder_3", "tokenizer_3"]
-    assert said["global_noise"] and said["scheduler"] == "FlowMatchLCMScheduler"
+    settings = read_settings(tmp_path / "lora")
+    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 0}
+    assert settings["teacher_call"] == {"max_sequence_length": 0} and settings["without"] == ["text_encoder_3", "tokenizer_3"]
+    assert settings["global_noise"] and settings["scheduler"] == "FlowMatchLCMScheduler"
     scheduler = json.loads((tmp_path / "lora/scheduler/scheduler_config.json").read_text())
     assert scheduler["shift"] == 2.0                     # the student's, not the teacher's 3
     with safe_open(tmp_path / "lora" / LORA, "pt") as file:
@@ -242,9 +243,9 @@ def test_a_loader_that_loses_a_key_is_refuted(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize("to,options,guidance,message", [
     ("onnx", {}, None, "there are lora, pipeline, comfyui"),
     ("lora", {"setting": Full()}, None, "--to pipeline"),
-    ("lora", {"told": True}, None, "--guidance W"),
+    ("lora", {"guidance_embedding": True}, None, "--guidance W"),
     ("lora", {}, 3.0, "leave --guidance out"),
-    ("lora", {"told": True, "guidance": (2.0, 5.0)}, 9.0, "choose from 2 to 5")])
+    ("lora", {"guidance_embedding": True, "guidance": (2.0, 5.0)}, 9.0, "choose from 2 to 5")])
 def test_requests_that_cannot_be_served(make, tmp_path, to, options, guidance, message):
     with pytest.raises(RequestError, match=re.escape(message)):
         export_student(make(**options), to, tmp_path / "out", guidance)

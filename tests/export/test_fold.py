@@ -87,8 +87,8 @@ def test_pictures_of_a_folded_student_are_its_samplers(make, tmp_path, kind, to,
     scale = 3.3 if "w" in reads else None
     found = export_student(student, to, tmp_path / "out", scale)
     assert found.difference < 1e-4 and found.images.std() > 0.05
-    said = read_settings(tmp_path / "out")
-    assert said["fixed_steps"] == ("r" in reads) and said["keeps"] == (to == "pipeline" and kind != "sd3" and reads == ("w",))
+    settings = read_settings(tmp_path / "out")
+    assert settings["fixed_steps"] == ("r" in reads) and settings["keeps"] == (to == "pipeline" and kind != "sd3" and reads == ("w",))
     if setting != Full():
         export_student(student, to, tmp_path / "plain", scale, dtype="float32")
         written = replace(student, lora=adapter(student, student.call, scale) if to == "lora" else None)
@@ -109,4 +109,4 @@ def test_a_student_reads_its_scale_and_where_its_steps_land(make):
 
 def test_what_a_pipeline_s_class_cannot_read_wants_a_scale(make, tmp_path):
     with pytest.raises(RequestError, match="add --guidance W$"):
-        export_student(make("sd3", Full(), told=True), "pipeline", tmp_path / "out")
+        export_student(make("sd3", Full(), guidance_embedding=True), "pipeline", tmp_path / "out")

@@ -38,7 +38,7 @@ class Case:
     max_sequence_length. latents: the last latents of a call; unpacked: these, as our sampler's state of `shape` (B, C, H, W).
     reconstructed: pixels (B, 3, H, W) there and back by the pipeline's autoencoder.
     ignored: fields of a condition that do not change the prediction. still: parts of the names of adapter weights that never get a
-    gradient. forms: of export. methods: what is trained for two updates, beside their settings.
+    gradient. forms: of export. methods: what is trained for two updates, beside their settings; data: on what, as a recipe says it.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -53,4 +53,5 @@ class Case:
     forms: tuple[str, ...] = ("lora", "pipeline")
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {
         "lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}, "scm": {}})
+    data: Mapping[str, Any] = field(default_factory=lambda: {"images": "shapes", "count": 4, "batch": 2})
     prompts: tuple[str, str] = ("a red ring", "a blue square")

@@ -25,7 +25,7 @@ from stepdistill.models.teacher import load_teacher
 
 from .case import Case
 
-MODULES = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name not in ("case", "test_matrix")]
+MODULES = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "case" and not module.name.startswith("test_")]
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in import_module(f".{module}", __package__).CASES.items()}
 CALLS = [(name, size, scale) for name, case in CASES.items() for size in case.sizes for scale in case.scales]
 TRAINED = [(name, method) for name, case in CASES.items() for method in case.methods]
@@ -170,7 +170,7 @@ def test_two_updates_leave_and_are_proved(folder_of, tmp_path, name, method):
     case, lora = CASES[name], {"lora": {"rank": 2}}
     recipe: dict[str, Any] = {
         "method": method, "teacher": str(folder_of(name)), "resolution": list(case.sizes[0]), "student": lora, "guidance": 2.0, "steps": 2,
-        "settings": dict(case.methods[method]), "data": {"images": "shapes", "count": 4, "batch": 2},
+        "settings": dict(case.methods[method]), "data": dict(case.data),
         "train": {"updates": 2, "lr": 1e-2}, "evaluate": {"prompts": list(case.prompts)}}
     if method == "dmd2":
         recipe["critic"] = lora

@@ -6,7 +6,7 @@ import torch
 from stepdistill.errors import RequestError
 from stepdistill.methods.adversarial.add import ADD, Settings
 from stepdistill.methods.adversarial.ladd import LADD
-from stepdistill.proofs.problem import Believer, Problem
+from stepdistill.proofs.problem import FunctionRole, Problem
 from stepdistill.recipe import Recipe
 from stepdistill.run.checks import configured
 from stepdistill.run.plan import plan
@@ -39,10 +39,10 @@ def test_it_samples_at_the_times_that_it_trains_at():
 
 def test_the_student_is_asked_at_four_times_and_of_noise_alone_at_the_last():
     problem = Problem(0, "vp")
-    student = Believer(problem.schedule, lambda x_t, t, cond: x_t)
+    student = FunctionRole(problem.schedule, lambda x_t, t, cond: x_t)
     step = problem.step(100)
     made(problem, student).student_loss(problem.batch(100), step)
-    (x_t, t, _), = student.asked
+    (x_t, t, _), = student.calls
     assert set(t.tolist()) == {0.25, 0.5, 0.75, 1.0} and torch.equal(x_t[t == 1], step.normal("start", (problem.dim,)).double()[t == 1])
 
 
@@ -101,10 +101,10 @@ def test_without_its_weight_the_teacher_is_not_asked():
 
 @pytest.fixture
 def recipe(tiny_teacher):
-    said = {"method": "add", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 1,
+    entries = {"method": "add", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 1,
             "discriminator": {"network": "assets/shapes-clip", "features": ["embeddings", "layers.2"]},
             "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
-    return lambda **changes: Recipe.load(said, changes)
+    return lambda **changes: Recipe.load(entries, changes)
 
 
 def test_a_plan_counts_the_roles_that_are_made(recipe):

@@ -29,8 +29,8 @@ def test_a_deterministic_sampler_takes_equal_steps_that_meet(schedule, steps):
     """Told time, level and the landing before are one number, from 1 down to 0."""
     made = sampler(schedule, steps)
     edges = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    told, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("told", "level", "landing"))
-    for found, known in [(told, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
+    time, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("time", "level", "landing"))
+    for found, known in [(time, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
         torch.testing.assert_close(found.double(), known, rtol=0, atol=1e-5)
     assert made.start == 1 and not made.stochastic and landing[-1] == 0
     assert stock(schedule, steps).call["guidance_scale"] == 1
@@ -49,15 +49,15 @@ def test_the_refused_numbers_land_elsewhere_than_the_network_is_told():
     """3 steps: the second lands at time 333, and the third is told 332."""
     scheduler = stock_scheduler("DDIMScheduler", stock("vp", 4).config, TEACHERS["vp"])
     rows = Sampler.of(scheduler, 3, SCHEDULES["vp"][0]).evaluations
-    assert round(1000 * rows[1].landing - 1, 3) == 333 and round(1000 * rows[2].told - 1) == 332
+    assert round(1000 * rows[1].landing - 1, 3) == 333 and round(1000 * rows[2].time - 1) == 332
 
 
 @pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in (1, 3, 8, 16, 32, 64, 80, 500)), *(("flow", k) for k in (1, 3, 16))])
 def test_any_number_of_equal_steps_meets_at_the_trailing_times_which_the_doubled_grid_holds(schedule, steps):
     made, s = sampler(schedule, steps, exact_grid=False), SCHEDULES[schedule][0]
     edges = trailing(steps, s)
-    told, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("told", "level", "landing"))
-    for found, known in [(told, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
+    time, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("time", "level", "landing"))
+    for found, known in [(time, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
         torch.testing.assert_close(found.double(), known, rtol=0, atol=1e-5)
     assert torch.equal(trailing(2 * steps, s)[::2], edges) and landing[-1] == 0
     assert made.start == pytest.approx(1 if schedule == "flow" or 1000 % steps == 0 else (1 - 0.00466) ** 0.5, abs=1e-5)

@@ -183,14 +183,14 @@ def test_gradients_flow_through_the_last_evaluation_alone():
 
 def test_a_critic_may_be_told_the_exit_of_the_very_sample_that_it_is_shown():
     s, kind = SCHEDULES["vp"]
-    told: list[float] = []
+    scales: list[float] = []
 
     def listening(x_t, t, cond):
-        told.extend(cond.w.unique().tolist())
+        scales.extend(cond.w.unique().tolist())
         return gaussian(s, -0.3, 1.44, kind)(x_t, t)
     listening.schedule = s
     student = lambda x_t, t, cond=None: predict(0.5 * x_t, x_t, t, s, "x0")
-    method, _ = make(settings=Settings(gan_weight=0, tell_exit=True), steps=4, student=student, critic=listening)
+    method, _ = make(settings=Settings(gan_weight=0, exit_embedding=True), steps=4, student=student, critic=listening)
     assert method.needs(method.settings, False)["critic"].reads and not method.needs(PLAIN, False)["critic"].reads
     exit_of = lambda step: 1 + int(step.shared("exit") * 4)
     for index in range(12):
@@ -198,8 +198,8 @@ def test_a_critic_may_be_told_the_exit_of_the_very_sample_that_it_is_shown():
         method.student_loss(prompts(4), step)
         method.critic_loss(prompts(4), Step(0, index, 0.0, "critic", 0, torch.arange(4), kept=step.kept))
         method.critic_loss(prompts(4), own)
-        assert told == [exit_of(step), exit_of(step), exit_of(own)]
-        told.clear()
+        assert scales == [exit_of(step), exit_of(step), exit_of(own)]
+        scales.clear()
 
 
 # -- the discriminator --------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def test_the_discriminator_tells_noised_real_from_noised_fake():
     t, real_t = method.trained(step.uniform("t")), method.trained(step.uniform("real t"))
     fake = s.add_noise(-0.3 + 1.2 * step.normal("start", (1,)).double(), step.normal("noise", (1,)), t)
     real = s.add_noise(pictures().x0, step.normal("real noise", (1,)), real_t)
-    told = softplus(-(c * real + real_t[:, None])) + softplus(c * fake + t[:, None])
-    assert losses["discriminator"].item() == pytest.approx(2.0 * told.mean().item(), rel=1e-5)
+    separation = softplus(-(c * real + real_t[:, None])) + softplus(c * fake + t[:, None])
+    assert losses["discriminator"].item() == pytest.approx(2.0 * separation.mean().item(), rel=1e-5)
     assert roles["discriminator"].passes == ["whole", "features"]
     assert all(p.grad is None for p in (roles["student"].m, roles["student"].s))
 

@@ -8,7 +8,7 @@ from stepdistill.diffusion.prediction import Prediction
 from stepdistill.errors import RequestError
 from stepdistill.methods.trajectory.kd import KD, Settings
 from stepdistill.proofs.kd import made, traveller
-from stepdistill.proofs.problem import NAMES, Believer, Problem
+from stepdistill.proofs.problem import NAMES, FunctionRole, Problem
 from stepdistill.recipe import Recipe
 from stepdistill.run.setup import setup
 
@@ -21,7 +21,7 @@ def test_the_student_is_asked_at_the_nodes_and_nowhere_else(noise):
     problem = Problem(3, noise)
     batch, student = problem.paired(400, nodes=8), traveller(problem, 4, 1.0)
     assert made(problem, student, 4).loss(batch, problem.step(400))["regression"] < 1e-20
-    ((x_t, t, cond),) = student.asked
+    ((x_t, t, cond),) = student.calls
     assert sorted(t.unique().tolist()) == [0.25, 0.5, 0.75, 1.0] and all((t == each).sum() > 60 for each in t.unique())
     assert torch.equal(x_t[t == 1], batch.pairs.noise[t == 1]) and torch.equal(x_t[t == 0.5], batch.pairs.nodes[t == 0.5, 3])
     assert cond is batch.cond
@@ -30,7 +30,7 @@ def test_the_student_is_asked_at_the_nodes_and_nowhere_else(noise):
 def test_one_step_is_the_paper_s_regression_of_the_picture():
     problem, wrong = Problem(0, "vp"), 0.25
     batch = problem.paired(16)
-    student = Believer(problem.schedule, lambda x, t, cond: batch.x0 + wrong, "x0")
+    student = FunctionRole(problem.schedule, lambda x, t, cond: batch.x0 + wrong, "x0")
     sampler = made(problem, student, 1).sampler
     for loss, known in (("squared", wrong**2), ("absolute", wrong)):
         method = KD(Settings(loss=loss), {"student": student}, 1.0, sampler)

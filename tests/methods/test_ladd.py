@@ -5,7 +5,7 @@ import torch
 
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.methods.adversarial.ladd import LADD, Settings
-from stepdistill.proofs.problem import Believer, Problem
+from stepdistill.proofs.problem import FunctionRole, Problem
 
 from .players import spelled
 
@@ -14,13 +14,13 @@ COUNT = 400
 
 def made(problem, student=None, discriminator=None, **settings) -> LADD:
     """A student that believes in what it is given."""
-    student = student or Believer(problem.schedule, lambda x_t, t, cond: x_t)
+    student = student or FunctionRole(problem.schedule, lambda x_t, t, cond: x_t)
     roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator or (lambda x, t, cond: x[:, :2])}
     return LADD(Settings(**settings), roles, 1.0, problem.sampler(LADD.inference(Settings(), 4, problem.schedule)))
 
 
 @pytest.mark.parametrize("settings", [{"shares": (0.5, 0.4)}, {"shares": (1.5, -0.5, 0, 0)}, {"shares": ()}, {"shares": (1.0,)},
-                                      {"warm": -1}, {"std": 0.0}, {"critic_steps": 0}])
+                                      {"warmup_updates": -1}, {"std": 0.0}, {"critic_steps": 0}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)
@@ -46,16 +46,16 @@ def test_it_warms_up_on_little_noise(index, expected):
     problem = Problem(0, "flow")
     method, batch = made(problem), problem.batch(COUNT)
     method.student_loss(batch, problem.step(COUNT, index=index))
-    _, t, _ = method.student.asked[0]
+    _, t, _ = method.student.calls[0]
     found = [(t == node).double().mean().item() for node in (1.0, 0.75, 0.5, 0.25)]
     assert sum(found) == 1 and found == pytest.approx(expected, abs=0.08)
 
 
 def test_at_the_end_of_noise_the_student_sees_noise_alone():
     problem = Problem(0, "vp")
-    method, batch, step = made(problem, warm=0), problem.batch(COUNT), problem.step(COUNT)
+    method, batch, step = made(problem, warmup_updates=0), problem.batch(COUNT), problem.step(COUNT)
     method.student_loss(batch, step)
-    x_t, t, _ = method.student.asked[0]
+    x_t, t, _ = method.student.calls[0]
     noise = step.normal("start", (problem.dim,)).double()
     assert torch.equal(x_t[t == 1], noise[t == 1]) and not torch.isclose(x_t[t < 1], noise[t < 1]).any()
 
@@ -89,7 +89,7 @@ def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
 
 @pytest.mark.parametrize("count, served", [(3, False), (7, False), (5, True)])
 def test_a_number_of_nodes_that_lcm_scheduler_cannot_space_evenly_is_refused(count, served):
-    settings = Settings(shares=(1 / count,) * count, first_shares=(1 / count,) * count)
+    settings = Settings(shares=(1 / count,) * count, warmup_shares=(1 / count,) * count)
     assert spelled(LADD, settings, count, "flow").call["num_inference_steps"] == count
     if served:
         assert spelled(LADD, settings, count, "vp").call["num_inference_steps"] == count

@@ -35,9 +35,9 @@ class FixedPoint:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         m = guided_mean(cond, self.scale(cond))
         f = m + like(contraction(self.schedule, t, self.nodes, self.skip), x_t) * (x_t - like(self.schedule.alpha(t), x_t) * m)
-        told = 10 * (1000 * t - 1)
+        scaled = 10 * (1000 * t - 1)
         flow = isinstance(self.schedule, RectifiedFlow)
-        c_skip, c_out = (0 * t, 1 + 0 * t) if flow else (0.25 / (told**2 + 0.25), told / (told**2 + 0.25).sqrt())
+        c_skip, c_out = (0 * t, 1 + 0 * t) if flow else (0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt())
         return predict((f - like(c_skip, x_t) * x_t) / like(c_out, x_t), x_t, t, self.schedule, self.kind)
 
 
@@ -69,19 +69,19 @@ def test_the_fixed_point_is_the_grid_s_and_not_the_flow_map():
 
 
 def test_a_told_student_hears_the_scale_that_guided_the_teacher():
-    told = Settings(loss="squared", told=True)
-    heard = []
+    embedded = Settings(loss="squared", guidance_embedding=True)
+    scales = []
 
     def hear(cond: Condition) -> Tensor:
-        heard.append(cond.w)
+        scales.append(cond.w)
         return cond.w
 
     # w reaches networks in float32
-    assert loss(FixedPoint(*SCHEDULES["vp"], hear), (2.0, 6.0), told) < 1e-12
-    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w + 1), (2.0, 6.0), told) > 1e-4
-    student, target = heard
+    assert loss(FixedPoint(*SCHEDULES["vp"], hear), (2.0, 6.0), embedded) < 1e-12
+    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w + 1), (2.0, 6.0), embedded) > 1e-4
+    student, target = scales
     assert torch.equal(student, target) and student.min() >= 2 and student.max() < 6 and student.std() > 1
-    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w), 3.0, told) < 1e-12
+    assert loss(FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w), 3.0, embedded) < 1e-12
 
 
 def test_an_untold_student_sees_no_scale_and_the_range_is_averaged():
@@ -121,26 +121,26 @@ def test_the_target_role_is_asked_without_gradient_and_with_the_same_condition()
             return self.inner(x_t, t, cond)
 
     point = FixedPoint(*SCHEDULES["vp"], lambda cond: cond.w)
-    settings = Settings(loss="squared", told=True)
+    settings = Settings(loss="squared", guidance_embedding=True)
     assert loss(Spy("student", point), (1.0, 4.0), settings, target=Spy("target", point)) < 1e-12
     (first, no_grad, target_cond, s), (second, grad, cond, t) = asked
     assert (first, no_grad, second, grad) == ("target", False, "student", True)
     assert target_cond is cond and torch.allclose((t - s)[t > 0.021], torch.tensor(0.02, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("steps, told", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None), (50, None)])
-def test_sampling_times_are_training_nodes(steps, told):
+@pytest.mark.parametrize("steps, timesteps", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None), (50, None)])
+def test_sampling_times_are_training_nodes(steps, timesteps):
     inference = spelled(LCM, Settings(), steps, "vp", 3.0)
     scheduler = LCMScheduler.from_config(DDIMScheduler(beta_schedule="scaled_linear").config, **inference.config)
     scheduler.set_timesteps(inference.call["num_inference_steps"])
-    assert told is None or scheduler.timesteps.tolist() == told
+    assert timesteps is None or scheduler.timesteps.tolist() == timesteps
     assert set(scheduler.timesteps.tolist()) <= {20 * (i + 1) - 1 for i in range(50)} and len(scheduler.timesteps) == steps
     assert not scheduler.config.clip_sample                # DDIM's default would clip latents
 
 
 def test_the_call():
     assert spelled(LCM, Settings(), 4, "vp", (2.0, 6.0)).call == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert spelled(LCM, Settings(told=True), 4, "vp", (2.0, 6.0)).call["guidance_scale"] == 4.0
+    assert spelled(LCM, Settings(guidance_embedding=True), 4, "vp", (2.0, 6.0)).call["guidance_scale"] == 4.0
     for steps, schedule in [(0, "vp"), (51, "vp"), (0, "flow"), (51, "flow")]:
         with pytest.raises(ValueError, match="lcm"):
             spelled(LCM, Settings(), steps, schedule)
@@ -193,5 +193,5 @@ def test_settings_are_checked(wrong):
 def test_needs_are_those_of_the_table():
     assert load_method("lcm") is LCM
     assert LCM.needs(Settings(), full=True) == {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
-    assert LCM.needs(Settings(told=True), full=False) == {"teacher": Frozen(), "student": Trained("teacher", reads=("w",))}
+    assert LCM.needs(Settings(guidance_embedding=True), full=False) == {"teacher": Frozen(), "student": Trained("teacher", reads=("w",))}
     assert METHODS["lcm"].needs == tuple(LCM.needs(Settings(), full=True)) and METHODS["lcm"].data == LCM.data

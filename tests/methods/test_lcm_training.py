@@ -19,17 +19,17 @@ NODES = 4
 class Student(nn.Module):
     """The teacher plus a small network of x_t, t and w that says nothing at first."""
 
-    def __init__(self, teacher: Teacher, told: bool) -> None:
+    def __init__(self, teacher: Teacher, guidance_embedding: bool) -> None:
         super().__init__()
-        self.teacher, self.told, self.schedule = teacher, told, teacher.schedule
-        self.net = nn.Sequential(nn.Linear(4 + told, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        self.teacher, self.guidance_embedding, self.schedule = teacher, guidance_embedding, teacher.schedule
+        self.net = nn.Sequential(nn.Linear(4 + guidance_embedding, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, x_t, t, cond) -> Prediction:
         guess = self.teacher(x_t, t, cond.replace(w=None))
         angle = self.schedule.angle(t)[:, None]
-        inputs = [x_t, angle.to(x_t), angle.cos().to(x_t)] + ([cond.w[:, None].to(x_t)] if self.told else [])
+        inputs = [x_t, angle.to(x_t), angle.cos().to(x_t)] + ([cond.w[:, None].to(x_t)] if self.guidance_embedding else [])
         return Prediction(guess.raw + self.net(torch.cat(inputs, 1)), x_t, t, self.schedule, guess.kind)
 
 
@@ -63,21 +63,21 @@ def distance(student: Student, w: float) -> float:
     wanted = m + like(contraction(student.schedule, t, NODES), m) * (x - like(alpha, m) * m)
     cond = data.cond.map(lambda tensor: tensor.float()).replace(w=torch.full((512,), w))
     with torch.no_grad():
-        said = consistency(student(x, t, cond))
-    return ((said - wanted).square().mean().sqrt() / STD).item()
+        x0 = consistency(student(x, t, cond))
+    return ((x0 - wanted).square().mean().sqrt() / STD).item()
 
 
-@pytest.mark.parametrize("schedule, told, full", [("vp", False, False), ("flow", True, True)])
-def test_a_student_learns_the_guided_flow_map(tmp_path, schedule, told, full):
+@pytest.mark.parametrize("schedule, guidance_embedding, full", [("vp", False, False), ("flow", True, True)])
+def test_a_student_learns_the_guided_flow_map(tmp_path, schedule, guidance_embedding, full):
     torch.manual_seed(0)
     teacher = Teacher(*SCHEDULES[schedule])
-    settings = Settings(nodes=NODES, loss="squared", told=told)
+    settings = Settings(nodes=NODES, loss="squared", guidance_embedding=guidance_embedding)
     needs = LCM.needs(settings, full)
-    roles = Roles({"teacher": teacher} | {name: Student(teacher, told) for name in needs if name != "teacher"},
+    roles = Roles({"teacher": teacher} | {name: Student(teacher, guidance_embedding) for name in needs if name != "teacher"},
                   needs["target"].decay if full else 0)
     for name in needs.keys() - {"teacher"}:
         roles[name].net.load_state_dict(roles["student"].net.state_dict())
-    guidance, asked = ((1.0, 3.0), (1.5, 2.5)) if told else (2.0, (2.0,))
+    guidance, asked = ((1.0, 3.0), (1.5, 2.5)) if guidance_embedding else (2.0, (2.0,))
     before = [distance(roles["student"], w) for w in asked]
     config = TrainConfig(updates=300, lr=5e-3, warmup=10, decay="cosine", weight_decay=0.0, log_every=100)
     Trainer(LCM(settings, roles, guidance, None), roles, Data(), config, tmp_path).train()

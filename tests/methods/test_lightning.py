@@ -5,24 +5,24 @@ import torch
 
 from stepdistill.methods.adversarial.lightning import Lightning, Settings
 from stepdistill.methods.base import Frozen, Heads, Trained
-from stepdistill.proofs.lightning import Judge
-from stepdistill.proofs.problem import Believer, Problem
+from stepdistill.proofs.lightning import FunctionDiscriminator
+from stepdistill.proofs.problem import FunctionRole, Problem
 
 from .players import spelled
 
 COUNT = 200
 
 
-def made(problem, steps=2, w=1.0, judge=None, student=None, **settings) -> Lightning:
+def made(problem, steps=2, w=1.0, discriminator=None, student=None, **settings) -> Lightning:
     """A student that believes in what it is given, and a judge that notes what it is shown."""
     settings = Settings(**{"nodes": 8, **settings})
-    roles = {"teacher": problem.teacher, "student": student or Believer(problem.schedule, lambda x_t, t, cond: x_t),
-             "discriminator": judge or Judge(lambda x_r, r, x_t, t, cond: x_r)}
+    roles = {"teacher": problem.teacher, "student": student or FunctionRole(problem.schedule, lambda x_t, t, cond: x_t),
+             "discriminator": discriminator or FunctionDiscriminator(lambda x_r, r, x_t, t, cond: x_r)}
     return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, steps, problem.schedule)))
 
 
-@pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0}, {"judged_at": (0.0,)},
-                                      {"judged_at": (1.5,)}])
+@pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0}, {"discriminator_times": (0.0,)},
+                                      {"discriminator_times": (1.5,)}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)
@@ -57,21 +57,21 @@ def test_a_step_begins_at_the_student_s_times_and_lands_one_of_its_steps_below_o
 @pytest.mark.parametrize("w", [1.0, 4.0])
 def test_the_teacher_is_guided_the_student_and_its_judge_are_not(w):
     problem, seen = Problem(0, "vp"), []
-    asked = Believer(problem.schedule, lambda x_t, t, cond: cond.text)
-    method = made(problem, w=w, judge=Judge(lambda x_r, r, x_t, t, cond: seen.append(cond) or x_r))
+    asked = FunctionRole(problem.schedule, lambda x_t, t, cond: cond.text)
+    method = made(problem, w=w, discriminator=FunctionDiscriminator(lambda x_r, r, x_t, t, cond: seen.append(cond) or x_r))
     method.teacher, batch, step = asked, problem.batch(4), problem.step(4)
     method.student_loss(batch, step)
     method.critic_loss(batch, problem.step(4, kept=step.kept))
-    assert [len(cond) for _, _, cond in asked.asked] == [4 if w == 1 else 8] * 4
-    assert len(seen) == 3 and all(cond is batch.cond for cond in seen) and method.student.asked[0][2] is batch.cond
+    assert [len(cond) for _, _, cond in asked.calls] == [4 if w == 1 else 8] * 4
+    assert len(seen) == 3 and all(cond is batch.cond for cond in seen) and method.student.calls[0][2] is batch.cond
 
 
 @pytest.mark.parametrize("noise", ["vp", "flow"])
 def test_a_landing_on_the_data_is_noised_again_before_it_is_judged(noise):
     """And only there; the teacher's and the student's alike."""
     problem, seen = Problem(0, noise), []
-    judge = Judge(lambda x_r, r, x_t, t, cond: seen.append((x_r, r, x_t, t)) or x_r)
-    method = made(problem, judge=judge, judged_at=(0.01, 0.5, 0.75))
+    discriminator = FunctionDiscriminator(lambda x_r, r, x_t, t, cond: seen.append((x_r, r, x_t, t)) or x_r)
+    method = made(problem, discriminator=discriminator, discriminator_times=(0.01, 0.5, 0.75))
     batch, step = problem.batch(COUNT), problem.step(COUNT)
     method.student_loss(batch, step)
     critic = problem.step(COUNT, "critic+discriminator", kept=step.kept)
@@ -81,15 +81,15 @@ def test_a_landing_on_the_data_is_noised_again_before_it_is_judged(noise):
     (real, r, x_t, t), (fake, again, *_) = seen[1:]
     assert torch.equal(r, again) and set(r[onto].tolist()) == {0.01, 0.5, 0.75} and (r[~onto] == 0.5).all()
     assert torch.equal(fake[~onto], x_r[~onto]) and torch.equal(fake[onto], problem.schedule.add_noise(x_r, noised, r)[onto])
-    clean = problem.schedule.add_noise(method.taught(x_t, times, batch, step), noised, r)
+    clean = problem.schedule.add_noise(method.teacher_landing(x_t, times, batch, step), noised, r)
     assert torch.equal(real[onto], clean[onto]) and torch.equal(t, times[0])
 
 
 def test_without_that_the_critic_is_told_the_least_time_there_is():
-    problem, told = Problem(0, "vp"), []
-    method = made(problem, objective="single", judge=Judge(lambda x_r, r, x_t, t, cond: told.append(r) or x_r))
+    problem, times = Problem(0, "vp"), []
+    method = made(problem, objective="single", discriminator=FunctionDiscriminator(lambda x_r, r, x_t, t, cond: times.append(r) or x_r))
     method.student_loss(problem.batch(COUNT), problem.step(COUNT))
-    assert set(told[0].tolist()) == {0.001, 0.5}
+    assert set(times[0].tolist()) == {0.001, 0.5}
 
 
 def test_gradients_reach_whom_they_train_and_nobody_else():
@@ -110,10 +110,10 @@ def test_gradients_reach_whom_they_train_and_nobody_else():
 def test_a_teacher_that_has_landed_is_asked_no_more_of_the_data(kind):
     """From the student's later times one step takes the teacher to the data early: there a network of x_0 has no eps."""
     problem = Problem(1, "vp")
-    teacher = Believer(problem.schedule, lambda x_t, t, cond: 0.5 * x_t, kind)
+    teacher = FunctionRole(problem.schedule, lambda x_t, t, cond: 0.5 * x_t, kind)
     method = made(problem, steps=1, starts=4)
     method.teacher = teacher
     batch, step = problem.batch(COUNT), problem.step(COUNT)
     x_t, times = method.started(batch, step)
-    landed = method.taught(x_t, times, batch, step)
-    assert (times[1:-1] == 0).any() and landed.isfinite().all() and all((t > 0).all() for _, t, _ in teacher.asked)
+    landed = method.teacher_landing(x_t, times, batch, step)
+    assert (times[1:-1] == 0).any() and landed.isfinite().all() and all((t > 0).all() for _, t, _ in teacher.calls)

@@ -94,10 +94,10 @@ class Asked:
     """A role that notes with how much noise it was asked, and whether for a gradient."""
 
     def __init__(self, role) -> None:
-        self.role, self.schedule, self.asked = role, role.schedule, []
+        self.role, self.schedule, self.calls = role, role.schedule, []
 
     def __call__(self, x_t, t, cond):
-        self.asked.append((torch.is_grad_enabled(), t))
+        self.calls.append((torch.is_grad_enabled(), t))
         return self.role(x_t, t, cond)
 
 
@@ -105,17 +105,17 @@ class Asked:
 def test_one_pass_takes_a_gradient_and_the_teacher_s_takes_none(settings, passes):
     teacher, student = Asked(Teacher(*SCHEDULES["vp"])), Asked(FlowMap("vp", 1.0))
     SCM(settings, {"teacher": teacher, "student": student}, 3.0, None).loss(batch(64), moment(64))
-    assert [grad for grad, _ in teacher.asked] == [False] and len(teacher.asked[0][1]) == 128
-    assert [grad for grad, _ in student.asked] == [False] * (passes - 1) + [True]
+    assert [grad for grad, _ in teacher.calls] == [False] and len(teacher.calls[0][1]) == 128
+    assert [grad for grad, _ in student.calls] == [False] * (passes - 1) + [True]
     if settings is not EXACT:
-        assert all(1e-3 - 1e-9 <= t.min() and t.max() <= 1 for _, t in student.asked)
+        assert all(1e-3 - 1e-9 <= t.min() and t.max() <= 1 for _, t in student.calls)
 
 
-@pytest.mark.parametrize("wrong, said", [
+@pytest.mark.parametrize("wrong, message", [
     ({"std": 0.0}, "std"), ({"damping": 0.0}, "damping"), ({"width": -0.1}, "width"), ({"warmup": 1.5}, "share of the training"),
     ({"derivative": "jvp"}, "'exact', 'pair' or 'difference'; found 'jvp'")])
-def test_settings_that_cannot_be(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
         Settings(**wrong)
 
 
@@ -140,8 +140,8 @@ class Student(nn.Module):
 
     def forward(self, x_t, t, cond) -> Prediction:
         guess, angle = self.teacher(x_t, t, cond), self.schedule.angle(t)[:, None].to(x_t)
-        said = self.net(torch.cat([x_t, angle.cos(), angle.sin()], 1))
-        return Prediction(guess.raw + said, x_t, t, self.schedule, guess.kind)
+        output = self.net(torch.cat([x_t, angle.cos(), angle.sin()], 1))
+        return Prediction(guess.raw + output, x_t, t, self.schedule, guess.kind)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -206,16 +206,16 @@ def test_defaults_cover_the_noise_that_sampling_starts_in():
                                            ({"beta_schedule": "squaredcos_cap_v2"}, None), ({"beta_schedule": "linear"}, None)])
 def test_sampling_begins_at_the_last_node_that_is_trained(config, index):
     s = VariancePreserving.of(DDIMScheduler(**config).alphas_cumprod.double())
-    told = 1000 * start(s) - 1
-    at, after = (s.angle(torch.tensor([(told + 1 + i) / 1000], dtype=torch.float64)).tan().item() for i in (0, 1))
-    assert told == pytest.approx(round(told), abs=1e-9) and at <= 80 + 1e-9
-    assert told == index if index is not None else after > 80 or after < 0
+    timestep = 1000 * start(s) - 1
+    at, after = (s.angle(torch.tensor([(timestep + 1 + i) / 1000], dtype=torch.float64)).tan().item() for i in (0, 1))
+    assert timestep == pytest.approx(round(timestep), abs=1e-9) and at <= 80 + 1e-9
+    assert timestep == index if index is not None else after > 80 or after < 0
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_teacher_with_its_guidance_within_is_not_guided_again(name):
     """As stages of `guided` and then this method have it."""
     teacher = Asked(Teacher(*SCHEDULES[name]))
-    method = SCM(EXACT, {"teacher": self_guided(teacher, told=False), "student": FlowMap(name, 1.0)}, 3.0, None)
+    method = SCM(EXACT, {"teacher": self_guided(teacher, guidance_embedding=False), "student": FlowMap(name, 1.0)}, 3.0, None)
     assert method.loss(batch(64), moment(64))["consistency"].item() < 1e-20
-    assert [len(t) for _, t in teacher.asked] == [64]
+    assert [len(t) for _, t in teacher.calls] == [64]

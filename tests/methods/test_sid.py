@@ -31,10 +31,10 @@ class TwoLaws:
     schedule = SCHEDULES["vp"][0]
 
     def __init__(self) -> None:
-        self.heard: list[torch.Tensor] = []
+        self.critic_condition: list[torch.Tensor] = []
 
     def __call__(self, x_t, t, cond):
-        self.heard.append(cond.text)
+        self.critic_condition.append(cond.text)
         m, v = 0.8 * cond.text, 2 - 1.5 * cond.text
         alpha, sigma = like(self.schedule.alpha(t), x_t), like(self.schedule.sigma(t), x_t)
         return predict(m + alpha * v * (x_t - alpha * m) / (alpha**2 * v + sigma**2), x_t, t, self.schedule, "v")
@@ -56,7 +56,7 @@ def test_at_one_noise_level_the_guided_fixed_point_is_narrower_and_beyond_the_me
     assert k > 0 and (w == 1 or (v < 0.5 and m > 0.8))
     for shift, moves in ((0.0, False), (0.3, True)):
         student = affine(s, m + shift, v**0.5)
-        method = make(student, gaussian(s, m + shift, v, kind), TwoLaws(), w, t_range=(0.5, 0.5004), critic_trained_at=1.0)
+        method = make(student, gaussian(s, m + shift, v, kind), TwoLaws(), w, t_range=(0.5, 0.5004), critic_training_guidance=1.0)
         assert method.level(torch.tensor([0.0, 0.99])).tolist() == [0.501, 0.501]
         method.student_loss(prompted(), moment(COUNT))["identity"].backward()
         size = student.m.grad.abs() + student.s.grad.abs()
@@ -65,37 +65,37 @@ def test_at_one_noise_level_the_guided_fixed_point_is_narrower_and_beyond_the_me
 
 def test_scales_left_out_are_the_teacher_s():
     student = affine(SCHEDULES["vp"][0], 0.0, 1.0)
-    scales = lambda w, **settings: (lambda m: (m.trained_at, m.asked_at, m.drop))(make(student, guidance=w, **settings))
+    scales = lambda w, **settings: (lambda m: (m.critic_training_guidance, m.critic_guidance, m.drop))(make(student, guidance=w, **settings))
     assert scales(1.0) == (1.0, 1.0, 0.0), "nothing is guided, and no prompt need be dropped"
     assert scales(3.0) == (3.0, 3.0, 0.1) and scales((2.0, 5.0)) == (3.5, 3.5, 0.1)
-    assert scales(3.0, critic_trained_at=1.0) == (1.0, 1.0, 0.0)
-    assert scales(3.0, critic_trained_at=1.0, critic_asked_at=1.5, drop=0.2) == (1.0, 1.5, 0.2)
+    assert scales(3.0, critic_training_guidance=1.0) == (1.0, 1.0, 0.0)
+    assert scales(3.0, critic_training_guidance=1.0, critic_guidance=1.5, drop=0.2) == (1.0, 1.5, 0.2)
 
 
 def test_student_and_critic_miss_the_same_prompts():
     critic, student, asked = TwoLaws(), TwoLaws(), moment(1000, "critic")
     make(student, critic, TwoLaws(), guidance=3.0).critic_loss(prompted(1000), asked)
-    (sampled,), (judged,) = student.heard, critic.heard
-    torch.testing.assert_close(torch.cat([torch.zeros_like(sampled), sampled]), judged)       # guided: without, then given
+    (sampled,), (seen,) = student.critic_condition, critic.critic_condition
+    torch.testing.assert_close(torch.cat([torch.zeros_like(sampled), sampled]), seen)       # guided: without, then given
     assert 60 < (sampled == 0).sum() < 140
     make(student, critic, TwoLaws(), guidance=3.0).student_loss(prompted(), moment(COUNT))
-    assert (student.heard[-1] == 1).all(), "the student learns from whole prompts"
+    assert (student.critic_condition[-1] == 1).all(), "the student learns from whole prompts"
 
 
 def test_every_step_is_trained_and_each_update_draws_its_own_sample():
-    told = Counter()
+    timesteps = Counter()
 
     class Student(TwoLaws):
         def __call__(self, x_t, t, cond):
-            told[round(t[0].item() * 1000) - 1] += 1
+            timesteps[round(t[0].item() * 1000) - 1] += 1
             return predict(0.5 * x_t, x_t, t, self.schedule, "x0")
 
     method, exits = make(Student(), TwoLaws(), TwoLaws(), steps=4), Counter()
     for index in range(100):
         step = moment(2, index=index)
-        told.clear()
+        timesteps.clear()
         method.student_loss(prompted(2), step)
-        exits[min(told)] += 1
+        exits[min(timesteps)] += 1
         assert not step.kept
     assert exits.keys() == {999, 749, 499, 249} and min(exits.values()) > 12
     assert [(u.trains, u.repeat, u.shares) for u in method.updates()] == [(("critic",), 1, 0), (("student",), 1, 0)]
@@ -103,11 +103,11 @@ def test_every_step_is_trained_and_each_update_draws_its_own_sample():
 
 
 def test_a_guided_critic_may_be_told_the_exit_of_its_sample():
-    heard: list[float] = []
+    scales: list[float] = []
 
     class Critic(TwoLaws):
         def __call__(self, x_t, t, cond):
-            heard.extend(cond.w.unique().tolist())
+            scales.extend(cond.w.unique().tolist())
             return super().__call__(x_t, t, cond)
 
     class Student(TwoLaws):
@@ -115,14 +115,14 @@ def test_a_guided_critic_may_be_told_the_exit_of_its_sample():
             assert cond.w is None
             return predict(0.5 * x_t, x_t, t, self.schedule, "x0")
 
-    method = make(Student(), Critic(), TwoLaws(), guidance=2.0, steps=4, tell_exit=True)
+    method = make(Student(), Critic(), TwoLaws(), guidance=2.0, steps=4, exit_embedding=True)
     assert method.needs(method.settings, False)["critic"].reads
     for index in range(12):
         for loss, update in ((method.critic_loss, "critic"), (method.student_loss, "student")):
             step = moment(2, update, index=index)
             loss(prompted(2), step)
-            assert heard == [1 + int(step.shared("exit") * 4)]
-            heard.clear()
+            assert scales == [1 + int(step.shared("exit") * 4)]
+            scales.clear()
 
 
 def test_a_critic_that_is_the_teacher_gives_no_gradient():

@@ -53,11 +53,11 @@ def test_the_unguided_teacher_is_a_fixed_point_at_any_scale(w):
 
 
 def test_the_critic_denoises_the_student_s_own_sample_and_misses_some_prompts():
-    s, heard = SCHEDULES["vp"][0], []
+    s, prompts = SCHEDULES["vp"][0], []
 
     class Critic(Conditional):
         def __call__(self, x_t, t, cond):
-            heard.append(cond.text)
+            prompts.append(cond.text)
             return super().__call__(x_t, t, cond)
 
     text = torch.full((1000, 1), 0.8, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_the_critic_denoises_the_student_s_own_sample_and_misses_some_prompts():
     later = moment(1000, "critic")
     later.kept.update(step.kept)
     assert method.critic_loss(batch, later)["denoising"] > 0 and len(student.given) == before and not kept.requires_grad
-    assert 60 < (heard[-1] == 0).sum() < 140
+    assert 60 < (prompts[-1] == 0).sum() < 140
 
 
 def test_only_one_step_is_served():

@@ -4,7 +4,7 @@ import torch
 from stepdistill.diffusion.flow_map import ddim_step, flow_map, segment_start, segments
 from stepdistill.methods.base import Follows
 from stepdistill.methods.trajectory.tract import TRACT, Settings
-from stepdistill.proofs.problem import NAMES, Believer, Problem
+from stepdistill.proofs.problem import NAMES, FunctionRole, Problem
 from stepdistill.proofs.tract import NODES, closed, made
 
 from .players import spelled
@@ -30,12 +30,12 @@ def test_times(steps):
 def test_the_target_is_asked_inside_segments_without_gradient_and_never_past_their_end(noise):
     problem = Problem(1, noise)
     leaf = torch.ones((), dtype=torch.float64, requires_grad=True)
-    student, target = closed(problem, 4, 1.0), Believer(problem.schedule, lambda x, t, cond: leaf * x, "x0")
+    student, target = closed(problem, 4, 1.0), FunctionRole(problem.schedule, lambda x, t, cond: leaf * x, "x0")
     batch, method = problem.batch(500), made(problem, 4, student, target)
     loss = method.loss(batch, problem.step(500))["closure"]
     t, s, r = method.times(problem.step(500))
     assert not loss.requires_grad and torch.isfinite(loss)
-    ((_, asked, cond),) = target.asked
+    ((_, asked, cond),) = target.calls
     assert torch.equal(asked[s > r], s[s > r]) and (asked > 0).all() and (s == 0).any() and cond is batch.cond
 
 
@@ -43,8 +43,8 @@ def test_the_target_is_asked_inside_segments_without_gradient_and_never_past_the
 def test_at_the_end_of_a_segment_the_teacher_s_step_is_the_target_whatever_the_target_says(noise):
     """With as many segments as nodes the student is the teacher."""
     problem = Problem(2, noise)
-    nonsense = Believer(problem.schedule, lambda x, t, cond: x * 1e3, "x0")
-    student = Believer(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), problem.w)).x0, "x0")
+    nonsense = FunctionRole(problem.schedule, lambda x, t, cond: x * 1e3, "x0")
+    student = FunctionRole(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), problem.w)).x0, "x0")
     assert made(problem, NODES, student, nonsense).loss(problem.batch(200), problem.step(200))["closure"] < 1e-18
 
 

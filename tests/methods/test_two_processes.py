@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stepdistill import parallel
 from stepdistill.data.stream import Stream
 from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.sampler import Sampler
+from stepdistill.models.sharded import shard
 from stepdistill.recipe import Recipe
 from stepdistill.run.data import dataset
 from stepdistill.run.setup import setup
@@ -38,6 +40,9 @@ CASES = {
 }
 ROLES = {"lcm": ("student",), "dmd2": ("student", "critic"), "dmd2-gan": ("student", "critic", "discriminator")}      # that updates train
 CLOSE = {"lcm": 1e-9, "dmd2": 1e-9, "dmd2-gan": 1e-5}
+CASES |= {f"{name}-fsdp": {**CASES[name], "train": {"fsdp": True}} for name in ("lcm", "dmd2-gan")}
+ROLES |= {f"{name}-fsdp": roles for name, roles in ROLES.items()}
+CLOSE |= {f"{name}-fsdp": limit for name, limit in CLOSE.items()}
 WORKER = """
 from pathlib import Path
 from tests.methods.test_two_processes import CASES, train
@@ -46,25 +51,32 @@ for name in CASES:
 """
 
 
-class Enough(Exception):
+class StopForward(Exception):
     pass
 
 
 def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1) -> None:
     """Goes on with the run folder/name to step `until`, and writes down what every update trained on."""
-    table = {"teacher": teacher, "student": LORA, "steps": 2, "train": {"updates": UPDATES, "ema": 0.5}}
-    work = setup(Recipe.load(table | CASES[name]), launched())
+    table = {"teacher": teacher, "student": LORA, "steps": 2, **CASES[name]}
+    work = setup(Recipe.load(table | {"train": {"updates": UPDATES, "ema": 0.5, **table.get("train", {})}}), launched())
     work.teacher.network.double()
     stream = Stream(dataset(work), BATCH, seed=3, shape=work.teacher.latent_shape)
 
+    if work.recipe.train.fsdp:
+        shard(work.roles)
+        if parallel.world_size() == 2:
+            held = {name: p for name, p in work.teacher.network.named_parameters() if ".lora_" not in name}
+            assert all(isinstance(p, DTensor) for p in held.values())
+            assert sum(p.to_local().numel() for p in held.values()) < 0.55 * sum(p.numel() for p in held.values())
+
     def stop(step: int) -> None:
         if step == until:
-            raise Enough
+            raise StopForward
 
     config = TrainConfig(updates=UPDATES, lr=0.1, accumulate=accumulate, clip=None, checkpoint_every=1, seed=3)
     with unmagnified():
         trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
-    with pytest.MonkeyPatch.context() as patch, suppress(Enough):
+    with pytest.MonkeyPatch.context() as patch, suppress(StopForward):
         seen = {"gradients": gradients(trainer), "exits": exits(trainer, patch)}
         normal = Step.normal                            # a network answers in the precision of the state that it is asked about
         patch.setattr(Step, "normal", lambda self, name, shape: normal(self, name, shape).double())
@@ -131,7 +143,7 @@ def test_every_update_s_gradients_are_those_of_the_joined_batch(runs, name):
         assert gradient.norm() > 0 and (gradient - whole[key]).norm() <= CLOSE[name] * whole[key].norm(), key
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("lcm")])
 def test_rollouts_end_at_the_same_step_everywhere(runs, name):
     whole, moved = seen(runs / "whole", name, UPDATES)["exits"], seen(runs / "moved", name, 2)["exits"]
     assert {exit for _, exit in whole} == {0, 1}
@@ -149,5 +161,5 @@ def test_a_run_moves_from_two_processes_to_one_and_back(runs, name):
     begun = checkpoints.load(runs / "whole" / name / "checkpoints/step-000001")
     for part in whole:
         for key, tensor in whole[part].items():
-            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name], msg=lambda said: f"{part} {key}: {said}")
+            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name], msg=lambda message: f"{part} {key}: {message}")
         assert any(not torch.allclose(tensor, begun[part][key], atol=1e-4) for key, tensor in whole[part].items())

@@ -247,7 +247,7 @@ def test_a_network_without_attention_is_refused():
         set_attention(network, "flash")
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype", "heads", "said"), [
+@pytest.mark.parametrize(("backend", "device", "dtype", "heads", "message"), [
     ("auto", CPU, torch.float32, (7,), None),
     ("sdpa", CUDA, torch.float64, (7,), None),
     ("xformers", CPU, torch.float32, (64,), "CUDA alone, and this runs on cpu"),
@@ -262,10 +262,10 @@ def test_a_network_without_attention_is_refused():
     ("flash", CUDA, torch.bfloat16, (64, 300), "at most 256, and this network's are 300"),
     ("flash", CUDA, torch.bfloat16, (64,), None),
 ])
-def test_what_a_backend_cannot_serve_is_said(calls, monkeypatch, backend, device, dtype, heads, said):
+def test_what_a_backend_cannot_serve_is_said(calls, monkeypatch, backend, device, dtype, heads, message):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     found = refusal(backend, device, dtype, heads)
-    assert found is None if said is None else said in found
+    assert found is None if message is None else message in found
 
 
 def test_old_gpus_and_a_missing_xformers_are_said(monkeypatch):

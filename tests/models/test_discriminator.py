@@ -12,7 +12,7 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Follows, Frozen, Heads, Trained
 from stepdistill.models.adapters import AdapterBank, lora_config
 from stepdistill.models.discriminator import tap
-from stepdistill.models.recompute import Enough, recomputed
+from stepdistill.models.recompute import StopForward, recomputed
 from stepdistill.models.roles import Full, Lora, Places, build_roles
 from stepdistill.models.teacher import load_teacher
 
@@ -24,8 +24,8 @@ CRITICS = pytest.mark.parametrize("critic", [Lora(rank=4), Full()], ids=["lora",
 
 def made(family, perturb, features=None, critic=None, **options):
     """Roles whose every weight matters."""
-    said = {"critic": critic, "discriminator": features and Places(features)}
-    settings = {"student": Lora(rank=4)} | {name: setting for name, setting in said.items() if setting is not None}
+    chosen = {"critic": critic, "discriminator": features and Places(features)}
+    settings = {"student": Lora(rank=4)} | {name: setting for name, setting in chosen.items() if setting is not None}
     roles = build_roles(family, NEEDS, settings, **options)
     for seed, name in enumerate(TRAINED):
         perturb(roles.parameters(name), seed)
@@ -148,10 +148,10 @@ def test_an_early_end_leaves_no_region_open():
     class Early(nn.Module):
         def forward(self, x):
             runs.append(x.exp())
-            raise Enough
+            raise StopForward
 
     x = torch.ones(3, requires_grad=True)
-    with pytest.raises(Enough) as held:
+    with pytest.raises(StopForward) as held:
         recomputed(Early(), x)
     x.exp().sum().backward()
     assert len(runs) == 1 and held.value is not None
@@ -292,16 +292,16 @@ def test_heads_on_pairs_see_both_states(family, inputs, perturb, critic, checkpo
     perturb(roles.parameters("critic"))
     x_t, t, cond = inputs
     x_r, r = x_t.flip(0).clone().requires_grad_(), t.flip(0)
-    judge, network = roles["discriminator"], roles["critic"].network
+    discriminator, network = roles["discriminator"], roles["critic"].network
     with calls(network) as counted:
-        logits = judge.pair(x_r, r, x_t, t, cond)
+        logits = discriminator.pair(x_r, r, x_t, t, cond)
     assert logits.shape == (3, 2) and counted["mid_block"] == 1 and not counted["conv_out"]
     maps = []
     for state, time in ((x_r, r), (x_t, t)):
         with tap(network, features) as found:
             roles["critic"](state, time, cond)
         maps.append([family.feature_map(found[name], state) for name in features])
-    for k, head in enumerate(judge.heads.values()):
+    for k, head in enumerate(discriminator.heads.values()):
         torch.testing.assert_close(head(torch.cat([maps[0][k], maps[1][k]], 1)).mean((1, 2, 3)), logits[:, k], rtol=1e-4, atol=1e-5)
     logits.sum().backward()
     assert x_r.grad.any() and all(p.grad.any() for p in roles.parameters("discriminator"))

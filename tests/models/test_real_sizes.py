@@ -76,9 +76,9 @@ def test_features_have_the_shapes_that_heads_are_made_for(name, sample_size):
     side = sample_size or (config.sample_size,) * 2
     shapes = feature_shapes(unet, (config.in_channels, *side))
     inputs = {"sample": (config.in_channels, *side), "timestep": (), "encoder_hidden_states": (77, config.cross_attention_dim)}
-    told = {"text_embeds": (1280,), "time_ids": (6,)} if name == "sdxl" else {}
+    added = {"text_embeds": (1280,), "time_ids": (6,)} if name == "sdxl" else {}
     empty = lambda shapes: {key: torch.empty(2, *shape, device="meta") for key, shape in shapes.items()}
     with torch.no_grad(), tap(unet, tuple(shapes)) as found:
-        unet(**empty(inputs), added_cond_kwargs=empty(told))
+        unet(**empty(inputs), added_cond_kwargs=empty(added))
     got = {key: tuple((output if torch.is_tensor(output) else output[0]).shape[1:]) for key, output in found.items()}
     assert got == shapes and list(found) == list(shapes), "they are listed in the order in which they run"

@@ -26,8 +26,8 @@ def test_at_the_start_every_role_is_the_teacher(family, inputs, setting, told_w)
     x, t, cond = inputs
     assert tuple(roles) == roles.names == tuple(NEEDS)
     for name in roles:
-        told = cond.replace(w=torch.tensor([1.0, 4.0, 9.0]))
-        torch.testing.assert_close(roles[name](x, t, told).raw, before, rtol=1e-5, atol=1e-6)
+        scaled = cond.replace(w=torch.tensor([1.0, 4.0, 9.0]))
+        torch.testing.assert_close(roles[name](x, t, scaled).raw, before, rtol=1e-5, atol=1e-6)
     assert torch.equal(roles["teacher"](x, t, cond).raw, before)
 
 
@@ -65,11 +65,11 @@ def test_only_the_student_gets_gradients(family, inputs, perturb, setting):
     roles = build_roles(family, reading(NEEDS, "student"), {"student": setting}, gradient_checkpointing=True)
     perturb(roles.parameters("student"))
     x, t, cond = inputs
-    told = cond.replace(w=torch.tensor([2.0, 3.0, 4.0]))
+    scaled = cond.replace(w=torch.tensor([2.0, 3.0, 4.0]))
     with torch.no_grad():
-        wanted = roles["target"](x, t, told).x0
-    prediction = roles["student"](x, t, told)
-    roles["teacher"](x, t, told)                                       # another role is the last that ran forward
+        wanted = roles["target"](x, t, scaled).x0
+    prediction = roles["student"](x, t, scaled)
+    roles["teacher"](x, t, scaled)                                       # another role is the last that ran forward
     (prediction.x0 - wanted).square().mean().backward()
     assert all(parameter.grad is not None for parameter in roles.parameters("student"))
     others = [*family.network.parameters(), *roles.parameters("target"), *roles.parameters("ema")]
@@ -137,8 +137,8 @@ def test_a_role_leaves_as_a_stock_network(family, inputs, perturb, tmp_path, set
     stock = type(family.network).from_pretrained(tmp_path)
     x, t, cond = inputs
     w = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
-    told = embedding("w", w) if told_w else None
-    raw = stock(x, torch.tensor([999, 499, 19]), cond.text, timestep_cond=told).sample
+    embedded = embedding("w", w) if told_w else None
+    raw = stock(x, torch.tensor([999, 499, 19]), cond.text, timestep_cond=embedded).sample
     torch.testing.assert_close(raw, roles["student"](x, t, cond.replace(w=w)).raw, rtol=1e-4, atol=1e-5)
     teacher = family.predict(roles.network("teacher"), x, t, cond)
     torch.testing.assert_close(teacher, roles["teacher"](x, t, cond).raw, rtol=1e-5, atol=1e-6)

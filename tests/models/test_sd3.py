@@ -142,8 +142,8 @@ def test_blocks_give_maps(family):
     maps = {name: family.feature_map(output, x) for name, output in found.items()}
     assert list(maps) == list(family.feature_shapes) and set(family.default_features) <= set(maps)
     assert all(m.shape == (2, 16, 4, 2) for m in maps.values()) and set(family.feature_shapes.values()) == {(16, 4, 4)}
-    told = network.time_text_embed(family.timestep(t).float(), cond.pooled)
-    patches = network.proj_out(network.norm_out(maps["transformer_blocks.2"].flatten(2).transpose(1, 2), told))
+    embedded = network.time_text_embed(family.timestep(t).float(), cond.pooled)
+    patches = network.proj_out(network.norm_out(maps["transformer_blocks.2"].flatten(2).transpose(1, 2), embedded))
     corner = patches.unflatten(1, (4, 2)).unflatten(3, (2, 2, 16))[:, :, :, 0, 1].permute(0, 3, 1, 2)
     torch.testing.assert_close(raw[:, :, 0::2, 1::2], corner)
 
@@ -171,8 +171,8 @@ def test_teachers_that_it_does_not_translate(folders, tmp_path):
 
 def test_what_every_call_is_given(folders, tmp_path):
     assert call_of(str(folders["clip alone"])) == {"max_sequence_length": 0} and call_of(str(folders["zeros"])) == {}
-    said = {"call": {"num_inference_steps": 4}, "method": "lcm", "teacher_call": {"max_sequence_length": 3}}
-    (tmp_path / "stepdistill.json").write_text(json.dumps(said))
+    settings = {"call": {"num_inference_steps": 4}, "method": "lcm", "teacher_call": {"max_sequence_length": 3}}
+    (tmp_path / "stepdistill.json").write_text(json.dumps(settings))
     assert call_of(str(tmp_path)) == {"max_sequence_length": 3}
     (tmp_path / "stepdistill.json").write_text('{"calls": {}}')
     with pytest.raises(RequestError, match='stepdistill.json is damaged.*"call"'):

@@ -58,8 +58,8 @@ def test_one_guided_step_is_the_pipelines(family):
     """The pipeline's clean sample after one step at 5 times guidance, from raw outputs under cond and cond.null."""
     stock, x, scale = family.pipeline(), torch.randn(2, *family.latent_shape), 5.0
     theirs = stock(PROMPTS, num_inference_steps=1, guidance_scale=scale, latents=x, height=16, width=16, output_type="latent").images
-    told = stock.scheduler.timesteps[:1].double()
-    t = ((told + 1) / 1000).expand(2)
+    timestep = stock.scheduler.timesteps[:1].double()
+    t = ((timestep + 1) / 1000).expand(2)
     sigma = stock.scheduler.sigmas[0].item()
     noisy = x * (stock.scheduler.init_noise_sigma / (sigma**2 + 1) ** 0.5)
     cond = family.encode(PROMPTS)
@@ -73,12 +73,12 @@ def test_an_adapter_on_it(family, perturb):
     cond, x, t = family.encode(PROMPTS), torch.randn(2, *family.latent_shape), torch.tensor([0.5, 1.0], dtype=torch.float64)
     roles = build_roles(family, {"teacher": Frozen(), "student": Trained(reads=("w",))}, {"student": Lora(4)},
                         gradient_checkpointing=True)
-    told = cond.replace(w=torch.tensor([2.0, 8.0]))
+    scaled = cond.replace(w=torch.tensor([2.0, 8.0]))
     before = roles["teacher"](x, t, cond).raw
-    torch.testing.assert_close(roles["student"](x, t, told).raw, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(roles["student"](x, t, scaled).raw, before, rtol=1e-5, atol=1e-6)
     perturb(roles.parameters("student"))
-    roles["student"](x, t, told).raw.square().mean().backward()
+    roles["student"](x, t, scaled).raw.square().mean().backward()
     assert all(parameter.grad is not None for parameter in roles.parameters("student"))
     assert torch.equal(roles["teacher"](x, t, cond).raw, before)
-    torch.testing.assert_close(family.predict(roles.network("student"), x, t, told), roles["student"](x, t, told).raw,
+    torch.testing.assert_close(family.predict(roles.network("student"), x, t, scaled), roles["student"](x, t, scaled).raw,
                                rtol=1e-4, atol=1e-5)

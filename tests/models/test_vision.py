@@ -12,7 +12,7 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Codec, Features, Frozen, Heads, Trained
 from stepdistill.models.roles import Lora, Places, build_roles
 from stepdistill.models.teacher import load_teacher
-from stepdistill.models.vision import PictureHeads, Sight, prompt_vector
+from stepdistill.models.vision import PictureHeads, VisionConfig, prompt_vector
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "decode": Codec(), "features": Features(), "discriminator": Heads("features")}
 CPU = torch.device("cpu")
@@ -25,9 +25,9 @@ def dino(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=12, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(folder)
-    said = {"crop_size": {"height": 28, "width": 28}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+    processor = {"crop_size": {"height": 28, "width": 28}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
             "size": {"shortest_edge": 32}, "image_processor_type": "BitImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
 
 
@@ -36,15 +36,15 @@ def pixels(side: int, count: int = 2) -> torch.Tensor:
 
 
 def test_the_layers_that_are_read_are_those_published(dino):
-    assert Sight.of(dino).default == ("embeddings", "layers.2", "layers.5", "layers.8", "layers.11")
-    sight = Sight.of(CLIP)
-    assert sight.default == ("embeddings", "layers.0", "layers.1", "layers.2") and set(sight.shapes.values()) == {(96, 8, 8)}
-    assert tuple(sight.read(["layers.2", "embeddings"])) == ("embeddings", "layers.2")
+    assert VisionConfig.of(dino).default == ("embeddings", "layers.2", "layers.5", "layers.8", "layers.11")
+    vision_config = VisionConfig.of(CLIP)
+    assert vision_config.default == ("embeddings", "layers.0", "layers.1", "layers.2") and set(vision_config.shapes.values()) == {(96, 8, 8)}
+    assert tuple(vision_config.read(["layers.2", "embeddings"])) == ("embeddings", "layers.2")
 
 
 def test_maps_are_the_patches_of_the_network_s_own_pass(dino):
-    sight = Sight.of(dino)
-    vision, shown = sight.features(("embeddings", "layers.5", "layers.11"), CPU), pixels(28)
+    vision_config = VisionConfig.of(dino)
+    vision, shown = vision_config.features(("embeddings", "layers.5", "layers.11"), CPU), pixels(28)
     mean, std = (torch.tensor(values)[:, None, None] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
         tokens = Dinov2Model.from_pretrained(dino).eval()((shown / 2 + 0.5 - mean) / std, output_hidden_states=True).hidden_states
@@ -54,7 +54,7 @@ def test_maps_are_the_patches_of_the_network_s_own_pass(dino):
 
 
 def test_a_clip_model_is_read_at_its_vision_side():
-    vision, shown = Sight.of(CLIP).features(("layers.0",), CPU), pixels(32)
+    vision, shown = VisionConfig.of(CLIP).features(("layers.0",), CPU), pixels(32)
     with torch.no_grad():
         tokens = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).vision_model(shown, output_hidden_states=True).hidden_states
     torch.testing.assert_close(vision(shown)[0], tokens[1][:, 1:].transpose(1, 2).unflatten(2, (8, 8)))
@@ -62,7 +62,7 @@ def test_a_clip_model_is_read_at_its_vision_side():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_reach_pixels_of_any_size_and_no_weight(dino, autocast):
-    vision, shown = Sight.of(dino).features(("layers.2", "layers.11"), CPU), pixels(20).requires_grad_()
+    vision, shown = VisionConfig.of(dino).features(("layers.2", "layers.11"), CPU), pixels(20).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, autocast):
         maps = vision(shown)
     assert all(m.dtype == torch.float32 for m in maps)
@@ -71,7 +71,7 @@ def test_gradients_reach_pixels_of_any_size_and_no_weight(dino, autocast):
 
 
 def test_heads_are_told_the_prompt(dino):
-    shapes = Sight.of(dino).read(None)
+    shapes = VisionConfig.of(dino).read(None)
     heads, maps = PictureHeads(shapes, 6, seed=3), [torch.randn(2, *shape) for shape in shapes.values()]
     one, two = (Condition(text=torch.full((2, 4, 6), value)) for value in (0.0, 1.0))
     assert heads(maps, one).shape == (2, 5) and ((heads(maps, one) - heads(maps, two)).abs() > 1e-4).all()
@@ -113,11 +113,11 @@ def test_a_decoder_passes_gradients_beyond_the_range_of_pixels(folders, inputs):
 
 def test_what_cannot_see_is_refused(tmp_path, family):
     with pytest.raises(RequestError, match="no vision network .*nowhere with its .*facebook/dinov2-small would do"):
-        Sight.of(str(tmp_path / "nowhere"))
+        VisionConfig.of(str(tmp_path / "nowhere"))
     ViTConfig().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(RequestError, match="is a vit; features are read of dinov2"):
-        Sight.of(str(tmp_path))
+        VisionConfig.of(str(tmp_path))
     with pytest.raises(RequestError, match="layers.9.*its features are embeddings, layers.0"):
         build_roles(family, NEEDS, {"student": Lora(4), "discriminator": Places(("layers.9",), CLIP)})
     for needs in ({**NEEDS, "second": Heads("features")}, {name: need for name, need in NEEDS.items() if name != "discriminator"}):

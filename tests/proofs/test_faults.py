@@ -93,7 +93,7 @@ def told_time_off_by_one(m) -> None:
     """Samplers tell the network a time that is one of a thousand late."""
     from stepdistill.diffusion.sampler import Sampler
     original = Sampler._predict
-    m.setattr(Sampler, "_predict", lambda self, role, x, e, cond: original(self, role, x, replace(e, told=e.told - 1e-3, level=e.level - 1e-3), cond))
+    m.setattr(Sampler, "_predict", lambda self, role, x, e, cond: original(self, role, x, replace(e, time=e.time - 1e-3, level=e.level - 1e-3), cond))
 
 
 def noise_reused(m) -> None:
@@ -107,7 +107,7 @@ def half_a_loss(m) -> None:
 
 
 def real_for_fake(m) -> None:
-    for original in (adversarial.tell_apart, adversarial.hinge_tell_apart):
+    for original in (adversarial.discriminator_loss, adversarial.hinge_discriminator_loss):
         everywhere(m, original, lambda real, fake, original=original: original(fake, real))
 
 

@@ -22,8 +22,8 @@ DECAY = 'Follows("student", settings.target_decay)'
 CHOSEN = "}[settings.loss]"
 SWAPPED, HALVED = 'Follows("student", 1 - settings.target_decay)', 'Follows("student", settings.target_decay / 2)'
 DRAWN = "drawn(self.guidance, step)"
-MIDDLE = "middle(guidance) if settings.told"
-HIGHEST, LOWEST = (f"(guidance if isinstance(guidance, float) else guidance[{i}]) if settings.told" for i in (-1, 0))
+MIDDLE = "middle(guidance) if settings.guidance_embedding"
+HIGHEST, LOWEST = (f"(guidance if isinstance(guidance, float) else guidance[{i}]) if settings.guidance_embedding" for i in (-1, 0))
 
 
 def of(method: str, module: str, *changes: tuple[str, str]) -> list[Fault]:
@@ -40,7 +40,7 @@ FAULTS = [
         (DECAY, HALVED),
         ("target_decay: float = 0.95", "target_decay: float = 0.5"),
         ("settings.nodes, sampler.times)", "40, sampler.times)"),
-        ("[known, asked, torch", "[known, torch"),
+        ("[known, sampled, torch", "[known, torch"),
         (DRAWN, "1.0"),
         ("consistency(self.target(", "consistency(self.student("),
         ("heun_step(here, there), x_s)", "x_s, x_s)"),
@@ -57,7 +57,7 @@ FAULTS = [
         ("shift=settings.shift", "shift=1.0"),
         (".expand(len(batch))", ".expand(len(batch)) - 1"),
         ("torch.where(s > 0, s, t), cond))", "torch.where(s > 0, s, t), batch.cond))"),
-        ("batch.cond.replace(w=told) if self.settings.told else batch.cond", "batch.cond"),
+        ("batch.cond.replace(w=scale) if self.settings.guidance_embedding else batch.cond", "batch.cond"),
         (MIDDLE, HIGHEST),
         ('roles.get("target", self.student)', "self.student"),
         ("guided(self.teacher, w)(x_t", "guided(self.teacher, 1.0)(x_t"),
@@ -108,9 +108,9 @@ FAULTS = [
         ("}[settings.weight]", '}["truncated"]'),
         (MIDDLE, HIGHEST),
         (MIDDLE, LOWEST),
-        ("told(batch.cond, w) if self.settings.told", "told(batch.cond, w - 1) if self.settings.told"),
-        ("if self.settings.told else batch.cond", "if True else batch.cond"),
-        ('reads=("w",) * settings.told', "reads=()"),
+        ("with_scale(batch.cond, w) if self.settings.guidance_embedding", "with_scale(batch.cond, w - 1) if self.settings.guidance_embedding"),
+        ("if self.settings.guidance_embedding else batch.cond", "if True else batch.cond"),
+        ('reads=("w",) * settings.guidance_embedding', "reads=()"),
         (DRAWN, "drawn(self.guidance, step) + 0.5"),
     ),
     *of(
@@ -123,9 +123,9 @@ FAULTS = [
     *of(
         "progressive", "methods.trajectory.progressive",
         ("}[settings.weight]", '}["truncated"]'),
-        ("told(batch.cond, w) if", "told(batch.cond, w - 1) if"),
+        ("with_scale(batch.cond, w) if", "with_scale(batch.cond, w - 1) if"),
         (MIDDLE, HIGHEST),
-        ('reads=("w",) * settings.told', "reads=()"),
+        ('reads=("w",) * settings.guidance_embedding', "reads=()"),
         ("trailing(2 * sampler.nfe", "trailing(2 * sampler.nfe + 2"),
         ("ddim_step(teacher(x_m, m, cond), r)", "ddim_step(self.teacher(x_m, m, cond), r)"),
         ("guided(self.teacher, w)", "self.teacher"),

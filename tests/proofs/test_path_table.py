@@ -38,7 +38,7 @@ def test_every_shipped_stage_is_on_a_path_that_is_served():
             if stage.method in METHODS:
                 chosen = (stage.method_settings(), stage.steps, stage.guidance, stage.taught_by_previous)
                 like = [path for path in paths.shipped(stage.method)
-                        if (path.asked(stage.method), path.steps, path.w, path.previous) == chosen]
+                        if (path.settings_of(stage.method), path.steps, path.w, path.previous) == chosen]
                 assert like, f"{name}, {stage.method} at {stage.steps} steps"
                 assert any(paths.served(stage.method, path, Problem(0, noise)) for path in like for noise in NAMES)
                 seen += 1

@@ -41,6 +41,6 @@ def test_an_unknown_method_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("passed, status", [(True, 0), (False, 1)])
 def test_the_exit_status_says_whether_all_rows_pass(monkeypatch, passed, status):
     row = {"method": "kd", "kind": "identity", "check": "c", "figure": None, "tolerance": 1.0, "passed": passed}
-    monkeypatch.setattr(run, "verify", lambda *names, **said: {"seed": 0, "seconds": 1.0, "rows": [row]})
+    monkeypatch.setattr(run, "verify", lambda *names, **options: {"seed": 0, "seconds": 1.0, "rows": [row]})
     shown = CliRunner().invoke(app, ["verify", "kd", "--json"])
     assert shown.exit_code == status and json.loads(shown.stdout)["rows"] == [row]

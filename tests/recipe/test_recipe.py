@@ -57,7 +57,7 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     assert recipe.train.clip == 1.0 and recipe.data.kind == "images"
 
 
-@pytest.mark.parametrize(("old", "new", "line", "said"), [
+@pytest.mark.parametrize(("old", "new", "line", "message"), [
     ("steps: 4", "stpes: 4", 5, "did you mean steps?"),
     ("rank: 8", "rnak: 8", 3, "student.lora.rnak is no entry of student.lora; did you mean rank?"),
     ("nodes: 50", "nodez: 50", 6, "did you mean nodes?"),
@@ -89,28 +89,28 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("steps: 4", "steps: 4\nsteps: 5", 6, "steps"),
     ("steps: 4", "steps: [4", 6, "no valid YAML"),
 ])
-def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, said):
-    message = refusal(write(old, new))
-    assert f"mine.yaml:{line}:" in message and said in message
+def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, message):
+    found = refusal(write(old, new))
+    assert f"mine.yaml:{line}:" in found and message in found
 
 
-@pytest.mark.parametrize(("method", "changes", "said"), [
+@pytest.mark.parametrize(("method", "changes", "message"), [
     ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1; found 0"),
     ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: huber_c must be above 0 and target_decay"),
     ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a finite number"),
     ("sid", {"settings": {"t_range": [0.1, float("nan")]}}, "settings.t_range.1 is nan; it should be a finite number"),
     ("sid", {"settings": {"alpha": -1.0}}, "settings: alpha must not be negative; found -1.0"),
-    ("sid", {"settings": {"critic_asked_at": 0.5}}, "settings: critic_asked_at is a scale of guidance, at least 1 (1 is none); found 0.5"),
-    ("sid", {"settings": {"critic_trained_at": 0.0}}, "settings: critic_trained_at is a scale of guidance, at least 1 (1 is none); found 0.0"),
+    ("sid", {"settings": {"critic_guidance": 0.5}}, "settings: critic_guidance is a scale of guidance, at least 1 (1 is none); found 0.5"),
+    ("sid", {"settings": {"critic_training_guidance": 0.0}}, "settings: critic_training_guidance is a scale of guidance, at least 1 (1 is none); found 0.0"),
 ])
-def test_bad_settings_are_refused_at_their_place(method, changes, said):
+def test_bad_settings_are_refused_at_their_place(method, changes, message):
     with pytest.raises(RequestError) as caught:
         Recipe.load(f"shapes/{method}", changes).method_settings()
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_an_entry_that_was_never_written_is_placed_at_what_was_written_of_it():
-    source = Source.of_mapping({"train": {}}).overridden({"settings.nodes": 0})
+    source = Source.of_mapping({"train": {}}).overridden({"settings.nodes": 0}, {})
     assert source.where(("settings",)) == source.where(("settings", "nodes")) == "--set settings.nodes"
     assert source.where(("train",)) == "recipe"
 
@@ -128,26 +128,26 @@ def test_critic_and_discriminator_have_rates_of_their_own(write):
     assert Recipe.load(path, {"critic": "full"}).resolved()["critic"] == "full"
     full = Recipe.load(path, {"critic": {"lora": None}})
     assert full.critic.lora is None and learning_rates(Recipe.load(full.resolved()))["critic"] == 5e-4
-    for old, new, said in (("features: [mid_block]", "features: []", "mine.yaml:3: discriminator.features is []; it should not be empty"),
+    for old, new, message in (("features: [mid_block]", "features: []", "mine.yaml:3: discriminator.features is []; it should not be empty"),
                            ("lr: 2e-4", "lr: 0", "discriminator.lr is 0; it should be above 0"),
                            ("lr: 5e-4", "lrr: 5e-4", "critic.lrr is no entry of critic; did you mean lr?")):
         text = path.read_text()
         path.write_text(text.replace(old, new))
-        assert said in refusal(path)
+        assert message in refusal(path)
         path.write_text(text)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"settings.gan_weight": 0}, "discriminator is given, but with these settings dmd2 trains no discriminator; it trains student, critic"),
     ({"method": "swiftbrush"}, "discriminator is given, but swiftbrush trains no discriminator; it trains student, critic"),
     ({"method": "lcm"}, "discriminator is given, but lcm trains no discriminator; it trains student"),
 ])
-def test_a_discriminator_that_no_update_trains_is_refused(tiny_teacher, changes, said):
+def test_a_discriminator_that_no_update_trains_is_refused(tiny_teacher, changes, message):
     made = {"method": "dmd2", "teacher": str(tiny_teacher), "discriminator": {"lr": 1e-4}, "data": {"images": "shapes", "batch": 2},
             "train": {"updates": 1}}
     recipe = Recipe.load(made, changes)
     needs = load_method(recipe.method).needs(recipe.method_settings(), full=False)
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
         configured(recipe, needs)
 
 
@@ -209,7 +209,7 @@ def test_a_refusal_costs_no_torch(write):
     assert done.stdout.startswith("False") and "at least 1" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("method", "discriminator", "said"), [
+@pytest.mark.parametrize(("method", "discriminator", "message"), [
     ("add", {"network": "./nowhere"}, "--set discriminator.network: discriminator.network cannot be used: there is no vision network ./nowhere"),
     ("add", {"network": "assets/shapes-clip", "features": ["layers.99"]},
      "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read layers.99 of this network"),
@@ -217,12 +217,12 @@ def test_a_refusal_costs_no_torch(write):
      "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read mid_blok of this network"),
 ])
 @pytest.mark.parametrize("command", [plan, lambda recipe: setup(recipe, torch.device("cpu"))])
-def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method, discriminator, said):
+def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method, discriminator, message):
     made = {"method": method, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1,
             "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
     with pytest.raises(RequestError) as caught:
         command(Recipe.load(made, {"discriminator": discriminator}))
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("made", [lambda folder: None, lambda folder: (folder / "model_index.json").write_text('{"_class_name": "Other"}')])

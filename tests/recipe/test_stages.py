@@ -98,7 +98,7 @@ def test_a_dumped_recipe_has_the_same_stages(write, tmp_path):
     assert [stage.teacher for stage in Recipe.load(recipe.resolved()).stages] == [recipe.teacher] * 3
 
 
-@pytest.mark.parametrize(("old", "new", "line", "said"), [
+@pytest.mark.parametrize(("old", "new", "line", "message"), [
     ("steps: 4, train", "stpes: 4, train", 11, "stpes is no entry of a recipe; did you mean steps?"),
     ("{updates: 3}", "{updates: 0}", 11, "train.updates is 0; it should be at least 1"),
     ("skip: 2", "skpi: 2", 14, "settings.skpi is no setting of lcm; did you mean skip?"),
@@ -110,20 +110,20 @@ def test_a_dumped_recipe_has_the_same_stages(write, tmp_path):
     ("steps: 2\nsettings", "stages_: []\nsettings", 5, "did you mean stages?"),
     ("    settings: {skip: 2}", "    student: {lora: {rank: 4}}", 14, "a LoRA stays what it is, or becomes full"),
     ("{steps: 4, ", "{student: full, ", 3, "student is {lora: {rank: 2}}, but it begins as the student of the stage before, which is full"),
-    ("{steps: 4, ", "{settings: {told: true}, ", 1, "let both have one by their settings (told: true), or neither"),
-    ("    settings: {skip: 2}", "    settings: {told: true}", 1, "has a guidance embedding, and that of the stage before has no"),
+    ("{steps: 4, ", "{settings: {guidance_embedding: true}, ", 1, "let both have one by their settings (guidance_embedding: true), or neither"),
+    ("    settings: {skip: 2}", "    settings: {guidance_embedding: true}", 1, "has a guidance embedding, and that of the stage before has no"),
     ("    settings: {skip: 2}", "    guidance: 1.0", 14, "but the teacher is the student of the stage before, which has learned 2.0"),
 ])
-def test_a_bad_stage_is_refused_with_its_line(write, old, new, line, said):
+def test_a_bad_stage_is_refused_with_its_line(write, old, new, line, message):
     with pytest.raises(RequestError) as caught:
         for stage in Recipe.load(write(old, new)).stages:
             check(stage)
-    assert f"mine.yaml:{line}:" in str(caught.value) and said in str(caught.value)
+    assert f"mine.yaml:{line}:" in str(caught.value) and message in str(caught.value)
 
 
-@pytest.mark.parametrize(("stages", "said"), [("two", "list of tables"), ([], "list of tables"), ([1], "list of tables")])
-def test_stages_are_a_list_of_tables(write, stages, said):
-    with pytest.raises(RequestError, match=f"--set stages: stages is .*{said}"):
+@pytest.mark.parametrize(("stages", "message"), [("two", "list of tables"), ([], "list of tables"), ([1], "list of tables")])
+def test_stages_are_a_list_of_tables(write, stages, message):
+    with pytest.raises(RequestError, match=f"--set stages: stages is .*{message}"):
         Recipe.load(write(), {"stages": stages})
 
 
@@ -133,7 +133,7 @@ def test_a_critic_begins_as_the_teacher(write):
         check(Recipe.load(path).stages[1])
     assert check(Recipe.load(path, {"critic": "full"}).stages[1])
     path = write("guidance: 2.0", "guidance: [1.0, 3.0]")
-    path.write_text(path.read_text().replace("settings: {skip: 2}", "method: dmd2").replace("nodes: 10", "told: true"))
+    path.write_text(path.read_text().replace("settings: {skip: 2}", "method: dmd2").replace("nodes: 10", "guidance_embedding: true"))
     with pytest.raises(RequestError, match="is dmd2, whose student has no guidance embedding"):
         check(Recipe.load(path).stages[1])
 
@@ -253,8 +253,8 @@ def test_only_the_whole_run_is_resumed_with_its_own_recipe(recipe, run):
 
 
 def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path):
-    for last, said in (({"steps": 11}, "steps is 11, which cannot be sampled"), ({"data": {"prompts": ["a"]}}, "lcm trains on images")):
-        with pytest.raises(RequestError, match=said):
+    for last, message in (({"steps": 11}, "steps is 11, which cannot be sampled"), ({"data": {"prompts": ["a"]}}, "lcm trains on images")):
+        with pytest.raises(RequestError, match=message):
             api.train(recipe | {"stages": [{}, last]}, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
@@ -262,7 +262,7 @@ def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path):
 def test_a_lora_becomes_full_between_stages_and_is_told_its_scale(recipe, tmp_path, inputs):
     """The full student of stage 2 is what the adapter of stage 1 was; stage 3 goes on from all its weights."""
     full = {"student": "full", "teacher": "previous", "train": {"updates": 1, "lr": 1e-3}}
-    made = Recipe.load(recipe | {"settings": {"nodes": 10, "told": True}, "guidance": [1.0, 3.0], "stages": [{}, full, full]})
+    made = Recipe.load(recipe | {"settings": {"nodes": 10, "guidance_embedding": True}, "guidance": [1.0, 3.0], "stages": [{}, full, full]})
     run = api.train(made, out=tmp_path / "run")
     works = [open_run(folder) for folder in runs.stage_folders(made, run)]
     places = zip(made.stages[1:], runs.stage_folders(made, run), strict=False)

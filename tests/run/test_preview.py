@@ -18,7 +18,7 @@ def test_figures_follow_the_run_and_its_resumption(tmp_path, tiny_teacher, clip_
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ShapesSource.__init__, "__defaults__", (500,))
     recipe = {"method": "lcm", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": [1.0, 3.0],
-              "settings": {"told": True}, "data": {"images": "shapes", "batch": 2}, "train": {"updates": 4, "checkpoint_every": 2},
+              "settings": {"guidance_embedding": True}, "data": {"images": "shapes", "batch": 2}, "train": {"updates": 4, "checkpoint_every": 2},
               "evaluate": {"every": 2, "nfe": [1, 2], "samples": 60, "reference": "shapes", "features": str(clip_folder)}}
     run = train(recipe, out=tmp_path / "run")
     lines = (run / "evaluations.jsonl").read_text()

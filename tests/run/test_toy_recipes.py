@@ -30,7 +30,7 @@ def test_what_needs_a_pipeline_says_what_there_is_instead(run, use):
     assert list((run / "samples").glob("*.png")) and not (run / "export").exists() and not (run / "bench").exists()
 
 
-@pytest.mark.parametrize(("name", "changes", "said"), [
+@pytest.mark.parametrize(("name", "changes", "message"), [
     ("toy/lcm", {"evaluate.reference": "shapes"}, "--set evaluate.reference: evaluate.reference is shapes, but figures are of pictures"),
     ("toy/lcm", {"train.gradient_checkpointing": True}, "--set train.gradient_checkpointing: train.gradient_checkpointing is on, but"),
     ("toy/lcm", {"train.attention": "flash"}, "--set train.attention: train.attention is flash, but the teacher is Toy, whose network has no"),
@@ -41,10 +41,10 @@ def test_what_needs_a_pipeline_says_what_there_is_instead(run, use):
     ("shapes/lcm", {"data.images": "assets/toy"}, "data.images is assets/toy, a folder of Toy, .* but the teacher assets/shapes-sd is none"),
     ("shapes/swiftbrush", {"data.prompts": "assets/toy"}, "data.prompts is assets/toy, a folder of Toy, .* prompts of your own"),
 ])
-def test_what_does_not_go_together_is_refused_before_anything_is_loaded(tmp_path, name, changes, said):
-    with pytest.raises(RequestError, match=said):
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(tmp_path, name, changes, message):
+    with pytest.raises(RequestError, match=message):
         check(Recipe.load(name, changes))
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
         api.train(name, out=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 

@@ -40,7 +40,7 @@ def test_without_a_card_a_script_says_so_and_ends_with_2(name, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts/gpu/configs").glob("*.json")), ids=lambda path: path.stem)
 def test_a_config_makes_a_network_of_its_size(path):
-    said = json.loads(path.read_text())
+    config = json.loads(path.read_text())
     with torch.device("meta"):
-        network = getattr(diffusers, said["denoiser"]["_class_name"]).from_config(said["denoiser"])
-    assert sum(p.numel() for p in network.parameters()) == said["parameters"]
+        network = getattr(diffusers, config["denoiser"]["_class_name"]).from_config(config["denoiser"])
+    assert sum(p.numel() for p in network.parameters()) == config["parameters"]

@@ -68,12 +68,12 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
 @pytest.mark.parametrize("changes", [{"student": "full", "critic": "full"}, {"train": {"precision": "bf16", "accumulate": 2}}],
                          ids=["full", "lora bf16"])
 def test_a_resumed_run_is_the_same_run(tiny_teacher, tmp_path, changes):
-    said = recipe(tiny_teacher, **changes)
-    whole = api.train(said, out=tmp_path / "whole", **{"train.checkpoint_every": 1})
+    entries = recipe(tiny_teacher, **changes)
+    whole = api.train(entries, out=tmp_path / "whole", **{"train.checkpoint_every": 1})
     part = tmp_path / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints/step-000002")
-    api.train(said, out=part, resume=True, **{"train.checkpoint_every": 1})
+    api.train(entries, out=part, resume=True, **{"train.checkpoint_every": 1})
     one, two = (checkpoints.load(checkpoints.latest(folder)) for folder in (whole, part))
     assert one.keys() == two.keys() and all(torch.equal(one[name][key], two[name][key]) for name in one for key in one[name])
 
@@ -90,10 +90,10 @@ with unmagnified():
 def test_two_processes_train_what_one_does(tiny_teacher, tmp_path):
     """Adapters of a student and a critic on one base, and heads: what DDP around the whole would refuse at the second update."""
     rates = {"train": {"lr": 0.1}, "critic": {"lr": 0.1}, "discriminator": {"lr": 0.1}}
-    said = recipe(tiny_teacher, **rates)
-    on_two_processes(WORKER, tmp_path, json.dumps(said))
+    entries = recipe(tiny_teacher, **rates)
+    on_two_processes(WORKER, tmp_path, json.dumps(entries))
     with unmagnified():
-        api.train(said, out=tmp_path / "one")
+        api.train(entries, out=tmp_path / "one")
     one, two = (checkpoints.load(checkpoints.latest(tmp_path / name)) for name in ("one", "run"))
     assert one.keys() == two.keys()
     joined = lambda tensors: torch.cat([tensors[key].flatten().double() for key in sorted(tensors)

@@ -139,9 +139,9 @@ class SameWeightsTwice(ToyMethod):
     def student_loss(self, batch, step):
         with torch.no_grad():
             target = self.roles["student"](batch.x0)
-        said = self.roles["student"](batch.x0 + 1)
-        assert said.dtype == torch.bfloat16
-        return {"match": (said - target).float().square().mean()}
+        x0 = self.roles["student"](batch.x0 + 1)
+        assert x0.dtype == torch.bfloat16
+        return {"match": (x0 - target).float().square().mean()}
 
 
 def test_bf16_gradients_survive_an_earlier_pass_without_gradients(tmp_path):

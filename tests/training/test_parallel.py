@@ -14,6 +14,7 @@ WORKER = """
 import torch
 from pathlib import Path
 from stepdistill import parallel
+from stepdistill.data.cache import Cache
 from stepdistill.training import launched
 from tests.training.test_parallel import until
 from tests.training.toy import trainer
@@ -23,17 +24,16 @@ mine = [torch.full((2,), float(parallel.rank())), torch.full((3,), 2.0 * paralle
 parallel.all_reduce_mean_(mine)
 assert mine[0].tolist() == [0.5, 0.5] and mine[1].tolist() == [1.0, 1.0, 1.0]
 assert parallel.gather(torch.tensor([[parallel.rank()]])).tolist() == [[0], [1]]
-with parallel.main_first():
-    found = Path(sys.argv[1], "cache").exists()
-    Path(sys.argv[1], "cache").touch()
-assert found == (parallel.rank() == 1)
+made = []
+store = Cache(Path(sys.argv[1], "cache")).store("rows", {}, 5, lambda ids: (made.extend(ids.tolist()) or {"x": ids * 2.0}, [f"{i}" for i in ids.tolist()]), 2)
+assert made == [[0, 1, 4], [2, 3]][parallel.rank()] and store.rows("x", torch.arange(5)).tolist() == [0, 2, 4, 6, 8]
 with unmagnified():
     trainer(Path(sys.argv[1], "run"), accumulate=2, lr=0.3).train()
     until(Path(sys.argv[1], "moved"), 5, accumulate=2)
 """
 
 
-class Enough(Exception):
+class StopForward(Exception):
     pass
 
 
@@ -41,8 +41,8 @@ def until(run: Path, last: int, **config) -> None:
     """Goes on with a run and leaves it in the middle, after step `last`: what is kept is of an earlier one."""
     def stop(step: int) -> None:
         if step == last:
-            raise Enough
-    with pytest.raises(Enough):
+            raise StopForward
+    with pytest.raises(StopForward):
         trainer(run, [stop], checkpoint_every=2, lr=0.3, **config).train(resume=True)
 
 
@@ -51,8 +51,7 @@ def test_one_process_needs_no_group():
     x = torch.arange(3.0)
     parallel.all_reduce_mean_([x])
     assert parallel.gather(x) is x and x.tolist() == [0, 1, 2]
-    with parallel.main_first():
-        parallel.barrier()
+    parallel.barrier()
 
 
 def test_two_processes_train_what_one_does_and_a_run_may_move_between_them(tmp_path):

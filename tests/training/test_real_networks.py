@@ -30,14 +30,14 @@ def teacher(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("teacher"), "v_prediction")
 
 
-@pytest.mark.parametrize("setting, told, precision", [(Lora(rank=4), False, "fp32"), (Full(), True, "fp32"), (Lora(rank=4), True, "bf16")])
-def test_training_resumes_bit_for_bit(tmp_path, teacher, setting, told, precision):
+@pytest.mark.parametrize("setting, guidance_embedding, precision", [(Lora(rank=4), False, "fp32"), (Full(), True, "fp32"), (Lora(rank=4), True, "bf16")])
+def test_training_resumes_bit_for_bit(tmp_path, teacher, setting, guidance_embedding, precision):
     def trainer(run_dir, updates, **config):
         family = load_teacher(teacher)
-        settings = Settings(told=told)
+        settings = Settings(guidance_embedding=guidance_embedding)
         needs = LCM.needs(settings, isinstance(setting, Full)) | {"ema": Follows("student", 0.9)}
         roles = build_roles(family, needs, {"student": setting}, gradient_checkpointing=True)
-        method = LCM(settings, roles, (2.0, 4.0) if told else 3.0, None)
+        method = LCM(settings, roles, (2.0, 4.0) if guidance_embedding else 3.0, None)
         config = TrainConfig(updates=updates, lr=1e-2, accumulate=2, precision=precision, **config)
         return Trainer(method, roles, Data(family), config, run_dir)
 

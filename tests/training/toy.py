@@ -59,8 +59,8 @@ class ToyMethod(Method):
     def student_loss(self, batch, step):
         with torch.no_grad():
             wanted = self.roles["teacher"](batch.x0)
-        said = self.roles["student"](batch.x0 + 0.1 * step.normal("noise", (DIM,)))
-        return {"match": (said - wanted).square().mean(), "critic": 0.1 * self.roles["critic"](said).square().mean()}
+        x0 = self.roles["student"](batch.x0 + 0.1 * step.normal("noise", (DIM,)))
+        return {"match": (x0 - wanted).square().mean(), "critic": 0.1 * self.roles["critic"](x0).square().mean()}
 
 
 class ToyStream:

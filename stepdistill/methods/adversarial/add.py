@@ -2,14 +2,17 @@
 
     s              <- one of the student's times;  x <- its x_0 from data noised to s, and from pure noise at s = 1
     student        <- fool the heads on the pixels of x;
-                      + lambda c(t) |x - the guided teacher's x_0 at x noised again to t, held fixed|^2       (section 3.3)
-    discriminator  <- heads on a frozen vision network's features tell pictures from x, R1 at their inputs   (section 3.2)
+                      + lambda c(t) |x - the guided teacher's x_0 at x noised again to t, held fixed|^2       (section
+                      3.3)
+    discriminator  <- heads on a frozen vision network's features tell pictures from x, R1 at their inputs   (section
+    3.2)
 
-The heads are told the prompt, by projection. They are not told the picture that x_s was made of, which the paper finds to help
-above one step. Pictures are not augmented, but may be noised (the instance noise of Sønderby et al. 2017, arXiv:1610.04490): heads that
-tell two clouds apart with certainty leave no way from one mode to another.
+The heads read the prompt, by projection. They do not read the picture that x_s was made of, which the paper finds to
+help above one step. Pictures are not augmented, but may be noised (the instance noise of Sønderby et al. 2017,
+arXiv:1610.04490): heads that tell two clouds apart with certainty leave no way from one mode to another.
 
-Sources of the defaults: (p) the paper. Its models themselves were trained with the weights c of noise-free score distillation.
+Sources of the defaults: (p) the paper. Its models themselves were trained with the weights c of noise-free score
+distillation.
 """
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, discrete, levels, nodes
-from ...losses.adversarial import hinge_fool, hinge_tell_apart, r1
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, r1
 from ...losses.regression import squared
 from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
@@ -33,9 +36,11 @@ from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, 
 class Settings:
     nodes: int = 4                     # times that the student is trained at, evenly spaced, t = 1 among them (p)
     distillation_weight: float = 2.5   # lambda; 0 leaves the teacher out (p)
-    distance: Literal["pixels", "latents"] = "pixels"    # in which it is taken: a latent costs no picture of the teacher's x_0 (p)
+    distance: Literal["pixels", "latents"] = "pixels"    # in which it is taken: a latent costs no picture of the
+                                                         # teacher's x_0 (p)
     r1_weight: float = 1e-5            # gamma of the penalty on real pictures; 0 leaves it out (p)
-    noise: float = 0.0                 # largest deviation of noise on all that the heads see, uniform from 0; ours, against lost modes
+    noise: float = 0.0                 # largest deviation of noise on all that the heads see, uniform from 0; ours,
+                                       # against lost modes
     critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
 
     def __post_init__(self) -> None:
@@ -54,7 +59,8 @@ class ADD(Method):
 
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)
-        self.teacher, self.student, self.discriminator = (roles[name] for name in ("teacher", "student", "discriminator"))
+        self.teacher, self.student, self.discriminator = (roles[name]
+                                                          for name in ("teacher", "student", "discriminator"))
         self.decode, self.features = roles["decode"], roles["features"]
         self.schedule = self.teacher.schedule
         self.started, self.level = discrete(nodes(settings.nodes)), discrete(levels())
@@ -67,16 +73,19 @@ class ADD(Method):
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps < 1 or settings.nodes % steps:
-            raise ValueError(f"add trains its student at {settings.nodes} times, those of a sampler whose steps divide {settings.nodes}; "
+            raise ValueError(f"add trains its student at {settings.nodes} times, those of a sampler whose steps divide "
+                             f"{settings.nodes}; "
                              f"found {steps} steps")
         if isinstance(schedule, VariancePreserving) and LEVELS % settings.nodes:
-            raise ValueError(f"a discrete schedule has evenly spaced times only where their number divides its {LEVELS}; "
+            raise ValueError("a discrete schedule has evenly spaced times only where their number divides its "
+                             f"{LEVELS}; "
                              f"add is set to {settings.nodes}")
         return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         count = self.settings.critic_steps
-        return [Update(("student",), self.student_loss), Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
+        return [Update(("student",), self.student_loss),
+                Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
 
     # -- losses, in the order of the algorithm -----------------------------------------------------------------------
 
@@ -85,10 +94,12 @@ class ADD(Method):
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), s), s, batch.cond).x0
         pixels = self.decode(x)
         step.kept["pixels"] = pixels.detach()
-        losses = {"gan": hinge_fool(self.discriminator(self.seen(pixels, step, "fake"), batch.cond)).sum(1).mean()}
+        logits = self.discriminator(self.seen(pixels, step, "fake"), batch.cond)
+        losses = {"gan": hinge_generator_loss(logits).sum(1).mean()}
         if not self.settings.distillation_weight:
             return losses
-        return losses | {"distillation": self.settings.distillation_weight * self.distillation(x, pixels, batch, step).mean()}
+        return losses | {
+            "distillation": self.settings.distillation_weight * self.distillation(x, pixels, batch, step).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         with torch.no_grad():
@@ -96,9 +107,9 @@ class ADD(Method):
             fake = self.seen(step.kept["pixels"], step, "fake")
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
-        told = hinge_tell_apart(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
+        separation = hinge_discriminator_loss(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
         weight = self.settings.r1_weight
-        return {"discriminator": told} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
+        return {"discriminator": separation} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
 
     # -- terms -------------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """LADD: Latent Adversarial Diffusion Distillation. Sauer et al. 2024, arXiv:2403.12015.
 
     t              <- a node of the student's grid, by a law that begins with the easy ones
-    x              <- the student's x_0 from data noised to t                 (the data: what the teacher drew, section 3)
+    x              <- the student's x_0 from data noised to t                 (the data: what the teacher drew, section
+    3)
     student        <- fool the heads on x, noised again to s
-    discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~ logit-normal
+    discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~
+                      logit-normal
 
-No other loss: the teacher's own pictures carry its guidance. The heads are not told s and the prompt apart from the features,
+No other loss: the teacher's own pictures carry its guidance. The heads read s and the prompt only through the features,
 which have seen both. On other noises than a flow's, s is the time of the same signal-to-noise ratio.
 
 Sources of the defaults: (p) the paper. It says nothing of how often either side is updated.
@@ -20,29 +22,31 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
-from ...losses.adversarial import hinge_fool, hinge_tell_apart
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    shares: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)     # of the student's nodes, noise first: t = 1, 0.75, 0.5, 0.25 (p)
-    first_shares: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)    # while it warms up (p)
-    warm: int = 500                    # updates of that (p); 0 leaves it out
+    shares: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)     # of the student's nodes, noise first: t = 1, 0.75, 0.5, 0.25
+                                                         # (p)
+    warmup_shares: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)    # the same, in the warm-up (p)
+    warmup_updates: int = 500          # length of the warm-up (p); 0 leaves it out
     mean: float = 1.0                  # of logit s: higher judges structure, lower texture (p)
     std: float = 1.0                   # of logit s (p)
     critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
 
     def __post_init__(self) -> None:
-        for shares in (self.shares, self.first_shares):
+        for shares in (self.shares, self.warmup_shares):
             if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-                raise ValueError(f"shares and first_shares are probabilities, none negative, that sum to 1; found {shares}")
-        if len(self.shares) != len(self.first_shares):
-            raise ValueError("shares and first_shares are of the same nodes, so of one length; found "
-                             f"{len(self.shares)} and {len(self.first_shares)}")
-        if self.warm < 0 or self.std <= 0 or self.critic_steps < 1:
-            raise ValueError("warm must not be negative, std be above 0 and critic_steps at least 1; found "
-                             f"{self.warm}, {self.std}, {self.critic_steps}")
+                raise ValueError("shares and warmup_shares are probabilities, none negative, that sum to 1; found "
+                                 f"{shares}")
+        if len(self.shares) != len(self.warmup_shares):
+            raise ValueError("shares and warmup_shares are of the same nodes, so of one length; found "
+                             f"{len(self.shares)} and {len(self.warmup_shares)}")
+        if self.warmup_updates < 0 or self.std <= 0 or self.critic_steps < 1:
+            raise ValueError("warmup_updates must not be negative, std be above 0 and critic_steps at least 1; found "
+                             f"{self.warmup_updates}, {self.std}, {self.critic_steps}")
 
 
 class LADD(Method):
@@ -54,7 +58,7 @@ class LADD(Method):
         self.student, self.discriminator = roles["student"], roles["discriminator"]
         self.schedule = roles["teacher"].schedule
         grid = nodes(len(settings.shares)).flip(0)
-        self.first, self.later = weighted(grid, settings.first_shares), weighted(grid, settings.shares)
+        self.warmup_law, self.law = weighted(grid, settings.warmup_shares), weighted(grid, settings.shares)
         self.logit_normal = logit_normal(settings.mean, settings.std)
 
     @classmethod
@@ -65,35 +69,39 @@ class LADD(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         count = len(settings.shares)
         if steps < 1 or count % steps:
-            raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide {count}; found {steps} steps")
+            raise ValueError(f"ladd trains its student at {count} times, those of a sampler whose steps divide "
+                             f"{count}; found {steps} steps")
         if isinstance(schedule, VariancePreserving) and LEVELS % count:
-            raise ValueError(f"a discrete schedule has evenly spaced times only where their number divides its {LEVELS}; "
+            raise ValueError("a discrete schedule has evenly spaced times only where their number divides its "
+                             f"{LEVELS}; "
                              f"ladd is set to {count}")
         return Inference(steps, noise=1.0)
 
     def updates(self) -> list[Update]:
         count = self.settings.critic_steps
-        return [Update(("student",), self.student_loss), Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
+        return [Update(("student",), self.student_loss),
+                Update(("discriminator",), self.critic_loss, repeat=count, shares=count)]
 
     # -- losses, in the order of the algorithm -----------------------------------------------------------------------
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
-        law = self.first if step.index < self.settings.warm else self.later
+        law = self.warmup_law if step.index < self.settings.warmup_updates else self.law
         t = law(step.uniform("t"))
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), t), t, batch.cond).x0
         step.kept["sample"] = x.detach()
-        return {"gan": hinge_fool(self.judged(x, batch, step, "fake")).mean()}
+        return {"gan": hinge_generator_loss(self.logits(x, batch, step, "fake")).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
-        real, fake = self.judged(batch.x0, batch, step, "real"), self.judged(step.kept["sample"], batch, step, "fake")
-        return {"discriminator": hinge_tell_apart(real, fake).mean()}
+        real, fake = self.logits(batch.x0, batch, step, "real"), self.logits(step.kept["sample"], batch, step, "fake")
+        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
-    def judged(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
+    def logits(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
         """Logits (B, K) of x, noised to a level of its own."""
         s = self.level(step.uniform(f"{name} s"))
-        return self.discriminator(self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s), s, batch.cond)
+        noised = self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s)
+        return self.discriminator(noised, s, batch.cond)
 
     def level(self, u: Tensor) -> Tensor:
         """s (B,): logit-normal as a flow's sigma."""

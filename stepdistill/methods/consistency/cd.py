@@ -7,11 +7,11 @@
     target <- running average of the student, gradient stopped
 
 The paper's f and its sampler run by EDM's clock, which no latent pipeline keeps. Here f is what LCMScheduler and
-FlowMatchLCMScheduler sample, with their own boundary, and the times at which they ask the student are nodes of the grid too.
-The paper's third distance, LPIPS, judges pixels: d compares latents.
+FlowMatchLCMScheduler sample, with their own boundary, and the times at which they ask the student are nodes of the grid
+too. The paper's third distance, LPIPS, judges pixels: d compares latents.
 
-Sources of the defaults: (p) the paper's table of hyperparameters, (r) the released training on ImageNet 64, (l) the scripts that
-train LCMs.
+Sources of the defaults: (p) the paper's table of hyperparameters, (r) the released training on ImageNet 64, (l) the
+scripts that train LCMs.
 """
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class Settings:
         if self.loss not in ("squared", "huber"):
             raise ValueError(f"loss must be 'squared' or 'huber'; found {self.loss!r}")
         if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
-            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, {self.target_decay}")
+            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, "
+                             f"{self.target_decay}")
 
 
 class CD(Method):
@@ -83,13 +84,13 @@ class CD(Method):
         return {"consistency": self.distance(consistency(self.student(x_t, t, batch.cond)), target).mean()}
 
 
-def grid(schedule: Schedule, count: int, asked: Tensor) -> Tensor:
-    """Times, descending from pure noise to `origin`: `count` of Karras et al. 2022, eq. 5, where a network knows them, and
-    those at which the student is asked."""
+def grid(schedule: Schedule, count: int, sampled: Tensor) -> Tensor:
+    """Times, descending from pure noise to `origin`: `count` of Karras et al. 2022, eq. 5, where a network knows them,
+    and those at which the student is asked."""
     low, high = schedule.angle(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64)).tan().tolist()
     times = karras(schedule, count, max(SIGMAS[0], low), min(SIGMAS[1], high))
     known = times if isinstance(schedule, RectifiedFlow) else (LEVELS * times).round() / LEVELS
-    return torch.cat([known, asked, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)
+    return torch.cat([known, sampled, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)
 
 
 def bridge(teacher: Role, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:

@@ -37,8 +37,10 @@ class Settings:
     loss: Literal["huber", "squared"] = "huber"   # d, or "squared" (s: "huber" for the LoRA)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
-    shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3: 3)
-    told: bool = False            # tell the student the guidance scale, instead of averaging it into the weights (p: told)
+    shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3:
+                                  # 3)
+    guidance_embedding: bool = False    # the student reads the guidance scale; else its weights hold the mean over the
+                                        # range (p: true)
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -48,7 +50,8 @@ class Settings:
         if self.loss not in ("huber", "squared"):
             raise ValueError(f"loss must be 'huber' or 'squared'; found {self.loss!r}")
         if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
-            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, {self.target_decay}")
+            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, "
+                             f"{self.target_decay}")
         if self.shift <= 0:
             raise ValueError(f"shift must be above 0, where 1 leaves the nodes uniform; found {self.shift}")
 
@@ -65,16 +68,18 @@ class LCM(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
+        needs: dict[str, Need] = {"teacher": Frozen(),
+                                  "student": Trained("teacher", reads=("w",) * settings.guidance_embedding)}
         return needs | {"target": Follows("student", settings.target_decay)} if full else needs
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if not 1 <= steps <= settings.nodes:
             raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        scale = middle(guidance) if settings.told else None
+        scale = middle(guidance) if settings.guidance_embedding else None
         if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
-            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and no shift; found "
+            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
+                             "no shift; found "
                              f"nodes = {settings.nodes}, shift = {settings.shift}")
         return Inference(steps, noise=1.0, nodes=settings.nodes, shift=settings.shift, guidance=scale)
 
@@ -84,8 +89,8 @@ class LCM(Method):
     def loss(self, batch: Batch, step: Step) -> Losses:
         t, s = self.times(step)
         w = drawn(self.guidance, step)
-        told = torch.as_tensor(w, dtype=torch.float32).expand(len(batch))
-        cond = batch.cond.replace(w=told) if self.settings.told else batch.cond
+        scale = torch.as_tensor(w, dtype=torch.float32).expand(len(batch))
+        cond = batch.cond.replace(w=scale) if self.settings.guidance_embedding else batch.cond
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
         with torch.no_grad():
             x_s = ddim_step(guided(self.teacher, w)(x_t, t, batch.cond), s)

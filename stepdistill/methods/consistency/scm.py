@@ -1,18 +1,22 @@
-"""sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models. Lu & Song 2024, arXiv:2410.11081, algorithm 1
-as distillation, sCD.
+"""sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models. Lu & Song 2024, arXiv:2410.11081,
+algorithm 1 as distillation, sCD.
 
-    theta  <- ln(tan theta) normal, x = cos x_0 + sin eps                       (TrigFlow; networks of any schedule are viewed so)
+    theta  <- ln(tan theta) normal, x = cos x_0 + sin eps                       (TrigFlow; networks of any schedule are
+    viewed so)
     f      =  cos x - sin F(x, theta),  F the student's v                         (the consistency function)
-    g      <- cos df/dtheta along dx/dtheta = v of the guided teacher             (its second part weighted by r, from 0 to 1)
+    g      <- cos df/dtheta along dx/dtheta = v of the guided teacher             (its second part weighted by r, from 0
+    to 1)
     F      <- F + g / (|g| + c)
 
-At the teacher's flow map g is 0 everywhere, without a grid and its errors. Latents are scaled to a deviation of 1, which takes
-the place of the paper's sigma_data = 0.5 for pixels: all depends on x / sigma_data alone, the law of theta included.
+At the teacher's flow map g is 0 everywhere, without a grid and its errors. Latents are scaled to a deviation of 1,
+which takes the place of the paper's sigma_data = 0.5 for pixels: all depends on x / sigma_data alone, the law of theta
+included.
 
-Left out is the paper's learned weight e^-l(t) of the loss: it evens out the size of the losses of different times, and the
-normalisation of g has done most of that already. rCM (arXiv:2510.08431) trains without it.
+Left out is the paper's learned weight e^-l(t) of the loss: it evens out the size of the losses of different times, and
+the normalisation of g has done most of that already. rCM (arXiv:2510.08431) trains without it.
 
-Sources of the defaults: (p) the paper, (s) SANA-Sprint's released training of text-to-image students, (f) NVlabs/FastGen.
+Sources of the defaults: (p) the paper, (s) SANA-Sprint's released training of text-to-image students, (f)
+NVlabs/FastGen.
 """
 from __future__ import annotations
 
@@ -34,17 +38,21 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 TRIG = TrigFlow()
 RADIAN = 2 / pi                   # in the times of TRIG
-NOISIEST = 80.0                   # sigma / alpha where sampling starts, or the schedule's end: g is 0 at pure noise, and teaches nothing
-NOISIEST_FLOW = 999.0             # of a flow: at sigma = 0.999 unit noise, which samplers begin with, is 0.1 % too loud; at 80 1.2 %
+NOISIEST = 80.0                   # sigma / alpha where sampling starts, or the schedule's end: g is 0 at pure noise,
+                                  # and teaches nothing
+NOISIEST_FLOW = 999.0             # of a flow: at sigma = 0.999 unit noise, which samplers begin with, is 0.1 % too
+                                  # loud; at 80 1.2 %
 FIRST = 1 / LEVELS                # of a network's own times, those that it was taught
-INSIDE = 0.1 / LEVELS             # how far from the ends they are drawn: a told time that is all but whole is rounded, and has
-                                  # no derivative
-SHIFT = 2.0                       # of a flow's sampling times towards noise: two steps meet at theta = 1.1, as in the paper
+INSIDE = 0.1 / LEVELS             # how far from the ends they are drawn: a timestep that is all but whole is rounded,
+                                  # and has no derivative
+SHIFT = 2.0                       # of a flow's sampling times towards noise: two steps meet at theta = 1.1, as in the
+                                  # paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    mean: float = -0.1            # of ln(tan theta) = ln(sigma / alpha) (p, ImageNet 512: -0.8 - ln 0.5; s: 0.2 - ln 0.5 = 0.9)
+    mean: float = -0.1            # of ln(tan theta) = ln(sigma / alpha) (p, ImageNet 512: -0.8 - ln 0.5; s: 0.2 - ln
+                                  # 0.5 = 0.9)
     std: float = 1.6              # of ln(tan theta) (p, s)
     warmup: float = 0.1           # share of the training in which r grows (p: 10,000 updates; s: 4,000)
     damping: float = 0.1          # c (p), against the root mean square of g (f)
@@ -111,14 +119,14 @@ class SCM(Method):
     def slope(self, x: Tensor, t: Tensor, velocity: Tensor, cond: Condition) -> Tensor:
         """dF / dtheta along the teacher's velocity.
 
-        The exact one wants networks that are smooth in time: students of Toy, which hear of it through fast waves, run away. Those
-        of diffusers are told up to 1,000 times through sinusoids as fast as a radian a time, and what a variance-preserving
-        one says between two of them nobody taught it: of the shipped teachers the exact x + dF / dtheta is mostly that, two
-        to three times as large as by differences.
+        The exact one wants networks that are smooth in time: students of Toy, which read it through fast waves, run
+        away. Those of diffusers read up to 1,000 times through sinusoids as fast as a radian a time, and what a
+        variance-preserving one says between two of them nobody taught it: of the shipped teachers the exact x + dF /
+        dtheta is mostly that, two to three times as large as by differences.
 
-        A difference is off by its width, and so is the student where the loss rests: one-step samples of data of deviation 0.2, 0.5
-        and 1 are too wide by 15, 5 and 1 % by one difference of width 0.05; by a pair of differences, at a third more evaluations, by
-        less than 0.05 % at 0.03 in float32.
+        A difference is off by its width, and so is the student where the loss rests: one-step samples of data of
+        deviation 0.2, 0.5 and 1 are too wide by 15, 5 and 1 % by one difference of width 0.05; by a pair of
+        differences, at a third more evaluations, by less than 0.05 % at 0.03 in float32.
         """
         def field(x: Tensor, t: Tensor) -> Tensor:
             return self.student(x, t, cond).v
@@ -129,8 +137,8 @@ class SCM(Method):
 
 
 def start(schedule: Schedule) -> float:
-    """The networks' own time at which training is cut and sampling begins, one place for both: that of NOISIEST, on discrete nodes
-    the last one below it, or 1 where the schedule ends before."""
+    """The networks' own time at which training is cut and sampling begins, one place for both: that of NOISIEST, on
+    discrete nodes the last one below it, or 1 where the schedule ends before."""
     noisiest = NOISIEST_FLOW if isinstance(schedule, RectifiedFlow) else NOISIEST
     t = schedule.time_at(torch.tensor([noisiest], dtype=torch.float64).atan()).item()
     return int(t * schedule.nodes + 1e-6) / schedule.nodes if isinstance(schedule, VariancePreserving) else t

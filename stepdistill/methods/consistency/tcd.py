@@ -6,12 +6,13 @@
     loss   =  d( G(x_t, t -> r), target(x_s, s -> r) )
     target <- running average of the student        (an adapter: the student itself, gradient stopped)
 
-G is one DDIM step of the predicted x_0, which equals the paper's first-order exponential integrator, TCF(1): it is x_s itself
-where r = s. The network is not told r. It is sampled by stepping past the next time, to 1 - gamma of it, and adding fresh noise.
-A rectified flow, which the paper does not treat, has no stock scheduler for a gamma between 0 and 1.
+G is one DDIM step of the predicted x_0, which equals the paper's first-order exponential integrator, TCF(1): it is x_s
+itself where r = s. The network does not read r. It is sampled by stepping past the next time, to 1 - gamma of it, and
+adding fresh noise. A rectified flow, which the paper does not treat, has no stock scheduler for a gamma between 0 and
+1.
 
-Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, (c) a community's training of TCD, since
-the authors released none.
+Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, (c) a community's training of TCD,
+since the authors released none.
 """
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Settings:
     loss: Literal["squared", "huber"] = "squared"     # d (p, c)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s, c)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (c)
-    shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3: 3)
+    shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3:
+                                  # 3)
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -49,11 +51,13 @@ class Settings:
         if not 1 <= self.skip <= self.nodes:
             raise ValueError(f"skip must be from 1 to nodes = {self.nodes}; found {self.skip}")
         if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma must be from 0, no fresh noise, to 1, as a consistency model is sampled; found {self.gamma}")
+            raise ValueError("gamma must be from 0, no fresh noise, to 1, as a consistency model is sampled; found "
+                             f"{self.gamma}")
         if self.loss not in ("squared", "huber"):
             raise ValueError(f"loss must be 'squared' or 'huber'; found {self.loss!r}")
         if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
-            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, {self.target_decay}")
+            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, "
+                             f"{self.target_decay}")
         if self.shift <= 0:
             raise ValueError(f"shift must be above 0, where 1 leaves the nodes uniform; found {self.shift}")
 
@@ -80,10 +84,12 @@ class TCD(Method):
             raise ValueError(f"tcd with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
         discrete = isinstance(schedule, VariancePreserving)
         if not discrete and settings.gamma not in (0, 1):
-            raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, none, or 1, all of "
+            raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, "
+                             "none, or 1, all of "
                              f"it; found {settings.gamma:g}")
         if discrete and (LEVELS % settings.nodes or settings.shift != 1):
-            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and no shift; found "
+            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
+                             "no shift; found "
                              f"nodes = {settings.nodes}, shift = {settings.shift}")
         return Inference(steps, noise=settings.gamma, nodes=settings.nodes, end=origin(schedule), shift=settings.shift)
 
@@ -101,9 +107,11 @@ class TCD(Method):
     # -- terms -----------------------------------------------------------------------------------------------------
 
     def times(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """t uniform on the nodes i / N, i = 1 .. N, s `skip` nodes below or `end`, r uniform on the nodes of [end, s]."""
+        """t uniform on the nodes i / N, i = 1 .. N, s `skip` nodes below or `end`, r uniform on the nodes of [end,
+        s]."""
         i = step.integers("node", self.settings.nodes) + 1
         below = (i - self.settings.skip).clamp_min(0)
         node = shifted(uniform(), self.settings.shift)
-        t, s, r = (node(n.double() / self.settings.nodes) for n in (i, below, (step.uniform("landing") * (below + 1)).long()))
+        t, s, r = (node(n.double() / self.settings.nodes)
+                   for n in (i, below, (step.uniform("landing") * (below + 1)).long()))
         return t, s.clamp_min(self.end), r.clamp_min(self.end)

@@ -3,7 +3,8 @@
     critic   <- denoise the student's samples, weighted as EDM does
     student  <- x + (real score - fake score), at noise levels of the same law
 
-Source of the defaults: (r) the released training on EDM teachers. It sums the gradient over pixels where the mean is taken
+Source of the defaults: (r) the released training on EDM teachers. It sums the gradient over pixels where the mean is
+taken
 here: Adam does not see the difference, a clipped gradient norm does.
 """
 from __future__ import annotations
@@ -26,7 +27,8 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    noise_law: NoiseLaw = "lognormal"  # of the levels at which student and critic are trained: uniform, lognormal, shifted, mixture (r)
+    noise_law: NoiseLaw = "lognormal"  # of the levels at which student and critic are trained: uniform, lognormal,
+                                       # shifted, mixture (r)
     t_range: tuple[float, float] = (0.0, 1.0)      # of these, those of both (r)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture (r)
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture (r)

@@ -5,10 +5,11 @@
                 and, of a pair's noise, as near as it can be to the picture that the teacher made of it
     critic   <- denoise the same x
 
-The scores alone let modes go; the pairs, made with the same guidance, hold on to them. The paper measures their distance in
-pixels with LPIPS. Here it is the mean squared one of the latents, which needs neither decoder nor features (Kang et al. 2024,
-arXiv:2405.05967, regress in latents too): it pulls hardest where the layout is wrong, and leaves details to the scores.
-Sources of the defaults: (p) the paper. Its weight as printed, eq. 8, holds an alpha_t more than its algorithm 2, which is followed.
+The scores alone let modes go; the pairs, made with the same guidance, hold on to them. The paper measures their
+distance in pixels with LPIPS. Here it is the mean squared one of the latents, which needs neither decoder nor features
+(Kang et al. 2024, arXiv:2405.05967, regress in latents too): it pulls hardest where the layout is wrong, and leaves
+details to the scores. Sources of the defaults: (p) the paper. Its weight as printed, eq. 8, holds an alpha_t more than
+its algorithm 2, which is followed.
 """
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    # A latent that is wholly wrong, about sqrt(2) away, then pulls with 2 sqrt(2) / 4 = 0.7, and the scores with about 1.
+    # A latent that is wholly wrong, about sqrt(2) away, then pulls with 2 sqrt(2) / 4 = 0.7, and the scores with about
+    # 1.
     regression_weight: float = 0.25    # of the pairs; the paper's 0.25 is one of LPIPS
-    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (p)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform,
+                                       # lognormal, shifted, mixture (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture

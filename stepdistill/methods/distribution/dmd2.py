@@ -1,13 +1,14 @@
 """DMD2: Improved Distribution Matching Distillation. Yin et al. 2024, arXiv:2405.14867.
 
     x               <- the student's own sample, at a random step of its sampler     (backward simulation, section 4.5)
-    student         <- x + (real score - fake score), fool the discriminator         (no regression to pairs, section 4.1)
+    student         <- x + (real score - fake score), fool the discriminator         (no regression to pairs, section
+    4.1)
     repeat critic_steps times                                                        (two time scales, section 4.2)
         critic         <- denoise the student's samples
         discriminator  <- tell noised real from noised fake, on the critic's features (section 4.3)
 
-Sources of the defaults: (p) the paper, (x) its released SDXL training. One forward of the critic serves the score and the
-discriminator, and so both see one noise level; the released code draws the discriminator's anew.
+Sources of the defaults: (p) the paper, (x) its released SDXL training. One forward of the critic serves the score and
+the discriminator, and so both see one noise level; the released code draws the discriminator's anew.
 """
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.prediction import Prediction
-from ...diffusion.rollout import rollout, told_exit
+from ...diffusion.rollout import rollout, with_exit
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
-from ...losses.adversarial import fool, tell_apart
+from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.matching import denoising, distribution_matching
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
 
@@ -33,8 +34,10 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 class Settings:
     critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
     share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
-    tell_exit: bool = False            # tell the critic which step the sample left by; else it knows their mixture alone (p)
-    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (p)
+    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of
+                                       # all steps (p)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform,
+                                       # lognormal, shifted, mixture (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
@@ -47,7 +50,8 @@ class Settings:
         if self.critic_steps < 1:
             raise ValueError(f"critic_steps must be at least 1; found {self.critic_steps}")
         if self.gan_weight < 0 or self.critic_gan_weight < 0:
-            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, {self.critic_gan_weight}")
+            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, "
+                             f"{self.critic_gan_weight}")
 
 
 class DMD2(Method):
@@ -64,12 +68,13 @@ class DMD2(Method):
     def refusal(cls, settings: Settings, data: str) -> str | None:
         if not settings.gan_weight or data != "prompts":
             return None
-        return (f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, or set "
+        return (f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, "
+                "or set "
                 "gan_weight: 0 to train on prompts alone")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        critic = Trained("teacher", reads=("w",) * settings.tell_exit)
+        critic = Trained("teacher", reads=("w",) * settings.exit_embedding)
         needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
         return needs | ({"discriminator": Heads("critic")} if settings.gan_weight else {})
 
@@ -87,43 +92,45 @@ class DMD2(Method):
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
-        cond = self.heard(batch, step)
+        cond = self.critic_condition(batch, step)
         step.kept.update(sample=x.detach(), cond=cond)
         t = self.matched(step.uniform("t"))
-        seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the critic
+        seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the
+                                                              # critic
         x_t = self.teacher.schedule.add_noise(seen, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
-        fake, logits = self.judged(x_t, t, cond)
+        fake, logits = self.critic_and_logits(x_t, t, cond)
         losses = {"matching": distribution_matching(x, real, fake.x0.detach(), dmd(x.detach(), real)).mean()}
-        return losses if logits is None else losses | {"gan": self.settings.gan_weight * fool(logits).mean()}
+        return losses if logits is None else losses | {"gan": self.settings.gan_weight * generator_loss(logits).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         x, cond = self.sample(batch, step)
         t, eps = self.trained(step.uniform("t")), step.normal("noise", batch.shape)
-        prediction, logits = self.judged(self.critic.schedule.add_noise(x, eps, t), t, cond)
+        prediction, logits = self.critic_and_logits(self.critic.schedule.add_noise(x, eps, t), t, cond)
         losses = {"denoising": denoising(prediction, x, eps).mean()}
         if logits is None:
             return losses
         t = self.trained(step.uniform("real t"))
         real = self.critic.schedule.add_noise(batch.x0, step.normal("real noise", batch.shape), t)
-        told = tell_apart(self.discriminator(real, t, cond), logits).mean()
-        return losses | {"discriminator": self.settings.critic_gan_weight * told}
+        separation = discriminator_loss(self.discriminator(real, t, cond), logits).mean()
+        return losses | {"discriminator": self.settings.critic_gan_weight * separation}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, batch: Batch, step: Step) -> tuple[Tensor, Condition]:
-        """The sample that the student was just trained on, where the batch is shared, or a new one; what the critic is told of it."""
+        """The sample that the student was just trained on, where the batch is shared, or a new one; the condition of
+        the critic."""
         if "sample" in step.kept:
             return step.kept["sample"], step.kept["cond"]
-        return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.heard(batch, step)
+        return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.critic_condition(batch, step)
 
-    def heard(self, batch: Batch, step: Step) -> Condition:
+    def critic_condition(self, batch: Batch, step: Step) -> Condition:
         """By the critic and the discriminator."""
-        return told_exit(batch.cond, self.sampler, step) if self.settings.tell_exit else batch.cond
+        return with_exit(batch.cond, self.sampler, step) if self.settings.exit_embedding else batch.cond
 
-    def judged(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor | None]:
+    def critic_and_logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor | None]:
         """The critic's prediction and, of the same pass, the discriminator's logits."""
         if self.discriminator is None:
             return self.critic(x_t, t, cond), None

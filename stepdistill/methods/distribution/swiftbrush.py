@@ -3,9 +3,10 @@
     student  <- x + (real score - fake score), teacher and critic guided alike
     critic   <- denoise the same sample, its prompt dropped now and then
 
-Because both are guided, a student that draws as the unguided teacher does is a fixed point at any scale. At first the critic
-is the teacher, and the gradient is zero: it begins once the critic has moved, which therefore wants the higher rate.
-Source of the defaults: (r) the released training of SD 2.1: guidance 4.5, student 1e-6, critic's LoRA 1e-3 at rank 64.
+Because both are guided, a student that draws as the unguided teacher does is a fixed point at any scale. At first the
+critic is the teacher, and the gradient is zero: it begins once the critic has moved, which therefore wants the higher
+rate. Source of the defaults: (r) the released training of SD 2.1: guidance 4.5, student 1e-6, critic's LoRA 1e-3 at
+rank 64.
 """
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform, lognormal, shifted, mixture (r)
+    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform,
+                                       # lognormal, shifted, mixture (r)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (r)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
@@ -70,7 +72,8 @@ class SwiftBrush(Method):
             x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
             real, fake = (guided(role, w)(x_t, t, batch.cond).x0 for role in (self.teacher, self.critic))
         # sigma_t^2 on the difference in eps, which is alpha_t sigma_t on that in x_0
-        return {"matching": distribution_matching(x, real, fake, self.schedule.alpha(t) * self.schedule.sigma(t)).mean()}
+        return {"matching": distribution_matching(x, real, fake,
+                                                  self.schedule.alpha(t) * self.schedule.sigma(t)).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         x, eps, t = step.kept["sample"], step.normal("noise", batch.shape), self.trained(step.uniform("t"))

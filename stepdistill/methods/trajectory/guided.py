@@ -5,8 +5,8 @@
     loss  =  max(SNR, 1) | student(x_t, t, w) - guided teacher(x_t, t, w) |^2
 
 One evaluation of the student then does what two of the teacher do, at every scale of the range. The second stage is
-`progressive` with teacher: previous, which halves the steps at all scales at once. The paper's scale of s is 1 + s here,
-where 1 is conditional only. A student that is not told the scale learns it by heart, and wants a single one.
+`progressive` with teacher: previous, which halves the steps at all scales at once. The paper's scale of s is 1 + s
+here, where 1 is conditional only. A student without a guidance embedding learns one scale by heart: give a single one.
 
 Sources of the defaults: (p) the paper.
 """
@@ -19,7 +19,7 @@ import torch
 
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.guidance import drawn, guided, told
+from ...diffusion.guidance import drawn, guided, with_scale
 from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import discrete, levels
 from ...diffusion.weighting import snr_plus_one, truncated_snr
@@ -30,7 +30,7 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     weight: Literal["truncated", "v"] = "truncated"   # of the error in x_0: max(SNR, 1), or SNR + 1 (p: truncated)
-    told: bool = True             # tell the student the guidance scale (p)
+    guidance_embedding: bool = True    # the student reads the guidance scale (p)
 
     def __post_init__(self) -> None:
         if self.weight not in ("truncated", "v"):
@@ -49,11 +49,11 @@ class GuidedDistillation(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
+        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.guidance_embedding)}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        return Inference(steps, guidance=middle(guidance) if settings.told else None, exact_grid=False)
+        return Inference(steps, guidance=middle(guidance) if settings.guidance_embedding else None, exact_grid=False)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]
@@ -63,5 +63,6 @@ class GuidedDistillation(Method):
         x_t = self.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             target = guided(self.teacher, w)(x_t, t, batch.cond).x0
-        error = squared(self.student(x_t, t, told(batch.cond, w) if self.settings.told else batch.cond).x0, target)
+        cond = with_scale(batch.cond, w) if self.settings.guidance_embedding else batch.cond
+        error = squared(self.student(x_t, t, cond).x0, target)
         return {"guided": (like(self.weight(self.schedule, t), error) * error).mean()}

@@ -3,14 +3,14 @@
     once       noise -> the teacher's picture, by a deterministic solver, and kept          (data.pairs)
     one step   loss = d( x_0 of the student at the noise, the picture )
 
-With more steps, which the paper does not treat, the kept states of the teacher's way are where the student's steps are to
-land, each step by itself:
+With more steps, which the paper does not treat, the kept states of the teacher's way are where the student's steps are
+to land, each step by itself:
 
     j       <- one of the student's k steps
     loss    =  d( the student's DDIM step from node j, node j + 1 )        nodes at t = 1, 1 - 1/k .. 0
 
-Its optimum is `secant_target`, the one x_0 whose step lands there; on a flow d is 1 / k^2 of the velocity's loss. Guidance is
-the pairs' own: the student is told no scale, and of a range the pairs have the middle.
+Its optimum is `secant_target`, the one x_0 whose step lands there; on a flow d is 1 / k^2 of the velocity's loss.
+Guidance is the pairs' own: the student reads no scale, and of a range the pairs have the middle.
 
 Sources of the defaults: (p) the paper, (r) the released training.
 """
@@ -71,11 +71,14 @@ class KD(Method):
     # -- terms -----------------------------------------------------------------------------------------------------
 
     def leg(self, pairs: Pairs, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One of the student's steps along each pair: where it begins and is to land, (B, ...), and when, (B,) float64."""
+        """One of the student's steps along each pair: where it begins and is to land, (B, ...), and when, (B,)
+        float64."""
         every, left = divmod(pairs.nodes.shape[1], self.steps)
         if left:
-            raise RequestError(f"a student of {self.steps} steps lands on {self.steps} evenly spaced states of the teacher's way, and "
-                               f"the pairs keep {pairs.nodes.shape[1]}: data.pairs.nodes should be a multiple of {self.steps}")
+            raise RequestError(f"a student of {self.steps} steps lands on {self.steps} evenly spaced states of the "
+                               "teacher's way, and "
+                               f"the pairs keep {pairs.nodes.shape[1]}: data.pairs.nodes should be a multiple of "
+                               f"{self.steps}")
         j, rows = step.integers("leg", self.steps), torch.arange(len(pairs.noise))
         states = torch.cat([pairs.noise[:, None], pairs.nodes[:, every - 1::every].to(pairs.noise)], 1)
         times = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), pairs.times[:, every - 1::every]], 1)

@@ -1,6 +1,7 @@
 """Progressive Distillation. Salimans & Ho 2022, arXiv:2202.00512, algorithm 2.
 
-    t      <- a time of the student's own sampler, r <- the time where its step lands, m <- the one between, of twice the steps
+    t      <- a time of the student's own sampler, r <- the time where its step lands, m <- the one between, of twice
+    the steps
     x_t    <- noise the data to t
     x_m    <- one DDIM step of the guided teacher from x_t
     x_r    <- one more from there
@@ -8,8 +9,9 @@
     loss   =  max(SNR, 1) | student(x_t, t) - target |^2
 
 The student of each stage is the teacher of the next, which has half its steps: stages in the recipe, such as
-{steps: 8} and {steps: [4, 2], teacher: previous}. The first teacher is guided, later ones have that within. The published
-rule for the last step, to take the x_0 that the teacher predicts at m, is what the target is where r = 0 is clean data.
+{steps: 8} and {steps: [4, 2], teacher: previous}. The first teacher is guided, later ones have that within. The
+published rule for the last step, to take the x_0 that the teacher predicts at m, is what the target is where r = 0 is
+clean data.
 
 Sources of the defaults: (p) the paper, (r) its released training.
 """
@@ -24,7 +26,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, secant_target
-from ...diffusion.guidance import drawn, guided, told
+from ...diffusion.guidance import drawn, guided, with_scale
 from ...diffusion.sampler import Sampler
 from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, trailing
@@ -35,8 +37,10 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    weight: Literal["truncated", "v"] = "truncated"   # of the error in x_0: max(SNR, 1), or SNR + 1 (p, r: truncated for CIFAR-10)
-    told: bool = False            # tell the student the guidance scale, as one that begins as a told student must be
+    weight: Literal["truncated", "v"] = "truncated"   # of the error in x_0: max(SNR, 1), or SNR + 1 (p, r: truncated
+                                                      # for CIFAR-10)
+    guidance_embedding: bool = False   # the student reads the guidance scale; it must where it begins as a student that
+                                       # does
 
     def __post_init__(self) -> None:
         if self.weight not in ("truncated", "v"):
@@ -58,18 +62,20 @@ class Progressive(Method):
     def succession(cls, steps: int, before: int) -> str | None:
         if before == 2 * steps:
             return None
-        return (f"its teacher takes two steps where progressive's student takes one, so the stage before has {2 * steps}. A halving "
+        return ("its teacher takes two steps where progressive's student takes one, so the stage before has "
+                f"{2 * steps}. A halving "
                 f"to {steps} begins at a power of two times {steps}")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.told)}
+        return {"teacher": Frozen(), "student": Trained("teacher", reads=("w",) * settings.guidance_embedding)}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if isinstance(schedule, VariancePreserving) and 2 * steps > LEVELS:
-            raise ValueError(f"the teacher of progressive takes two steps for each, and has {LEVELS} times; found {steps} steps")
-        return Inference(steps, guidance=middle(guidance) if settings.told else None, exact_grid=False)
+            raise ValueError(f"the teacher of progressive takes two steps for each, and has {LEVELS} times; found "
+                             f"{steps} steps")
+        return Inference(steps, guidance=middle(guidance) if settings.guidance_embedding else None, exact_grid=False)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.loss)]
@@ -80,19 +86,22 @@ class Progressive(Method):
         x_t = self.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
             target = self.target(x_t, t, m, r, batch.cond, w)
-        error = squared(self.student(x_t, t, told(batch.cond, w) if self.settings.told else batch.cond).x0, target)
+        error = squared(self.student(x_t, t, with_scale(batch.cond, w) if self.settings.guidance_embedding
+                                     else batch.cond).x0, target)
         return {"progressive": (like(self.weight(self.schedule, t), error) * error).mean()}
 
     def target(self, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Condition, w: float | Tensor) -> Tensor:
-        """The x_0 that takes x_t at t to r in one step as the teacher goes there in two, by m. Times (B,), descending."""
+        """The x_0 that takes x_t at t to r in one step as the teacher goes there in two, by m. Times (B,),
+        descending."""
         teacher = guided(self.teacher, w)
         x_m = ddim_step(teacher(x_t, t, cond), m)
         return secant_target(x_t, ddim_step(teacher(x_m, m, cond), r), t, r, self.schedule)
 
 
 def doubled(sampler: Sampler, schedule: Schedule) -> Tensor:
-    """Times of the student's own sampler, as it tells them, and where its last step lands, with one more between any two: (2 steps + 1,)
-    float64, descending. On discrete nodes those between are rounded to one, halves to even, as stock schedulers round."""
+    """Times of the student's own sampler, as the network reads them, and where its last step lands, with one more
+    between any two: (2 steps + 1,) float64, descending. On discrete nodes those between are rounded to one, halves to
+    even, as stock schedulers round."""
     own = torch.cat([sampler.times, sampler.landings[-1:]])
     middle = trailing(2 * sampler.nfe, schedule)[1::2]
     return torch.cat([torch.stack([own[:-1], middle], 1).flatten(), own[-1:]])

@@ -1,17 +1,19 @@
-"""Rectified Flow: reflow and its distillation. Liu et al. 2022, arXiv:2209.03003, algorithm 1; InstaFlow: arXiv:2309.06380.
+"""Rectified Flow: reflow and its distillation. Liu et al. 2022, arXiv:2209.03003, algorithm 1; InstaFlow:
+arXiv:2309.06380.
 
     once       noise e -> the teacher's picture y, by a deterministic solver, and kept      (data.pairs)
     t, x_t  <- a uniform place on the straight line between e and y
     loss    =  | velocity of the student at x_t - velocity of the line |^2
 
 A student that follows the lines needs few steps. `distil` asks it at the times of its own sampler alone, t = 1 for one
-step, which is how the papers end, from a student that was rectified before. There they measure LPIPS, of decoded pictures;
-it wants torchvision, which nothing here depends on, and so "squared" (theirs too) or a pseudo-Huber distance stands for it.
+step, which is how the papers end, from a student that was rectified before. There they measure LPIPS, of decoded
+pictures; it wants torchvision, which nothing here depends on, and so "squared" (theirs too) or a pseudo-Huber distance
+stands for it.
 
-The straight line of a network of any schedule is the way of DDIM that goes on believing in y, from e at t = 1: x_0 and eps
-are constant along it, alpha + sigma scales it to a flow's, and DDIM is exact on it whatever its number of steps. Where the
-noise at t = 1 still holds a share of x_0, as Stable Diffusion's does, eps is (e - alpha_1 y) / sigma_1 rather than e: it is e
-that the sampler starts from. Guidance is the pairs' own: the student is told no scale.
+The straight line of a network of any schedule is the way of DDIM that goes on believing in y, from e at t = 1: x_0 and
+eps are constant along it, alpha + sigma scales it to a flow's, and DDIM is exact on it whatever its number of steps.
+Where the noise at t = 1 still holds a share of x_0, as Stable Diffusion's does, eps is (e - alpha_1 y) / sigma_1 rather
+than e: it is e that the sampler starts from. Guidance is the pairs' own: the student reads no scale.
 
 Source of the defaults: (r) the released training, whose t is 1 - t here.
 """
@@ -75,7 +77,8 @@ class Reflow(Method):
 
 
 def along(schedule: Schedule) -> Law:
-    """Uniform on the straight lines: in a flow's own time, from the first time of a stock scheduler (r: 1e-3 of a flow) to 1."""
+    """Uniform on the straight lines: in a flow's own time, from the first time of a stock scheduler (r: 1e-3 of a flow)
+    to 1."""
     flow, ends = RectifiedFlow(), torch.stack([levels()[0], torch.ones((), dtype=torch.float64)])
     place = uniform(*flow.time_at(schedule.angle(ends)).tolist())
     return lambda u: schedule.time_at(flow.angle(place(u)))

@@ -8,8 +8,8 @@
     loss     =  max(SNR, 1) | x_0 of the student - the x_0 whose step from x_t lands on x_r |^2
     target   <- running average of the student
 
-It is one phase of the paper's: there the student of 32 steps that 1024 nodes make is the teacher of the next, whose 32 nodes
-make a student of one or two. The paper's teachers are unguided; here the teacher's own step is guided.
+It is one phase of the paper's: there the student of 32 steps that 1024 nodes make is the teacher of the next, whose 32
+nodes make a student of one or two. The paper's teachers are unguided; here the teacher's own step is guided.
 
 Source of the defaults: (r) the released training of variance-preserving teachers, of EDM's where it says so.
 """
@@ -32,8 +32,10 @@ from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, T
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    nodes: int = 40                # the teacher's DDIM steps; the student's must divide them (r: 1024, then 32; 40 of EDM)
-    target_decay: float = 0.5      # of the target per update; nearer to 1, the end of a segment is slow to reach its start (r)
+    nodes: int = 40                # the teacher's DDIM steps; the student's must divide them (r: 1024, then 32; 40 of
+                                   # EDM)
+    target_decay: float = 0.5      # of the target per update; nearer to 1, the end of a segment is slow to reach its
+                                   # start (r)
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -58,7 +60,8 @@ class TRACT(Method):
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps < 1 or settings.nodes % steps:
-            raise ValueError(f"tract cuts its nodes, {settings.nodes}, into one segment a step: {steps} steps want a multiple of {steps}")
+            raise ValueError(f"tract cuts its nodes, {settings.nodes}, into one segment a step: {steps} steps want a "
+                             f"multiple of {steps}")
         return Inference(steps)
 
     def updates(self) -> list[Update]:
@@ -78,8 +81,8 @@ class TRACT(Method):
     # -- terms -----------------------------------------------------------------------------------------------------
 
     def times(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """t uniform on the nodes i / N, i = 1 .. N, s the node below, r the end of the segment: (B,) float64. An end belongs to
-        the segment below it."""
+        """t uniform on the nodes i / N, i = 1 .. N, s the node below, r the end of the segment: (B,) float64. An end
+        belongs to the segment below it."""
         i, n = step.integers("node", self.settings.nodes) + 1, self.settings.nodes
         end = (i - 1) // self.segment * self.segment
         return i.double() / n, (i - 1).double() / n, end.double() / n

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
 from ...diffusion.prediction import linear
-from ...diffusion.schedule import Schedule
+from ...diffusion.schedule import Schedule, VariancePreserving
 from ...errors import RequestError
 from ..codecs import Codec
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
-from ..vision import Sight, published
+from ..vision import VisionConfig, published
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -26,12 +26,19 @@ FAMILIES = {                                       # pipeline class -> module of
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
+    "SanaPipeline": "sana",
+    "DiTPipeline": "dit",
+    "PixArtSigmaPipeline": "pixart",
+    "PixArtAlphaPipeline": "pixart",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
     "ZImagePipeline": "z_image",
     "QwenImagePipeline": "qwen_image",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
 Shape = tuple[int, int, int]                       # channels, height, width
-Parts = Mapping[str, Any]                          # the components of a pipeline by name
+Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
 Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
 
 
@@ -70,6 +77,72 @@ def codec_pixels(vae: nn.Module) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def node(t: Tensor, scheduler: Any) -> Tensor:
+    """What a network of N discrete times is told: N t - 1, a whole number when within 1e-6 of one."""
+    told = t * len(scheduler.alphas_cumprod) - 1
+    nearest = told.round()
+    return torch.where((told - nearest).abs() < 1e-6, nearest, told)
+
+
+def token_shapes(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
+    """The blocks of a transformer of one stream -> (C, H, W) of their tokens, of which each is a square of the picture."""
+    config = network.config
+    width, sides = config.num_attention_heads * config.attention_head_dim, (side // config.patch_size for side in shape[1:])
+    return dict.fromkeys((f"transformer_blocks.{i}" for i in range(config.num_layers)), (width, *sides))
+
+
+def token_map(network: nn.Module, tokens: Tensor, x_t: Tensor) -> Tensor:
+    """Such tokens (B, N, D), row by row, as a map (B, D, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(side // network.config.patch_size for side in x_t.shape[2:]))
+
+
+def middle_block(network: nn.Module) -> tuple[str, ...]:
+    return (f"transformer_blocks.{network.config.num_layers // 2}",)
+
+
+def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
+    """The channels of the prediction, before those of a variance that the network learned too and its pipeline drops."""
+    return raw[0][:, :x_t.shape[1]]
+
+
+def channel_refusals(parts: Parts) -> dict[str, bool]:
+    """Of a transformer on a codec's latents, which may have learned a variance."""
+    network, vae = parts["transformer"].config, parts["vae"].config
+    return {
+        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
+            network.in_channels != vae.latent_channels,
+        f"its network gives {network.out_channels} channels for {network.in_channels}":
+            network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
+    }
+
+
+def discrete_refusals(scheduler: Any) -> dict[str, bool]:
+    """Of a scheduler of discrete times."""
+    return {
+        f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
+        f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+    }
+
+
+# Fields of families: of schedulers of discrete times, and of a transformer of one stream.
+DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), "timestep": node,
+                               "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}
+ONE_STREAM: Mapping[str, Any] = {"output": without_sigma, "feature_shapes": token_shapes, "feature_map": token_map,
+                                 "default_features": middle_block}
+
+
+def sides(parts: Parts, size: Size) -> dict[str, Any]:
+    """The keyword arguments of a call that say a size."""
+    return {} if size is None else {"height": size[0], "width": size[1]}
+
+
+def stream_blocks(network: nn.Module, middle: bool = False) -> tuple[str, ...]:
+    """The blocks of a transformer whose text and picture are two streams at first and one after that, or the one in the middle."""
+    config = network.config
+    found = (*(f"transformer_blocks.{i}" for i in range(config.num_layers)), *(f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)))
+    return (found[len(found) // 2],) if middle else found
+
+
 def fresh(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """A stock network of the same config, changed by `config`, without values."""
     with torch.device("meta"):
@@ -88,6 +161,11 @@ def first(found: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
     return found[0]
 
 
+def drawn(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unit noise, on the generator's device."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+
+
 @dataclass(frozen=True)
 class Family:
     """What a kind of pipeline says of itself. Everything else about a teacher is the same for all, see `models.teacher.Teacher`.
@@ -98,7 +176,7 @@ class Family:
     None for the network's own.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
-    condition_shapes: name -> shape of one row of it, from configs alone; the teacher's keyword arguments of every call count.
+    condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
     inputs: network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first.
     output: what forward gave and x_t -> the raw prediction, in the shape of x_t.
     feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
@@ -106,9 +184,12 @@ class Family:
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
     latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
     samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
+    call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
-    step_noise: shape (B, ...) and a generator -> what the scheduler adds in a step, as a pipeline draws it that packs its latents.
-    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without.
+    step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a pipeline draws it that packs its
+    latents.
+    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
+    index: what a saved pipeline's model_index.json is to say, where its class forgets it.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
     vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
@@ -136,14 +217,16 @@ class Family:
     samples: Literal["pictures", "points"] = "pictures"
     guidance: Callable[[nn.Module], Guidance] = lambda network: Guidance()
     prompts: Prompts = Prompts()
+    call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
-    step_noise: Callable[[tuple[int, ...], torch.Generator], Tensor] = lambda shape, generator: torch.randn(shape, generator=generator)
+    step_noise: Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor] = drawn
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
     optional: tuple[str, ...] = ()
+    index: Callable[[DiffusionPipeline], Mapping[str, Any]] = lambda pipeline: {}
     refusals: Callable[[Parts], Mapping[str, bool]] = no_refusals
     fresh: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = fresh
     open: Callable[[str, torch.dtype], Parts] | None = None
-    vision: Callable[[str | None], Sight] = published
+    vision: Callable[[str | None], VisionConfig] = published
     unserved: Mapping[str, str] = field(default_factory=dict)
     no_pipeline: str | None = None

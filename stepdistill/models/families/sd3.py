@@ -44,7 +44,7 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 def inputs(network: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.text is None or cond.pooled is None:
-        raise ValueError("this network is told a text and its pooled embedding: pass a condition from teacher.encode(prompts)")
+        raise ValueError("this network reads a text and its pooled embedding: pass a condition from teacher.encode(prompts)")
     return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "pooled_projections": cond.pooled.to(x_t),
             "return_dict": False}
 

@@ -16,7 +16,7 @@ from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding
 from ..stock import Guidance
 from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork
-from ..vision import PlaneSight
+from ..vision import PlaneVisionConfig
 from . import Family, Parts, Size
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def open_toy(source: str, dtype: torch.dtype) -> dict[str, Any]:
     if dtype != torch.float32:
         raise RequestError(f"Toy is computed in float32; found {dtype}: set train.precision to fp32")
     toy = Toy(source)
-    scheduler = SCHEDULERS[toy.said["noise"]].from_pretrained(source, subfolder="scheduler")
+    scheduler = SCHEDULERS[toy.config["noise"]].from_pretrained(source, subfolder="scheduler")
     network = ToyNetwork(toy.law(schedule(scheduler), kind(scheduler)), int(toy.labels.max()) + 1)
     return {"network": network, "scheduler": scheduler}
 
@@ -50,7 +50,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 def inputs(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.label is None:
-        raise ValueError("this network is told a class: pass a condition from teacher.encode(prompts)")
+        raise ValueError("this network reads a class: pass a condition from teacher.encode(prompts)")
     return {"x_t": x_t, "t": timestep, "label": cond.label, "w": cond.w}
 
 
@@ -71,10 +71,11 @@ FAMILY = Family(
     condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(), guidance=lambda network: Guidance(embedded="guidance_scale"),
     feature_shapes=lambda network, shape: dict.fromkeys(LAYERS, (WIDTH, 1, 1)), default_features=lambda network: LAYERS[-1:],
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
-    samples="points", seeded_steps=True, vision=lambda name: PlaneSight(),
+    samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
     unserved={
         "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
         "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",
+        "train.fsdp": "the teacher is Toy, which has no weights to shard: leave it off",
         "train.attention": "the teacher is Toy, whose network has no attention: leave it out",
         "discriminator.network": f"it judges pictures, and {POINTS} with features of their own: leave it out"},
     no_pipeline="Toy has no pipeline in diffusers, so its students are not sampled, benched or exported: their pictures lie "

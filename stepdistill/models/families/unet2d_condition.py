@@ -9,16 +9,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import VariancePreserving, moved
+from ...diffusion.schedule import moved
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
-from . import Family, Parts, Size, codec_pixels, latent_sides
+from . import DISCRETE, Family, Parts, Size, codec_pixels, discrete_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The layers that LCM-LoRA adapts (arXiv:2311.05556): attention, feed-forward, convolutions and the way in of time.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
@@ -51,7 +50,7 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.text is None:
-        raise ValueError("this network is told a text: pass a condition from teacher.encode(prompts)")
+        raise ValueError("this network reads a text: pass a condition from teacher.encode(prompts)")
     w = None if cond.w is None else moved(embedding("w", cond.w).to(x_t.dtype), x_t.device)
     added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(x_t), "time_ids": cond.time_ids.to(x_t)}
     return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w, "added_cond_kwargs": added, "return_dict": False}
@@ -72,29 +71,20 @@ def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dic
     return {**down, "mid_block": (widths[-1], *sizes[-1]), **up}
 
 
-def timestep(t: Tensor, scheduler: Any) -> Tensor:
-    """N t - 1, a whole number when within 1e-6 of one."""
-    told = t * len(scheduler.alphas_cumprod) - 1
-    nearest = told.round()
-    return torch.where((told - nearest).abs() < 1e-6, nearest, told)
-
-
 def refusals(parts: Parts) -> dict[str, bool]:
-    unet, vae, scheduler = parts["unet"].config, parts["vae"].config, parts["scheduler"]
+    unet, vae = parts["unet"].config, parts["vae"].config
     return {
         f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels != vae.latent_channels,
-        "its network is told a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
-        "its network is told classes or images": unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None,
+        "its network reads a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
+        "its network reads classes or images": unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None,
         "its latents are shifted by a mean, which its pipeline leaves alone": vae.latents_mean is not None and "text_encoder_2" not in parts,
-        f"its scheduler {type(scheduler).__name__} has no alphas_cumprod": "alphas_cumprod" not in vars(scheduler),
-        f"its prediction type is none of {', '.join(KINDS)}": scheduler.config.get("prediction_type") not in KINDS,
+        **discrete_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
     name="unet2d_condition", denoiser="unet", targets=TARGETS, guidance=guidance, seeded_steps=True,
-    schedule=lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), timestep=timestep,
-    kind=lambda scheduler: KINDS[scheduler.config.prediction_type],
+    **DISCRETE,
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,

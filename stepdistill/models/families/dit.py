@@ -1,0 +1,78 @@
+"""DiT: DiTTransformer2DModel, which is told a class of ImageNet, on the latents of an AutoencoderKL."""
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from torch import Tensor
+
+from ...diffusion.contracts import Condition
+from ...errors import RequestError
+from ..codecs import scaled
+from ..extra_embedding import TimeEmbedding
+from ..stock import Prompts
+from . import DISCRETE, ONE_STREAM, Family, Parts, Size, channel_refusals, codec_pixels, discrete_refusals
+
+if TYPE_CHECKING:
+    from ..teacher import Teacher
+
+NULL = 1000                                        # the class that a stock call subtracts, whatever its network
+# Attention, feed-forward and the way in of time and class, of each block and of the last layer.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "proj_out_1")
+
+
+def read(pipeline: DiTPipeline, prompt: str) -> int:
+    """The class of "class 3", or of a name among the pipeline's labels. RequestError for any other prompt."""
+    numbered = re.fullmatch(r"class (\d+)", prompt.strip())
+    found = int(numbered[1]) if numbered else pipeline.labels.get(prompt.strip())
+    if found is None or found >= NULL:
+        some = ", ".join(list(pipeline.labels)[:3]) or "this pipeline has none"
+        raise RequestError(f"a prompt of DiT names a class, as class 0 to class {NULL - 1} or by a label of the pipeline ({some}); found {prompt!r}")
+    return found
+
+
+def index(pipeline: DiTPipeline) -> dict[str, Any]:
+    """The names of classes. It reads them, and writes none."""
+    names: dict[str, list[str]] = {}
+    for label, number in pipeline.labels.items():
+        names.setdefault(str(number), []).append(label)
+    return {"id2label": {number: ", ".join(labels) for number, labels in names.items()}} if names else {}
+
+
+def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
+    """label (B,). The prompt of the null class is ""."""
+    classes = [NULL if prompt == teacher.null_prompt else read(teacher.loaded, prompt) for prompt in prompts]
+    return Condition(label=torch.tensor(classes, device=teacher.device))
+
+
+def inputs(network: DiTTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
+    if cond.label is None:
+        raise ValueError("this network is told a class: pass a condition from teacher.encode(prompts)")
+    return {"hidden_states": x_t, "timestep": timestep, "class_labels": cond.label, "return_dict": False}
+
+
+def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
+    config = parts["transformer"].config
+    side = config.sample_size * codec_pixels(parts["vae"])
+    if size not in (None, (side, side)):
+        raise RequestError(f"its pictures have {side} x {side} pixels, and no call of its pipeline asks for others; found {size[0]} x {size[1]}")
+    return config.in_channels, config.sample_size, config.sample_size
+
+
+def refusals(parts: Parts) -> dict[str, bool]:
+    network = parts["transformer"].config
+    return {
+        **channel_refusals(parts),
+        f"its network knows {network.num_embeds_ada_norm} classes, and its pipeline subtracts class {NULL}": network.num_embeds_ada_norm != NULL,
+        **discrete_refusals(parts["scheduler"]),
+    }
+
+
+FAMILY = Family(
+    name="dit", denoiser="transformer", targets=TARGETS,
+    time=TimeEmbedding("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", None),       # each block has sinusoids of its own
+    prompts=Prompts("class_labels", read, "np"), index=index, call=lambda parts, size: {},
+    encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs,
+    latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)

@@ -1,0 +1,77 @@
+"""Sana: SanaTransformer2DModel, a rectified flow on the latents of an AutoencoderDC, which has no posterior."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from diffusers import SanaTransformer2DModel
+from torch import Tensor
+
+from ...diffusion.contracts import Condition
+from ...diffusion.schedule import RectifiedFlow
+from ..codecs import Plain
+from ..extra_embedding import TimeEmbedding
+from . import ONE_STREAM, Family, Parts, Size, channel_refusals, latent_sides, sides
+
+if TYPE_CHECKING:
+    from ..teacher import Teacher
+
+# Attention, the pointwise convolutions that are its feed-forward layer, and the way in of time. The convolution between them is by channel.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "time_embed.linear")
+
+
+def pixels(parts: Parts) -> int:
+    """Of a side of one latent."""
+    return 2 ** (len(parts["vae"].config.encoder_block_out_channels) - 1)
+
+
+def call(parts: Parts, size: Size) -> dict[str, Any]:
+    """A stock call takes 1024 pixels unless told otherwise, and draws the nearest of a table of sizes, which it then scales."""
+    own = parts["transformer"].config.sample_size * pixels(parts)
+    return {**sides(parts, size or (own, own)), "use_resolution_binning": False}
+
+
+def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
+    """text (B, L, D), mask (B, L). A stock call puts an instruction before its prompts, and none before what it subtracts."""
+    given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length", "complex_human_instruction")}
+    if null:
+        given["complex_human_instruction"] = None
+    text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False, device=teacher.device, **given)
+    return Condition(text=text, mask=mask)
+
+
+def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    tokens = call["max_sequence_length"]
+    return {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,)}
+
+
+def inputs(network: SanaTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
+    if cond.text is None or cond.mask is None:
+        raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
+    return {"hidden_states": x_t, "timestep": timestep * network.config.timestep_scale, "encoder_hidden_states": cond.text.to(x_t),
+            "encoder_attention_mask": cond.mask, "return_dict": False}
+
+
+def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
+    config = parts["transformer"].config
+    side = max(32, pixels(parts) * config.patch_size)
+    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels(parts), side)
+
+
+def refusals(parts: Parts) -> dict[str, bool]:
+    scheduler = parts["scheduler"]
+    flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
+    return {
+        **channel_refusals(parts),
+        "its network is told a guidance scale, which its pipeline does not tell it": parts["transformer"].config.guidance_embeds,
+        f"its scheduler {type(scheduler).__name__} is none of flow matching": not flow,
+    }
+
+
+FAMILY = Family(
+    name="sana", denoiser="transformer", targets=TARGETS, seeded_steps=True, schedule=lambda scheduler: RectifiedFlow(),
+    kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
+    time=TimeEmbedding("time_embed.emb.timestep_embedder.linear_1", "time_embed.emb.time_proj",
+                       scale=lambda network: network.config.timestep_scale),
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs, call=call,
+    latent_shape=latent_shape, codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor), refusals=refusals, **ONE_STREAM)

@@ -1,0 +1,86 @@
+"""Before the first update: one stock call of the base, as the student will be called, against our sampler.
+
+What the stock pipeline cannot call, or calls otherwise than we think, shows here and not at the export, after the training.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..diffusion.sampler import Sampler
+from ..errors import RequestError, first_lines
+from ..export.proof import SEED, TOLERANCE, sampled
+from ..models.schedulers import StockCall, stock_scheduler
+from ..models.stock import pictures
+from ..training.loop import DTYPES
+from .data import preview_prompts
+from .setup import Run, sampling
+
+STEPS = 2
+COARSE = 2**-5                        # of pixels in [0, 1]: numbers of 16 bits hold eight digits, and roundings add up
+
+
+def check_first_call(run: Run) -> float | None:
+    """The largest difference of a pixel in [0, 1] between the teacher's stock pipeline, called as the student will be, and our
+    sampler, for one prompt; None for what has no pipeline. The call takes 2 steps, or as many as are served; its network is the
+    base, which an untrained student is.
+
+    RequestError where the pipeline refuses the call, or differs by more than 1e-4 in float32. In 16 bits the limit is three times
+    what another attention kernel changes, and at least 2^-5.
+    """
+    if run.teacher.loaded is None:
+        return None
+    dtype = DTYPES.get(run.recipe.train.precision)
+    with torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
+        stock, sampler = _short(run)
+        call = {**stock.call, **({} if run.teacher.scale is not None else run.teacher.guidance.none)}
+        theirs, ours = _theirs(run, stock, call), _ours(run, sampler)
+        limit = TOLERANCE
+        if run.teacher.dtype != torch.float32:
+            with sdpa_kernel(SDPBackend.MATH):
+                limit = max(COARSE, 3 * (_ours(run, sampler) - ours).abs().max().item())
+    difference = (theirs - ours).abs().max().item()
+    if not difference <= limit:
+        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)}, called with {call}, differs from our "
+                                f"sampler by {difference:.2e} on [0, 1] pixels, where {limit:.1e} is allowed: a student would not "
+                                "leave as it was trained. Nothing was trained")
+    return difference
+
+
+def _pipeline(run: Run) -> str:
+    return type(run.teacher.loaded).__name__
+
+
+def _short(run: Run) -> tuple[StockCall, Sampler]:
+    """As the student is sampled, in 2 steps where its scheduler serves them."""
+    try:
+        return sampling(run.recipe.model_copy(update={"steps": min(STEPS, run.recipe.steps)}), run.teacher)
+    except RequestError:
+        return run.stock, run.method.sampler
+
+
+def _theirs(run: Run, stock: StockCall, call: Mapping[str, Any]) -> Tensor:
+    pipe, own = run.teacher.loaded, run.teacher.loaded.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe.scheduler = stock_scheduler(stock.scheduler, stock.config, run.teacher.scheduler)
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return pictures(pipe, run.teacher.family.prompts, _prompt(run), generator=torch.Generator().manual_seed(SEED), **call)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)} cannot be called with {call}: "
+                                f"{first_lines(error)}. Nothing was trained") from error
+    finally:
+        pipe.scheduler = own
+
+
+def _ours(run: Run, sampler: Sampler) -> Tensor:
+    return sampled(run.teacher, sampler, run.roles.base, run.teacher.encode(_prompt(run)))
+
+
+def _prompt(run: Run) -> list[str]:
+    return preview_prompts(run, 1)[:1]

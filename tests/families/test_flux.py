@@ -1,0 +1,110 @@
+"""FLUX pipelines beside the matrix: what their networks are told in bfloat16, numbers beside a guidance scale, and refusals."""
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from stepdistill.diffusion.sampler import Sampler
+from stepdistill.errors import RequestError
+from stepdistill.methods.base import Trained
+from stepdistill.models.roles import Lora, build_roles
+from stepdistill.models.teacher import load_teacher
+
+from . import flux, flux2
+
+CASES = flux.CASES | flux2.CASES
+PROMPTS = ["a red ring", "a blue square"]
+
+
+def told(pipe: DiffusionPipeline, **call) -> list[dict]:
+    """The keyword arguments of every call of its network."""
+    seen: list[dict] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(prompt=PROMPTS, output_type="latent", num_inference_steps=3, generator=torch.Generator().manual_seed(0), **call)
+    return seen
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def folder(case, tmp_path):
+    case.build().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_in_bfloat16_the_network_is_told_what_the_stock_call_tells_it(case, folder):
+    """Times that bfloat16 cannot hold, positions, and a guidance scale: each with its dtype."""
+    teacher = load_teacher(folder, dtype=torch.bfloat16, scale=3.3, resolution=(16, 24))
+    teacher.call = {**case.call, **teacher.call}
+    stock = teacher.pipeline()
+    seen = told(stock, **teacher.call, guidance_scale=teacher.scale or 1.0)
+    cond = teacher.scaled(teacher.encode(PROMPTS))
+    for given, time in zip(seen, stock.scheduler.sigmas.double(), strict=False):
+        x_t = case.unpacked(given["hidden_states"], (2, *teacher.latent_shape))
+        timestep = teacher.timestep(time.expand(2)).to(torch.bfloat16)
+        ours = teacher.family.inputs(teacher.network, x_t, timestep, cond)
+        for name in ours.keys() - {"return_dict"}:
+            many = name.endswith("_ids") and given[name].ndim == 3          # of which the network reads the first
+            same(ours[name], given[name][0] if many else given[name])
+    assert len(seen) == 3
+
+
+def same(ours: Tensor | None, theirs: Tensor | None) -> None:
+    assert (ours is None) == (theirs is None)
+    if ours is not None:
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("reads", [("w",), ("r",), ("w", "r")], ids="+".join)
+def test_numbers_beside_the_time_are_folded_into_a_stock_network(case, folder, reads):
+    """The module of sinusoids also embeds a guidance scale, which must not read them."""
+    teacher = load_teacher(folder, scale=3.3, resolution=16)
+    teacher.call = {**case.call, **teacher.call}
+    if teacher.scale is not None and "w" in reads:
+        pytest.skip("its network reads w by itself")
+    roles = build_roles(teacher, {"student": Trained("teacher", reads)}, {"student": Lora(4)})
+    with torch.no_grad():
+        for parameter in roles.parameters("student"):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    scheduler = teacher.scheduler.from_config(teacher.scheduler.config, use_dynamic_shifting=False)
+    sampler, cond, x = Sampler.of(scheduler, 3, teacher.schedule), teacher.encode(PROMPTS), torch.randn(2, *teacher.latent_shape)
+    network = roles.stock_network("student", sampler, 3.3)
+    for time, landing in zip(sampler.times, sampler.landings, strict=True):
+        numbers = {"w": torch.full((2,), 3.3, dtype=torch.float64), "r": landing.expand(2)}
+        reading = cond.replace(**{name: numbers[name] for name in reads})
+        ours = roles["student"](x, time.expand(2), reading).raw
+        torch.testing.assert_close(teacher.predict(network, x, time.expand(2), teacher.scaled(cond)), ours, rtol=1e-3, atol=1e-4)
+        assert (teacher.predict(teacher.network, x, time.expand(2), teacher.scaled(cond)) - ours).abs().max() > 1e-2
+
+
+def test_pictures_of_a_stock_call_are_1024_pixels(case, folder):
+    """As the pipeline's own default says: 128 latents a side of the codec."""
+    teacher, stock = load_teacher(folder, device="meta"), case.build()
+    packed, _ = stock.prepare_latents(1, stock.transformer.config.in_channels // 4, *[stock.default_sample_size * stock.vae_scale_factor] * 2,
+                                      torch.float32, "cpu", torch.Generator())
+    assert case.unpacked(packed, (1, *teacher.latent_shape)).shape[1:] == teacher.latent_shape
+
+
+def test_teachers_that_it_does_not_translate(case, folder):
+    pipeline = case.build()
+    pipeline.transformer.register_to_config(in_channels=20)
+    pipeline.scheduler = DDIMScheduler()
+    pipeline.save_pretrained(folder)
+    with pytest.raises(RequestError, match="reads tokens of 20 numbers.*DDIMScheduler is none of flow matching"):
+        load_teacher(folder, device="meta")
+
+
+def test_a_klein_that_is_distilled_or_reads_a_scale(tmp_path):
+    pipeline = flux2.tiny_klein()
+    pipeline.register_to_config(is_distilled=True)
+    pipeline.transformer.register_to_config(guidance_embeds=True)
+    pipeline.save_pretrained(tmp_path)
+    for device in (None, "meta"):
+        with pytest.raises(RequestError, match="distilled to a few steps already.*reads a guidance scale"):
+            load_teacher(tmp_path, device=device)
