@@ -93,17 +93,17 @@ def normalised(vae: Any) -> Codec:
     return Codec(vae, vae.config.scaling_factor / std, mean)
 
 
+def folded(vae: Any) -> Codec:
+    """By 2 x 2 latents and the running statistics of its normalisation, which are weights and no config: FLUX.2."""
+    mean, variance = (values.float()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
+    return Codec(vae, (variance + vae.config.batch_norm_eps).rsqrt(), mean, patch=2)
+
+
 def framed(vae: Any) -> Codec:
     """By the mean and the deviation of each channel, with a frame axis: Qwen-Image."""
     mean, std = (torch.tensor(values)[:, None, None, None]
                  for values in (vae.config.latents_mean, vae.config.latents_std))
     return Framed(vae, 1 / std, mean)
-
-
-def folded(vae: Any) -> Codec:
-    """By 2 x 2 latents and the running statistics of its normalisation, which are weights and no config: FLUX.2."""
-    mean, variance = (values.float()[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
-    return Codec(vae, (variance + vae.config.batch_norm_eps).rsqrt(), mean, patch=2)
 
 
 def _on(value: float | Tensor, x: Tensor) -> float | Tensor:
