@@ -146,7 +146,8 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
 
 
 def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
-    """Why a pipeline cannot be called with a scheduler of another class than its own: some pass a grid that not all take."""
+    """Why a pipeline cannot be called with a scheduler of another class than its own: some pass a grid of their own, which
+    not all take."""
     call = {**target.given, **target.guidance.none, "num_inference_steps": 1}
     try:
         if type(scheduler) is not type(target.pipeline.scheduler):

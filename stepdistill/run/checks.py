@@ -44,7 +44,6 @@ def check(recipe: Recipe) -> Checked:
     _check_solver(recipe)
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
     needs = method.needs(settings, recipe.student.lora is None)
-    _check_reads(recipe, needs)
     roles = configured(recipe, needs)
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
@@ -102,9 +101,9 @@ def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     time = family(recipe).time
     reading = {name: time.own(need.reads) for name, need in needs.items() if isinstance(need, Trained)}
     if time.sinusoids is None and (name := next((name for name, own in reading.items() if own), None)):
-        raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(reading[name])} beside its time, but every block of "
-                            "this teacher's network embeds time by itself, so nothing can be read there: choose settings without it "
-                            "(told: false), or another method")
+        raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(reading[name])} beside its "
+                            "time, but this teacher's network has no one place where it could be added to the time: "
+                            "choose settings without it (guidance_embedding: false), or another method")
 
 
 def learning_rates(recipe: Recipe) -> dict[str, float]:
@@ -162,8 +161,9 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
         if not source.endswith(".safetensors"):              # a single file has no config
             teacher = load_teacher(source, recipe.revision, device="meta")
             check_backend(backend, device, dtype, teacher.network)
-            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.call):
-                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: choose sdpa")
+            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.asked):
+                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: "
+                                   "choose sdpa")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -258,17 +258,6 @@ def _check_family(recipe: Recipe) -> None:
     for entry, reason in served.unserved.items():
         if (value := _entry(recipe, entry)) not in (None, False, "auto"):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
-
-
-def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
-    """RequestError for a role that reads a number beside its time, where the family's network has no place for one."""
-    time = family(recipe).time
-    for name, need in needs.items():
-        own = time.own(need.reads) if isinstance(need, Trained) and time.sinusoids is None else ()
-        if own:
-            raise recipe.refuse("method", f"is {recipe.method}, whose {name} reads {', '.join(own)} beside its time, and a "
-                                f"network of the teacher {recipe.teacher} has no place for a layer that does: leave the "
-                                "settings out by which it reads them, or take another method")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

@@ -37,7 +37,7 @@ def test_its_calls_say_no_size(folder):
 @pytest.mark.parametrize("name, settings, steps, reason", [
     ("scm", {}, 2, "asks its pipeline for timesteps, which a call of DiTPipeline does not take"),
     ("tcd", {}, 2, "asks its pipeline for eta, which a call of DiTPipeline does not take"),
-    ("lcm", {"told": True}, 2, "student reads w beside its time, but every block of this teacher's network embeds time by itself"),
+    ("lcm", {"told": True}, 2, "student reads w beside its time, but this teacher's network has no one place"),
     ("dmd2", {}, 2, None)])
 def test_what_its_students_cannot_be(folder, tmp_path, name, settings, steps, reason):
     recipe = {"method": name, "teacher": str(folder), "settings": settings, "steps": steps, "train": {"updates": 1},

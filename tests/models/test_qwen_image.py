@@ -154,7 +154,7 @@ def test_flash_attention_and_compiled_blocks_are_refused_before_anything_is_load
 @pytest.mark.long
 def test_a_student_that_reads_its_guidance_scale_leaves_as_a_stock_lora(folder, tmp_path):
     """The time is told in another way than in SD3, so that what the student reads is folded into the same layer."""
-    api.train(recipe(folder, told=True) | {"evaluate": {"prompts": PROMPTS}}, out=tmp_path / "run")
+    api.train(recipe(folder, guidance_embedding=True) | {"evaluate": {"prompts": PROMPTS}}, out=tmp_path / "run")
     made = api.export(tmp_path / "run", to="lora", guidance=2.0)
     assert json.loads((made / "stepdistill.json").read_text())["proof"]["difference"] <= 1e-4
 

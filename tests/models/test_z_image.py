@@ -88,8 +88,8 @@ def test_in_bfloat16_it_is_told_times_in_float32_and_guided_in_float32(folder):
 
 def recipe(folder, method: str, **settings) -> Recipe:
     return Recipe.load({
-        "method": method, "teacher": str(folder), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "settings": settings,
-        "data": {"images": "shapes", "count": 4, "batch": 2}, "train": {"updates": 2}})
+        "method": method, "teacher": str(folder), "student": {"lora": {"rank": 2}}, "guidance": 2.0,
+        "settings": settings, "data": {"images": "shapes", "count": 4, "batch": 2}, "train": {"updates": 2}})
 
 
 def test_a_plan_counts_samples_in_lists(folder):
@@ -99,8 +99,9 @@ def test_a_plan_counts_samples_in_lists(folder):
 
 
 def test_a_student_that_reads_another_number_is_refused_before_anything_is_loaded(folder):
-    with pytest.raises(RequestError, match="method is lcm, whose student reads w beside its time.*has no place"):
-        check(recipe(folder, "lcm", told=True))
+    said = "method is lcm, whose student reads w beside its time, but this teacher's network has no one place"
+    with pytest.raises(RequestError, match=said):
+        check(recipe(folder, "lcm", guidance_embedding=True))
     check(recipe(folder, "lcm"))
 
 

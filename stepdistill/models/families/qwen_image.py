@@ -25,7 +25,7 @@ from . import Family, Parts, Size, fresh, latent_sides
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-TOKENS, SIDE = 512, 128                            # of a call: max_sequence_length, and latents on a picture's side
+SIDE = 128                                         # latents on a picture's side in a call that names no size
 # to_q to to_out.0 are those of diffusers' train_dreambooth_lora_qwen_image.py; the text's attention, the feed-forward
 # layers and the way in of time, here the modulations, are what LCM-LoRA adapts in a UNet. No gradient ever reaches
 # add_q_proj, to_add_out and txt_mlp of the last block, whose text is not read any more.
@@ -36,7 +36,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), zeros where mask (B, L) int64 is 0. null: the encoding of " "."""
-    length = teacher.call.get("max_sequence_length", TOKENS)
+    length = teacher.asked["max_sequence_length"]
     text, mask = teacher.loaded.encode_prompt(prompts, teacher.device, max_sequence_length=length)
     mask = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device) if mask is None else mask
     rest = length - text.shape[1]
@@ -44,7 +44,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    length = call.get("max_sequence_length", TOKENS)
+    length = call["max_sequence_length"]
     return {"text": (length, parts["transformer"].config.joint_attention_dim), "mask": (length,)}
 
 

@@ -24,7 +24,7 @@ from . import Family, Parts, Size, codec_pixels, latent_sides
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-TOKENS, SIDE, PATCH = 512, 1024, 2         # of a call: max_sequence_length, a side in pixels; latents on a token's side
+SIDE, PATCH = 1024, 2                              # pixels on a picture's side in a call; latents on a token's side
 # The attention layers are those of diffusers' train_dreambooth_lora_z_image.py; the feed-forward layers and the way in
 # of time, here the modulations, are what LCM-LoRA adapts in a UNet.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
@@ -33,7 +33,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), zeros where mask (B, L) int64 is 0. null: the encoding of ""."""
-    length = teacher.call.get("max_sequence_length", TOKENS)
+    length = teacher.asked["max_sequence_length"]
     captions, _ = teacher.loaded.encode_prompt(prompts, teacher.device, False, max_sequence_length=length)
     text = torch.stack([F.pad(caption, (0, 0, 0, length - len(caption))) for caption in captions])
     own = torch.tensor([[len(caption)] for caption in captions], device=text.device)
@@ -41,7 +41,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    length = call.get("max_sequence_length", TOKENS)
+    length = call["max_sequence_length"]
     return {"text": (length, parts["transformer"].config.cap_feat_dim), "mask": (length,)}
 
 
