@@ -16,6 +16,7 @@ from ..diffusion.contracts import Batch, Pairs
 from ..diffusion.draws import Step
 from ..diffusion.times import even
 from ..methods.base import Heads, Update
+from ..models.attention import has_tangent
 from ..models.discriminator import tap
 from ..models.recompute import StopForward
 from .checks import network_features
@@ -111,7 +112,9 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
             named = [kwargs[name] for name in ("query", "key", "value") if kwargs and name in kwargs]
-            return _Attention.apply(*[*args, *named][:3])
+            given = [*args, *named][:3]
+            if not has_tangent(*given):                     # kernels have no derivative forward
+                return _Attention.apply(*given)
         return function(*args, **(kwargs or {}))
 
 

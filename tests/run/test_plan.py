@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run.plan import plan
+
+ROOT = Path(__file__).parents[2]
 
 
 def recipe(teacher, rank: int = 2, **data) -> Recipe:
@@ -71,3 +74,17 @@ def test_the_plan_of_stable_diffusion_3_from_its_configs(tmp_path):
     assert millions["teacher"] == pytest.approx(2028, abs=1) and millions["text_encoder_3"] == pytest.approx(4762, abs=1)
     assert millions["text_encoder"] == pytest.approx(123.7, abs=0.1) and millions["text_encoder_2"] == pytest.approx(694.7, abs=0.1)
     assert found["peak"] > found["bytes"]
+
+
+SHIPPED = sorted(f"{path.parent.name}/{path.stem}" for path in (ROOT / "recipes").glob("shapes*/*.yaml"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "shapes/scm" else pytest.mark.long) for name in SHIPPED])
+def test_every_recipe_of_the_shipped_teachers_is_planned(name):
+    found = plan(Recipe.load(name))
+    assert found["roles"]["student"]["trained"] > 0 and found["passes"]["forward"] >= 1 and found["peak"] > found["bytes"]
+
+
+def test_an_exact_derivative_is_planned():
+    found = plan(Recipe.load("shapes/scm", {"settings.derivative": "exact"}))
+    assert found["passes"]["backward"] == 1
