@@ -36,6 +36,7 @@ from .run.data import dataset, fill_pairs, pairs_shelf, preview_prompts
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
+from .run.sources import base_of
 from .run.targets import must_serve, open_target, teachers
 from .training import Trainer, launched
 
@@ -136,7 +137,7 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None, recipe.guidance)
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
-                         guidance=opened.recipe.guidance, base_model=resources.portable(opened.recipe.teacher),
+                         guidance=opened.recipe.guidance, base_model=base_of(opened),
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
     export_student(student, to, out, guidance, dtype)
     return out

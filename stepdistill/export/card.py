@@ -3,7 +3,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ..models.sources import Source
+from .folder import base_of
 
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
@@ -15,7 +19,8 @@ def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None
     if said["format"] == "comfyui":
         parts.append(f"## ComfyUI\n\nPut `{said['weights']}` into `models/loras` and load it with *Load LoRA* at strength 1, "
                      f"{said['steps']} steps, cfg {said['scale']:g}. ComfyUI makes its own list of time steps: "
-                     f"those this student was made for are {', '.join(f'{t:g}' for t in said['told_times'])}.")
+                     f"those this student was made for are {', '.join(f'{t:g}' for t in said['told_times'])}."
+                     + "".join(f" Before it, `{lora['path']}` at strength {lora['weight']:g}." for lora in said.get("teacher_loras", [])))
     if results is not None:
         parts.append(_table(results))
     return "\n\n".join(parts) + "\n"
@@ -24,16 +29,16 @@ def card(said: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None
 def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
     call = "".join(f", {key}={value!r}" for key, value in said["call"].items())
-    revision = "" if said["revision"] is None else f", revision={_quoted(said['revision'])}"
     without = "".join(f", {name}=None" for name in said["without"])
-    names = said["pipeline"] if said["format"] == "pipeline" else f"{said['pipeline']}, {said['scheduler']}"
-    lines = ["import torch", f"from diffusers import {names}", "", f"folder = {_quoted(folder)}          # where this card lies"]
+    base = base_of(said)
+    names = [said["pipeline"]] if said["format"] == "pipeline" else [said["pipeline"], said["scheduler"]]
+    names = ["AutoencoderKL"] * (base.vae is not None and said["format"] != "pipeline") + names
+    lines = ["import torch", f"from diffusers import {', '.join(names)}", "", f"folder = {_quoted(folder)}          # where this card lies"]
     if said["format"] == "pipeline":
         lines += [f"pipe = {said['pipeline']}.from_pretrained(folder{without})"]
     else:
         name = "" if said["format"] == "lora" else f", weight_name={_quoted(said['weights'])}"
-        loader = "from_single_file" if said["teacher"].endswith(".safetensors") else "from_pretrained"
-        lines += [f"pipe = {said['pipeline']}.{loader}({_quoted(said['teacher'])}{revision}{without}).to(torch.float32)",
+        lines += [*_base(base, said["pipeline"], without),
                   f"pipe.load_lora_weights(folder{name})",
                   "pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
                   "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added",
@@ -43,6 +48,25 @@ def snippet(said: Mapping[str, Any], folder: str, prompt: str) -> str:
     lines += [f"image = pipe({_quoted(prompt)}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def _base(base: Source, pipeline: str, without: str) -> list[str]:
+    """The stock pipeline that a LoRA is for, with all that its teacher had."""
+    given = {name: value for name in ("revision", "variant", "config") if (value := vars(base)[name]) is not None}
+    options = "".join(f", {name}={_quoted(value)}" for name, value in given.items())
+    lines = []
+    if base.vae is not None:
+        inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
+        lines, options = [f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner})"], f"{options}, vae=vae"
+    loader = "from_single_file" if base.is_file else "from_pretrained"
+    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}{options}{without}).to(torch.float32)"]
+    for lora in base.loras:
+        place, file = lora.find()
+        weights = "" if file is None else f", weight_name={_quoted(file)}"
+        lines += [f"pipe.load_lora_weights({_quoted(place)}{weights})",
+                  f"pipe.fuse_lora(lora_scale={lora.weight:g})         # the student was trained on these weights",
+                  "pipe.unload_lora_weights()"]
+    return lines
 
 
 def _quoted(text: str) -> str:
@@ -59,7 +83,8 @@ def _front_matter(said: Mapping[str, Any]) -> str:
 
 def _what(said: Mapping[str, Any]) -> str:
     form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[said["format"]]
-    return (f"{form} that makes `{said['teacher']}` sample in {said['steps']} step{'s' * (said['steps'] != 1)}, trained with "
+    loras = "".join(f" with the LoRA `{lora['path']}` at {lora['weight']:g}" for lora in said.get("teacher_loras", []))
+    return (f"{form} that makes `{said['teacher']}`{loras} sample in {said['steps']} step{'s' * (said['steps'] != 1)}, trained with "
             f"`{said['method']}` by stepdistill. The weights are those of the role `{said['role']}`.")
 
 

@@ -10,6 +10,8 @@ from .yaml import EntryPath, Source
 
 # Entries as earlier versions named them -> their names now. Recipes and run folders of those versions go on.
 EARLIER_NAMES: dict[EntryPath, str] = {}
+# Entries that stood elsewhere -> their places now.
+EARLIER_PLACES: dict[EntryPath, EntryPath] = {("revision",): ("teacher", "revision")}
 
 _EXPECTED = {
     "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",
@@ -23,8 +25,8 @@ _EXPECTED = {
 
 
 def current(source: Source) -> Source:
-    """The same recipe with the names of today. RequestError where an entry stands under both names."""
-    return source.renamed(EARLIER_NAMES)
+    """The same recipe with the names and places of today. RequestError where an entry stands under both."""
+    return source.renamed(EARLIER_NAMES).moved(EARLIER_PLACES)
 
 
 def complaint(source: Source, path: EntryPath, error: Mapping[str, Any], entries: Callable[[EntryPath], list[str]]) -> str:

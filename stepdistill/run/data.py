@@ -1,6 +1,7 @@
 """From a run to what its batches come from: captions, images, the teacher's samples and pairs."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def pairs_shelf(run: Run, cache: Cache, out: str | Path | None = None) -> Shelf:
     """
     recipe, teacher = run.recipe, run.teacher
     name = recipe.data.pairs.path if out is None else str(out)
-    made_on = _identity(teacher) | ({} if name is None else {"teacher": contents(teacher.source)})
+    made_on = _identity(teacher, fingerprint if name is None else contents)
     identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": made_on}
     folder = None if name is None else resources.locate(name) or Path(name)
     shelf = cache.shelf("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
@@ -144,9 +145,13 @@ def _encoders(run: Run) -> Encoders:
     return Encoders(run.teacher.encode, run.teacher.encode_images, _identity(run.teacher), run.device)
 
 
-def _identity(teacher: Teacher) -> dict[str, Any]:
-    dtype = str(next(teacher.network.parameters()).dtype)
-    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype}
+def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dict[str, Any]:
+    """What a teacher's results depend on. mark: of a folder or file."""
+    source, dtype = teacher.source, str(next(teacher.network.parameters()).dtype)
+    parts = {name: mark(place) for name in ("vae", "scheduler") if (place := vars(source)[name]) is not None}
+    loras = [[mark(lora.path), lora.weight] for lora in source.loras]
+    variant = {} if source.variant is None else {"variant": source.variant}
+    return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | variant | ({"loras": loras} if loras else {})
 
 
 def _found(name: str) -> str:

@@ -14,13 +14,14 @@ from .. import resources
 from ..errors import RequestError, gist
 from ..evaluation.plans import Target
 from ..export import open_export, read_settings
-from ..export.folder import fresh_pipeline, is_export
+from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of
-from ..models.sources import class_at
-from ..models.teacher import call_of, load_teacher
+from ..models.sources import Source, call_of, class_at
+from ..models.teacher import load_teacher
 from .folder import is_run
 from .setup import Run, open_run
+from .sources import located
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,21 @@ class Opened:
     """A target. Of a student also where its teacher lies and the guidance scale that it was trained at."""
 
     target: Target
-    source: str
-    teacher: str | None = None
-    revision: str | None = None
+    source: Source
+    teacher: Source | None = None
     guidance: float | None = None
 
 
-def open_target(name: str | Path, called: str) -> Opened:
-    """A run folder, an export folder, or a pipeline by folder or Hub id. called: its name in tables."""
-    found = resources.locate(name)
+def open_target(name: str | Path | Source, called: str) -> Opened:
+    """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables."""
+    found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
         run = open_run(found)
-        return Opened(student_target(run, called), str(found), run.teacher.source, run.teacher.revision, run.guidance)
+        return Opened(student_target(run, called), Source(str(found)), run.teacher.source, run.guidance)
     if found is not None and is_export(found):
         return _open_export(found, called)
-    source = resources.pipeline(str(name))
-    return Opened(Target(called, _pipeline(source, None), given=call_of(source)), source)
+    source = located(Source.of(name))
+    return Opened(Target(called, _pipeline(source), given=call_of(source)), source)
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -56,9 +56,9 @@ def student_target(run: Run, name: str) -> Target:
 def teachers(opened: Sequence[Opened]) -> list[Target]:
     """The pipelines that were asked for and those that students were made from, each once."""
     given = {o.source: o.target.pipeline for o in opened if o.teacher is None}
-    made = {o.teacher: o.revision for o in opened if o.teacher is not None and o.teacher not in given}
-    pipelines = given | {source: _pipeline(source, revision) for source, revision in made.items()}
-    name = lambda source: "teacher" if len(pipelines) == 1 else Path(source).name
+    made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
+    pipelines = given | {source: _pipeline(source) for source in made}
+    name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
     return [Target(name(source), pipeline, given=call_of(source), companion=source in made) for source, pipeline in pipelines.items()]
 
 
@@ -75,20 +75,20 @@ def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
 
 def _open_export(folder: Path, called: str) -> Opened:
     settings = read_settings(folder)
-    teacher = resources.pipeline(settings["teacher"])
+    teacher = located(base_of(settings))
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]
     guidance = None if trained is None else middle(trained)
-    return Opened(Target(called, pipeline, settings["method"], call), str(folder), teacher, settings["revision"], guidance)
+    return Opened(Target(called, pipeline, settings["method"], call), Source(str(folder)), teacher, guidance)
 
 
-def _pipeline(source: str, revision: str | None) -> DiffusionPipeline:
-    kind = class_at(source, revision)
+def _pipeline(source: Source) -> DiffusionPipeline:
+    kind = class_at(source)
     if kind in FAMILIES and (reason := family_of(kind).no_pipeline):
         raise RequestError(reason)
     try:
-        if source.endswith(".safetensors"):
+        if source.is_file:
             return load_teacher(source).pipeline()
-        return fresh_pipeline(DiffusionPipeline, source, revision)
+        return fresh_pipeline(DiffusionPipeline, source)
     except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {gist(error)}") from error

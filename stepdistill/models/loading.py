@@ -1,0 +1,193 @@
+"""A pipeline's components as its Source says: read with their weights, or made from their configs alone."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from ..errors import RequestError, gist
+from .families import Family
+from .fused import Trace, fuse_loras, try_loras
+from .sources import Index, Source, absent_parts, configs_of, index_at
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A teacher that is to be read. index: what its pipeline is made of; dtype: of its networks."""
+
+    source: Source
+    index: Index
+    family: Family
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> type[DiffusionPipeline]:
+        return getattr(diffusers, self.index["_class_name"])
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The components that from_pretrained of its class must be told to do without."""
+        return tuple(name for name in self.family.optional if name in absent_parts(self.index))
+
+    def pipeline(self, parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
+        """The stock pipeline with these components, the others read; and where the LoRAs that were fused into those show."""
+        given = {**self.family.arguments(self.kind.__name__), **dict.fromkeys(self.without), **parts}
+        return read_pipeline(self.kind, self.source, self.dtype, given)
+
+    def parts_on_meta(self) -> dict[str, Any]:
+        """The components on the meta device, made from their configs, and the scheduler; no tokenizers."""
+        configs = Source(configs_of(self.source), self.source.revision)
+        with _configs_at_hand(self.source):
+            index = index_at(configs) if self.source.is_file else self.index
+        if "scheduler" not in index:
+            raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no scheduler")
+        dropped = self.family.arguments(self.kind.__name__)
+        listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
+        own = replaced_on_meta(self.source)
+        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed.items() if name not in own} | own
+        networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
+        made = networks | {"scheduler": parts["scheduler"]}
+        if self.source.loras:
+            slots = dict.fromkeys(self.kind._get_signature_keys(self.kind)[0]) | dropped
+            try_loras(self.kind(**slots | made), self.source.loras)
+        return made
+
+
+def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,
+                  parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
+    """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused into those
+    show. A LoRA is added in float32, whatever the dtype.
+
+    RequestError for what cannot be read and for LoRAs that do not fit.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts}
+    try:
+        if source.is_file:
+            options |= {} if source.config is None else {"config": source.config}
+            with _configs_at_hand(source):
+                pipe = kind.from_single_file(source.place, **options)
+        else:
+            options |= {} if source.variant is None else {"variant": source.variant}
+            pipe = kind.from_pretrained(source.place, revision=source.revision, **options)
+    except OSError as error:
+        raise RequestError(f"the pipeline {source} cannot be loaded: {gist(error)}") from error
+    traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
+    return pipe.to(dtype), traces                     # earlier diffusers do not know `dtype`
+
+
+@contextmanager
+def _configs_at_hand(source: Source) -> Iterator[None]:
+    """A single file holds no configs: RequestError that says whose are missing."""
+    try:
+        yield
+    except (OSError, RequestError) as error:
+        if not source.is_file or source.config is not None:
+            raise
+        raise RequestError(f"{source} is one file of weights, which holds no configs; its pipeline's are those of {configs_of(source)}, which is "
+                           f"not in the cache here and was not supplied ({gist(error)}): let the teacher's config name a local folder with "
+                           "them, such as that pipeline saved without its weights") from error
+
+
+# -- components of another source ----------------------------------------------------------------------------------------
+
+def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The components that a source takes from elsewhere, read with their weights, as far as `parts` has none."""
+    found: dict[str, Any] = {}
+    if source.vae is not None and "vae" not in parts:
+        _check_vae(source, _config_of_vae(source.vae))
+        with _blaming("vae", source.vae):
+            found["vae"] = AutoencoderKL.from_pretrained(source.vae, **_within(source.vae, "vae"))
+    if source.scheduler is not None and "scheduler" not in parts:
+        found["scheduler"] = _scheduler(source.scheduler)
+    return found
+
+
+def replaced_on_meta(source: Source) -> dict[str, Any]:
+    """As `replaced`, the networks made from their configs."""
+    found: dict[str, Any] = {}
+    if source.vae is not None:
+        config = _config_of_vae(source.vae)
+        _check_vae(source, config)
+        with torch.device("meta"):
+            found["vae"] = AutoencoderKL.from_config(config)
+    if source.scheduler is not None:
+        found["scheduler"] = _scheduler(source.scheduler)
+    return found
+
+
+def _check_vae(source: Source, config: Mapping[str, Any]) -> None:
+    """RequestError for an autoencoder that does not know the latents of the source's own."""
+    configs = Source(configs_of(source), source.revision)
+    with _blaming("the base's own vae", source.place):
+        own = AutoencoderKL.load_config(configs.place, subfolder="vae", revision=configs.revision)
+    for name, found, known in (("class", config["_class_name"], "AutoencoderKL"), ("base's class", own["_class_name"], "AutoencoderKL"),
+                               ("latent_channels", config.get("latent_channels"), own.get("latent_channels")),
+                               ("pixels a latent", _pixels(config), _pixels(own))):
+        if found != known:
+            raise RequestError(f"vae is {source.vae}, which does not know the latents of {source}: its {name} should be {known}; found {found}")
+
+
+def _pixels(config: Mapping[str, Any]) -> int:
+    return 2 ** (len(config.get("block_out_channels", ())) - 1)
+
+
+def _config_of_vae(place: str) -> dict[str, Any]:
+    with _blaming("vae", place):
+        return dict(AutoencoderKL.load_config(place, **_within(place, "vae")))
+
+
+def _scheduler(place: str) -> SchedulerMixin:
+    with _blaming("scheduler", place):
+        where = _within(place, "scheduler")
+        name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
+        return _class_in("scheduler", "diffusers", name).from_pretrained(place, **where)
+
+
+def _within(place: str, component: str) -> dict[str, str]:
+    """Where a component lies in a folder that may be its own or a whole pipeline's."""
+    return {"subfolder": component} if (Path(place) / component).is_dir() else {}
+
+
+@contextmanager
+def _blaming(component: str, place: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{component} cannot be read at {place}: {gist(error)}") from error
+
+
+# -- the meta device -----------------------------------------------------------------------------------------------------
+
+def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Module | SchedulerMixin | None:
+    """A network made from its config, or the scheduler; None for what is neither, such as a tokenizer."""
+    made_by = _class_in(name, library, class_name)
+    where = {"subfolder": name, "revision": configs.revision}
+    with _blaming(f"the config of {name}", configs.place):
+        if issubclass(made_by, SchedulerMixin):
+            return made_by.from_pretrained(configs.place, **where)
+        if not issubclass(made_by, nn.Module):
+            return None
+        with torch.device("meta"):
+            if library == "diffusers":
+                return made_by.from_config(made_by.load_config(configs.place, **where))
+            return made_by(made_by.config_class.from_pretrained(configs.place, **where))
+
+
+def _class_in(component: str, library: str, class_name: str) -> type:
+    """The class of a component. RequestError for code of its own, and for a class that the installed library has not."""
+    if library not in LIBRARIES:
+        raise RequestError(f"its component {component} is a {class_name} of {library}, which is code beside the pipeline and is never "
+                           f"run: a component is of {' or '.join(LIBRARIES)}")
+    if class_name not in dir(LIBRARIES[library]):
+        raise RequestError(f"its component {component} is a {class_name}, which {library} {LIBRARIES[library].__version__} does not have")
+    return getattr(LIBRARIES[library], class_name)
