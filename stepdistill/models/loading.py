@@ -9,16 +9,14 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from ..errors import RequestError, gist
 from .families import Family
 from .fused import Trace, fuse_loras, try_loras
-from .sources import Index, Source, absent_parts, configs_of, index_at
-
-LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
+from .weights import check_components, class_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,14 @@ class Loading:
     def without(self) -> tuple[str, ...]:
         """The components that from_pretrained of its class must be told to do without."""
         return tuple(name for name in self.family.optional if name in absent_parts(self.index))
+
+    def check(self) -> None:
+        """RequestError for components that are not what their configs say, as far as their files are here."""
+        source = self.source
+        index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"
+        replaced = [name for name in ("vae", "scheduler") if vars(source)[name] is not None]
+        if index is not None and index.is_file():
+            check_components(index.parent, source, self.index, {*replaced, *self.family.arguments(self.kind.__name__)})
 
     def pipeline(self, parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
         """The stock pipeline with these components, the others read; and where the LoRAs that were fused into those show."""
@@ -150,7 +156,7 @@ def _scheduler(place: str) -> SchedulerMixin:
     with _blaming("scheduler", place):
         where = _within(place, "scheduler")
         name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
-        return _class_in("scheduler", "diffusers", name).from_pretrained(place, **where)
+        return class_of("scheduler", "diffusers", name).from_pretrained(place, **where)
 
 
 def _within(place: str, component: str) -> dict[str, str]:
@@ -170,7 +176,7 @@ def _blaming(component: str, place: str) -> Iterator[None]:
 
 def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Module | SchedulerMixin | None:
     """A network made from its config, or the scheduler; None for what is neither, such as a tokenizer."""
-    made_by = _class_in(name, library, class_name)
+    made_by = class_of(name, library, class_name)
     where = {"subfolder": name, "revision": configs.revision}
     with _blaming(f"the config of {name}", configs.place):
         if issubclass(made_by, SchedulerMixin):
@@ -181,13 +187,3 @@ def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Mo
             if library == "diffusers":
                 return made_by.from_config(made_by.load_config(configs.place, **where))
             return made_by(made_by.config_class.from_pretrained(configs.place, **where))
-
-
-def _class_in(component: str, library: str, class_name: str) -> type:
-    """The class of a component. RequestError for code of its own, and for a class that the installed library has not."""
-    if library not in LIBRARIES:
-        raise RequestError(f"its component {component} is a {class_name} of {library}, which is code beside the pipeline and is never "
-                           f"run: a component is of {' or '.join(LIBRARIES)}")
-    if class_name not in dir(LIBRARIES[library]):
-        raise RequestError(f"its component {component} is a {class_name}, which {library} {LIBRARIES[library].__version__} does not have")
-    return getattr(LIBRARIES[library], class_name)

@@ -269,14 +269,30 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
         teacher = Teacher(family, family.open(source.place, dtype), source, **options)
     else:
         loading = Loading(source, index, family, dtype)
+        loading.check()
         teacher = Teacher(family, loading.parts_on_meta(), source, **options) if meta else _with_weights(loading, options)
-    return teacher if device is None else teacher.to(device)
+    teacher = teacher if device is None else teacher.to(device)
+    if not meta:
+        _check_prompts(teacher)
+    return teacher
 
 
 def _with_weights(loading: Loading, options: Mapping[str, Any]) -> Teacher:
     loaded, traces = loading.pipeline({})
+    if not Path(loading.source.place).exists():
+        loading.check()                                # what the Hub has supplied a moment ago
     return Teacher(loading.family, loaded.components, loading.source, loaded=loaded, without=loading.without, traces=traces,
                    read=lambda parts: loading.pipeline(parts)[0], **options)
+
+
+def _check_prompts(teacher: Teacher) -> None:
+    """RequestError where the order of a prompt's words makes no difference: its tokenizer or its text encoder reads nothing."""
+    if "text" not in teacher.family.condition_shapes(teacher.parts, teacher.call):
+        return
+    found = teacher.encode(["a red blue", "a blue red"])
+    if all(torch.equal(value[0], value[1]) for _, value in found._tensors()):
+        raise RequestError(f"the teacher {teacher.source} encodes two different prompts alike: its tokenizer knows none of their words, or its text "
+                           "encoder reads none of their tokens. Save or download the teacher anew")
 
 
 def _sides(resolution: int | tuple[int, int] | None) -> dict[str, int]:
