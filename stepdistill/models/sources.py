@@ -18,6 +18,13 @@ from ..errors import RequestError, gist
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
+SHAPING = (                                        # keyword arguments of a call that a teacher may set for all its calls
+    "max_sequence_length", "height", "width", "num_frames", "clip_skip", "complex_human_instruction", "use_resolution_binning",
+    "text_encoder_out_layers", "clean_caption", "system_prompt", "frame_rate")
+_ELSEWHERE = {                                     # others -> where they belong
+    "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it", "num_inference_steps": "the recipe's steps "
+    "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's steps say them",
+    "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it", "negative_prompt": "students are taught without one"}
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
 
@@ -117,7 +124,8 @@ def configs_of(source: Source) -> str:
 
 
 def call_of(source: Source | str) -> dict[str, Any]:
-    """The keyword arguments that every call of a local pipeline is given, as its stepdistill.json says; {} without one.
+    """The keyword arguments that every call of a local pipeline is given, as its stepdistill.json says; {} without one. RequestError
+    for those that do not shape conditions or sizes.
 
     The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
     under "teacher_call".
@@ -127,10 +135,15 @@ def call_of(source: Source | str) -> dict[str, Any]:
         return {}
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        return dict(said.get("teacher_call", {}) if "method" in said else said["call"])
+        call = dict(said.get("teacher_call", {}) if "method" in said else said["call"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
                            f"({type(error).__name__}: {error})") from error
+    if wrong := [name for name in call if name not in SHAPING]:
+        where = _ELSEWHERE.get(wrong[0], "no call of a teacher is given it")
+        raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does not shape what its network is told: "
+                           f"{where}. What may stand there is {', '.join(SHAPING)}")
+    return call
 
 
 def cached_file(source: str, name: str, revision: str | None) -> Path | None:

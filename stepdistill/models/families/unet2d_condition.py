@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import VariancePreserving, moved
+from ...errors import RequestError
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
@@ -32,7 +33,12 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D); SDXL adds pooled (B, D) and time_ids (B, 6). null: the encoding of "", or zeros where an SDXL pipeline says so."""
-    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null)[null::2]
+    skip = teacher.call.get("clip_skip")
+    if skip is not None and "text_encoder_2" not in teacher.parts and "text_model" not in dir(teacher.parts["text_encoder"]):
+        raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which its stock pipeline looks for "
+                           "where the installed transformers has them no more: leave clip_skip out, or install transformers 4")
+    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null,
+                                         clip_skip=skip)[null::2]
     if len(found) == 1:
         return Condition(text=found[0])
     text, pooled = found
