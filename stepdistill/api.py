@@ -13,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources
@@ -37,7 +38,7 @@ from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of
-from .run.targets import must_serve, open_target, teachers
+from .run.targets import asking, must_serve, open_target, teachers
 from .training import Trainer, launched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -161,14 +162,24 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     must_serve(pipeline.scheduler, call)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
-    with torch.random.fork_rng():
+    with asking(pipeline), torch.random.fork_rng():
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
+    check_pictures(pixels, target)
     drawn = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(out) if len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn
+
+
+def check_pictures(pixels: Tensor, target: str | Path) -> None:
+    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, 3, H, W) in [0, 1]."""
+    if not pixels.isfinite().all():
+        raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has driven away, or an autoencoder "
+                           "that overflows in half precision, draw such")
+    if not pixels.any():
+        Console(stderr=True).print(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a network that draws NaN may")
 
 
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000, out: str | Path = "bench", seed: int = 0,

@@ -103,7 +103,12 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
                                                           "given, float32 of a pipeline.")] = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
-    say.print(f"proved and written: {api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)}")
+    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
+    say.print(f"proved and written: {folder}")
+    from .export import read_settings
+    said = read_settings(folder)
+    if to == "pipeline" and said["dropped"]:
+        say.print(f"without the teacher's {', '.join(said['dropped'])}, which its card says too")
 
 
 @app.command()

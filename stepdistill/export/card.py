@@ -93,7 +93,7 @@ def _facts(said: Mapping[str, Any]) -> str:
     settings = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
     proof = said["proof"]
     return (f"## Settings\n\n- scheduler: `{said['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: {settings}\n"
-            f"- guidance at inference: {_guidance(said)}\n{_steps(said)}"
+            f"- guidance at inference: {_guidance(said)}\n{_steps(said)}{_dropped(said)}"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on [0, 1] "
             f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- {_rounding(said)}")
 
@@ -107,6 +107,14 @@ def _rounding(said: Mapping[str, Any]) -> str:
 
 def _steps(said: Mapping[str, Any]) -> str:
     return f"- steps: exactly {said['steps']}, whose landings are folded into the weights\n" if said["fixed_steps"] else ""
+
+
+def _dropped(said: Mapping[str, Any]) -> str:
+    """Of a pipeline that leaves whole. A LoRA is loaded into the base, which has all of its own."""
+    if said["format"] != "pipeline" or not said["dropped"]:
+        return ""
+    names = ", ".join(f"`{name}`" for name in said["dropped"])
+    return f"- not in this folder: {names} of `{said['teacher']}`; who wants it loads it from there and hands it to `from_pretrained`\n"
 
 
 def _guidance(said: Mapping[str, Any]) -> str:

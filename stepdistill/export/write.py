@@ -75,7 +75,7 @@ def _said(student: Student, pipeline: str, to: str, call: dict[str, Any], scale:
             "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
-            "without": list(student.teacher.without), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
+            "without": list(student.teacher.without), "dropped": list(student.teacher.dropped), "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
             "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 

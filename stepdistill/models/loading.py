@@ -10,10 +10,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.models.modeling_utils import LegacyModelMixin
 from torch import nn
 
 from ..errors import RequestError, gist
-from .families import Family
+from .families import Family, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
 from .weights import check_components, class_of
@@ -30,7 +31,13 @@ class Loading:
 
     @property
     def kind(self) -> type[DiffusionPipeline]:
-        return getattr(diffusers, self.index["_class_name"])
+        return getattr(diffusers, text_to_image(self.index["_class_name"]))
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The components that the pipeline has and the family leaves where they are."""
+        absent = absent_parts(self.index)
+        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index and name not in absent and name in _slots(self.kind))
 
     @property
     def without(self) -> tuple[str, ...]:
@@ -40,10 +47,27 @@ class Loading:
     def check(self) -> None:
         """RequestError for components that are not what their configs say, as far as their files are here."""
         source = self.source
+        if len(self.index) > 1:
+            self._check_kinds()
         index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"
         replaced = [name for name in ("vae", "scheduler") if vars(source)[name] is not None]
         if index is not None and index.is_file():
             check_components(index.parent, source, self.index, {*replaced, *self.family.arguments(self.kind.__name__)})
+
+    def _check_kinds(self) -> None:
+        """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
+        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))}
+        absent = absent_parts(self.index)
+        lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
+                   and (name not in self.index or name in absent)]
+        if lacking:
+            raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no {', '.join(lacking)}")
+        types = self.kind._get_signature_types()
+        for name in (name for name in ("vae", self.family.denoiser) if name in types):
+            found = class_of(name, *self.index[name])
+            if not issubclass(found, (*types[name], LegacyModelMixin)):        # whose early names stand for others
+                raise RequestError(f"the {name} of {self.source} is an {found.__name__}, which is not served: a {self.kind.__name__} is served "
+                                   f"with an {types[name][0].__name__}")
 
     def pipeline(self, parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
         """The stock pipeline with these components, the others read; and where the LoRAs that were fused into those show."""
@@ -55,8 +79,6 @@ class Loading:
         configs = Source(configs_of(self.source), self.source.revision)
         with _configs_at_hand(self.source):
             index = index_at(configs) if self.source.is_file else self.index
-        if "scheduler" not in index:
-            raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no scheduler")
         dropped = self.family.arguments(self.kind.__name__)
         listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
         own = replaced_on_meta(self.source)
@@ -64,9 +86,13 @@ class Loading:
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
-            slots = dict.fromkeys(self.kind._get_signature_keys(self.kind)[0]) | dropped
-            try_loras(self.kind(**slots | made), self.source.loras)
+            try_loras(self.kind(**dict.fromkeys(_slots(self.kind)) | dropped | made), self.source.loras)
         return made
+
+
+def _slots(kind: type[DiffusionPipeline]) -> list[str]:
+    """The components that a pipeline of this class is made of."""
+    return list(kind._get_signature_keys(kind)[0])
 
 
 def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,

@@ -93,6 +93,14 @@ class Source:
 def index_at(source: Source) -> Index:
     """What a pipeline is made of. RequestError for what is no pipeline. Of a single file without the configs of its pipeline at
     hand, the class alone."""
+    index = _index_at(source)
+    if not isinstance(index["_class_name"], str):
+        raise RequestError(f"{source} is of the class {' of '.join(map(str, reversed(index['_class_name'])))}, which is code beside the pipeline and is never run: supported "
+                           "are classes of diffusers")
+    return index
+
+
+def _index_at(source: Source) -> Index:
     path = Path(source.place)
     if source.subfolder is not None and not Path(source.base).is_dir():
         raise RequestError(f"subfolder is {source.subfolder}, but {source.base} is no folder here: from_pretrained finds no pipeline in a "
@@ -165,7 +173,7 @@ def _index_of_folder(folder: Path) -> Index:
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher anew") from error
     missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
-               and name != "safety_checker" and not (folder / name).is_dir()]
+               and name not in ("safety_checker", "_class_name") and not (folder / name).is_dir()]
     if missing:
         raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is no such "
                            "folder beside it; save or download the teacher anew")

@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..methods.base import Inference
 from .adapters import matching
 from .extra_embedding import added, fold, install, reading
-from .families import FAMILIES, Family, family_of
+from .families import Family, family_of, served
 from .fused import Trace
 from .loading import Loading
 from .schedulers import StockCall, sampler_of, stock_call
@@ -36,17 +36,18 @@ class Teacher:
     family: what differs for its kind. source: what it was loaded from. traces: where the LoRAs that were fused show. call: the keyword
     arguments that every call of its stock pipeline is given. parts: its components by name; scheduler: its own. network: the one
     that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
-    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device. guidance: how a call of its pipeline
+    must be told to do without; dropped: those that it has and this loads without, such as a safety checker. loaded: the stock pipeline, None for Toy and on the meta device. guidance: how a call of its pipeline
     speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
     read: the stock pipeline again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: Source, *, scale: float = 1.0,
                  resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None,
-                 without: tuple[str, ...] = (), traces: tuple[Trace, ...] = (),
+                 without: tuple[str, ...] = (), dropped: tuple[str, ...] = (), traces: tuple[Trace, ...] = (),
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
-        self.family, self.parts, self.source, self.without, self.traces = family, dict(parts), source, without, traces
+        self.family, self.parts, self.source, self.traces = family, dict(parts), source, traces
+        self.without, self.dropped = without, dropped
         self.loaded, self._read, self.call = loaded, read, call_of(source)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
         self.call |= _sides(resolution)
@@ -261,7 +262,7 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
     if dtype not in (torch.float32, torch.bfloat16):
         raise RequestError(f"a teacher is loaded in float32 or bfloat16, not in {dtype}: codecs overflow in float16")
     index = index_at(source)
-    family = _known(source, index["_class_name"])
+    family = family_of(served(source, index["_class_name"]))
     source = settled(source, index)
     check_files(source)
     options = {"scale": scale, "resolution": resolution}
@@ -281,7 +282,7 @@ def _with_weights(loading: Loading, options: Mapping[str, Any]) -> Teacher:
     loaded, traces = loading.pipeline({})
     if not Path(loading.source.place).exists():
         loading.check()                                # what the Hub has supplied a moment ago
-    return Teacher(loading.family, loaded.components, loading.source, loaded=loaded, without=loading.without, traces=traces,
+    return Teacher(loading.family, loaded.components, loading.source, loaded=loaded, without=loading.without, dropped=loading.dropped, traces=traces,
                    read=lambda parts: loading.pipeline(parts)[0], **options)
 
 
@@ -305,10 +306,5 @@ def _sides(resolution: int | tuple[int, int] | None) -> dict[str, int]:
 
 def family_at(source: str | Path | Source) -> Family:
     """The family of a pipeline, by what its folder, file or Hub index says. RequestError for what is no pipeline of a known one."""
-    return _known(Source.of(source), class_at(Source.of(source)))
-
-
-def _known(source: Source, class_name: str) -> Family:
-    if class_name not in FAMILIES:
-        raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(FAMILIES)}")
-    return family_of(class_name)
+    source = Source.of(source)
+    return family_of(served(source, class_at(source)))

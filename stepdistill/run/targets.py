@@ -1,12 +1,16 @@
 """From a run, an export or a pipeline to what `sample` and `bench` call."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
@@ -16,7 +20,7 @@ from ..evaluation.plans import Target
 from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
-from ..models.families import FAMILIES, family_of
+from ..models.families import FAMILIES, family_of, stock_prompts, text_to_image
 from ..models.sources import Source, call_of, class_at
 from ..models.teacher import load_teacher
 from .folder import is_run
@@ -67,10 +71,31 @@ def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
     steps = call.get("num_inference_steps")
     if steps is None or "timesteps" in call or "sigmas" in call:
         return
+    moved = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}       # how far depends on the picture's size, whether it serves does not
     try:
-        deepcopy(scheduler).set_timesteps(steps)
+        deepcopy(scheduler).set_timesteps(steps, **moved)
     except ValueError as error:
         raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+
+
+def _must_draw(pipeline: DiffusionPipeline) -> None:
+    """RequestError for a pipeline whose call takes no prompt, or something beside it that it does not do without."""
+    spelled, takes = stock_prompts(pipeline), signature(pipeline.__call__).parameters
+    needs = [name for name, one in takes.items() if one.default is Parameter.empty and one.kind is not Parameter.VAR_KEYWORD and name != spelled.keyword]
+    if spelled.keyword not in takes or needs or re.search("Img2Img|Inpaint", type(pipeline).__name__):
+        lacks = f"needs {', '.join(needs)}" if needs else "needs a picture" if spelled.keyword in takes else f"takes no {spelled.keyword}"
+        raise RequestError(f"a {type(pipeline).__name__} {lacks}: `sample` and `bench` draw pictures of prompts alone")
+
+
+@contextmanager
+def asking(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """A pipeline that no family describes may want what only its call can say: RequestError with its words."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, RequestError) or type(pipeline).__name__ in FAMILIES:
+            raise
+        raise RequestError(f"a {type(pipeline).__name__} draws nothing of a prompt alone, as `sample` and `bench` ask it to: {gist(error)}") from error
 
 
 def _open_export(folder: Path, called: str) -> Opened:
@@ -83,12 +108,14 @@ def _open_export(folder: Path, called: str) -> Opened:
 
 
 def _pipeline(source: Source) -> DiffusionPipeline:
-    kind = class_at(source)
+    kind = text_to_image(class_at(source))
     if kind in FAMILIES and (reason := family_of(kind).no_pipeline):
         raise RequestError(reason)
     try:
         if source.is_file:
             return load_teacher(source).pipeline()
-        return fresh_pipeline(DiffusionPipeline, source)
+        pipeline = fresh_pipeline(getattr(diffusers, kind) if kind in FAMILIES else DiffusionPipeline, source)
     except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {gist(error)}") from error
+    _must_draw(pipeline)
+    return pipeline

@@ -1,6 +1,8 @@
 """Network families: what differs from one kind of pipeline to another, one file each. What they share is `models.teacher`'s."""
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -36,6 +38,21 @@ Size = tuple[int, int] | None                      # height and width in pixels;
 def family_of(class_name: str) -> Family:
     """The row of a pipeline class, a key of FAMILIES."""
     return import_module(f".{FAMILIES[class_name]}", __package__).FAMILY
+
+
+def text_to_image(class_name: str) -> str:
+    """The class that a pipeline is served as: one that draws over pictures has the components of its kin that draws from texts alone."""
+    kin = re.sub("Img2Img|Inpaint", "", class_name)
+    return kin if kin in FAMILIES else class_name
+
+
+def served(source: object, class_name: str) -> str:
+    """As `text_to_image`. RequestError, with the nearest names first, for a class that no family is for."""
+    if (kin := text_to_image(class_name)) in FAMILIES:
+        return kin
+    near = difflib.get_close_matches(class_name, FAMILIES, n=len(FAMILIES), cutoff=0.0)
+    raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(near)}. "
+                       "docs/add_a_family.md says how to add one")
 
 
 def stock_guidance(pipeline: DiffusionPipeline) -> Guidance:
