@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
+    DDPMPipeline,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
@@ -54,12 +54,11 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused_in_one_message(tmp_
     own = {name: value for name, value in parts["unet"].config.items() if not name.startswith("_")}
     eight = UNet2DConditionModel(**own | {"in_channels": 8})
     StableDiffusionInstructPix2PixPipeline(**parts | {"unet": eight}, requires_safety_checker=False).save_pretrained(tmp_path / "edit")
-    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
-    network = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-                                    num_embeds_ada_norm=8)
-    DiTPipeline(network, vae, DDIMScheduler()).save_pretrained(tmp_path / "classes")
+    network = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D",),
+                          up_block_types=("UpBlock2D",))
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "alone")
     for name, said in (("edit", "InstructPix2PixPipeline draws nothing of a prompt alone, as `sample` and `bench` ask it to: `image` input cannot be"),
-                       ("classes", "DiTPipeline needs class_labels: `sample` and `bench` draw pictures of prompts alone")):
+                       ("alone", "DDPMPipeline takes no prompt: `sample` and `bench` draw pictures of prompts alone")):
         with pytest.raises(RequestError, match=said):
             api.sample(tmp_path / name, "a red ring", steps=2)
 
