@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Loading:
     def check(self) -> None:
         """RequestError for components that are not what their configs say, as far as their files are here."""
         source = self.source
+        if source.clip_skip is not None and "clip_skip" not in signature(self.kind.__call__).parameters:
+            raise RequestError(f"clip_skip is {source.clip_skip}, but a {self.kind.__name__} has none: leave it out")
         if len(self.index) > 1:
             self._check_kinds()
         index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"

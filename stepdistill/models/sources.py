@@ -60,7 +60,8 @@ class Source:
 
     base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of its weights'
     files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id with the configs of a single
-    file. vae, scheduler: folders or Hub ids of components that take the place of the base's. loras: are fused into the weights.
+    file. vae, scheduler: folders or Hub ids of components that take the place of the base's. clip_skip: last layers of its CLIP encoders
+    that every call leaves out. loras: are fused into the weights.
     """
 
     base: str
@@ -70,6 +71,7 @@ class Source:
     config: str | None = None
     vae: str | None = None
     scheduler: str | None = None
+    clip_skip: int | None = None
     loras: tuple[FusedLora, ...] = ()
 
     @classmethod
@@ -132,15 +134,17 @@ def configs_of(source: Source) -> str:
 
 
 def call_of(source: Source | str) -> dict[str, Any]:
-    """The keyword arguments that every call of a local pipeline is given, as its stepdistill.json says; {} without one. RequestError
+    """The keyword arguments that every call of a pipeline is given, as its stepdistill.json and its source say. RequestError
     for those that do not shape conditions or sizes.
 
     The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
     under "teacher_call".
     """
-    path = Path(Source.of(source).place) / SETTINGS
+    source = Source.of(source)
+    path = Path(source.place) / SETTINGS
+    asked = {} if source.clip_skip is None else {"clip_skip": source.clip_skip}
     if not path.is_file():
-        return {}
+        return asked
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         call = dict(said.get("teacher_call", {}) if "method" in said else said["call"])
@@ -151,7 +155,7 @@ def call_of(source: Source | str) -> dict[str, Any]:
         where = _ELSEWHERE.get(wrong[0], "no call of a teacher is given it")
         raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does not shape what its network is told: "
                            f"{where}. What may stand there is {', '.join(SHAPING)}")
-    return call
+    return call | asked
 
 
 def cached_file(source: str, name: str, revision: str | None) -> Path | None:

@@ -93,6 +93,7 @@ class Teacher(Strict):
     config: str | None = None                    # of a single file: a folder or Hub id with the configs of its pipeline
     vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id
     scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id
+    clip_skip: int | None = Field(None, ge=1)    # last layers of its CLIP encoders that are left out, as in a call of its pipeline
 
     @property
     def plain(self) -> str | dict[str, Any]:

@@ -18,10 +18,12 @@ from test_sources import FILE, same, save_lora, stock_fused
 from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.export import load, read_settings
+from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run.data import _identity
 from stepdistill.run.plan import plan
 from stepdistill.run.setup import open_run
+from stepdistill.run.sources import source_of
 from stepdistill.run.targets import open_target, teachers
 
 
@@ -105,14 +107,13 @@ def test_whatever_a_teacher_is_made_of_changes_the_print_of_what_it_makes(work, 
     root, run, _ = work
     recipe = Recipe.load(run / "recipe.yaml").resolved()
 
-    def print_of(**changes) -> str:
-        from stepdistill.models.teacher import load_teacher
-        from stepdistill.run.sources import source_of
+    def print_of(resolution: int | None = None, **changes) -> str:
         source = source_of(Recipe.load(recipe | {"teacher": recipe["teacher"] | changes}))
-        return json.dumps(_identity(load_teacher(source)), sort_keys=True)
+        return json.dumps(_identity(load_teacher(source, resolution=resolution)), sort_keys=True)
 
     other = [{"path": str(root / "style"), "weight": 0.25}, {"path": str(root / "pose" / FILE)}]
-    prints = [print_of(), print_of(loras=other), print_of(loras=[]), print_of(vae=None), print_of(base=str(root / "plain"))]
+    prints = [print_of(), print_of(loras=other), print_of(loras=[]), print_of(vae=None), print_of(base=str(root / "plain")),
+              print_of(resolution=24)]
     assert len(set(prints)) == len(prints) and print_of() == prints[0]
     save_lora(root / "style", encoder=True, seed=9)
     assert print_of() != prints[0]

@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from test_sdxl import save_tiny_xl
 from tiny import save_tiny, save_tiny_sd3, tiny_pipeline
 
 from stepdistill.errors import RequestError
-from stepdistill.models.sources import SHAPING, call_of
+from stepdistill.methods.base import Inference
+from stepdistill.models.sources import SHAPING, Source, call_of
 from stepdistill.models.teacher import load_teacher
 
 
@@ -38,6 +40,15 @@ def test_a_skipped_layer_of_clip_is_skipped_in_training_too(tmp_path, kind):
     (tmp_path / "stepdistill.json").write_text(json.dumps({"call": {"clip_skip": 1}}))
     found = load_teacher(tmp_path).encode(["a red ring"])
     assert torch.equal(found.text, known) and not torch.equal(known, plain)
+    (tmp_path / "stepdistill.json").unlink()
+    asked = load_teacher(Source(str(tmp_path), clip_skip=1))
+    assert torch.equal(asked.encode(["a red ring"]).text, known) and asked.stock_call(Inference(4)).call["clip_skip"] == 1
+
+
+def test_a_pipeline_without_clip_has_nothing_to_skip(tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda self, prompt: None)
+    with pytest.raises(RequestError, match="clip_skip is 1, but a StableDiffusionPipeline has none"):
+        load_teacher(Source(str(save_tiny(tmp_path)), clip_skip=1))
 
 
 def test_a_pipeline_that_cannot_skip_a_layer_says_so(tmp_path):
