@@ -21,15 +21,15 @@ from stepdistill.recipe import catalogue, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "student.lora, critic.lora": schema.Lora, "critic": schema.Critic,
-          "discriminator": schema.Discriminator,
+TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.TeacherLora,
+          "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
           "evaluate": schema.Evaluate}
 WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
-         "tuple": "range", "Any": "value"}
+         "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
 

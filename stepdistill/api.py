@@ -13,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources
@@ -38,7 +39,8 @@ from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
-from .run.targets import must_serve, open_target, teachers
+from .run.sources import base_of
+from .run.targets import asking, must_serve, open_target, teachers
 from .training import Trainer, launched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -146,7 +148,7 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
                  recipe.guidance)
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
-                         guidance=opened.recipe.guidance, base_model=resources.portable(opened.recipe.teacher),
+                         guidance=opened.recipe.guidance, base_model=base_of(opened),
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
     export_student(student, to, out, guidance, dtype)
     return out
@@ -170,14 +172,25 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     must_serve(pipeline.scheduler, call)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
-    with torch.random.fork_rng():
+    with asking(pipeline), torch.random.fork_rng():
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
+    check_pictures(pixels, target)
     drawn = as_pil(pixels)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(out) if len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn
+
+
+def check_pictures(pixels: Tensor, target: str | Path) -> None:
+    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, 3, H, W) in [0, 1]."""
+    if not pixels.isfinite().all():
+        raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has "
+                           "driven away, or an autoencoder that overflows in half precision, draw such")
+    if not pixels.any():
+        Console(stderr=True).print(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a "
+                                   "network that draws NaN may")
 
 
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000,

@@ -114,7 +114,12 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
                                                           "given, float32 of a pipeline.")] = None) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
-    say.print(f"proved and written: {api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)}")
+    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
+    say.print(f"proved and written: {folder}")
+    from .export import read_settings
+    settings = read_settings(folder)
+    if to == "pipeline" and settings["dropped"]:
+        say.print(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
 
 
 @app.command()

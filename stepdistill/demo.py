@@ -29,14 +29,15 @@ def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
     """Everything lands in `out`, which is a run folder. samples: pictures a row, those of the shipped figures unless
     given."""
     api = working()
+    from .run.sources import source_of
     begun = time.perf_counter()
     say.print(f"training {recipe.name}: {recipe.train.updates} updates of {recipe.method}")
     run = api.train(recipe, out=out)
     folder = api.export(run, "lora")
     say.print(f"exported and proved: {folder}")
     student = api.open_target(folder, "student")
-    teacher = api.open_target(recipe.teacher, "teacher").target
-    results = measure(student.target, teacher, student.guidance, run, samples, resources.locate(recipe.teacher))
+    teacher = api.open_target(source_of(recipe), "teacher").target
+    results = measure(student.target, teacher, student.guidance, run, samples, resources.locate(recipe.teacher.base))
     pictures(student.target, teacher, student.guidance, run / "samples.png")
     api.export(run, "lora")                     # once more: the model card now holds the table
     _conclude(results, run, folder, time.perf_counter() - begun)

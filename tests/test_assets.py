@@ -20,7 +20,8 @@ from stepdistill.evaluation.features import load_features
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation
 from stepdistill.export import open_export
-from stepdistill.models.teacher import call_of, load_teacher
+from stepdistill.models.sources import call_of
+from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -64,7 +65,7 @@ def test_four_students_ship_and_each_has_its_recipe():
     for student, recipe in resources.STUDENTS.items():
         settings = json.loads((ASSETS / "students" / student / "stepdistill.json").read_text())
         chosen = Recipe.load(recipe)
-        assert (settings["method"], settings["steps"], settings["teacher"]) == (chosen.method, chosen.steps, chosen.teacher)
+        assert (settings["method"], settings["steps"], settings["teacher"]) == (chosen.method, chosen.steps, chosen.teacher.base)
 
 
 @pytest.mark.parametrize("folder", ["shapes-sd", "shapes-sd3", *(f"students/{name}" for name in STUDENTS)])

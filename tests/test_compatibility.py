@@ -54,7 +54,7 @@ def test_recipes_load(path):
     written: dict[str, Any] = YAML(typ="safe").load(path.read_text())
     recipe, stages = Recipe.load(path), written.get("stages") or [{}]
     first = recipe.stages[0]
-    assert first.method == stages[0].get("method", written["method"]) and first.teacher == written["teacher"]
+    assert first.method == stages[0].get("method", written["method"]) and first.teacher.base == written["teacher"]
     assert recipe.train.updates == written["train"]["updates"] and recipe.train.lr == written["train"]["lr"]
     assert recipe.data.batch == written["data"]["batch"]
     assert len(recipe.stages) >= len(stages)

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..models.adapters import PEFT_WEIGHTS
+from ..models.sources import Source
+from .folder import base_of
 
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
@@ -22,7 +25,9 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
     if settings["format"] == "comfyui":
         parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at "
                      f"strength 1, {settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
-                     f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}.")
+                     f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}."
+                     + "".join(f" Before it, `{lora['path']}` at strength {lora['weight']:g}."
+                               for lora in settings.get("teacher_loras", [])))
     if results is not None:
         parts.append(_table(results))
     return "\n\n".join(parts) + "\n"
@@ -31,18 +36,18 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
 def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
     call = "".join(f", {key}={value!r}" for key, value in settings["call"].items())
-    revision = "" if settings["revision"] is None else f", revision={_quoted(settings['revision'])}"
     without = "".join(f", {name}=None" for name in settings["without"])
-    names = settings["pipeline"] if settings["format"] == "pipeline" else f"{settings['pipeline']}, {settings['scheduler']}"
+    base, whole = base_of(settings), settings["format"] == "pipeline"
+    names = [settings["pipeline"]] if whole else [settings["pipeline"], settings["scheduler"]]
+    names = ["AutoencoderKL"] * (base.vae is not None and not whole) + names
     by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
-    lines = ["import torch", f"from diffusers import {names}", *by_peft, "",
+    lines = ["import torch", f"from diffusers import {', '.join(names)}", *by_peft, "",
              f"folder = {_quoted(folder)}          # where this card lies"]
-    if settings["format"] == "pipeline":
+    if whole:
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
-        loader = "from_single_file" if settings["teacher"].endswith(".safetensors") else "from_pretrained"
-        lines += [f"pipe = {settings['pipeline']}.{loader}({_quoted(settings['teacher'])}{revision}{without}).to(torch.float32)",
+        lines += [*_base(base, settings["pipeline"], without),
                   *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
@@ -50,6 +55,25 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     lines += [f"image = pipe({asked}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
               'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def _base(base: Source, pipeline: str, without: str) -> list[str]:
+    """The stock pipeline that a LoRA is for, with all that its teacher had."""
+    given = {name: value for name in ("revision", "variant", "config") if (value := vars(base)[name]) is not None}
+    options = "".join(f", {name}={_quoted(value)}" for name, value in given.items())
+    lines = []
+    if base.vae is not None:
+        inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
+        lines, options = [f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner})"], f"{options}, vae=vae"
+    loader = "from_single_file" if base.is_file else "from_pretrained"
+    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}{options}{without}).to(torch.float32)"]
+    for lora in base.loras:
+        place, file = lora.find()
+        weights = "" if file is None else f", weight_name={_quoted(file)}"
+        lines += [f"pipe.load_lora_weights({_quoted(place)}{weights})",
+                  f"pipe.fuse_lora(lora_scale={lora.weight:g})         # the student was trained on these weights",
+                  "pipe.unload_lora_weights()"]
+    return lines
 
 
 def _quoted(text: str) -> str:
@@ -66,7 +90,8 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
 
 def _what(settings: Mapping[str, Any]) -> str:
     form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
-    return (f"{form} that makes `{settings['teacher']}` sample in {settings['steps']} "
+    loras = "".join(f" with the LoRA `{lora['path']}` at {lora['weight']:g}" for lora in settings.get("teacher_loras", []))
+    return (f"{form} that makes `{settings['teacher']}`{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "
             f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`.")
 
@@ -77,10 +102,9 @@ def _facts(settings: Mapping[str, Any]) -> str:
     proof = settings["proof"]
     return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
             f"{arguments}\n"
-            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}"
+            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_dropped(settings)}"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on "
-            "[0, 1] "
-            f"pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
+            f"[0, 1] pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
             f"{_rounding(settings)}")
 
 
@@ -94,6 +118,15 @@ def _rounding(settings: Mapping[str, Any]) -> str:
 
 def _steps(settings: Mapping[str, Any]) -> str:
     return f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n" if settings["fixed_steps"] else ""
+
+
+def _dropped(settings: Mapping[str, Any]) -> str:
+    """Of a pipeline that leaves whole. A LoRA is loaded into the base, which has all of its own."""
+    if settings["format"] != "pipeline" or not settings["dropped"]:
+        return ""
+    names = ", ".join(f"`{name}`" for name in settings["dropped"])
+    return (f"- not in this folder: {names} of `{settings['teacher']}`; who wants it loads it from there and hands it to "
+            "`from_pretrained`\n")
 
 
 def _guidance(settings: Mapping[str, Any]) -> str:

@@ -2,11 +2,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,10 @@ from diffusers import DiffusionPipeline
 
 from ..errors import RequestError, first_lines
 from ..models.adapters import load_adapter, take_off
-from ..models.teacher import SETTINGS, absent_parts
+from ..models.fused import complaints, traces_of
+from ..models.loading import read_pipeline
+from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, index_at
+from ..models.weights import settled
 from .formats import component, loads_loras
 
 
@@ -58,6 +58,7 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
     student does not fit.
     """
     settings = read_settings(folder)
+    _check_fused(pipe, folder, settings)
     if settings["format"] == "pipeline":
         _replace_denoiser(pipe, folder, settings)
     else:
@@ -66,18 +67,26 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
     return dict(settings["call"])
 
 
-def open_export(folder: str | Path, teacher: str | Path | None = None,
+def base_of(settings: dict[str, Any]) -> Source:
+    """The teacher of an export, with the LoRAs that were fused into it. settings: its stepdistill.json; exports of earlier versions name
+    the base and its revision alone."""
+    loras = tuple(FusedLora(row["path"], row["weight"]) for row in settings.get("teacher_loras", []))
+    return Source(settings["teacher"], settings["revision"], loras=loras, **settings.get("teacher_parts", {}))
+
+
+def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
                 fused: bool = True) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
 
-    teacher: where the base pipeline lies now, if not where the folder says. fused: a LoRA is added to the weights, so
-    that a call costs what one of the base does; otherwise it lies beside them.
+    teacher: where the base pipeline lies now, if not where the folder says; a Source: all of it. fused: a LoRA is added
+    to the weights, so that a call costs what one of the base does; otherwise it lies beside them.
     """
     settings = read_settings(folder)
     cls = getattr(diffusers, settings["pipeline"])
     if settings["format"] == "pipeline":
-        return fresh_pipeline(cls, str(folder), None), dict(settings["call"])
-    pipe = fresh_pipeline(cls, str(teacher or settings["teacher"]), settings["revision"])
+        return fresh_pipeline(cls, Source(str(folder))), dict(settings["call"])
+    base = base_of(settings)
+    pipe = fresh_pipeline(cls, teacher if isinstance(teacher, Source) else replace(base, base=str(teacher or base.base)))
     call = load(pipe, folder)
     if fused:
         fuse(pipe)
@@ -93,17 +102,12 @@ def fuse(pipe: DiffusionPipeline) -> None:
     pipe.unload_lora_weights()
 
 
-def fresh_pipeline(cls: type[DiffusionPipeline], source: str, revision: str | None) -> DiffusionPipeline:
-    """The stock pipeline in a folder, at a Hub id or in one .safetensors file; float32, silent."""
-    try:
-        if source.endswith(".safetensors"):
-            pipe = cls.from_single_file(source, dtype=torch.float32)
-        else:
-            pipe = cls.from_pretrained(source, revision=revision, dtype=torch.float32, **absent_parts(source, revision))
-    except OSError as error:
-        raise RequestError(f"the base pipeline {source} cannot be loaded: {first_lines(error)}") from error
+def fresh_pipeline(cls: type[DiffusionPipeline], source: Source) -> DiffusionPipeline:
+    """The stock pipeline of a source; float32, silent. RequestError where it cannot be read."""
+    index = index_at(source)
+    pipe, _ = read_pipeline(cls, settled(source, index), torch.float32, {} if source.is_file else absent_parts(index))
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)                     # earlier diffusers do not know `dtype`
+    return pipe
 
 
 def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
@@ -111,25 +115,15 @@ def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 
 
-@contextmanager
-def complaints() -> Iterator[list[str]]:
-    """Collects, instead of printing them, the warnings of diffusers and peft: about missing and unexpected keys they
-    raise nothing. Those of diffusers also where it is kept silent, as the commands keep it."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())      # type: ignore[method-assign]
-    logger = logging.getLogger("diffusers")
-    before, level = logger.handlers, logger.level
-    logger.handlers = [handler]
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield messages
-    finally:
-        logger.handlers = before
-        logger.setLevel(level)
-        messages += [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
+def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:
+    """RequestError where `pipe` is not the base with the LoRAs that the student was trained on, as far as the folder lends none of it."""
+    own = component(pipe) if settings["format"] == "pipeline" else None
+    for trace in traces_of(settings.get("teacher_traces", [])):
+        if trace.component != own and not trace.shows(pipe):
+            lora = settings["teacher_loras"][trace.lora]
+            raise RequestError(f"the student in {folder} was trained on {settings['teacher']} with the LoRA {lora['path']} fused into it, and "
+                               f"{trace.weight} of the {trace.component} of this {type(pipe).__name__} is without it: first call "
+                               f"pipe.load_lora_weights, pipe.fuse_lora(lora_scale={lora['weight']:g}) and pipe.unload_lora_weights, as its card shows")
 
 
 def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any], adapter_name: str) -> None:

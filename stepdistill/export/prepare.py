@@ -62,8 +62,8 @@ def _pipeline(student: Student, call: Mapping[str, Any], guidance: float | None,
     unrounded = reference(student, student.scheduler, call, guidance)
     whole = replace(student, lora=None, role=Denoiser(student.teacher, network, reads=reads), reads=reads)
     within(reference(whole, student.scheduler, call, guidance), unrounded, "the pipeline before it is rounded")
-    # one of its own: its codec is rounded too
-    teacher = load_teacher(student.teacher.source, student.teacher.revision, scale=student.teacher.scale or 1.0)
+    own = student.teacher                               # and one of its own is loaded: its codec is rounded too
+    teacher = load_teacher(own.source, scale=own.scale or 1.0, resolution=own.resolution)
     pipe = teacher.pipeline(network, student.scheduler)
     round_pipeline_(pipe, dtype)
     return PreparedExport(replace(whole, teacher=teacher, role=Denoiser(teacher, network, reads=reads)),

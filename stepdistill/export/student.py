@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from ..models.roles import Roles
+    from ..models.sources import Source
     from ..models.teacher import Teacher
 
 
@@ -104,7 +105,7 @@ class Student:
     method: str
     run: str
     guidance: float | tuple[float, float] | None = None
-    base_model: str | None = None
+    base_model: Source | None = None
     results: Mapping[str, Any] | None = None
     prompts: tuple[str, ...] = ("",)
 

@@ -14,6 +14,8 @@ from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from ..errors import RequestError
+from ..models.fused import Trace
+from ..models.sources import Source
 from ..models.stock import as_pil
 from .card import card
 from .dtypes import DTYPES, chosen
@@ -69,19 +71,26 @@ def _call(student: Student, to: str, guidance: float | None) -> tuple[dict[str, 
 def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], scale: float | None,
               weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
-    sampler = student.sampler(call)
+    sampler, base = student.sampler(call), student.base_model or student.teacher.source
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
-            "teacher": student.base_model or student.teacher.source,
-            "revision": student.teacher.revision, "role": student.role_name, "run": student.run,
+            "teacher": base.base, "revision": base.revision, **_beside(base, student.teacher.traces),
+            "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
             "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
-            "without": list(student.teacher.without), "global_noise": sampler.stochastic
-            and not student.teacher.family.seeded_steps,
+            "without": list(student.teacher.without), "dropped": list(student.teacher.dropped),
+            "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
             "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
+
+
+def _beside(base: Source, traces: tuple[Trace, ...]) -> dict[str, Any]:
+    """What of the teacher is not its base's: only where there is such."""
+    parts = {name: value for name, value in vars(base).items() if value is not None and name not in ("base", "revision", "loras")}
+    loras = {"teacher_loras": [vars(lora) for lora in base.loras], "teacher_traces": [vars(trace) for trace in traces]}
+    return ({"teacher_parts": parts} if parts else {}) | (loras if base.loras else {})
 
 
 def _picture(proof: Proof) -> Any:

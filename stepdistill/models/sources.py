@@ -1,24 +1,171 @@
-"""Where a teacher lies, and which class of pipeline it is: a folder, one .safetensors file, or a Hub id. No weights are
-read."""
+"""Where a teacher lies, and what it is: a folder, one .safetensors file, or a Hub id. No weights are read."""
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file as hub_file
 
 from ..errors import RequestError, first_lines
 
+SETTINGS = "stepdistill.json"                      # beside model_index.json
+LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
+SHAPING = (                                        # keyword arguments of a call that a teacher may set for all its calls
+    "max_sequence_length", "height", "width", "num_frames", "clip_skip", "complex_human_instruction", "use_resolution_binning",
+    "text_encoder_out_layers", "clean_caption", "system_prompt", "frame_rate")
+_ELSEWHERE = {                                     # others -> where they belong
+    "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it", "num_inference_steps": "the recipe's steps "
+    "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's steps say them",
+    "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it", "negative_prompt": "students are taught without one"}
+Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
-def class_at(source: str, revision: str | None = None) -> str:
+
+@dataclass(frozen=True)
+class FusedLora:
+    """A LoRA that is added to the weights of a teacher, `weight` times. path: a .safetensors file, a folder, or a Hub id, which the
+    file's name may follow."""
+
+    path: str
+    weight: float = 1.0
+
+    def find(self) -> tuple[str, str | None]:
+        """(folder or Hub id, the file's name in it; None where the Hub is to choose). RequestError where a folder leaves it open."""
+        path = Path(self.path)
+        if path.is_file():
+            return str(path.parent), path.name
+        if not path.is_dir():
+            owner, *rest = self.path.split("/")
+            if not 1 <= len(rest) <= 2 or not re.fullmatch(r"[\w-][\w.-]*", owner) or self.path.endswith(".safetensors") and len(rest) < 2:
+                raise RequestError(f"there is no LoRA {self.path}: it should be a .safetensors file, a folder, or a Hub id such as owner/name "
+                                   "or owner/name/file.safetensors")
+            return "/".join((owner, rest[0])), rest[1] if len(rest) == 2 else None
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        if LORA_FILE not in files and len(files) != 1:
+            raise RequestError(f"the folder {path} should hold a {LORA_FILE} or one .safetensors file; found {', '.join(files) or 'none'}: "
+                               "name the file")
+        return str(path), LORA_FILE if LORA_FILE in files else files[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher as it is asked for: all that says which weights and configs are loaded.
+
+    base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of its weights'
+    files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id with the configs of a single
+    file. vae, scheduler: folders or Hub ids of components that take the place of the base's. clip_skip: last layers of its CLIP encoders
+    that every call leaves out. loras: are fused into the weights.
+    """
+
+    base: str
+    revision: str | None = None
+    variant: str | None = None
+    subfolder: str | None = None
+    config: str | None = None
+    vae: str | None = None
+    scheduler: str | None = None
+    clip_skip: int | None = None
+    loras: tuple[FusedLora, ...] = ()
+
+    @classmethod
+    def of(cls, source: str | Path | Source) -> Source:
+        return source if isinstance(source, Source) else cls(str(source))
+
+    @property
+    def place(self) -> str:
+        """The folder, file or Hub id that is read."""
+        return self.base if self.subfolder is None else str(Path(self.base) / self.subfolder)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file of weights."""
+        return self.place.endswith(".safetensors")
+
+    def __str__(self) -> str:
+        return self.place
+
+
+def index_at(source: Source) -> Index:
+    """What a pipeline is made of. RequestError for what is no pipeline. Of a single file without the configs of its pipeline at
+    hand, the class alone."""
+    index = _index_at(source)
+    if not isinstance(index["_class_name"], str):
+        raise RequestError(f"{source} is of the class {' of '.join(map(str, reversed(index['_class_name'])))}, which is code beside the pipeline and is never run: supported "
+                           "are classes of diffusers")
+    return index
+
+
+def _index_at(source: Source) -> Index:
+    path = Path(source.place)
+    if source.subfolder is not None and not Path(source.base).is_dir():
+        raise RequestError(f"subfolder is {source.subfolder}, but {source.base} is no folder here: from_pretrained finds no pipeline in a "
+                           "part of a Hub repository; download it and name the folder")
+    if path.is_file():
+        return _index_of_file(source)
+    if source.config is not None:
+        raise RequestError(f"config is {source.config}, which holds the configs of a single .safetensors file, but {source} is none")
+    return _index_of_folder(path) if path.is_dir() else _index_on_hub(source.place, source.revision)
+
+
+def class_at(source: Source) -> str:
     """The class of a pipeline. RequestError for what is none."""
-    path = Path(source)
-    return _class_of_file(path) if path.is_file() else _class_of_folder(path) if path.is_dir() else _class_on_hub(source, revision)
+    return index_at(source)["_class_name"]
 
 
-def _class_of_folder(folder: Path) -> str:
+def absent_parts(index: Index) -> dict[str, None]:
+    """The parts that a pipeline lists as null, for from_pretrained: it wants to be told them again where its class does not know
+    them as optional."""
+    return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
+
+
+def configs_of(source: Source) -> str:
+    """Where the configs of a pipeline lie: itself, or of a single file what `config` names, else the Hub repository that diffusers
+    takes for such a file."""
+    if not source.is_file:
+        return source.place
+    return source.config or _published(Path(source.place))
+
+
+def call_of(source: Source | str) -> dict[str, Any]:
+    """The keyword arguments that every call of a pipeline is given, as its stepdistill.json and its source say. RequestError
+    for those that do not shape conditions or sizes.
+
+    The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
+    under "teacher_call".
+    """
+    source = Source.of(source)
+    path = Path(source.place) / SETTINGS
+    asked = {} if source.clip_skip is None else {"clip_skip": source.clip_skip}
+    if not path.is_file():
+        return asked
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        call = dict(settings.get("teacher_call", {}) if "method" in settings else settings["call"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
+                           f"({type(error).__name__}: {error})") from error
+    if wrong := [name for name in call if name not in SHAPING]:
+        where = _ELSEWHERE.get(wrong[0], "no call of a teacher is given it")
+        raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does not shape what its network is told: "
+                           f"{where}. What may stand there is {', '.join(SHAPING)}")
+    return call | asked
+
+
+def cached_file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a Hub repository as the cache holds it; None where it is not there. Asks nothing of the network."""
+    found = hub_file(source, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+                     _raise_exceptions_for_connection_errors=False)
+    return None if found is None else Path(found)
+
+
+def _index_of_folder(folder: Path) -> Index:
     index = folder / "model_index.json"
     if not index.is_file():
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
@@ -26,17 +173,29 @@ def _class_of_folder(folder: Path) -> str:
                            "A teacher is a folder that `pipeline.save_pretrained` wrote")
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
-        class_name = parts["_class_name"]
+        parts["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher "
                            "anew") from error
     missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
-               and name != "safety_checker" and not (folder / name).is_dir()]
+               and name not in ("safety_checker", "_class_name") and not (folder / name).is_dir()]
     if missing:
         raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is "
                            "no such "
                            "folder beside it; save or download the teacher anew")
-    return class_name
+    return parts
+
+
+def _index_of_file(source: Source) -> Index:
+    """With `config`, that of its configs, whose class is that of the file."""
+    class_name = _class_of_file(Path(source.place))
+    if source.config is None:
+        return {"_class_name": class_name}
+    index = _index_of_folder(Path(source.config)) if Path(source.config).is_dir() else _index_on_hub(source.config, None)
+    if index["_class_name"] != class_name:
+        raise RequestError(f"config is {source.config}, which holds the configs of a {index['_class_name']}, but the file {source} is a "
+                           f"{class_name}")
+    return index
 
 
 def _class_of_file(file: Path) -> str:
@@ -55,13 +214,20 @@ def _class_of_file(file: Path) -> str:
     return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
 
 
-def _class_on_hub(source: str, revision: str | None) -> str:
+def _published(file: Path) -> str:
+    """The Hub repository whose configs diffusers takes for a checkpoint in one file."""
+    with safe_open(file, framework="pt") as tensors:
+        shapes = {key: torch.empty(tensors.get_slice(key).get_shape(), device="meta") for key in tensors.keys()}
+    return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+
+
+def _index_on_hub(source: str, revision: str | None) -> Index:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or Path(source).parent.is_dir():
         raise RequestError(f"there is no folder or file {source} (looked in {Path.cwd()}): a teacher is a pipeline "
                            "folder, "
                            "a Hub id such as owner/name, or one .safetensors file")
     try:
-        return DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
+        return DiffusionPipeline.load_config(source, revision=revision)
     except (OSError, ValueError) as error:
         reason = first_lines(error)
         raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error

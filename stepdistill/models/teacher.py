@@ -1,18 +1,14 @@
 """A teacher: what all families share. Loading, null conditions, a network of its own for a role, a stock pipeline again."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
-from transformers.utils import cached_file as hub_file
 
 from ..diffusion.contracts import Condition
 from ..diffusion.guidance import with_scale
@@ -20,36 +16,40 @@ from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, moved
 from ..diffusion.times import LEVELS
-from ..errors import RequestError, first_lines
+from ..errors import RequestError
 from ..methods.base import Inference
 from .adapters import matching
 from .extra_embedding import added, fold, install, reading
-from .families import FAMILIES, Family, Size, family_of
+from .families import Family, Size, family_of, served
+from .fused import Trace
+from .loading import Loading, settings_of
 from .schedulers import StockCall, sampler_of, stock_call
-from .sources import check_safetensors, class_at
+from .sources import Source, call_of, class_at, index_at
 from .stock import defaults, unknown
+from .weights import check_files, settled
 
-SETTINGS = "stepdistill.json"                      # beside model_index.json
 LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
 
 
 class Teacher:
     """A loaded pipeline under the conventions of its family. The network is frozen and in evaluation mode.
 
-    family: what differs for its kind. source, revision: where it was loaded from: folder, file or Hub id. call: the keyword
-    arguments that every call of its stock pipeline is given. parts: its components and settings by name; scheduler: its own. network: the one
-    that is distilled. schedule, kind: its noise, and what it predicts. without: the components that from_pretrained of its class
-    must be told to do without. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
+    family: what differs for its kind. source: what it was loaded from. traces: where the LoRAs that were fused show. call: the
+    keyword arguments that every call of its stock pipeline is given. parts: its components and settings by name; scheduler: its
+    own. network: the one that is distilled. schedule, kind: its noise, and what it predicts. without: the components that
+    from_pretrained of its class must be told to do without; dropped: those that it has and this loads without, such as a safety
+    checker. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
     speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
     read: the stock pipeline again, with these components; None where there is none.
     """
 
-    def __init__(self, family: Family, parts: Mapping[str, Any], source: str, revision: str | None = None, *,
-                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (),
-                 cls: type[DiffusionPipeline] | None = None,
+    def __init__(self, family: Family, parts: Mapping[str, Any], source: Source, *, scale: float = 1.0,
+                 resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None,
+                 without: tuple[str, ...] = (), dropped: tuple[str, ...] = (), traces: tuple[Trace, ...] = (), cls: type[DiffusionPipeline] | None = None,
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
-        self.family, self.parts, self.source, self.revision, self.without = family, dict(parts), source, revision, without
+        self.family, self.parts, self.source, self.traces = family, dict(parts), source, traces
+        self.without, self.dropped = without, dropped
         self.loaded, self._read, self.cls = loaded, read, cls
         self.resolution, self.call = every_call(family, parts, source, resolution)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
@@ -232,7 +232,7 @@ def numbers(reads: Sequence[str], sampler: Sampler, w: float | None) -> dict[str
     return {name: known[name] for name in reads}
 
 
-def _check(family: Family, parts: Mapping[str, Any], source: str) -> None:
+def _check(family: Family, parts: Mapping[str, Any], source: Source) -> None:
     """RequestError for pipelines of a supported class whose parts their family does not translate."""
     reasons = [reason for reason, holds in family.refusals(parts).items() if holds]
     if not reasons:
@@ -261,43 +261,55 @@ def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) ->
 
 # Loading ---------------------------------------------------------------------------------------------------------------
 
-def load_teacher(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str | None = None, scale: float = 1.0,
-                 resolution: int | tuple[int, int] | None = None) -> Teacher:
-    """Loads a diffusers pipeline: a folder, a Hub id (revision: branch, tag or commit), or one .safetensors file.
+def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None) -> Teacher:
+    """Loads a diffusers pipeline as a Source says; a folder, a Hub id or one .safetensors file stands for a Source of it alone.
 
     dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU unless given;
     on "meta" every network is built from its config, no weights are read, and conditions are shapes. scale: the guidance scale of a
     network that reads one by itself. resolution: of its pictures in pixels, a side or height and width; its own unless given.
-    RequestError, before any
-    weights are read, for what is missing, damaged or of an unsupported class.
+    RequestError, before any weights are read, for what is missing, damaged or of an unsupported class.
     """
-    source, meta = str(source), device is not None and torch.device(device).type == "meta"
+    source, meta = Source.of(source), device is not None and torch.device(device).type == "meta"
     if dtype not in (torch.float32, torch.bfloat16):
         raise RequestError(f"a teacher is loaded in float32 or bfloat16, not in {dtype}: codecs overflow in float16")
-    class_name = class_at(source, revision)
-    family = _known(source, class_name)
-    if not meta and Path(source).is_dir():
-        for file in sorted(Path(source).rglob("*.safetensors")):
-            check_safetensors(file)
+    index = index_at(source)
+    family = family_of(served(source, index["_class_name"]))
+    source = settled(source, index)
+    check_files(source)
+    options = {"scale": scale, "resolution": resolution}
     if family.open is not None:
-        teacher = Teacher(family, family.open(source, dtype), source, scale=scale, resolution=resolution)
-    elif meta:
-        teacher = Teacher(family, _without_weights(source, revision, family, class_name, dtype), source, revision, scale=scale, resolution=resolution,
-                          cls=getattr(diffusers, class_name))
+        teacher = Teacher(family, family.open(source.place, dtype), source, **options)
     else:
-        absent = absent_parts(source, revision) if family.optional else {}
-        without = tuple(name for name in family.optional if name in absent)
-        arguments = {"dtype": dtype, **family.arguments(class_name), **dict.fromkeys(without)}
-        read = lambda parts: _read(source, class_name, revision, arguments | parts)
-        loaded = read({})
-        parts = loaded.components | _settings(loaded.config)
-        teacher = Teacher(family, parts, source, revision, scale=scale, resolution=resolution, loaded=loaded,
-                          without=without, read=read, cls=type(loaded))
-    return teacher if device is None else teacher.to(device)
+        loading = Loading(source, index, family, dtype)
+        loading.check()
+        teacher = Teacher(family, loading.parts_on_meta(), source, cls=loading.kind, **options) if meta else _with_weights(loading, options)
+    teacher = teacher if device is None else teacher.to(device)
+    if not meta:
+        _check_prompts(teacher)
+    return teacher
 
 
-def every_call(family: Family, parts: Mapping[str, Any], source: str,
+def _with_weights(loading: Loading, options: Mapping[str, Any]) -> Teacher:
+    loaded, traces = loading.pipeline({})
+    if not Path(loading.source.place).exists():
+        loading.check()                                # what the Hub has supplied a moment ago
+    return Teacher(loading.family, loaded.components | settings_of(loaded.config), loading.source, loaded=loaded,
+                   without=loading.without, dropped=loading.dropped, traces=traces, cls=loading.kind,
+                   read=lambda parts: loading.pipeline(parts)[0], **options)
+
+
+def _check_prompts(teacher: Teacher) -> None:
+    """RequestError where the order of a prompt's words makes no difference: its tokenizer or its text encoder reads nothing."""
+    if "text" not in teacher.family.condition_shapes(teacher.parts, teacher.asked):
+        return
+    found = teacher.encode(["a red blue", "a blue red"])
+    if all(torch.equal(value[0], value[1]) for _, value in found._tensors()):
+        raise RequestError(f"the teacher {teacher.source} encodes two different prompts alike: its tokenizer knows none of their words, or its text "
+                           "encoder reads none of their tokens. Save or download the teacher anew")
+
+
+def every_call(family: Family, parts: Mapping[str, Any], source: Source,
                resolution: int | tuple[int, int] | None = None) -> tuple[Size, dict[str, Any]]:
     """(height and width of a pipeline's pictures, None for its network's own; the keyword arguments that every call of it is given)."""
     call = call_of(source)
@@ -307,89 +319,7 @@ def every_call(family: Family, parts: Mapping[str, Any], source: str,
     return size, {**call, **family.call(parts, size)}
 
 
-def family_at(source: str, revision: str | None = None) -> Family:
+def family_at(source: str | Path | Source) -> Family:
     """The family of a pipeline, by what its folder, file or Hub index says. RequestError for what is no pipeline of a known one."""
-    return _known(source, class_at(source, revision))
-
-
-def _known(source: str, class_name: str) -> Family:
-    if class_name not in FAMILIES:
-        raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(FAMILIES)}")
-    return family_of(class_name)
-
-
-def call_of(source: str) -> dict[str, Any]:
-    """The keyword arguments that every call of a local pipeline is given, as its stepdistill.json says; {} without one.
-
-    The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
-    under "teacher_call".
-    """
-    path = Path(source) / SETTINGS
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return dict(settings.get("teacher_call", {}) if "method" in settings else settings["call"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
-                           f"({type(error).__name__}: {error})") from error
-
-
-def cached_file(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a Hub repository as the cache holds it; None where it is not there. Asks nothing of the network."""
-    found = hub_file(source, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False,
-                     _raise_exceptions_for_connection_errors=False)
-    return None if found is None else Path(found)
-
-
-def absent_parts(source: str, revision: str | None = None) -> dict[str, None]:
-    """The parts that a pipeline folder or Hub id lists as null, for from_pretrained: it wants to be told them again where
-    its class does not know them as optional."""
-    index = DiffusionPipeline.load_config(source, revision=revision)
-    return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
-
-
-def _settings(index: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a pipeline's index that are no components, such as is_distilled."""
-    return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, (list, tuple))}
-
-
-def _read(source: str, class_name: str, revision: str | None, parts: Mapping[str, Any]) -> DiffusionPipeline:
-    cls = getattr(diffusers, class_name)
-    try:
-        single = source.endswith(".safetensors")
-        pipeline = cls.from_single_file(source, **parts) if single else cls.from_pretrained(source, revision=revision, **parts)
-        pipeline.register_to_config(**family_of(class_name).index(pipeline))
-        return pipeline.to(parts["dtype"])            # earlier diffusers do not know `dtype`
-    except OSError as error:
-        raise RequestError(f"the teacher {source} cannot be loaded: {first_lines(error)}") from error
-
-
-def _without_weights(source: str, revision: str | None, family: Family, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The components of a pipeline on the meta device, made from their configs, its scheduler and settings; no tokenizers."""
-    if source.endswith(".safetensors"):
-        raise RequestError(f"{source} is one file of weights, which holds no configs, so it cannot be opened without reading it: give the "
-                           "pipeline as a folder or a Hub id")
-    index = DiffusionPipeline.load_config(source, revision=revision)
-    if "scheduler" not in index:
-        raise RequestError(f"{source} is no whole pipeline: its model_index.json names no scheduler")
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler", revision=revision)
-    dropped = {"scheduler", *family.arguments(class_name)}
-    listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
-    networks = {name: _network(source, revision, name, *made_by) for name, made_by in listed.items()}
-    return _settings(index) | {"scheduler": scheduler} | {name: network.to(dtype) for name, network in networks.items() if network is not None}
-
-
-def _network(source: str, revision: str | None, name: str, library: str, kind: str) -> nn.Module | None:
-    """None for what is no network, such as a tokenizer."""
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    made_by = getattr(libraries[library], kind) if library in libraries else None
-    if not isinstance(made_by, type) or not issubclass(made_by, nn.Module):
-        return None
-    try:
-        with torch.device("meta"):
-            if library == "diffusers":
-                return made_by.from_config(made_by.load_config(source, subfolder=name, revision=revision))
-            return made_by(made_by.config_class.from_pretrained(source, subfolder=name, revision=revision))
-    except OSError as error:
-        raise RequestError(f"the config of {name} in the teacher {source} cannot be read: {first_lines(error)}") from error
+    source = Source.of(source)
+    return family_of(served(source, class_at(source)))

@@ -12,7 +12,8 @@ from .. import resources
 from ..diffusion.guidance import guided
 from ..methods.base import Follows, Frozen
 from ..models.roles import Roles, build_roles
-from ..models.teacher import Teacher, absent_parts, load_teacher
+from ..models.sources import absent_parts, index_at
+from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
 from ..run.data import dataset
@@ -27,7 +28,7 @@ def teachers(method: str) -> list[str]:
     """Of its shipped recipes, the pipelines that ship too."""
     names = [name for name, path in builtin().items()
              if name.startswith("shapes") and path.stem.split("-")[0] == method]
-    return sorted({Recipe.load(name).teacher for name in names})
+    return sorted({Recipe.load(name).teacher.base for name in names})
 
 
 def encoded(pipeline: DiffusionPipeline, teacher: Teacher) -> list[Tensor]:
@@ -50,7 +51,7 @@ def stock_output(pipeline: DiffusionPipeline, x: Tensor, t: float, text: Tensor,
 
 @torch.no_grad()
 def conditions(teacher: Teacher, seed: int) -> Iterator[Check]:
-    name = str(teacher.source).rsplit("/", 1)[-1]
+    name = teacher.source.place.rsplit("/", 1)[-1]
     pipeline = stock_of(teacher)
     text, null, *pools = encoded(pipeline, teacher)
     pooled, pooled_null = pools or (None, None)
@@ -122,4 +123,4 @@ def clean(pipeline: DiffusionPipeline, x: Tensor, raw: Tensor) -> Tensor:
 
 
 def stock_of(teacher: Teacher) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(teacher.source, **absent_parts(teacher.source)).to(torch.float32)
+    return DiffusionPipeline.from_pretrained(teacher.source.place, **absent_parts(index_at(teacher.source))).to(torch.float32)

@@ -46,8 +46,9 @@ def recipes(name: str | None = None) -> list[dict[str, str]]:
     rows = []
     for key, path in found.items():
         values = Source.of_file(path).values
+        teacher = values.get("teacher", "")
         rows.append({"name": key, "path": str(path), "method": values.get("method", ""),
-                     "teacher": values.get("teacher", "")})
+                     "teacher": teacher.get("base", "") if isinstance(teacher, dict) else teacher})
     return rows
 
 

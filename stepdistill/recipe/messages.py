@@ -16,6 +16,8 @@ EARLIER_NAMES: dict[EntryPath, str] = {
     ("settings", "critic_asked_at"): "critic_guidance", ("settings", "warm"): "warmup_updates",
     ("settings", "first_shares"): "warmup_shares",
 }
+# Entries that stood elsewhere -> their places now.
+EARLIER_PLACES: dict[EntryPath, EntryPath] = {("revision",): ("teacher", "revision")}
 
 _EXPECTED = {
     "int_type": "should be a whole number", "float_type": "should be a number", "string_type": "should be a text",
@@ -32,9 +34,10 @@ _EXPECTED = {
 
 
 def current(source: Source, overrides: Mapping[str, Any]) -> Source:
-    """The recipe with the names of today, and with these entries put over its own. RequestError where an entry stands in it
-    under both names."""
-    return source.renamed(EARLIER_NAMES).overridden(overrides, EARLIER_NAMES)
+    """The recipe with the names and places of today, and with these entries put over its own. RequestError where an entry
+    stands in it under both."""
+    whole = source.renamed(EARLIER_NAMES).overridden(overrides, EARLIER_NAMES)
+    return whole.moved(EARLIER_PLACES)
 
 
 def complaint(source: Source, path: EntryPath, error: Mapping[str, Any],

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -42,6 +42,11 @@ def _full_or_lora(value: Any) -> Any:
     raise ValueError("should be full, or {lora: {rank: 32}}")
 
 
+def _under(name: str) -> Callable[[Any], Any]:
+    """A plain text stands for a table with this one entry."""
+    return lambda value: {name: value} if isinstance(value, str) else value
+
+
 def _resolution(value: Any) -> int | tuple[int, int]:
     sides = value if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
@@ -70,6 +75,38 @@ def _prompts(value: Any) -> str | tuple[str, ...]:
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TeacherLora(Strict):
+    path: str                                    # a .safetensors file, a folder, or a Hub id with or without the file's name
+    weight: float = 1.0                          # lora_scale of fuse_lora
+
+
+class Teacher(Strict):
+    """A pipeline, and what of it comes from elsewhere. A plain text is its base."""
+
+    base: str                                    # a folder, a Hub id, a single .safetensors file
+    loras: list[Annotated[TeacherLora, BeforeValidator(_under("path"))]] = []    # fused into its weights before anything lies on them
+    revision: str | None = None                  # branch, tag or commit of a Hub id
+    variant: str | None = None                   # of its weights' files, such as fp16; none: the plain ones, else the only one in its folder
+    subfolder: str | None = None                 # of a local base, where the pipeline lies
+    config: str | None = None                    # of a single file: a folder or Hub id with the configs of its pipeline
+    vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id
+    scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id
+    clip_skip: int | None = Field(None, ge=1)    # last layers of its CLIP encoders that are left out, as in a call of its pipeline
+
+    @property
+    def plain(self) -> str | dict[str, Any]:
+        """As a recipe writes it: a text where there is nothing but a base; paths hold from anywhere."""
+        given = {name: value for name, value in self.model_dump().items() if value not in (None, [])}
+        for name in PLACES & given.keys():
+            given[name] = resources.portable(given[name])
+        if self.loras:
+            given["loras"] = [lora | {"path": resources.portable(lora["path"])} for lora in given["loras"]]
+        return given["base"] if given.keys() == {"base"} else given
+
+
+PLACES = {"base", "config", "vae", "scheduler"}  # entries of a teacher that may be a folder or a Hub id
 
 
 class Lora(Strict):
@@ -176,8 +213,7 @@ class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
     method: str                                  # a name of `stepdistill methods`
-    teacher: str                                 # a folder, a Hub id, a single .safetensors file
-    revision: str | None = None                  # branch, tag or commit of a Hub id
+    teacher: Annotated[Teacher, BeforeValidator(_under("base"))]                 # a folder, a Hub id, a file; or a table
     resolution: Annotated[int | tuple[int, int], PlainValidator(_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
     student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
@@ -191,7 +227,7 @@ class Recipe(Strict):
     _source: Source = PrivateAttr()              # of this stage
     _given: Source = PrivateAttr()               # of the whole recipe
     _previous: Recipe | None = PrivateAttr(None)
-    _teacher: str = PrivateAttr("base")
+    _taught_by: str = PrivateAttr("base")
 
     @classmethod
     def load(cls, recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -203,13 +239,13 @@ class Recipe(Strict):
         source = current(source, overrides or {})
         made: Recipe | None = None
         complaints: list[str] = []
-        for teacher, own in staged(source):
+        for taught_by, own in staged(source):
             try:
                 stage = cls.model_validate(own.values)
             except ValidationError as error:
                 complaints += [complaint(own, (*e["loc"],), e, _fields) for e in error.errors()]
                 continue
-            stage._source, stage._given, stage._previous, stage._teacher = own, source, made, teacher
+            stage._source, stage._given, stage._previous, stage._taught_by = own, source, made, taught_by
             made = stage
         if complaints:
             raise RequestError("\n".join(dict.fromkeys(complaints)))
@@ -230,7 +266,7 @@ class Recipe(Strict):
     @property
     def taught_by_previous(self) -> bool:
         """Whether the teacher is the student of the stage before, rather than the pipeline."""
-        return self._teacher == "previous"
+        return self._taught_by == "previous"
 
     @property
     def stages(self) -> tuple[Recipe, ...]:
@@ -278,14 +314,14 @@ class Recipe(Strict):
         plain = self._resolved()
         if self.previous is None:
             return plain
-        return plain | {"stages": [{"teacher": stage._teacher} | _changes(plain, stage._resolved()) for stage in self.stages]}
+        return plain | {"stages": [{"teacher": stage._taught_by} | _changes(plain, stage._resolved()) for stage in self.stages]}
 
     def _resolved(self) -> dict[str, Any]:
         plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
             if plain[role] in ({"lora": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
-        plain["teacher"] = resources.portable(self.teacher)
+        plain["teacher"] = self.teacher.plain
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
         paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
         paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
@@ -305,14 +341,14 @@ class Recipe(Strict):
 
     def pinned(self, revision: str) -> Recipe:
         """The same recipe with the teacher's revision fixed."""
-        return Recipe.load(self.resolved() | {"revision": revision})
+        return Recipe.load(self.resolved(), {"teacher.revision": revision})
 
     def _check(self) -> None:
         """What can be known to fail without loading anything."""
         if self.method not in METHODS:
             raise self.refuse("method", f"is {self.method!r}, which " + unknown(self.method, METHODS, "method"))
         with self.blaming("teacher", "cannot be loaded"):
-            resources.pipeline(self.teacher)
+            resources.pipeline(self.teacher.base)
         given = [name for name in KINDS if getattr(self.data, name) is not None]
         if len(given) != 1:
             raise self.refuse("data", f"should name one source, images, prompts, samples or pairs; found {' and '.join(given) or 'none'}")
@@ -346,8 +382,8 @@ def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 def _fields(path: EntryPath) -> list[str]:
     """The entries that the table at `path` can have."""
     model: type[BaseModel] = Recipe
-    for key in path:
-        annotation = model.model_fields[str(key)].annotation
+    for key in (key for key in path if isinstance(key, str)):
+        annotation = model.model_fields[key].annotation
         model = next(a for a in (annotation, *_arguments(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
     return list(model.model_fields) + ["stages"] * (model is Recipe)
 

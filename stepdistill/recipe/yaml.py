@@ -17,6 +17,7 @@ from ..errors import RequestError
 
 EntryPath = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
 SET = "--set "
+SHORT: dict[EntryPath, str] = {("teacher",): "base"}      # tables that may be written as a text -> the entry that the text is
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class Source:
         values, places = unwrapped(self.values), dict(self.places)
         for path, value in entries:
             node = values
-            for key in path[:-1]:
-                inner = node.get(key)
-                node[key] = node = inner if isinstance(inner, dict) else {}
+            for depth, key in enumerate(path[:-1], start=1):
+                node[key] = node = _table(path[:depth], node.get(key))
             node[path[-1]] = value
             places = {key: written for key, written in places.items() if key[:len(path)] != path}
             places[path] = place(path)
@@ -87,6 +87,23 @@ class Source:
             found[new] = self._renamed(inner, (*path, key), names)
         return found
 
+    def moved(self, entries: Mapping[EntryPath, EntryPath]) -> Source:
+        """With entries of the recipe's own top put where they belong today: {old: new}.
+
+        RequestError where an entry stands at both places.
+        """
+        found = self
+        for old, new in ((old, new) for old, new in entries.items() if old[0] in self.values):
+            value, place = found.values[old[0]], found.where(old)
+            table = found.values.get(new[0])
+            if value is not None and isinstance(table, dict) and table.get(new[1]) not in (None, value):
+                raise RequestError(f"{place}: {old[0]} is {value!r}, and {'.'.join(new)}, where it belongs now, is {table[new[1]]!r}: "
+                                   "leave one of them out")
+            rest = Source(found.name, {key: inner for key, inner in found.values.items() if key != old[0]},
+                          {path: said for path, said in found.places.items() if path != old})
+            found = rest if value is None else rest.changed([(new, value)], {new: place}.__getitem__)
+        return found
+
     def was_set(self, path: EntryPath) -> bool:
         """Whether an entry, or the table that it stands in, was --set."""
         return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
@@ -108,6 +125,13 @@ class Source:
         sets = [".".join(path) + "=" + json.dumps(reduce(lambda table, key: table[key], path, self.values))
                 for path, place in self.places.items() if place.startswith(SET)]
         return " ".join([shlex.quote(self.name), *(f"--set {shlex.quote(text)}" for text in sets)])
+
+
+def _table(path: EntryPath, value: Any) -> dict[str, Any]:
+    """The table that stands at `path`: a text may stand for one, and anything else makes room for it."""
+    if isinstance(value, dict):
+        return value
+    return {SHORT[path]: value} if path in SHORT and isinstance(value, str) else {}
 
 
 def _renamed(path: EntryPath, names: Mapping[EntryPath, str]) -> EntryPath:

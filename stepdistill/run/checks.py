@@ -23,6 +23,7 @@ from ..models.teacher import family_at, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
+from .sources import source_of
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,11 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
     dtype = DTYPES.get(recipe.train.precision, torch.float32)
     with recipe.blaming("train.attention", f"is {backend}, which cannot serve"):
         check_backend(backend, device, dtype)
-        source = resources.pipeline(recipe.teacher)
-        if not source.endswith(".safetensors"):              # a single file has no config
-            teacher = load_teacher(source, recipe.revision, device="meta")
-            check_backend(backend, device, dtype, teacher.network)
-            if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.asked):
-                raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: "
-                                   "choose sdpa")
+        teacher = load_teacher(source_of(recipe), device="meta")
+        check_backend(backend, device, dtype, teacher.network)
+        if backend == "flash" and "mask" in teacher.family.condition_shapes(teacher.parts, teacher.asked):
+            raise RequestError("torch's flash kernel takes no mask, and texts of different length come with one: "
+                               "choose sdpa")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def _as_written(setting: Setting) -> str:
 def family(recipe: Recipe) -> Family:
     """The family of the recipe's teacher, before any weights are read."""
     with recipe.blaming("teacher", "cannot be loaded"):
-        return family_at(resources.pipeline(recipe.teacher), recipe.revision)
+        return family_at(source_of(recipe))
 
 
 def _check_family(recipe: Recipe) -> None:
@@ -249,12 +248,11 @@ def _check_family(recipe: Recipe) -> None:
     served = family(recipe)
     points, (path, data) = served.samples == "points", _data(recipe)
     if points and not _are_points(data):
-        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its "
-                                  "own "
-                            f"folder, {recipe.teacher}")
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
+                            f"folder, {recipe.teacher.base}")
     if not points and _are_points(data):
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
-                            f"{recipe.teacher} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
+                            f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
     for entry, reason in served.unserved.items():
         if (value := _entry(recipe, entry)) not in (None, False, "auto"):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")

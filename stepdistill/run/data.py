@@ -1,6 +1,7 @@
 """From a run to what its batches come from: captions, images, the teacher's samples and pairs."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def pairs_spec(run: Run, cache: Cache, out: str | Path | None = None) -> StoreSp
     """
     recipe, teacher = run.recipe, run.teacher
     name = recipe.data.pairs.path if out is None else str(out)
-    made_on = _identity(teacher) | ({} if name is None else {"teacher": contents(teacher.source)})
+    made_on = _identity(teacher, fingerprint if name is None else contents)
     identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": made_on}
     folder = None if name is None else resources.locate(name) or Path(name)
     spec = cache.spec("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
@@ -146,10 +147,15 @@ def _encoders(run: Run) -> Encoders:
     return Encoders(run.teacher.encode, run.teacher.encode_images, _identity(run.teacher), run.device)
 
 
-def _identity(teacher: Teacher) -> dict[str, Any]:
-    dtype = str(next(teacher.network.parameters()).dtype)
-    size = {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}       # its samples have it, and conditions may tell it
-    return {"teacher": fingerprint(teacher.source), "revision": teacher.revision, "dtype": dtype} | size
+def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dict[str, Any]:
+    """What a teacher's results depend on. mark: of a folder or file."""
+    source, dtype = teacher.source, str(next(teacher.network.parameters()).dtype)
+    parts = {name: mark(place) for name in ("vae", "scheduler") if (place := vars(source)[name]) is not None}
+    loras = [[mark(lora.path), lora.weight] for lora in source.loras]
+    given = {name: value for name in ("variant", "clip_skip") if (value := vars(source)[name]) is not None}
+    given |= {"loras": loras} if loras else {}
+    given |= {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}
+    return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | given
 
 
 def _found(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from .. import __version__, parallel, resources
 from ..data.cache import flat
 from ..errors import RequestError
-from ..models.teacher import cached_file
+from ..models.sources import cached_file
 from ..recipe import Recipe
 from ..training import checkpoints
 
@@ -84,9 +84,10 @@ def begin(run: Path, recipe: Recipe, device: torch.device) -> None:
 
 def pinned(recipe: Recipe) -> Recipe:
     """The recipe with the commit of a Hub teacher: the one that the cache holds, since it was loaded a moment ago."""
-    if resources.locate(recipe.teacher) is not None:
+    teacher = recipe.teacher
+    if resources.locate(teacher.base) is not None:
         return recipe
-    index = cached_file(recipe.teacher, "model_index.json", recipe.revision)
+    index = cached_file(teacher.base, "model_index.json", teacher.revision)
     return recipe if index is None else recipe.pinned(index.parent.name)
 
 

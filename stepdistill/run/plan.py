@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import resources
 from ..methods.base import Heads, Trained
-from ..models.teacher import cached_file
+from ..models.sources import cached_file
 from ..recipe import Recipe
 from .checks import family, vision_network
 from .passes import count_passes, tensors_in
@@ -33,7 +33,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     previous: Previous | None = None
     for stage in recipe.stages:
         if family(stage).no_pipeline:
-            raise stage.refuse("teacher", f"is {stage.teacher}, a Toy, which there is nothing to plan of: its recipes "
+            raise stage.refuse("teacher", f"is {stage.teacher.base}, a Toy, which there is nothing to plan of: its recipes "
                                           "train within a "
                                "minute, by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
         run = setup(stage, META, previous=previous, attention="auto")
@@ -107,14 +107,14 @@ def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
 
 def _downloads(run: Run, rows: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Hub networks whose weights are not in the cache yet: the teacher, and what sees pictures for a discriminator."""
-    teacher, found = run.teacher, []
-    whole = f"{teacher.family.denoiser}/diffusion_pytorch_model.safetensors"
-    if not _here(teacher.source, teacher.revision, whole, f"{whole}.index.json"):
+    source, found = run.teacher.source, []
+    whole = f"{run.teacher.family.denoiser}/diffusion_pytorch_model.safetensors"
+    if not _here(source.place, source.revision, whole, f"{whole}.index.json"):
         size = sum(row["parameters"] for row in rows.values() if row["trained"] == 0) * FLOAT
-        found.append(f"{teacher.source} (up to {size / 1e9:.1f} GB)")
+        found.append(f"{source} (up to {size / 1e9:.1f} GB)")
     for name in run.roles.visions:
-        if not _here(source := vision_network(run.recipe).source, None, "model.safetensors"):
-            found.append(f"{source} (up to {rows[name]['bytes'] / 1e9:.1f} GB)")
+        if not _here(vision := vision_network(run.recipe).source, None, "model.safetensors"):
+            found.append(f"{vision} (up to {rows[name]['bytes'] / 1e9:.1f} GB)")
     return found
 
 

@@ -10,7 +10,6 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .. import resources
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
@@ -22,6 +21,7 @@ from ..recipe import Recipe
 from ..training import TrainConfig, checkpoints
 from . import folder
 from .checks import Checked, check, check_attention, learning_rates, needs_of, network_features, role_setting
+from .sources import source_of
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     checked, attention = check(recipe), attention or recipe.train.attention
     check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
-        teacher = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe), device,
-                               middle(recipe.guidance), recipe.resolution)
+        teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance), recipe.resolution)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
         teacher.network.half()                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)

@@ -17,7 +17,7 @@ from stepdistill.errors import RequestError
 from stepdistill.export import export_student, open_export, read_settings
 from stepdistill.export.dtypes import DTYPES, round_, rounded
 from stepdistill.models.roles import Full, Lora
-from stepdistill.models.teacher import absent_parts
+from stepdistill.models.sources import Source, absent_parts, index_at
 
 
 def dtypes(folder: Path) -> set[torch.dtype]:
@@ -66,7 +66,7 @@ def test_the_dtype_unless_given(make, tmp_path, to, dtype):
 @pytest.mark.parametrize("kind,dtype", [("epsilon", "float16"), ("sd3-t5", "bfloat16")])
 def test_a_pipeline_of_any_dtype_runs_in_a_plain_stock_call(make, tmp_path, kind, dtype):
     export_student(make(kind, Full()), "pipeline", tmp_path, dtype=dtype)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path, **absent_parts(str(tmp_path)))
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, **absent_parts(index_at(Source(str(tmp_path)))))
     assert {part.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module)} == {torch.float32}
     image = pipe("a red ring", output_type="pt", **read_settings(tmp_path)["call"]).images
     assert image.isfinite().all() and image.std() > 0.05

@@ -29,7 +29,8 @@ from stepdistill.export.folder import is_export
 from stepdistill.export.formats import component
 from stepdistill.models.roles import Full, Lora
 from stepdistill.models.schedulers import StockCall
-from stepdistill.models.teacher import absent_parts, load_teacher
+from stepdistill.models.sources import Source, absent_parts, index_at
+from stepdistill.models.teacher import load_teacher
 
 LORA = "pytorch_lora_weights.safetensors"
 LCM = StockCall("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
@@ -43,7 +44,7 @@ FLOW_EULER = StockCall("FlowMatchEulerDiscreteScheduler", {},
 
 
 def stock(folder: Path) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(folder, **absent_parts(str(folder)))
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent_parts(index_at(Source(str(folder)))))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

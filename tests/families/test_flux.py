@@ -1,6 +1,8 @@
 """FLUX pipelines beside the matrix: what their networks are told in bfloat16, numbers beside a guidance scale, and refusals."""
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -35,13 +37,13 @@ def case(request):
 @pytest.fixture
 def folder(case, tmp_path):
     case.build().save_pretrained(tmp_path)
+    (tmp_path / "stepdistill.json").write_text(json.dumps({"call": dict(case.call)}))
     return tmp_path
 
 
 def test_in_bfloat16_the_network_is_told_what_the_stock_call_tells_it(case, folder):
     """Times that bfloat16 cannot hold, positions, and a guidance scale: each with its dtype."""
     teacher = load_teacher(folder, dtype=torch.bfloat16, scale=3.3, resolution=(16, 24))
-    teacher.call = {**case.call, **teacher.call}
     stock = teacher.pipeline()
     seen = told(stock, **teacher.call, guidance_scale=teacher.scale or 1.0)
     cond = teacher.scaled(teacher.encode(PROMPTS))
@@ -65,7 +67,6 @@ def same(ours: Tensor | None, theirs: Tensor | None) -> None:
 def test_numbers_beside_the_time_are_folded_into_a_stock_network(case, folder, reads):
     """The module of sinusoids also embeds a guidance scale, which must not read them."""
     teacher = load_teacher(folder, scale=3.3, resolution=16)
-    teacher.call = {**case.call, **teacher.call}
     if teacher.scale is not None and "w" in reads:
         pytest.skip("its network reads w by itself")
     roles = build_roles(teacher, {"student": Trained("teacher", reads)}, {"student": Lora(4)})
@@ -93,7 +94,7 @@ def test_pictures_of_a_stock_call_are_1024_pixels(case, folder):
 
 def test_teachers_that_it_does_not_translate(case, folder):
     pipeline = case.build()
-    pipeline.transformer.register_to_config(in_channels=20)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=20)
     pipeline.scheduler = DDIMScheduler()
     pipeline.save_pretrained(folder)
     with pytest.raises(RequestError, match="reads tokens of 20 numbers.*DDIMScheduler is none of flow matching"):
@@ -103,7 +104,7 @@ def test_teachers_that_it_does_not_translate(case, folder):
 def test_a_klein_that_is_distilled_or_reads_a_scale(tmp_path):
     pipeline = flux2.tiny_klein()
     pipeline.register_to_config(is_distilled=True)
-    pipeline.transformer.register_to_config(guidance_embeds=True)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, guidance_embeds=True)
     pipeline.save_pretrained(tmp_path)
     for device in (None, "meta"):
         with pytest.raises(RequestError, match="distilled to a few steps already.*reads a guidance scale"):

@@ -17,6 +17,7 @@ from stepdistill.errors import RequestError
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.extra_embedding import embedding
 from stepdistill.models.families import FAMILIES
+from stepdistill.models.sources import Source
 from stepdistill.models.teacher import load_teacher
 
 
@@ -206,8 +207,8 @@ def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, co
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", real_config)
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
-    family = load_teacher("owner/name", revision="v1")
-    assert asked == [("owner/name", "v1")] * 2 and (family.source, family.revision) == ("owner/name", "v1")
+    family = load_teacher(Source("owner/name", "v1"))
+    assert asked == [("owner/name", "v1")] * 2 and family.source == Source("owner/name", "v1")
     family.pipeline()
     assert asked == [("owner/name", "v1")] * 3
 
@@ -232,7 +233,7 @@ def test_single_files(tmp_path, monkeypatch, folders):
         return StableDiffusionPipeline.from_pretrained(folders["epsilon"], **parts)
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
-    assert load_teacher(file).source == str(file) and asked == [str(file)]
+    assert load_teacher(file).source == Source(str(file)) and asked == [str(file)]
     file.write_bytes(file.read_bytes()[:-1])
     refused(file, "model.safetensors", "cut short")
     (tmp_path / "model.ckpt").write_bytes(b"")

@@ -15,7 +15,8 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Frozen, Trained
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.roles import Lora, build_roles
-from stepdistill.models.teacher import call_of, load_teacher
+from stepdistill.models.sources import call_of
+from stepdistill.models.teacher import load_teacher
 
 PROMPTS = ["a red ring", "a blue square"]
 KINDS = {"t5": (True, {"max_sequence_length": 6}), "zeros": (False, None), "clip alone": (False, {"max_sequence_length": 0})}

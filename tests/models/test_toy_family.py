@@ -17,7 +17,7 @@ def family(request, tmp_path):
 
 
 def moment(family, count=64):
-    toy = Toy(family.source)
+    toy = Toy(family.source.place)
     x0, labels = toy.points(torch.arange(count))
     t = torch.linspace(0.01, 1, count, dtype=torch.float64)
     return family.schedule.add_noise(x0, torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0)), t), t, labels
@@ -26,7 +26,7 @@ def moment(family, count=64):
 def test_the_teacher_is_the_mixture_itself(family):
     x, t, labels = moment(family)
     cond = family.encode([f"class {label}" for label in labels.tolist()])
-    found, known = Denoiser(family, family.network)(x, t, cond), Toy(family.source).law(family.schedule, family.kind)(x, t, cond)
+    found, known = Denoiser(family, family.network)(x, t, cond), Toy(family.source.place).law(family.schedule, family.kind)(x, t, cond)
     assert found.kind == family.kind and torch.equal(found.raw, known.raw)
     null = Denoiser(family, family.network)(x, t, cond.null)
     assert not torch.allclose(null.x0, found.x0, atol=1e-3)

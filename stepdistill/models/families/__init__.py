@@ -1,6 +1,8 @@
 """Network families: what differs from one kind of pipeline to another, one file each. What they share is `models.teacher`'s."""
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -47,6 +49,21 @@ def family_of(class_name: str) -> Family:
     return import_module(f".{FAMILIES[class_name]}", __package__).FAMILY
 
 
+def text_to_image(class_name: str) -> str:
+    """The class that a pipeline is served as: one that draws over pictures has the components of its kin that draws from texts alone."""
+    kin = re.sub("Img2Img|Inpaint", "", class_name)
+    return kin if kin in FAMILIES else class_name
+
+
+def served(source: object, class_name: str) -> str:
+    """As `text_to_image`. RequestError, with the nearest names first, for a class that no family is for."""
+    if (kin := text_to_image(class_name)) in FAMILIES:
+        return kin
+    near = difflib.get_close_matches(class_name, FAMILIES, n=len(FAMILIES), cutoff=0.0)
+    raise RequestError(f"{source} is a {class_name}, which has no family here yet; supported are {', '.join(near)}. "
+                       "docs/add_a_family.md says how to add one")
+
+
 def stock_guidance(pipeline: DiffusionPipeline) -> Guidance:
     """How a call of it speaks of guidance: as most do, where no family describes its class."""
     name = type(pipeline).__name__
@@ -60,6 +77,12 @@ def stock_prompts(pipeline: DiffusionPipeline) -> Prompts:
     """How a call of it takes prompts and gives pictures: as most do, where no family describes its class."""
     name = type(pipeline).__name__
     return family_of(name).prompts if name in FAMILIES else Prompts()
+
+
+def stock_index(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
+    """What its model_index.json is to say, where its class forgets it."""
+    name = type(pipeline).__name__
+    return family_of(name).index(pipeline) if name in FAMILIES else {}
 
 
 def latent_sides(size: Size, own: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:

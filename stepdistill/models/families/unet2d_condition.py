@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import moved
+from ...errors import RequestError
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
@@ -25,13 +26,20 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["unet"].config, codec_pixels(parts["vae"])
-    own = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    return config.in_channels, *latent_sides(size, own, pixels, max(8, pixels))
+    if config.sample_size is None and size is None:
+        raise RequestError("its network's config says no sample_size: let the recipe's resolution say the pictures' size")
+    own = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
+    return config.in_channels, *latent_sides(size, tuple(own), pixels, max(8, pixels))
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D); SDXL adds pooled (B, D) and time_ids (B, 6). null: the encoding of "", or zeros where an SDXL pipeline says so."""
-    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null)[null::2]
+    skip = teacher.call.get("clip_skip")
+    if skip is not None and "text_encoder_2" not in teacher.parts and "text_model" not in dir(teacher.parts["text_encoder"]):
+        raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which its stock pipeline looks for "
+                           "where the installed transformers has them no more: leave clip_skip out, or install transformers 4")
+    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null,
+                                         clip_skip=skip)[null::2]
     if len(found) == 1:
         return Condition(text=found[0])
     text, pooled = found
@@ -68,7 +76,13 @@ def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dic
     last = len(widths) - 1
     down = {f"down_blocks.{i}": (width, *sizes[min(i + 1, last)]) for i, width in enumerate(widths)}
     up = {f"up_blocks.{i}": (width, *sizes[max(last - i - 1, 0)]) for i, width in enumerate(reversed(widths))}
-    return {**down, "mid_block": (widths[-1], *sizes[-1]), **up}
+    middle = {} if network.config.mid_block_type is None else {"mid_block": (widths[-1], *sizes[-1])}
+    return {**down, **middle, **up}
+
+
+def default_features(network: UNet2DConditionModel) -> tuple[str, ...]:
+    """Where DMD2 (arXiv:2405.14867) puts its head: the bottleneck."""
+    return ("mid_block",) if network.config.mid_block_type is not None else (f"down_blocks.{len(network.config.block_out_channels) - 1}",)
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -76,7 +90,8 @@ def refusals(parts: Parts) -> dict[str, bool]:
     return {
         f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels != vae.latent_channels,
         "its network reads a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
-        "its network reads classes or images": unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None,
+        "its network reads classes or images": unet.class_embed_type is not None or unet.num_class_embeds is not None
+            or unet.encoder_hid_dim_type is not None or unet.addition_embed_type not in (None, "text_time"),
         "its latents are shifted by a mean, which its pipeline leaves alone": vae.latents_mean is not None and "text_encoder_2" not in parts,
         **discrete_refusals(parts["scheduler"]),
     }
@@ -88,7 +103,7 @@ FAMILY = Family(
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
-    default_features=lambda network: ("mid_block",),               # where DMD2 (arXiv:2405.14867) puts its head: the bottleneck
+    default_features=default_features,
     feature_map=lambda network, output, x_t: output if isinstance(output, Tensor) else output[0],     # blocks return what they skip, too
     latent_shape=latent_shape,
     codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]), refusals=refusals,

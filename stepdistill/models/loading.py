@@ -1,0 +1,225 @@
+"""A pipeline's components as its Source says: read with their weights, or made from their configs alone."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.models.modeling_utils import LegacyModelMixin
+from torch import nn
+
+from ..errors import RequestError, first_lines
+from .families import Family, stock_index, text_to_image
+from .fused import Trace, fuse_loras, try_loras
+from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
+from .weights import check_components, class_of
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A teacher that is to be read. index: what its pipeline is made of; dtype: of its networks."""
+
+    source: Source
+    index: Index
+    family: Family
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> type[DiffusionPipeline]:
+        return getattr(diffusers, text_to_image(self.index["_class_name"]))
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The components that the pipeline has and the family leaves where they are."""
+        absent = absent_parts(self.index)
+        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index and name not in absent and name in _slots(self.kind))
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The components that from_pretrained of its class must be told to do without."""
+        return tuple(name for name in self.family.optional if name in absent_parts(self.index))
+
+    def check(self) -> None:
+        """RequestError for components that are not what their configs say, as far as their files are here."""
+        source = self.source
+        if source.clip_skip is not None and "clip_skip" not in signature(self.kind.__call__).parameters:
+            raise RequestError(f"clip_skip is {source.clip_skip}, but a {self.kind.__name__} has none: leave it out")
+        if len(self.index) > 1:
+            self._check_kinds()
+        index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"
+        replaced = [name for name in ("vae", "scheduler") if vars(source)[name] is not None]
+        if index is not None and index.is_file():
+            check_components(index.parent, source, self.index, {*replaced, *self.family.arguments(self.kind.__name__)})
+
+    def _check_kinds(self) -> None:
+        """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
+        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))}
+        absent = absent_parts(self.index)
+        lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
+                   and (name not in self.index or name in absent)]
+        if lacking:
+            raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no {', '.join(lacking)}")
+        types = self.kind._get_signature_types()
+        for name in (name for name in ("vae", self.family.denoiser) if name in types):
+            found = class_of(name, *self.index[name])
+            if not issubclass(found, (*types[name], LegacyModelMixin)):        # whose early names stand for others
+                raise RequestError(f"the {name} of {self.source} is an {found.__name__}, which is not served: a {self.kind.__name__} is served "
+                                   f"with an {types[name][0].__name__}")
+
+    def pipeline(self, parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
+        """The stock pipeline with these components, the others read; and where the LoRAs that were fused into those show."""
+        given = {**self.family.arguments(self.kind.__name__), **dict.fromkeys(self.without), **parts}
+        return read_pipeline(self.kind, self.source, self.dtype, given)
+
+    def parts_on_meta(self) -> dict[str, Any]:
+        """The components on the meta device, made from their configs, and the scheduler; no tokenizers."""
+        configs = Source(configs_of(self.source), self.source.revision)
+        with _configs_at_hand(self.source):
+            index = index_at(configs) if self.source.is_file else self.index
+        dropped = self.family.arguments(self.kind.__name__)
+        listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
+        own = replaced_on_meta(self.source)
+        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed.items() if name not in own} | own
+        networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
+        made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
+        if self.source.loras:
+            try_loras(self.kind(**dict.fromkeys(_slots(self.kind)) | dropped | networks | {"scheduler": parts["scheduler"]}),
+                      self.source.loras)
+        return made
+
+
+def settings_of(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a pipeline's index that are no components, such as is_distilled."""
+    return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list | tuple)}
+
+
+def _slots(kind: type[DiffusionPipeline]) -> list[str]:
+    """The components that a pipeline of this class is made of."""
+    return list(kind._get_signature_keys(kind)[0])
+
+
+def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,
+                  parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
+    """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused into those
+    show. A LoRA is added in float32, whatever the dtype.
+
+    RequestError for what cannot be read and for LoRAs that do not fit.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts}
+    try:
+        if source.is_file:
+            options |= {} if source.config is None else {"config": source.config}
+            with _configs_at_hand(source):
+                pipe = kind.from_single_file(source.place, **options)
+        else:
+            options |= {} if source.variant is None else {"variant": source.variant}
+            pipe = kind.from_pretrained(source.place, revision=source.revision, **options)
+    except OSError as error:
+        raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
+    pipe.register_to_config(**stock_index(pipe))
+    traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
+    return pipe.to(dtype), traces                     # earlier diffusers do not know `dtype`
+
+
+@contextmanager
+def _configs_at_hand(source: Source) -> Iterator[None]:
+    """A single file holds no configs: RequestError that says whose are missing."""
+    try:
+        yield
+    except (OSError, RequestError) as error:
+        if not source.is_file or source.config is not None:
+            raise
+        raise RequestError(f"{source} is one file of weights, which holds no configs; its pipeline's are those of {configs_of(source)}, which is "
+                           f"not in the cache here and was not supplied ({first_lines(error)}): let the teacher's config name a local folder with "
+                           "them, such as that pipeline saved without its weights") from error
+
+
+# -- components of another source ----------------------------------------------------------------------------------------
+
+def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The components that a source takes from elsewhere, read with their weights, as far as `parts` has none."""
+    found: dict[str, Any] = {}
+    if source.vae is not None and "vae" not in parts:
+        _check_vae(source, _config_of_vae(source.vae))
+        with _blaming("vae", source.vae):
+            found["vae"] = AutoencoderKL.from_pretrained(source.vae, **_within(source.vae, "vae"))
+    if source.scheduler is not None and "scheduler" not in parts:
+        found["scheduler"] = _scheduler(source.scheduler)
+    return found
+
+
+def replaced_on_meta(source: Source) -> dict[str, Any]:
+    """As `replaced`, the networks made from their configs."""
+    found: dict[str, Any] = {}
+    if source.vae is not None:
+        config = _config_of_vae(source.vae)
+        _check_vae(source, config)
+        with torch.device("meta"):
+            found["vae"] = AutoencoderKL.from_config(config)
+    if source.scheduler is not None:
+        found["scheduler"] = _scheduler(source.scheduler)
+    return found
+
+
+def _check_vae(source: Source, config: Mapping[str, Any]) -> None:
+    """RequestError for an autoencoder that does not know the latents of the source's own."""
+    configs = Source(configs_of(source), source.revision)
+    with _blaming("the base's own vae", source.place):
+        own = AutoencoderKL.load_config(configs.place, subfolder="vae", revision=configs.revision)
+    for name, found, known in (("class", config["_class_name"], "AutoencoderKL"), ("base's class", own["_class_name"], "AutoencoderKL"),
+                               ("latent_channels", config.get("latent_channels"), own.get("latent_channels")),
+                               ("pixels a latent", _pixels(config), _pixels(own))):
+        if found != known:
+            raise RequestError(f"vae is {source.vae}, which does not know the latents of {source}: its {name} should be {known}; found {found}")
+
+
+def _pixels(config: Mapping[str, Any]) -> int:
+    return 2 ** (len(config.get("block_out_channels", ())) - 1)
+
+
+def _config_of_vae(place: str) -> dict[str, Any]:
+    with _blaming("vae", place):
+        return dict(AutoencoderKL.load_config(place, **_within(place, "vae")))
+
+
+def _scheduler(place: str) -> SchedulerMixin:
+    with _blaming("scheduler", place):
+        where = _within(place, "scheduler")
+        name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
+        return class_of("scheduler", "diffusers", name).from_pretrained(place, **where)
+
+
+def _within(place: str, component: str) -> dict[str, str]:
+    """Where a component lies in a folder that may be its own or a whole pipeline's."""
+    return {"subfolder": component} if (Path(place) / component).is_dir() else {}
+
+
+@contextmanager
+def _blaming(component: str, place: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
+
+
+# -- the meta device -----------------------------------------------------------------------------------------------------
+
+def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Module | SchedulerMixin | None:
+    """A network made from its config, or the scheduler; None for what is neither, such as a tokenizer."""
+    made_by = class_of(name, library, class_name)
+    where = {"subfolder": name, "revision": configs.revision}
+    with _blaming(f"the config of {name}", configs.place):
+        if issubclass(made_by, SchedulerMixin):
+            return made_by.from_pretrained(configs.place, **where)
+        if not issubclass(made_by, nn.Module):
+            return None
+        with torch.device("meta"):
+            if library == "diffusers":
+                return made_by.from_config(made_by.load_config(configs.place, **where))
+            return made_by(made_by.config_class.from_pretrained(configs.place, **where))

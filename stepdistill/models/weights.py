@@ -1,0 +1,156 @@
+"""The files of weights in a pipeline's folder: which there are, and what they must hold. Only headers are read."""
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import ModelMixin
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import RequestError, first_lines
+from .sources import Index, Source, check_safetensors
+
+_FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+_LAID = re.compile(r"\.base_layer\.|\.lora_[AB]\.")
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+
+
+def settled(source: Source, index: Index) -> Source:
+    """The source of a local folder with the variant of its weights, where that is the only one there.
+
+    RequestError for a variant that is not there, and where there are several and none is asked for.
+    """
+    if not Path(source.place).is_dir():
+        return source
+    held = {folder.name: variants for folder in folders(Path(source.place), index) if (variants := _variants(folder))}
+    every = sorted({variant for variants in held.values() for variant in variants if variant is not None})
+    if source.variant is not None:
+        if source.variant not in every:
+            raise RequestError(f"{source} has no weights of the variant {source.variant}; it has {', '.join(every) or 'the plain ones alone'}")
+        return source
+    lacking = [variants for variants in held.values() if None not in variants]
+    if not lacking:
+        return source
+    common = sorted(set.intersection(*lacking))
+    if len(common) != 1:
+        raise RequestError(f"{source} has no plain weights; its files are of the variants {' and '.join(every)}: choose one by variant")
+    return replace(source, variant=common[0])
+
+
+def folders(place: Path, index: Index) -> Iterator[Path]:
+    """Of the components that a local pipeline lists."""
+    listed = (name for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] is not None)
+    return (folder for name in listed if (folder := place / name).is_dir())
+
+
+def check_files(source: Source) -> None:
+    """RequestError for a damaged file of weights in a local pipeline."""
+    if Path(source.place).is_dir():
+        for file in sorted(Path(source.place).rglob("*.safetensors")):
+            check_safetensors(file)
+
+
+def _variants(folder: Path) -> set[str | None]:
+    """Of its files of weights; None stands for the plain ones."""
+    return {found["variant"] for path in folder.iterdir() if (found := _FILE.fullmatch(path.name))}
+
+
+# -- what the files hold -------------------------------------------------------------------------------------------------
+
+def check_components(place: Path, source: Source, index: Index, dropped: Container[str] = ()) -> None:
+    """RequestError for a component whose files lack one of its tensors, or hold one that it has not; for weights that were saved under a
+    LoRA; and for a tokenizer without a vocabulary. Loaders report those in their logs alone, and train on random numbers.
+
+    place: the local folder of the pipeline that `source` names, with its index. dropped: components that are not read from it. Those
+    without files of weights are left to from_pretrained.
+    """
+    for folder in folders(place, index):
+        if folder.name in dropped:
+            continue
+        kind = class_of(folder.name, *index[folder.name])
+        if issubclass(kind, PreTrainedTokenizerBase):
+            _check_vocabulary(source, folder, kind)
+        if not issubclass(kind, nn.Module):
+            continue
+        files, variant = _files(folder, source.variant)
+        found = {key: shape for file in files for key, shape in _shapes(file).items()}
+        _check_saved_plain(source, folder.name, found)
+        if found and issubclass(kind, ModelMixin):
+            _refuse(source, folder.name, *_compared(kind, folder, found))
+        elif found:
+            _refuse(source, folder.name, *_reported(source, kind, folder, variant))
+
+
+def class_of(component: str, library: str, class_name: str) -> type:
+    """The class of a component. RequestError for code of its own, and for a class that the installed library has not."""
+    if library not in LIBRARIES:
+        raise RequestError(f"its component {component} is a {class_name} of {library}, which is code beside the pipeline and is never "
+                           f"run: a component is of {' or '.join(LIBRARIES)}")
+    if class_name not in dir(LIBRARIES[library]):
+        raise RequestError(f"its component {component} is a {class_name}, which {library} {LIBRARIES[library].__version__} does not have")
+    return getattr(LIBRARIES[library], class_name)
+
+
+def _compared(kind: type[ModelMixin], folder: Path, found: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names that its class has and the files have not, and the other way round. RequestError for another shape."""
+    with torch.device("meta"):
+        network = kind.from_config(kind.load_config(folder))
+    known = network.state_dict()
+    found = dict(network._fix_state_dict_keys_on_load(found))         # as files of early versions name them
+    for key in (key for key in known if key in found and known[key].shape != found[key].shape):
+        raise RequestError(f"{folder / 'config.json'} does not fit the weights beside it: {key} should have the shape "
+                           f"{tuple(known[key].shape)}; found {tuple(found[key].shape)}")
+    ignored = kind._keys_to_ignore_on_load_unexpected or []
+    return [key for key in known if key not in found], [key for key in found if key not in known and not any(re.search(p, key) for p in ignored)]
+
+
+def _reported(source: Source, kind: type[PreTrainedModel], folder: Path, variant: str | None) -> tuple[list[str], list[str]]:
+    """As transformers itself reports them, which knows of tied weights, earlier names and what may be missing. On the meta device nothing
+    is read but headers."""
+    try:
+        _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(f"the {folder.name} of {source} does not fit its config: {first_lines(error)}") from error
+    return sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+
+
+def _refuse(source: Source, component: str, missing: list[str], unexpected: list[str]) -> None:
+    wrong = [f"{len(keys)} {name}, first {keys[0]}" for name, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    if wrong:
+        raise RequestError(f"the {component} of {source} is not what its config.json says: of its tensors {'; '.join(wrong)}. "
+                           "Save or download the teacher anew")
+
+
+def _check_saved_plain(source: Source, component: str, keys: Iterable[str]) -> None:
+    if laid := [key for key in keys if _LAID.search(key)]:
+        raise RequestError(f"the {component} of {source} was saved while a LoRA lay on it ({len(laid)} of its tensors are the LoRA's or under it, "
+                           f"first {laid[0]}): call pipe.fuse_lora() and pipe.unload_lora_weights() before pipe.save_pretrained, or name the "
+                           "plain pipeline and the LoRA by loras")
+
+
+def _check_vocabulary(source: Source, folder: Path, kind: type[PreTrainedTokenizerBase]) -> None:
+    names = dict(kind.vocab_files_names)
+    whole = names.pop("tokenizer_file", "tokenizer.json")
+    if names and not (folder / whole).is_file() and (lacking := [name for name in names.values() if not (folder / name).is_file()]):
+        raise RequestError(f"the {folder.name} of {source} has no vocabulary: there is neither {whole} nor {' and '.join(lacking)} in its folder. "
+                           "Save or download the teacher anew")
+
+
+def _files(folder: Path, variant: str | None) -> tuple[list[Path], str | None]:
+    """The .safetensors files that from_pretrained reads, and their variant: the plain ones where there is none of the one asked for."""
+    held = variant if variant in _variants(folder) else None
+    named = ((path, _FILE.fullmatch(path.name)) for path in sorted(folder.glob("*.safetensors")))
+    return [path for path, found in named if found and found["variant"] == held], held
+
+
+def _shapes(file: Path) -> dict[str, Tensor]:
+    """Its tensors' names, with tensors of their shapes on the meta device."""
+    with safe_open(file, framework="pt") as tensors:
+        return {key: torch.empty(tensors.get_slice(key).get_shape(), device="meta") for key in tensors.keys()}

@@ -1,0 +1,108 @@
+"""What `sample` and `bench` draw of: any pipeline of prompts, or one message; and no picture that is none."""
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, save_tiny_sd3, tiny_pipeline
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from stepdistill import api
+from stepdistill.errors import RequestError
+from stepdistill.export import read_settings
+from stepdistill.run.targets import must_serve, open_target
+
+
+def test_flows_with_dynamic_shifting_are_served(tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(save_tiny_sd3(tmp_path / "sd3"), text_encoder_3=None, tokenizer_3=None)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe.save_pretrained(tmp_path / "dynamic")
+    pipe.set_progress_bar_config(disable=True)
+    must_serve(pipe.scheduler, {"num_inference_steps": 3})
+    drawn = api.sample(tmp_path / "dynamic", "a red ring", steps=3)
+    assert drawn[0].size == (16, 16)
+    target = open_target(tmp_path / "dynamic", "it").target
+    call = {"num_inference_steps": 3, "height": 16, "width": 16, "output_type": "pt"}
+    found, known = (p("a red ring", **call, generator=torch.Generator().manual_seed(0)).images for p in (target.pipeline, pipe))
+    assert torch.equal(found, known)
+
+
+def test_a_number_of_steps_that_no_scheduler_serves_is_refused_still(tmp_path):
+    with pytest.raises(RequestError, match="DDIMScheduler does not serve 2000 steps"):
+        must_serve(DDIMScheduler(), {"num_inference_steps": 2000})
+
+
+def test_a_pipeline_that_wants_more_than_a_prompt_is_refused_in_one_message(tmp_path):
+    parts = tiny_pipeline().components
+    own = {name: value for name, value in parts["unet"].config.items() if not name.startswith("_")}
+    eight = UNet2DConditionModel(**own | {"in_channels": 8})
+    StableDiffusionInstructPix2PixPipeline(**parts | {"unet": eight}, requires_safety_checker=False).save_pretrained(tmp_path / "edit")
+    network = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D",),
+                          up_block_types=("UpBlock2D",))
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "alone")
+    for name, said in (("edit", "InstructPix2PixPipeline draws nothing of a prompt alone, as `sample` and `bench` ask it to: `image` input cannot be"),
+                       ("alone", "DDPMPipeline takes no prompt: `sample` and `bench` draw pictures of prompts alone")):
+        with pytest.raises(RequestError, match=said):
+            api.sample(tmp_path / name, "a red ring", steps=2)
+
+
+def test_a_kin_that_draws_over_pictures_is_sampled_from_a_prompt(tmp_path):
+    StableDiffusionImg2ImgPipeline(**tiny_pipeline().components, requires_safety_checker=False).save_pretrained(tmp_path / "over")
+    save_tiny(tmp_path / "plain")
+    drawn = [np.asarray(api.sample(tmp_path / name, "a red ring", steps=2)[0]) for name in ("over", "plain")]
+    assert np.array_equal(*drawn)
+
+
+def test_pictures_that_are_not_finite_are_not_written(tmp_path):
+    folder = save_tiny(tmp_path / "teacher")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"conv_out.bias": torch.full((4,), float("nan"))}, file)
+    with pytest.raises(RequestError, match=f"the pictures of {folder} are not finite"):
+        api.sample(folder, "a red ring", steps=2, out=tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_black_pictures_are_said(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "teacher")
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file(state | {"decoder.conv_out.weight": torch.zeros_like(state["decoder.conv_out.weight"]),
+                       "decoder.conv_out.bias": torch.full_like(state["decoder.conv_out.bias"], -2.0)}, file)
+    api.sample(folder, "a red ring", steps=2, out=tmp_path / "picture.png")
+    assert not np.asarray(Image.open(tmp_path / "picture.png")).any()
+    assert f"all pictures of {folder} are black" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_a_safety_checker_that_stays_behind_is_said(tmp_path, stepdistill):
+    pipe = tiny_pipeline()
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=config | {"image_size": 8, "patch_size": 4}, text_config=config, projection_dim=8))
+    pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor(size=8, crop_size=8))
+    pipe.save_pretrained(tmp_path / "teacher")
+    run = api.train({"method": "lcm", "teacher": str(tmp_path / "teacher"), "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": 2.0,
+                     "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}, out=tmp_path / "run")
+    done = stepdistill("export", run, "--to", "pipeline")
+    folder = run / "export" / "pipeline"
+    assert done.returncode == 0 and "without the teacher's safety_checker, which its card says too" in done.stdout, done.stderr
+    assert read_settings(folder)["dropped"] == ["safety_checker"]
+    assert json.loads((folder / "model_index.json").read_text())["safety_checker"] == [None, None]
+    assert f"- not in this folder: `safety_checker` of `{tmp_path / 'teacher'}`" in (folder / "README.md").read_text()
+    api.export(run, "lora")
+    assert "not in this folder" not in (run / "export" / "lora" / "README.md").read_text()
