@@ -86,6 +86,8 @@ def test_numbers_beside_the_time_are_folded_into_a_stock_network(case, folder, r
 
 def test_pictures_of_a_stock_call_are_1024_pixels(case, folder):
     """As the pipeline's own default says: 128 latents a side of the codec."""
+    call = {name: value for name, value in case.call.items() if name not in ("height", "width")}
+    (folder / "stepdistill.json").write_text(json.dumps({"call": call}))
     teacher, stock = load_teacher(folder, device="meta"), case.build()
     packed, _ = stock.prepare_latents(1, stock.transformer.config.in_channels // 4, *[stock.default_sample_size * stock.vae_scale_factor] * 2,
                                       torch.float32, "cpu", torch.Generator())
