@@ -21,7 +21,7 @@ from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe
 from ..training import TrainConfig, checkpoints
 from . import folder
-from .checks import Checked, check, check_attention, learning_rates, needs_of, network_features, role_setting
+from .checks import Checked, check, check_attention, check_embeddings, learning_rates, needs_of, network_features, role_setting
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     with recipe.blaming("teacher", "cannot be loaded"):
         teacher = load_teacher(resources.pipeline(recipe.teacher), recipe.revision, dtype or _dtype(recipe), device,
                                middle(recipe.guidance), recipe.resolution)
+    check_embeddings(recipe, checked.needs, teacher.guidance.within)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
         teacher.network.half()                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)
