@@ -131,7 +131,7 @@ def _dropped(settings: Mapping[str, Any]) -> str:
 
 def _guidance(settings: Mapping[str, Any]) -> str:
     scale, off = settings["scale"], ", ".join(f"`{name}` {value:g}" for name, value in settings["unguided"].items())
-    if settings["told"] and settings["keeps"]:
+    if settings["within"] or settings["told"] and settings["keeps"]:
         return f"the network reads the scale, so it costs no second evaluation; {scale:g} here{_range(settings)}"
     if settings["told"]:
         return f"the scale {settings['guidance']:g} is folded into the weights; leave {off}"

@@ -77,7 +77,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
-            "fixed_steps": "r" in student.reads, "guidance": scale,
+            "within": student.teacher.guidance.within, "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "dropped": list(student.teacher.dropped),

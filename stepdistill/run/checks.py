@@ -165,6 +165,14 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
                                "choose sdpa")
 
 
+def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) -> None:
+    """RequestError for a role with an embedding of a scale or an exit on a network that reads its guidance scale by itself, `within`."""
+    named = [name for name, need in needs.items() if within and isinstance(need, Trained) and "w" in need.reads]
+    if named:
+        raise recipe.refuse("settings", f"give {' and '.join(named)} an embedding, but the teacher's network reads its guidance scale by "
+                            "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 def _check_solver(recipe: Recipe) -> None:

@@ -20,7 +20,16 @@ from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe
 from ..training import TrainConfig, checkpoints
 from . import folder
-from .checks import Checked, check, check_attention, learning_rates, needs_of, network_features, role_setting
+from .checks import (
+    Checked,
+    check,
+    check_attention,
+    check_embeddings,
+    learning_rates,
+    needs_of,
+    network_features,
+    role_setting,
+)
 from .sources import source_of
 
 
@@ -69,6 +78,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
         teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance), recipe.resolution)
+    check_embeddings(recipe, checked.needs, teacher.guidance.within)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
         teacher.network.half()                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)

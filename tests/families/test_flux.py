@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from stepdistill import api
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Trained
@@ -111,3 +112,13 @@ def test_a_klein_that_is_distilled_or_reads_a_scale(tmp_path):
     for device in (None, "meta"):
         with pytest.raises(RequestError, match="distilled to a few steps already.*reads a guidance scale"):
             load_teacher(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("method, settings", [("lcm", {"guidance_embedding": True}), ("dmd2", {"exit_embedding": True, "gan_weight": 0})])
+def test_no_embedding_of_ours_where_the_network_reads_its_scale(tmp_path, method, settings):
+    flux.tiny_flux(True).save_pretrained(tmp_path / "teacher")
+    lora = {"lora": {"rank": 2}}
+    recipe = {"method": method, "teacher": str(tmp_path / "teacher"), "resolution": [16, 16], "student": lora, "guidance": 2.0, "steps": 2,
+              "settings": settings, "data": {"images": "shapes", "count": 2, "batch": 2}, "train": {"updates": 1}}
+    with pytest.raises(RequestError, match="an embedding, but the teacher's network reads its guidance scale by itself"):
+        api.train(recipe | ({"critic": lora} if method == "dmd2" else {}), out=tmp_path / "run")
