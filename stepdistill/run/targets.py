@@ -21,8 +21,9 @@ from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_prompts, text_to_image
-from ..models.sources import Source, call_of, class_at
+from ..models.sources import Source, call_of, class_at, index_at
 from ..models.teacher import load_teacher
+from ..models.weights import settled
 from .folder import is_run
 from .setup import Run, open_run
 from .sources import located
@@ -47,6 +48,7 @@ def open_target(name: str | Path | Source, called: str) -> Opened:
     if found is not None and is_export(found):
         return _open_export(found, called)
     source = located(Source.of(name))
+    source = settled(source, index_at(source))        # as a run of it names it
     return Opened(Target(called, _pipeline(source), given=call_of(source)), source)
 
 

@@ -18,6 +18,7 @@ from test_sources import FILE, same, save_lora, stock_fused
 from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.export import load, read_settings
+from stepdistill.models.sources import Source
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run.data import _identity
@@ -100,6 +101,8 @@ def test_commands_read_the_whole_teacher(work):
     found = teachers(opened)
     assert [target.companion for target in found] == [True] and same(found[0].pipeline.vae, known.parts["vae"])
     assert same(found[0].pipeline.unet, known.pipeline().unet) and same(found[0].pipeline.text_encoder, known.parts["text_encoder"])
+    assert len(teachers([*opened, open_target(known.source, "base")])) == 1, "a teacher that is asked for too is drawn of once"
+    assert open_target(root / "base", "base").source == Source(str(root / "base"), variant="fp16")
     assert plan(Recipe.load(run / "recipe.yaml"))["downloads"] == []
 
 

@@ -18,6 +18,8 @@ from stepdistill.errors import RequestError
 from stepdistill.models.fused import Trace
 from stepdistill.models.sources import FusedLora, Source
 from stepdistill.models.teacher import load_teacher
+from stepdistill.recipe import Recipe
+from stepdistill.run.plan import plan
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -254,6 +256,10 @@ def test_config_names_the_configs_of_a_single_file(file, base, monkeypatch, offl
     source = Source(str(file), config=str(base))
     real, meta = load_teacher(source), load_teacher(source, device="meta")
     assert asked == [(str(file), str(base))] and real.sizes == meta.sizes and real.latent_shape == meta.latent_shape
+    plain = {"method": "lcm", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2, "data": {"images": "shapes", "batch": 2},
+             "train": {"updates": 2}}
+    of_file, of_folder = (plan(Recipe.load(plain | {"teacher": teacher})) for teacher in ({"base": str(file), "config": str(base)}, str(base)))
+    assert of_file == of_folder
 
 
 def test_config_must_be_of_the_file_s_kind(file, base, tmp_path):
