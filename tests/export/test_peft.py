@@ -16,6 +16,7 @@ from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
 from stepdistill.export.folder import fresh_pipeline
 from stepdistill.models.roles import Full
+from stepdistill.models.sources import Source
 
 CLASSES = ("class 3", "tench", "goldfish")
 
@@ -28,7 +29,7 @@ def test_the_folder_is_one_that_peft_reads(make, teachers, tmp_path):
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 6.0, "LORA")
     written = load_file(tmp_path / said["weights"])
     assert {key.removeprefix("base_model.model.") for key in written} == {*student.lora.state}
-    pipe = fresh_pipeline(PixArtSigmaPipeline, str(teachers["pixart"]), None)
+    pipe = fresh_pipeline(PixArtSigmaPipeline, Source(str(teachers["pixart"])))
     merged = PeftModel.from_pretrained(pipe.transformer, str(tmp_path)).merge_and_unload().state_dict()
     for key, weight in student.network(student.sampler(student.call), None).state_dict().items():
         torch.testing.assert_close(merged[key], weight)
@@ -36,7 +37,7 @@ def test_the_folder_is_one_that_peft_reads(make, teachers, tmp_path):
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(make, teachers, tmp_path):
     export_student(make("pixart"), "lora", tmp_path)
-    pipe = fresh_pipeline(DiTPipeline, str(teachers["dit"]), None)
+    pipe = fresh_pipeline(DiTPipeline, Source(str(teachers["dit"])))
     before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
     with pytest.raises(RequestError, match="does not fit this DiTPipeline"):
         load(pipe, tmp_path)

@@ -60,7 +60,7 @@ ASYMMETRIC = {"down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8)
 REFUSED = {
     "tiny autoencoder": (lambda f: swapped(f, vae=AutoencoderTiny(**TINY)), "the vae of .* is an AutoencoderTiny, .* served with an AutoencoderKL"),
     "asymmetric autoencoder": (lambda f: swapped(f, vae=AsymmetricAutoencoderKL(**ASYMMETRIC)), "the vae of .* is an AsymmetricAutoencoderKL"),
-    "class embeddings": (lambda f: swapped(f, unet=unet(num_class_embeds=3)), "its network is told classes or images"),
+    "class embeddings": (lambda f: swapped(f, unet=unet(num_class_embeds=3)), "its network reads classes or images"),
     "no text encoder": (lambda f: absent(f, "text_encoder"), "its model_index.json names no text_encoder"),
     "no autoencoder": (lambda f: absent(f, "vae"), "its model_index.json names no vae"),
     "no scheduler": (lambda f: absent(f, "scheduler"), "its model_index.json names no scheduler"),

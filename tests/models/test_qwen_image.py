@@ -166,8 +166,9 @@ def test_a_scheduler_that_shifts_by_the_pipelines_size_serves_any_number_of_step
 
 def test_teachers_that_it_does_not_translate(folder, tmp_path):
     pipeline = QwenImagePipeline.from_pretrained(folder)
-    pipeline.transformer.register_to_config(guidance_embeds=True, zero_cond_t=True)
-    pipeline.vae.register_to_config(input_channels=4)
+    network, vae = pipeline.transformer, pipeline.vae
+    pipeline.transformer = type(network).from_config(network.config, guidance_embeds=True, zero_cond_t=True)
+    pipeline.vae = type(vae).from_config(vae.config, input_channels=4)
     pipeline.scheduler = DDIMScheduler()
     pipeline.save_pretrained(tmp_path)
     said = "guidance_embeds.*edits pictures.*gives 4 channels.*DDIMScheduler is none of flow matching"

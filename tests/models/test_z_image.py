@@ -108,7 +108,7 @@ def test_a_student_that_reads_another_number_is_refused_before_anything_is_loade
 def test_teachers_that_it_does_not_translate(folder, tmp_path):
     pipeline = ZImagePipeline.from_pretrained(folder)
     pipeline.vae.register_to_config(shift_factor=None)
-    pipeline.transformer.register_to_config(siglip_feat_dim=8)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, siglip_feat_dim=8)
     pipeline.scheduler = DDIMScheduler()
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(RequestError, match="siglip_feat_dim.*shift_factor.*DDIMScheduler is none of flow matching"):

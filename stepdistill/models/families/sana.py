@@ -63,7 +63,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
     flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
     return {
         **channel_refusals(parts),
-        "its network is told a guidance scale, which its pipeline does not tell it": parts["transformer"].config.guidance_embeds,
+        "its network reads a guidance scale, which its pipeline does not say": parts["transformer"].config.guidance_embeds,
         f"its scheduler {type(scheduler).__name__} is none of flow matching": not flow,
     }
 
