@@ -53,5 +53,5 @@ def test_teachers_that_it_does_not_translate(tmp_path):
     pipeline.scheduler = DDIMScheduler()
     pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, guidance_embeds=True)
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match="told a guidance scale, which its pipeline does not tell it; .*DDIMScheduler is none of flow"):
+    with pytest.raises(RequestError, match="reads a guidance scale, which its pipeline does not say; .*DDIMScheduler is none of flow"):
         load_teacher(tmp_path)
