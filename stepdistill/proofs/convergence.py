@@ -129,7 +129,7 @@ def convergence(name: str, seed: int, out: Path) -> Iterator[Check]:
             limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
             yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher {distance.of_teacher(work, steps) / unit:.3f}",
                         distance.of(found[-1]) / unit, limit)
-    torch.save({"exact": (points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]), "classes": distance.calls[:SHOWN], "shown": shown},
+    torch.save({"exact": (points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]), "classes": distance.classes[:SHOWN], "shown": shown},
                out / DRAWN)
 
 
