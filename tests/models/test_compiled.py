@@ -24,7 +24,8 @@ def losses(run) -> list[float]:
     return [value for row in rows for name, value in row.items() if "/" in name and not name.startswith("grad_norm")]
 
 
-pytestmark = pytest.mark.skipif(torch.__version__ < compiled.OLDEST, reason=f"blocks are compiled from torch {compiled.OLDEST} on")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(torch.__version__ < compiled.OLDEST,
+                                                   reason=f"blocks are compiled from torch {compiled.OLDEST} on")]
 
 
 @pytest.fixture(autouse=True)

@@ -152,6 +152,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.long
 def test_a_broken_block_turns_rows_red(fault, monkeypatch):
     for method in PROVED:                                    # imported while whole, so that the fault finds them
         importlib.import_module(f"stepdistill.proofs.{method}")

@@ -20,6 +20,7 @@ def script(name: str, *args: str, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(["bash", ROOT / "scripts/gpu" / f"{name}.sh", *args], env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_tiny_run_writes_a_record(name, tmp_path):
     done = script(name, "--tiny", OUT=str(tmp_path), STEPDISTILL_CACHE=str(tmp_path / "cache"))
