@@ -84,7 +84,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     with _progress() as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    if recipe.train.fsdp:                              # what the teacher makes for the data, rank 0 has made by now
+    if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
     begun = {run: whole, place: recipe}

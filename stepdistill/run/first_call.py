@@ -38,11 +38,14 @@ def check_first_call(run: Run) -> float | None:
     with torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
         stock, sampler = _short(run)
         call = {**stock.call, **({} if run.teacher.scale is not None else run.teacher.guidance.none)}
-        theirs, ours = _theirs(run, stock, call), _ours(run, sampler)
+        prompt = preview_prompts(run, 1)[:1]
+        theirs, cond = _theirs(run, stock, call, prompt), run.teacher.encode(prompt)
+        ours = sampled(run.teacher, sampler, run.roles.base, cond)
         limit = TOLERANCE
         if run.teacher.dtype != torch.float32:
             with sdpa_kernel(SDPBackend.MATH):
-                limit = max(COARSE, 3 * (_ours(run, sampler) - ours).abs().max().item())
+                again = sampled(run.teacher, sampler, run.roles.base, cond)
+            limit = max(COARSE, 3 * (again - ours).abs().max().item())
     difference = (theirs - ours).abs().max().item()
     if not difference <= limit:
         raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)}, called with {call}, differs from our "
@@ -63,24 +66,16 @@ def _short(run: Run) -> tuple[StockCall, Sampler]:
         return run.stock, run.method.sampler
 
 
-def _theirs(run: Run, stock: StockCall, call: Mapping[str, Any]) -> Tensor:
+def _theirs(run: Run, stock: StockCall, call: Mapping[str, Any], prompt: list[str]) -> Tensor:
     pipe, own = run.teacher.loaded, run.teacher.loaded.scheduler
     pipe.set_progress_bar_config(disable=True)
     try:
         pipe.scheduler = stock_scheduler(stock.scheduler, stock.config, run.teacher.scheduler)
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            return pictures(pipe, run.teacher.family.prompts, _prompt(run), generator=torch.Generator().manual_seed(SEED), **call)
+            return pictures(pipe, run.teacher.family.prompts, prompt, generator=torch.Generator().manual_seed(SEED), **call)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)} cannot be called with {call}: "
                                 f"{first_lines(error)}. Nothing was trained") from error
     finally:
         pipe.scheduler = own
-
-
-def _ours(run: Run, sampler: Sampler) -> Tensor:
-    return sampled(run.teacher, sampler, run.roles.base, run.teacher.encode(_prompt(run)))
-
-
-def _prompt(run: Run) -> list[str]:
-    return preview_prompts(run, 1)[:1]

@@ -147,6 +147,12 @@ def discrete_refusals(scheduler: Any) -> dict[str, bool]:
     }
 
 
+def flow_refusals(scheduler: Any) -> dict[str, bool]:
+    """Of a scheduler of flow matching."""
+    name = type(scheduler).__name__
+    return {f"its scheduler {name} is none of flow matching": not name.startswith("FlowMatch")}
+
+
 # Fields of families: of schedulers of discrete times, and of a transformer of one stream.
 DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), "timestep": node,
                                "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}

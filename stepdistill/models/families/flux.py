@@ -18,7 +18,7 @@ from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
-from . import Family, Parts, Size, codec_pixels, latent_sides, stream_blocks
+from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -75,14 +75,14 @@ def guidance(network: FluxTransformer2DModel) -> Guidance:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, type(parts["scheduler"]).__name__
+    network, vae = parts["transformer"].config, parts["vae"].config
     return {
         f"its network reads tokens of {network.in_channels} numbers, and those of its latents have {PATCH ** 2 * vae.latent_channels}":
             network.in_channels != PATCH ** 2 * vae.latent_channels,
         f"its network gives {network.out_channels} numbers for {network.in_channels}":
             network.out_channels not in (None, network.in_channels) or network.patch_size != 1,
         "its codec says no shift_factor, which its pipeline adds to latents": vae.shift_factor is None,
-        f"its scheduler {scheduler} is none of flow matching": not scheduler.startswith("FlowMatch"),
+        **flow_refusals(parts["scheduler"]),
     }
 
 

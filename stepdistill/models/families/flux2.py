@@ -15,7 +15,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import folded
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, codec_pixels, latent_sides, stream_blocks
+from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -73,14 +73,14 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, channels, scheduler = parts["transformer"].config, PATCH ** 2 * parts["vae"].config.latent_channels, type(parts["scheduler"]).__name__
+    network, channels = parts["transformer"].config, PATCH ** 2 * parts["vae"].config.latent_channels
     return {
         "it is distilled to a few steps already, and ignores guidance: take the undistilled one": parts.get("is_distilled", False),
         "its network reads a guidance scale, of which this pipeline says nothing": network.guidance_embeds,
         f"its network reads tokens of {network.in_channels} numbers, and those of its latents have {channels}": network.in_channels != channels,
         f"its network gives {network.out_channels} numbers for {network.in_channels}":
             network.out_channels not in (None, network.in_channels) or network.patch_size != 1,
-        f"its scheduler {scheduler} is none of flow matching": not scheduler.startswith("FlowMatch"),
+        **flow_refusals(parts["scheduler"]),
     }
 
 

@@ -20,7 +20,7 @@ from ..codecs import framed
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
-from . import Family, Parts, Size, fresh, latent_sides
+from . import Family, Parts, Size, flow_refusals, fresh, latent_sides, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -95,7 +95,7 @@ def feature_shapes(network: QwenImageTransformer2DModel, shape: tuple[int, ...])
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, type(parts["scheduler"]).__name__
+    network, vae = parts["transformer"].config, parts["vae"].config
     token = PATCH**2 * vae.z_dim
     return {
         f"its network reads tokens of {network.in_channels} numbers, and those of its latents have {token}":
@@ -106,7 +106,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
         "its network is one that edits pictures, or draws them in layers":
             network.zero_cond_t or network.use_additional_t_cond or network.use_layer3d_rope,
         f"its codec gives {vae.input_channels} channels of a picture": vae.input_channels != 3,
-        f"its scheduler {scheduler} is none of flow matching": not scheduler.startswith("FlowMatch"),
+        **flow_refusals(parts["scheduler"]),
     }
 
 
@@ -119,6 +119,6 @@ FAMILY = Family(
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, fresh=made,
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),       # a block gives text, then picture tokens
-    default_features=lambda network: (f"transformer_blocks.{network.config.num_layers // 2}",),      # in the middle
+    default_features=middle_block,
     latent_shape=latent_shape, codec=lambda parts: framed(parts["vae"]), refusals=refusals,
     unserved={"train.compile": "texts of each length would be compiled anew: leave it off"})

@@ -14,7 +14,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, codec_pixels, latent_sides
+from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -69,14 +69,14 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, type(parts["scheduler"]).__name__
+    network, vae = parts["transformer"].config, parts["vae"].config
     return {
         f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
             network.in_channels != vae.latent_channels,
         f"its network gives {network.out_channels} channels for {network.in_channels}":
             network.out_channels not in (None, network.in_channels),
         "its codec says no shift_factor, which its pipeline adds to latents": vae.shift_factor is None,
-        f"its scheduler {scheduler} is none of flow matching": not scheduler.startswith("FlowMatch"),
+        **flow_refusals(parts["scheduler"]),
     }
 
 
@@ -85,6 +85,6 @@ FAMILY = Family(
     kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes, feature_map=feature_map,
-    default_features=lambda network: (f"transformer_blocks.{network.config.num_layers // 2}",),       # the block in the middle
+    default_features=middle_block,
     latent_shape=latent_shape,
     codec=lambda parts: shifted(parts["vae"]), refusals=refusals)

@@ -19,7 +19,7 @@ from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
-from . import Family, Parts, Size, codec_pixels, latent_sides
+from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -76,13 +76,13 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, scheduler = parts["transformer"].config, parts["vae"].config, type(parts["scheduler"]).__name__
+    network, vae = parts["transformer"].config, parts["vae"].config
     return {
         f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
             network.in_channels != vae.latent_channels,
         "its network is told pictures, too (siglip_feat_dim)": network.siglip_feat_dim is not None,
         "its codec says no shift_factor, which its pipeline adds to latents": vae.shift_factor is None,
-        f"its scheduler {scheduler} is none of flow matching": not scheduler.startswith("FlowMatch"),
+        **flow_refusals(parts["scheduler"]),
     }
 
 
