@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from .models.sharded import shard
 from .models.stock import as_pil, pictures
 from .recipe import Recipe
 from .run import folder
-from .run.cards import advice, check_card
+from .run.cards import advice, check_card, fit_stage
 from .run.checks import check, family, needs_of
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
-from .run.plan import plan
+from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of
@@ -109,6 +109,17 @@ class MadePairs:
     count: int
     made: int
     seconds: float
+
+
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, gpu_memory: float | None = None, **overrides: Any) -> dict[str, Any]:
+    """What a run will cost: `run.plan.plan`'s figures, in bytes. No weights are read.
+
+    recipe, overrides: as train. gpu_memory: of a card, in bytes; then "fit" says whether the run fits it, {memory, fits, switches: the
+    entries that make it fit, or all that there are, peak: with them}. RequestError for what training would refuse.
+    """
+    recipe = Recipe.of(recipe, overrides)
+    found = plan_recipe(recipe)
+    return found if gpu_memory is None else found | {"fit": {"memory": gpu_memory, **asdict(fit_stage(recipe, found, gpu_memory))}}
 
 
 def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,

@@ -41,3 +41,13 @@ def test_a_recipe_is_planned_with_its_teacher_s_configs(folder_of, name):
     trained = {role for role, row in roles.items() if row["trained"]}
     assert trained == ({"student"} if method == "lcm" else {"student", "critic"})
     assert found["peak"] > found["bytes"] > 2 * known["parameters"]
+
+
+@pytest.mark.long
+def test_two_loras_on_flux_add_a_tenth_to_the_base(folder_of):
+    """Of rank 32 on its attention, with gradients and moments: 12 bytes a weight beside its own four."""
+    attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    role = {"lora": {"rank": 32, "targets": attention}}
+    recipe = Recipe.load("flux1-dev/dmd2", {"teacher": str(folder_of("flux1-dev")), "data.prompts": ["a red ring"], "student": role, "critic": role})
+    roles = plan(recipe)["roles"]
+    assert sum(row["bytes"] + 12 * row["trained"] for row in roles.values() if row["trained"]) < 0.1 * roles["teacher"]["bytes"]
