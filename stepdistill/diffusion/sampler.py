@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -104,6 +105,11 @@ class Sampler:
         return torch.tensor([e.time for e in self.evaluations], dtype=torch.float64)
 
     @property
+    def levels(self) -> Tensor:
+        """Where the state is at each evaluation, as t: (nfe,) float64."""
+        return torch.tensor([e.level for e in self.evaluations], dtype=torch.float64)
+
+    @property
     def landings(self) -> Tensor:
         """Where the step from each evaluation lands, as t: (nfe,) float64."""
         return torch.tensor([e.landing for e in self.evaluations], dtype=torch.float64)
@@ -130,13 +136,20 @@ class Sampler:
         if not 0 <= until <= self.nfe:
             raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to "
                              f"{self.nfe} exist")
+        return next(islice(self.states(role, noise, cond, draw), until, None))
+
+    def states(self, role: Role, noise: Tensor, cond: Condition | None = None,
+               draw: Draw | None = None) -> Iterator[Tensor]:
+        """The state that each evaluation is given, one after another, and the sample: nfe + 1 of them. What is not
+        asked for is not computed."""
         if self.stochastic and draw is None:
             raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
         x, history = self.start * noise, []
-        for i, e in enumerate(self.evaluations[:until]):
+        yield x
+        for i, e in enumerate(self.evaluations):
             history = [*history[-1:], self._predict(role, x, e, cond)]
             x = e.rule(history, _times(e.landing, x), draw(i) if e.noisy else None)
-        return x
+            yield x
 
     def simulate(self, role: Role, noise: Tensor, exit: int, cond: Condition | None = None,
                  draw: Draw | None = None) -> Tensor:
@@ -151,6 +164,11 @@ class Sampler:
         with torch.no_grad():
             x = self.rollout(role, noise, exit, cond, draw)
         return self._predict(role, x, self.evaluations[exit], cond).x0
+
+    def predict(self, role: Role, x: Tensor, i: Tensor, cond: Condition | None = None) -> Prediction:
+        """What the role says at the evaluation of each sample, i (B,) int64, in the states x (B, ...) that these are
+        given."""
+        return replace(role(x, self.times[i], cond), t=self.levels[i])
 
     def _predict(self, role: Role, x: Tensor, e: Evaluation, cond: Condition | None) -> Prediction:
         return replace(role(x, _times(e.time, x), cond), t=_times(e.level, x))
