@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .contracts import Condition, Role
 from .flow_map import ddim_step
 from .prediction import Prediction
-from .schedule import RectifiedFlow, Schedule, VariancePreserving
+from .schedule import RectifiedFlow, Schedule, VariancePreserving, like
 from .solvers import dpmpp_2m_step, trapezoid
 from .wrapper import Wrapper
 
@@ -193,6 +194,16 @@ def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_s
     return x0 if noise is None else p.schedule.add_noise(x0, noise, r)
 
 
+def _ancestral(history: list[Prediction], r: Tensor, noise: Tensor | None, spread: float, clip: float) -> Tensor:
+    """Ho et al. 2020, arXiv:2006.11239, algorithm 2: the mean of what lies at r between x_t and x_0, which is kept within +-clip,
+    and noise of this deviation."""
+    p = history[-1]
+    x0, (alpha, sigma), (alpha_r, sigma_r) = p.x0.clamp(-clip, clip), *((p.schedule.alpha(t), p.schedule.sigma(t)) for t in (p.t, r))
+    kept = (sigma_r / sigma) ** 2 * (alpha / alpha_r)                    # of x_t; sigma_r^2 is what x_0 and the noise leave of it
+    mean = like(kept, x0) * p.x_t + like(alpha_r - kept * alpha, x0) * x0
+    return mean if noise is None else mean + spread * noise
+
+
 def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, through: float) -> Tensor:
     """Zheng et al. 2024, arXiv:2402.19159, algorithm 4: by DDIM past the landing, to `through`, and back by fresh
     noise."""
@@ -263,6 +274,22 @@ def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, 
     return 1.0, [Evaluation(*row, _ddim) for row in zip(times, levels, _level(landings, schedule))]
 
 
+def _ddpm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    """It lands on the next timestep that it asks for, and adds noise at every one above 0."""
+    _demand(scheduler, thresholding=False)
+    if scheduler.config["variance_type"] not in ("fixed_small", "fixed_small_log", "fixed_large"):
+        raise ValueError(f"DDPMScheduler with variance_type={scheduler.config['variance_type']!r} is not reproduced by the sampler: use "
+                         "a scheduler config with variance_type='fixed_small'")
+    times, timesteps = _vp_times(scheduler, schedule), scheduler.timesteps
+    kept = torch.cat([scheduler.alphas_cumprod[timesteps].double(), torch.ones(1, dtype=torch.float64)])
+    variances = 1 - kept[:-1] / kept[1:]
+    if scheduler.config["variance_type"] != "fixed_large":
+        variances = variances * (1 - kept[1:]) / (1 - kept[:-1])
+    levels, clip = _level(kept, schedule), scheduler.config["clip_sample_range"] if scheduler.config["clip_sample"] else inf
+    rules = [partial(_ancestral, spread=spread, clip=clip) for spread in variances.sqrt().tolist()]
+    return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:], rules, (timesteps > 0).tolist())]
+
+
 def _sigma_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
     """Levels of a scheduler that keeps sigma / alpha: one more than it has evaluations."""
     return schedule.time_at(torch.atan(scheduler.sigmas.double())).tolist()
@@ -324,6 +351,7 @@ def _flow_lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, lis
 
 
 READERS: dict[str, Callable[..., tuple[float, list[Evaluation]]]] = {
+    "DDPMScheduler": _ddpm,
     "LCMScheduler": _lcm,
     "TCDScheduler": _tcd,
     "DDIMScheduler": _ddim_reader,
