@@ -81,10 +81,11 @@ def _quoted(text: str) -> str:
 
 
 def _front_matter(settings: Mapping[str, Any]) -> str:
-    tags = ["diffusers", "text-to-image", "distillation", "stepdistill", settings["method"]]
+    task = "unconditional-image-generation" if settings["reads"] == "nothing" else "text-to-image"
+    tags = ["diffusers", task, "distillation", "stepdistill", settings["method"]]
     tags += [] if settings["format"] == "pipeline" else ["lora"]
     rows = {"base_model": settings["teacher"], "library_name": "diffusers", "license": "other",
-            "license_name": "that-of-the-base-model", "pipeline_tag": "text-to-image", "tags": tags}
+            "license_name": "that-of-the-base-model", "pipeline_tag": task, "tags": tags}
     return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in rows.items()) + "\n---"
 
 

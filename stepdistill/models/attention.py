@@ -99,9 +99,9 @@ def set_attention(network: nn.Module, backend: str) -> None:
 def differentiable(network: nn.Module) -> Iterator[None]:
     """Within, the network has a derivative forward, torch.func.jvp: attention is computed as it is written, by torch's
     math kernel. The kernels of flash and of xformers have none, and that of group norms has none for a transposed view, which
-    attention over pixels hands to its own. The chosen backend comes back afterwards."""
+    attention over pixels makes. The chosen backend comes back afterwards."""
     chosen = {layer: layer.processor for layer in _attentions(network)}
-    norms = [layer.group_norm for layer in chosen if isinstance(layer, Attention) and layer.group_norm is not None]
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     try:
         for layer, processor in chosen.items():
             layer.set_processor(_other(processor, "sdpa") or processor)

@@ -18,7 +18,7 @@ from stepdistill.diffusion.sampler import Sampler
 from stepdistill.methods.base import Frozen, Trained
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import tap
-from stepdistill.models.families import FAMILIES, family_of
+from stepdistill.models.families import FAMILIES, family_of, text_to_image
 from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.stock import pictures
 from stepdistill.models.teacher import load_teacher
@@ -45,7 +45,7 @@ def folder_of(tmp_path_factory):
 
 
 def test_every_family_has_a_case(folder_of):
-    served = {family_of(type(case.build()).__name__).name for case in CASES.values()}
+    served = {family_of(text_to_image(type(case.build()).__name__)).name for case in CASES.values()}
     assert served == {*FAMILIES.values()} - {"toy"}
 
 

@@ -52,6 +52,7 @@ def as_they_are(codec: nn.Module | None, pixels: Tensor) -> Tensor:
 
 
 METHODS = {"lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}, "progressive": {}}
+MADE = {"samples": {"prompts": ["class 1", "class 3"], "steps": 2}, "count": 4, "batch": 2}
 PLAIN: dict[str, Any] = {"latents": latents, "reconstructed": as_they_are, "scales": (1.0,), "guidance": 1.0}
 CASES = {
     "ddpm": Case(ddpm, sizes=((16, 16), (16, 16)), prompts=("", ""), ignored=("label",), methods=METHODS, **PLAIN),
@@ -60,4 +61,6 @@ CASES = {
                        data={"prompts": "none", "batch": 2}, **PLAIN),
     "ddim": Case(ddim, sizes=((16, 16), (16, 16)), prompts=("", ""), ignored=("label",), methods={"cd": {}},
                  data={"samples": {"prompts": "none", "steps": 2}, "count": 4, "batch": 2}, **PLAIN),
+    "ddpm-class": Case(lambda: ddpm(classes=5), sizes=((16, 16), (16, 16)), prompts=("class 3", "class 0"), data=MADE,
+                       methods=METHODS | {"scm": {}, "cd": {}}, **PLAIN),
 }
