@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .consistency import SIGMA_DATA, edm_scalings
 from .contracts import Condition, Role
 from .flow_map import ddim_step
 from .prediction import Prediction
-from .schedule import RectifiedFlow, Schedule, VariancePreserving, like
+from .schedule import RectifiedFlow, Schedule, TrigFlow, VariancePreserving, like
 from .solvers import dpmpp_2m_step, trapezoid
 from .wrapper import Wrapper
 
@@ -194,6 +195,13 @@ def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_s
     return x0 if noise is None else p.schedule.add_noise(x0, noise, r)
 
 
+def _iterative(history: list[Prediction], r: Tensor, noise: Tensor | None, c_skip: float, c_out: float, spread: float, clip: float) -> Tensor:
+    """Song et al. 2023, arXiv:2303.01469, algorithm 1: f, within +-clip, and noise of this deviation unless it is the last."""
+    p = history[-1]
+    x0 = (c_out * p.x0 + c_skip * p.x_t).clamp(-clip, clip)
+    return x0 if noise is None else like(p.schedule.alpha(r), x0) * (x0 + spread * noise)
+
+
 def _ancestral(history: list[Prediction], r: Tensor, noise: Tensor | None, spread: float, clip: float) -> Tensor:
     """Ho et al. 2020, arXiv:2006.11239, algorithm 2: the mean of what lies at r between x_t and x_0, which is kept within +-clip,
     and noise of this deviation."""
@@ -323,6 +331,37 @@ def _dpmpp_2m_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[flo
     return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:], rules)]
 
 
+def _edm_levels(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
+    if not isinstance(schedule, TrigFlow):
+        raise ValueError(f"{type(scheduler).__name__} serves networks by EDM's clock, found {type(schedule).__name__}")
+    _demand(scheduler, sigma_data=SIGMA_DATA)
+    return _sigma_levels(scheduler, schedule)
+
+
+def _iterative_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    """Of several steps the last, too, draws noise, and multiplies it by zero."""
+    levels, config = _edm_levels(scheduler, schedule)[:-1], scheduler.config
+    _demand(scheduler, s_noise=1.0)
+    spreads = (scheduler.sigmas[1:].double().clamp(config["sigma_min"], config["sigma_max"]) ** 2 - config["sigma_min"] ** 2).sqrt().tolist()
+    scalings = zip(*(c.tolist() for c in edm_scalings(schedule, torch.tensor(levels, dtype=torch.float64), config["sigma_min"])))
+    rules = [partial(_iterative, c_skip=c_skip, c_out=c_out, spread=spread, clip=1.0 if config["clip_denoised"] else inf)
+             for (c_skip, c_out), spread in zip(scalings, spreads)]
+    noisy = [True] * (len(levels) - 1) + [False]
+    return _start(scheduler), [Evaluation(*row) for row in zip(levels, levels, levels[1:] + [0.0], rules, noisy)]
+
+
+def _edm_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, prediction_type="epsilon", final_sigmas_type="zero")
+    levels = _edm_levels(scheduler, schedule)
+    return _start(scheduler), [Evaluation(*row, _ddim) for row in zip(levels, levels, levels[1:])]
+
+
+def _edm_dpmpp_2m(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
+    _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False, euler_at_final=False)
+    start, evaluations = _edm_euler(scheduler, schedule)
+    return start, [replace(e, rule=_dpmpp_2m) if 0 < i < len(evaluations) - 1 else e for i, e in enumerate(evaluations)]
+
+
 def _flow_times(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[list[float], list[float]]:
     """The times that the network reads, and the levels: one more."""
     if not isinstance(schedule, RectifiedFlow):
@@ -352,6 +391,9 @@ def _flow_lcm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, lis
 
 READERS: dict[str, Callable[..., tuple[float, list[Evaluation]]]] = {
     "DDPMScheduler": _ddpm,
+    "CMStochasticIterativeScheduler": _iterative_reader,
+    "EDMEulerScheduler": _edm_euler,
+    "EDMDPMSolverMultistepScheduler": _edm_dpmpp_2m,
     "LCMScheduler": _lcm,
     "TCDScheduler": _tcd,
     "DDIMScheduler": _ddim_reader,

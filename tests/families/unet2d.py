@@ -4,11 +4,16 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    SchedulerMixin,
     UNet2DModel,
 )
 from torch import Tensor, nn
@@ -52,6 +57,10 @@ def as_they_are(codec: nn.Module | None, pixels: Tensor) -> Tensor:
 
 
 METHODS = {"lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}, "progressive": {}}
+def edm(scheduler: SchedulerMixin, classes: int | None = None) -> ConsistencyModelPipeline:
+    return ConsistencyModelPipeline(tiny_unet(classes=classes), scheduler)
+
+
 MADE = {"samples": {"prompts": ["class 1", "class 3"], "steps": 2}, "count": 4, "batch": 2}
 PLAIN: dict[str, Any] = {"latents": latents, "reconstructed": as_they_are, "scales": (1.0,), "guidance": 1.0}
 CASES = {
@@ -63,4 +72,12 @@ CASES = {
                  data={"samples": {"prompts": "none", "steps": 2}, "count": 4, "batch": 2}, **PLAIN),
     "ddpm-class": Case(lambda: ddpm(classes=5), sizes=((16, 16), (16, 16)), prompts=("class 3", "class 0"), data=MADE,
                        methods=METHODS | {"scm": {}, "cd": {}}, **PLAIN),
+    "cm-class": Case(lambda: edm(CMStochasticIterativeScheduler(), 5), sizes=((16, 16), (16, 16)), prompts=("class 3", "class 0"), data=MADE,
+                     methods={"lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}, "scm": {}, "cd": {}}, **PLAIN),
+    "cm": Case(lambda: edm(CMStochasticIterativeScheduler(num_train_timesteps=18, clip_denoised=False, sigma_max=60.0)), sizes=((16, 16), (16, 16)),
+               prompts=("", ""), ignored=("label",), methods={"lcm": {}}, **PLAIN),
+    "edm-unet": Case(lambda: edm(EDMEulerScheduler()), sizes=((16, 16), (16, 16)), prompts=("", ""), ignored=("label",),
+                     methods={"progressive": {}}, **PLAIN),
+    "edm-unet-2m": Case(lambda: edm(EDMDPMSolverMultistepScheduler(), 5), sizes=((16, 16), (16, 16)), prompts=("class 3", "class 0"), data=MADE,
+                        methods={"progressive": {}}, **PLAIN),
 }

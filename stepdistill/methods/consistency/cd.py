@@ -27,7 +27,7 @@ from ...diffusion.contracts import Batch, Condition, Role
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import RectifiedFlow, Schedule, like
+from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.solvers import heun_step
 from ...diffusion.times import LEVELS, karras
 from ...losses.regression import pseudo_huber, squared
@@ -89,7 +89,7 @@ def grid(schedule: Schedule, count: int, sampled: Tensor) -> Tensor:
     and those at which the student is asked."""
     low, high = schedule.angle(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64)).tan().tolist()
     times = karras(schedule, count, max(SIGMAS[0], low), min(SIGMAS[1], high))
-    known = times if isinstance(schedule, RectifiedFlow) else (LEVELS * times).round() / LEVELS
+    known = (LEVELS * times).round() / LEVELS if isinstance(schedule, VariancePreserving) else times
     return torch.cat([known, sampled, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)
 
 

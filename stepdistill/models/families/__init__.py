@@ -228,7 +228,7 @@ class Family:
     name: its module. denoiser: the name of the network that is distilled, among the pipeline's components.
     schedule, kind: of the teacher's scheduler, the noise schedule and what the network predicts, a key of PARAMETERISATIONS.
     timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64; timestep_dtype: in which it is told,
-    None for the network's own.
+    None for the network's own. scaling: t and the scheduler -> (B,), by what x_t is multiplied before the network sees it.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
     condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
@@ -287,5 +287,6 @@ class Family:
     vision: Callable[[str | None], VisionConfig] = published
     unserved: Mapping[str, str] = field(default_factory=dict)
     no_pipeline: str | None = None
+    scaling: Callable[[Tensor, Any], Tensor] | None = None
     called_by: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None
     reads: Callable[[nn.Module], Literal["texts", "classes", "nothing"]] = lambda network: "texts"

@@ -1,32 +1,63 @@
-"""UNet2DModel on pixels: DDPM, DDIM and consistency models, without a prompt or told a class."""
+"""UNet2DModel on pixels: DDPM, DDIM, EDM and consistency models, without a prompt or told a class."""
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import atan
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
+from ...diffusion.consistency import SIGMA_DATA
 from ...diffusion.contracts import Condition
+from ...diffusion.schedule import Schedule, TrigFlow, VariancePreserving
 from ...errors import RequestError
 from ..codecs import Points
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
-from . import DISCRETE, UNET, Family, Parts, Size, discrete_refusals
+from . import KINDS, UNET, Family, Parts, Size, discrete_refusals, node
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
 # As of UNets with text: attention, convolutions and the way in of time.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+PRECONDITIONED = ("EDM", "CMStochastic")            # schedulers by EDM's clock, which scale what the network reads and gives
 UNGUIDED = "no call of a pipeline of UNet2DModel guides, and no config says which class would stand for none: leave it out, or let it be 1"
 
 
 def called_by(index: Mapping[str, Any], network: Mapping[str, Any]) -> str:
-    """Of the two classes ConsistencyModelPipeline alone passes labels on. With a scheduler of DDPM's kind it calls all else alike."""
-    return index["_class_name"] if network.get("num_class_embeds") is None else "ConsistencyModelPipeline"
+    """Of the two classes ConsistencyModelPipeline alone passes labels on and lets a scheduler scale. With one of DDPM's kind it calls all
+    else alike."""
+    plain = network.get("num_class_embeds") is None and not index["scheduler"][1].startswith(PRECONDITIONED)
+    return index["_class_name"] if plain else "ConsistencyModelPipeline"
+
+
+def by_edm(scheduler: SchedulerMixin) -> bool:
+    return type(scheduler).__name__.startswith(PRECONDITIONED)
+
+
+def schedule(scheduler: SchedulerMixin) -> Schedule:
+    """EDM's noise by its angle: x_t is its x_0 + sigma eps, brought to a norm of 1."""
+    return TrigFlow(atan(scheduler.config.sigma_max)) if by_edm(scheduler) else VariancePreserving.of(scheduler.alphas_cumprod)
+
+
+def timestep(t: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    """By EDM's clock ln(sigma) / 4, of consistency models 1000 of it; no less than at the least noise that they are taught."""
+    if not by_edm(scheduler):
+        return node(t, scheduler)
+    sigma = schedule(scheduler).angle(t).tan().clamp(min=scheduler.config.sigma_min)
+    return sigma.log() * (250 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25)
+
+
+def scaling(t: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    """Karras et al. 2022, arXiv:2206.00364, table 1: c_in of the x that is x_t / alpha."""
+    if not by_edm(scheduler):
+        return torch.ones_like(t)
+    alpha, sigma = schedule(scheduler).alpha(t), schedule(scheduler).sigma(t)
+    return torch.hypot(sigma, alpha * scheduler.config.sigma_data) ** -1
 
 
 def read(pipeline: DiffusionPipeline, prompt: str) -> int | None:
@@ -59,6 +90,14 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     return config.in_channels, *own
 
 
+def noise_refusals(scheduler: SchedulerMixin) -> dict[str, bool]:
+    config = scheduler.config
+    return {
+        f"its scheduler has sigma_data: {config.sigma_data}, and networks of {SIGMA_DATA} are served": config.sigma_data != SIGMA_DATA,
+        f"its scheduler has prediction_type: {config.get('prediction_type')}": config.get("prediction_type", "epsilon") != "epsilon",
+    } if by_edm(scheduler) else discrete_refusals(scheduler)
+
+
 def refusals(parts: Parts) -> dict[str, bool]:
     network = parts["unet"].config
     return {
@@ -67,9 +106,9 @@ def refusals(parts: Parts) -> dict[str, bool]:
         "its network's config says no sample_size": network.sample_size is None,
         f"its network embeds its time as {network.time_embedding_type}": network.time_embedding_type != "positional",
         f"its network reads classes as {network.class_embed_type}": network.class_embed_type is not None,
-        "its network knows classes, and the pipeline that passes them on draws squares": network.num_class_embeds is not None
-            and not isinstance(network.sample_size, int),
-        **discrete_refusals(parts["scheduler"]),
+        "its pictures should be squares, as ConsistencyModelPipeline draws them, which alone calls it": not isinstance(network.sample_size, int)
+            and (network.num_class_embeds is not None or by_edm(parts["scheduler"])),
+        **noise_refusals(parts["scheduler"]),
     }
 
 
@@ -79,4 +118,5 @@ FAMILY = Family(
     reads=lambda network: "nothing" if network.config.num_class_embeds is None else "classes",
     encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs, latent_shape=latent_shape, call=lambda parts, size: {},
     codec=lambda parts: Points(), refusals=refusals, unserved=dict.fromkeys(("guidance", "data.samples.guidance", "data.pairs.guidance"), UNGUIDED),
-    **DISCRETE, **UNET)
+    schedule=schedule, kind=lambda scheduler: "edm" if by_edm(scheduler) else KINDS[scheduler.config.prediction_type],
+    timestep=timestep, scaling=scaling, **UNET)
