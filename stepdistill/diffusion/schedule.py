@@ -149,13 +149,20 @@ class RectifiedFlow(Schedule):
 
 @dataclass(frozen=True)
 class TrigFlow(Schedule):
-    """Lu & Song 2024, arXiv:2410.11081, with time rescaled to [0, 1]: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+    """Lu & Song 2024, arXiv:2410.11081, with time rescaled to [0, 1]: alpha = cos(end t), sigma = sin(end t).
 
-    def alpha(self, t): return (t.double().cpu() * pi / 2).cos()
-    def sigma(self, t): return (t.double().cpu() * pi / 2).sin()
-    def d_alpha(self, t): return -self.sigma(t) * pi / 2
-    def d_sigma(self, t): return self.alpha(t) * pi / 2
-    def time_at(self, angle): return angle.double().cpu() * 2 / pi
+    end: the angle at t = 1, short of pi / 2 where a network knows no more noise. Of EDM's, whose x_0 + sigma eps is x_t / alpha here,
+    it is atan(sigma_max).
+    """
+
+    end: float = pi / 2
+
+    def angle(self, t): return t.double().cpu() * self.end
+    def alpha(self, t): return self.angle(t).cos()
+    def sigma(self, t): return self.angle(t).sin()
+    def d_alpha(self, t): return -self.sigma(t) * self.end
+    def d_sigma(self, t): return self.alpha(t) * self.end
+    def time_at(self, angle): return (angle.double().cpu() / self.end).clamp(max=1)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
               weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler, base = student.sampler(call), student.base_model or student.teacher.source
-    return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
+    return {"format": to, "pipeline": pipeline, "denoiser": student.teacher.family.denoiser,
+            "reads": student.teacher.family.reads(student.teacher.network), "call": call, "steps": student.steps, "method": student.method,
             "teacher": base.base, "revision": base.revision, **_beside(base, student.teacher.traces),
             "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,

@@ -65,7 +65,7 @@ class Framed(Codec):
 class Points(Codec):
     """Where samples are what the network sees: nothing is encoded."""
 
-    dtype = torch.float32
+    dtype, network = torch.float32, None
 
     def __init__(self) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from diffusers.models.modeling_utils import LegacyModelMixin
 from torch import nn
 
 from ..errors import RequestError, first_lines
-from .families import Family, stock_index, text_to_image
+from .families import Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
 from .weights import check_components, class_of
@@ -30,9 +31,9 @@ class Loading:
     family: Family
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def kind(self) -> type[DiffusionPipeline]:
-        return getattr(diffusers, text_to_image(self.index["_class_name"]))
+        return getattr(diffusers, caller(self.source, self.index))
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -92,6 +93,17 @@ class Loading:
             try_loras(self.kind(**dict.fromkeys(_slots(self.kind)) | dropped | networks | {"scheduler": parts["scheduler"]}),
                       self.source.loras)
         return made
+
+
+def caller(source: Source, index: Index) -> str:
+    """The class of the stock pipeline that calls this one as it is served."""
+    family = family_of(text_to_image(index["_class_name"]))
+    if family.called_by is None:
+        return text_to_image(index["_class_name"])
+    network = class_of(family.denoiser, *index[family.denoiser])
+    with _blaming(f"the config of {family.denoiser}", source.place):
+        config = network.load_config(source.place, subfolder=family.denoiser, revision=source.revision)
+    return text_to_image(family.called_by(index, config))
 
 
 def settings_of(index: Mapping[str, Any]) -> dict[str, Any]:

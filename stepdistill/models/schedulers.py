@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
-from diffusers import SchedulerMixin
+import torch
+from diffusers import CMStochasticIterativeScheduler, SchedulerMixin
 
-from ..diffusion.consistency import TIMESTEP_SCALING
+from ..diffusion.consistency import SIGMA_MIN, TIMESTEP_SCALING
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
+from ..diffusion.schedule import RectifiedFlow, Schedule, TrigFlow, VariancePreserving
 from ..diffusion.times import LEVELS
 from ..methods.base import Inference
 from .stock import USUAL, Guidance
@@ -21,6 +22,7 @@ NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
             "use_exponential_sigmas": False, "use_beta_sigmas": False}
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
+RHO, FINE = 7.0, 100_001                           # Karras et al. 2022, arXiv:2206.00364, eq. 5; nodes that hold any level to 1e-4 of it
 DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 
 
@@ -38,8 +40,9 @@ class StockCall:
     components: Mapping[str, Any] = field(default_factory=dict)
 
 
-def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL) -> StockCall:
-    """An inference as a scheduler and a call of diffusers. schedule: the teacher's. ValueError where no stock scheduler does it."""
+def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL, own: SchedulerMixin | None = None) -> StockCall:
+    """An inference as a scheduler and a call of diffusers. schedule: the teacher's; own: its scheduler, by whose clock a network of EDM's
+    goes. ValueError where no stock scheduler does it."""
     if inference.steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; found {inference.steps}")
     call = {"num_inference_steps": inference.steps, **guidance.none}
@@ -49,23 +52,62 @@ def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = US
         return _flow(inference, call)
     if isinstance(schedule, VariancePreserving):
         return _variance_preserving(inference, call)
+    if isinstance(schedule, TrigFlow) and own is not None:
+        return (_iterative if isinstance(own, CMStochasticIterativeScheduler) else _edm)(inference, call, schedule)
     raise ValueError(f"no stock scheduler samples on a {type(schedule).__name__}")
 
 
 def _flow(inference: Inference, call: dict[str, Any]) -> StockCall:
     """A flow's sigmas are its times; the stock scheduler shifts those that it is given."""
-    steps, nodes = inference.steps, inference.nodes
     if inference.end:
         raise ValueError(f"the stock schedulers of flows end on the data, at t = 0; found {inference.end:g}")
     if inference.noise not in (0, 1):
         raise ValueError("no stock scheduler of a flow adds a share of fresh noise: FlowMatchEulerDiscreteScheduler adds none, "
                          f"FlowMatchLCMScheduler all of it; found {inference.noise:g}")
-    grid = [1 - i / steps for i in range(steps)] if nodes is None else [(nodes - nodes * i // steps) / nodes for i in range(steps)]
-    call["sigmas"] = grid if inference.times is None else list(inference.times)
+    call["sigmas"] = _times(inference)
     config = AS_GIVEN | {"shift": inference.shift}
     if inference.noise:
         return StockCall("FlowMatchLCMScheduler", config, call)
     return StockCall("FlowMatchEulerDiscreteScheduler", config | {"stochastic_sampling": False}, call)
+
+
+def _times(inference: Inference) -> list[float]:
+    """When the network is asked, where nothing but their number says how times are spaced."""
+    steps, nodes = inference.steps, inference.nodes
+    if inference.times is not None:
+        return list(inference.times)
+    return [1 - i / steps for i in range(steps)] if nodes is None else [(nodes - nodes * i // steps) / nodes for i in range(steps)]
+
+
+def _sigmas(inference: Inference, schedule: Schedule) -> list[float]:
+    """Of a network of EDM's, when it is asked."""
+    if inference.end or inference.shift != 1:
+        raise ValueError(f"the stock schedulers by EDM's clock end on the data and shift nothing; found end = {inference.end:g}, "
+                         f"shift = {inference.shift:g}")
+    return schedule.angle(torch.tensor(_times(inference), dtype=torch.float64)).tan().tolist()
+
+
+def _iterative(inference: Inference, call: dict[str, Any], schedule: Schedule) -> StockCall:
+    """A call's timesteps count the scheduler's own nodes, from the data to noise: as many as it takes to come near any time."""
+    if inference.steps > 1 and inference.noise != 1:
+        raise ValueError("CMStochasticIterativeScheduler adds fresh noise in each step, and no other stock scheduler goes by the clock of "
+                         f"consistency models; found {inference.steps} steps with noise = {inference.noise:g}, and 1 step would be served")
+    first, *_ = sigmas = _sigmas(inference, schedule)
+    high, low = first ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    call["timesteps"] = [round((high - sigma ** (1 / RHO)) / (high - low) * (FINE - 1)) for sigma in sigmas][::-1]
+    config = {"num_train_timesteps": FINE, "sigma_min": SIGMA_MIN, "sigma_max": first, "rho": RHO, "s_noise": 1.0, "clip_denoised": False}
+    return StockCall("CMStochasticIterativeScheduler", config, call)
+
+
+def _edm(inference: Inference, call: dict[str, Any], schedule: Schedule) -> StockCall:
+    """EDMEulerScheduler spaces its levels from sigma_max to sigma_min by Karras' rule alone, and steps to the data from there."""
+    sigmas = _sigmas(inference, schedule)
+    if len(sigmas) > 1 and inference.noise or len(sigmas) > 2:
+        raise ValueError("of the stock schedulers by EDM's clock none adds fresh noise, and EDMEulerScheduler takes even steps where they are 1 or "
+                         f"2; found {inference.steps} steps with noise = {inference.noise:g}, and 1 step would be served")
+    config = {"sigma_max": sigmas[0], "sigma_min": SIGMA_MIN if len(sigmas) == 1 else sigmas[-1], "sigma_schedule": "karras",
+              "rho": RHO, "final_sigmas_type": "zero"}
+    return StockCall("EDMEulerScheduler", config, call)
 
 
 def _variance_preserving(inference: Inference, call: dict[str, Any]) -> StockCall:

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..errors import RequestError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 class Guidance:
     """How a pipeline's call speaks of the guidance scale w, of which 1 is conditional only.
 
-    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further
+    keyword: takes w - offset; None of a call that cannot guide. beside: what a guided call needs as well, such as a negative prompt. off: further
     keywords that switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class
     has such an input.
     within: this pipeline's own network reads its scale there: a step costs one evaluation, whatever the scale.
     """
 
-    keyword: str = "guidance_scale"
+    keyword: str | None = "guidance_scale"
     offset: float = 0.0
     beside: Mapping[str, Any] = field(default_factory=dict)
     off: Mapping[str, Any] = field(default_factory=dict)
@@ -33,20 +35,24 @@ class Guidance:
     within: bool = False
 
     @property
-    def none(self) -> dict[str, Any]:
+    def none(self) -> Mapping[str, Any]:
         """The keyword arguments that switch classifier-free guidance off."""
-        return {self.keyword: 1.0 - self.offset, **self.off}
+        return self.off if self.keyword is None else {self.keyword: 1.0 - self.offset, **self.off}
 
-    def call(self, w: float) -> dict[str, Any]:
-        """The keyword arguments of a call at the scale w."""
+    def call(self, w: float) -> Mapping[str, Any]:
+        """The keyword arguments of a call at the scale w. RequestError for one that guides where none can."""
         if self.within:
             return {self.embedded: float(w)}
+        if self.keyword is None and w > 1:
+            raise RequestError(f"no call of this pipeline guides, so its guidance is 1; found {w:g}")
         return {self.keyword: w - self.offset, **self.beside} if w > 1 else self.none
 
     def scale(self, call: Mapping[str, Any]) -> float:
         """The scale w of a call; 1 where it does not say. Stock pipelines guide above 1 only."""
         if self.within:
             return float(call.get(self.embedded, 1.0))
+        if self.keyword is None:
+            return 1.0
         return max(1.0, float(call.get(self.keyword, 1.0 - self.offset)) + self.offset)
 
 
@@ -56,24 +62,30 @@ USUAL = Guidance()                                  # of pipelines that say guid
 @dataclass(frozen=True)
 class Prompts:
     """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
-    of them.
+    of them, None where this pipeline is told nothing.
 
     output_type: of pictures, where "pt" is not known. each: keywords that a call takes once for every prompt, as a list.
+    count: the keyword of the number of pictures, where it does not follow from the prompts.
     """
 
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
     each: tuple[str, ...] = ()
+    count: str | None = None
 
     def call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of this call for these prompts."""
         spread = {name: [call[name]] * len(prompts) for name in self.each if name in call}
-        return {**call, **spread, self.keyword: [self.read(pipeline, prompt) for prompt in prompts]}
+        told = [self.read(pipeline, prompt) for prompt in prompts]
+        counted = {} if self.count is None else {self.count: len(prompts)}
+        return {**call, **spread, **counted, **({} if None in told else {self.keyword: told})}
 
     def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
         """The argument of a call that asks for one prompt, as Python is written: by its name, unless a prompt is the first."""
         value, first = self.read(pipeline, prompt), [*inspect.signature(type(pipeline).__call__).parameters][1]
+        if value is None:
+            return f"{self.count}=1"
         if self.keyword == first == "prompt":
             return json.dumps(value, ensure_ascii=False)
         return f"{self.keyword}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else [value]}"

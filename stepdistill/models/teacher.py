@@ -14,7 +14,7 @@ from ..diffusion.contracts import Condition
 from ..diffusion.guidance import with_scale
 from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import Schedule, VariancePreserving, moved
+from ..diffusion.schedule import Schedule, VariancePreserving, like, moved
 from ..diffusion.times import LEVELS
 from ..errors import RequestError
 from ..methods.base import Inference
@@ -138,7 +138,8 @@ class Teacher:
             raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
-        given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
+        seen = x_t if self.family.scaling is None else like(self.family.scaling(t.double().cpu(), self.scheduler), x_t) * x_t
+        given = self.family.inputs(network, seen.to(dtype), timestep, cond)
         own = [name for name in time.own(tuple(cond.extra)) if name != "w" or not self.guidance.within]
         with reading(network, time.sinusoids, {name: cond.extra[name] for name in own}):
             raw = network(**given)
@@ -200,7 +201,7 @@ class Teacher:
         """How its stock pipeline samples so. ValueError where no stock scheduler does."""
         if self.scale is not None:
             inference = replace(inference, guidance=self.scale)
-        found = stock_call(inference, self.schedule, self.guidance)
+        found = stock_call(inference, self.schedule, self.guidance, self.scheduler)
         call = {**found.call, **self.call}
         if self.cls is not None and (names := unknown(self.cls, call)):
             raise ValueError(f"it asks its pipeline for {', '.join(names)}, which a call of {self.cls.__name__} does not take: choose a method "

@@ -262,7 +262,8 @@ def _check_family(recipe: Recipe) -> None:
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
                             f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
     for entry, reason in served.unserved.items():
-        if (value := _entry(recipe, entry)) not in (None, False, "auto"):
+        value = _entry(recipe, entry)
+        if value not in (None, False, "auto") and not (entry.endswith("guidance") and value == 1):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
 
 

@@ -21,7 +21,8 @@ from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_prompts, text_to_image
-from ..models.sources import Source, call_of, class_at, index_at
+from ..models.loading import caller
+from ..models.sources import Source, call_of, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from .folder import is_run
@@ -91,7 +92,7 @@ def _must_draw(pipeline: DiffusionPipeline) -> None:
     """RequestError for a pipeline whose call takes no prompt, or something beside it that it does not do without."""
     spelled, takes = stock_prompts(pipeline), signature(pipeline.__call__).parameters
     needs = [name for name, one in takes.items() if one.default is Parameter.empty and one.kind is not Parameter.VAR_KEYWORD and name != spelled.keyword]
-    if spelled.keyword not in takes or needs or re.search("Img2Img|Inpaint", type(pipeline).__name__):
+    if not {spelled.keyword, spelled.count} & takes.keys() or needs or re.search("Img2Img|Inpaint", type(pipeline).__name__):
         lacks = f"needs {', '.join(needs)}" if needs else "needs a picture" if spelled.keyword in takes else f"takes no {spelled.keyword}"
         raise RequestError(f"a {type(pipeline).__name__} {lacks}: `sample` and `bench` draw pictures of prompts alone")
 
@@ -117,13 +118,14 @@ def _open_export(folder: Path, called: str) -> Opened:
 
 
 def _pipeline(source: Source) -> DiffusionPipeline:
-    kind = text_to_image(class_at(source))
+    index = index_at(source)
+    kind = text_to_image(index["_class_name"])
     if kind in FAMILIES and (reason := family_of(kind).no_pipeline):
         raise RequestError(reason)
     try:
         if source.is_file:
             return load_teacher(source).pipeline()
-        pipeline = fresh_pipeline(getattr(diffusers, kind) if kind in FAMILIES else DiffusionPipeline, source)
+        pipeline = fresh_pipeline(getattr(diffusers, caller(source, index)) if kind in FAMILIES else DiffusionPipeline, source)
     except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {first_lines(error)}") from error
     _must_draw(pipeline)

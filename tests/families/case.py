@@ -38,7 +38,7 @@ class Case:
     max_sequence_length. latents: the last latents of a call; unpacked: these, as our sampler's state of `shape` (B, C, H, W).
     reconstructed: pixels (B, 3, H, W) there and back by the pipeline's autoencoder.
     ignored: fields of a condition that do not change the prediction. still: parts of the names of adapter weights that never get a
-    gradient. forms: of export. methods: what is trained for two updates, beside their settings; data: on what, as a recipe says it.
+    gradient. guidance: of what is trained. forms: of export. methods: what is trained for two updates, beside their settings; data: on what, as a recipe says it.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -50,6 +50,7 @@ class Case:
     reconstructed: Callable[[nn.Module, Tensor], Tensor] = reconstructed
     ignored: tuple[str, ...] = ()
     still: tuple[str, ...] = ()
+    guidance: float = 2.0
     forms: tuple[str, ...] = ("lora", "pipeline")
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {
         "lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}, "scm": {}})

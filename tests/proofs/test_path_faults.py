@@ -144,7 +144,7 @@ FAULTS = [
         ("guided(self.teacher, w)", "self.teacher"),
     ),
     *of(
-        "progressive", "diffusion.sampler",
+        "progressive", "diffusion.readers",
         ("return _start(scheduler), [Evaluation(*row, _ddim)", "return 1.01, [Evaluation(*row, _ddim)"),
     ),
     *of(

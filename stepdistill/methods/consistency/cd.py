@@ -25,7 +25,7 @@ from ...diffusion.consistency import consistency, origin
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import RectifiedFlow, Schedule
+from ...diffusion.schedule import Schedule, VariancePreserving
 from ...diffusion.solvers import heun
 from ...diffusion.times import LEVELS, discrete, karras
 from ...diffusion.triples import below
@@ -84,5 +84,5 @@ def grid(schedule: Schedule, count: int, sampled: Tensor) -> Tensor:
     and those at which the student is asked."""
     low, high = schedule.angle(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64)).tan().tolist()
     times = karras(schedule, count, max(SIGMAS[0], low), min(SIGMAS[1], high))
-    known = times if isinstance(schedule, RectifiedFlow) else (LEVELS * times).round() / LEVELS
+    known = (LEVELS * times).round() / LEVELS if isinstance(schedule, VariancePreserving) else times
     return torch.cat([known, sampled, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)

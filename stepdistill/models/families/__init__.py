@@ -36,8 +36,11 @@ FAMILIES = {                                       # pipeline class -> module of
     "Flux2KleinPipeline": "flux2",
     "ZImagePipeline": "z_image",
     "QwenImagePipeline": "qwen_image",
+    "DDPMPipeline": "unet2d",
+    "ConsistencyModelPipeline": "unet2d",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
+KIN = {"DDIMPipeline": "DDPMPipeline"}             # a pipeline class -> one of the same parts that calls them alike, and takes more schedulers
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
 Shape = tuple[int, int, int]                       # channels, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
@@ -51,7 +54,7 @@ def family_of(class_name: str) -> Family:
 
 def text_to_image(class_name: str) -> str:
     """The class that a pipeline is served as: one that draws over pictures has the components of its kin that draws from texts alone."""
-    kin = re.sub("Img2Img|Inpaint", "", class_name)
+    kin = KIN.get(class_name) or re.sub("Img2Img|Inpaint", "", class_name)
     return kin if kin in FAMILIES else class_name
 
 
@@ -128,6 +131,28 @@ def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
     return raw[0][:, :x_t.shape[1]]
 
 
+def unet_blocks(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
+    """The blocks of a UNet -> (C, H, W) of their outputs."""
+    widths, sizes = network.config.block_out_channels, [shape[1:]]
+    for _ in widths[1:]:
+        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
+    last = len(widths) - 1
+    down = {f"down_blocks.{i}": (width, *sizes[min(i + 1, last)]) for i, width in enumerate(widths)}
+    up = {f"up_blocks.{i}": (width, *sizes[max(last - i - 1, 0)]) for i, width in enumerate(reversed(widths))}
+    middle = {} if network.config.mid_block_type is None else {"mid_block": (widths[-1], *sizes[-1])}
+    return {**down, **middle, **up}
+
+
+def bottleneck(network: nn.Module) -> tuple[str, ...]:
+    """Of a UNet, where DMD2 (arXiv:2405.14867) puts its head."""
+    return ("mid_block",) if network.config.mid_block_type is not None else (f"down_blocks.{len(network.config.block_out_channels) - 1}",)
+
+
+def unet_map(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+    """What a block of a UNet gave, as a map: some give what they skip, too."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def channel_refusals(parts: Parts) -> dict[str, bool]:
     """Of a transformer on a codec's latents, which may have learned a variance."""
     network, vae = parts["transformer"].config, parts["vae"].config
@@ -153,11 +178,12 @@ def flow_refusals(scheduler: Any) -> dict[str, bool]:
     return {f"its scheduler {name} is none of flow matching": not name.startswith("FlowMatch")}
 
 
-# Fields of families: of schedulers of discrete times, and of a transformer of one stream.
+# Fields of families: of schedulers of discrete times, of a transformer of one stream, and of a UNet.
 DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), "timestep": node,
                                "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}
 ONE_STREAM: Mapping[str, Any] = {"output": without_sigma, "feature_shapes": token_shapes, "feature_map": token_map,
                                  "default_features": middle_block}
+UNET: Mapping[str, Any] = {"feature_shapes": unet_blocks, "default_features": bottleneck, "feature_map": unet_map}
 
 
 def sides(parts: Parts, size: Size) -> dict[str, Any]:
@@ -202,7 +228,7 @@ class Family:
     name: its module. denoiser: the name of the network that is distilled, among the pipeline's components.
     schedule, kind: of the teacher's scheduler, the noise schedule and what the network predicts, a key of PARAMETERISATIONS.
     timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64; timestep_dtype: in which it is told,
-    None for the network's own.
+    None for the network's own. scaling: t and the scheduler -> (B,), by what x_t is multiplied before the network sees it.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
     condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
@@ -223,6 +249,8 @@ class Family:
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
     vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
     unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave with.
+    called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it, where that may be another than
+    its own. reads: what a prompt of its network is, a text, a class, or nothing.
     """
 
     name: str
@@ -259,3 +287,6 @@ class Family:
     vision: Callable[[str | None], VisionConfig] = published
     unserved: Mapping[str, str] = field(default_factory=dict)
     no_pipeline: str | None = None
+    scaling: Callable[[Tensor, Any], Tensor] | None = None
+    called_by: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None
+    reads: Callable[[nn.Module], Literal["texts", "classes", "nothing"]] = lambda network: "texts"
