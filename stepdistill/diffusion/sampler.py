@@ -130,8 +130,7 @@ class Sampler:
         ValueError for an evaluation that the sampler has not.
         """
         if not 0 <= until <= self.nfe:
-            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to "
-                             f"{self.nfe} exist")
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be rolled out to evaluation {until}: 0 to {self.nfe} exist")
         if self.stochastic and draw is None:
             raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
         x, history = self.start * noise, []
@@ -148,8 +147,7 @@ class Sampler:
         nfe - 1; the prediction at exit = nfe - 1 is the sample, where the last landing is the data.
         """
         if not 0 <= exit < self.nfe:
-            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to "
-                             f"{self.nfe - 1} exist")
+            raise ValueError(f"a sampler of {self.nfe} evaluations cannot be left at evaluation {exit}: 0 to {self.nfe - 1} exist")
         with torch.no_grad():
             x = self.rollout(role, noise, exit, cond, draw)
         return self._predict(role, x, self.evaluations[exit], cond).x0
@@ -220,21 +218,18 @@ def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, throu
     return x_s if noise is None else p.schedule.renoise(x_s, noise, s, r)
 
 
-# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations)
-# ----------------------------------------
+# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) -----------------------------------------
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():
         if scheduler.config[key] != value:
-            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by "
-                             "the "
+            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by the "
                              f"sampler: use a scheduler config with {key}={value!r}")
 
 
 def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
     """The times that the network reads on a schedule of N nodes: t = (timestep + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
-        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found "
-                         f"{type(schedule).__name__}: "
+        raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found {type(schedule).__name__}: "
                          "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
     timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
@@ -285,13 +280,12 @@ def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, 
 def _ddpm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     """It lands on the next timestep that it asks for, and adds noise at every one above 0."""
     _demand(scheduler, thresholding=False)
-    if scheduler.config["variance_type"] not in ("fixed_small", "fixed_small_log", "fixed_large"):
-        raise ValueError(f"DDPMScheduler with variance_type={scheduler.config['variance_type']!r} is not reproduced by the sampler: use "
-                         "a scheduler config with variance_type='fixed_small'")
+    if not (large := scheduler.config["variance_type"] == "fixed_large"):
+        _demand(scheduler, variance_type="fixed_small")
     times, timesteps = _vp_times(scheduler, schedule), scheduler.timesteps
     kept = torch.cat([scheduler.alphas_cumprod[timesteps].double(), torch.ones(1, dtype=torch.float64)])
     variances = 1 - kept[:-1] / kept[1:]
-    if scheduler.config["variance_type"] != "fixed_large":
+    if not large:
         variances = variances * (1 - kept[1:]) / (1 - kept[:-1])
     levels, clip = _level(kept, schedule), scheduler.config["clip_sample_range"] if scheduler.config["clip_sample"] else inf
     rules = [partial(_ancestral, spread=spread, clip=clip) for spread in variances.sqrt().tolist()]
