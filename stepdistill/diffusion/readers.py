@@ -82,13 +82,11 @@ def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, throu
     return x_s if noise is None else p.schedule.renoise(x_s, noise, s, r)
 
 
-# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations)
-# ----------------------------------------
+# Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) --------------------------------------
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():
         if scheduler.config[key] != value:
-            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by "
-                             "the "
+            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by the "
                              f"sampler: use a scheduler config with {key}={value!r}")
 
 
@@ -96,8 +94,7 @@ def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
     """The times that the network reads on a schedule of N nodes: t = (timestep + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
         raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found "
-                         f"{type(schedule).__name__}: "
-                         "use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
+                         f"{type(schedule).__name__}: use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
     timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
     # leading grids overrun by steps_offset, trailing ones by rounding
@@ -147,13 +144,12 @@ def _ddim_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, 
 def _ddpm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
     """It lands on the next timestep that it asks for, and adds noise at every one above 0."""
     _demand(scheduler, thresholding=False)
-    if scheduler.config["variance_type"] not in ("fixed_small", "fixed_small_log", "fixed_large"):
-        raise ValueError(f"DDPMScheduler with variance_type={scheduler.config['variance_type']!r} is not reproduced by the sampler: use "
-                         "a scheduler config with variance_type='fixed_small'")
+    if not (large := scheduler.config["variance_type"] == "fixed_large"):
+        _demand(scheduler, variance_type="fixed_small")
     times, timesteps = _vp_times(scheduler, schedule), scheduler.timesteps
     kept = torch.cat([scheduler.alphas_cumprod[timesteps].double(), torch.ones(1, dtype=torch.float64)])
     variances = 1 - kept[:-1] / kept[1:]
-    if scheduler.config["variance_type"] != "fixed_large":
+    if not large:
         variances = variances * (1 - kept[1:]) / (1 - kept[:-1])
     levels, clip = _level(kept, schedule), scheduler.config["clip_sample_range"] if scheduler.config["clip_sample"] else inf
     rules = [partial(_ancestral, spread=spread, clip=clip) for spread in variances.sqrt().tolist()]

@@ -65,7 +65,7 @@ class Prompts:
     of them, None where this pipeline is told nothing.
 
     output_type: of pictures, where "pt" is not known. each: keywords that a call takes once for every prompt, as a list.
-    count: the keyword of the number of pictures, where it does not follow from the prompts.
+    count: the keyword of the number of pictures, where it does not follow from the prompts. any: a prompt that this pipeline draws.
     """
 
     keyword: str = "prompt"
@@ -73,6 +73,11 @@ class Prompts:
     output_type: Literal["pt", "np"] = "pt"
     each: tuple[str, ...] = ()
     count: str | None = None
+    any: Callable[[DiffusionPipeline], str] = lambda pipeline: ""
+
+    def tell(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether prompts make a difference to this pipeline."""
+        return self.read(pipeline, self.any(pipeline)) is not None
 
     def call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of this call for these prompts."""

@@ -161,7 +161,7 @@ class Pairs(Strict):
 class Data(Strict):
     """Exactly one of images, prompts, samples and pairs."""
 
-    images: str | None = None                    # shapes, or a folder of captioned images
+    images: str | None = None                    # shapes, or a folder of images, with captions, or what stands for them (concepts.md)
     prompts: Prompts | None = None               # prompts alone: shapes, a .txt file of one a line, a list, or none
     samples: Samples | None = None               # pictures that the teacher makes
     pairs: Pairs | None = None                   # noises, and the pictures that the teacher makes of them

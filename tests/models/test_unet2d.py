@@ -3,20 +3,34 @@ from __future__ import annotations
 
 import json
 import re
+from math import atan, log
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline, LCMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from families.unet2d import ddim, ddpm, tiny_unet
 from PIL import Image
 from tiny import save_tiny
 
 from stepdistill import api
+from stepdistill.diffusion.schedule import TrigFlow
 from stepdistill.errors import RequestError
+from stepdistill.evaluation.plans import SOLVERS, plans
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
+from stepdistill.run.targets import open_target
 
 NONE = {"prompts": "none", "batch": 2}
 
@@ -89,6 +103,65 @@ def test_a_derivative_forward(folders):
     assert not any("forward" in vars(module) for module in teacher.network.modules())
 
 
+@pytest.mark.parametrize("scheduler, clock", [(CMStochasticIterativeScheduler(), 250.0), (EDMEulerScheduler(), 0.25), (EDMDPMSolverMultistepScheduler(), 0.25)])
+def test_edm_s_clock(tmp_path, scheduler, clock):
+    """A folder of DDPM's class with such a scheduler, whose call would leave all unscaled, is called by ConsistencyModelPipeline."""
+    DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path)
+    assert teacher.cls is ConsistencyModelPipeline and teacher.kind == "edm" and teacher.schedule == TrigFlow(atan(80.0))
+    t = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    sigma = (atan(80.0) * t).tan()
+    torch.testing.assert_close(teacher.timestep(t), clock * sigma.log())
+    assert teacher.timestep(torch.zeros(1)).item() == pytest.approx(clock * log(0.002))
+    seen = []
+    teacher.network.register_forward_pre_hook(lambda network, args, given: seen.append(given), with_kwargs=True)
+    x = torch.randn(2, 3, 16, 16)
+    Denoiser(teacher, teacher.network)(x, t, teacher.encode(["", ""]))
+    of_edm = x * (1 + sigma**2).sqrt()[:, None, None, None] / (sigma**2 + 0.25).sqrt()[:, None, None, None]      # x_0 + sigma eps, by c_in
+    torch.testing.assert_close(seen[0]["sample"], of_edm.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen[0]["timestep"], (clock * sigma.log()).float())
+
+
+@pytest.mark.parametrize("scheduler, reason", [
+    (EDMEulerScheduler(sigma_data=1.0), "sigma_data: 1.0, and networks of 0.5"), (EDMEulerScheduler(prediction_type="v_prediction"), "v_prediction"),
+    (FlowMatchEulerDiscreteScheduler(), "has no alphas_cumprod")])
+def test_schedulers_that_are_not_served(tmp_path, scheduler, reason):
+    DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match=reason):
+        load_teacher(tmp_path)
+
+
+def test_edm_s_students_of_one_step(tmp_path):
+    """Of several steps with fresh noise none can leave."""
+    ConsistencyModelPipeline(tiny_unet(classes=5), EDMEulerScheduler()).save_pretrained(tmp_path / "edm")
+    asked = recipe(tmp_path / "edm", {"prompts": ["class 3", "class 1"], "batch": 2})
+    with pytest.raises(RequestError, match="none adds fresh noise"):
+        api.train(asked, out=tmp_path / "run")
+    api.train(asked | {"steps": 1}, out=tmp_path / "run")
+    said = json.loads((api.export(tmp_path / "run", to="pipeline") / "stepdistill.json").read_text())
+    assert said["scheduler"] == "EDMEulerScheduler" and said["call"] == {"num_inference_steps": 1} and said["proof"]["difference"] <= 1e-4
+
+
+# -- what is measured of it ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, solvers", [("ddpm", {"ddim", "dpmpp_2m"}), ("classes", {"ddim", "dpmpp_2m", "euler"})])
+def test_solvers_that_its_pipeline_serves(folders, name, solvers):
+    """DDPM's call scales nothing, and both give a step their generator, which Heun's does not take. A bench's prompts are not for a pipeline that is told nothing."""
+    said = []
+    target = open_target(folders[name], "it").target
+    rows = plans(target, (1, 3), (1.0,), tuple(SOLVERS), said.append)
+    assert {row.name.removeprefix("it:") for row in rows} == solvers and target.prompted == (name == "classes")
+    assert (name == "ddpm") == any("does not let a EulerDiscreteScheduler scale" in line for line in said)
+    drawn = rows[0].images(["class 1" if target.prompted else "a red ring"] * 2, torch.arange(2), 0)
+    assert drawn.shape == (2, 3, 16, 16)
+
+
+def test_steps_that_only_a_scaling_scheduler_takes(folders, tmp_path):
+    with pytest.raises(RequestError, match="differs from our sampler"):
+        api.train(recipe(folders["ddpm"], {"images": "shapes", "batch": 2}, "progressive", steps=3), out=tmp_path)
+    api.train(recipe(folders["classes"], {"samples": {"prompts": ["class 1"], "steps": 2}, "count": 2, "batch": 2}, "progressive", steps=3), out=tmp_path)
+
+
 # -- what it is asked for -----------------------------------------------------------------------------------------------
 
 def test_prompts_are_classes_or_nothing(folders):
@@ -129,7 +202,7 @@ def test_guidance_is_refused_before_weights_are_read(folders, tmp_path):
 @pytest.mark.parametrize("change, reason", [
     ({"in_channels": 1, "out_channels": 1}, "1 channels, and those of 3 are served"), ({"out_channels": 6}, "6 channels for 3"),
     ({"time_embedding_type": "fourier"}, "its time as fourier"), ({"class_embed_type": "timestep"}, "reads classes as timestep"),
-    ({"classes": 4, "size": (8, 16)}, "draws squares")])
+    ({"classes": 4, "size": (8, 16)}, "should be squares")])
 def test_networks_that_are_not_served(tmp_path, change, reason):
     pipeline = ddpm()
     pipeline.unet = tiny_unet(**change)

@@ -71,6 +71,10 @@ def read(pipeline: DiffusionPipeline, prompt: str) -> int | None:
     return None if classes is None else int(numbered[1])
 
 
+def some(pipeline: DiffusionPipeline) -> str:
+    return "" if pipeline.unet.config.num_class_embeds is None else "class 0"
+
+
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """label (B,); 0 of networks that know no classes and are told none, and where there is no prompt, which nothing is drawn from."""
     labels = [read(teacher.loaded, prompt) or 0 if prompt else 0 for prompt in prompts]
@@ -114,7 +118,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 FAMILY = Family(
     name="unet2d", denoiser="unet", targets=TARGETS, seeded_steps=True, guidance=lambda network: Guidance(None), called_by=called_by,
-    time=TimeEmbedding("time_embedding.linear_1", "time_proj"), prompts=Prompts("class_labels", read, count="batch_size"),
+    time=TimeEmbedding("time_embedding.linear_1", "time_proj"), prompts=Prompts("class_labels", read, count="batch_size", any=some),
     reads=lambda network: "nothing" if network.config.num_class_embeds is None else "classes",
     encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs, latent_shape=latent_shape, call=lambda parts, size: {},
     codec=lambda parts: Points(), refusals=refusals, unserved=dict.fromkeys(("guidance", "data.samples.guidance", "data.pairs.guidance"), UNGUIDED),
