@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from ..errors import RequestError
 from ..models.fused import Trace
 from ..models.sources import Source
-from ..models.stock import as_pil
+from ..models.stock import as_pil, some_frames
 from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
@@ -94,8 +94,9 @@ def _beside(base: Source, traces: tuple[Trace, ...]) -> dict[str, Any]:
 
 
 def _picture(proof: Proof) -> Any:
-    pictures = as_pil(proof.images)
-    return make_image_grid(pictures, rows=1, cols=len(pictures))
+    """A row of pictures, or a row of frames for each video."""
+    rows = proof.images[None] if proof.images.ndim == 4 else some_frames(proof.images)
+    return make_image_grid(as_pil(rows.flatten(0, 1)), *rows.shape[:2])
 
 
 def _may_write(out: Path, student: Student) -> None:

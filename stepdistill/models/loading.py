@@ -124,7 +124,10 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
-    return pipe.to(dtype), traces                     # earlier diffusers do not know `dtype`
+    for part in pipe.components.values():             # earlier diffusers do not know `dtype`; what a class keeps in float32 stays it
+        if isinstance(part, nn.Module) and part.dtype != dtype:
+            part.to(dtype)
+    return pipe, traces
 
 
 @contextmanager
