@@ -170,7 +170,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     call = {**opened.target.given, **(opened.target.call or {})}
     call |= {} if steps is None else {"num_inference_steps": steps}
     call |= {} if guidance is None else opened.target.guidance.call(guidance)
-    must_serve(pipeline.scheduler, call)
+    must_serve(pipeline.scheduler, call, (opened.target.call or {}).get("num_inference_steps"))
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     with asking(pipeline), torch.random.fork_rng():

@@ -22,7 +22,7 @@ from .folder import fuse, open_export, read_settings
 from .formats import component
 from .student import Lora, Student
 
-IMAGES, SEED, TOLERANCE = 4, 0, 1e-4
+IMAGES, VIDEOS, SEED, TOLERANCE = 4, 1, 0, 1e-4      # samples of a proof, of which one video has many pictures
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
         fuse(pipe)
         within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
     return Proof(stock, difference)
+
+
+def samples(teacher: Teacher) -> int:
+    """Of how many samples a proof is made."""
+    return IMAGES if teacher.family.video is None else VIDEOS
 
 
 def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) -> Tensor:
@@ -104,7 +109,7 @@ def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> 
 
 
 def _prompts(student: Student) -> list[str]:
-    return list(islice(cycle(student.prompts), IMAGES))
+    return list(islice(cycle(student.prompts), samples(student.teacher)))
 
 
 def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:

@@ -22,7 +22,7 @@ from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
 from .formats import WRITERS, check, keeps
 from .prepare import prepare
-from .proof import IMAGES, TOLERANCE, Proof, prove
+from .proof import TOLERANCE, Proof, prove, samples
 from .student import Student
 
 
@@ -48,7 +48,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES,
+        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": samples(student.teacher),
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])

@@ -59,7 +59,7 @@ class Loading:
 
     def _check_kinds(self) -> None:
         """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
-        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))}
+        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))} - {self.family.denoiser}
         absent = absent_parts(self.index)
         lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
                    and (name not in self.index or name in absent)]

@@ -63,12 +63,11 @@ def feature_map(network: WanTransformer3DModel, tokens: Tensor, x_t: Tensor) -> 
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae, second = parts.get("transformer"), parts["vae"].config, parts.get("transformer_2")
-    if network is None or second is not None or parts.get("boundary_ratio") is not None:
-        return {"it has a second network for the less noisy steps (transformer_2, boundary_ratio), as Wan 2.2 A14B has, and one student is "
-                "trained here: those with one network, such as Wan 2.1 and Wan 2.2 TI2V 5B, are served": True}
-    config = network.config
+    config, vae = parts["transformer"].config, parts["vae"].config
     return {
+        "it has a second network for the less noisy steps (transformer_2, boundary_ratio), as Wan 2.2 A14B has, and one student is trained here: "
+        "those with one network, such as Wan 2.1 and Wan 2.2 TI2V 5B, are served":
+            parts.get("transformer_2") is not None or parts.get("boundary_ratio") is not None,
         f"its network reads {config.in_channels} channels and its latents have {vae.z_dim}": config.in_channels != vae.z_dim,
         f"its network gives {config.out_channels} channels for {config.in_channels}": config.out_channels != config.in_channels,
         "its network reads a picture beside its text": config.image_dim is not None or config.added_kv_proj_dim is not None,
