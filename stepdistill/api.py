@@ -166,8 +166,9 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
 
 
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
-           guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image]:
-    """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet.
+           guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+    """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline of
+    videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
@@ -180,22 +181,22 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     call = {**opened.target.given, **(opened.target.call or {})}
     call |= {} if steps is None else {"num_inference_steps": steps}
     call |= {} if guidance is None else opened.target.guidance.call(guidance)
-    must_serve(pipeline.scheduler, call)
+    must_serve(pipeline.scheduler, call, (opened.target.call or {}).get("num_inference_steps"))
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     with asking(pipeline), torch.random.fork_rng():
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
     check_pictures(pixels, target)
-    drawn = as_pil(pixels)
+    drawn = as_pil(pixels) if pixels.ndim == 4 else [as_pil(frames) for frames in pixels]
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        drawn[0].save(out) if len(drawn) == 1 else sheet(pixels * 2 - 1, out)
+        drawn[0].save(out) if pixels.ndim == 4 and len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn
 
 
 def check_pictures(pixels: Tensor, target: str | Path) -> None:
-    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, 3, H, W) in [0, 1]."""
+    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, ..., 3, H, W) in [0, 1]."""
     if not pixels.isfinite().all():
         raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has "
                            "driven away, or an autoencoder that overflows in half precision, draw such")
@@ -216,6 +217,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     """
     opened = [open_target(target, Path(target).resolve().name) for target in targets]
     own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
+    if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
     scales = tuple(guidance) if guidance else own
     device = launched()
     every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]

@@ -12,6 +12,8 @@ from stepdistill.run.plan import plan
 
 RECIPES = sorted(f"{path.parent.name}/{path.stem}" for path in (Path(__file__).parents[2] / "recipes").glob("*/*.yaml")
                  if path.parent.name not in ("toy", "shapes", "shapes-sd3"))
+DATA = {"images": {"data.images": "shapes", "data.count": 64}, "prompts": {"data.prompts": ["a red ring"]},
+        "samples": {"data.samples.prompts": ["a red ring"]}}
 QUICK = ("sd15/dmd2", "pixart-sigma/lcm")
 
 
@@ -34,8 +36,7 @@ def test_a_recipe_is_planned_with_its_teacher_s_configs(folder_of, name):
     model, method = name.split("/")
     known = described(model)
     assert Recipe.load(name).teacher.base == known["source"] and Recipe.load(name).method == method
-    data = {"data.images": "shapes", "data.count": 64} if method == "lcm" else {"data.prompts": ["a red ring"]}
-    found = plan(Recipe.load(name, {"teacher": str(folder_of(model)), **data}))
+    found = plan(Recipe.load(name, {"teacher": str(folder_of(model)), **DATA[Recipe.load(name).data.kind]}))
     roles = found["roles"]
     assert roles["teacher"]["parameters"] == known["parameters"] and roles["teacher"]["bytes"] == 2 * known["parameters"]
     trained = {role for role, row in roles.items() if row["trained"]}
