@@ -22,7 +22,7 @@ NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
             "use_exponential_sigmas": False, "use_beta_sigmas": False}
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
-EVEN = 1e-6                                        # by how much a scheduler's own grid may miss the sigmas that are wanted
+EVEN = 1e-6                                        # by how much a scheduler's own grid may miss the sigmas asked for
 DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 
 
@@ -41,8 +41,10 @@ class StockCall:
 
 
 def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL, sigmas: bool = True) -> StockCall:
-    """An inference as a scheduler and a call of diffusers. schedule: the teacher's; sigmas: whether a call of the pipeline takes a flow's.
-    ValueError where no stock scheduler does it."""
+    """An inference as a scheduler and a call of diffusers.
+
+    schedule: the teacher's; sigmas: whether a call of the pipeline takes a flow's. ValueError where no stock scheduler does it.
+    """
     if inference.steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; found {inference.steps}")
     call = {"num_inference_steps": inference.steps, **guidance.none}
@@ -56,8 +58,7 @@ def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = US
 
 
 def _flow(inference: Inference, call: dict[str, Any], sigmas: bool) -> StockCall:
-    """A flow's sigmas are its times; the stock scheduler shifts those that it is given. Where a call takes none, the scheduler makes them
-    of their count."""
+    """A flow's sigmas are its times; the stock scheduler shifts those that it is given. Where a call takes none, it makes them."""
     steps, nodes = inference.steps, inference.nodes
     if inference.end:
         raise ValueError(f"the stock schedulers of flows end on the data, at t = 0; found {inference.end:g}")
@@ -78,8 +79,8 @@ def _flow(inference: Inference, call: dict[str, Any], sigmas: bool) -> StockCall
 def own_grid(sigmas: Sequence[float]) -> dict[str, float | None]:
     """The shift and the end with which a stock scheduler of a flow makes these sigmas of their number alone, to 1e-6.
 
-    With the shift s its own grid of k steps goes evenly from 1 to the shifted 1 / N, N its training times, is shifted by s once more,
-    and is then stretched so that it ends at `shift_terminal`:
+    With the shift s its own grid of k steps goes evenly from 1 to the shifted 1 / N, N its training times, is shifted by s
+    once more, and is then stretched so that it ends at `shift_terminal`:
 
         1 - sigma_i = c i / (1 - b i),   b = (N - 1) (s - 1) / ((N + s - 1) (k - 1) s),   i = 0 ... k - 1.
 
@@ -93,8 +94,9 @@ def own_grid(sigmas: Sequence[float]) -> dict[str, float | None]:
     root = span**2 - 4 * bend * (LEVELS - 1)
     made = [away[-1] * i * (1 - bend) / (last - bend * i) for i in range(last + 1)] if last and root >= 0 else []
     if not made or max(abs(a - b) for a, b in zip(made, away, strict=True)) > EVEN:
-        raise ValueError("a call of its pipeline takes no times, and of a number of steps a scheduler makes even ones from t = 1, also shifted ones; "
-                         f"the method asks for {', '.join(f'{t:.4g}' for t in sigmas)}. Choose steps that divide its nodes, or another method")
+        asked = ", ".join(f"{t:.4g}" for t in sigmas)
+        raise ValueError("a call of its pipeline takes no times, and of a number of steps a scheduler makes even ones from t = 1, "
+                         f"also shifted ones; the method asks for {asked}. Choose steps that divide its nodes, or another method")
     return {"shift": 2 * (LEVELS - 1) / (span + sqrt(root)), "shift_terminal": sigmas[-1]}
 
 

@@ -59,7 +59,8 @@ class Prompts:
     """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
     of them.
 
-    output_type: of pictures, where "pt" is not known; gives: under which name a call gives them. each: keywords that a call takes once for every prompt, as a list.
+    output_type: of pictures, where "pt" is not known; gives: under which name a call gives them. each: keywords that a
+    call takes once for every prompt, as a list.
     """
 
     keyword: str = "prompt"
