@@ -218,7 +218,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     opened = [open_target(target, Path(target).resolve().name) for target in targets]
     own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of "
+                           "its frames")
     scales = tuple(guidance) if guidance else own
     device = launched()
     every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]

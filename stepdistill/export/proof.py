@@ -27,7 +27,8 @@ IMAGES, VIDEOS, SEED, TOLERANCE = 4, 1, 0, 1e-4      # samples of a proof, of wh
 
 @dataclass(frozen=True)
 class Proof:
-    """images: (B, 3, H, W) in [0, 1] of the stock pipeline, of videos (B, F, 3, H, W); difference: max abs against our sampler's."""
+    """images: (B, 3, H, W) in [0, 1] of the stock pipeline, of videos (B, F, 3, H, W); difference: max abs against our
+    sampler's."""
 
     images: Tensor
     difference: float
@@ -97,9 +98,11 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
 @torch.no_grad()
 def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> Tensor:
     """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in [0, 1], on
-    the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise from the same generator or the global one."""
+    the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise from the same generator or
+    the global one."""
     shape = (len(cond), *teacher.latent_shape)
-    dtype = teacher.family.noise_dtype or next((tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point()), teacher.dtype)
+    told = (tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point())
+    dtype = teacher.family.noise_dtype or next(told, teacher.dtype)
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(shape, generator=generator, dtype=dtype).to(teacher.device)
     if not teacher.family.seeded_steps:

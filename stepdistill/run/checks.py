@@ -202,7 +202,8 @@ def _check_times(recipe: Recipe, settings: Any) -> None:
     if family(recipe).sigmas:
         return
     try:
-        stock_call(load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(), sigmas=False)
+        inference = load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance)
+        stock_call(inference, RectifiedFlow(), sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
@@ -287,14 +288,14 @@ def _check_family(recipe: Recipe) -> None:
 def _check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     """RequestError for what is made for pictures alone, where the teacher makes videos."""
     if recipe.data.kind == "images" and recipe.frames != 1:
-        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one frame: let frames "
-                            "be 1, or take prompts, samples or pairs, which need no data of yours")
+        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one "
+                            "frame: let frames be 1, or take prompts, samples or pairs, which need no data of yours")
     if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher makes videos: leave "
-                            "it out")
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher "
+                            "makes videos: leave it out")
     if any(isinstance(need, Features) for need in needs.values()):
-        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes videos: ladd and dmd2 "
-                            "judge by the features of its own network")
+        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes "
+                            "videos: ladd and dmd2 judge by the features of its own network")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

@@ -45,7 +45,7 @@ KIN = {"DDIMPipeline": "DDPMPipeline"}             # a pipeline class -> one of 
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
 Shape = tuple[int, ...]                            # channels, height, width; of videos channels, frames, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
-Size = tuple[int, ...] | None                      # height and width in pixels, of videos also their frames; None: the network's own
+Size = tuple[int, ...] | None                      # height, width in pixels, of videos their frames; None: the network's own
 
 
 def family_of(class_name: str) -> Family:
@@ -180,7 +180,7 @@ def flow_refusals(scheduler: Any) -> dict[str, bool]:
 
 
 def solved_flow_refusals(scheduler: Any) -> dict[str, bool]:
-    """As `flow_refusals`, of pipelines that are released with a solver of diffusion that is told of a flow, or with one for flow maps."""
+    """As `flow_refusals`, of pipelines that are released with a solver of diffusion that is told of a flow."""
     name = type(scheduler).__name__
     flow = name.startswith(("FlowMatch", "FlowMap")) or scheduler.config.get("prediction_type") == "flow_prediction"
     return {f"its scheduler {name} is none of flow matching": not flow}
@@ -247,7 +247,7 @@ class Family:
     (C, H, W) of their maps, of videos (C, F, H, W);
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
     latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
-    samples: what they are. video: height, width and frames of the videos of a call that names none; None: its samples are no videos.
+    samples: what they are. video: height, width and frames of a call that names none; None: its samples are no videos.
     guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
@@ -308,11 +308,14 @@ class Family:
     reads: Callable[[nn.Module], Literal["texts", "classes", "nothing"]] = lambda network: "texts"
 
     def size(self, sides: tuple[int, int] | None, frames: int | None) -> Size:
-        """Of what is asked for, height and width and the number of frames, filled up where samples are videos. RequestError for frames of
-        pictures."""
+        """Of height and width and a number of frames that are asked for, filled up where samples are videos.
+
+        RequestError for frames of pictures.
+        """
         if self.video is None:
             if frames is not None:
-                raise RequestError(f"a teacher of the family {self.name} makes no videos, so its samples have no frames: leave them out")
+                raise RequestError(f"a teacher of the family {self.name} makes no videos, and found are {frames} frames: leave "
+                                   "them out")
             return sides
         *own, most = self.video
         return *(sides or own), frames or most
