@@ -162,6 +162,9 @@ def gpu_page() -> str:
         parts += [f"\n{name} at batch {row['batch']} on an {found['device']}: {row['updates_per_second']:.2f} updates a second, "
                   f"{row['ratio']:.2f} × a hand-written loop of the same passes (`{found['command']}`).\n"
                   for name, row in found["figures"].items()]
+    if found := records.get("smoke"):
+        outcomes = [test["outcome"] for test in found["figures"].values()]
+        parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} (`scripts/gpu/smoke.sh`).\n")
     if missing := [name for name in GPU_RECORDS if name not in records]:
         parts.append(NOT_MEASURED.format(", ".join(missing)))
     return "".join(parts)

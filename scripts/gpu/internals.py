@@ -27,6 +27,9 @@ __all__ = ["Recipe", "bench_student", "builtin", "compiled", "fill_cache", "fini
            "stage_folders", "train"]
 
 
+ROWS = 8                              # of data: more would count in what a card holds
+
+
 @dataclass(frozen=True)
 class RandomData:
     """Cached latents and conditions, as training finds them on the device: noise in the shapes of the teacher's."""
@@ -50,7 +53,7 @@ def open_trainer(asked: Mapping[str, Any], device: torch.device, folder: Path) -
     """A trainer of this recipe on random data, ready for `trainer.step(0)`; its roles are `trainer.roles`."""
     recipe = Recipe.load(asked)
     run = setup(recipe, device)
-    cond = run.teacher.encode([f"prompt {i}" for i in range(64)])
+    cond = run.teacher.encode([f"prompt {i}" for i in range(ROWS)])
     x0 = torch.randn(len(cond), *run.teacher.latent_shape, device=device)
     float32 = cond.map(lambda value: value.float() if value.is_floating_point() else value)
     stream = Stream(RandomData(x0, float32), recipe.data.batch, recipe.train.seed, run.teacher.latent_shape)

@@ -1,7 +1,7 @@
 """Peak memory by phase and seconds an update, of real networks with random weights, beside what `plan` forecasts.
 
 Held are the frozen bfloat16 base, the adapters (or three full copies), their gradients and moments, activations, and a
-data set of 64 random latents and conditions. Text encoders and codec are tiny: trainings on cached data do not need
+data set of 8 random latents and conditions. Text encoders and codec are tiny: trainings on cached data do not need
 them.
 """
 from __future__ import annotations
@@ -20,10 +20,11 @@ from common import GB, Clock, Record, device_of, parser, sync
 from pipelines import random_weights, write_pipeline
 
 WARM, TIMED = 2, 4                    # updates
-CHECKPOINTED = {"sd15": False, "sdxl": True, "sd35": True, "tiny": True}
+PLAIN = ("sd15",)                     # without gradient checkpointing
 FULL = "3 full copies"
-CASES = [("sd15", "lcm", "lora"), ("sd15", "dmd2", "lora"), ("sdxl", "dmd2", "lora"), ("sd35", "dmd2", "lora"),
-         ("sd15", "dmd2", FULL), ("sdxl", "lcm", "lora"), ("sd35", "lcm", "lora")]
+CASES = [("sd15", "lcm", "lora"), ("sd15", "dmd2", "lora"), ("sdxl", "dmd2", "lora"), ("sd35-medium", "dmd2", "lora"),
+         ("sd15", "dmd2", FULL), ("z-image", "dmd2", "lora"), ("flux2-klein-4b", "dmd2", "lora"),
+         ("sdxl", "lcm", "lora"), ("sd35-medium", "lcm", "lora")]
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             if clock.left < 5:
                 print(f"no time left for {' '.join(case)}")
                 continue
-            measured = measure(recipes[case], device, Path(folder) / "-".join(case))
+            measured = measure(case[0], recipes[case], device, Path(folder) / "-".join(case))
             record.add(" ".join(case), measured | {"forecast_gb": forecast(forecasts[case], clock)})
             print(line(case, record.figures[" ".join(case)]))
     record.close()
@@ -55,13 +56,13 @@ def recipe(case: tuple[str, str, str], folder: Path, teacher: Path) -> dict[str,
     role = "full" if roles == FULL else {"lora": {"rank": 4 if name == "tiny" else 64}}
     made = {"method": method, "teacher": str(teacher), "student": role, "guidance": 5.0, "steps": 4,
             "data": {"images": "shapes", "batch": 1},
-            "train": {"updates": 1000, "precision": "bf16", "gradient_checkpointing": CHECKPOINTED[name]}}
+            "train": {"updates": 1000, "precision": "bf16", "gradient_checkpointing": name not in PLAIN}}
     return made | ({"settings": {"critic_steps": 1, "share_rollout": True}} if method == "dmd2" else {})
 
 
 # -- the measurement -------------------------------------------------------------------------------------------------------
 
-def measure(asked: dict[str, Any], device: torch.device, folder: Path) -> dict[str, Any]:
+def measure(name: str, asked: dict[str, Any], device: torch.device, folder: Path) -> dict[str, Any]:
     """Of one case, with nothing of the one before left on the card."""
     gc.collect()
     cuda = device.type == "cuda"
@@ -70,7 +71,7 @@ def measure(asked: dict[str, Any], device: torch.device, folder: Path) -> dict[s
     peaks: dict[str, float] = {}
     record_peak(peaks, "load", device)
     start = time.perf_counter()
-    with random_weights(device):
+    with random_weights(name, device):
         trainer = internals.open_trainer(asked, device, folder)
     note(peaks, "load", device)
     held = {"seconds_to_load": round(time.perf_counter() - start, 1), "held_after_load_gb": allocated(device)}

@@ -14,18 +14,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import diffusers
 import internals
 import torch
 from common import Clock, Record, device_of, parser, sync
 from hand import Dmd2Loop, LcmLoop
-from pipelines import config_of, random_weights, write_pipeline
+from pipelines import denoiser_of, random_network, random_weights, write_pipeline
 
 LOOPS = {"lcm": LcmLoop, "dmd2": Dmd2Loop}
 BATCH = {"sd15": 4, "sdxl": 1, "tiny": 2}
 ROUNDS = {"sd15": 8, "sdxl": 6, "tiny": 2}         # turns of each loop
 TURN, WARM = {"sd15": 4, "sdxl": 2, "tiny": 1}, 3
-CASES = [("sd15", "lcm"), ("sd15", "dmd2"), ("sdxl", "lcm"), ("sdxl", "dmd2")]
+CASES = [("sd15", "lcm", False), ("sd15", "dmd2", False), ("sd15", "lcm", True), ("sd15", "dmd2", True),      # name, method, compiled
+         ("sdxl", "lcm", False), ("sdxl", "dmd2", False), ("sdxl", "dmd2", True), ("sdxl", "lcm", True)]
 COMPILE_SECONDS = 40.0                             # what a compiled case takes at least; it is not begun with less left
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
            "time_emb_proj"]
@@ -37,20 +37,19 @@ def main() -> None:
     clock, device = Clock(args.seconds), device_of(args)
     internals.quiet()
     record = Record("throughput", args, device)
-    cases = [("tiny", "lcm"), ("tiny", "dmd2")] if args.tiny else CASES
+    cases = [("tiny", "lcm", False), ("tiny", "dmd2", False)] if args.tiny else CASES
     with tempfile.TemporaryDirectory() as folder:
-        for compiled in (False,) if args.tiny else (False, True):
-            for name, method in cases:
-                key = f"{name} {method}{' compiled' if compiled else ''}"
-                if record.has(key):
-                    continue
-                if clock.left < (COMPILE_SECONDS if compiled else 10):
-                    print(f"no time left for {key}")
-                    continue
-                record.add(key, measure(name, method, compiled, device, Path(folder)))
-                found = record.figures[key]
-                print(f"{key}: {found['updates_per_second']:.2f} updates a second, {found['ratio']:.3f} of the "
-                      "hand-written loop's")
+        for name, method, compiled in cases:
+            key = f"{name} {method}{' compiled' if compiled else ''}"
+            if record.has(key):
+                continue
+            if clock.left < (COMPILE_SECONDS if compiled else 10):
+                print(f"no time left for {key}")
+                continue
+            record.add(key, measure(name, method, compiled, device, Path(folder)))
+            found = record.figures[key]
+            print(f"{key}: {found['updates_per_second']:.2f} updates a second, {found['ratio']:.3f} of the "
+                  "hand-written loop's")
     record.close()
 
 
@@ -70,7 +69,7 @@ def measure(name: str, method: str, compiled: bool, device: torch.device, folder
         torch.cuda.empty_cache()
     teacher = folder / name if (folder / name).is_dir() else write_pipeline(name, folder / name)
     asked = recipe(name, method, teacher)
-    with random_weights(device):
+    with random_weights(name, device):
         trainer = internals.open_trainer(asked, device, folder / f"{name}-{method}")
     hand = LOOPS[method](lambda: network(name, device), trainer.stream.dataset, asked, device)
     start = time.perf_counter()
@@ -86,13 +85,8 @@ def measure(name: str, method: str, compiled: bool, device: torch.device, folder
 
 
 def network(name: str, device: torch.device) -> torch.nn.Module:
-    config = config_of(name)["denoiser"]
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return getattr(diffusers, config["_class_name"]).from_config(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    _, cls, config = denoiser_of(name)
+    return random_network(cls, config, torch.bfloat16, device).requires_grad_(False)
 
 
 def turns(ours: Callable[[int], Any], theirs: Callable[[int], Any], rounds: int, turn: int,

@@ -30,6 +30,11 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
     return moved(coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype), x.device)
 
 
+def where(chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """x (B, ...) for the samples that are chosen, (B,) bool, y for the others."""
+    return torch.where(like(chosen, x).bool(), x, y)
+
+
 class Schedule(ABC):
     """Four scalar functions of time, and the way back from a noise level to its time."""
 
@@ -67,7 +72,7 @@ class Schedule(ABC):
     def start(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """As `add_noise`, but unit noise alone at t = 1, where samplers begin and Stable Diffusion's alpha is still
         0.07: Lin et al. 2024, arXiv:2402.13929, eq. 24. For schedules whose sigma ends at 1."""
-        return torch.where(like(t >= 1, x0).bool(), eps.to(x0), self.add_noise(x0, eps, t))
+        return where(t >= 1, eps.to(x0), self.add_noise(x0, eps, t))
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,7 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
     call, scheduler = dict(target.call), target.pipeline.scheduler
     fixed = call.get("timesteps") or call.get("sigmas")
     own = len(fixed) if fixed else call["num_inference_steps"]
+    fixed = fixed or type(scheduler).__name__.startswith("FlowMatch")      # which was made to give the times of this many steps
     guidance = target.guidance.scale(call)
     passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
     rows = []

@@ -52,9 +52,17 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
-    lines += [f"image = pipe({asked}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
-              'image.save("sample.png")', ""]
+    drawn = f"pipe({asked}{call}, generator=torch.Generator().manual_seed(0))"
+    if _is_video(settings):
+        lines[1:1] = ["from diffusers.utils import export_to_video"]
+        lines += [f"frames = {drawn}.frames[0]", 'export_to_video(frames, "sample.mp4", fps=16)', ""]
+    else:
+        lines += [f"image = {drawn}.images[0]", 'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def _is_video(settings: Mapping[str, Any]) -> bool:
+    return "num_frames" in settings["call"]
 
 
 def _base(base: Source, pipeline: str, without: str) -> list[str]:
@@ -81,7 +89,8 @@ def _quoted(text: str) -> str:
 
 
 def _front_matter(settings: Mapping[str, Any]) -> str:
-    task = "unconditional-image-generation" if settings["reads"] == "nothing" else "text-to-image"
+    task = "text-to-video" if _is_video(settings) else "text-to-image"
+    task = "unconditional-image-generation" if settings["reads"] == "nothing" else task
     tags = ["diffusers", task, "distillation", "stepdistill", settings["method"]]
     tags += [] if settings["format"] == "pipeline" else ["lora"]
     rows = {"base_model": settings["teacher"], "library_name": "diffusers", "license": "other",

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from ..errors import RequestError
 from ..models.fused import Trace
 from ..models.sources import Source
-from ..models.stock import as_pil
+from ..models.stock import as_pil, some_frames
 from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings
 from .formats import WRITERS, check, keeps
 from .prepare import prepare
-from .proof import IMAGES, TOLERANCE, Proof, prove
+from .proof import TOLERANCE, Proof, prove, samples
 from .student import Student
 
 
@@ -48,7 +48,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES,
+        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": samples(student.teacher),
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
@@ -95,8 +95,9 @@ def _beside(base: Source, traces: tuple[Trace, ...]) -> dict[str, Any]:
 
 
 def _picture(proof: Proof) -> Any:
-    pictures = as_pil(proof.images)
-    return make_image_grid(pictures, rows=1, cols=len(pictures))
+    """A row of pictures, or a row of frames for each video."""
+    rows = proof.images[None] if proof.images.ndim == 4 else some_frames(proof.images)
+    return make_image_grid(as_pil(rows.flatten(0, 1)), *rows.shape[:2])
 
 
 def _may_write(out: Path, student: Student) -> None:

@@ -60,7 +60,7 @@ class Loading:
 
     def _check_kinds(self) -> None:
         """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
-        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))}
+        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))} - {self.family.denoiser}
         absent = absent_parts(self.index)
         lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
                    and (name not in self.index or name in absent)]
@@ -136,7 +136,10 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
-    return pipe.to(dtype), traces                     # earlier diffusers do not know `dtype`
+    for part in pipe.components.values():             # earlier diffusers do not know `dtype`; what a class keeps in float32 stays it
+        if isinstance(part, nn.Module) and part.dtype != dtype:
+            part.to(dtype)
+    return pipe, traces
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class Guidance:
         return max(1.0, float(call.get(self.keyword, 1.0 - self.offset)) + self.offset)
 
 
+FRAMES = 8                                          # of a video that are looked at
 USUAL = Guidance()                                  # of pipelines that say guidance_scale, 1 for none
 
 
@@ -64,13 +65,15 @@ class Prompts:
     """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
     of them, None where this pipeline is told nothing.
 
-    output_type: of pictures, where "pt" is not known. each: keywords that a call takes once for every prompt, as a list.
-    count: the keyword of the number of pictures, where it does not follow from the prompts. any: a prompt that this pipeline draws.
+    output_type: of pictures, where "pt" is not known; gives: under which name a call gives them. each: keywords that a call takes once for
+    every prompt, as a list. count: the keyword of the number of pictures, where it does not follow from the prompts. any: a prompt that
+    this pipeline draws.
     """
 
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
+    gives: Literal["images", "frames"] = "images"
     each: tuple[str, ...] = ()
     count: str | None = None
     any: Callable[[DiffusionPipeline], str] = lambda pipeline: ""
@@ -115,9 +118,15 @@ def as_pil(images: Tensor) -> list[Image]:
     return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
 
 
+def some_frames(videos: Tensor) -> Tensor:
+    """Of videos (B, F, 3, H, W) the frames to look at: 8, from the first to the last, or all of fewer."""
+    count = videos.shape[1]
+    return videos[:, torch.linspace(0, count - 1, min(FRAMES, count)).round().long()]
+
+
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:
-    """What a call of a stock pipeline draws: (B, 3, H, W) in [0, 1], float32, on the CPU."""
-    images = pipeline(**spelled.call(pipeline, prompts, call), output_type=spelled.output_type).images
+    """What a call of a stock pipeline draws: (B, 3, H, W) in [0, 1], of videos (B, F, 3, H, W), float32, on the CPU."""
+    images = getattr(pipeline(**spelled.call(pipeline, prompts, call), output_type=spelled.output_type), spelled.gives)
     if spelled.output_type == "np":
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        images = torch.from_numpy(images).movedim(-1, -3)
     return images.float().cpu()

@@ -215,6 +215,7 @@ class Recipe(Strict):
     method: str                                  # a name of `stepdistill methods`
     teacher: Annotated[Teacher, BeforeValidator(_under("base"))]                 # a folder, a Hub id, a file; or a table
     resolution: Annotated[int | tuple[int, int], PlainValidator(_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
+    frames: int | None = Field(None, ge=1)       # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one

@@ -158,6 +158,7 @@ def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dic
     given = {name: value for name in ("variant", "clip_skip") if (value := vars(source)[name]) is not None}
     given |= {"loras": loras} if loras else {}
     given |= {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}
+    given |= {} if teacher.frames is None else {"frames": teacher.frames}
     return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | given
 
 

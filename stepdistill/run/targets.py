@@ -70,9 +70,12 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made) for source, pipeline in pipelines.items()]
 
 
-def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
-    """RequestError where a scheduler has no such number of steps."""
+def must_serve(scheduler: Any, call: Mapping[str, Any], own: int | None = None) -> None:
+    """RequestError where a scheduler has no such number of steps. own: that of a student, which on a flow has no other: its call holds
+    their times, or its scheduler was made to give them."""
     steps = call.get("num_inference_steps")
+    if own not in (None, steps) and type(scheduler).__name__.startswith("FlowMatch"):
+        raise RequestError(f"this student has {own} steps at times that it was made for; found {steps}: leave --steps out")
     if steps is None or "timesteps" in call or "sigmas" in call:
         return
     own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not

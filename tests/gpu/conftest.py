@@ -1,6 +1,7 @@
 """Tests of a card: `pytest -m gpu tests/gpu`. With STEPDISTILL_GPU_TINY=1 those that can run on the CPU do so there."""
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -15,6 +16,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not TINY and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="torch finds no CUDA card"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A line in $STEPDISTILL_GPU_OUTCOMES as soon as a test is done, so that a run that is stopped keeps what it found."""
+    place = os.environ.get("STEPDISTILL_GPU_OUTCOMES")
+    if place is None or "PYTEST_XDIST_WORKER" in os.environ or report.when != "call" and report.passed:
+        return
+    reason = "" if report.passed else str(report.longrepr).strip().splitlines()[-1][-300:]
+    line = {"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "reason": reason, "seconds": round(report.duration, 1)}
+    with open(place, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import stepdistill
 from stepdistill.diffusion.draws import Step
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
+from stepdistill.run.first_call import check_first_call
 from stepdistill.run.setup import setup
 from stepdistill.training import checkpoints
 
@@ -58,6 +59,11 @@ def test_methods_train(tiny_teacher, tmp_path, device, method, precision):
     saved = checkpoints.load(checkpoints.latest(run))
     moved = [value.abs().max() for key, value in saved["role-student"].items() if "lora_B" in key]
     assert len(rows(run)) == updates and max(moved) > 0 and all(value.isfinite() for value in moved)
+
+
+@pytest.mark.parametrize("name", ["shapes/lcm", "shapes/tcd", "shapes-sd3/dmd2"])
+def test_the_first_call_of_a_shipped_recipe_lets_it_train(card, name):
+    assert check_first_call(setup(Recipe.load(name), card)) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])

@@ -8,6 +8,7 @@ from tiny import save_tiny_sd3, tiny_pipeline
 from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.recipe import Recipe
+from stepdistill.run import first_call
 from stepdistill.run.first_call import check_first_call
 from stepdistill.run.setup import setup
 
@@ -35,6 +36,16 @@ def test_the_base_is_called_as_the_student_will_be(tiny_teacher, sd3, name, prec
         scheduler = run.teacher.loaded.scheduler
         difference = check_first_call(run)
         assert difference <= limit and run.teacher.loaded.scheduler is scheduler
+
+
+def test_it_counts_with_all_digits_of_float32_on_a_card_too(tiny_teacher, monkeypatch):
+    seen = []
+    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    before = flags()
+    inner = first_call.sampled
+    monkeypatch.setattr(first_call, "sampled", lambda *given: seen.append(flags()) or inner(*given))
+    check_first_call(setup(Recipe.load(recipe(tiny_teacher)), torch.device("cpu")))
+    assert seen == [(False, False)] and flags() == before and before[1]
 
 
 def test_toy_has_no_pipeline():
