@@ -1,6 +1,7 @@
 """The functions that commands and notebooks call: train, pairs, export, sample, bench, plan, load."""
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from .models.stock import as_pil, pictures
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
-from .run.checks import check, family, needs_of
+from .run.checks import check, family, needs_of, quantization
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
 from .run.plan import plan
@@ -145,7 +146,7 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     out = run / "export" / to if out is None else Path(out)
     recipe = folder.recipe_of(run)
     check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None,
-                 recipe.guidance)
+                 recipe.guidance, quantization(recipe))
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=base_of(opened),
@@ -219,6 +220,7 @@ def quiet() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # of each cast in each layer
 
 
 @contextmanager

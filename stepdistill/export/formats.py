@@ -63,11 +63,11 @@ WRITERS: dict[str, Callable[[Student, DiffusionPipeline, torch.dtype, Path], str
 
 
 def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...], lora: bool,
-          trained: Trained) -> None:
+          trained: Trained, quantization: str | None = None) -> None:
     """RequestError for an export that cannot be, known before anything is loaded.
 
     reads: the numbers that the student reads beside its time; lora: whether it is an adapter; trained: the scale or the
-    range of scales that it was trained at.
+    range of scales that it was trained at; quantization: of its base.
     """
     if family.no_pipeline is not None:
         raise RequestError(family.no_pipeline)
@@ -77,6 +77,9 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
         raise RequestError(f"kohya's LoRA keys are written for UNets; the network of the family {family.name} is a "
                            f"{family.denoiser}: "
                            "use --to lora, which ComfyUI reads for transformers")
+    if to == "pipeline" and quantization is not None:
+        raise RequestError(f"this student's base is quantised ({quantization}), and the sum of a weight and a LoRA would be rounded to few bits: use "
+                           "--to lora, which is loaded beside the quantised base, or the whole one")
     if to != "pipeline" and not lora:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
     if "w" not in reads and guidance is not None:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ..diffusion.draws import key
 from ..errors import RequestError
 from . import lora_layers
+from .quantized import dequantized
 from .recompute import recomputed
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -214,12 +215,16 @@ class AdapterBank:
         """The float32 state dict of a plain network that computes what the base does with this adapter (None: the
         base).
 
-        W + (alpha / rank) B A takes the place of W. The tensors are copies.
+        W + (alpha / rank) B A takes the place of W, which of a quantised layer is what its numbers stand for. The tensors are copies.
         """
         own = {id(parameter) for layer in self.network.modules() if isinstance(layer, (BaseTunerLayer, AdapterLinear))
                for path, parameter in layer.named_parameters() if not path.startswith("base_layer.")}
         plain = {path.replace(".base_layer.", "."): value.detach().float().clone()
                  for path, value in self.network.state_dict(keep_vars=True).items() if id(value) not in own}
+        for path, weight in dequantized(self.network).items():
+            layer = path.removesuffix(".base_layer")
+            statistics = [key for key in plain if key.startswith(f"{layer}.weight") or key == f"{layer}.SCB"]
+            plain = {key: value for key, value in plain.items() if key not in statistics} | {f"{layer}.weight": weight}
         if name is not None:
             for path, layer in self._layers.items():
                 if name in layer.lora_A:

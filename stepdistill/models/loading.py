@@ -15,10 +15,11 @@ from diffusers.models.modeling_utils import LegacyModelMixin
 from torch import nn
 
 from ..errors import RequestError, first_lines
-from .families import Family, stock_index, text_to_image
+from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
+from .quantized import quantize_, read_saved, saved_as
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
-from .weights import check_components, class_of
+from .weights import check_components, class_of, weight_files
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,13 @@ def _slots(kind: type[DiffusionPipeline]) -> list[str]:
 def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,
                   parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
     """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused into those
-    show. A LoRA is added in float32, whatever the dtype.
+    show. A LoRA is added in float32, whatever the dtype. The denoiser is quantised where the source says so, unless it is given.
 
     RequestError for what cannot be read and for LoRAs that do not fit.
     """
+    family = family_of(kind.__name__) if source.quantization is not None and kind.__name__ in FAMILIES else None
+    fresh = family is not None and family.denoiser not in parts
+    parts = {**parts, **(_saved_quantized(source, family, dtype) if fresh else {})}
     options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts}
     try:
         if source.is_file:
@@ -124,7 +128,19 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
-    return pipe.to(dtype), traces                     # earlier diffusers do not know `dtype`
+    pipe = pipe.to(dtype)                             # earlier diffusers do not know `dtype`
+    if fresh and family.denoiser not in parts:
+        quantize_(pipe.components[family.denoiser], source.quantization, family.time.first)
+    return pipe, traces
+
+
+def _saved_quantized(source: Source, family: Family, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The denoiser of a pipeline that was saved quantised; nothing of another."""
+    folder = Path(source.place) / family.denoiser
+    if saved_as(folder) is None:
+        return {}
+    made_by = class_of(family.denoiser, *index_at(source)[family.denoiser])
+    return {family.denoiser: read_saved(made_by, folder, weight_files(folder, source.variant)[0], dtype, family.time.first)}
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Source:
     base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of its weights'
     files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id with the configs of a single
     file. vae, scheduler: folders or Hub ids of components that take the place of the base's. clip_skip: last layers of its CLIP encoders
-    that every call leaves out. loras: are fused into the weights.
+    that every call leaves out. quantization: of its denoiser's linear layers, nf4 or int8. loras: are fused into the weights.
     """
 
     base: str
@@ -72,6 +72,7 @@ class Source:
     vae: str | None = None
     scheduler: str | None = None
     clip_skip: int | None = None
+    quantization: str | None = None
     loras: tuple[FusedLora, ...] = ()
 
     @classmethod

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -31,6 +30,7 @@ from ..methods import METHODS, load_method
 from .catalogue import find
 from .messages import complaint, current, unknown
 from .stages import KINDS, staged
+from .values import read_guidance, read_prompts, read_resolution, under
 from .yaml import EntryPath, Source, unwrapped
 
 
@@ -40,37 +40,6 @@ def _full_or_lora(value: Any) -> Any:
     if isinstance(value, RoleChoice | Critic) or isinstance(value, Mapping) and value:
         return value
     raise ValueError("should be full, or {lora: {rank: 32}}")
-
-
-def _under(name: str) -> Callable[[Any], Any]:
-    """A plain text stands for a table with this one entry."""
-    return lambda value: {name: value} if isinstance(value, str) else value
-
-
-def _resolution(value: Any) -> int | tuple[int, int]:
-    sides = value if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
-        raise ValueError("should be pixels: 768, or [height, width] such as [832, 1216]")
-    return tuple(sides) if isinstance(value, list | tuple) else value
-
-
-def _guidance(value: Any) -> float | tuple[float, float]:
-    scales = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in scales) or len(scales) not in (1, 2):
-        raise ValueError("should be one scale such as 3.0, or a range such as [2.0, 5.0]")
-    if not all(map(math.isfinite, scales)):
-        raise ValueError("should be a finite number, or a range of two")
-    if min(scales) < 1 or list(scales) != sorted(scales):
-        raise ValueError("should be scales of at least 1 (1 is no guidance), a range from low to high")
-    return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
-
-
-def _prompts(value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
-        return tuple(value)
-    raise ValueError("should be shapes, a .txt file of one prompt a line, or a list of prompts")
 
 
 class Strict(BaseModel):
@@ -86,7 +55,7 @@ class Teacher(Strict):
     """A pipeline, and what of it comes from elsewhere. A plain text is its base."""
 
     base: str                                    # a folder, a Hub id, a single .safetensors file
-    loras: list[Annotated[TeacherLora, BeforeValidator(_under("path"))]] = []    # fused into its weights before anything lies on them
+    loras: list[Annotated[TeacherLora, BeforeValidator(under("path"))]] = []    # fused into its weights before anything lies on them
     revision: str | None = None                  # branch, tag or commit of a Hub id
     variant: str | None = None                   # of its weights' files, such as fp16; none: the plain ones, else the only one in its folder
     subfolder: str | None = None                 # of a local base, where the pipeline lies
@@ -94,6 +63,7 @@ class Teacher(Strict):
     vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id
     scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id
     clip_skip: int | None = Field(None, ge=1)    # last layers of its CLIP encoders that are left out, as in a call of its pipeline
+    quantization: Literal["nf4", "int8"] | None = None    # of its denoiser's linear layers (pip install stepdistill[bitsandbytes])
 
     @property
     def plain(self) -> str | dict[str, Any]:
@@ -134,7 +104,7 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0)         # none: train.lr
 
 
-Prompts = Annotated[str | tuple[str, ...], PlainValidator(_prompts)]
+Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts)]
 Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
 
 
@@ -213,12 +183,12 @@ class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
     method: str                                  # a name of `stepdistill methods`
-    teacher: Annotated[Teacher, BeforeValidator(_under("base"))]                 # a folder, a Hub id, a file; or a table
-    resolution: Annotated[int | tuple[int, int], PlainValidator(_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
+    teacher: Annotated[Teacher, BeforeValidator(under("base"))]                 # a folder, a Hub id, a file; or a table
+    resolution: Annotated[int | tuple[int, int], PlainValidator(read_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
     student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
-    guidance: Annotated[float | tuple[float, float], PlainValidator(_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
+    guidance: Annotated[float | tuple[float, float], PlainValidator(read_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
     steps: int = Field(4, ge=1)                  # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass
     data: Data

@@ -18,9 +18,12 @@ from ..methods.base import Features, Heads, Need, Trained
 from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
 from ..models.families import Family
+from ..models.quantized import check_installed
 from ..models.roles import Full, Lora, Places, Setting
+from ..models.sources import index_at
 from ..models.teacher import family_at, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
+from ..models.weights import settled
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 from .sources import source_of
@@ -49,6 +52,8 @@ def check(recipe: Recipe) -> Checked:
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
+    if quantization(recipe) is not None:
+        _check_quantization(recipe, settings, roles)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
     if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
@@ -171,6 +176,35 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
     if named:
         raise recipe.refuse("settings", f"give {' and '.join(named)} an embedding, but the teacher's network reads its guidance scale by "
                             "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")
+
+
+def quantization(recipe: Recipe) -> str | None:
+    """How the base's denoiser is quantised, as the recipe asks or as it was saved."""
+    if family(recipe).no_pipeline:
+        return None
+    with recipe.blaming("teacher", "cannot be loaded"):
+        source = source_of(recipe)
+        return settled(source, index_at(source)).quantization
+
+
+def _check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setting]) -> None:
+    """RequestError for what a base of few bits cannot carry, and where its library is missing."""
+    asked, kind = recipe.teacher.quantization is not None, quantization(recipe)
+    base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
+    path = "teacher.quantization" if asked else "teacher"
+    with recipe.blaming(path, base):
+        check_installed()
+    if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
+        raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take no updates: let it be a "
+                                     "LoRA, such as {lora: {rank: 32}}")
+    if recipe.teacher.loras:
+        raise recipe.refuse("teacher.loras", f"are given, but the base is quantised ({kind}), and a sum with a LoRA would be rounded to few bits: save "
+                            "the pipeline with its LoRAs fused, and let teacher.base name that")
+    for name in ("fsdp", "compile"):
+        if vars(recipe.train)[name]:
+            raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does not serve: leave it off")
+    if vars(settings).get("derivative") == "exact":
+        raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have no derivative forward: take pair")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
 from ..methods.base import Features, Follows, Heads, Method, middle
+from ..models.quantized import half_
 from ..models.roles import Roles, Weights, build_roles
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.teacher import Teacher, load_teacher
@@ -80,7 +81,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
         teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance), recipe.resolution)
     check_embeddings(recipe, checked.needs, teacher.guidance.within)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
-        teacher.network.half()                         # alone: codecs overflow in float16
+        half_(teacher.network)                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)
     roles = _roles(recipe, teacher, checked, previous, attention).to(device)
     method = load_method(recipe.method)(checked.settings, roles, recipe.guidance, sampler)

@@ -73,6 +73,7 @@ FAMILY = Family(
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
     samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
     unserved={
+        "teacher.quantization": "the teacher is Toy, whose network is small: leave it out",
         "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
         "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",
         "train.fsdp": "the teacher is Toy, which has no weights to shard: leave it off",
