@@ -153,7 +153,9 @@ def _guidance(settings: Mapping[str, Any]) -> str:
     if scale > 1:
         return f"classifier-free with scale {scale:g}: two evaluations a step"
     trained = settings["trained_guidance"]
-    return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
+    against = settings.get("teacher_parts", {}).get("negative_prompt")
+    away = "" if against is None else f", away from {_quoted(against)}"
+    return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in{away}")
 
 
 def _range(settings: Mapping[str, Any]) -> str:

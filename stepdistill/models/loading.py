@@ -49,8 +49,9 @@ class Loading:
     def check(self) -> None:
         """RequestError for components that are not what their configs say, as far as their files are here."""
         source = self.source
-        if source.clip_skip is not None and "clip_skip" not in signature(self.kind.__call__).parameters:
-            raise RequestError(f"clip_skip is {source.clip_skip}, but a {self.kind.__name__} has none: leave it out")
+        for name in ("clip_skip", "negative_prompt", "guidance_rescale"):
+            if (value := vars(source)[name]) is not None and name not in signature(self.kind.__call__).parameters:
+                raise RequestError(f"{name} is {value!r}, but a call of {self.kind.__name__} takes none: leave it out")
         if len(self.index) > 1:
             self._check_kinds()
         index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,6 +43,10 @@ class Guidance:
             return {self.embedded: float(w)}
         return {self.keyword: w - self.offset, **self.beside} if w > 1 else self.none
 
+    def beside_too(self, more: Mapping[str, Any]) -> Guidance:
+        """The same, where a guided call needs these keyword arguments as well."""
+        return replace(self, beside={**self.beside, **more})
+
     def scale(self, call: Mapping[str, Any]) -> float:
         """The scale w of a call; 1 where it does not say. Stock pipelines guide above 1 only."""
         if self.within:
@@ -64,7 +68,7 @@ class Prompts:
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
-    each: tuple[str, ...] = ()
+    each: tuple[str, ...] = ("negative_prompt",)
 
     def call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of this call for these prompts."""

@@ -189,6 +189,8 @@ class Recipe(Strict):
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
     guidance: Annotated[float | tuple[float, float], PlainValidator(read_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
+    negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own, mostly an empty text
+    guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
     steps: int = Field(4, ge=1)                  # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass
     data: Data

@@ -17,7 +17,7 @@ from .yaml import EntryPath, Source, leaves
 
 KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each in place of the others
 TEACHERS = ("base", "previous")
-FIXED = ("stages", "revision", "teacher")                          # what no stage can change: there is one teacher's pipeline
+FIXED = ("stages", "revision", "teacher", "negative_prompt", "guidance_rescale")     # what no stage can change: there is one teacher's pipeline
 
 
 def staged(source: Source) -> list[tuple[str, Source]]:

@@ -54,6 +54,7 @@ def check(recipe: Recipe) -> Checked:
         vision_features(recipe)
     if quantization(recipe) is not None:
         _check_quantization(recipe, settings, roles)
+    _check_guided(recipe, settings)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
     if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
@@ -205,6 +206,15 @@ def _check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setti
             raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does not serve: leave it off")
     if vars(settings).get("derivative") == "exact":
         raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have no derivative forward: take pair")
+
+
+def _check_guided(recipe: Recipe, settings: Any) -> None:
+    """RequestError for what only guided calls of the teacher read, where none is guided."""
+    made = recipe.data.made
+    scales = [recipe.guidance, None if made is None else made.guidance, *(value for name, value in vars(settings).items() if "guidance" in name)]
+    if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
+        raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read it: give a scale above 1, "
+                                          "such as guidance: 5.0")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
