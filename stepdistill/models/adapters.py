@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,33 @@ def take_off(network: nn.Module, merge: bool) -> None:
 def _same_device(network: nn.Module) -> AbstractContextManager:
     """Within, what is made lies on the meta device where the network does, and has no bytes either."""
     return torch.device("meta") if next(network.parameters()).is_meta else nullcontext()
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One layer of a LoRA: W + scale B A. a: (r, in, ...), b: (out, r, ...), float32."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def pairs_of(network: nn.Module, name: str) -> dict[str, LoraPair]:
+    """Copies of an adapter that lies on a network, by its layers. ValueError for one with more than A and B."""
+    found: dict[str, LoraPair] = {}
+    for path, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
+            held = {inner for inner, _ in layer.named_parameters() if name in inner.split(".")}
+            if more := held - {f"lora_A.{name}.weight", f"lora_B.{name}.weight"}:
+                raise ValueError(f"its layer {path} has {sorted(more)[0].replace(f'.{name}', '')}")
+            down, up = (factors[name].weight.detach().float().clone() for factors in (layer.lora_A, layer.lora_B))
+            found[path] = LoraPair(down, up, float(layer.scaling[name]))
+    return found
+
+
+def named_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers and convolutions that targets name."""
+    return {name: network.get_submodule(name) for name in _layers(network) if any(_matches(name, target) for target in targets)}
 
 
 def _layers(network: nn.Module) -> list[str]:

@@ -39,7 +39,7 @@ class Loading:
     def dropped(self) -> tuple[str, ...]:
         """The components that the pipeline has and the family leaves where they are."""
         absent = absent_parts(self.index)
-        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index and name not in absent and name in _slots(self.kind))
+        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index and name not in absent and name in slots(self.kind))
 
     @property
     def without(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class Loading:
         """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
         optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))}
         absent = absent_parts(self.index)
-        lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
+        lacking = [name for name in slots(self.kind) if not name.startswith("tokenizer") and name not in optional
                    and (name not in self.index or name in absent)]
         if lacking:
             raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no {', '.join(lacking)}")
@@ -91,7 +91,7 @@ class Loading:
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
-            try_loras(self.kind(**dict.fromkeys(_slots(self.kind)) | dropped | networks | {"scheduler": parts["scheduler"]}),
+            try_loras(self.kind(**dict.fromkeys(slots(self.kind)) | dropped | networks | {"scheduler": parts["scheduler"]}),
                       self.source.loras)
         return made
 
@@ -101,7 +101,7 @@ def settings_of(index: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list | tuple)}
 
 
-def _slots(kind: type[DiffusionPipeline]) -> list[str]:
+def slots(kind: type[DiffusionPipeline]) -> list[str]:
     """The components that a pipeline of this class is made of."""
     return list(kind._get_signature_keys(kind)[0])
 

@@ -86,9 +86,10 @@ class Lora(Strict):
 
 
 class RoleChoice(Strict):
-    """lora none: all weights are trained."""
+    """lora none: all weights are trained. A student that begins with a LoRA has its rank, alpha and targets."""
 
-    lora: Lora | None
+    lora: Lora | None = Lora()                   # a LoRA on the base; none: all weights
+    begins_with: str | None = Field(None, alias="from")      # a LoRA of any format that its pipeline loads: a folder, a .safetensors file, a Hub id
 
 
 class Critic(Strict):
@@ -185,7 +186,7 @@ class Recipe(Strict):
     method: str                                  # a name of `stepdistill methods`
     teacher: Annotated[Teacher, BeforeValidator(under("base"))]                 # a folder, a Hub id, a file; or a table
     resolution: Annotated[int | tuple[int, int], PlainValidator(read_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
-    student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
+    student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
     guidance: Annotated[float | tuple[float, float], PlainValidator(read_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
@@ -291,9 +292,14 @@ class Recipe(Strict):
     def _resolved(self) -> dict[str, Any]:
         plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
-            if plain[role] in ({"lora": None}, {"lora": None, "lr": None}):
+            if plain[role] is not None and plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
         plain["teacher"] = self.teacher.plain
+        if self.student.begins_with is not None:
+            given = unwrapped(self.student.lora.model_dump(exclude_unset=True))        # the rest is the LoRA's own
+            plain["student"] = {"from": resources.portable(self.student.begins_with), "lora": given}
+        elif plain["student"] != "full":
+            del plain["student"]["begins_with"]
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
         paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
         paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
@@ -328,6 +334,8 @@ class Recipe(Strict):
         if given[0] not in takes:
             raise self.refuse(f"data.{given[0]}", f"is given, but {self.method} trains on {' or '.join(takes)}"
                               + " (samples: the teacher makes its own images from prompts)" * ("samples" in takes))
+        if self.student.begins_with is not None and self.student.lora is None:
+            raise self.refuse("student.from", f"is {self.student.begins_with}, a LoRA, but student.lora is null, which trains all weights: leave one out")
         self._check_counts()
 
     def _check_counts(self) -> None:
@@ -357,7 +365,7 @@ def _fields(path: EntryPath) -> list[str]:
     for key in (key for key in path if isinstance(key, str)):
         annotation = model.model_fields[key].annotation
         model = next(a for a in (annotation, *_arguments(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(model.model_fields) + ["stages"] * (model is Recipe)
+    return [field.alias or name for name, field in model.model_fields.items()] + ["stages"] * (model is Recipe)
 
 
 def _arguments(annotation: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isclose
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from ..diffusion.toy import is_toy
 from ..errors import RequestError
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
+from ..models.adapters import named_layers
 from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
 from ..models.families import Family
+from ..models.given_lora import given_lora
 from ..models.quantized import check_installed
-from ..models.roles import Full, Lora, Places, Setting
+from ..models.roles import Full, Lora, Places, Setting, Weights
 from ..models.sources import index_at
-from ..models.teacher import family_at, load_teacher
+from ..models.teacher import Teacher, family_at, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..models.weights import settled
 from ..recipe.schema import Critic, Recipe, RoleChoice
@@ -79,7 +82,7 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
             when = "with these settings " if name in METHODS[recipe.method].needs else ""
             raise recipe.refuse(name, f"is given, but {when}{recipe.method} trains no {name}; "
                                 f"it trains {', '.join(trained)}")
-    roles: dict[str, Setting] = {"student": role_setting(recipe.student)}
+    roles: dict[str, Setting] = {"student": student_setting(recipe)}
     if recipe.critic is not None:
         roles["critic"] = role_setting(recipe.critic)
     if recipe.discriminator is not None:
@@ -101,6 +104,36 @@ def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
         return Full()
     targets = choice.lora.targets
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
+
+
+def student_setting(recipe: Recipe) -> Lora | Full:
+    """How the student is trained. One that begins with a LoRA is that LoRA's form."""
+    if recipe.student.begins_with is None:
+        return role_setting(recipe.student)
+    with recipe.blaming("teacher", "cannot be loaded"):
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution)
+    return begun_with(recipe, teacher).setting
+
+
+def begun_with(recipe: Recipe, teacher: Teacher) -> Weights:
+    """The LoRA that the student begins with. RequestError for one that does not fit the teacher, or what the recipe says of it."""
+    path, given = recipe.student.begins_with, recipe.student.lora
+    with recipe.blaming("student.from", f"is {path}"):
+        if family(recipe).no_pipeline:
+            raise RequestError("the teacher is Toy, whose students are no LoRAs of a pipeline: leave it out")
+        weights = given_lora(teacher, str(resources.locate(path) or path))
+    found = weights.setting
+    for name in ("rank", "alpha"):
+        if name in given.model_fields_set and vars(given)[name] is not None and not isclose(vars(given)[name], vars(found)[name]):
+            raise recipe.refuse(f"student.lora.{name}", f"is {vars(given)[name]:g}, but the student begins with {path}, whose {name} is {vars(found)[name]:g}: "
+                                                        "leave it out")
+    if given.targets is not None:
+        asked, own = (sorted(named_layers(teacher.network, targets)) for targets in (given.targets, found.targets))
+        if asked != own:
+            odd = sorted({*asked} ^ {*own})[0]
+            raise recipe.refuse("student.lora.targets", f"name {len(asked)} layers, but the student begins with {path}, which has {len(own)}, and "
+                                                        f"{odd} is in one of both alone: leave them out")
+    return weights
 
 
 def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
@@ -267,13 +300,14 @@ def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
     """A LoRA stays what it is, or becomes full."""
     before, taught, student = recipe.previous, recipe.taught_by_previous, roles["student"]
+    begun = student_setting(before)
     begins = {"student": student} | {name: roles.get(name, student) for name, need in needs.items()
                                      if taught and isinstance(need, Trained) and need.start == "teacher"}
     for name, setting in begins.items():
-        if setting not in (Full(), role_setting(before.student)):
+        if setting not in (Full(), begun):
             raise recipe.refuse(name, f"is {_as_written(setting)}, but it begins as the student of the stage before, "
                                       "which "
-                                f"is {_as_written(role_setting(before.student))}: a LoRA stays what it is, or becomes "
+                                f"is {_as_written(begun)}: a LoRA stays what it is, or becomes "
                                 "full")
         if "w" in needs_of(before)["student"].reads and "w" not in needs[name].reads:
             raise recipe.refuse("method", f"is {recipe.method}, whose {name} begins as the teacher and has no guidance "
