@@ -25,11 +25,13 @@ from .errors import RequestError, Stopped
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS
 from .evaluation.sheets import sheet
-from .export import Student, export_student, load
+from .export import Extracted, Student, export_student, load
 from .export import check as check_export
+from .export import extract as extract_lora
 from .models.compiled import compile_blocks
 from .models.families import stock_prompts
 from .models.sharded import shard
+from .models.sources import Source
 from .models.stock import as_pil, pictures
 from .recipe import Recipe
 from .run import folder
@@ -40,12 +42,12 @@ from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
-from .run.sources import base_of
+from .run.sources import base_of, located
 from .run.targets import asking, must_serve, open_target, teachers
 from .training import Trainer, launched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "export", "load", "pairs", "plan", "sample", "train"]
+__all__ = ["bench", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, resume: bool = False,
@@ -153,6 +155,16 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
     export_student(student, to, out, guidance, dtype)
     return out
+
+
+def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dtype: str | None = None) -> Extracted:
+    """Writes a LoRA of what a pipeline differs from its base by, to begin from: `student: {from: OUT}`.
+
+    turbo, base: folders or Hub ids of two pipelines of one architecture, such as a published few-step model and the one that it was
+    made of. dtype: "float16", "bfloat16" or "float32" of the LoRA's weights, float16 unless given. The result says which share of each
+    layer's squared difference the LoRA holds, and what no LoRA reaches.
+    """
+    return extract_lora(located(Source.of(turbo)), located(Source.of(base)), rank, out, dtype)
 
 
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.adapters import save_adapter
+from ..models.sources import LORA_FILE
 from .dtypes import save_pipeline
 from .fold import folded
 from .student import Lora, Student
@@ -35,12 +36,16 @@ def loads_loras(pipe: DiffusionPipeline) -> bool:
 
 
 def write_lora(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
-    lora, name = student.lora, component(pipe)
-    if not loads_loras(pipe):
+    return save_lora(student.lora, type(pipe), component(pipe), folder)
+
+
+def save_lora(lora: Lora, cls: type[DiffusionPipeline], denoiser: str, folder: Path) -> str:
+    """A LoRA of a pipeline's network in diffusers' format, in peft's where its class loads none by itself."""
+    if not issubclass(cls, LoraBaseMixin):
         return save_adapter(folder, lora.state, lora.metadata())
     layers = {key: value.contiguous() for key, value in lora.state.items()}
-    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora.metadata()})
-    return "pytorch_lora_weights.safetensors"
+    cls.save_lora_weights(folder, **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": lora.metadata()})
+    return LORA_FILE
 
 
 def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:

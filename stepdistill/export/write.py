@@ -41,7 +41,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     _may_write(out, student)
     call, scale = _call(student, to, guidance)
     prepared = prepare(student, to, call, scale, DTYPES[dtype])
-    with _aside(out) as folder:
+    with aside(out) as folder:
         weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
         student.scheduler.save_pretrained(folder / "scheduler")
         settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
@@ -98,11 +98,21 @@ def _picture(proof: Proof) -> Any:
     return make_image_grid(pictures, rows=1, cols=len(pictures))
 
 
-def _may_write(out: Path, student: Student) -> None:
-    """An existing folder may be replaced if it is empty or an earlier export of the same run."""
+def may_write_new(out: Path) -> None:
+    """RequestError unless `out` is free, or an empty folder."""
+    if _holds(out):
+        raise RequestError(f"{out} is not empty: choose another --out")
+
+
+def _holds(out: Path) -> bool:
     if out.is_file():
         raise RequestError(f"{out} is a file; --out wants a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    return out.is_dir() and any(out.iterdir())
+
+
+def _may_write(out: Path, student: Student) -> None:
+    """An existing folder may be replaced if it is empty or an earlier export of the same run."""
+    if not _holds(out):
         return
     if not (out / SETTINGS).is_file():
         raise RequestError(f"{out} is not empty and is no export folder: choose another --out")
@@ -113,7 +123,7 @@ def _may_write(out: Path, student: Student) -> None:
 
 
 @contextmanager
-def _aside(out: Path) -> Iterator[Path]:
+def aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on any failure."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
