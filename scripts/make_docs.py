@@ -21,7 +21,8 @@ from stepdistill.recipe import catalogue, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.TeacherLora, "student": schema.RoleChoice,
+TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.TeacherLora,
+          "student": schema.RoleChoice,
           "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
           "evaluate": schema.Evaluate}

@@ -160,9 +160,9 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
 def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dtype: str | None = None) -> Extracted:
     """Writes a LoRA of what a pipeline differs from its base by, to begin from: `student: {from: OUT}`.
 
-    turbo, base: folders or Hub ids of two pipelines of one architecture, such as a published few-step model and the one that it was
-    made of. dtype: "float16", "bfloat16" or "float32" of the LoRA's weights, float16 unless given. The result says which share of each
-    layer's squared difference the LoRA holds, and what no LoRA reaches.
+    turbo, base: folders or Hub ids of two pipelines of one architecture, such as a published few-step model and the one
+    that it was made of. dtype: "float16", "bfloat16" or "float32" of the LoRA's weights, float16 unless given. The
+    result says which share of each layer's squared difference the LoRA holds, and what no LoRA reaches.
     """
     return extract_lora(located(Source.of(turbo)), located(Source.of(base)), rank, out, dtype)
 

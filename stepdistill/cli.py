@@ -123,11 +123,13 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
-def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO", help="A pipeline that few steps are enough for: a folder or Hub id.")],
+def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
+                                                 help="A pipeline that few steps are enough for: a folder or Hub id.")],
             base: Annotated[str, typer.Option(help="The pipeline that it was made of.")],
             rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")],
             out: Annotated[Path, typer.Option(help="Where to write.")],
-            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of its weights; float16 unless given.")] = None,
+            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of its weights; float16 "
+                                                      "unless given.")] = None,
             as_json: Json = False) -> None:
     """Make a LoRA of what one pipeline differs from another by."""
     found = working().extract(turbo, base, rank, out, dtype)
@@ -281,7 +283,8 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
 
 
 def _show_extracted(found: Any) -> None:
-    rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"} for layer in found.worst()]
+    rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"}
+            for layer in found.worst()]
     say.print(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
     say.print(_table(rows, ("layer", "kept", "norm")))
     say.print(f"kept in all: {found.kept:.2%} of the squared difference of these layers")

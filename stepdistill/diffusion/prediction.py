@@ -15,7 +15,8 @@ from torch import Tensor
 from .schedule import Schedule, like
 
 Row = Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]
-Combine = Callable[[Tensor, Tensor, Tensor], Tensor]      # raw outputs with and without a condition, w (B, 1, ...) -> their mix
+# Raw outputs with and without a condition, w (B, 1, ...) -> their mix.
+Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def edm(sigma_data: float) -> Row:
@@ -56,8 +57,8 @@ def linear(given: Tensor, without: Tensor, w: Tensor) -> Tensor:
 
 
 def rescaled(combine: Combine, share: float) -> Combine:
-    """Guidance whose result is drawn towards the spread of the conditional output, by a share in [0, 1]: Lin et al. 2023,
-    arXiv:2305.08891, section 3.4."""
+    """Guidance whose result is drawn towards the spread of the conditional output, by a share in [0, 1]: Lin et al.
+    2023, arXiv:2305.08891, section 3.4."""
     def rescale(given: Tensor, without: Tensor, w: Tensor) -> Tensor:
         mixed = combine(given, without, w)
         axes = tuple(range(1, mixed.ndim))

@@ -6,4 +6,5 @@ from .proof import Proof, prove
 from .student import Lora, Student
 from .write import export_student
 
-__all__ = ["Extracted", "Lora", "Proof", "Student", "check", "export_student", "extract", "load", "open_export", "prove", "read_settings"]
+__all__ = ["Extracted", "Lora", "Proof", "Student", "check", "export_student", "extract", "load", "open_export",
+           "prove", "read_settings"]

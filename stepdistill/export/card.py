@@ -49,8 +49,9 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
+        fused = () if "quantization" in settings else FUSED
         lines += [*_base(base, settings["pipeline"], without),
-                  *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *(() if "quantization" in settings else FUSED)]),
+                  *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *fused]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
@@ -108,7 +109,8 @@ def _what(settings: Mapping[str, Any]) -> str:
     return (f"{form} that makes `{settings['teacher']}`{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "
             f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`."
-            + (f" While it was trained, its base was quantised ({settings['quantization']})." if "quantization" in settings else ""))
+            + (f" While it was trained, its base was quantised ({settings['quantization']})."
+               if "quantization" in settings else ""))
 
 
 def _facts(settings: Mapping[str, Any]) -> str:

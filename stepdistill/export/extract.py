@@ -1,4 +1,5 @@
-"""A LoRA from two checkpoints: what one differs from the other by, layer by layer, as a product of two thin matrices."""
+"""A LoRA from two checkpoints: what one differs from the other by, layer by layer, as a product of two thin
+matrices."""
 from __future__ import annotations
 
 import re
@@ -41,8 +42,8 @@ class LayerEnergy:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A LoRA of the difference of two networks. layers: those that differ. beyond: what differs and no LoRA of these layers reaches,
-    kind -> (tensors, squared norm)."""
+    """A LoRA of the difference of two networks. layers: those that differ. beyond: what differs and no LoRA of these
+    layers reaches, kind -> (tensors, squared norm)."""
 
     folder: Path
     rank: int
@@ -66,11 +67,11 @@ class Extracted:
 
 
 def extract(turbo: Source, base: Source, rank: int, out: str | Path, dtype: str | None = None) -> Extracted:
-    """Writes the LoRA of `rank` that is nearest to what `turbo` differs from `base` by, in the layers that its family adapts, to the
-    folder `out`, as pipelines of diffusers load it.
+    """Writes the LoRA of `rank` that is nearest to what `turbo` differs from `base` by, in the layers that its family
+    adapts, to the folder `out`, as pipelines of diffusers load it.
 
-    Weights are read from their files, two tensors at a time, and computed in float32. dtype: of the LoRA's weights, float16 unless given.
-    RequestError for networks that are not alike, or that do not differ.
+    Weights are read from their files, two tensors at a time, and computed in float32. dtype: of the LoRA's weights,
+    float16 unless given. RequestError for networks that are not alike, or that do not differ.
     """
     if rank < 1:
         raise RequestError(f"the rank of a LoRA is at least 1, found {rank}")
@@ -78,7 +79,8 @@ def extract(turbo: Source, base: Source, rank: int, out: str | Path, dtype: str 
     may_write_new(out)
     kinds = [text_to_image(index_at(source)["_class_name"]) for source in (turbo, base)]
     if kinds[0] != kinds[1]:
-        raise RequestError(f"{turbo} is a {kinds[0]} and {base} a {kinds[1]}: a LoRA is made of two pipelines of one class")
+        raise RequestError(f"{turbo} is a {kinds[0]} and {base} a {kinds[1]}: a LoRA is made of two pipelines of one "
+                           f"class")
     base, turbo = (settled(source, index_at(source)) for source in (base, turbo))
     teacher = load_teacher(base, device="meta")
     if teacher.cls is None:
@@ -116,8 +118,8 @@ def _differences(network: nn.Module, targets: Mapping[str, nn.Module], old: _Wei
 
 
 def factors(difference: Tensor, rank: int, name: str = "") -> tuple[Tensor, Tensor, float]:
-    """(A (r, in, ...), B (out, r, ...), the squared norm of B A) of the best approximation of a weight (out, in, ...) by a rank of at most
-    `rank`. name: of the weight, which seeds the decomposition."""
+    """(A (r, in, ...), B (out, r, ...), the squared norm of B A) of the best approximation of a weight (out, in, ...)
+    by a rank of at most `rank`. name: of the weight, which seeds the decomposition."""
     matrix = difference.flatten(1)
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
@@ -125,12 +127,14 @@ def factors(difference: Tensor, rank: int, name: str = "") -> tuple[Tensor, Tens
         u, s, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLES, *matrix.shape), POWERS)
     root, ones = s[:rank].sqrt(), (1,) * (difference.ndim - 2)
     down, up = root[:, None] * v[:, :rank].T, u[:, :rank] * root
-    return down.reshape(rank, *difference.shape[1:]), up.reshape(len(matrix), rank, *ones), s[:rank].double().square().sum().item()
+    return down.reshape(rank, *difference.shape[1:]), up.reshape(len(matrix), rank,
+                                                                 *ones), s[:rank].double().square().sum().item()
 
 
 def _lora(state: Mapping[str, Tensor], rank: int) -> Lora:
     """Of scale 1. Layers that are narrower than the rank have their own."""
-    narrow = {re.escape(name.removesuffix(".lora_A.weight")): len(value) for name, value in state.items() if name.endswith(".lora_A.weight") and len(value) < rank}
+    narrow = {re.escape(name.removesuffix(".lora_A.weight")): len(value) for name, value in state.items()
+              if name.endswith(".lora_A.weight") and len(value) < rank}
     return Lora(state, rank, rank, alpha_pattern=narrow, rank_pattern=narrow)
 
 
@@ -147,7 +151,7 @@ def _kind(network: nn.Module, name: str) -> str:
     return "other layers" if isinstance(module, nn.Linear | nn.Conv2d) else "other numbers"
 
 
-# -- weights in their files ----------------------------------------------------------------------------------------------
+# -- weights in their files ------------------------------------------------------------------------------------------
 
 class _Weights:
     """The tensors of a network by name, read from their files when they are asked for: float32."""
@@ -172,10 +176,12 @@ def _weights(source: Source, teacher: Teacher) -> Iterator[_Weights]:
     denoiser = teacher.family.denoiser
     folder = _folder(source) / denoiser
     if saved_as(folder) is not None:
-        raise RequestError(f"the {denoiser} of {source} was saved quantised, and differences of few bits say little: name the plain pipeline")
+        raise RequestError(f"the {denoiser} of {source} was saved quantised, and differences of few bits say little: "
+                           f"name the plain pipeline")
     files, _ = weight_files(folder, source.variant)
     if not files:
-        raise RequestError(f"{folder} holds no .safetensors files of weights: save the pipeline anew by pipe.save_pretrained")
+        raise RequestError(f"{folder} holds no .safetensors files of weights: save the pipeline anew by "
+                           f"pipe.save_pretrained")
     with ExitStack() as stack:
         held = {file: check_safetensors(file) for file in files}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
@@ -185,7 +191,8 @@ def _weights(source: Source, teacher: Teacher) -> Iterator[_Weights]:
 def _folder(source: Source) -> Path:
     """Where the files of a pipeline lie; a Hub id is downloaded."""
     if source.is_file:
-        raise RequestError(f"{source} is one file of weights under names of its own: name a folder that pipe.save_pretrained wrote, or a Hub id")
+        raise RequestError(f"{source} is one file of weights under names of its own: name a folder that "
+                           f"pipe.save_pretrained wrote, or a Hub id")
     if Path(source.place).is_dir():
         return Path(source.place)
     try:
@@ -197,6 +204,8 @@ def _folder(source: Source) -> Path:
 def _check_alike(old: _Weights, new: _Weights, turbo: Source, base: Source) -> None:
     if odd := sorted({*old.names} ^ {*new.names}):
         has, lacks = (turbo, base) if odd[0] in new.names else (base, turbo)
-        raise RequestError(f"{turbo} and {base} are not alike: {len(odd)} tensors are in one of both alone, first {odd[0]}, which {has} has and {lacks} has not")
+        raise RequestError(f"{turbo} and {base} are not alike: {len(odd)} tensors are in one of both alone, first "
+                           f"{odd[0]}, which {has} has and {lacks} has not")
     if odd := [name for name in old.names if old.shape(name) != new.shape(name)]:
-        raise RequestError(f"{turbo} and {base} are not alike: {odd[0]} has the shape {new.shape(odd[0])} in one and {old.shape(odd[0])} in the other")
+        raise RequestError(f"{turbo} and {base} are not alike: {odd[0]} has the shape {new.shape(odd[0])} in one and "
+                           f"{old.shape(odd[0])} in the other")

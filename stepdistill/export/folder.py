@@ -80,7 +80,8 @@ def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
     """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
 
     teacher: where the base pipeline lies now, if not where the folder says; a Source: all of it. fused: a LoRA is added
-    to the weights, so that a call costs what one of the base does; otherwise, and on a quantised base, it lies beside them.
+    to the weights, so that a call costs what one of the base does; otherwise, and on a quantised base, it lies beside
+    them.
     """
     settings = read_settings(folder)
     cls = getattr(diffusers, settings["pipeline"])

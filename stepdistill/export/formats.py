@@ -44,7 +44,8 @@ def save_lora(lora: Lora, cls: type[DiffusionPipeline], denoiser: str, folder: P
     if not issubclass(cls, LoraBaseMixin):
         return save_adapter(folder, lora.state, lora.metadata())
     layers = {key: value.contiguous() for key, value in lora.state.items()}
-    cls.save_lora_weights(folder, **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": lora.metadata()})
+    cls.save_lora_weights(folder, **{f"{denoiser}_lora_layers": layers,
+                                     f"{denoiser}_lora_adapter_metadata": lora.metadata()})
     return LORA_FILE
 
 
@@ -83,8 +84,9 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
                            f"{family.denoiser}: "
                            "use --to lora, which ComfyUI reads for transformers")
     if to == "pipeline" and quantization is not None:
-        raise RequestError(f"this student's base is quantised ({quantization}), and the sum of a weight and a LoRA would be rounded to few bits: use "
-                           "--to lora, which is loaded beside the quantised base, or the whole one")
+        raise RequestError(f"this student's base is quantised ({quantization}), and the sum of a weight and a LoRA "
+                           "would be rounded to few bits: use --to lora, which is loaded beside the quantised base, or "
+                           "the whole one")
     if to != "pipeline" and not lora:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
     if "w" not in reads and guidance is not None:

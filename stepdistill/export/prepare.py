@@ -48,7 +48,8 @@ def prepare(student: Student, to: str, call: Mapping[str, Any], guidance: float 
     unrounded = reference(student, student.scheduler, call, guidance)
     on_pipeline = _on_pipeline(student.teacher, pipe, lora)
     whole = _stock(student, on_pipeline, lora)
-    within(reference(whole, student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded", tolerance(student.teacher))
+    within(reference(whole, student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded",
+           tolerance(student.teacher))
     lora = lora.rounded(dtype)
     on_pipeline.bank.load_state_dict("student", lora.state)
     return PreparedExport(_stock(student, on_pipeline, lora), pipe, unrounded)

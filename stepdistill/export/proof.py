@@ -38,11 +38,11 @@ class Proof:
 def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     """Reloads `folder` into the teacher's stock pipeline and compares keys, values and pixels (float32, CPU).
 
-    student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline. guidance: the
-    scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same order: first the
-    latents, then the noise of each step, which some pipelines take from the global generator.
-    RequestError if a key is missing or unexpected, or a pixel differs by more than `tolerance`; by as much may those of a LoRA that
-    is fused differ from those of one that is not.
+    student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline.
+    guidance: the scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same
+    order: first the latents, then the noise of each step, which some pipelines take from the global generator.
+    RequestError if a key is missing or unexpected, or a pixel differs by more than `tolerance`; by as much may those of
+    a LoRA that is fused differ from those of one that is not.
     """
     settings = read_settings(folder)
     pipe, call = open_export(folder, student.teacher.source, fused=False)
@@ -60,8 +60,8 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
 
 
 def tolerance(teacher: Teacher) -> float:
-    """How far two samplers of a float32 teacher may be apart, on [0, 1] pixels. Layers of int8 round their inputs, where the last digit of
-    a number decides."""
+    """How far two samplers of a float32 teacher may be apart, on [0, 1] pixels. Layers of int8 round their inputs,
+    where the last digit of a number decides."""
     return COARSE if teacher.source.quantization == "int8" else TOLERANCE
 
 

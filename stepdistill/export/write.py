@@ -36,7 +36,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
     out = Path(out)
-    check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance, student.teacher.source.quantization)
+    check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance,
+          student.teacher.source.quantization)
     dtype = chosen(dtype, to)
     _may_write(out, student)
     call, scale = _call(student, to, guidance)
@@ -73,7 +74,8 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler, base = student.sampler(call), student.base_model or student.teacher.source
     return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
-            "teacher": base.base, "revision": base.revision, **_beside(base, student.teacher.traces, student.teacher.source.quantization),
+            "teacher": base.base, "revision": base.revision,
+            **_beside(base, student.teacher.traces, student.teacher.source.quantization),
             "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
@@ -90,7 +92,9 @@ def _beside(base: Source, traces: tuple[Trace, ...], quantization: str | None) -
     """What of the teacher is not its base's: only where there is such."""
     parts = {name: value for name, value in vars(base).items() if value is not None and name not in ("base", "revision", "loras")}
     loras = {"teacher_loras": [vars(lora) for lora in base.loras], "teacher_traces": [vars(trace) for trace in traces]}
-    return ({"teacher_parts": parts} if parts else {}) | (loras if base.loras else {}) | ({} if quantization is None else {"quantization": quantization})
+    found = {"teacher_parts": parts} if parts else {}
+    found |= loras if base.loras else {}
+    return found if quantization is None else found | {"quantization": quantization}
 
 
 def _picture(proof: Proof) -> Any:

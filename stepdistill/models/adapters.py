@@ -216,7 +216,8 @@ class AdapterBank:
         """The float32 state dict of a plain network that computes what the base does with this adapter (None: the
         base).
 
-        W + (alpha / rank) B A takes the place of W, which of a quantised layer is what its numbers stand for. The tensors are copies.
+        W + (alpha / rank) B A takes the place of W, which of a quantised layer is what its numbers stand for. The
+        tensors are copies.
         """
         own = {id(parameter) for layer in self.network.modules() if isinstance(layer, (BaseTunerLayer, AdapterLinear))
                for path, parameter in layer.named_parameters() if not path.startswith("base_layer.")}
@@ -303,7 +304,8 @@ def pairs_of(network: nn.Module, name: str) -> dict[str, LoraPair]:
 
 def named_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
     """The linear layers and convolutions that targets name."""
-    return {name: network.get_submodule(name) for name in _layers(network) if any(_matches(name, target) for target in targets)}
+    names = [name for name in _layers(network) if any(_matches(name, target) for target in targets)]
+    return {name: network.get_submodule(name) for name in names}
 
 
 def _layers(network: nn.Module) -> list[str]:

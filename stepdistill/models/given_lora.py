@@ -1,4 +1,5 @@
-"""A LoRA that somebody has, as a role can begin with it: read by the stock pipeline's own loader, which knows the formats."""
+"""A LoRA that somebody has, as a role can begin with it. The stock pipeline's own loader reads it, which knows all
+formats."""
 from __future__ import annotations
 
 import torch
@@ -16,10 +17,12 @@ from .teacher import Teacher
 
 
 def given_lora(teacher: Teacher, path: str) -> Weights:
-    """A LoRA of the teacher's network as the adapter of a role, which computes the same. path: a folder, a .safetensors file, or a Hub id.
+    """A LoRA of the teacher's network as the adapter of a role, which computes the same. path: a folder, a .safetensors
+    file, or a Hub id.
 
-    Its rank is the largest of the layers', the others are filled up with rows that contribute nothing yet; its targets are the full names
-    of its layers. Where their scales differ, they are multiplied in, and alpha is the rank. On the meta device the shapes are right.
+    Its rank is the largest of the layers', the others are filled up with rows that contribute nothing yet; its targets
+    are the full names of its layers. Where their scales differ, they are multiplied in, and alpha is the rank. On a
+    base of 16 bits the stock loader rounds its weights to these; on the meta device the shapes are right.
 
     RequestError for what the stock loader refuses, for a LoRA of another component too, and for what is no plain LoRA.
     """
@@ -29,7 +32,7 @@ def given_lora(teacher: Teacher, path: str) -> Weights:
     targets = tuple(sorted(layers))
     state: dict[str, Tensor] = {}
     for name, module in named_layers(teacher.network, targets).items():
-        layer = layers.get(name, _silent(module))
+        layer = layers[name] if name in layers else _silent(module)
         down, up = _padded(layer, rank, name)
         state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * (layer.scale / scale)}
     return Weights(Lora(rank, rank * scale, targets), state)
@@ -42,10 +45,12 @@ def _read(teacher: Teacher, path: str) -> dict[str, LoraPair]:
     found = load_lora(pipe, FusedLora(path))
     try:
         if others := [name for name in found if name != denoiser]:
-            raise RequestError(f"the LoRA {path} is for the {others[0]} too, and a student is a {denoiser} alone: name a LoRA of that alone")
+            raise RequestError(f"the LoRA {path} is for the {others[0]} too, and a student is a {denoiser} alone: "
+                               f"name a LoRA of that alone")
         return pairs_of(teacher.network, ADAPTER)
     except ValueError as error:
-        raise RequestError(f"the LoRA {path} is no plain one: {error}; a student begins with pairs of A and B") from error
+        raise RequestError(f"the LoRA {path} is no plain one: {error}; a student begins with pairs of A and B") \
+            from error
     finally:
         pipe.unload_lora_weights()
 
@@ -55,12 +60,14 @@ def _pipeline(teacher: Teacher) -> DiffusionPipeline:
     if teacher.loaded is not None:
         return teacher.loaded
     parts = {name: teacher.parts.get(name) for name in slots(teacher.cls)}
-    return teacher.cls(**parts, **{name: value for name, value in teacher.family.arguments(teacher.cls.__name__).items() if name not in parts})
+    return teacher.cls(**parts, **{name: value for name, value in teacher.family.arguments(teacher.cls.__name__).items()
+                                   if name not in parts})
 
 
 def _silent(module: nn.Module) -> LoraPair:
     """Of a layer that the targets name too."""
-    rows, columns, *kernel = module.weight.shape
+    linear = isinstance(module, nn.Linear)                     # a quantised weight has another shape
+    rows, columns, *kernel = (module.out_features, module.in_features) if linear else module.weight.shape
     return LoraPair(torch.zeros(0, columns, *kernel), torch.zeros(rows, 0, *(1 for _ in kernel)), 1.0)
 
 
@@ -69,4 +76,5 @@ def _padded(layer: LoraPair, rank: int, name: str) -> tuple[Tensor, Tensor]:
     lacking = rank - len(layer.a)
     generator = torch.Generator().manual_seed(key(0, "given", name))
     rows = torch.randn(lacking, *layer.a.shape[1:], generator=generator) / rank
-    return torch.cat([layer.a, rows.to(layer.a)]), torch.cat([layer.b, layer.b.new_zeros(len(layer.b), lacking, *layer.b.shape[2:])], 1)
+    columns = layer.b.new_zeros(len(layer.b), lacking, *layer.b.shape[2:])
+    return torch.cat([layer.a, rows.to(layer.a)]), torch.cat([layer.b, columns], 1)

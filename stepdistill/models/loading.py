@@ -39,7 +39,8 @@ class Loading:
     def dropped(self) -> tuple[str, ...]:
         """The components that the pipeline has and the family leaves where they are."""
         absent = absent_parts(self.index)
-        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index and name not in absent and name in slots(self.kind))
+        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index
+                     and name not in absent and name in slots(self.kind))
 
     @property
     def without(self) -> tuple[str, ...]:
@@ -91,7 +92,8 @@ class Loading:
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
-            try_loras(self.kind(**dict.fromkeys(slots(self.kind)) | dropped | networks | {"scheduler": parts["scheduler"]}),
+            try_loras(self.kind(**dict.fromkeys(slots(self.kind)) | dropped | networks
+                                | {"scheduler": parts["scheduler"]}),
                       self.source.loras)
         return made
 
@@ -108,8 +110,9 @@ def slots(kind: type[DiffusionPipeline]) -> list[str]:
 
 def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,
                   parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
-    """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused into those
-    show. A LoRA is added in float32, whatever the dtype. The denoiser is quantised where the source says so, unless it is given.
+    """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused
+    into those show. A LoRA is added in float32, whatever the dtype. The denoiser is quantised where the source says so,
+    unless it is given.
 
     RequestError for what cannot be read and for LoRAs that do not fit.
     """
@@ -141,7 +144,8 @@ def _saved_quantized(source: Source, family: Family, dtype: torch.dtype) -> dict
     if saved_as(folder) is None:
         return {}
     made_by = class_of(family.denoiser, *index_at(source)[family.denoiser])
-    return {family.denoiser: read_saved(made_by, folder, weight_files(folder, source.variant)[0], dtype, family.time.first)}
+    return {family.denoiser: read_saved(made_by, folder, weight_files(folder, source.variant)[0], dtype,
+                                        family.time.first)}
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""A denoiser whose linear layers hold few bits a weight: NF4 (arXiv:2305.14314) or int8 (arXiv:2208.07339), by bitsandbytes.
+"""A denoiser whose linear layers hold few bits a weight: NF4 (arXiv:2305.14314) or int8 (arXiv:2208.07339), by
+bitsandbytes.
 
-Weights are rounded to bfloat16 first, in which pipelines are usually loaded: so a base is the same in training, in an export and in a
-stock call, whatever the precision. Convolutions, norms and the time embedding's first layer stay as they are: its dtype is the
-network's, and numbers that a student reads are folded into it.
+Weights are rounded to bfloat16 first, in which pipelines are usually loaded: so a base is the same in training, in an
+export and in a stock call, whatever the precision. Convolutions, norms and the time embedding's first layer stay as
+they are: its dtype is the network's, and numbers that a student reads are folded into it.
 """
 from __future__ import annotations
 
@@ -21,25 +22,30 @@ from torch.overrides import TorchFunctionMode
 from ..errors import RequestError
 
 BLOCK = 64                                         # weights of NF4 that share a scale
-BYTES = {                                          # of a linear layer's weight (rows, columns): its numbers, its float32 scales
+# Of a linear layer's weight (rows, columns): its numbers, and its float32 scales.
+BYTES = {
     "nf4": lambda rows, columns: rows * columns // 2 + 4 * -(-rows * columns // BLOCK),
     "int8": lambda rows, columns: rows * columns + 4 * rows,
 }
 CLASSES = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
-OUTLIER = 6.0                                      # llm_int8_threshold: columns of an input with more are multiplied in 16 bits
+OUTLIER = 6.0                                      # of LLM.int8: columns of an input beyond it stay in 16 bits
 
 
 def check_installed() -> None:
     """RequestError where the library is missing."""
     if find_spec("bitsandbytes") is None:
-        raise RequestError("a quantised base wants bitsandbytes, and that is not installed: pip install stepdistill[bitsandbytes]")
+        raise RequestError("a quantised base wants bitsandbytes, and that is not installed: pip install "
+                           "stepdistill[bitsandbytes]")
 
 
 def layers(network: nn.Module, first: str) -> dict[str, nn.Linear]:
-    """The linear layers that are quantised, by their names without adapters. first: that of the time embedding, which is not."""
+    """The linear layers that are quantised, by their names without adapters. first: that of the time embedding, which
+    is not."""
     kept = (first, *(network._keep_in_fp32_modules or ()))
-    plain = {path.removesuffix(".base_layer"): module for path, module in network.named_modules() if type(module) is nn.Linear and ".lora_" not in path}
-    return {path: module for path, module in plain.items() if not any(path == name or f".{name}." in f".{path}." for name in kept)}
+    plain = {path.removesuffix(".base_layer"): module for path, module in network.named_modules()
+             if type(module) is nn.Linear and ".lora_" not in path}
+    spared = lambda path: any(path == name or f".{name}." in f".{path}." for name in kept)
+    return {path: module for path, module in plain.items() if not spared(path)}
 
 
 def packed_bytes(network: nn.Module, kind: str, first: str) -> tuple[int, int]:
@@ -50,7 +56,8 @@ def packed_bytes(network: nn.Module, kind: str, first: str) -> tuple[int, int]:
 
 def quantization_of(network: nn.Module) -> str | None:
     """How the layers of a network are quantised; None where they are not."""
-    return next((CLASSES[type(module).__name__] for module in network.modules() if type(module).__name__ in CLASSES), None)
+    return next((CLASSES[type(module).__name__] for module in network.modules() if type(module).__name__ in CLASSES),
+                None)
 
 
 def quantize_(network: nn.Module, kind: str, first: str) -> None:
@@ -79,8 +86,8 @@ def _quantized(layer: nn.Linear, kind: str) -> nn.Linear:
     weight, dtype = layer.weight.data.to(torch.bfloat16).to(layer.weight.dtype), layer.weight.dtype
     if kind == "nf4":
         new = _four_bits(layer, dtype, "nf4")
-        new.weight = Params4bit(weight, requires_grad=False, blocksize=BLOCK, compress_statistics=False, quant_type="nf4",
-                                module=new).to(weight.device)
+        new.weight = Params4bit(weight, requires_grad=False, blocksize=BLOCK, compress_statistics=False,
+                                quant_type="nf4", module=new).to(weight.device)
     else:
         new = _eight_bits(layer)
         new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
@@ -90,11 +97,11 @@ def _quantized(layer: nn.Linear, kind: str) -> nn.Linear:
 
 
 def _four_bits(layer: nn.Linear, dtype: torch.dtype, quant_type: str) -> nn.Linear:
-    """Without weights. On processors with 16-bit instructions bitsandbytes packs a weight anew at the first pass without gradients,
-    and from then on the layer gives none: that is left off."""
+    """Without weights. On processors with 16-bit instructions bitsandbytes packs a weight anew at the first pass
+    without gradients, and from then on the layer gives none: that is left off."""
     from bitsandbytes.nn import Linear4bit
-    new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, compress_statistics=False,
-                     quant_type=quant_type, device="meta")
+    new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
+                     compress_statistics=False, quant_type=quant_type, device="meta")
     new.support_avx512bf16_for_cpu = False
     return new
 
@@ -102,7 +109,8 @@ def _four_bits(layer: nn.Linear, dtype: torch.dtype, quant_type: str) -> nn.Line
 def _eight_bits(layer: nn.Linear) -> nn.Linear:
     """Without weights. Its scales lie beside its parameters, and follow them to another device."""
     from bitsandbytes.nn import Linear8bitLt
-    new = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+    new = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False,
+                       threshold=OUTLIER, device="meta")
     own = new._apply
 
     def apply(fn: Any, recurse: bool = True) -> nn.Module:
@@ -126,18 +134,22 @@ def _put(network: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(network.get_submodule(place), leaf, layer)
 
 
-# -- folders that were saved quantised -----------------------------------------------------------------------------------
+# -- folders that were saved quantised -------------------------------------------------------------------------------
 
 def saved_as(folder: Path) -> str | None:
-    """How the weights in a component's folder are quantised; None where they are not. RequestError for a kind that is not served."""
+    """How the weights in a component's folder are quantised; None where they are not. RequestError for a kind that is
+    not served."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
     if config is None:
         return None
-    found = "int8" if config.get("load_in_8bit") else config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
+    found = config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
+    found = "int8" if config.get("load_in_8bit") else found
     if config.get("quant_method") != "bitsandbytes" or found not in BYTES:
-        raise RequestError(f"the weights in {folder} are quantised by {config.get('quant_method')}{'' if found is None else f' as {found}'}; a base is "
-                           f"served in {' or '.join(BYTES)} of bitsandbytes: name its plain pipeline, and choose one by quantization")
+        raise RequestError(f"the weights in {folder} are quantised by "
+                           f"{config.get('quant_method')}{'' if found is None else f' as {found}'}; a base is "
+                           f"served in {' or '.join(BYTES)} of bitsandbytes: name its plain pipeline, and choose one "
+                           f"by quantization")
     return found
 
 
@@ -160,9 +172,11 @@ def read_saved(kind: type[ModelMixin], folder: Path, files: list[Path], dtype: t
             _put(network, path, new)
     plain = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     if unexpected := network.load_state_dict(plain, strict=False, assign=True).unexpected_keys:
-        raise RequestError(f"the weights in {folder} are not what its config.json says: {len(unexpected)} unexpected, first {unexpected[0]}")
+        raise RequestError(f"the weights in {folder} are not what its config.json says: {len(unexpected)} unexpected, "
+                           f"first {unexpected[0]}")
     if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta]:
-        raise RequestError(f"the weights in {folder} are not what its config.json says: {len(missing)} missing, first {missing[0]}")
+        raise RequestError(f"the weights in {folder} are not what its config.json says: {len(missing)} missing, first "
+                           f"{missing[0]}")
     if type(layer := network.get_submodule(first)).__name__ in CLASSES:
         _put(network, first, _whole(layer, dtype))
     return network

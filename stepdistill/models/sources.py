@@ -24,7 +24,8 @@ SHAPING = (                                        # keyword arguments of a call
 _ELSEWHERE = {                                     # others -> where they belong
     "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it", "num_inference_steps": "the recipe's steps "
     "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's steps say them",
-    "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it", "negative_prompt": "the recipe's negative_prompt says it",
+    "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it",
+    "negative_prompt": "the recipe's negative_prompt says it",
     "guidance_rescale": "the recipe's guidance_rescale says it"}
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
@@ -59,11 +60,12 @@ class FusedLora:
 class Source:
     """A teacher as it is asked for: all that says which weights and configs are loaded.
 
-    base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of its weights'
-    files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id with the configs of a single
-    file. vae, scheduler: folders or Hub ids of components that take the place of the base's. clip_skip: last layers of its CLIP encoders
-    that every call leaves out. quantization: of its denoiser's linear layers, nf4 or int8. loras: are fused into the weights. negative_prompt,
-    guidance_rescale: of its guided calls, none unless given; no others are given them.
+    base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of
+    its weights' files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id
+    with the configs of a single file. vae, scheduler: folders or Hub ids of components that take the place of the
+    base's. clip_skip: last layers of its CLIP encoders that every call leaves out. quantization: of its denoiser's
+    linear layers, nf4 or int8. loras: are fused into the weights. negative_prompt, guidance_rescale: of its guided
+    calls, none unless given; no others are given them.
     """
 
     base: str
@@ -91,7 +93,8 @@ class Source:
     @property
     def guided(self) -> dict[str, Any]:
         """The keyword arguments of its guided calls, beside their scale."""
-        return {name: value for name in ("negative_prompt", "guidance_rescale") if (value := vars(self)[name]) is not None}
+        return {name: value for name in ("negative_prompt", "guidance_rescale")
+                if (value := vars(self)[name]) is not None}
 
     @property
     def is_file(self) -> bool:

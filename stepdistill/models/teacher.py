@@ -34,13 +34,15 @@ LEAST = 1e-3                                       # |alpha b - sigma a| below w
 class Teacher:
     """A loaded pipeline under the conventions of its family. The network is frozen and in evaluation mode.
 
-    family: what differs for its kind. source: what it was loaded from. traces: where the LoRAs that were fused show. call: the
-    keyword arguments that every call of its stock pipeline is given. parts: its components and settings by name; scheduler: its
-    own. network: the one that is distilled. schedule, kind: its noise, and what it predicts. without: the components that
-    from_pretrained of its class must be told to do without; dropped: those that it has and this loads without, such as a safety
-    checker. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
-    speaks of it; combine: how it mixes raw outputs. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
-    read: the stock pipeline again, with these components; None where there is none.
+    family: what differs for its kind. source: what it was loaded from. traces: where the LoRAs that were fused show.
+    call: the keyword arguments that every call of its stock pipeline is given. parts: its components and settings by
+    name; scheduler: its own. network: the one that is distilled. schedule, kind: its noise, and what it predicts.
+    without: the components that from_pretrained of its class must be told to do without; dropped: those that it has and
+    this loads without, such as a safety checker. loaded: the stock pipeline, None for Toy and on the meta device; cls:
+    its class, None for Toy. guidance: how a call of its pipeline speaks of it; combine: how it mixes raw outputs.
+    resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that
+    reads its guidance scale by itself is given where a condition says none; None for others. read: the stock pipeline
+    again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: Source, *, scale: float = 1.0,
@@ -54,7 +56,8 @@ class Teacher:
         self.resolution, self.call = every_call(family, parts, source, resolution)
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
         self.guidance = family.guidance(self.network).beside_too(source.guided)
-        self.combine = family.combine if source.guidance_rescale is None else rescaled(family.combine, source.guidance_rescale)
+        share = source.guidance_rescale
+        self.combine = family.combine if share is None else rescaled(family.combine, share)
         self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
         self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, self.resolution)
@@ -238,7 +241,8 @@ def _check(family: Family, parts: Mapping[str, Any], source: Source) -> None:
     """RequestError for pipelines of a supported class whose parts their family does not translate."""
     reasons = [reason for reason, holds in family.refusals(parts).items() if holds]
     if source.guided and family.guidance(parts[family.denoiser]).within:
-        reasons += [f"its network reads its guidance scale by itself, and no {' or '.join(source.guided)}: leave it out"]
+        asked = " or ".join(source.guided)
+        reasons += [f"its network reads its guidance scale by itself, and no {asked}: leave it out"]
     if not reasons:
         reasons = _noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]), parts["scheduler"])
     if reasons:

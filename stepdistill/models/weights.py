@@ -26,10 +26,11 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 
 def settled(source: Source, index: Index) -> Source:
-    """The source of a local folder with the variant of its weights, where that is the only one there, and with the quantisation that its
-    denoiser was saved in.
+    """The source of a local folder with the variant of its weights, where that is the only one there, and with the
+    quantisation that its denoiser was saved in.
 
-    RequestError for a variant that is not there, where there are several and none is asked for, and for another quantisation.
+    RequestError for a variant that is not there, where there are several and none is asked for, and for another
+    quantisation.
     """
     if not Path(source.place).is_dir():
         return source
@@ -55,7 +56,8 @@ def _quantized(source: Source, index: Index) -> Source:
     found = saved_as(Path(source.place) / denoiser)
     if found is None or source.quantization in (None, found):
         return source if found is None else replace(source, quantization=found)
-    raise RequestError(f"quantization is {source.quantization}, but the {denoiser} of {source} was saved quantised as {found}: leave it out")
+    raise RequestError(f"quantization is {source.quantization}, but the {denoiser} of {source} was saved quantised as "
+                       f"{found}: leave it out")
 
 
 def folders(place: Path, index: Index) -> Iterator[Path]:
@@ -107,8 +109,8 @@ def check_components(place: Path, source: Source, index: Index, dropped: Contain
 
 def _check_quantized(source: Source, folder: Path) -> None:
     if folder.name not in DENOISERS:
-        raise RequestError(f"the {folder.name} of {source} was saved quantised, which is served of a denoiser alone: name a pipeline whose "
-                           f"{folder.name} is plain")
+        raise RequestError(f"the {folder.name} of {source} was saved quantised, which is served of a denoiser alone: "
+                           f"name a pipeline whose {folder.name} is plain")
 
 
 def class_of(component: str, library: str, class_name: str) -> type:

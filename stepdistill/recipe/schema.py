@@ -292,7 +292,7 @@ class Recipe(Strict):
     def _resolved(self) -> dict[str, Any]:
         plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
-            if plain[role] is not None and plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
+            if plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
         plain["teacher"] = self.teacher.plain
         if self.student.begins_with is not None:
@@ -335,7 +335,8 @@ class Recipe(Strict):
             raise self.refuse(f"data.{given[0]}", f"is given, but {self.method} trains on {' or '.join(takes)}"
                               + " (samples: the teacher makes its own images from prompts)" * ("samples" in takes))
         if self.student.begins_with is not None and self.student.lora is None:
-            raise self.refuse("student.from", f"is {self.student.begins_with}, a LoRA, but student.lora is null, which trains all weights: leave one out")
+            raise self.refuse("student.from", f"is {self.student.begins_with}, a LoRA, but student.lora is null, which "
+                                              "trains all weights: leave one out")
         self._check_counts()
 
     def _check_counts(self) -> None:

@@ -116,7 +116,8 @@ def student_setting(recipe: Recipe) -> Lora | Full:
 
 
 def begun_with(recipe: Recipe, teacher: Teacher) -> Weights:
-    """The LoRA that the student begins with. RequestError for one that does not fit the teacher, or what the recipe says of it."""
+    """The LoRA that the student begins with. RequestError for one that does not fit the teacher, or what the recipe
+    says of it."""
     path, given = recipe.student.begins_with, recipe.student.lora
     with recipe.blaming("student.from", f"is {path}"):
         if family(recipe).no_pipeline:
@@ -124,15 +125,17 @@ def begun_with(recipe: Recipe, teacher: Teacher) -> Weights:
         weights = given_lora(teacher, str(resources.locate(path) or path))
     found = weights.setting
     for name in ("rank", "alpha"):
-        if name in given.model_fields_set and vars(given)[name] is not None and not isclose(vars(given)[name], vars(found)[name]):
-            raise recipe.refuse(f"student.lora.{name}", f"is {vars(given)[name]:g}, but the student begins with {path}, whose {name} is {vars(found)[name]:g}: "
-                                                        "leave it out")
+        asked, own = vars(given)[name], vars(found)[name]
+        if name in given.model_fields_set and asked is not None and not isclose(asked, own):
+            raise recipe.refuse(f"student.lora.{name}", f"is {asked:g}, but the student begins with {path}, whose "
+                                                        f"{name} is {own:g}: leave it out")
     if given.targets is not None:
         asked, own = (sorted(named_layers(teacher.network, targets)) for targets in (given.targets, found.targets))
         if asked != own:
             odd = sorted({*asked} ^ {*own})[0]
-            raise recipe.refuse("student.lora.targets", f"name {len(asked)} layers, but the student begins with {path}, which has {len(own)}, and "
-                                                        f"{odd} is in one of both alone: leave them out")
+            raise recipe.refuse("student.lora.targets",
+                                f"name {len(asked)} layers, but the student begins with {path}, which has {len(own)}, "
+                                f"and {odd} is in one of both alone: leave them out")
     return weights
 
 
@@ -229,25 +232,29 @@ def _check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setti
     with recipe.blaming(path, base):
         check_installed()
     if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
-        raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take no updates: let it be a "
-                                     "LoRA, such as {lora: {rank: 32}}")
+        raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take "
+                                     "no updates: let it be a LoRA, such as {lora: {rank: 32}}")
     if recipe.teacher.loras:
-        raise recipe.refuse("teacher.loras", f"are given, but the base is quantised ({kind}), and a sum with a LoRA would be rounded to few bits: save "
-                            "the pipeline with its LoRAs fused, and let teacher.base name that")
+        raise recipe.refuse("teacher.loras", f"are given, but the base is quantised ({kind}), and a sum with a LoRA "
+                                             "would be rounded to few bits: save the pipeline with its LoRAs fused, "
+                                             "and let teacher.base name that")
     for name in ("fsdp", "compile"):
         if vars(recipe.train)[name]:
-            raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does not serve: leave it off")
+            raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does "
+                                f"not serve: leave it off")
     if vars(settings).get("derivative") == "exact":
-        raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have no derivative forward: take pair")
+        raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have "
+                            f"no derivative forward: take pair")
 
 
 def _check_guided(recipe: Recipe, settings: Any) -> None:
     """RequestError for what only guided calls of the teacher read, where none is guided."""
     made = recipe.data.made
-    scales = [recipe.guidance, None if made is None else made.guidance, *(value for name, value in vars(settings).items() if "guidance" in name)]
+    scales = [recipe.guidance, None if made is None else made.guidance,
+              *(value for name, value in vars(settings).items() if "guidance" in name)]
     if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
-        raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read it: give a scale above 1, "
-                                          "such as guidance: 5.0")
+        raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read "
+                                          "it: give a scale above 1, such as guidance: 5.0")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

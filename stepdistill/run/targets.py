@@ -66,7 +66,8 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
     pipelines = given | {source: _pipeline(source) for source in made}
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided, companion=source in made) for source, pipeline in pipelines.items()]
+    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided,
+                   companion=source in made) for source, pipeline in pipelines.items()]
 
 
 def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:

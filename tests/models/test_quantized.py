@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig
+from test_sources import save_lora
 from tiny import save_tiny, tiny_pipeline
 from torch import nn
 
@@ -176,6 +177,19 @@ def test_a_student_of_it_leaves_as_a_lora_that_is_proved(base, tmp_path, kind, p
     noise = torch.randn(1, *known.teacher.latent_shape, generator=(generator := torch.Generator().manual_seed(0)))
     latents = known.method.sampler(student, noise, known.teacher.encode(prompts), lambda i: torch.randn(noise.shape, generator=generator))
     assert (known.teacher.decode(latents) / 2 + 0.5 - drawn).abs().max() <= (5e-3 if kind == "int8" else 1e-3)    # the LoRA is float16
+
+
+@needs_library
+def test_a_student_of_it_begins_with_a_lora(base, tmp_path):
+    save_lora(tmp_path / "lora")
+    run = setup(Recipe.load(recipe(base, student={"from": str(tmp_path / "lora")})), torch.device("cpu"))
+    pipe = run.teacher.pipeline()
+    pipe.load_lora_weights(tmp_path / "lora")
+    x, cond = torch.randn(2, *run.teacher.latent_shape), run.teacher.encode(["a red ring", "a blue square"])
+    with torch.no_grad():
+        ours, theirs = run.roles["student"](x, TIMES, cond).raw, Denoiser(run.teacher, pipe.unet)(x, TIMES, cond).raw
+        assert (run.roles.base(x, TIMES, cond).raw - theirs).abs().max() > 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @needs_library

@@ -76,6 +76,14 @@ def test_the_student_is_at_first_the_stock_pipeline_with_the_lora(root, path, ra
     assert torch.equal(base, Denoiser(run.teacher, StableDiffusionPipeline.from_pretrained(root / "base", safety_checker=None).unet)(x, TIMES, cond).raw)
 
 
+def test_on_a_base_of_16_bits_it_is_what_the_stock_loader_reads(root):
+    run = setup(Recipe.load(written(root, root / "even", train={"updates": 1, "precision": "bf16"})), torch.device("cpu"))
+    found = run.roles.state_dict("student")
+    given = {name.removeprefix("unet."): value for name, value in load_file(root / "even" / FILE).items()}
+    assert run.teacher.dtype == torch.bfloat16 and found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name].bfloat16().float()) for name in given)
+
+
 def test_training_goes_on_from_there_and_one_lora_leaves(root, tmp_path):
     recipe = Recipe.load(written(root, root / "uneven", critic={"lora": {"rank": 1}}, method="dmd2", settings={"gan_weight": 0.0},
                                  data={"prompts": "shapes", "batch": 2}, train={"updates": 1, "lr": 1e-3, "ema": 0.9}))
