@@ -22,6 +22,7 @@ from stepdistill.recipe import catalogue, schema
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.TeacherLora,
+          "student": schema.RoleChoice,
           "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
           "evaluate": schema.Evaluate}
@@ -100,7 +101,7 @@ def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
         if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
             comment = lines[node.end_lineno - 1].partition("  #")[2].strip()
             field = model.model_fields[node.target.id]
-            yield node.target.id, _takes(node.annotation, field.metadata), _default(field), comment
+            yield field.alias or node.target.id, _takes(node.annotation, field.metadata), _default(field), comment
 
 
 def _takes(annotation: ast.expr, bounds: list[Any]) -> str:

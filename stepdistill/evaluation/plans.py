@@ -56,7 +56,8 @@ class Target:
     """What stands in the table. A teacher has no `call` and is swept over solvers and guidance, under stock schedulers.
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
-    pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside.
+    pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside;
+    guided: and what a guided one is.
     companion: nobody asked for it; where it cannot be run, its rows are left out.
     """
 
@@ -65,6 +66,7 @@ class Target:
     method: str | None = None
     call: Mapping[str, Any] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    guided: Mapping[str, Any] = field(default_factory=dict)
     companion: bool = False
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class Target:
 
     @property
     def guidance(self) -> Guidance:
-        return stock_guidance(self.pipeline)
+        return stock_guidance(self.pipeline).beside_too(self.guided)
 
     @property
     def prompted(self) -> bool:

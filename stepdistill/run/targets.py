@@ -51,7 +51,7 @@ def open_target(name: str | Path | Source, called: str) -> Opened:
     source = located(Source.of(name))
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
-    return Opened(Target(called, pipeline, given=_given(pipeline, source)), source)
+    return Opened(Target(called, pipeline, given=_given(pipeline, source), guided=source.guided), source)
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -67,7 +67,8 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
     pipelines = given | {source: _pipeline(source) for source in made}
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made) for source, pipeline in pipelines.items()]
+    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided,
+                   companion=source in made) for source, pipeline in pipelines.items()]
 
 
 def must_serve(scheduler: Any, call: Mapping[str, Any], own: int | None = None) -> None:
