@@ -32,6 +32,8 @@ METHODS: dict[str, Entry] = {
                 needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
+    "mcm": Entry("consistency.mcm", "MCM", "Multistep Consistency Models", "2403.06807", "consistency",
+                 needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 16)),
     "scm": Entry("consistency.scm", "SCM", "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
                  "2410.11081",
                  "consistency", needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 4)),
