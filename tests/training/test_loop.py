@@ -251,9 +251,68 @@ def test_another_recipe_s_checkpoint_is_refused(tmp_path):
 def test_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    assert truncate(path, 5) == {"step": 3}
-    assert truncate(path, 2) == {"step": 2} and path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert truncate(tmp_path / "absent.jsonl", 2) is None
+    assert truncate(path, 5) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert truncate(path, 2) == [{"step": 1}, {"step": 2}] and path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert truncate(tmp_path / "absent.jsonl", 2) == []
+
+
+def test_damaged_lines_are_named_and_kept_beside(tmp_path, caplog):
+    path, text = tmp_path / "metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3, "x": NaN}\n[]\n{"step": 5, "x": 1.5}\n'
+    path.write_text(text)
+    assert truncate(path, 5) == [{"step": 1}, {"step": 5, "x": 1.5}] and path.read_text() == '{"step": 1}\n{"step": 5, "x": 1.5}\n'
+    assert (tmp_path / "damaged-1-metrics.jsonl").read_text() == text
+    assert "line 2: " in caplog.text and "line 3: it holds NaN" in caplog.text and "damaged-1-metrics.jsonl" in caplog.text
+
+
+DAMAGES = {
+    "a flipped bit": lambda folder: (folder / "role-student.safetensors").write_bytes(
+        (folder / "role-student.safetensors").read_bytes()[:-1] + b"!"),
+    "a role less": lambda folder: saved_again(folder, lambda found: found.pop("role-critic")),
+    "moments of another shape": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"exp_avg.0": torch.zeros(3)})),
+    "moments of nothing": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"exp_avg.99": torch.zeros(3)})),
+    "other keys": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"weight": torch.zeros(3)})),
+    "half of the moments": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].pop("exp_avg_sq.1")),
+}
+
+
+def saved_again(folder, change):
+    found = checkpoints.load(folder)
+    change(found)
+    checkpoints.save(folder.parents[1], checkpoints.step_of(folder), found)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_it_taken(tmp_path, damage, caplog):
+    trainer(tmp_path / "whole", checkpoint_every=2).train()
+    trainer(tmp_path / "run", checkpoint_every=2).train()
+    DAMAGES[damage](checkpoints.latest(tmp_path / "run"))
+    again = trainer(tmp_path / "run", checkpoint_every=2)
+    again.train(resume=True)
+    assert again.stream.asked[0][0] == 6 and (tmp_path / "run/checkpoints/damaged-1-step-000007").is_dir()
+    assert "step-000007" in caplog.text and "step-000006 is taken" in caplog.text
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+    for name, tensors in weights(tmp_path / "whole").items():
+        assert_same(tensors, weights(tmp_path / "run")[name])
+
+
+def test_a_checkpoint_beyond_the_end_is_none_of_this_run(tmp_path):
+    trainer(tmp_path, updates=9, checkpoint_every=6).train()
+    again = trainer(tmp_path, updates=7)
+    again.train(resume=True)
+    assert again.stream.asked[0][0] == 6 and checkpoints.latest(tmp_path).name == "step-000007"
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    trainer(tmp_path, updates=7, checkpoint_every=2, keep=2).train()
+    assert [folder.name for folder in checkpoints.found(tmp_path)] == ["step-000007", "step-000006"]
+
+
+def test_what_was_owed_is_told_before_the_first_step(tmp_path):
+    told = []
+    with pytest.raises(Crash):
+        trainer(tmp_path, [crash_at(4)], on_start=[told.append], checkpoint_every=2).train()
+    trainer(tmp_path, [told.append], on_start=[told.append], checkpoint_every=2).train(resume=True)
+    assert told == [0, 4, 5, 6, 7]
 
 
 # -- ends before the end ---------------------------------------------------------------------------------------------
