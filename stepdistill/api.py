@@ -38,6 +38,7 @@ from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
+from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of
 from .run.targets import asking, must_serve, open_target, teachers
@@ -53,19 +54,21 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
     by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
-    in the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run
+    in the stage where it stopped, and resume="auto" begins one where there is none. RequestError for what cannot work, before anything is written; Stopped where a run
     had to
     end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
     device = launched()
-    run, going_on = folder.place(recipe, out, resume)
+    run, recipe, going_on = folder.place(recipe, out, resume)
     before: Path | None = None
     begun = {place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)} if going_on else set()
     with folder.alone(run):
         for stage in recipe.stages:
             check(stage)
         check_card(recipe, device)
+        if going_on:
+            write_down(run, recipe)
         for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
             if place == run or not folder.finished(place, stage):
                 _train(stage, recipe, before, place, run, device, begun)

@@ -5,9 +5,11 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import RequestError, Stopped
+from .errors import RequestError, Stopped, of_the_system, printable
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,23 +35,26 @@ Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _finite("--guidance", scale))]
+RESUME_AUTO = "--resume-auto"          # how `--resume auto` is handed on: an option cannot be both a switch and a choice
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
 @app.command()
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume",
-                                               help="Go on from the last checkpoint in --out.")] = False) -> None:
+                                               help="Go on from the last checkpoint in --out; `--resume auto`: begin where "
+                                                    "there is none.")] = False,
+          resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False) -> None:
     """Distil a student as a recipe says."""
     from .recipe import Recipe
     from .recipe.yaml import parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
     api = working()
-    run = api.train(chosen, out=out, resume=resume)
+    run = api.train(chosen, out=out, resume="auto" if resume_auto else resume)
     from .parallel import rank
     if rank() == 0:
         from .run.checks import family
-        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {run} --to lora"
+        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {quote(str(run))} --to lora"
         say.print(f"trained: {run}\n{after}", soft_wrap=True)
 
 
@@ -64,7 +69,7 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     if rank() == 0:
         news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
         say.print(f"{news}: {found.folder}", soft_wrap=True)
-        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""),
+        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""),
                   soft_wrap=True)
 
 
@@ -184,25 +189,35 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> NoReturn:
-    answer(app)
+    answer(lambda: app(args=spelled(sys.argv[1:])))
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`--resume auto` and `--resume=auto` as one switch."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument == "auto" and found[-1:] == ["--resume"]:
+            found[-1] = RESUME_AUTO
+        else:
+            found.append(RESUME_AUTO if argument == "--resume=auto" else argument)
+    return found
 
 
 def answer(command: Callable[[], object]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else."""
+    for name in ("SIGTERM", "SIGHUP"):                # schedulers, containers and closed terminals end a command as Ctrl-C does
+        if name in dir(signal) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         command()
     except RequestError as error:
         _fail(str(error), 2)
     except Stopped as error:
         _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        _fail(f"{error.filename} is in the way: a folder was to be written where a file is, or the other way round. "
-              "Choose another --out", 2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (message := of_the_system(error)) is None:
             raise
-        _fail(f"the disk is full ({error.filename or 'while writing'}); what was saved before is whole. "
-              "Free some space; a training goes on with --resume", 1)
+        _fail(message, 1 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
     sys.exit(0)
 
 
@@ -215,7 +230,7 @@ def working() -> Any:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    complain.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    complain.print(f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

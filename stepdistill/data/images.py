@@ -65,8 +65,9 @@ class FolderImages:
     texts: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path, size: Size) -> FolderImages:
-        """Reads all captions and every image's header, so that what is missing or damaged is found before training."""
+    def open(cls, folder: Path, size: Size, count: int | None = None) -> FolderImages:
+        """Reads all captions and every image's header, so that what is missing or damaged is found before training. count: takes the
+        first ones in the order of their paths."""
         if not folder.is_dir():
             raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp "
                                "files.")
@@ -76,6 +77,10 @@ class FolderImages:
                                "caption.")
         table = folder / "metadata.jsonl"
         captions = _from_table(table, files) if table.is_file() else [_beside(path) for path in files]
+        if count is not None and count > len(files):
+            raise RequestError(f"images: '{folder}' holds {len(files)} images, fewer than data.count, which is {count}: leave it out for all "
+                               "of them.")
+        files, captions = files[:count], captions[:count]
         for path in files:
             with _named(path), Image.open(path):
                 pass
@@ -103,10 +108,10 @@ class FolderImages:
 
 
 def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None) -> Images:
-    """spec: "shapes" or a folder. seed and count are those of Shapes."""
+    """spec: "shapes" or a folder. seed is that of Shapes; count: how many, of a folder the first ones."""
     if spec == "shapes":
         return ShapesImages(size, seed, count)
-    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size)
+    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size, count)
 
 
 @contextmanager
@@ -137,13 +142,13 @@ def _beside(path: Path) -> str:
     if not caption.is_file():
         raise RequestError(f"images: '{path}' has no caption. Write it into '{caption}', or list all images in "
                            f"'metadata.jsonl' with {{\"file_name\": ..., \"text\": ...}} on each line.")
-    return _text(caption.read_text(encoding="utf-8-sig"), path, caption.name)
+    return _text(_utf8(caption), path, caption.name)
 
 
 def _from_table(table: Path, files: list[Path]) -> list[str]:
     """One caption for each of `files`, which metadata.jsonl must list one and all, and nothing else."""
     found: dict[Path, str] = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_utf8(table).splitlines(), 1):
         if line.strip():
             path, text = _row(line, table, number)
             found[path] = _text(text, path, f"{table.name}, line {number}")
@@ -167,6 +172,13 @@ def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
                            "webp "
                            "file of that folder.")
     return path, text
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RequestError(f"images: '{path}' cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 def _text(text: object, path: Path, place: str) -> str:

@@ -68,6 +68,14 @@ class Results(TypedDict):
     rows: list[Row]
 
 
+class Unfinished(TypedDict):
+    """unfinished.json of a bench that was stopped. measured: (target, nfe, guidance) of its rows; targets: name -> identity."""
+
+    protocol: str
+    targets: dict[str, str]
+    measured: list[list[Any]]
+
+
 class Evaluated(Row):
     """A line of evaluations.jsonl: a row, and the step of the training that it was measured after."""
 
@@ -77,6 +85,15 @@ class Evaluated(Row):
 class _Lora(TypedDict):
     path: str
     weight: float
+
+
+class _Trace(TypedDict):
+    lora: int
+    component: str
+    weight: str
+    at: list[int]
+    plain: list[float]
+    fused: list[float]
 
 
 class _Proof(TypedDict):
@@ -109,7 +126,7 @@ class Export(_Export, total=False):
     guidance: float | None
     teacher_call: dict[str, Any]
     teacher_loras: list[_Lora]
-    teacher_traces: list[dict[str, Any]]
+    teacher_traces: list[_Trace]
     teacher_parts: dict[str, Any]
     without: list[str]
     dropped: list[str]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .. import __version__, parallel, resources
-from ..data.cache import flat
 from ..errors import RequestError
 from ..evaluation.report import read_results
 from ..files.lock import LOCK, locked
@@ -27,15 +26,17 @@ from ..files.whole import PARTIAL, sweep, write_whole
 from ..models.sources import cached_file
 from ..recipe import Recipe
 from ..training import checkpoints
+from .resuming import CHANGES, RECIPE, STAGES, resumed
 
-RECIPE, ENVIRONMENT, RESULTS, STAGES, SAMPLES = "recipe.yaml", "environment.json", "results.json", "stages", "samples"
-BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", SAMPLES, "checkpoints", STAGES, LOCK)
+ENVIRONMENT, RESULTS, SAMPLES = "environment.json", "results.json", "samples"
+BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", SAMPLES, "checkpoints", STAGES, CHANGES,
+         LOCK)
 """What a run writes before its first checkpoint."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
-def place(recipe: Recipe, out: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, bool]:
-    """(the folder of a run: `out`, or runs/<recipe>-<time>; whether to go on with what it holds).
+def place(recipe: Recipe, out: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Recipe, bool]:
+    """(the folder of a run: `out`, or runs/<recipe>-<time>; the recipe to train; whether to go on with what lies there).
 
     resume: go on with the run there; "auto": if there is one. RequestError where the folder holds what must not be touched.
     Nothing is written yet. Every rank gets the same answer.
@@ -44,14 +45,13 @@ def place(recipe: Recipe, out: str | Path | None, resume: bool | Literal["auto"]
         if resume:
             raise RequestError("--resume goes on with a run: say which by --out, such as --out runs/lcm-20260101-120000")
         now = int(parallel.gather(torch.tensor([int(time.time())]))[0])
-        return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}", False
+        return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}", recipe, False
     run = Path(out)
     going_on = resume is True or resume == "auto" and is_run(run) and _has_saved(run)
     if going_on:
-        _may_resume(run, recipe)
-    else:
-        _may_begin(run)
-    return run, going_on
+        return run, _may_resume(run, recipe), True
+    _may_begin(run)
+    return run, recipe, False
 
 
 def _may_begin(run: Path) -> None:
@@ -73,18 +73,13 @@ def _is_ours(path: Path) -> bool:
     return path.name in BEGUN or path.name.startswith(".") and path.name.endswith(PARTIAL)
 
 
-def _may_resume(run: Path, recipe: Recipe) -> None:
+def _may_resume(run: Path, recipe: Recipe) -> Recipe:
     if run.resolve().parent.name == STAGES and is_run(whole := run.resolve().parent.parent):
         raise RequestError(f"{run} is a stage of {whole}: resume that run")
     if not (run / RECIPE).is_file():
         raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin "
                            "one")
-    begun, asked = (flat(_numbered(r.resolved())) for r in (Recipe.load(run / RECIPE), recipe))
-    changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked
-               if begun.get(key) != asked.get(key)]
-    if changed:
-        raise RequestError(f"{run} was begun with another recipe: {'; '.join(changed)}. Resume with {run / RECIPE}, "
-                           "or begin a new run with another --out")
+    return resumed(run, recipe)
 
 
 @contextmanager
@@ -104,11 +99,6 @@ def alone(run: Path) -> Iterator[None]:
         if parallel.gather(torch.tensor([float(refused is not None)])).any():
             raise refused or RequestError(f"{run} is in use by another process")
         yield
-
-
-def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe with its stages by number, so that a difference is named by its entry."""
-    return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
 
 
 def stage_folders(recipe: Recipe, run: Path) -> list[Path]:

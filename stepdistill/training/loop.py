@@ -247,7 +247,7 @@ class Trainer:
             raise RequestError(f"the checkpoint {folder} is of step {step}, and this run has {self.config.updates}")
         found = checkpoints.load(folder)
         expected = {f"role-{role}" for role in self.saved} | {f"optimizer-{role}" for role in self.optimizers}
-        expected |= {"scales"} if self.config.precision == "fp16" else set()
+        begun = found.pop("scales", None)                 # of fp16, which a run may come to or leave on the way
         if found.keys() != expected:
             raise RequestError(f"{folder} holds {', '.join(sorted(found)) or 'nothing'}; this recipe needs "
                                f"{', '.join(sorted(expected))}. "
@@ -257,8 +257,8 @@ class Trainer:
                 self.roles.load_state_dict(role, found[f"role-{role}"])
             for role, optimizer in self.optimizers.items():
                 optimizer.load(found[f"optimizer-{role}"])
-            if "scales" in found:
-                load_scales(self.scalers, found["scales"])
+            if begun is not None and self.config.precision == "fp16":
+                load_scales(self.scalers, begun)
         except ValueError as error:
             raise RequestError(f"{folder} does not fit this recipe: {error}") from error
 
