@@ -55,7 +55,7 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     if rank() == 0:
         from .run.checks import family
         after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {quote(str(run))} --to lora"
-        say.print(f"trained: {run}\n{after}", soft_wrap=True)
+        _tell(f"trained: {run}\n{after}")
 
 
 @app.command()
@@ -68,9 +68,8 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     from .parallel import rank
     if rank() == 0:
         news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
-        say.print(f"{news}: {found.folder}", soft_wrap=True)
-        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""),
-                  soft_wrap=True)
+        _tell(f"{news}: {found.folder}")
+        _tell(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""))
 
 
 @app.command()
@@ -83,7 +82,7 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
     """Draw pictures with a student or a teacher."""
     api = working()
     api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
-    say.print(f"wrote {out}")
+    _tell(f"wrote {out}")
 
 
 @app.command()
@@ -120,7 +119,7 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
-    say.print(f"proved and written: {folder}")
+    _tell(f"proved and written: {folder}")
     from .export import read_settings
     settings = read_settings(folder)
     if to == "pipeline" and settings["dropped"]:
@@ -229,6 +228,11 @@ def working() -> Any:
     return api
 
 
+def _tell(text: str) -> None:
+    """What is done, with names as they are."""
+    say.print(printable(text), markup=False, soft_wrap=True)
+
+
 def _fail(message: str, status: int) -> NoReturn:
     complain.print(f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
     sys.exit(status)
@@ -264,7 +268,7 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(escape(_cell(row[column])) for column in columns))
+        table.add_row(*(escape(printable(_cell(row[column]))) for column in columns))
     return table
 
 
@@ -277,7 +281,7 @@ def _cell(value: Any) -> str:
 def _show_results(results: dict[str, Any], out: Path) -> None:
     from .evaluation.report import table
     say.print(table(results))
-    say.print(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+    _tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
 def _show_progress(rows: list[Any]) -> None:

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
+from ..errors import printable
 from ..files import records
 from ..files.whole import write_whole
 from .protocol import demand_same
@@ -84,7 +86,7 @@ def table(results: Results) -> Table:
     for i in shown:
         made.add_column(HEADINGS[i], justify="right" if i else "left", no_wrap=True)
     for row in results["rows"]:
-        texts = cells(row)
+        texts = [escape(printable(text)) for text in cells(row)]
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
                      if ":" in row["target"] else "bold")
     return made

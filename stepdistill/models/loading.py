@@ -12,6 +12,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.models.modeling_utils import LegacyModelMixin
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
@@ -19,6 +20,9 @@ from .families import Family, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
 from .weights import check_components, class_of
+
+UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, SafetensorError)
+"""What the libraries raise on configs and weights that do not fit each other."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         else:
             options |= {} if source.variant is None else {"variant": source.variant}
             pipe = kind.from_pretrained(source.place, revision=source.revision, **options)
-    except OSError as error:
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
@@ -204,7 +210,9 @@ def _within(place: str, component: str) -> dict[str, str]:
 def _blaming(component: str, place: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from ..diffusion.contracts import Batch
 from ..diffusion.draws import Step, key
 from ..errors import RequestError, Stopped
 from ..methods.base import FIXED, Method, Update, due
-from . import checkpoints
+from . import checkpoints, nonfinite
 from .launch import launched
 from .memory import held
 from .optimizers import RoleOptimizer, TrainConfig, learning_rate, load_scales, scales
@@ -143,14 +143,17 @@ class Trainer:
 
     def gradients(self, update: Update, index: int, repeat: int, shared: Shared, logs: dict[str, Tensor]) -> None:
         """Those of one optimizer step."""
-        rank, world = parallel.rank(), parallel.world_size()
         self.enable(update.trains)
-        for micro in range(self.config.accumulate):
-            batch = self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, self.config.accumulate)
+        for micro, batch in enumerate(self.micro_batches(index, shared)):
             losses = self.backward(update, _moved(batch, self.device), index, repeat, micro, shared.kept[micro])
-            self.images += len(batch) * world
+            self.images += len(batch) * parallel.world_size()
             for name, value in losses.items():
                 _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
+
+    def micro_batches(self, index: int, shared: Shared) -> Iterator[Batch]:
+        """This rank's share of an optimizer step's data."""
+        rank, world, micros = parallel.rank(), parallel.world_size(), self.config.accumulate
+        return (self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, micros) for micro in range(micros))
 
     def apply(self, update: Update, index: int, logs: dict[str, Tensor]) -> None:
         """Steps the roles of this update, and those that follow them. In fp16 a step whose gradient overflowed is left
@@ -208,9 +211,7 @@ class Trainer:
         logging, saving = last or due(step, config.log_every), last or due(step, config.checkpoint_every)
         stopping = not last and self._agreed(interrupted(), logging)
         if (logging or saving or stopping) and (found := tracker.flush()):
-            raise Stopped(f"{found}. The weights are of no use from there on. {self._kept()} A lower train.lr, a "
-                          "longer "
-                          "train.warmup or precision fp32 may help.")
+            raise Stopped(f"{found[1]}. {self._explained(found[0])} {self._kept()} {nonfinite.advice(config)}")
         with tracker.pause():
             if saving or stopping:
                 tracker.sync()
@@ -220,13 +221,16 @@ class Trainer:
                 raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
 
     def tell(self, hearers: Sequence[Callable[[int], None]], step: int) -> None:
-        """Pictures come in batches of their own size, for which nothing is compiled anew."""
-        with torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext():
+        with self.eager():
             for hearer in hearers:
                 hearer(step)
 
     def save(self, step: int) -> None:
-        """Every role that changes and every optimizer, written by rank 0."""
+        """Every role that changes and every optimizer, written by rank 0. Stopped where a weight is not finite."""
+        for role in self.saved:
+            if (name := nonfinite.first(self.roles.state_dict(role))) is not None:
+                raise Stopped(f"{name} of the {role} is not finite after step {step}, which is not saved. {self._kept()} "
+                              f"{nonfinite.advice(self.config)}")
         if parallel.rank() == 0:
             checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
                              | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()}
@@ -238,11 +242,12 @@ class Trainer:
     def resume(self) -> None:
         """Puts roles, optimizers and the step back to the newest checkpoint that can be used, if there is any. Those that cannot are
         named and put aside. RequestError where none of them can."""
-        taken = checkpoints.newest(self.run_dir, self._take, aside=True)
+        taken = checkpoints.newest(self.run_dir, self.take, aside=True)
         if taken is not None:
             self.done = checkpoints.step_of(taken[0])
 
-    def _take(self, folder: Path) -> None:
+    def take(self, folder: Path) -> None:
+        """Roles and optimizers of a checkpoint. RequestError where it is not of this run."""
         if (step := checkpoints.step_of(folder)) > self.config.updates:
             raise RequestError(f"the checkpoint {folder} is of step {step}, and this run has {self.config.updates}")
         found = checkpoints.load(folder)
@@ -261,6 +266,14 @@ class Trainer:
                 load_scales(self.scalers, begun)
         except ValueError as error:
             raise RequestError(f"{folder} does not fit this recipe: {error}") from error
+
+    def _explained(self, step: int) -> str:
+        with self.eager():
+            return nonfinite.explained(self, step)
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Where batches have a size of their own, or modules are looked into, nothing is compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def _agreed(self, interrupted: bool, logging: bool) -> bool:
         """Whether to stop. Several ranks ask each other where they wait for each other anyway, at logging steps."""

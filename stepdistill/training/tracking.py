@@ -100,8 +100,8 @@ class Tracker:
             self.bar.refresh()
             self.drawn = time.perf_counter()
 
-    def flush(self) -> str:
-        """Writes down what has been added, up to the first value that is not finite. Says which that is, or nothing."""
+    def flush(self) -> tuple[int, str] | None:
+        """Writes down what has been added, up to the first value that is not finite. Returns its step and what it is."""
         flat = torch.stack([value.detach().float() for _, _, values in self.pending for value in values.values()])
         parallel.all_reduce_mean_([flat])
         numbers = iter(flat.tolist())
@@ -113,9 +113,10 @@ class Tracker:
             self._write(finite, seconds)
         self.seconds += seconds
         self.pending, self.images, self.paused, self.since = [], 0, 0.0, time.perf_counter()
-        bad = rows[len(finite)] if len(finite) < len(rows) else {}
-        return ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items()
-                         if not math.isfinite(value))
+        if len(finite) == len(rows):
+            return None
+        bad = rows[len(finite)]
+        return bad["step"], ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items() if not math.isfinite(value))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

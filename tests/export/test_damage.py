@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, open_export, read_settings
+from stepdistill.export.card import _code, _plain
 from stepdistill.export.write import _aside
 from stepdistill.files.whole import aside_of, checksum
 
@@ -81,3 +82,9 @@ def test_what_killed_exports_left_is_cleared_and_what_they_replaced_put_back(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["lora"] and (out / "file").read_text() == "the new one"
     with _aside(out), pytest.raises(RequestError, match="lora is in use by process"), _aside(out):
         pass
+
+
+def test_names_are_no_markup_in_a_card():
+    assert _plain("teacher:dpmpp_2m") == "teacher:dpmpp_2m"
+    assert _plain("<b>|`x`\n# [a](b) __c__\x1b[31m") == r"\<b\>\|\`x\` \# \[a\](b) \_\_c\_\_\\x1b\[31m"
+    assert _code("a/b") == "`a/b`" and _code("a`b``c") == "```a`b``c```" and _code("`x") == "`` `x ``"
