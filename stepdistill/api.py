@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +32,11 @@ from .models.sharded import shard
 from .models.stock import as_pil, pictures
 from .recipe import Recipe
 from .run import folder
-from .run.cards import advice, check_card
+from .run.cards import advice, check_card, fit_stage
 from .run.checks import check, family, needs_of
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
-from .run.plan import plan
+from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
@@ -119,6 +119,17 @@ class MadePairs:
     seconds: float
 
 
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, gpu_memory: float | None = None, **overrides: Any) -> dict[str, Any]:
+    """What a run will cost: `run.plan.plan`'s figures, in bytes. No weights are read.
+
+    recipe, overrides: as train. gpu_memory: of a card, in bytes; then "fit" says whether the run fits it, {memory, fits, switches: the
+    entries that make it fit, or all that there are, peak: with them}. RequestError for what training would refuse.
+    """
+    recipe = Recipe.of(recipe, overrides)
+    found = plan_recipe(recipe)
+    return found if gpu_memory is None else found | {"fit": {"memory": gpu_memory, **asdict(fit_stage(recipe, found, gpu_memory))}}
+
+
 def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
           **overrides: Any) -> MadePairs:
     """Makes the teacher's pairs of noise and picture that a recipe trains on, those that are not there yet.
@@ -163,8 +174,9 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
 
 
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
-           guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image]:
-    """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet.
+           guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+    """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline of
+    videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
@@ -177,22 +189,22 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     call = {**opened.target.given, **(opened.target.call or {})}
     call |= {} if steps is None else {"num_inference_steps": steps}
     call |= {} if guidance is None else opened.target.guidance.call(guidance)
-    must_serve(pipeline.scheduler, call)
+    must_serve(pipeline.scheduler, call, (opened.target.call or {}).get("num_inference_steps"))
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     with asking(pipeline), torch.random.fork_rng():
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
     check_pictures(pixels, target)
-    drawn = as_pil(pixels)
+    drawn = as_pil(pixels) if pixels.ndim == 4 else [as_pil(frames) for frames in pixels]
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        drawn[0].save(out) if len(drawn) == 1 else sheet(pixels * 2 - 1, out)
+        drawn[0].save(out) if pixels.ndim == 4 and len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn
 
 
 def check_pictures(pixels: Tensor, target: str | Path) -> None:
-    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, 3, H, W) in [0, 1]."""
+    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, ..., 3, H, W) in [0, 1]."""
     if not pixels.isfinite().all():
         raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has "
                            "driven away, or an autoencoder that overflows in half precision, draw such")
@@ -213,6 +225,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     """
     opened = [open_target(target, Path(target).resolve().name) for target in targets]
     own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
+    if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
     scales = tuple(guidance) if guidance else own
     device = launched()
     every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -171,12 +172,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 
 
 @app.command()
-def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False) -> None:
+def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False,
+         gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a card, such as 16GB: does it fit, and what makes it fit?")] = None) -> None:
     """Say what a run will cost, before anything is loaded."""
+    memory = None if gpu_memory is None else _bytes("--gpu-memory", gpu_memory)
     api = working()
     from .recipe import Recipe
     from .recipe.yaml import parse_set
-    found = api.plan(Recipe.load(recipe, parse_set(set_ or [])))
+    found = api.plan(Recipe.load(recipe, parse_set(set_ or [])), memory)
     _emit(found, as_json, lambda: _show_plan(found))
 
 
@@ -315,6 +318,21 @@ def _show_plan(found: dict[str, Any]) -> None:
     say.print(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
               f"of {passes['batch']} samples each; {passes['updates']:,} steps")
     say.print("downloads: " + (", ".join(found["downloads"]) or "none"))
+    if "fit" in found:
+        fit = found["fit"]
+        changed = " ".join(f"--set '{name}={value}'" for name, value in fit["switches"].items())
+        verdict = f"fits with {changed}: then roughly {_size(fit['peak'])}" if changed else "fits"
+        if not fit["fits"]:
+            verdict = f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed else "does not fit, and no switch is left"
+        say.print(f"on a card of {_size(fit['memory'])} it {verdict}", soft_wrap=True)
+
+
+def _bytes(option: str, text: str) -> float:
+    """A size such as 16GB or 24 GiB, in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise RequestError(f"{option} is {text}; expected a size such as 16GB or 24GiB")
+    return float(found[1]) * {"mb": 1e6, "mib": 2**20, "gb": 1e9, "gib": 2**30}[found[2].lower()]
 
 
 def _size(count: float) -> str:

@@ -225,6 +225,28 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
     assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
 
 
+def test_plan_says_whether_it_fits_a_card_and_what_makes_it_fit(recipe):
+    import stepdistill
+    whole = stepdistill.plan(recipe, **{"data.batch": 256})
+    half = stepdistill.plan(recipe, **{"data.batch": 256, "train.precision": "bf16"})
+    assert half["peak"] < whole["peak"]
+    found = stepdistill.plan(recipe, half["peak"], **{"data.batch": 256})["fit"]
+    assert found == {"memory": half["peak"], "switches": {"train.precision": "bf16"}, "peak": half["peak"], "fits": True}
+    assert stepdistill.plan(recipe, 1e12)["fit"]["switches"] == {}
+    tight = stepdistill.plan(recipe, 1e6)["fit"]
+    assert not tight["fits"] and {"train.gradient_checkpointing", "train.accumulate"} < set(tight["switches"])
+
+
+@pytest.mark.parametrize("size, says", [("16GB", "on a card of 16 GB it fits"), ("1MB", "does not fit, not even with --set 'train.precision=bf16'")])
+def test_plan_prints_whether_it_fits(stepdistill, recipe, size, says):
+    assert says in stepdistill("plan", recipe, "--gpu-memory", size).stdout
+
+
+def test_plan_refuses_a_card_of_no_size(stepdistill, recipe):
+    done = stepdistill("plan", recipe, "--gpu-memory", "large")
+    assert done.returncode == 2 and "--gpu-memory is large; expected a size such as 16GB" in done.stderr
+
+
 def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
     """Means over rollouts of 1 to 4 evaluations, the heads' own passes by the arithmetic of the network's first half."""
     from stepdistill.methods.distribution.dmd2 import DMD2, Settings

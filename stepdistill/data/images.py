@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, Protocol
+from typing import Iterator, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   
 
 
 Size = int | tuple[int, int]      # pixels: of a side of a square, or height and width
+Reads = Literal["texts", "classes", "nothing"]
 
 
 class Images(Captions, Protocol):
@@ -56,7 +57,8 @@ class ShapesImages:
 class FolderImages:
     """A folder of png, jpg or webp files. They are resized on their shorter side and cropped about the centre.
 
-    Captions stand in metadata.jsonl ({"file_name": ..., "text": ...} a line), or else in a .txt file beside each image.
+    Captions stand in metadata.jsonl ({"file_name": ..., "text": ...} a line), or else in a .txt file beside each image. Of a network
+    that is told classes they are, where neither is there, the names of the folders: of 3/a.png "class 3", of tench/a.png "tench".
     """
 
     folder: Path
@@ -65,9 +67,9 @@ class FolderImages:
     texts: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path, size: Size, count: int | None = None) -> FolderImages:
-        """Reads all captions and every image's header, so that what is missing or damaged is found before training. count: takes the
-        first ones in the order of their paths."""
+    def open(cls, folder: Path, size: Size, count: int | None = None, reads: Reads = "texts") -> FolderImages:
+        """Reads all captions and every image's header, so that what is missing or damaged is found before training. Captions of images
+        for a network that reads nothing are "". count: takes the first ones in the order of their paths."""
         if not folder.is_dir():
             raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp "
                                "files.")
@@ -76,7 +78,8 @@ class FolderImages:
             raise RequestError(f"images: '{folder}' holds no image. Put png, jpg or webp files there, each with a "
                                "caption.")
         table = folder / "metadata.jsonl"
-        captions = _from_table(table, files) if table.is_file() else [_beside(path) for path in files]
+        captions = [""] * len(files) if reads == "nothing" else _from_table(table, files) if table.is_file() else \
+            [_class_of(path, folder) if reads == "classes" else _beside(path) for path in files]
         if count is not None and count > len(files):
             raise RequestError(f"images: '{folder}' holds {len(files)} images, fewer than data.count, which is {count}: leave it out for all "
                                "of them.")
@@ -107,11 +110,32 @@ class FolderImages:
         return torch.stack([_read(self.files[i], self.size) for i in indices.tolist()])
 
 
-def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None) -> Images:
-    """spec: "shapes" or a folder. seed is that of Shapes; count: how many, of a folder the first ones."""
+@dataclass(frozen=True)
+class Uncaptioned:
+    """Pictures for a network that is asked for nothing, whatever their captions."""
+
+    images: Images
+
+    @property
+    def count(self) -> int | None:
+        return self.images.count
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return self.images.identity | {"captions": "none"}
+
+    def captions(self, indices: Tensor) -> list[str]:
+        return [""] * len(indices)
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        return self.images.pixels(indices)
+
+
+def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None, reads: Reads = "texts") -> Images:
+    """spec: "shapes" or a folder. seed is that of Shapes; count: how many, of a folder the first ones. reads: what a network reads of captions."""
     if spec == "shapes":
-        return ShapesImages(size, seed, count)
-    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size, count)
+        return Uncaptioned(ShapesImages(size, seed, count)) if reads == "nothing" else ShapesImages(size, seed, count)
+    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size, count, reads)
 
 
 @contextmanager
@@ -135,6 +159,15 @@ def _read(path: Path, size: Size) -> Tensor:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _class_of(path: Path, folder: Path) -> str:
+    if path.with_suffix(".txt").is_file():
+        return _beside(path)
+    if path.parent == folder:
+        raise RequestError(f"images: '{path}' has no class. Put it into a folder of '{folder}' that is named by its class, such as 3 or a label of "
+                           f"the teacher's, or write that into '{path.with_suffix('.txt')}', as class 3.")
+    return f"class {int(path.parent.name)}" if path.parent.name.isdecimal() else path.parent.name
 
 
 def _beside(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Where prompts come from: Shapes' endless captions, a text file, or a list in the recipe."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Sequence
 
@@ -40,6 +40,17 @@ class ShapesPrompts:
 
 
 @dataclass(frozen=True)
+class NoPrompts:
+    """For networks that are asked for nothing: "" without end."""
+
+    count: int | None = None
+    identity: dict[str, object] = field(default_factory=lambda: {"prompts": "none"})
+
+    def captions(self, indices: Tensor) -> list[str]:
+        return [""] * len(indices)
+
+
+@dataclass(frozen=True)
 class ListedPrompts:
     prompts: tuple[str, ...]
 
@@ -63,9 +74,11 @@ def all_captions(source: Captions) -> list[str]:
 
 
 def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | None = None) -> Captions:
-    """spec: "shapes", a .txt file with one prompt a line, or a list of prompts. seed and count are those of Shapes."""
+    """spec: "shapes", "none", a .txt file with one prompt a line, or a list of prompts. seed and count are those of Shapes."""
     if spec == "shapes":
         return ShapesPrompts(seed, count)
+    if spec == "none":
+        return NoPrompts()
     if isinstance(spec, (str, Path)) and is_toy(spec):
         return Toy(Path(spec), seed, count)
     if isinstance(spec, (str, Path)):

@@ -5,7 +5,6 @@ network that reads the landing time finds it in its condition's `r`; nothing her
 """
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .contracts import Condition, Role
@@ -42,14 +41,3 @@ def secant_target(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, schedule: Sche
 def flow_map(role: Role, x_t: Tensor, t: Tensor, r: Tensor, cond: Condition | None = None) -> Tensor:
     """G(x_t, t -> r) of a network: its guess of where the trajectory through x_t at t is at r. t, r: (B,) float64."""
     return ddim_step(role(x_t, t, cond), r)
-
-
-def segment_start(t: Tensor, edges: Tensor) -> Tensor:
-    """The largest edge below t. edges: ascending, first 0. An edge belongs to the segment below it: t -> r < t
-    always."""
-    return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]
-
-
-def segments(k: int) -> Tensor:
-    """The edges of k equal segments of [0, 1]: (k + 1,) float64, ascending."""
-    return torch.linspace(0, 1, k + 1, dtype=torch.float64)

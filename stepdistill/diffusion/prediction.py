@@ -18,11 +18,11 @@ Row = Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]
 
 
 def edm(sigma_data: float) -> Row:
-    """Karras et al. 2022, arXiv:2206.00364, table 1: raw = (x_0 - c_skip x_t) / c_out."""
+    """Karras et al. 2022, arXiv:2206.00364, table 1: raw = (x_0 - c_skip x) / c_out of x = x_t / alpha, whose noise is sigma / alpha."""
     def row(s: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-        total = s.sigma(t) ** 2 + sigma_data**2
-        c_skip, c_out = sigma_data**2 / total, s.sigma(t) * sigma_data / total.sqrt()
-        return (1 - c_skip * s.alpha(t)) / c_out, -c_skip * s.sigma(t) / c_out
+        alpha, sigma = s.alpha(t), s.sigma(t)
+        total = torch.hypot(sigma, alpha * sigma_data)
+        return sigma / (sigma_data * total), -alpha * sigma_data / total
     return row
 
 

@@ -1,11 +1,16 @@
-"""The student's own samples in training: backward simulation, with one law of exits for everyone who asks."""
+"""The student's own samples and states in training: backward simulation, with one law of exits for everyone who
+asks."""
 from __future__ import annotations
 
+from itertools import islice
+
+import torch
 from torch import Tensor
 
 from .contracts import Condition, Role
 from .draws import Step
 from .guidance import with_scale
+from .prediction import Prediction
 from .sampler import Sampler
 
 
@@ -18,6 +23,24 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     """
     return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond,
                             lambda i: step.normal(f"renoise {i}", shape))
+
+
+def stopped(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...],
+            exit: Tensor) -> tuple[Prediction, Tensor]:
+    """What `role` predicts at an evaluation of its own sampler, exit (B,) int64 from 0, and where the step from there
+    lands, r (B,) float64.
+
+    `ddim_step(prediction, s)` is the student's own state at any s from r up to prediction.t, with the gradient of this
+    prediction; x_0 and eps of the prediction are what the state is made of. Gradients flow through the prediction alone.
+    It begins in noise and sees no data, and all samples go on to the last exit, so that all ranks take as long. shape: of
+    one sample.
+    """
+    with torch.no_grad():
+        on_the_way = sampler.states(role, step.normal("start", shape), cond,
+                                    lambda i: step.normal(f"renoise {i}", shape))
+        states = torch.stack(list(islice(on_the_way, sampler.nfe)))
+    x = states[exit.to(states.device), torch.arange(len(exit), device=states.device)]
+    return sampler.predict(role, x, exit, cond), sampler.landings[exit]
 
 
 def left_by(sampler: Sampler, step: Step) -> int:

@@ -30,6 +30,11 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
     return moved(coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype), x.device)
 
 
+def where(chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """x (B, ...) for the samples that are chosen, (B,) bool, y for the others."""
+    return torch.where(like(chosen, x).bool(), x, y)
+
+
 class Schedule(ABC):
     """Four scalar functions of time, and the way back from a noise level to its time."""
 
@@ -67,7 +72,7 @@ class Schedule(ABC):
     def start(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """As `add_noise`, but unit noise alone at t = 1, where samplers begin and Stable Diffusion's alpha is still
         0.07: Lin et al. 2024, arXiv:2402.13929, eq. 24. For schedules whose sigma ends at 1."""
-        return torch.where(like(t >= 1, x0).bool(), eps.to(x0), self.add_noise(x0, eps, t))
+        return where(t >= 1, eps.to(x0), self.add_noise(x0, eps, t))
 
 
 @dataclass(frozen=True)
@@ -144,13 +149,20 @@ class RectifiedFlow(Schedule):
 
 @dataclass(frozen=True)
 class TrigFlow(Schedule):
-    """Lu & Song 2024, arXiv:2410.11081, with time rescaled to [0, 1]: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+    """Lu & Song 2024, arXiv:2410.11081, with time rescaled to [0, 1]: alpha = cos(end t), sigma = sin(end t).
 
-    def alpha(self, t): return (t.double().cpu() * pi / 2).cos()
-    def sigma(self, t): return (t.double().cpu() * pi / 2).sin()
-    def d_alpha(self, t): return -self.sigma(t) * pi / 2
-    def d_sigma(self, t): return self.alpha(t) * pi / 2
-    def time_at(self, angle): return angle.double().cpu() * 2 / pi
+    end: the angle at t = 1, short of pi / 2 where a network knows no more noise. Of EDM's, whose x_0 + sigma eps is x_t / alpha here,
+    it is atan(sigma_max).
+    """
+
+    end: float = pi / 2
+
+    def angle(self, t): return t.double().cpu() * self.end
+    def alpha(self, t): return self.angle(t).cos()
+    def sigma(self, t): return self.angle(t).sin()
+    def d_alpha(self, t): return -self.sigma(t) * self.end
+    def d_sigma(self, t): return self.alpha(t) * self.end
+    def time_at(self, angle): return (angle.double().cpu() / self.end).clamp(max=1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Solvers of the probability-flow ODE (and its SDE) down a grid of times: one algorithm, one short function.
 
-solver(role, x, times, cond, noise, seen) -> x at times[-1]. x: (B, ...), the state at times[0]; times: (K + 1,)
-float64, descending, in [0, 1]; noise(i, shape) is the fresh normal noise of step i, for those that want it; seen(i, x)
+solver(role, x, times, cond, noise, seen) -> x at times[-1]. x: (B, ...), the state at times[0]; times: float64 in
+[0, 1], descending, (K + 1,) or, with times of its own for each sample, (K + 1, B); noise(i, shape) is the fresh normal noise of step i, for those that want it; seen(i, x)
 is shown the state that step i arrives at, at times[i + 1].
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .contracts import Condition, Role
 from .flow_map import ddim_step, toward
 from .prediction import Prediction
-from .schedule import RectifiedFlow, Schedule, like
+from .schedule import RectifiedFlow, Schedule, like, where
 
 Noise = Callable[[int, torch.Size], Tensor]
 Seen = Callable[[int, Tensor], None]
@@ -91,7 +91,7 @@ def heun_step(here: Prediction, there: Prediction) -> Tensor:
         return trapezoid(here, there)
     # Where the trapezoid is not used it is taken from `there` to itself, so that no infinite number reaches a gradient.
     near = replace(here, t=torch.where(long, there.t, here.t))
-    return torch.where(like(long, euler).bool(), euler, trapezoid(near, there))
+    return where(long, euler, trapezoid(near, there))
 
 
 def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,
@@ -100,9 +100,9 @@ def heun(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, no
     so is a long one from nearly pure noise (`long_step`)."""
     for i, t, r in _steps(times, len(x)):
         here = role(x, t, cond)
-        x = ddim_step(here, r)
-        if r[0] > 0:
-            x = heun_step(here, role(x, r, cond))
+        x, inner = ddim_step(here, r), r > 0
+        if inner.any():
+            x = where(inner, heun_step(here, role(x, torch.where(inner, r, t), cond)), x)
         seen(i, x)
     return x
 
@@ -124,7 +124,9 @@ def dpmpp_2m(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None
     before = None
     for i, t, r in _steps(times, len(x)):
         here = role(x, t, cond)
-        x = ddim_step(here, r) if before is None or r[0] == 0 else dpmpp_2m_step(before, here, r)
+        x, inner = ddim_step(here, r), r > 0
+        if before is not None and inner.any():
+            x = where(inner, dpmpp_2m_step(before, here, torch.where(inner, r, t)), x)
         before = here
         seen(i, x)
     return x
@@ -138,6 +140,8 @@ def sde_ddim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None
         raise ValueError("sde_ddim is stochastic: pass noise(i, shape), which gives the normal noise of step i")
     schedule = role.schedule
     for i, t, r in _steps(times, len(x)):
+        if (r > t).any():
+            raise ValueError(f"sde_ddim goes down in time alone; found a step from {t.tolist()} to {r.tolist()}")
         p = role(x, t, cond)
         kept, sigma_r = schedule.alpha(t) / schedule.alpha(r), schedule.sigma(r)
         fresh = eta * sigma_r / schedule.sigma(t) * (schedule.sigma(t) ** 2 - (kept * sigma_r) ** 2).sqrt()

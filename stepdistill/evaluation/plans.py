@@ -76,6 +76,11 @@ class Target:
     def guidance(self) -> Guidance:
         return stock_guidance(self.pipeline)
 
+    @property
+    def prompted(self) -> bool:
+        """Whether prompts make a difference to it."""
+        return stock_prompts(self.pipeline).tell(self.pipeline)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,11 +100,12 @@ class Plan:
 
     def images(self, prompts: Sequence[str], ids: Tensor, seed: int) -> Tensor:
         """(B, 3, H, W) in [-1, 1] on the CPU. The noise of a sample depends on (seed, its id) alone, in every row."""
-        pipeline = self.target.pipeline
+        pipeline, spelled = self.target.pipeline, stock_prompts(self.target.pipeline)
+        asked = prompts if self.target.prompted else [spelled.any(pipeline)] * len(prompts)
         generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in ids.tolist()]
         with torch.random.fork_rng(), _scheduler(pipeline, self.scheduler):
             torch.manual_seed(key(seed, "pipeline", ids[0].item()))       # for pipelines that keep the generator to themselves
-            return pictures(pipeline, stock_prompts(pipeline), prompts, generator=generators, **self.call) * 2 - 1
+            return pictures(pipeline, spelled, asked, generator=generators, **self.call) * 2 - 1
 
 
 def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
@@ -148,13 +154,20 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
 
 def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
     """Why a pipeline cannot be called with a scheduler of another class than its own: some pass a grid of their own, which
-    not all take."""
-    call = {**target.given, **target.guidance.none, "num_inference_steps": 1}
+    not all take, and some do not let a scheduler scale what the network reads."""
+    call, scaled = {**target.given, **target.guidance.none, "num_inference_steps": 1}, []
+    if type(scheduler) is type(target.pipeline.scheduler):
+        return None
+    tried = deepcopy(scheduler)
+    if scales := "init_noise_sigma" in dir(tried):
+        own = tried.scale_model_input
+        tried.scale_model_input = lambda *given, **more: scaled.append(given) or own(*given, **more)
     try:
-        if type(scheduler) is not type(target.pipeline.scheduler):
-            evaluations(Plan(target, target.name, scheduler, call, 1, 1, 1.0))
-    except ValueError as error:
+        evaluations(Plan(target, target.name, tried, call, 1, 1, 1.0))
+    except (ValueError, TypeError) as error:              # a step may lack what the pipeline gives it
         return str(error)
+    if scales and not scaled and tried.init_noise_sigma != 1:
+        return f"a {type(target.pipeline).__name__} does not let a {type(tried).__name__} scale what its network reads"
     return None
 
 
@@ -193,6 +206,7 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
     call, scheduler = dict(target.call), target.pipeline.scheduler
     fixed = call.get("timesteps") or call.get("sigmas")
     own = len(fixed) if fixed else call["num_inference_steps"]
+    fixed = fixed or type(scheduler).__name__.startswith("FlowMatch")      # which was made to give the times of this many steps
     guidance = target.guidance.scale(call)
     passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
     rows = []
@@ -213,7 +227,7 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
 def evaluations(plan: Plan) -> int:
     """Network evaluations per image, counted in a call: a guided step shows as two, whatever the pipeline's conventions."""
     with counted(denoiser_of(plan.target.pipeline)) as count:
-        plan.images([""], torch.tensor([0]), seed=0)
+        plan.images([stock_prompts(plan.target.pipeline).any(plan.target.pipeline)], torch.tensor([0]), seed=0)
     return count[0]
 
 

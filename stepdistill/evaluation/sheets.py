@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files.whole import write_whole
+from ..models.stock import some_frames
 
 GAP, LEAST_CELL = 4, 96
 
@@ -19,7 +20,7 @@ def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None,
     """Draws a grid and returns it as PNG; writes it to `path`, if given, aside first.
 
     images: rows of (columns, 3, H, W) in [-1, 1], all of one size, such as a teacher's row above its student's; or one
-    (B, 3, H, W), laid out near to a square. captions: one label a row. Small pictures are enlarged by a whole factor.
+    (B, 3, H, W), laid out near to a square; or videos (B, F, 3, H, W), a row each, of at most 8 of their frames. captions: one label a row. Small pictures are enlarged by a whole factor.
     """
     rows = _rows(images)
     if captions is not None and len(captions) != len(rows):
@@ -46,8 +47,10 @@ def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None,
 
 
 def _rows(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if not isinstance(images, Tensor) or images.ndim == 5:
+    if not isinstance(images, Tensor):
         return list(images)
+    if images.ndim == 5:
+        return list(some_frames(images))
     return list(images.split(max(1, round(len(images) ** 0.5))))
 
 

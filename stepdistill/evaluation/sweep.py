@@ -116,7 +116,7 @@ class Evaluation:
         alike = torch.cat([images[: self.groups, None], others], 1)
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
-                "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=True),
+                "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=plan.target.prompted),
                 "latency_ms": self.latency(plan), "images_per_s": len(found) / seconds}, shown
 
     def latency(self, plan: Plan, calls: int = 5) -> float:

@@ -14,7 +14,7 @@ from .folder import base_of
 
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
-PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()",)       # pipelines that load no LoRA
+PEFT = "pipe.{0} = PeftModel.from_pretrained(pipe.{0}, folder).merge_and_unload()"       # of pipelines that load no LoRA
 COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
@@ -50,13 +50,21 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
         lines += [*_base(base, settings["pipeline"], without),
-                  *(PEFT if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
+                  *([PEFT.format(settings["denoiser"])] if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
-    lines += [f"image = pipe({asked}{call}, generator=torch.Generator().manual_seed(0)).images[0]",
-              'image.save("sample.png")', ""]
+    drawn = f"pipe({asked}{call}, generator=torch.Generator().manual_seed(0))"
+    if _is_video(settings):
+        lines[1:1] = ["from diffusers.utils import export_to_video"]
+        lines += [f"frames = {drawn}.frames[0]", 'export_to_video(frames, "sample.mp4", fps=16)', ""]
+    else:
+        lines += [f"image = {drawn}.images[0]", 'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def _is_video(settings: Mapping[str, Any]) -> bool:
+    return "num_frames" in settings["call"]
 
 
 def _base(base: Source, pipeline: str, without: str) -> list[str]:
@@ -96,10 +104,12 @@ def _quoted(text: str) -> str:
 
 
 def _front_matter(settings: Mapping[str, Any]) -> str:
-    tags = ["diffusers", "text-to-image", "distillation", "stepdistill", settings["method"]]
+    task = "text-to-video" if _is_video(settings) else "text-to-image"
+    task = "unconditional-image-generation" if settings["reads"] == "nothing" else task
+    tags = ["diffusers", task, "distillation", "stepdistill", settings["method"]]
     tags += [] if settings["format"] == "pipeline" else ["lora"]
     rows = {"base_model": settings["teacher"], "library_name": "diffusers", "license": "other",
-            "license_name": "that-of-the-base-model", "pipeline_tag": "text-to-image", "tags": tags}
+            "license_name": "that-of-the-base-model", "pipeline_tag": task, "tags": tags}
     return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in rows.items()) + "\n---"
 
 

@@ -77,6 +77,9 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
         raise RequestError(f"kohya's LoRA keys are written for UNets; the network of the family {family.name} is a "
                            f"{family.denoiser}: "
                            "use --to lora, which ComfyUI reads for transformers")
+    if to == "comfyui" and family.prompts.keyword != "prompt":
+        raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: use --to lora or "
+                           "--to pipeline")
     if to != "pipeline" and not lora:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
     if "w" not in reads and guidance is not None:

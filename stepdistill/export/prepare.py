@@ -63,7 +63,7 @@ def _pipeline(student: Student, call: Mapping[str, Any], guidance: float | None,
     whole = replace(student, lora=None, role=Denoiser(student.teacher, network, reads=reads), reads=reads)
     within(reference(whole, student.scheduler, call, guidance), unrounded, "the pipeline before it is rounded")
     own = student.teacher                               # and one of its own is loaded: its codec is rounded too
-    teacher = load_teacher(own.source, scale=own.scale or 1.0, resolution=own.resolution)
+    teacher = load_teacher(own.source, scale=own.scale or 1.0, resolution=own.resolution, frames=own.frames)
     pipe = teacher.pipeline(network, student.scheduler)
     round_pipeline_(pipe, dtype)
     return PreparedExport(replace(whole, teacher=teacher, role=Denoiser(teacher, network, reads=reads)),

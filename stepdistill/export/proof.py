@@ -22,12 +22,12 @@ from .folder import fuse, open_export, read_settings
 from .formats import component
 from .student import Lora, Student
 
-IMAGES, SEED, TOLERANCE = 4, 0, 1e-4
+IMAGES, VIDEOS, SEED, TOLERANCE = 4, 1, 0, 1e-4      # samples of a proof, of which one video has many pictures
 
 
 @dataclass(frozen=True)
 class Proof:
-    """images: (B, 3, H, W) in [0, 1] of the stock pipeline; difference: max abs against our sampler's."""
+    """images: (B, 3, H, W) in [0, 1] of the stock pipeline, of videos (B, F, 3, H, W); difference: max abs against our sampler's."""
 
     images: Tensor
     difference: float
@@ -55,6 +55,11 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
         fuse(pipe)
         within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
     return Proof(stock, difference)
+
+
+def samples(teacher: Teacher) -> int:
+    """Of how many samples a proof is made."""
+    return IMAGES if teacher.family.video is None else VIDEOS
 
 
 def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) -> Tensor:
@@ -92,9 +97,9 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
 @torch.no_grad()
 def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> Tensor:
     """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in [0, 1], on
-    the CPU. It draws the start in the precision of its text, and each step's noise from the same generator or the global one."""
+    the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise from the same generator or the global one."""
     shape = (len(cond), *teacher.latent_shape)
-    dtype = next((tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point()), teacher.dtype)
+    dtype = teacher.family.noise_dtype or next((tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point()), teacher.dtype)
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(shape, generator=generator, dtype=dtype).to(teacher.device)
     if not teacher.family.seeded_steps:
@@ -104,7 +109,7 @@ def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> 
 
 
 def _prompts(student: Student) -> list[str]:
-    return list(islice(cycle(student.prompts), IMAGES))
+    return list(islice(cycle(student.prompts), samples(student.teacher)))
 
 
 def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:

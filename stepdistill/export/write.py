@@ -17,13 +17,13 @@ from ..files.lock import LOCK, locked
 from ..files.whole import aside_of
 from ..models.fused import Trace
 from ..models.sources import Source
-from ..models.stock import as_pil
+from ..models.stock import as_pil, some_frames
 from .card import card
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings, weights_of
 from .formats import WRITERS, check, keeps
 from .prepare import prepare
-from .proof import IMAGES, TOLERANCE, Proof, prove
+from .proof import TOLERANCE, Proof, prove, samples
 from .student import Student
 
 SCHEMA = 2                        # of stepdistill.json: raise it when readers must know of a change
@@ -52,7 +52,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": IMAGES,
+        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": samples(student.teacher),
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
@@ -76,7 +76,8 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
               weights: str) -> dict[str, Any]:
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler, base = student.sampler(call), student.base_model or student.teacher.source
-    return {"format": to, "pipeline": pipeline, "call": call, "steps": student.steps, "method": student.method,
+    return {"format": to, "pipeline": pipeline, "denoiser": student.teacher.family.denoiser,
+            "reads": student.teacher.family.reads(student.teacher.network), "call": call, "steps": student.steps, "method": student.method,
             "teacher": base.base, "revision": base.revision, **_beside(base, student.teacher.traces),
             "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
@@ -98,8 +99,9 @@ def _beside(base: Source, traces: tuple[Trace, ...]) -> dict[str, Any]:
 
 
 def _picture(proof: Proof) -> Any:
-    pictures = as_pil(proof.images)
-    return make_image_grid(pictures, rows=1, cols=len(pictures))
+    """A row of pictures, or a row of frames for each video."""
+    rows = proof.images[None] if proof.images.ndim == 4 else some_frames(proof.images)
+    return make_image_grid(as_pil(rows.flatten(0, 1)), *rows.shape[:2])
 
 
 def _may_write(out: Path, student: Student) -> None:

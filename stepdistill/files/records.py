@@ -119,6 +119,8 @@ class Export(_Export, total=False):
     """stepdistill.json of an export. schema: from 2 on, its weights' files have their sha256 here."""
 
     schema: int
+    denoiser: str
+    reads: str
     sha256: dict[str, str]
     run: str
     role: str

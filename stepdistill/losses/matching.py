@@ -4,7 +4,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..diffusion.prediction import Prediction, truth
-from ..diffusion.schedule import like
+from ..diffusion.schedule import Schedule, like
 from .regression import squared
 
 
@@ -35,3 +35,30 @@ def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: 
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     """Denoising score matching in the network's own parameterisation, at the x_t that x0 and eps made."""
     return squared(prediction.raw, truth(x0, eps, prediction.t, prediction.schedule, prediction.kind))
+
+
+def from_state(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """(x_0, eps') for `denoising` at x_t = `Schedule.renoise`(x_s, eps, s, t), where the data are states x_s at s < t.
+
+    The two that make x_t = alpha_t x_0 + sigma_t eps' and whose means given x_t are those of the law of x_t, whatever
+    law x_s has: the score of x_t given x_s is -eps over the deviation of the fresh noise, and that of x_t its mean.
+    On a flow their velocity is that of Phased DMD (arXiv:2510.27684); at s = 0 they are x_s and eps.
+    """
+    kept = schedule.alpha(t) / schedule.alpha(s)
+    fresh = (schedule.sigma(t) ** 2 - (kept * schedule.sigma(s)) ** 2).sqrt()
+    lacking = schedule.sigma(s) ** 2 * kept / fresh
+    x0 = like(1 / schedule.alpha(s), x_s) * (x_s - like(lacking, x_s) * eps)
+    return x0, like(schedule.sigma(t) / fresh, x_s) * eps
+
+
+def importance(x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, temperature: float) -> Tensor:
+    """The weight (B,) of a sample at t, under which a critic that is shown x_t = `Schedule.renoise`(x_s, eps, s, t) of
+    the student's own state, x_s, denoises the student's x_0, (B, ...) as all three.
+
+    e^((|eps|^2 - |e|^2) / (2 temperature)), where x_t = alpha_t x_0 + sigma_t e: at temperature 1 the density of x_t
+    given x_0 alone over that given x_s, but for a factor that is one for all samples at s and t. In many dimensions its
+    variance is without bound; the released training of TDM (Luo et al. 2025, arXiv:2503.06674) has their number for a
+    temperature.
+    """
+    e = (x_t - like(schedule.alpha(t), x_t) * x0) / like(schedule.sigma(t), x_t)
+    return ((eps.square() - e.square()).flatten(1).sum(1) / (2 * temperature)).exp()

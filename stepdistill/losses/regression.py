@@ -1,7 +1,14 @@
 """Distances between tensors, one number a sample. All take (B, ...) and return (B,): the mean over all other axes."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
+
 from torch import Tensor
+
+DistanceName = Literal["squared", "huber"]
+DISTANCES: tuple[str, ...] = get_args(DistanceName)
 
 
 def squared(x: Tensor, y: Tensor) -> Tensor:
@@ -21,3 +28,8 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     of the whole sample instead, with a c that grows as the square root of its dimension.
     """
     return ((x - y).square().add(c * c).sqrt() - c).flatten(1).mean(1)
+
+
+def distance(name: DistanceName, huber_c: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """`squared`, or `pseudo_huber` with c = huber_c. KeyError for any other name."""
+    return {"squared": squared, "huber": partial(pseudo_huber, c=huber_c)}[name]

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import Schedule
-from ..diffusion.times import NOISE_LAWS, Law, NoiseLaw, noise_law
+from ..diffusion.schedule import Schedule, VariancePreserving
+from ..diffusion.times import LEVELS, NOISE_LAWS, Law, NoiseLaw, noise_law
+from ..losses.regression import DISTANCES
 
 Losses = dict[str, Tensor]        # scalars; their sum is the objective, each is logged under its name
 Guidance = float | tuple[float, float]
@@ -146,6 +147,35 @@ def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = Fals
     """The law of the settings, in t_range; whole: at all times, for a critic that is to know more than it is asked."""
     t_range = (0.0, 1.0) if whole else settings.t_range
     return noise_law(settings.noise_law, schedule, t_range, settings.mean, settings.std, settings.shift)
+
+
+# Entries that the settings of several methods share: what must hold of them, and how it is said. nodes, skip and shift
+# are of the teacher's grid, `triples.grid(nodes, shift)`, with skip nodes from t to s; loss and huber_c those of
+# `regression.distance`.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "nodes": (lambda s: s.nodes >= 1, "at least 1"),
+    "skip": (lambda s: 1 <= s.skip <= s.nodes, "from 1 to the number of nodes"),
+    "shift": (lambda s: s.shift > 0, "above 0, where 1 leaves the nodes uniform"),
+    "loss": (lambda s: s.loss in DISTANCES, f"one of {', '.join(DISTANCES)}"),
+    "huber_c": (lambda s: s.huber_c > 0, "above 0"),
+    "target_decay": (lambda s: 0 <= s.target_decay < 1, "in [0, 1)"),
+}
+
+
+def check(settings: Any) -> None:
+    """ValueError for settings with an entry of RULES that breaks its rule."""
+    for name, (holds, what) in RULES.items():
+        if name in vars(settings) and not holds(settings):
+            raise ValueError(f"{name} must be {what}; found {vars(settings)[name]!r}")
+
+
+def check_grid(method: str, settings: Any, steps: int, schedule: Schedule) -> None:
+    """ValueError where a stock sampler of `steps` steps would not ask the student at nodes of the settings' grid."""
+    if not 1 <= steps <= settings.nodes:
+        raise ValueError(f"{method} with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
+    if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
+        raise ValueError(f"{method} on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
+                         f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
 
 
 def middle(guidance: Guidance) -> float:

@@ -9,10 +9,10 @@ network's method is not called, because it also changes the backend of every oth
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -98,16 +98,26 @@ def set_attention(network: nn.Module, backend: str) -> None:
 @contextmanager
 def differentiable(network: nn.Module) -> Iterator[None]:
     """Within, the network has a derivative forward, torch.func.jvp: attention is computed as it is written, by torch's
-    math kernel. The kernels of flash and of xformers have none. The chosen backend comes back afterwards."""
+    math kernel. The kernels of flash and of xformers have none, and that of group norms has none for a transposed view, which
+    attention over pixels makes. The chosen backend comes back afterwards."""
     chosen = {layer: layer.processor for layer in _attentions(network)}
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     try:
         for layer, processor in chosen.items():
             layer.set_processor(_other(processor, "sdpa") or processor)
+        for norm in norms:
+            norm.forward = partial(_laid_out, norm.forward)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        for norm in norms:
+            del norm.forward
         for layer, processor in chosen.items():
             layer.set_processor(processor)
+
+
+def _laid_out(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return forward(x.contiguous())
 
 
 def has_tangent(*tensors: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -62,10 +63,30 @@ class Framed(Codec):
         return self.network.decoder(self.network.post_quant_conv(z.to(self.dtype)))[:, :, 0].float()
 
 
+class Video(Codec):
+    """An autoencoder of videos whose convolutions reach back in time: AutoencoderKLWan. shift and scale: tensors (C, 1, 1, 1)."""
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """pixels (B, F, 3, H, W); pictures (B, 3, H, W) are videos of one frame."""
+        frames = pixels[:, None] if pixels.ndim == 4 else pixels
+        return super().encode(frames.transpose(1, 2), generator)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """(B, F, 3, H, W). By the autoencoder's layers, frame after frame as its `decode` calls them, which clips pixels: those that it
+        clips have no gradient."""
+        z = latents.to(self.network.device, self.dtype)
+        z = (z / _on(self.scale, z) + _on(self.shift, z)).to(self.dtype)
+        decoder, patch = self.network.decoder, self.network.config.patch_size
+        memory = [None] * len([*decoder.modules()])        # what each convolution has seen last; a place for every layer is enough
+        frames = [decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=i == 0)
+                  for i, frame in enumerate(self.network.post_quant_conv(z).split(1, 2))]
+        return unpatchify(torch.cat(frames, 2), patch or 1).transpose(1, 2).float()
+
+
 class Points(Codec):
     """Where samples are what the network sees: nothing is encoded."""
 
-    dtype = torch.float32
+    dtype, network = torch.float32, None
 
     def __init__(self) -> None: ...
 
@@ -104,6 +125,12 @@ def framed(vae: Any) -> Codec:
     mean, std = (torch.tensor(values)[:, None, None, None]
                  for values in (vae.config.latents_mean, vae.config.latents_std))
     return Framed(vae, 1 / std, mean)
+
+
+def video(vae: Any) -> Codec:
+    """By the mean and the deviation of each channel: Wan."""
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    return Video(vae, 1 / std, mean)
 
 
 def _on(value: float | Tensor, x: Tensor) -> float | Tensor:

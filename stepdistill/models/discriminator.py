@@ -19,7 +19,7 @@ from .recompute import StopForward
 
 WIDTH, GROUPS, LEAST = 128, 32, 4        # of a head: channels, groups of a normalisation, the side down to which it
                                          # pools
-Shape = tuple[int, int, int]             # channels, height, width
+Shape = tuple[int, ...]                  # channels, height, width; of videos channels, frames, height, width
 
 
 @contextmanager
@@ -83,16 +83,18 @@ def paired(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 def head(shape: Shape) -> nn.Sequential:
     """Feature map (B, C, H, W) -> one logit a position, (B, 1, h, w) with h and w about LEAST for a map of this
-    `shape`.
+    `shape`; of videos (B, C, F, H, W) -> (B, 1, f, h, w).
 
-    At this width those on every block of SDXL together have 5 million parameters.
+    At this width those on every block of SDXL together have 5 million parameters. Frames are an axis like height and
+    width: laid beside each other in a map of two, those of one place would be far apart, and a head blind to motion.
     """
     channels, *sides = shape
-    layers, side = [nn.Conv2d(channels, WIDTH, 1)], max(sides)
+    conv = nn.Conv2d if len(sides) == 2 else nn.Conv3d
+    layers, side = [conv(channels, WIDTH, 1)], max(sides)
     while side > LEAST:
-        layers += [nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)]
+        layers += [nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, WIDTH, 3, stride=2, padding=1)]
         side = (side + 1) // 2
-    return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, 1, 1))
+    return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, 1, 1))
 
 
 class Discriminator(nn.Module):
@@ -113,7 +115,7 @@ class Discriminator(nn.Module):
         self.to(next(role.network.parameters()).device)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """x_t (B, C, H, W); t (B,) float64 in [0, 1]."""
+        """x_t (B, C, H, W), of videos (B, C, F, H, W); t (B,) float64 in [0, 1]."""
         with tap(self.role.network, self.features, leave=True) as found:
             self.role(x_t, t, cond)
         return self._logits(found, x_t)
@@ -143,7 +145,7 @@ class Discriminator(nn.Module):
 
     def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
         with uncast(maps[self.features[0]]):
-            return torch.stack([self.heads[slug(name)](maps[name]).mean((1, 2, 3)) for name in self.features], dim=1)
+            return torch.stack([self.heads[slug(name)](maps[name]).flatten(1).mean(1) for name in self.features], dim=1)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
-from .families import Family, stock_index, text_to_image
+from .families import Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
 from .weights import check_components, class_of
@@ -34,9 +35,9 @@ class Loading:
     family: Family
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def kind(self) -> type[DiffusionPipeline]:
-        return getattr(diffusers, text_to_image(self.index["_class_name"]))
+        return getattr(diffusers, caller(self.source, self.index))
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ class Loading:
 
     def _check_kinds(self) -> None:
         """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
-        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))}
+        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))} - {self.family.denoiser}
         absent = absent_parts(self.index)
         lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
                    and (name not in self.index or name in absent)]
@@ -98,6 +99,17 @@ class Loading:
         return made
 
 
+def caller(source: Source, index: Index) -> str:
+    """The class of the stock pipeline that calls this one as it is served."""
+    family = family_of(text_to_image(index["_class_name"]))
+    if family.called_by is None:
+        return text_to_image(index["_class_name"])
+    network = class_of(family.denoiser, *index[family.denoiser])
+    with _blaming(f"the config of {family.denoiser}", source.place):
+        config = network.load_config(source.place, subfolder=family.denoiser, revision=source.revision)
+    return text_to_image(family.called_by(index, config))
+
+
 def settings_of(index: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a pipeline's index that are no components, such as is_distilled."""
     return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list | tuple)}
@@ -130,7 +142,10 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
-    return pipe.to(dtype), traces                     # earlier diffusers do not know `dtype`
+    for part in pipe.components.values():             # earlier diffusers do not know `dtype`; what a class keeps in float32 stays it
+        if isinstance(part, nn.Module) and part.dtype != dtype:
+            part.to(dtype)
+    return pipe, traces
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """Stock schedulers under a teacher's noise: how a student's inference is said to diffusers, and by what teachers are measured."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Any
 
 import diffusers
-from diffusers import SchedulerMixin
+import torch
+from diffusers import CMStochasticIterativeScheduler, SchedulerMixin
 
-from ..diffusion.consistency import TIMESTEP_SCALING
+from ..diffusion.consistency import SIGMA_MIN, TIMESTEP_SCALING
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
+from ..diffusion.schedule import RectifiedFlow, Schedule, TrigFlow, VariancePreserving
 from ..diffusion.times import LEVELS
 from ..methods.base import Inference
 from .stock import USUAL, Guidance
@@ -21,6 +23,8 @@ NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
             "use_exponential_sigmas": False, "use_beta_sigmas": False}
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
+RHO, FINE = 7.0, 100_001                           # Karras et al. 2022, arXiv:2206.00364, eq. 5; nodes that hold any level to 1e-4 of it
+EVEN = 1e-6                                        # by how much a scheduler's own grid may miss the sigmas that are wanted
 DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 
 
@@ -38,34 +42,102 @@ class StockCall:
     components: Mapping[str, Any] = field(default_factory=dict)
 
 
-def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL) -> StockCall:
-    """An inference as a scheduler and a call of diffusers. schedule: the teacher's. ValueError where no stock scheduler does it."""
+def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL, own: SchedulerMixin | None = None,
+               sigmas: bool = True) -> StockCall:
+    """An inference as a scheduler and a call of diffusers. schedule: the teacher's; own: its scheduler, by whose clock a network of EDM's
+    goes; sigmas: whether a call of the pipeline takes a flow's. ValueError where no stock scheduler does it."""
     if inference.steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; found {inference.steps}")
     call = {"num_inference_steps": inference.steps, **guidance.none}
     if inference.guidance is not None and guidance.embedded is not None:
         call[guidance.embedded] = inference.guidance
     if isinstance(schedule, RectifiedFlow):
-        return _flow(inference, call)
+        return _flow(inference, call, sigmas)
     if isinstance(schedule, VariancePreserving):
         return _variance_preserving(inference, call)
+    if isinstance(schedule, TrigFlow) and own is not None:
+        return (_iterative if isinstance(own, CMStochasticIterativeScheduler) else _edm)(inference, call, schedule)
     raise ValueError(f"no stock scheduler samples on a {type(schedule).__name__}")
 
 
-def _flow(inference: Inference, call: dict[str, Any]) -> StockCall:
-    """A flow's sigmas are its times; the stock scheduler shifts those that it is given."""
-    steps, nodes = inference.steps, inference.nodes
+def _flow(inference: Inference, call: dict[str, Any], sigmas: bool) -> StockCall:
+    """A flow's sigmas are its times; the stock scheduler shifts those that it is given. Where a call takes none, the scheduler makes them
+    of their count."""
     if inference.end:
         raise ValueError(f"the stock schedulers of flows end on the data, at t = 0; found {inference.end:g}")
     if inference.noise not in (0, 1):
         raise ValueError("no stock scheduler of a flow adds a share of fresh noise: FlowMatchEulerDiscreteScheduler adds none, "
                          f"FlowMatchLCMScheduler all of it; found {inference.noise:g}")
-    grid = [1 - i / steps for i in range(steps)] if nodes is None else [(nodes - nodes * i // steps) / nodes for i in range(steps)]
-    call["sigmas"] = grid if inference.times is None else list(inference.times)
-    config = AS_GIVEN | {"shift": inference.shift}
+    grid = _times(inference)
+    if sigmas:
+        call["sigmas"], config = grid, AS_GIVEN | {"shift": inference.shift}
+    else:
+        config = AS_GIVEN | own_grid([inference.shift * t / (1 + (inference.shift - 1) * t) for t in grid])
     if inference.noise:
         return StockCall("FlowMatchLCMScheduler", config, call)
     return StockCall("FlowMatchEulerDiscreteScheduler", config | {"stochastic_sampling": False}, call)
+
+
+def _times(inference: Inference) -> list[float]:
+    """When the network is asked, where nothing but their number says how times are spaced."""
+    steps, nodes = inference.steps, inference.nodes
+    if inference.times is not None:
+        return list(inference.times)
+    return [1 - i / steps for i in range(steps)] if nodes is None else [(nodes - nodes * i // steps) / nodes for i in range(steps)]
+
+
+def _sigmas(inference: Inference, schedule: Schedule) -> list[float]:
+    """Of a network of EDM's, when it is asked."""
+    if inference.end or inference.shift != 1:
+        raise ValueError(f"the stock schedulers by EDM's clock end on the data and shift nothing; found end = {inference.end:g}, "
+                         f"shift = {inference.shift:g}")
+    return schedule.angle(torch.tensor(_times(inference), dtype=torch.float64)).tan().tolist()
+
+
+def _iterative(inference: Inference, call: dict[str, Any], schedule: Schedule) -> StockCall:
+    """A call's timesteps count the scheduler's own nodes, from the data to noise: as many as it takes to come near any time."""
+    if inference.steps > 1 and inference.noise != 1:
+        raise ValueError("CMStochasticIterativeScheduler adds fresh noise in each step, and no other stock scheduler goes by the clock of "
+                         f"consistency models; found {inference.steps} steps with noise = {inference.noise:g}, and 1 step would be served")
+    first, *_ = sigmas = _sigmas(inference, schedule)
+    high, low = first ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    call["timesteps"] = [round((high - sigma ** (1 / RHO)) / (high - low) * (FINE - 1)) for sigma in sigmas][::-1]
+    config = {"num_train_timesteps": FINE, "sigma_min": SIGMA_MIN, "sigma_max": first, "rho": RHO, "s_noise": 1.0, "clip_denoised": False}
+    return StockCall("CMStochasticIterativeScheduler", config, call)
+
+
+def _edm(inference: Inference, call: dict[str, Any], schedule: Schedule) -> StockCall:
+    """EDMEulerScheduler spaces its levels from sigma_max to sigma_min by Karras' rule alone, and steps to the data from there."""
+    sigmas = _sigmas(inference, schedule)
+    if len(sigmas) > 1 and inference.noise or len(sigmas) > 2:
+        raise ValueError("of the stock schedulers by EDM's clock none adds fresh noise, and EDMEulerScheduler takes even steps where they are 1 or "
+                         f"2; found {inference.steps} steps with noise = {inference.noise:g}, and 1 step would be served")
+    config = {"sigma_max": sigmas[0], "sigma_min": SIGMA_MIN if len(sigmas) == 1 else sigmas[-1], "sigma_schedule": "karras",
+              "rho": RHO, "final_sigmas_type": "zero"}
+    return StockCall("EDMEulerScheduler", config, call)
+
+
+def own_grid(sigmas: Sequence[float]) -> dict[str, float | None]:
+    """The shift and the end with which a stock scheduler of a flow makes these sigmas of their number alone, to 1e-6.
+
+    With the shift s its own grid of k steps goes evenly from 1 to the shifted 1 / N, N its training times, is shifted by s once more,
+    and is then stretched so that it ends at `shift_terminal`:
+
+        1 - sigma_i = c i / (1 - b i),   b = (N - 1) (s - 1) / ((N + s - 1) (k - 1) s),   i = 0 ... k - 1.
+
+    An even grid 1 ... 1 / k is that of b = 0, one that is shifted another b. ValueError for any other.
+    """
+    last, away = len(sigmas) - 1, [1 - sigma for sigma in sigmas]
+    if not last and not away[0]:
+        return {"shift": 1.0, "shift_terminal": None}
+    bend = 0.0 if last < 2 else round((away[-1] / away[1] - last) / (away[-1] / away[1] - 1), 12)      # b (k - 1)
+    span = (LEVELS - 1) * (1 - bend)
+    root = span**2 - 4 * bend * (LEVELS - 1)
+    made = [away[-1] * i * (1 - bend) / (last - bend * i) for i in range(last + 1)] if last and root >= 0 else []
+    if not made or max(abs(a - b) for a, b in zip(made, away, strict=True)) > EVEN:
+        raise ValueError("a call of its pipeline takes no times, and of a number of steps a scheduler makes even ones from t = 1, also shifted ones; "
+                         f"the method asks for {', '.join(f'{t:.4g}' for t in sigmas)}. Choose steps that divide its nodes, or another method")
+    return {"shift": 2 * (LEVELS - 1) / (span + sqrt(root)), "shift_terminal": sigmas[-1]}
 
 
 def _variance_preserving(inference: Inference, call: dict[str, Any]) -> StockCall:

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..errors import RequestError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 class Guidance:
     """How a pipeline's call speaks of the guidance scale w, of which 1 is conditional only.
 
-    keyword: takes w - offset. beside: what a guided call needs as well, such as a negative prompt. off: further
+    keyword: takes w - offset; None of a call that cannot guide. beside: what a guided call needs as well, such as a negative prompt. off: further
     keywords that switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class
     has such an input.
     within: this pipeline's own network reads its scale there: a step costs one evaluation, whatever the scale.
     """
 
-    keyword: str = "guidance_scale"
+    keyword: str | None = "guidance_scale"
     offset: float = 0.0
     beside: Mapping[str, Any] = field(default_factory=dict)
     off: Mapping[str, Any] = field(default_factory=dict)
@@ -33,47 +35,65 @@ class Guidance:
     within: bool = False
 
     @property
-    def none(self) -> dict[str, Any]:
+    def none(self) -> Mapping[str, Any]:
         """The keyword arguments that switch classifier-free guidance off."""
-        return {self.keyword: 1.0 - self.offset, **self.off}
+        return self.off if self.keyword is None else {self.keyword: 1.0 - self.offset, **self.off}
 
-    def call(self, w: float) -> dict[str, Any]:
-        """The keyword arguments of a call at the scale w."""
+    def call(self, w: float) -> Mapping[str, Any]:
+        """The keyword arguments of a call at the scale w. RequestError for one that guides where none can."""
         if self.within:
             return {self.embedded: float(w)}
+        if self.keyword is None and w > 1:
+            raise RequestError(f"no call of this pipeline guides, so its guidance is 1; found {w:g}")
         return {self.keyword: w - self.offset, **self.beside} if w > 1 else self.none
 
     def scale(self, call: Mapping[str, Any]) -> float:
         """The scale w of a call; 1 where it does not say. Stock pipelines guide above 1 only."""
         if self.within:
             return float(call.get(self.embedded, 1.0))
+        if self.keyword is None:
+            return 1.0
         return max(1.0, float(call.get(self.keyword, 1.0 - self.offset)) + self.offset)
 
 
+FRAMES = 8                                          # of a video that are looked at
 USUAL = Guidance()                                  # of pipelines that say guidance_scale, 1 for none
 
 
 @dataclass(frozen=True)
 class Prompts:
     """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
-    of them.
+    of them, None where this pipeline is told nothing.
 
-    output_type: of pictures, where "pt" is not known. each: keywords that a call takes once for every prompt, as a list.
+    output_type: of pictures, where "pt" is not known; gives: under which name a call gives them. each: keywords that a call takes once for
+    every prompt, as a list. count: the keyword of the number of pictures, where it does not follow from the prompts. any: a prompt that
+    this pipeline draws.
     """
 
     keyword: str = "prompt"
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
+    gives: Literal["images", "frames"] = "images"
     each: tuple[str, ...] = ()
+    count: str | None = None
+    any: Callable[[DiffusionPipeline], str] = lambda pipeline: ""
+
+    def tell(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether prompts make a difference to this pipeline."""
+        return self.read(pipeline, self.any(pipeline)) is not None
 
     def call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of this call for these prompts."""
         spread = {name: [call[name]] * len(prompts) for name in self.each if name in call}
-        return {**call, **spread, self.keyword: [self.read(pipeline, prompt) for prompt in prompts]}
+        told = [self.read(pipeline, prompt) for prompt in prompts]
+        counted = {} if self.count is None else {self.count: len(prompts)}
+        return {**call, **spread, **counted, **({} if None in told else {self.keyword: told})}
 
     def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
         """The argument of a call that asks for one prompt, as Python is written: by its name, unless a prompt is the first."""
         value, first = self.read(pipeline, prompt), [*inspect.signature(type(pipeline).__call__).parameters][1]
+        if value is None:
+            return f"{self.count}=1"
         if self.keyword == first == "prompt":
             return json.dumps(value, ensure_ascii=False)
         return f"{self.keyword}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else [value]}"
@@ -98,9 +118,15 @@ def as_pil(images: Tensor) -> list[Image]:
     return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
 
 
+def some_frames(videos: Tensor) -> Tensor:
+    """Of videos (B, F, 3, H, W) the frames to look at: 8, from the first to the last, or all of fewer."""
+    count = videos.shape[1]
+    return videos[:, torch.linspace(0, count - 1, min(FRAMES, count)).round().long()]
+
+
 def pictures(pipeline: DiffusionPipeline, spelled: Prompts, prompts: Sequence[str], **call: Any) -> Tensor:
-    """What a call of a stock pipeline draws: (B, 3, H, W) in [0, 1], float32, on the CPU."""
-    images = pipeline(**spelled.call(pipeline, prompts, call), output_type=spelled.output_type).images
+    """What a call of a stock pipeline draws: (B, 3, H, W) in [0, 1], of videos (B, F, 3, H, W), float32, on the CPU."""
+    images = getattr(pipeline(**spelled.call(pipeline, prompts, call), output_type=spelled.output_type), spelled.gives)
     if spelled.output_type == "np":
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        images = torch.from_numpy(images).movedim(-1, -3)
     return images.float().cpu()

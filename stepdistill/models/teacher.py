@@ -14,7 +14,7 @@ from ..diffusion.contracts import Condition
 from ..diffusion.guidance import with_scale
 from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import Schedule, VariancePreserving, moved
+from ..diffusion.schedule import Schedule, VariancePreserving, like, moved
 from ..diffusion.times import LEVELS
 from ..errors import RequestError
 from ..methods.base import Inference
@@ -39,24 +39,25 @@ class Teacher:
     own. network: the one that is distilled. schedule, kind: its noise, and what it predicts. without: the components that
     from_pretrained of its class must be told to do without; dropped: those that it has and this loads without, such as a safety
     checker. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
-    speaks of it. resolution: of its pictures, height and width in pixels; None for its network's own. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
+    speaks of it. resolution: of its samples, height and width in pixels; None for its network's own. frames: of its videos; None for pictures. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
     read: the stock pipeline again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: Source, *, scale: float = 1.0,
-                 resolution: int | tuple[int, int] | None = None, loaded: DiffusionPipeline | None = None,
+                 resolution: int | tuple[int, int] | None = None, frames: int | None = None, loaded: DiffusionPipeline | None = None,
                  without: tuple[str, ...] = (), dropped: tuple[str, ...] = (), traces: tuple[Trace, ...] = (), cls: type[DiffusionPipeline] | None = None,
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
         self.family, self.parts, self.source, self.traces = family, dict(parts), source, traces
         self.without, self.dropped = without, dropped
         self.loaded, self._read, self.cls = loaded, read, cls
-        self.resolution, self.call = every_call(family, parts, source, resolution)
+        size, self.call = every_call(family, parts, source, resolution, frames)
+        self.resolution, self.frames = size and size[:2], None if family.video is None else size[2]
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
         self.guidance = family.guidance(self.network)
         self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
-        self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, self.resolution)
+        self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, size)
         self.default_targets = matching(self.network, family.targets)
         self.feature_shapes, self.default_features = family.feature_shapes(self.network, self.latent_shape), family.default_features(self.network)
         # Parameters of each component that has any, before adapters lie on the network.
@@ -83,7 +84,10 @@ class Teacher:
     @property
     def dtype(self) -> torch.dtype:
         """Of the network's own weights, which adapters on it have not."""
-        return self.network.get_submodule(self.family.time.first).weight.dtype
+        return self._dtype_of(self.network)
+
+    def _dtype_of(self, network: nn.Module) -> torch.dtype:
+        return network.get_submodule(self.family.weights or self.family.time.first).weight.dtype
 
     def to(self, device: torch.device | str) -> Teacher:
         """Moves the network, with the adapters on it, the text encoders and the codec."""
@@ -113,13 +117,13 @@ class Teacher:
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> latents as the network knows them, float32: the posterior's mode, or a sample of it where
-        a generator is given."""
+        """pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), -> latents as the network knows them, float32: the posterior's mode,
+        or a sample of it where a generator is given."""
         return self.codec.encode(pixels.to(self.device), generator)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels (B, 3, H, W) in [-1, 1], float32, clipped as the stock pipeline does; points as they are."""
+        """Latents -> pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), float32, clipped as the stock pipeline does; points as they are."""
         return self.pixels(latents).clamp(-1, 1) if self.family.samples == "pictures" else latents
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -136,9 +140,10 @@ class Teacher:
         """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of cond.extra."""
         if cond is None:
             raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
-        time, dtype = self.family.time, network.get_submodule(self.family.time.first).weight.dtype
+        time, dtype = self.family.time, self._dtype_of(network)
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
-        given = self.family.inputs(network, x_t.to(dtype), timestep, cond)
+        seen = x_t if self.family.scaling is None else like(self.family.scaling(t.double().cpu(), self.scheduler), x_t) * x_t
+        given = self.family.inputs(network, seen.to(dtype), timestep, cond)
         own = [name for name in time.own(tuple(cond.extra)) if name != "w" or not self.guidance.within]
         with reading(network, time.sinusoids, {name: cond.extra[name] for name in own}):
             raw = network(**given)
@@ -200,7 +205,7 @@ class Teacher:
         """How its stock pipeline samples so. ValueError where no stock scheduler does."""
         if self.scale is not None:
             inference = replace(inference, guidance=self.scale)
-        found = stock_call(inference, self.schedule, self.guidance)
+        found = stock_call(inference, self.schedule, self.guidance, self.scheduler, self.family.sigmas)
         call = {**found.call, **self.call}
         if self.cls is not None and (names := unknown(self.cls, call)):
             raise ValueError(f"it asks its pipeline for {', '.join(names)}, which a call of {self.cls.__name__} does not take: choose a method "
@@ -262,13 +267,13 @@ def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) ->
 # Loading ---------------------------------------------------------------------------------------------------------------
 
 def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
-                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None) -> Teacher:
+                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> Teacher:
     """Loads a diffusers pipeline as a Source says; a folder, a Hub id or one .safetensors file stands for a Source of it alone.
 
     dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU unless given;
     on "meta" every network is built from its config, no weights are read, and conditions are shapes. scale: the guidance scale of a
-    network that reads one by itself. resolution: of its pictures in pixels, a side or height and width; its own unless given.
-    RequestError, before any weights are read, for what is missing, damaged or of an unsupported class.
+    network that reads one by itself. resolution: of its pictures in pixels, a side or height and width; its own unless given;
+    frames: of its videos, as many as its pipeline makes unless given. RequestError, before any weights are read, for what is missing, damaged or of an unsupported class.
     """
     source, meta = Source.of(source), device is not None and torch.device(device).type == "meta"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -277,7 +282,8 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
     family = family_of(served(source, index["_class_name"]))
     source = settled(source, index)
     check_files(source)
-    options = {"scale": scale, "resolution": resolution}
+    family.size(None, frames)
+    options = {"scale": scale, "resolution": resolution, "frames": frames}
     if family.open is not None:
         teacher = Teacher(family, family.open(source.place, dtype), source, **options)
     else:
@@ -309,13 +315,14 @@ def _check_prompts(teacher: Teacher) -> None:
                            "encoder reads none of their tokens. Save or download the teacher anew")
 
 
-def every_call(family: Family, parts: Mapping[str, Any], source: Source,
-               resolution: int | tuple[int, int] | None = None) -> tuple[Size, dict[str, Any]]:
-    """(height and width of a pipeline's pictures, None for its network's own; the keyword arguments that every call of it is given)."""
+def every_call(family: Family, parts: Mapping[str, Any], source: Source, resolution: int | tuple[int, int] | None = None,
+               frames: int | None = None) -> tuple[Size, dict[str, Any]]:
+    """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is given)."""
     call = call_of(source)
-    size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    if size is None and {"height", "width"} <= call.keys():
-        size = call["height"], call["width"]
+    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if sides is None and {"height", "width"} <= call.keys():
+        sides = call["height"], call["width"]
+    size = family.size(sides, call.get("num_frames") if frames is None else frames)
     return size, {**call, **family.call(parts, size)}
 
 

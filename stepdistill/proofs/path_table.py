@@ -55,6 +55,8 @@ SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3
 PATHS: dict[str, tuple[Path, ...]] = {
     "cd": (*CONSISTENCY, ONE),
     "lcm": (*CONSISTENCY, *SKIPS,
+            of("the data's path", w=1.0, bridge="data"),
+            of("the data's path, guidance embedding, skip 2", w=RANGE, bridge="data", skip=2, guidance_embedding=True),
             of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
             of("guidance embedding, one scale", guidance_embedding=True),
             of("guidance embedding, an averaged target", w=RANGE, full=True, guidance_embedding=True),
@@ -92,7 +94,7 @@ ELSEWHERE = {"target_decay"}                # settings that no loss reads: follo
 # What the papers and the released training choose, and with it the methods' own defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
-    "lcm": {"nodes": 50, "skip": 1, "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
+    "lcm": {"nodes": 50, "skip": 1, "bridge": "ddim", "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
     "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
     "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
             "shift": 1.0},

@@ -85,10 +85,12 @@ def cd_loss(found: Cast) -> Tensor:
 
 
 def lcm_loss(found: Cast) -> Tensor:
-    """One DDIM step of the guided teacher over `skip` nodes; at the data the target is the state itself."""
+    """One DDIM step of the guided teacher over `skip` nodes, or the data under the same noise; at the data the target
+    is the state itself."""
     hand, (t, s, *_) = found.hand, nodes(found)
     x = hand.noised(found.batch.x0, found.eps(), t)
-    x_s = hand.ddim(x, t, s, found.mean)
+    by_data = found.settings.bridge == "data"
+    x_s = hand.noised(found.batch.x0, found.eps(), s) if by_data else hand.ddim(x, t, s, found.mean)
     aim = torch.where(s[:, None] > 0, consistency(hand, found.averaged, x_s, s), x_s).detach()
     return distance(found.settings.loss, found.settings.huber_c)(consistency(hand, found.student, x, t), aim)
 

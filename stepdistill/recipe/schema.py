@@ -70,7 +70,7 @@ def _prompts(value: Any) -> str | tuple[str, ...]:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
         return tuple(value)
-    raise ValueError("should be shapes, a .txt file of one prompt a line, or a list of prompts")
+    raise ValueError("should be shapes, a .txt file of one prompt a line, a list of prompts, or none")
 
 
 class Strict(BaseModel):
@@ -141,7 +141,7 @@ Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
 class Samples(Strict):
     """The teacher's own pictures, made once with a solver of diffusion/solvers.py and kept."""
 
-    prompts: Prompts                             # shapes, a .txt file of one prompt a line, or a list
+    prompts: Prompts                             # shapes, a .txt file of one prompt a line, a list, or none
     solver: str = "dpmpp_2m"                     # of diffusion/solvers.py
     steps: int = Field(25, ge=1)                 # of the solver
     guidance: float | None = Field(None, ge=1)   # guidance scale; none: the recipe's, of a range its middle
@@ -150,7 +150,7 @@ class Samples(Strict):
 class Pairs(Strict):
     """The teacher's ways from noise to its own pictures, made once with a deterministic solver and kept."""
 
-    prompts: Prompts                             # shapes, a .txt file of one prompt a line, or a list
+    prompts: Prompts                             # shapes, a .txt file of one prompt a line, a list, or none
     solver: str = "dpmpp_2m"                     # a deterministic one of diffusion/solvers.py
     steps: int = Field(25, ge=1)                 # of the solver
     guidance: float | None = Field(None, ge=1)   # guidance scale; none: the recipe's, of a range its middle
@@ -161,8 +161,8 @@ class Pairs(Strict):
 class Data(Strict):
     """Exactly one of images, prompts, samples and pairs."""
 
-    images: str | None = None                    # shapes, or a folder of captioned images
-    prompts: Prompts | None = None               # prompts alone: shapes, a .txt file of one a line, or a list
+    images: str | None = None                    # shapes, or a folder of images, with captions, or what stands for them (concepts.md)
+    prompts: Prompts | None = None               # prompts alone: shapes, a .txt file of one a line, a list, or none
     samples: Samples | None = None               # pictures that the teacher makes
     pairs: Pairs | None = None                   # noises, and the pictures that the teacher makes of them
     count: int | None = Field(None, ge=1)        # of images, samples or pairs; none: all of a folder, endless Shapes
@@ -216,6 +216,7 @@ class Recipe(Strict):
     method: str                                  # a name of `stepdistill methods`
     teacher: Annotated[Teacher, BeforeValidator(_under("base"))]                 # a folder, a Hub id, a file; or a table
     resolution: Annotated[int | tuple[int, int], PlainValidator(_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
+    frames: int | None = Field(None, ge=1)       # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one

@@ -1,7 +1,9 @@
 """What a card must have for a recipe, asked before anything is loaded, and which switches make a recipe smaller."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,19 +43,45 @@ def check_memory(recipe: Recipe, peak: float, card: torch._C._CudaDeviceProperti
     """peak: the forecast, in bytes."""
     if peak <= ROOM * card.total_memory:
         return
-    tried, least = [], peak
-    for name, value, smaller in switches(recipe):
-        tried.append(f"{name}: {value}")
-        least = plan(smaller)["peak"]
-        if least <= card.total_memory:
-            outcome = f"With {', '.join(tried)} the peak is about {least / GB:.1f} GB"
-            break
-    else:
-        outcome = f"Even with {', '.join(tried)} the peak is about {least / GB:.1f} GB" if tried else "No switch is left"
+    found = fit(recipe, peak, card.total_memory)
+    changed = ", ".join(f"{name}: {value}" for name, value in found.switches.items())
+    outcome = f"With {changed} the peak is about {found.peak / GB:.1f} GB"
+    if not found.fits:
+        outcome = f"Even with {changed} the peak is about {found.peak / GB:.1f} GB" if changed else "No switch is left"
         outcome += ": take a larger card or a smaller teacher"
     raise RequestError(f"{recipe.name} takes about {peak / GB:.1f} GB at its peak, and the {card.name} has "
                        f"{card.total_memory / GB:.1f} GB. {outcome}. `stepdistill plan {recipe.arguments}` shows what "
                        "it is made of")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a training is made to fit. switches: entry -> value, those that it takes, or all where none of them is enough;
+    peak: the forecast with them, in bytes."""
+
+    switches: dict[str, str]
+    peak: float
+    fits: bool
+
+
+def fit(recipe: Recipe, peak: float, memory: float) -> Fit:
+    """The first switches, cheapest first, with which the forecast is at most `memory` bytes. peak: the forecast without."""
+    tried: dict[str, str] = {}
+    if peak <= memory:
+        return Fit(tried, peak, True)
+    for name, value, smaller in switches(recipe):
+        tried[name] = str(value)
+        peak = plan(smaller)["peak"]
+        if peak <= memory:
+            return Fit(tried, peak, True)
+    return Fit(tried, peak, False)
+
+
+def fit_stage(recipe: Recipe, forecast: Mapping[str, Any], memory: float) -> Fit:
+    """As `fit`, of the stage that takes most. forecast: the plan of the whole recipe."""
+    stages = forecast.get("stages", [forecast])
+    peak, stage = max(((row["peak"], i) for i, row in enumerate(stages)))
+    return fit(recipe.stages[stage], peak, memory)
 
 
 def switches(recipe: Recipe) -> Iterator[tuple[str, object, Recipe]]:

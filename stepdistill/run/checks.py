@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import resources
+from ..diffusion.schedule import RectifiedFlow
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
 from ..diffusion.toy import is_toy
 from ..errors import RequestError
@@ -19,6 +20,7 @@ from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
 from ..models.families import Family
 from ..models.roles import Full, Lora, Places, Setting
+from ..models.schedulers import stock_call
 from ..models.teacher import family_at, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
@@ -44,7 +46,10 @@ def check(recipe: Recipe) -> Checked:
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
     _check_solver(recipe)
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
+    _check_times(recipe, settings)
     needs = method.needs(settings, recipe.student.lora is None)
+    if family(recipe).video is not None:
+        _check_videos(recipe, needs)
     roles = configured(recipe, needs)
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
@@ -192,6 +197,16 @@ def _check_nodes(recipe: Recipe, waypoints: int) -> None:
                             f"evenly spaced states of the teacher's way, and a multiple of {waypoints} holds them")
 
 
+def _check_times(recipe: Recipe, settings: Any) -> None:
+    """RequestError for times of a flow that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    if family(recipe).sigmas:
+        return
+    try:
+        stock_call(load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(), sigmas=False)
+    except ValueError as error:
+        raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
+
+
 # -- stages ----------------------------------------------------------------------------------------------------------
 
 def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
@@ -261,9 +276,25 @@ def _check_family(recipe: Recipe) -> None:
     if not points and _are_points(data):
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
                             f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
+    with recipe.blaming("frames", "cannot be"):
+        served.size(None, recipe.frames)
     for entry, reason in served.unserved.items():
-        if (value := _entry(recipe, entry)) not in (None, False, "auto"):
+        value = _entry(recipe, entry)
+        if value not in (None, False, "auto") and not (entry.endswith("guidance") and value == 1):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
+
+
+def _check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for what is made for pictures alone, where the teacher makes videos."""
+    if recipe.data.kind == "images" and recipe.frames != 1:
+        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one frame: let frames "
+                            "be 1, or take prompts, samples or pairs, which need no data of yours")
+    if recipe.evaluate.reference is not None:
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher makes videos: leave "
+                            "it out")
+    if any(isinstance(need, Features) for need in needs.values()):
+        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes videos: ladd and dmd2 "
+                            "judge by the features of its own network")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

@@ -36,10 +36,13 @@ SAMPLE = "teacher sample"                             # what the noises of the t
 
 def captions(run: Run) -> Captions:
     """The pictures or prompts that the recipe names."""
-    data, seed = run.recipe.data, run.recipe.train.seed
+    data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
     if data.kind == "images":
-        return open_images(_found(data.images), pixels_of(run.teacher), seed, data.count)
+        return open_images(_found(data.images), pixels_of(run.teacher), seed, data.count, reads)
     named = data.prompts if data.made is None else data.made.prompts
+    if (named == "none") != (reads == "nothing"):
+        right = f"reads {reads}: name some" if named == "none" else "reads neither texts nor classes: let it be none"
+        raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None), f"is {named}, but the teacher {right}")
     return open_prompts(_found(named) if isinstance(named, str) else list(named), seed)
 
 
@@ -155,10 +158,11 @@ def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dic
     given = {name: value for name in ("variant", "clip_skip") if (value := vars(source)[name]) is not None}
     given |= {"loras": loras} if loras else {}
     given |= {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}
+    given |= {} if teacher.frames is None else {"frames": teacher.frames}
     return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | given
 
 
 def _found(name: str) -> str:
     """A path of the recipe as it is found from here; `shapes` stays `shapes`."""
-    found = None if name == "shapes" else resources.locate(name)
+    found = None if name in ("shapes", "none") else resources.locate(name)
     return name if found is None else str(found)

@@ -77,9 +77,10 @@ def _pipeline(run: Run) -> str:
 def _short(run: Run) -> tuple[StockCall, Sampler]:
     """As the student is sampled, in 2 steps where its scheduler serves them."""
     try:
-        return sampling(run.recipe.model_copy(update={"steps": min(STEPS, run.recipe.steps)}), run.teacher)
+        stock, sampler = sampling(run.recipe.model_copy(update={"steps": min(STEPS, run.recipe.steps)}), run.teacher)
     except RequestError:
         return run.stock, run.method.sampler
+    return (stock, sampler) if stock.scheduler == run.stock.scheduler else (run.stock, run.method.sampler)
 
 
 def _theirs(run: Run, stock: StockCall, call: Mapping[str, Any], prompt: list[str]) -> Tensor:

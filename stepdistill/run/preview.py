@@ -71,18 +71,20 @@ class Preview:
 
     @torch.no_grad()
     def pictures(self, step: int) -> None:
-        """samples/step-000200.png: the teacher's row above the student's, from the same noise."""
+        """samples/step-000200.png: the teacher's row above the student's, from the same noise; of videos for each prompt, with their frames."""
         if self.teacher is None:
             self.teacher = self.run.teacher.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
         student = self.run.teacher.decode(student_samples(self.run, self.noise, self.cond))
         if parallel.rank():
             return
-        rows = (f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps")
+        rows = [f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps"]
         path = self.picture(step)
         if self.run.teacher.family.samples == "points":
             cloud({row: (points_of(drawn), self.cond.label) for row, drawn in zip(rows, (self.teacher, student))}, path)
-        else:
+        elif self.run.teacher.family.video is None:
             sheet([self.teacher, student], path, rows)
+        else:
+            sheet(torch.stack([self.teacher, student], 1).flatten(0, 1), path, rows * len(student))
 
     def measure(self, step: int, measured: set[tuple[str, int, float | None]]) -> None:
         """A line a row in evaluations.jsonl: the student at each of evaluate.nfe. measured: the rows that are there."""

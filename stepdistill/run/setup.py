@@ -77,7 +77,8 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     checked, attention = check(recipe), attention or recipe.train.attention
     check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
-        teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance), recipe.resolution)
+        teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance), recipe.resolution,
+                               recipe.frames)
     check_embeddings(recipe, checked.needs, teacher.guidance.within)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
         teacher.network.half()                         # alone: codecs overflow in float16

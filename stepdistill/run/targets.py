@@ -22,7 +22,8 @@ from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_prompts, text_to_image
-from ..models.sources import Source, call_of, class_at, index_at
+from ..models.loading import caller
+from ..models.sources import Source, call_of, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from ..training import checkpoints
@@ -73,9 +74,12 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
                    identity=fingerprint(source.place)) for source, pipeline in pipelines.items()]
 
 
-def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
-    """RequestError where a scheduler has no such number of steps."""
+def must_serve(scheduler: Any, call: Mapping[str, Any], own: int | None = None) -> None:
+    """RequestError where a scheduler has no such number of steps. own: that of a student, which on a flow has no other: its call holds
+    their times, or its scheduler was made to give them."""
     steps = call.get("num_inference_steps")
+    if own not in (None, steps) and type(scheduler).__name__.startswith("FlowMatch"):
+        raise RequestError(f"this student has {own} steps at times that it was made for; found {steps}: leave --steps out")
     if steps is None or "timesteps" in call or "sigmas" in call:
         return
     own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
@@ -95,7 +99,7 @@ def _must_draw(pipeline: DiffusionPipeline) -> None:
     """RequestError for a pipeline whose call takes no prompt, or something beside it that it does not do without."""
     spelled, takes = stock_prompts(pipeline), signature(pipeline.__call__).parameters
     needs = [name for name, one in takes.items() if one.default is Parameter.empty and one.kind is not Parameter.VAR_KEYWORD and name != spelled.keyword]
-    if spelled.keyword not in takes or needs or re.search("Img2Img|Inpaint", type(pipeline).__name__):
+    if not {spelled.keyword, spelled.count} & takes.keys() or needs or re.search("Img2Img|Inpaint", type(pipeline).__name__):
         lacks = f"needs {', '.join(needs)}" if needs else "needs a picture" if spelled.keyword in takes else f"takes no {spelled.keyword}"
         raise RequestError(f"a {type(pipeline).__name__} {lacks}: `sample` and `bench` draw pictures of prompts alone")
 
@@ -122,13 +126,14 @@ def _open_export(folder: Path, called: str) -> Opened:
 
 
 def _pipeline(source: Source) -> DiffusionPipeline:
-    kind = text_to_image(class_at(source))
+    index = index_at(source)
+    kind = text_to_image(index["_class_name"])
     if kind in FAMILIES and (reason := family_of(kind).no_pipeline):
         raise RequestError(reason)
     try:
         if source.is_file:
             return load_teacher(source).pipeline()
-        pipeline = fresh_pipeline(getattr(diffusers, kind) if kind in FAMILIES else DiffusionPipeline, source)
+        pipeline = fresh_pipeline(getattr(diffusers, caller(source, index)) if kind in FAMILIES else DiffusionPipeline, source)
     except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {first_lines(error)}") from error
     _must_draw(pipeline)

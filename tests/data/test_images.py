@@ -40,6 +40,28 @@ def test_shapes_are_rendered_by_seed_and_number():
     assert open_images("shapes", 64).pixels(ids).shape == (2, 3, 64, 64)
 
 
+def test_a_folder_for_each_class(tmp_path):
+    for name in ("0/a.png", "03/b.png", "tench/c.png"):
+        save(tmp_path / name)
+    save(tmp_path / "d.png").with_suffix(".txt").write_text("class 7")
+    images = open_images(tmp_path, 8, reads="classes")
+    assert images.captions(ALL(4)) == ["class 0", "class 3", "class 7", "tench"]
+    (tmp_path / "d.txt").unlink()
+    with pytest.raises(RequestError, match="d.png' has no class"):
+        open_images(tmp_path, 8, reads="classes")
+    with pytest.raises(RequestError, match="a.png' has no caption"):
+        open_images(tmp_path, 8)
+    assert open_images(tmp_path, 8, reads="nothing").captions(ALL(4)) == [""] * 4
+    table(tmp_path, [{"file_name": name, "text": "class 9"} for name in ("0/a.png", "03/b.png", "tench/c.png", "d.png")])
+    assert open_images(tmp_path, 8, reads="classes").captions(ALL(4)) == ["class 9"] * 4
+
+
+def test_pictures_of_shapes_without_their_captions():
+    images, told = open_images("shapes", 32, count=5, reads="nothing"), open_images("shapes", 32, count=5)
+    assert images.count == 5 and images.captions(ALL(2)) == ["", ""] and images.identity != told.identity
+    assert torch.equal(images.pixels(ALL(2)), told.pixels(ALL(2)))
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(folder):
     images = open_images(folder, 8)
     assert images.count == 3 and images.captions(ALL(3)) == ["picture a", "picture b", "picture c"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepdistill.diffusion.exact import Gaussian
-from stepdistill.diffusion.flow_map import ddim_step, flow_map, secant_target, segment_start, segments, toward
+from stepdistill.diffusion.flow_map import ddim_step, flow_map, secant_target, toward
 
 from .schedules import SCHEDULES
 
@@ -61,9 +61,3 @@ def test_a_secant_without_a_chord_is_refused():
     role, x = setting("flow")
     with pytest.raises(ValueError, match="r < t"):
         secant_target(x, x, T, T, role.schedule)
-
-
-def test_an_edge_belongs_to_the_segment_below():
-    edges = segments(4)
-    t = torch.tensor([0.001, 0.25, 0.2500001, 0.5, 0.999, 1.0], dtype=F64)
-    assert segment_start(t, edges).tolist() == [0.0, 0.0, 0.25, 0.25, 0.75, 0.75]

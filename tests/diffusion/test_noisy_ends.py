@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from stepdistill.diffusion.bridges import bridge
 from stepdistill.diffusion.exact import GaussianMixture
 from stepdistill.diffusion.flow_map import ddim_step
 from stepdistill.diffusion.schedule import TrigFlow, VariancePreserving
-from stepdistill.diffusion.solvers import SOLVERS, STOCHASTIC, ddim, heun_step, long_step
-from stepdistill.methods.consistency.cd import bridge
+from stepdistill.diffusion.solvers import SOLVERS, STOCHASTIC, ddim, heun, heun_step, long_step
 
 from .schedules import ALPHAS_CUMPROD, SCHEDULES, zero_terminal_snr
 
@@ -50,7 +50,7 @@ def test_the_rule_itself_gives_way_and_leaves_finite_gradients(schedule):
     step = heun_step(here, role(ddim_step(here, r), r))
     assert torch.equal(long_step(s, t, r), torch.tensor([True, True])) and torch.equal(step, ddim_step(here, r))
     assert torch.autograd.grad(step.sum(), x)[0].isfinite().all()
-    assert torch.equal(bridge(role, x, t, r, None), step)
+    assert torch.equal(bridge(heun, role, x, t, r, None), step)
 
 
 def test_stable_diffusion_s_steps_are_heun_s_as_in_the_stock_scheduler():

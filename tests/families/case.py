@@ -34,11 +34,11 @@ def as_they_are(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 class Case:
     """build: the pipeline, of its real class with a tiny config and random weights.
 
-    sizes: two sizes of pictures, (height, width) in pixels. scales: guidance scales. call: what every call is given, such as
+    sizes: two sizes of pictures, (height, width) in pixels; frames: of videos. scales: guidance scales. call: what every call is given, such as
     max_sequence_length. latents: the last latents of a call; unpacked: these, as our sampler's state of `shape` (B, C, H, W).
-    reconstructed: pixels (B, 3, H, W) there and back by the pipeline's autoencoder.
+    reconstructed: pixels (B, 3, H, W), of videos (B, F, 3, H, W), there and back by the pipeline's autoencoder.
     ignored: fields of a condition that do not change the prediction. still: parts of the names of adapter weights that never get a
-    gradient. forms: of export. methods: what is trained for two updates, beside their settings; data: on what, as a recipe says it.
+    gradient. guidance: of what is trained. forms: of export. methods: what is trained for two updates, beside their settings; data: on what, as a recipe says it.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -50,8 +50,14 @@ class Case:
     reconstructed: Callable[[nn.Module, Tensor], Tensor] = reconstructed
     ignored: tuple[str, ...] = ()
     still: tuple[str, ...] = ()
+    guidance: float = 2.0
     forms: tuple[str, ...] = ("lora", "pipeline")
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {
         "lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}, "scm": {}})
     data: Mapping[str, Any] = field(default_factory=lambda: {"images": "shapes", "count": 4, "batch": 2})
+    frames: int | None = None
     prompts: tuple[str, str] = ("a red ring", "a blue square")
+
+    def picture(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of one sample's pixels."""
+        return (3, *size) if self.frames is None else (self.frames, 3, *size)

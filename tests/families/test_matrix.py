@@ -18,7 +18,7 @@ from stepdistill.diffusion.sampler import Sampler
 from stepdistill.methods.base import Frozen, Trained
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import tap
-from stepdistill.models.families import FAMILIES, family_of
+from stepdistill.models.families import FAMILIES, family_of, text_to_image
 from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.stock import pictures
 from stepdistill.models.teacher import load_teacher
@@ -45,7 +45,7 @@ def folder_of(tmp_path_factory):
 
 
 def test_every_family_has_a_case(folder_of):
-    served = {family_of(type(case.build()).__name__).name for case in CASES.values()}
+    served = {family_of(text_to_image(type(case.build()).__name__)).name for case in CASES.values()}
     assert served == {*FAMILIES.values()} - {"toy"}
 
 
@@ -63,11 +63,13 @@ def test_the_stock_call_is_our_sampler(folder_of, name, size, scale):
     role = Denoiser(teacher, teacher.network)
     role = guided(role, scale) if teacher.scale is None else role
     with torch.no_grad():
-        ours = sampler(role, torch.randn(shape, generator=seed()), teacher.encode(list(case.prompts)))
+        generator = seed()
+        noise = lambda: torch.randn(shape, generator=generator)         # the start, and where the scheduler draws too, of its steps
+        ours = sampler(role, noise(), teacher.encode(list(case.prompts)), lambda i: noise())
     torch.testing.assert_close(ours, case.unpacked(theirs, shape), rtol=1e-4, atol=1e-4)
     drawn = pictures(stock, spelled, case.prompts, generator=seed(), **asked)
     torch.testing.assert_close(teacher.decode(ours) / 2 + 0.5, drawn, rtol=1e-4, atol=1e-4)
-    assert drawn.shape[2:] == size and drawn.std() > 1e-3
+    assert drawn.shape[1:] == case.picture(size) and drawn.std() > 1e-3
 
 
 def recorded(stock: Any) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def test_every_adapter_weight_gets_a_gradient(folder_of, name):
 def test_the_codec_is_the_pipelines(folder_of, name):
     """Its latents, back in pixels, are the autoencoder's own reconstruction; that of latents alone is a call's pictures, see above."""
     case, teacher = CASES[name], load_teacher(folder_of(name), resolution=CASES[name].sizes[1])
-    pixels = torch.rand(2, 3, *case.sizes[1], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = torch.rand(2, *case.picture(case.sizes[1]), generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = teacher.encode_images(pixels)
     assert latents.shape[1:] == teacher.latent_shape and latents.dtype == torch.float32
     with torch.no_grad():
@@ -169,7 +171,8 @@ def test_two_updates_leave_and_are_proved(folder_of, tmp_path, name, method):
     """An export is refused unless the stock pipeline, reloaded, draws our sampler's pictures to 1e-4."""
     case, lora = CASES[name], {"lora": {"rank": 2}}
     recipe: dict[str, Any] = {
-        "method": method, "teacher": str(folder_of(name)), "resolution": list(case.sizes[0]), "student": lora, "guidance": 2.0, "steps": 2,
+        "method": method, "teacher": str(folder_of(name)), "resolution": list(case.sizes[0]), "student": lora, "guidance": case.guidance,
+        "steps": 2,
         "settings": dict(case.methods[method]), "data": dict(case.data),
         "train": {"updates": 2, "lr": 1e-2}, "evaluate": {"prompts": list(case.prompts)}}
     if method == "dmd2":

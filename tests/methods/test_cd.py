@@ -3,10 +3,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from stepdistill.diffusion.bridges import bridge
 from stepdistill.diffusion.exact import Gaussian
 from stepdistill.diffusion.schedule import VariancePreserving
+from stepdistill.diffusion.solvers import heun
 from stepdistill.methods.base import Follows, Frozen, Trained
-from stepdistill.methods.consistency.cd import CD, Settings, bridge, grid
+from stepdistill.methods.consistency.cd import CD, Settings, grid
 
 from ..diffusion.schedules import SCHEDULES
 from .closed import STD, Teacher, batch
@@ -34,16 +36,16 @@ def test_the_bridge_is_of_second_order_and_finite_at_the_ends(name):
     role = Gaussian(schedule, torch.zeros(2, dtype=F64), torch.full((2,), STD**2, dtype=F64), "v" if name == "vp" else "velocity")
     x, t = torch.ones(3, 2, dtype=F64), torch.full((3,), 0.6, dtype=F64)
     s = t - torch.tensor([0.1, 0.05, 0.025], dtype=F64)
-    error = (bridge(role, x, t, s, None) - role.flow(x, t, s)).abs()[:, 0]
+    error = (bridge(heun, role, x, t, s, None) - role.flow(x, t, s)).abs()[:, 0]
     assert (error[:-1] / error[1:] > 6.5).all()                          # a step of h is off by h^3
     ends = torch.tensor([1.0, 1.0, 0.3], dtype=F64), torch.tensor([0.9, 0.0, 0.0], dtype=F64)
-    assert torch.isfinite(bridge(role, x, *ends, None)).all()
+    assert torch.isfinite(bridge(heun, role, x, *ends, None)).all()
 
 
 def test_from_pure_noise_the_bridge_is_a_ddim_step():
     role = Gaussian(SCHEDULES["vp-zero"], torch.zeros(2), torch.full((2,), STD**2))
     x, t, s = torch.ones(1, 2), torch.ones(1, dtype=F64), torch.full((1,), 0.99, dtype=F64)
-    assert torch.allclose(bridge(role, x, t, s, None), role.schedule.sigma(s).float() * x, atol=1e-6)
+    assert torch.allclose(bridge(heun, role, x, t, s, None), role.schedule.sigma(s).float() * x, atol=1e-6)
 
 
 def test_two_evaluations_of_the_teacher_one_of_the_target_without_gradient_one_of_the_student():

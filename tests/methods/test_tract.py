@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from stepdistill.diffusion.flow_map import ddim_step, flow_map, segment_start, segments
+from stepdistill.diffusion.flow_map import ddim_step, flow_map
+from stepdistill.diffusion.triples import grid
 from stepdistill.methods.base import Follows
 from stepdistill.methods.trajectory.tract import TRACT, Settings
 from stepdistill.proofs.problem import NAMES, FunctionRole, Problem
@@ -20,7 +21,7 @@ def test_times(steps):
     assert t.dtype == s.dtype == r.dtype == torch.float64
     assert len(t.unique()) == NODES and t.max() == 1 and t.min() == 1 / NODES
     torch.testing.assert_close(t - s, torch.full_like(t, 1 / NODES))
-    torch.testing.assert_close(r, segment_start(t - 1e-9, segments(steps)))
+    assert torch.equal(r, ((t * steps - 1e-9).floor() / steps))
     assert (r <= s).all() and sorted(r.unique().tolist()) == pytest.approx([i / steps for i in range(steps)])
     landings = [e.landing for e in method.sampler.evaluations]
     assert sorted(landings) == pytest.approx(sorted(r.unique().tolist()), abs=1e-6)
@@ -57,7 +58,7 @@ def test_all_nodes_of_a_segment_lead_to_one_place_at_the_fixed_point():
     cond = problem.guided_cond(16, problem.w)
     x_s = ddim_step(problem.teacher(z, t, cond), s)
     torch.testing.assert_close(flow_map(student, z, t, r), flow_map(student, x_s, s, r))
-    assert method.segment == 10
+    assert torch.equal(method.edges, grid(4)) and torch.equal(method.grid, grid(NODES))
 
 
 def test_the_step_counts_that_are_served():

@@ -9,7 +9,7 @@ from tiny import tiny_pipeline
 from stepdistill.methods.base import Follows
 from stepdistill.methods.distribution.dmd2 import DMD2, Settings
 from stepdistill.models.discriminator import tap
-from stepdistill.models.families.unet2d_condition import FAMILY, feature_shapes
+from stepdistill.models.families.unet2d_condition import FAMILY
 from stepdistill.models.roles import Lora, Places, build_roles
 from stepdistill.models.teacher import Teacher
 
@@ -74,7 +74,7 @@ def test_features_have_the_shapes_that_heads_are_made_for(name, sample_size):
         unet.register_to_config(sample_size=sample_size)
     config = unet.config
     side = sample_size or (config.sample_size,) * 2
-    shapes = feature_shapes(unet, (config.in_channels, *side))
+    shapes = FAMILY.feature_shapes(unet, (config.in_channels, *side))
     inputs = {"sample": (config.in_channels, *side), "timestep": (), "encoder_hidden_states": (77, config.cross_attention_dim)}
     added = {"text_embeds": (1280,), "time_ids": (6,)} if name == "sdxl" else {}
     empty = lambda shapes: {key: torch.empty(2, *shape, device="meta") for key, shape in shapes.items()}

@@ -142,7 +142,7 @@ FAULTS = (
     Fault("the mean of R1 over a map", "losses.adversarial", ".flatten(1).sum(1)", ".flatten(1).mean(1)", (ADD,)),
     Fault("R1 that trains nothing", "losses.adversarial", "create_graph=True", "create_graph=False", (ADD,)),
     Fault("R1 of the first map alone", "losses.adversarial", "for slope in slopes", "for slope in slopes[:1]", (ADD,)),
-    Fault("noised data where sampling starts", "diffusion.schedule", "like(t >= 1, x0)", "like(t > 1, x0)", METHODS),
+    Fault("noised data where sampling starts", "diffusion.schedule", "where(t >= 1, eps", "where(t > 1, eps", METHODS),
     Fault("the first share too seldom", "diffusion.times", "right=True).clamp",
           "right=False).sub(1).clamp(min=0).clamp", (LADD,)),
     Fault("nodes from 0", "diffusion.times", "torch.arange(1, n + 1, dtype=torch.float64) / n",

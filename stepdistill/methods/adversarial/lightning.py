@@ -28,7 +28,7 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import ddim_step, flow_map
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import Schedule, like
+from ...diffusion.schedule import Schedule, where
 from ...diffusion.times import LEVELS, discrete
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.regression import squared
@@ -124,8 +124,7 @@ class Lightning(Method):
         teacher = guided(self.teacher, drawn(self.guidance, step))
         for t, r in pairwise(times):
             on = t > 0
-            x_t = torch.where(like(on, x_t).bool(),
-                              ddim_step(teacher(x_t, torch.where(on, t, times[0]), batch.cond), r), x_t)
+            x_t = where(on, ddim_step(teacher(x_t, torch.where(on, t, times[0]), batch.cond), r), x_t)
         return x_t
 
     def pair_logits(self, x_r: Tensor, x_t: Tensor, times: Tensor, batch: Batch, step: Step) -> Tensor:
@@ -144,4 +143,4 @@ class Lightning(Method):
             return x_r, r.clamp_min(1 / LEVELS)
         s = discrete(torch.tensor(self.settings.discriminator_times, dtype=torch.float64))(step.uniform("judged s"))
         noised = self.schedule.add_noise(x_r, step.normal("judged noise", x_r.shape[1:]), s)
-        return torch.where(like(r > 0, x_r).bool(), x_r, noised), torch.where(r > 0, r, s)
+        return where(r > 0, x_r, noised), torch.where(r > 0, r, s)

@@ -16,22 +16,21 @@ scripts that train LCMs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ...diffusion.bridges import bridge
 from ...diffusion.consistency import consistency, origin
-from ...diffusion.contracts import Batch, Condition, Role
+from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.flow_map import ddim_step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import RectifiedFlow, Schedule, like
-from ...diffusion.solvers import heun_step
-from ...diffusion.times import LEVELS, karras
-from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ...diffusion.schedule import Schedule, VariancePreserving
+from ...diffusion.solvers import heun
+from ...diffusion.times import LEVELS, discrete, karras
+from ...diffusion.triples import below
+from ...losses.regression import DistanceName, distance
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check
 
 SIGMAS = (0.002, 80.0)            # ends of the grid in sigma / alpha, where the schedule reaches so far (p)
 
@@ -39,18 +38,14 @@ SIGMAS = (0.002, 80.0)            # ends of the grid in sigma / alpha, where the
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     nodes: int = 40               # of the teacher's grid (p, r: 40; 18 for CIFAR-10)
-    loss: Literal["squared", "huber"] = "squared"     # d (r: the better one is LPIPS)
+    loss: DistanceName = "squared"     # d, or "huber" (r: the better one is LPIPS)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (l)
     target_decay: float = 0.95    # of the target per update (p, r: 0.95; 0 for CIFAR-10)
 
     def __post_init__(self) -> None:
         if self.nodes < 2:
             raise ValueError(f"nodes must be at least 2, the ends of one step; found {self.nodes}")
-        if self.loss not in ("squared", "huber"):
-            raise ValueError(f"loss must be 'squared' or 'huber'; found {self.loss!r}")
-        if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
-            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, "
-                             f"{self.target_decay}")
+        check(self)
 
 
 class CD(Method):
@@ -60,7 +55,7 @@ class CD(Method):
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.target = (roles[name] for name in ("teacher", "student", "target"))
-        self.distance = {"huber": partial(pseudo_huber, c=settings.huber_c), "squared": squared}[settings.loss]
+        self.distance = distance(settings.loss, settings.huber_c)
         self.grid = grid(self.teacher.schedule, settings.nodes, sampler.times)
 
     @classmethod
@@ -75,11 +70,11 @@ class CD(Method):
         return [Update(("student",), self.loss)]
 
     def loss(self, batch: Batch, step: Step) -> Losses:
-        i = step.integers("node", len(self.grid) - 1)
-        t, s = self.grid[i], self.grid[i + 1]
+        t = discrete(self.grid[:-1])(step.uniform("node"))
+        s = below(t, self.grid.flip(0))
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
-            x_s = bridge(guided(self.teacher, drawn(self.guidance, step)), x_t, t, s, batch.cond)
+            x_s = bridge(heun, guided(self.teacher, drawn(self.guidance, step)), x_t, t, s, batch.cond)
             target = consistency(self.target(x_s, s, batch.cond))
         return {"consistency": self.distance(consistency(self.student(x_t, t, batch.cond)), target).mean()}
 
@@ -89,14 +84,5 @@ def grid(schedule: Schedule, count: int, sampled: Tensor) -> Tensor:
     and those at which the student is asked."""
     low, high = schedule.angle(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64)).tan().tolist()
     times = karras(schedule, count, max(SIGMAS[0], low), min(SIGMAS[1], high))
-    known = times if isinstance(schedule, RectifiedFlow) else (LEVELS * times).round() / LEVELS
+    known = (LEVELS * times).round() / LEVELS if isinstance(schedule, VariancePreserving) else times
     return torch.cat([known, sampled, torch.tensor([origin(schedule)], dtype=torch.float64)]).unique().flip(0)
-
-
-def bridge(teacher: Role, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-    """Heun's step from t to s; DDIM's, which is Euler's, to t = 0, where Heun's rule is not defined."""
-    here = teacher(x_t, t, cond)
-    x_s = ddim_step(here, s)
-    inner = s > 0
-    there = teacher(x_s, torch.where(inner, s, t), cond)
-    return torch.where(like(inner, x_s) > 0, heun_step(here, there), x_s)

@@ -8,33 +8,39 @@
 
 On a rectified flow, which the paper does not treat, the nodes are uniform in t, or shifted, and f is x_0.
 
+`bridge: data` is latent consistency fine-tuning, the paper's section 4.4: x_s is made of the x_0 and the noise that
+made x_t. No teacher is asked, and nothing is guided: a student that is trained so goes on from one that knows its
+scales.
+
 Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, whose figures differ.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ...diffusion.bridges import anchored, bridge
 from ...diffusion.consistency import consistency
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.flow_map import ddim_step
 from ...diffusion.guidance import drawn, guided
-from ...diffusion.schedule import Schedule, VariancePreserving, like
-from ...diffusion.times import LEVELS, shifted, uniform
-from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
+from ...diffusion.schedule import Schedule
+from ...diffusion.solvers import ddim
+from ...diffusion.times import discrete
+from ...diffusion.triples import below, grid
+from ...losses.regression import DistanceName, distance
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_grid, middle
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     nodes: int = 50               # grid of the teacher's solver; on a VP teacher it must divide 1000 (p: 50)
     skip: int = 1                 # nodes between t and s: 1 of 50 is 20 of 1000 times (p: 20)
-    loss: Literal["huber", "squared"] = "huber"   # d, or "squared" (s: "huber" for the LoRA)
+    bridge: Literal["ddim", "data"] = "ddim"    # from x_t to x_s: the teacher's step, or the data's own path (p)
+    loss: DistanceName = "huber"  # d, or "squared" (s: "huber" for the LoRA)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
     shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3:
@@ -43,17 +49,9 @@ class Settings:
                                         # range (p: true)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError(f"nodes must be at least 1; found {self.nodes}")
-        if not 1 <= self.skip <= self.nodes:
-            raise ValueError(f"skip must be from 1 to nodes = {self.nodes}; found {self.skip}")
-        if self.loss not in ("huber", "squared"):
-            raise ValueError(f"loss must be 'huber' or 'squared'; found {self.loss!r}")
-        if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
-            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, "
-                             f"{self.target_decay}")
-        if self.shift <= 0:
-            raise ValueError(f"shift must be above 0, where 1 leaves the nodes uniform; found {self.shift}")
+        check(self)
+        if self.bridge not in ("ddim", "data"):
+            raise ValueError(f"bridge must be 'ddim' or 'data'; found {self.bridge!r}")
 
 
 class LCM(Method):
@@ -64,7 +62,8 @@ class LCM(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student = roles["teacher"], roles["student"]
         self.target = roles.get("target", self.student)
-        self.distance = {"huber": partial(pseudo_huber, c=settings.huber_c), "squared": squared}[settings.loss]
+        self.distance = distance(settings.loss, settings.huber_c)
+        self.grid = grid(settings.nodes, settings.shift)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -74,13 +73,11 @@ class LCM(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        if not 1 <= steps <= settings.nodes:
-            raise ValueError(f"lcm with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
+        check_grid("lcm", settings, steps, schedule)
+        if settings.bridge == "data" and not settings.guidance_embedding and guidance != 1:
+            raise ValueError("lcm with bridge: data asks no teacher that could be guided: let guidance be 1, or let a "
+                             f"student that reads its scale go on reading it; found guidance {guidance}")
         scale = middle(guidance) if settings.guidance_embedding else None
-        if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
-            raise ValueError(f"lcm on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
-                             "no shift; found "
-                             f"nodes = {settings.nodes}, shift = {settings.shift}")
         return Inference(steps, noise=1.0, nodes=settings.nodes, shift=settings.shift, guidance=scale)
 
     def updates(self) -> list[Update]:
@@ -88,20 +85,17 @@ class LCM(Method):
 
     def loss(self, batch: Batch, step: Step) -> Losses:
         t, s = self.times(step)
-        w = drawn(self.guidance, step)
+        w, noise = drawn(self.guidance, step), step.normal("noise", batch.shape)
         scale = torch.as_tensor(w, dtype=torch.float32).expand(len(batch))
         cond = batch.cond.replace(w=scale) if self.settings.guidance_embedding else batch.cond
-        x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.x0.shape[1:]), t)
+        x_t = self.student.schedule.add_noise(batch.x0, noise, t)
         with torch.no_grad():
-            x_s = ddim_step(guided(self.teacher, w)(x_t, t, batch.cond), s)
-            inner = consistency(self.target(x_s, torch.where(s > 0, s, t), cond))
-            target = torch.where(like(s, x_s) > 0, inner, x_s)
+            x_s = (self.student.schedule.add_noise(batch.x0, noise, s) if self.settings.bridge == "data"
+                   else bridge(ddim, guided(self.teacher, w), x_t, t, s, batch.cond))
+            target = anchored(lambda x, u: consistency(self.target(x, u, cond)), x_s, s, t, s > 0)
         return {"consistency": self.distance(consistency(self.student(x_t, t, cond)), target).mean()}
 
-    # -- terms -----------------------------------------------------------------------------------------------------
-
     def times(self, step: Step) -> tuple[Tensor, Tensor]:
-        """t uniform on the nodes i / N, i = 1 .. N, and s `skip` nodes below or 0, both shifted. (B,) float64."""
-        i, node = step.integers("node", self.settings.nodes) + 1, shifted(uniform(), self.settings.shift)
-        t, s = (node(n.double() / self.settings.nodes) for n in (i, (i - self.settings.skip).clamp_min(0)))
-        return t, s
+        """t uniform on the nodes above 0, and s `skip` nodes below or 0: (B,) float64."""
+        t = discrete(self.grid[1:])(step.uniform("node"))
+        return t, below(t, self.grid, self.settings.skip)

@@ -17,21 +17,22 @@ since the authors released none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ...diffusion.bridges import bridge
 from ...diffusion.consistency import origin
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.flow_map import ddim_step, flow_map
+from ...diffusion.flow_map import flow_map
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import Schedule, VariancePreserving
-from ...diffusion.times import LEVELS, shifted, uniform
-from ...losses.regression import pseudo_huber, squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ...diffusion.solvers import ddim
+from ...diffusion.times import discrete
+from ...diffusion.triples import among, below, grid
+from ...losses.regression import DistanceName, distance
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +40,17 @@ class Settings:
     nodes: int = 50               # grid of the teacher's solver; on a VP teacher it must divide 1000 (p, c: 50)
     skip: int = 1                 # nodes between t and s: 1 of 50 is 20 of 1000 times (p, c: 20)
     gamma: float = 0.2            # share of fresh noise at inference, the call's `eta` (p); on a flow 0 or 1
-    loss: Literal["squared", "huber"] = "squared"     # d (p, c)
+    loss: DistanceName = "squared"     # d, or "huber" (p, c)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s, c)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (c)
     shift: float = 1.0            # of the nodes of a flow towards noise; large pictures want more (Stable Diffusion 3:
                                   # 3)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError(f"nodes must be at least 1; found {self.nodes}")
-        if not 1 <= self.skip <= self.nodes:
-            raise ValueError(f"skip must be from 1 to nodes = {self.nodes}; found {self.skip}")
+        check(self)
         if not 0 <= self.gamma <= 1:
             raise ValueError("gamma must be from 0, no fresh noise, to 1, as a consistency model is sampled; found "
                              f"{self.gamma}")
-        if self.loss not in ("squared", "huber"):
-            raise ValueError(f"loss must be 'squared' or 'huber'; found {self.loss!r}")
-        if self.huber_c <= 0 or not 0 <= self.target_decay < 1:
-            raise ValueError(f"huber_c must be above 0 and target_decay in [0, 1); found {self.huber_c}, "
-                             f"{self.target_decay}")
-        if self.shift <= 0:
-            raise ValueError(f"shift must be above 0, where 1 leaves the nodes uniform; found {self.shift}")
 
 
 class TCD(Method):
@@ -70,8 +61,9 @@ class TCD(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student = roles["teacher"], roles["student"]
         self.target = roles.get("target", self.student)
-        self.distance = {"huber": partial(pseudo_huber, c=settings.huber_c), "squared": squared}[settings.loss]
+        self.distance = distance(settings.loss, settings.huber_c)
         self.end = origin(self.student.schedule)           # where the sampler's last step lands
+        self.grid = grid(settings.nodes, settings.shift, self.end)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -80,17 +72,10 @@ class TCD(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        if not 1 <= steps <= settings.nodes:
-            raise ValueError(f"tcd with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")
-        discrete = isinstance(schedule, VariancePreserving)
-        if not discrete and settings.gamma not in (0, 1):
+        check_grid("tcd", settings, steps, schedule)
+        if not isinstance(schedule, VariancePreserving) and settings.gamma not in (0, 1):
             raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, "
-                             "none, or 1, all of "
-                             f"it; found {settings.gamma:g}")
-        if discrete and (LEVELS % settings.nodes or settings.shift != 1):
-            raise ValueError(f"tcd on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
-                             "no shift; found "
-                             f"nodes = {settings.nodes}, shift = {settings.shift}")
+                             f"none, or 1, all of it; found {settings.gamma:g}")
         return Inference(steps, noise=settings.gamma, nodes=settings.nodes, end=origin(schedule), shift=settings.shift)
 
     def updates(self) -> list[Update]:
@@ -100,18 +85,13 @@ class TCD(Method):
         t, s, r = self.times(step)
         x_t = self.student.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
-            x_s = ddim_step(guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond), s)
+            x_s = bridge(ddim, guided(self.teacher, drawn(self.guidance, step)), x_t, t, s, batch.cond)
             target = flow_map(self.target, x_s, s, r, batch.cond)
         return {"consistency": self.distance(flow_map(self.student, x_t, t, r, batch.cond), target).mean()}
 
-    # -- terms -----------------------------------------------------------------------------------------------------
-
     def times(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """t uniform on the nodes i / N, i = 1 .. N, s `skip` nodes below or `end`, r uniform on the nodes of [end,
-        s]."""
-        i = step.integers("node", self.settings.nodes) + 1
-        below = (i - self.settings.skip).clamp_min(0)
-        node = shifted(uniform(), self.settings.shift)
-        t, s, r = (node(n.double() / self.settings.nodes)
-                   for n in (i, below, (step.uniform("landing") * (below + 1)).long()))
-        return t, s.clamp_min(self.end), r.clamp_min(self.end)
+        """t uniform on the nodes above `end`, s `skip` nodes below or `end`, r uniform on the nodes of [end, s]: (B,)
+        float64."""
+        t = discrete(self.grid[1:])(step.uniform("node"))
+        s = below(t, self.grid, self.settings.skip)
+        return t, s, among(self.grid, self.grid[:1], s, step.uniform("landing"))

@@ -20,8 +20,6 @@ Source of the defaults: (r) the released training, whose t is 1 - t here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 
@@ -31,21 +29,18 @@ from ...diffusion.flow_map import ddim_step
 from ...diffusion.prediction import Prediction
 from ...diffusion.schedule import RectifiedFlow, Schedule
 from ...diffusion.times import Law, discrete, levels, uniform
-from ...losses.regression import pseudo_huber, squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ...losses.regression import DistanceName, distance
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     distil: bool = False                             # at the sampler's own times alone
-    loss: Literal["squared", "huber"] = "squared"    # of velocities (r; LPIPS for distil)
+    loss: DistanceName = "squared"                   # of velocities, or "huber" (r; LPIPS for distil)
     huber_c: float = 0.001                           # c of the pseudo-Huber loss
 
     def __post_init__(self) -> None:
-        if self.loss not in ("squared", "huber"):
-            raise ValueError(f"loss must be 'squared' or 'huber'; found {self.loss!r}")
-        if self.huber_c <= 0:
-            raise ValueError(f"huber_c must be above 0; found {self.huber_c}")
+        check(self)
 
 
 class Reflow(Method):
@@ -56,7 +51,7 @@ class Reflow(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.student = roles["student"]
         self.time = discrete(sampler.times) if settings.distil else along(self.student.schedule)
-        self.distance = {"squared": squared, "huber": partial(pseudo_huber, c=settings.huber_c)}[settings.loss]
+        self.distance = distance(settings.loss, settings.huber_c)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:

@@ -20,14 +20,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...diffusion.bridges import anchored, bridge
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
-from ...diffusion.flow_map import ddim_step, flow_map, secant_target
+from ...diffusion.flow_map import flow_map, secant_target
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import Schedule, like
+from ...diffusion.solvers import ddim
+from ...diffusion.times import discrete
+from ...diffusion.triples import below, grid
 from ...diffusion.weighting import truncated_snr
 from ...losses.regression import squared
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +42,7 @@ class Settings:
                                    # start (r)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError(f"nodes must be at least 1; found {self.nodes}")
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"target_decay must be in [0, 1); found {self.target_decay}")
+        check(self)
 
 
 class TRACT(Method):
@@ -51,7 +52,7 @@ class TRACT(Method):
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.target = (roles[name] for name in ("teacher", "student", "target"))
-        self.schedule, self.segment = self.student.schedule, settings.nodes // sampler.nfe
+        self.schedule, self.grid, self.edges = self.student.schedule, grid(settings.nodes), grid(sampler.nfe)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -71,18 +72,13 @@ class TRACT(Method):
         t, s, r = self.times(step)
         x_t = self.schedule.add_noise(batch.x0, step.normal("noise", batch.shape), t)
         with torch.no_grad():
-            x_s = ddim_step(guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond), s)
-            inside = s > r
-            tail = flow_map(self.target, x_s, torch.where(inside, s, t), r, batch.cond)
-            aim = secant_target(x_t, torch.where(like(inside, x_s) > 0, tail, x_s), t, r, self.schedule)
+            x_s = bridge(ddim, guided(self.teacher, drawn(self.guidance, step)), x_t, t, s, batch.cond)
+            x_r = anchored(lambda x, u: flow_map(self.target, x, u, r, batch.cond), x_s, s, t, s > r)
+            aim = secant_target(x_t, x_r, t, r, self.schedule)
         apart = squared(self.student(x_t, t, batch.cond).x0, aim)
         return {"closure": (like(truncated_snr(self.schedule, t), apart) * apart).mean()}
 
-    # -- terms -----------------------------------------------------------------------------------------------------
-
     def times(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """t uniform on the nodes i / N, i = 1 .. N, s the node below, r the end of the segment: (B,) float64. An end
-        belongs to the segment below it."""
-        i, n = step.integers("node", self.settings.nodes) + 1, self.settings.nodes
-        end = (i - 1) // self.segment * self.segment
-        return i.double() / n, (i - 1).double() / n, end.double() / n
+        """t uniform on the nodes above 0, s the node below, r the end of the segment: (B,) float64."""
+        t = discrete(self.grid[1:])(step.uniform("node"))
+        return t, below(t, self.grid), below(t, self.edges)

@@ -36,12 +36,16 @@ FAMILIES = {                                       # pipeline class -> module of
     "Flux2KleinPipeline": "flux2",
     "ZImagePipeline": "z_image",
     "QwenImagePipeline": "qwen_image",
+    "DDPMPipeline": "unet2d",
+    "ConsistencyModelPipeline": "unet2d",
+    "WanPipeline": "wan",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
+KIN = {"DDIMPipeline": "DDPMPipeline"}             # a pipeline class -> one of the same parts that calls them alike, and takes more schedulers
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
-Shape = tuple[int, int, int]                       # channels, height, width
+Shape = tuple[int, ...]                            # channels, height, width; of videos channels, frames, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
-Size = tuple[int, int] | None                      # height and width in pixels; None: the network's own
+Size = tuple[int, ...] | None                      # height and width in pixels, of videos also their frames; None: the network's own
 
 
 def family_of(class_name: str) -> Family:
@@ -51,7 +55,7 @@ def family_of(class_name: str) -> Family:
 
 def text_to_image(class_name: str) -> str:
     """The class that a pipeline is served as: one that draws over pictures has the components of its kin that draws from texts alone."""
-    kin = re.sub("Img2Img|Inpaint", "", class_name)
+    kin = KIN.get(class_name) or re.sub("Img2Img|Inpaint", "", class_name)
     return kin if kin in FAMILIES else class_name
 
 
@@ -85,7 +89,7 @@ def stock_index(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
     return family_of(name).index(pipeline) if name in FAMILIES else {}
 
 
-def latent_sides(size: Size, own: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
+def latent_sides(size: tuple[int, int] | None, own: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
     """Height and width of latents: `own` where no size is given. pixels: of a side of one latent; multiple: of which the stock pipeline
     takes a picture's sides. RequestError for any other."""
     if size is None:
@@ -128,6 +132,28 @@ def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
     return raw[0][:, :x_t.shape[1]]
 
 
+def unet_blocks(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
+    """The blocks of a UNet -> (C, H, W) of their outputs."""
+    widths, sizes = network.config.block_out_channels, [shape[1:]]
+    for _ in widths[1:]:
+        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
+    last = len(widths) - 1
+    down = {f"down_blocks.{i}": (width, *sizes[min(i + 1, last)]) for i, width in enumerate(widths)}
+    up = {f"up_blocks.{i}": (width, *sizes[max(last - i - 1, 0)]) for i, width in enumerate(reversed(widths))}
+    middle = {} if network.config.mid_block_type is None else {"mid_block": (widths[-1], *sizes[-1])}
+    return {**down, **middle, **up}
+
+
+def bottleneck(network: nn.Module) -> tuple[str, ...]:
+    """Of a UNet, where DMD2 (arXiv:2405.14867) puts its head."""
+    return ("mid_block",) if network.config.mid_block_type is not None else (f"down_blocks.{len(network.config.block_out_channels) - 1}",)
+
+
+def unet_map(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+    """What a block of a UNet gave, as a map: some give what they skip, too."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def channel_refusals(parts: Parts) -> dict[str, bool]:
     """Of a transformer on a codec's latents, which may have learned a variance."""
     network, vae = parts["transformer"].config, parts["vae"].config
@@ -153,16 +179,24 @@ def flow_refusals(scheduler: Any) -> dict[str, bool]:
     return {f"its scheduler {name} is none of flow matching": not name.startswith("FlowMatch")}
 
 
-# Fields of families: of schedulers of discrete times, and of a transformer of one stream.
+def solved_flow_refusals(scheduler: Any) -> dict[str, bool]:
+    """As `flow_refusals`, of pipelines that are released with a solver of diffusion that is told of a flow, or with one for flow maps."""
+    name = type(scheduler).__name__
+    flow = name.startswith(("FlowMatch", "FlowMap")) or scheduler.config.get("prediction_type") == "flow_prediction"
+    return {f"its scheduler {name} is none of flow matching": not flow}
+
+
+# Fields of families: of schedulers of discrete times, of a transformer of one stream, and of a UNet.
 DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), "timestep": node,
                                "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}
 ONE_STREAM: Mapping[str, Any] = {"output": without_sigma, "feature_shapes": token_shapes, "feature_map": token_map,
                                  "default_features": middle_block}
+UNET: Mapping[str, Any] = {"feature_shapes": unet_blocks, "default_features": bottleneck, "feature_map": unet_map}
 
 
 def sides(parts: Parts, size: Size) -> dict[str, Any]:
     """The keyword arguments of a call that say a size."""
-    return {} if size is None else {"height": size[0], "width": size[1]}
+    return {} if size is None else dict(zip(("height", "width", "num_frames"), size, strict=False))
 
 
 def stream_blocks(network: nn.Module, middle: bool = False) -> tuple[str, ...]:
@@ -202,19 +236,23 @@ class Family:
     name: its module. denoiser: the name of the network that is distilled, among the pipeline's components.
     schedule, kind: of the teacher's scheduler, the noise schedule and what the network predicts, a key of PARAMETERISATIONS.
     timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64; timestep_dtype: in which it is told,
-    None for the network's own.
+    None for the network's own. weights: the layer whose weights have the network's own dtype, the first that reads the time unless given.
+    scaling: t and the scheduler -> (B,), by what x_t is multiplied before the network sees it.
     time: where the network embeds it.
     encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
     condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
     inputs: network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first.
     output: what forward gave and x_t -> the raw prediction, in the shape of x_t.
     feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
-    (C, H, W) of their maps;
+    (C, H, W) of their maps, of videos (C, F, H, W);
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
     latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
-    samples: what they are. guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
+    samples: what they are. video: height, width and frames of the videos of a call that names none; None: its samples are no videos.
+    guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
     combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
+    noise_dtype: in which a call draws the noise that it starts from, None for that of its text.
+    sigmas: whether a call takes a flow's times; where not, its scheduler makes them of their number.
     step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a pipeline draws it that packs its
     latents.
     arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
@@ -223,6 +261,8 @@ class Family:
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
     vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
     unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave with.
+    called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it, where that may be another than
+    its own. reads: what a prompt of its network is, a text, a class, or nothing.
     """
 
     name: str
@@ -243,12 +283,16 @@ class Family:
     output: Callable[[Any, Tensor], Tensor] = first
     timestep_dtype: torch.dtype | None = torch.float32
     null_prompt: str = ""
+    weights: str | None = None
     samples: Literal["pictures", "points"] = "pictures"
+    video: tuple[int, int, int] | None = None
     guidance: Callable[[nn.Module], Guidance] = lambda network: Guidance()
     prompts: Prompts = Prompts()
     call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
+    noise_dtype: torch.dtype | None = None
+    sigmas: bool = True
     step_noise: Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor] = drawn
     arguments: Callable[[str], Mapping[str, Any]] = no_arguments
     optional: tuple[str, ...] = ()
@@ -259,3 +303,16 @@ class Family:
     vision: Callable[[str | None], VisionConfig] = published
     unserved: Mapping[str, str] = field(default_factory=dict)
     no_pipeline: str | None = None
+    scaling: Callable[[Tensor, Any], Tensor] | None = None
+    called_by: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None
+    reads: Callable[[nn.Module], Literal["texts", "classes", "nothing"]] = lambda network: "texts"
+
+    def size(self, sides: tuple[int, int] | None, frames: int | None) -> Size:
+        """Of what is asked for, height and width and the number of frames, filled up where samples are videos. RequestError for frames of
+        pictures."""
+        if self.video is None:
+            if frames is not None:
+                raise RequestError(f"a teacher of the family {self.name} makes no videos, so its samples have no frames: leave them out")
+            return sides
+        *own, most = self.video
+        return *(sides or own), frames or most

@@ -74,6 +74,6 @@ def refusals(parts: Parts) -> dict[str, bool]:
 FAMILY = Family(
     name="dit", denoiser="transformer", targets=TARGETS,
     time=TimeEmbedding("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", None),       # each block has sinusoids of its own
-    prompts=Prompts("class_labels", read, "np"), index=index, call=lambda parts, size: {},
+    reads=lambda network: "classes", prompts=Prompts("class_labels", read, "np"), index=index, call=lambda parts, size: {},
     encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs,
     latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)

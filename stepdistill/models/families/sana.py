@@ -11,7 +11,7 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import Plain
 from ..extra_embedding import TimeEmbedding
-from . import ONE_STREAM, Family, Parts, Size, channel_refusals, latent_sides, sides
+from . import ONE_STREAM, Family, Parts, Size, channel_refusals, latent_sides, sides, solved_flow_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -59,12 +59,10 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    scheduler = parts["scheduler"]
-    flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
     return {
         **channel_refusals(parts),
         "its network reads a guidance scale, which its pipeline does not say": parts["transformer"].config.guidance_embeds,
-        f"its scheduler {type(scheduler).__name__} is none of flow matching": not flow,
+        **solved_flow_refusals(parts["scheduler"]),
     }
 
 

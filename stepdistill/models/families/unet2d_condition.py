@@ -14,7 +14,7 @@ from ...errors import RequestError
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
-from . import DISCRETE, Family, Parts, Size, codec_pixels, discrete_refusals, latent_sides
+from . import DISCRETE, UNET, Family, Parts, Size, codec_pixels, discrete_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -68,23 +68,6 @@ def guidance(network: UNet2DConditionModel) -> Guidance:
     return Guidance(embedded="guidance_scale", within=network.config.time_cond_proj_dim is not None)
 
 
-def feature_shapes(network: UNet2DConditionModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
-    """Its blocks -> (C, H, W) of their outputs."""
-    widths, sizes = network.config.block_out_channels, [shape[1:]]
-    for _ in widths[1:]:
-        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
-    last = len(widths) - 1
-    down = {f"down_blocks.{i}": (width, *sizes[min(i + 1, last)]) for i, width in enumerate(widths)}
-    up = {f"up_blocks.{i}": (width, *sizes[max(last - i - 1, 0)]) for i, width in enumerate(reversed(widths))}
-    middle = {} if network.config.mid_block_type is None else {"mid_block": (widths[-1], *sizes[-1])}
-    return {**down, **middle, **up}
-
-
-def default_features(network: UNet2DConditionModel) -> tuple[str, ...]:
-    """Where DMD2 (arXiv:2405.14867) puts its head: the bottleneck."""
-    return ("mid_block",) if network.config.mid_block_type is not None else (f"down_blocks.{len(network.config.block_out_channels) - 1}",)
-
-
 def refusals(parts: Parts) -> dict[str, bool]:
     unet, vae = parts["unet"].config, parts["vae"].config
     return {
@@ -102,9 +85,7 @@ FAMILY = Family(
     **DISCRETE,
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
-    default_features=default_features,
-    feature_map=lambda network, output, x_t: output if isinstance(output, Tensor) else output[0],     # blocks return what they skip, too
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs, **UNET,
     latent_shape=latent_shape,
     codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]), refusals=refusals,
     # The safety checker stays where it is: it is no part of what is distilled.
