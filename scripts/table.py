@@ -23,7 +23,7 @@ from stepdistill import api, resources
 from stepdistill.evaluation import sweep
 from stepdistill.evaluation.curve import DASHES, INK, lines
 from stepdistill.evaluation.report import read_results
-from stepdistill.evaluation.sheets import write_bytes
+from stepdistill.files.whole import write_whole
 from stepdistill.methods import METHODS
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.catalogue import builtin
@@ -73,7 +73,7 @@ def measure(name: str) -> None:
     kept = {"recipe": f"shapes/{name}", "method": recipe.method, "steps": recipe.steps, "minutes": seconds / 60,
             "updates": sum(stage.train.updates for stage in recipe.stages),
             "protocol": results["protocol"], "rows": rows}
-    write_bytes(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
+    write_whole(TABLE / f"{name}.json", (json.dumps(kept, indent=1) + "\n").encode())
     right = next(row for row in rows if row["nfe"] == recipe.steps)["metrics"]["all_attributes"]
     ships = target.name in resources.STUDENTS and right >= SHIPPED
     if ships:
@@ -106,7 +106,7 @@ def write() -> None:
     whole = PAGE.read_text(encoding="utf-8")
     before, after = whole.split(START)[0], whole.split(END)[1]
     PAGE.write_text(before + START + "\n\n" + "\n".join(text) + "\n\n" + END + after, encoding="utf-8")
-    write_bytes(FIGURE, figure(found, solvers))
+    write_whole(FIGURE, figure(found, solvers))
 
 
 def _teacher_line(solver: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -41,6 +41,7 @@ from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
+from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of, located
 from .run.targets import asking, must_serve, open_target, teachers
@@ -50,33 +51,38 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
 
-def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, resume: bool = False,
-          **overrides: Any) -> Path:
+def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
+          resume: bool | Literal["auto"] = False, **overrides: Any) -> Path:
     """Distils a student as a recipe says, and returns the run's folder.
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
     by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
-    in the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run
+    in the stage where it stopped, and resume="auto" begins one where there is none. RequestError for what cannot work, before anything is written; Stopped where a run
     had to
     end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
     device = launched()
-    run = folder.place(recipe, out, resume)
-    for stage in recipe.stages:
-        check(stage)
-    check_card(recipe, device)
+    run, recipe, going_on = folder.place(recipe, out, resume)
     before: Path | None = None
-    for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
-        if place == run or not folder.finished(place, stage):
-            _train(stage, recipe, before, place, run, device, resume)
-        before = place
+    begun = {place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)} if going_on else set()
+    with folder.alone(run):
+        for stage in recipe.stages:
+            check(stage)
+        check_card(recipe, device)
+        if going_on:
+            write_down(run, recipe)
+        for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
+            if place == run or not folder.finished(place, stage):
+                _train(stage, recipe, before, place, run, device, begun)
+            before = place
     return run
 
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
-           resume: bool) -> None:
-    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before."""
+           begun: set[Path]) -> None:
+    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the folders
+    that go on."""
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
         sampling(later, stage.teacher)
@@ -89,15 +95,17 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
-    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
-    begun = {run: whole, place: recipe}
-    for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written
-        folder.begin(new, folder.pinned(begun[new]), device)
+    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [preview := Preview(stage, place)],
+                      [preview.start])
+    going_on, recipes = place in begun, {run: whole, place: recipe}
+    for new in [new for new in recipes if new not in begun]:
+        folder.begin(new, folder.pinned(recipes[new]), device)
+        begun.add(new)
     if parallel.rank() == 0 and len(whole.stages) > 1:
         Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, "
                                    f"{recipe.steps} steps")
     try:
-        trainer.train(resume)
+        trainer.train(going_on)
     except Stopped as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError):
             raise Stopped(f"{error} {advice(recipe)}") from error.__cause__

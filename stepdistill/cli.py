@@ -6,9 +6,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import RequestError, Stopped
+from .errors import RequestError, Stopped, of_the_system, printable
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,24 +36,27 @@ Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _finite("--guidance", scale))]
+RESUME_AUTO = "--resume-auto"          # how `--resume auto` is handed on: an option cannot be both a switch and a choice
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
 @app.command()
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume",
-                                               help="Go on from the last checkpoint in --out.")] = False) -> None:
+                                               help="Go on from the last checkpoint in --out; `--resume auto`: begin where "
+                                                    "there is none.")] = False,
+          resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False) -> None:
     """Distil a student as a recipe says."""
     from .recipe import Recipe
     from .recipe.yaml import parse_set
     chosen = Recipe.load(recipe, parse_set(set_ or []))
     api = working()
-    run = api.train(chosen, out=out, resume=resume)
+    run = api.train(chosen, out=out, resume="auto" if resume_auto else resume)
     from .parallel import rank
     if rank() == 0:
         from .run.checks import family
-        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {run} --to lora"
-        say.print(f"trained: {run}\n{after}", soft_wrap=True)
+        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {quote(str(run))} --to lora"
+        _tell(f"trained: {run}\n{after}")
 
 
 @app.command()
@@ -64,9 +69,8 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     from .parallel import rank
     if rank() == 0:
         news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
-        say.print(f"{news}: {found.folder}", soft_wrap=True)
-        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""),
-                  soft_wrap=True)
+        _tell(f"{news}: {found.folder}")
+        _tell(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""))
 
 
 @app.command()
@@ -79,7 +83,7 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
     """Draw pictures with a student or a teacher."""
     api = working()
     api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
-    say.print(f"wrote {out}")
+    _tell(f"wrote {out}")
 
 
 @app.command()
@@ -116,7 +120,7 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
-    say.print(f"proved and written: {folder}")
+    _tell(f"proved and written: {folder}")
     from .export import read_settings
     settings = read_settings(folder)
     if to == "pipeline" and settings["dropped"]:
@@ -204,25 +208,35 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> NoReturn:
-    answer(app)
+    answer(lambda: app(args=spelled(sys.argv[1:])))
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`--resume auto` and `--resume=auto` as one switch."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument == "auto" and found[-1:] == ["--resume"]:
+            found[-1] = RESUME_AUTO
+        else:
+            found.append(RESUME_AUTO if argument == "--resume=auto" else argument)
+    return found
 
 
 def answer(command: Callable[[], object]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else."""
+    for name in ("SIGTERM", "SIGHUP"):                # schedulers, containers and closed terminals end a command as Ctrl-C does
+        if name in dir(signal) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         command()
     except RequestError as error:
         _fail(str(error), 2)
     except Stopped as error:
         _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        _fail(f"{error.filename} is in the way: a folder was to be written where a file is, or the other way round. "
-              "Choose another --out", 2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (message := of_the_system(error)) is None:
             raise
-        _fail(f"the disk is full ({error.filename or 'while writing'}); what was saved before is whole. "
-              "Free some space; a training goes on with --resume", 1)
+        _fail(message, 1 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
     sys.exit(0)
 
 
@@ -234,8 +248,13 @@ def working() -> Any:
     return api
 
 
+def _tell(text: str) -> None:
+    """What is done, with names as they are."""
+    say.print(printable(text), markup=False, soft_wrap=True)
+
+
 def _fail(message: str, status: int) -> NoReturn:
-    complain.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    complain.print(f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 
@@ -269,7 +288,7 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(escape(_cell(row[column])) for column in columns))
+        table.add_row(*(escape(printable(_cell(row[column]))) for column in columns))
     return table
 
 
@@ -282,7 +301,7 @@ def _cell(value: Any) -> str:
 def _show_results(results: dict[str, Any], out: Path) -> None:
     from .evaluation.report import table
     say.print(table(results))
-    say.print(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+    _tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
 def _show_extracted(found: Any) -> None:

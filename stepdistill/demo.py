@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -105,7 +106,7 @@ def _conclude(results: Results, run: Path, folder: Path, seconds: float) -> None
                        (run / "report.html", "all of it"),
                        (folder, "the LoRA, its scheduler, its settings and its card")):
         say.print(f"  {path}  {what}", soft_wrap=True)
-    say.print(f'try: stepdistill sample {folder} --prompt "a red ring left of a blue square on a plain navy background"', soft_wrap=True)
+    say.print(f'try: stepdistill sample {quote(str(folder))} --prompt "a red ring left of a blue square on a plain navy background"', soft_wrap=True)
 
 
 def _arguments() -> dict[str, Any]:

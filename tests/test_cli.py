@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepdistill.cli import answer, spelled
 from stepdistill.errors import RequestError
 from stepdistill.methods import METHODS
 from stepdistill.recipe import catalogue
+from stepdistill.training.stopping import SIGNALS
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,8 +112,8 @@ def test_train_sample_export(stepdistill, recipe, tmp_path):
 
     again = stepdistill("train", recipe, "--out", "run")
     assert again.returncode == 2 and "--resume" in again.stderr, again.stderr
-    resumed = stepdistill("train", recipe, "--out", "run", "--resume", "--set", "train.updates=3")
-    assert resumed.returncode == 2 and "train.updates" in resumed.stderr, resumed.stderr
+    resumed = stepdistill("train", recipe, "--out", "run", "--resume", "--set", "data.batch=2")
+    assert resumed.returncode == 2 and "data.batch was 4, now 2" in resumed.stderr, resumed.stderr
 
     done = stepdistill("sample", "run", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "s.png")
     assert done.returncode == 0 and (tmp_path / "s.png").stat().st_size, done.stderr
@@ -160,6 +162,42 @@ def test_pairs_are_made_once_and_others_are_refused_with_the_command_that_makes_
     assert done.returncode == 0 and (tmp_path / "run/checkpoints/step-000001").is_dir(), done.stderr
 
 
+def test_resume_is_a_switch_and_auto_a_choice():
+    assert spelled(["train", "r", "--resume", "auto", "--out", "x"]) == ["train", "r", "--resume-auto", "--out", "x"]
+    assert spelled(["train", "r", "--resume=auto"]) == ["train", "r", "--resume-auto"]
+    assert spelled(["train", "--resume", "auto.yaml"]) == ["train", "--resume", "auto.yaml"] and spelled([]) == []
+
+
+@pytest.mark.parametrize(("error", "status", "message"), [
+    (PermissionError(13, "Permission denied", "/etc/x"), 2, "no permission for '/etc/x': name a folder that may be written"),
+    (OSError(30, "Read-only file system", "/cdrom/x"), 2, "'/cdrom/x' lies on a disk that can only be read"),
+    (OSError(36, "File name too long", "a" * 300), 2, "is too long for this file system"),
+    (OSError(28, "No space left on device", "x"), 1, "the disk is full ('x'); what was saved before is whole"),
+    (NotADirectoryError(20, "Not a directory", "file/x"), 2, "'file/x' is in the way"),
+    (OSError("We couldn't connect to the Hub"), 2, "We couldn't connect to the Hub"),
+    (MemoryError(), 2, "there is not enough memory: MemoryError"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), 2, "not enough memory"),
+    (RequestError("in \x1b]0;pwned\x07 '[bold]x'"), 2, r"in \x1b]0;pwned\x07 '[bold]x'")])
+def test_errors_of_the_system_are_one_message(capsys, error, status, message):
+    def command():
+        raise error
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    with pytest.raises(SystemExit) as ended:
+        answer(command)
+    for one, handler in before.items():
+        signal.signal(one, handler)
+    assert ended.value.code == status
+    said = capsys.readouterr().err
+    assert message in said.replace("\n", " ") and "\x1b" not in said
+
+
+def test_errors_of_ours_are_shown_in_full():
+    def command():
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        answer(command)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_an_interrupted_run_is_kept_and_goes_on(stepdistill, recipe, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "stepdistill", "train", str(recipe), "--out", "run", "--set", "train.updates=100000"],
@@ -170,7 +208,7 @@ def test_an_interrupted_run_is_kept_and_goes_on(stepdistill, recipe, tmp_path):
     process.send_signal(signal.SIGINT)
     _, output = process.communicate(timeout=60)
     assert process.returncode == 1 and "--resume" in output and "Traceback" not in output, output
-    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    assert not list((tmp_path / "run/checkpoints").glob(".*")) and not (tmp_path / "run/.lock").exists()
 
 
 def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):

@@ -13,8 +13,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import stepdistill
-from stepdistill.evaluation.sheets import write_bytes
 from stepdistill.export import open_export, read_settings
+from stepdistill.files.whole import write_whole
 from stepdistill.recipe import Recipe
 
 OLD = Path(__file__).parent / "fixtures/version-0.1"
@@ -98,6 +98,6 @@ def test_a_damaged_checkpoint_is_noticed(old):
     """The check above reads what lies there."""
     run = old("run-toy")
     path = run / "checkpoints/step-000002/role-student.safetensors"
-    write_bytes(path, path.read_bytes()[:-8] + bytes(8))
+    write_whole(path, path.read_bytes()[:-8] + bytes(8))
     with pytest.raises(stepdistill.RequestError):
         stepdistill.train(run / "recipe.yaml", out=run, resume=True)

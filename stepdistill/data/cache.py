@@ -2,8 +2,10 @@
 
 A store is a folder named after a hash of all that made it, so that whatever changes leads to another store. Its files
 hold a fixed number of rows; each is written aside, synced and renamed, so that a file is there whole or not at all, and
-work that was interrupted goes on from the files that it finished. Rows are mapped into memory, never loaded. A store
-may also lie in a folder that a person named, which then must say of itself (about.json) that it was made as asked.
+work that was interrupted goes on from the files that it finished. A file's digest is checked when it is opened, and what
+is damaged is made again. Rows are mapped into memory, never loaded. A store may also lie in a folder that a person named,
+which then must say of itself (about.json) that it was made as asked. One process at a time makes what is missing, and
+others wait for it.
 """
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ import json
 import logging
 import os
 import shutil
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Callable, Mapping
+from typing import Callable, Iterable, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +28,13 @@ from torch import Tensor
 
 from .. import parallel
 from ..errors import RequestError
+from ..files import records
+from ..files.digests import DIGEST, digest
+from ..files.lock import LOCK, locked
+from ..files.whole import sweep, write_whole
 
 ABOUT = "about.json"
 FORMAT = 1                        # raise it when the files of old can no longer be read
-ABANDONED = 3600.0                # seconds: no file takes that long to write, so one aside for longer was left by a
-                                  # killed run
 log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]                             # (what is made, rows done, rows in all)
@@ -72,11 +76,11 @@ def contents(source: str | Path) -> str:
 
 
 def _hash_of_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=12)
+    made = hashlib.blake2b(digest_size=12)            # as it stands in the about.json of pairs that are kept
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            made.update(block)
+    return made.hexdigest()
 
 
 def _hash(identity: object) -> str:
@@ -107,10 +111,11 @@ class Store:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Where a store lies or is to lie, and in JSON everything that its rows depend on."""
+    """Where a store lies or is to lie, in JSON everything that its rows depend on, and the tensors that its files hold."""
 
     folder: Path
     about: Mapping[str, object]
+    names: frozenset[str]
 
     @property
     def files(self) -> list[tuple[Path, range]]:
@@ -121,7 +126,11 @@ class StoreSpec:
 
     def made(self) -> int:
         """How many of the rows lie there."""
-        return sum(len(rows) for path, rows in self.files if _open(path, len(rows)) is not None)
+        return sum(len(rows) for path, rows in self.files if self.opened(path, rows) is not None)
+
+    def opened(self, path: Path, rows: range) -> tuple[dict[str, Tensor], list[str]] | None:
+        """The tensors and texts of one of its files, mapped; None if it is not there, or (which is said) damaged."""
+        return _open(path, len(rows), self.names) if path.is_file() else None
 
     def found_otherwise(self) -> list[str]:
         """What the folder says of itself, entry by entry, where that is not what is asked; of an empty folder, nothing.
@@ -130,10 +139,7 @@ class StoreSpec:
         """
         if not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
             return []
-        try:
-            found = flat(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError) as error:
-            raise RequestError(f"'{self.folder}' holds other files than a cache's: its {ABOUT} cannot be read ({error})") from error
+        found = flat(records.read(self.folder / ABOUT, dict[str, object], f"'{self.folder}' holds other files than a cache's: name another folder"))
         wanted = flat(json.loads(json.dumps(self.about)))
         return [f"{name} is {shorten(found.get(name))} there and {shorten(wanted.get(name))} here"
                 for name in found | wanted if found.get(name) != wanted.get(name)]
@@ -159,32 +165,36 @@ class Cache:
     batch: int = 64
     report: Report = silent
 
-    def store(self, name: str, identity: Mapping[str, object], count: int, make: Make, per_file: int = 2000) -> Store:
-        """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on."""
-        return self.fill(self.spec(name, identity, count, per_file), make)
+    def store(self, name: str, identity: Mapping[str, object], count: int, tensors: Iterable[str], make: Make,
+              per_file: int = 2000) -> Store:
+        """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on. tensors: their
+        names."""
+        return self.fill(self.spec(name, identity, count, tensors, per_file), make)
 
-    def spec(self, name: str, identity: Mapping[str, object], count: int, per_file: int = 2000,
+    def spec(self, name: str, identity: Mapping[str, object], count: int, tensors: Iterable[str], per_file: int = 2000,
              folder: Path | None = None) -> StoreSpec:
         """Where that store lies: under `root`, unless a folder is named."""
         about = {"format": FORMAT, "name": name, "count": count, "dtype": str(self.dtype),
                  "per_file": per_file, **identity}
-        return StoreSpec(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about)
+        return StoreSpec(self.root / f"{name}-{_hash(about)}" if folder is None else folder, about, frozenset(tensors))
 
     def fill(self, spec: StoreSpec, make: Make) -> Store:
         """The store, once `make` has made the rows that are missing. Several ranks, all of which must come here, share
         the files."""
-        files = {path: _open(path, len(rows)) for path, rows in spec.files}
-        missing = [(path, rows) for path, rows in spec.files if files[path] is None]
-        if missing and parallel.rank() == 0:
-            self._prepare(spec.folder, spec.about)
-        parallel.barrier()                             # all have seen what is missing, and have a folder to write it to
-        own = missing[parallel.rank()::parallel.world_size()]
-        for i, (path, rows) in enumerate(own):
-            tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
-            to_come = len(missing) - i * parallel.world_size()
-            _write(path, save(tensors, {"texts": json.dumps(texts)}), files_to_come=to_come)
-        parallel.barrier()
-        files |= {path: _open(path, len(rows)) for path, rows in missing}
+        files = {path: spec.opened(path, rows) for path, rows in spec.files}
+        with ExitStack() as held:
+            if parallel.rank() == 0 and None in files.values():
+                self._prepare(spec, held)
+            parallel.barrier()                         # all have looked, and what another process was making is there
+            files |= {path: spec.opened(path, rows) for path, rows in spec.files if files[path] is None}
+            missing = [(path, rows) for path, rows in spec.files if files[path] is None]
+            own = missing[parallel.rank()::parallel.world_size()]
+            for i, (path, rows) in enumerate(own):
+                tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
+                to_come = len(missing) - i * parallel.world_size()
+                _write(path, save(tensors, {"texts": json.dumps(texts), DIGEST: digest(tensors, texts)}), files_to_come=to_come)
+            parallel.barrier()
+        files |= {path: _open(path, len(rows), spec.names) for path, rows in missing}
         return Store(tuple(tensors for tensors, _ in files.values()),
                      tuple(text for _, texts in files.values() for text in texts),
                      spec.about["per_file"])
@@ -212,50 +222,51 @@ class Cache:
                                "float32.")
         return value
 
-    def _prepare(self, folder: Path, about: Mapping[str, object]) -> None:
+    def _prepare(self, spec: StoreSpec, held: ExitStack) -> None:
+        """Holds the store's folder until `held` ends, clears what killed writes left there, and says what it is."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+            held.enter_context(locked(spec.folder / LOCK, f"the cache {spec.folder}", wait=True))
+            sweep(spec.folder)
+            write_whole(spec.folder / ABOUT, json.dumps(spec.about, indent=1).encode())
         except OSError as error:
-            raise RequestError(f"cache: cannot write into '{folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or "
+            raise RequestError(f"cache: cannot write into '{spec.folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or "
                                "`cache` in the "
                                "recipe, to a folder that can be written, on a disk with room.") from None
-        for path in folder.glob("*.aside"):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink()
 
 
-def _open(path: Path, rows: int) -> tuple[dict[str, Tensor], list[str]] | None:
-    """The tensors and texts of a file, mapped; None if it is not there, or (which is said) damaged."""
-    if not path.is_file():
-        return None
+def _open(path: Path, rows: int, names: frozenset[str]) -> tuple[dict[str, Tensor], list[str]] | None:
+    """The tensors and texts of a file, mapped; None if it is (which is said) damaged. Files of earlier versions have no digest: of
+    them the numbers are taken as they are."""
     try:
         with safe_open(path, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-            texts = json.loads(opened.metadata()["texts"])
-        if len(texts) == rows and all(len(tensor) == rows for tensor in tensors.values()):
-            return tensors, texts
-        problem = f"it should hold {rows} rows"
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            metadata = opened.metadata() or {}
+        texts: list[str] = records.checked(metadata.get("texts", "null"), list[str])
+        problem = _problem(tensors, texts, rows, names, metadata.get(DIGEST))
+    except (SafetensorError, OSError, ValueError) as error:
         problem = str(error)
+    if problem is None:
+        return tensors, texts
     log.warning("cache: '%s' is damaged (%s) and will be made again", path, problem)
     return None
+
+
+def _problem(tensors: Mapping[str, Tensor], texts: list[str], rows: int, names: frozenset[str], said: str | None) -> str | None:
+    if tensors.keys() != names:
+        return f"it holds {', '.join(sorted(tensors)) or 'nothing'}, and should hold {', '.join(sorted(names))}"
+    if len(texts) != rows or not all(tensor.dim() and len(tensor) == rows for tensor in tensors.values()):
+        return f"it should hold {rows} rows"
+    return "its numbers or texts are not those that were written" if said is not None and digest(tensors, texts) != said else None
 
 
 def _write(path: Path, blob: bytes, files_to_come: int) -> None:
     """Writes aside, syncs, renames. A disk without room for this and the files to come is refused before it is
     filled."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
     try:
         if shutil.disk_usage(path.parent).free < len(blob) * files_to_come:
             raise OSError(errno.ENOSPC, "no space left")
-        with open(aside, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_whole(path, blob)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free

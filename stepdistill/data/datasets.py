@@ -91,7 +91,7 @@ def cached_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
                            "the cache off.")
     identity = {"source": images.identity, "codec": encoders.identity}
     make = lambda indices: ({"latents": encoders.images(images.pixels(indices))}, images.captions(indices))
-    return _stored(cache.store("images", identity, images.count, make), encoders, cache)
+    return _stored(cache.store("images", identity, images.count, ("latents",), make), encoders, cache)
 
 
 def teacher_samples(source: Captions, count: int, generate: Generate, made_by: Mapping[str, object], encoders: Encoders,
@@ -109,7 +109,7 @@ def teacher_samples(source: Captions, count: int, generate: Generate, made_by: M
         return {"latents": generate(indices, prompts)}, prompts
 
     identity = {"source": source.identity, "made_by": dict(made_by), "teacher": encoders.identity}
-    return _stored(cache.store("samples", identity, count, make, SAMPLES_PER_FILE), encoders, cache)
+    return _stored(cache.store("samples", identity, count, ("latents",), make, SAMPLES_PER_FILE), encoders, cache)
 
 
 def teacher_pairs(source: Captions, spec: StoreSpec, generate: GeneratePairs, times: Tensor, encoders: Encoders,

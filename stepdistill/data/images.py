@@ -67,9 +67,9 @@ class FolderImages:
     texts: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path, size: Size, reads: Reads = "texts") -> FolderImages:
+    def open(cls, folder: Path, size: Size, count: int | None = None, reads: Reads = "texts") -> FolderImages:
         """Reads all captions and every image's header, so that what is missing or damaged is found before training. Captions of images
-        for a network that reads nothing are ""."""
+        for a network that reads nothing are "". count: takes the first ones in the order of their paths."""
         if not folder.is_dir():
             raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp "
                                "files.")
@@ -80,6 +80,10 @@ class FolderImages:
         table = folder / "metadata.jsonl"
         captions = [""] * len(files) if reads == "nothing" else _from_table(table, files) if table.is_file() else \
             [_class_of(path, folder) if reads == "classes" else _beside(path) for path in files]
+        if count is not None and count > len(files):
+            raise RequestError(f"images: '{folder}' holds {len(files)} images, fewer than data.count, which is {count}: leave it out for all "
+                               "of them.")
+        files, captions = files[:count], captions[:count]
         for path in files:
             with _named(path), Image.open(path):
                 pass
@@ -128,10 +132,10 @@ class Uncaptioned:
 
 
 def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None, reads: Reads = "texts") -> Images:
-    """spec: "shapes" or a folder. seed and count are those of Shapes. reads: what a network reads of captions."""
+    """spec: "shapes" or a folder. seed is that of Shapes; count: how many, of a folder the first ones. reads: what a network reads of captions."""
     if spec == "shapes":
         return Uncaptioned(ShapesImages(size, seed, count)) if reads == "nothing" else ShapesImages(size, seed, count)
-    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size, reads)
+    return Toy(Path(spec), seed, count) if is_toy(spec) else FolderImages.open(Path(spec), size, count, reads)
 
 
 @contextmanager
@@ -171,13 +175,13 @@ def _beside(path: Path) -> str:
     if not caption.is_file():
         raise RequestError(f"images: '{path}' has no caption. Write it into '{caption}', or list all images in "
                            f"'metadata.jsonl' with {{\"file_name\": ..., \"text\": ...}} on each line.")
-    return _text(caption.read_text(encoding="utf-8-sig"), path, caption.name)
+    return _text(_utf8(caption), path, caption.name)
 
 
 def _from_table(table: Path, files: list[Path]) -> list[str]:
     """One caption for each of `files`, which metadata.jsonl must list one and all, and nothing else."""
     found: dict[Path, str] = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_utf8(table).splitlines(), 1):
         if line.strip():
             path, text = _row(line, table, number)
             found[path] = _text(text, path, f"{table.name}, line {number}")
@@ -201,6 +205,13 @@ def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
                            "webp "
                            "file of that folder.")
     return path, text
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RequestError(f"images: '{path}' cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 def _text(text: object, path: Path, place: str) -> str:

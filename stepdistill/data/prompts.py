@@ -95,7 +95,7 @@ def _read_lines(path: Path) -> tuple[str, ...]:
                            "prompt a line, or a list of prompts in brackets.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise RequestError(f"prompts: '{path}' is not UTF-8 text ({error}). Save it as UTF-8, one prompt a line.") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:

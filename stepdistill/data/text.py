@@ -76,7 +76,7 @@ def stored_text(captions: Sequence[str], encode: Encode, encoder: object, cache:
         return _tensors(encode(prompts)), prompts
 
     digest = hashlib.blake2b(json.dumps(unique).encode(), digest_size=16).hexdigest()
-    store = cache.store("text", {"encoder": encoder, "prompts": digest}, len(unique), make, PER_FILE)
+    store = cache.store("text", {"encoder": encoder, "prompts": digest}, len(unique), tensors, make, PER_FILE)
     number = {prompt: i for i, prompt in enumerate(unique)}
     null = first.null[:1].to(device).map(lambda one: one.float() if one.is_floating_point() else one)
     return StoredText(store, torch.tensor([number[caption] for caption in captions]), null, device)

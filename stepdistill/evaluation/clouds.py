@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .sheets import write_bytes
+from ..files.whole import write_whole
 
 COLOURS = ("#d9480f", "#1c7ed6", "#2f9e62", "#9c36b5")
 INK, REACH, CHUNK = "#1f2933", 3.2, 2000
@@ -61,7 +61,7 @@ def cloud(panels: Mapping[str, tuple[Tensor, Tensor]], path: Path | str, ways: M
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_bytes(Path(path), buffer.getvalue())
+    write_whole(Path(path), buffer.getvalue())
 
 
 def points_of(latents: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class Target:
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
     pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside;
-    guided: and what a guided one is.
-    companion: nobody asked for it; where it cannot be run, its rows are left out.
+    guided: and what a guided one is. companion: nobody asked for it; where it cannot be run, its rows are left out.
+    identity: changes with its weights.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Target:
     given: Mapping[str, Any] = field(default_factory=dict)
     guided: Mapping[str, Any] = field(default_factory=dict)
     companion: bool = False
+    identity: str = ""
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Callable, Iterator, Protocol
 
@@ -10,12 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..data.cache import default_root
 from ..data.shapes import Scenes, captions, render, scenes
 from ..errors import RequestError
+from ..files.digests import DIGEST, digest
+from ..files.lock import LOCK, locked
+from ..files.whole import write_whole
 from .fd import Moments, Reference
 from .features import Features
 from .protocol import fingerprint
@@ -114,18 +116,34 @@ def load_reference(features: Features, source: Source, shipped: Path | None = No
     """From the file shipped beside the features if it was made by them, else from the cache, else computed and
     cached."""
     key = reference_key(features, source)
+    if shipped is not None and shipped.is_file():
+        found, reference = read_reference(shipped)
+        if found == key:
+            return reference
+        say(f"{shipped} belongs to other features or pictures: not used")
     cached = default_root() / f"reference-{key}.safetensors"
-    for file in (shipped, cached):
-        if file is not None and file.is_file():
-            found, reference = read_reference(file)
-            if found == key:
-                return reference
-            say(f"{file} belongs to other features or pictures: not used")
-    say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} (once; kept in "
-        f"{cached})")
-    reference = compute_reference(features, source)
-    save_reference(reference, cached, key)
+    if (reference := _cached(cached, key, say)) is not None:
+        return reference
+    with locked(cached.with_name(f".{cached.stem}{LOCK}"), str(cached), wait=True):
+        if (reference := _cached(cached, key, say)) is not None:
+            return reference
+        say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} (once; kept in "
+            f"{cached})")
+        reference = compute_reference(features, source)
+        save_reference(reference, cached, key)
     return reference
+
+
+def _cached(file: Path, key: str, say: Callable[[str], None]) -> Reference | None:
+    """What the cache holds of a key; None where there is nothing, or (which is said) something damaged."""
+    if not file.is_file():
+        return None
+    try:
+        found, reference = read_reference(file)
+    except RequestError as error:
+        say(f"{error} now")
+        return None
+    return reference if found == key else None
 
 
 def ship_reference(features: Features, source: Source, folder: Path, say: Callable[[str], None] = print) -> Path:
@@ -150,23 +168,22 @@ def compute_reference(features: Features, source: Source) -> Reference:
 
 
 def save_reference(reference: Reference, file: Path, key: str) -> None:
-    """Written aside, then renamed: a stopped process leaves no half of a file."""
     tensors = {"subset": reference.subset.contiguous()}
     for i, half in enumerate(reference.halves):
         tensors |= {f"{i}.count": torch.tensor(half.count), f"{i}.mean": half.mean, f"{i}.covariance": half.covariance}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}")
-    save_file(tensors, aside, metadata={"key": key})
-    aside.replace(file)
+    write_whole(file, save(tensors, {"key": key, DIGEST: digest(tensors, key)}))
 
 
 def read_reference(file: Path) -> tuple[str, Reference]:
     """The key that the file was made under, and what it holds."""
     try:
         with safe_open(file, "pt") as saved:
-            halves = tuple(Moments(saved.get_tensor(f"{i}.count").item(), saved.get_tensor(f"{i}.mean"),
-                                   saved.get_tensor(f"{i}.covariance")) for i in range(2))
-            return saved.metadata()["key"], Reference(halves, saved.get_tensor("subset"))
-    except SafetensorError as error:
+            tensors, said = {name: saved.get_tensor(name) for name in saved.keys()}, saved.metadata()
+        key = said["key"]
+        if said.get(DIGEST, digest(tensors, key)) != digest(tensors, key):        # earlier versions wrote none
+            raise ValueError("its numbers are not those that were written")
+        halves = tuple(Moments(tensors[f"{i}.count"].item(), tensors[f"{i}.mean"], tensors[f"{i}.covariance"]) for i in range(2))
+        return key, Reference(halves, tensors["subset"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{file} is no readable file of reference statistics ({error}): delete it, and it will be "
                            "computed anew") from error

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
-from ..errors import RequestError
+from ..errors import printable
+from ..files import records
+from ..files.whole import write_whole
 from .protocol import demand_same
-from .sheets import write_bytes
 
 Row = dict[str, Any]
 Results = dict[str, Any]               # {"protocol": {…}, "rows": [Row, …]}
@@ -21,11 +23,8 @@ METRICS = {"fd": "FD", "kid": "KID", "precision": "precision", "recall": "recall
 
 
 def read_results(file: Path) -> Results:
-    try:
-        results = json.loads(file.read_text())
-        return {"protocol": results["protocol"], "rows": results["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{file} is no readable results.json of a bench: {type(error).__name__} {error}") from error
+    """What a bench wrote. RequestError where the file is missing or damaged."""
+    return records.read(file, records.Results, "Name a results.json that a bench wrote, or remove this one and measure again")
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, int, float | None]:
@@ -43,7 +42,7 @@ def join(first: Results, second: Results, where: Path | str = "the second") -> R
 
 
 def write_results(results: Results, out: Path) -> None:
-    write_bytes(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_report(results: Results, out: Path) -> None:
@@ -51,8 +50,8 @@ def write_report(results: Results, out: Path) -> None:
     from .curve import curve  # here, because matplotlib takes a quarter of a second
 
     drawn = curve(results["rows"], results["protocol"]["dim"])
-    write_bytes(out / "curve.png", drawn)
-    write_bytes(out / "report.html", _page(results, drawn, out).encode())
+    write_whole(out / "curve.png", drawn)
+    write_whole(out / "report.html", _page(results, drawn, out).encode())
 
 
 def picture_name(row: Mapping[str, Any]) -> str:
@@ -87,7 +86,7 @@ def table(results: Results) -> Table:
     for i in shown:
         made.add_column(HEADINGS[i], justify="right" if i else "left", no_wrap=True)
     for row in results["rows"]:
-        texts = cells(row)
+        texts = [escape(printable(text)) for text in cells(row)]
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
                      if ":" in row["target"] else "bold")
     return made

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..files.whole import write_whole
 from ..models.stock import some_frames
 
 GAP, LEAST_CELL = 4, 96
@@ -42,16 +43,8 @@ def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None,
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     if path is not None:
-        write_bytes(Path(path), buffer.getvalue())
+        write_whole(Path(path), buffer.getvalue())
     return buffer.getvalue()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Written aside, then renamed: a stopped process leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(data)
-    aside.replace(path)
 
 
 def _rows(images: Tensor | Sequence[Tensor]) -> list[Tensor]:

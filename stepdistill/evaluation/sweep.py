@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..data.shapes import attributes_of
 from ..errors import RequestError
+from ..files.lock import LOCK, locked
+from ..files.whole import sweep as sweep_leftovers
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
 from .features import clip_score, load_features
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
@@ -21,6 +23,7 @@ from .protocol import Protocol, fingerprint
 from .reference import load_reference, load_source
 from .report import Results, join, picture_name, read_results, row_key, write_report, write_results
 from .sheets import sheet
+from .unfinished import Unfinished
 
 EACH = 4                  # samples of a prompt behind the figure `diversity`
 SHOWN = 10                # samples of a row in the report
@@ -148,7 +151,8 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
-    timings, which belong to another machine. An `out` that holds results of the same protocol is added to.
+    timings, which belong to another machine. An `out` that holds results of the same protocol is added to; a bench that was
+    stopped goes on there with the rows that it lacks. RequestError where another process writes there.
     """
     out = Path(out)
     if not nfe or min(nfe) < 1:
@@ -158,22 +162,32 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
         raise RequestError(f"targets need different names, found {names}")
     if prompts is None and not any(target.prompted for target in targets):
         prompts = [""]                                 # none of them is told any
-    rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
-    context = Evaluation(samples, seed, prompts, features, reference, device, say)
-    results: Results = {"protocol": context.protocol.record(), "rows": []}
-    if (out / "results.json").exists():
-        results = join(results, read_results(out / "results.json"), out)
-    taken = _taken(results, [Path(file) for file in reuse])
-    results = join(results, taken)
-    known = {row_key(row) for row in taken["rows"]}
-    rows = [plan for plan in rows if plan.key not in known]
+    with locked(out / LOCK, str(out)):
+        sweep_leftovers(out)
+        rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
+        context = Evaluation(samples, seed, prompts, features, reference, device, say)
+        results: Results = {"protocol": context.protocol.record(), "rows": []}
+        if (out / "results.json").exists():
+            results = join(results, read_results(out / "results.json"), out)
+        taken = _taken(results, [Path(file) for file in reuse])
+        results = join(results, taken)
+        begun = Unfinished.of(out, context.protocol.id, targets, results)
+        known = {row_key(row) for row in taken["rows"]} | begun.measured
+        results = _measured(context, [plan for plan in rows if plan.key not in known], results, out, batch, begun)
+        write_results(results, out)
+        write_report(results, out)
+        begun.end()
+    return results
+
+
+def _measured(context: Evaluation, rows: Sequence[Plan], results: Results, out: Path, batch: int, begun: Unfinished) -> Results:
+    """The results with these rows, each kept on disk when it is there."""
     with _progress(len(rows) * context.images_per_row) as advance:
         if ("real", 0, None) not in {row_key(row) for row in results["rows"]}:
             results = _keep(results, *context.real(), out)
         for plan in rows:
             results = _keep(results, *context.row(plan, batch, advance(f"{plan.name}, {plan.nfe} NFE")), out)
-    write_results(results, out)
-    write_report(results, out)
+            begun.add(plan)
     return results
 
 

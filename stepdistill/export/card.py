@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
 from ..models.sources import Source
@@ -27,7 +29,7 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
         parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at "
                      f"strength 1, {settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
                      f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}."
-                     + "".join(f" Before it, `{lora['path']}` at strength {lora['weight']:g}."
+                     + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
                                for lora in settings.get("teacher_loras", [])))
     if results is not None:
         parts.append(_table(results))
@@ -99,6 +101,19 @@ def _packs(base: Source) -> bool:
     return base.quantization is not None and not base.is_file
 
 
+def _plain(text: str) -> str:
+    """A name in Markdown as it is written, in one line: no markup of Markdown or HTML is made of it."""
+    return re.sub(r"([\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split()))
+
+
+def _code(text: str) -> str:
+    """A name as code in Markdown, between more backticks than it holds in a row."""
+    text = " ".join(printable(text).split())
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
@@ -115,8 +130,8 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
 
 def _what(settings: Mapping[str, Any]) -> str:
     form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
-    loras = "".join(f" with the LoRA `{lora['path']}` at {lora['weight']:g}" for lora in settings.get("teacher_loras", []))
-    return (f"{form} that makes `{settings['teacher']}`{loras} sample in {settings['steps']} "
+    loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}" for lora in settings.get("teacher_loras", []))
+    return (f"{form} that makes {_code(settings['teacher'])}{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "
             f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`."
             + (f" While it was trained, its base was quantised ({settings['quantization']})."
@@ -152,7 +167,7 @@ def _dropped(settings: Mapping[str, Any]) -> str:
     if settings["format"] != "pipeline" or not settings["dropped"]:
         return ""
     names = ", ".join(f"`{name}`" for name in settings["dropped"])
-    return (f"- not in this folder: {names} of `{settings['teacher']}`; who wants it loads it from there and hands it to "
+    return (f"- not in this folder: {names} of {_code(settings['teacher'])}; who wants it loads it from there and hands it to "
             "`from_pretrained`\n")
 
 
@@ -186,10 +201,10 @@ def _table(results: Mapping[str, Any]) -> str:
     for row in rows:
         values = [row["metrics"].get(key) for key in columns]
         cells = ["" if value is None else f"{value:.3g}" for value in values]
-        lines.append(f"| {row['target']} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
+        lines.append(f"| {_plain(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
                      + " | ".join(cells) + " |")
-    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {results['protocol']['features']}, reference "
-            f"{results['protocol']['reference']}, protocol {results['protocol']['id']}. NFE counts network "
+    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {_plain(results['protocol']['features'])}, reference "
+            f"{_plain(results['protocol']['reference'])}, protocol {_plain(results['protocol']['id'])}. NFE counts network "
             "evaluations: a guided "
             "step is two.")
 

@@ -1,8 +1,8 @@
 """An export folder as its user meets it: read what it says, and make a stock pipeline sample as it says."""
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import RequestError, first_lines
+from ..files import records
+from ..files.whole import checksum
 from ..models.adapters import load_adapter, take_off
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
 from ..models.quantized import quantization_of
-from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, index_at
-from ..models.weights import settled
+from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, check_safetensors, index_at
+from ..models.weights import class_of, settled
 from .formats import component, loads_loras
 
+AGAIN = "Export again with `stepdistill export RUN`"
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """stepdistill.json of an export folder. RequestError if there is none or it cannot be read."""
@@ -27,25 +30,41 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise RequestError(f"{folder} is no export folder: it holds no {SETTINGS}; "
                            "`stepdistill export RUN --to lora` makes one")
-    settings = _parsed(path)
-    if "method" not in settings:
+    if "method" not in records.read(path, dict[str, Any], AGAIN):
         raise RequestError(f"{folder} is no export folder: its {SETTINGS} names no method, so it is a teacher's; "
                            "`stepdistill export RUN --to lora` makes one")
-    return settings
+    return records.read(path, records.Export, AGAIN)
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export, rather than a teacher whose stepdistill.json says what every call of it is
     given."""
     path = folder / SETTINGS
-    return path.is_file() and (not (folder / "model_index.json").is_file() or "method" in _parsed(path))
+    return path.is_file() and (not (folder / "model_index.json").is_file() or "method" in records.read(path, dict[str, Any], AGAIN))
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError(f"{path} is not valid JSON ({error}): export again") from error
+def weights_of(folder: Path) -> dict[str, str]:
+    """File -> sha256 of all that an export's weights are made of."""
+    files = [*folder.rglob("*.safetensors"), *folder.glob("adapter_config.json")]
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(files)}
+
+
+def check_weights(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """RequestError for weights that are not those that were proved. Exports of schema 1 did not write down which these were: of
+    them nothing is known but that they hold something."""
+    folder = Path(folder)
+    if settings.get("schema", 1) == 1:
+        files = sorted(folder.rglob("*.safetensors"))
+        if not files or not all(check_safetensors(file) for file in files):
+            raise RequestError(f"{folder / settings['weights']} holds no weights. {AGAIN}")
+        return
+    if not settings.get("sha256"):
+        raise RequestError(f"{folder / SETTINGS} is damaged: it has no sha256 of the weights. {AGAIN}")
+    found = weights_of(folder)
+    wrong = [f"{name} is missing" if name not in found else f"{name} is another file" for name, said in settings["sha256"].items()
+             if found.get(name) != said]
+    if wrong:
+        raise RequestError(f"the weights in {folder} are not those that were exported and proved: {', '.join(wrong)}. {AGAIN}")
 
 
 def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "student") -> dict[str, Any]:
@@ -59,6 +78,7 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
     student does not fit.
     """
     settings = read_settings(folder)
+    check_weights(folder, settings)
     _check_fused(pipe, folder, settings)
     if settings["format"] == "pipeline":
         _replace_denoiser(pipe, folder, settings)
@@ -84,8 +104,9 @@ def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
     them.
     """
     settings = read_settings(folder)
-    cls = getattr(diffusers, settings["pipeline"])
+    cls = class_of("pipeline", "diffusers", settings["pipeline"])
     if settings["format"] == "pipeline":
+        check_weights(folder, settings)
         return fresh_pipeline(cls, Source(str(folder))), dict(settings["call"])
     base = base_of(settings)
     pipe = fresh_pipeline(cls, teacher if isinstance(teacher, Source) else replace(base, base=str(teacher or base.base)))
@@ -113,8 +134,12 @@ def fresh_pipeline(cls: type[DiffusionPipeline], source: Source) -> DiffusionPip
 
 
 def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
-    name = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    name = records.read(path, records.SchedulerConfig, AGAIN)["_class_name"]
+    try:
+        return class_of("scheduler", "diffusers", name).from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise RequestError(f"{path} is damaged: no {name} can be made of it ({first_lines(error)}). {AGAIN}") from error
 
 
 def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -14,17 +13,20 @@ from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from ..errors import RequestError
+from ..files.lock import LOCK, locked
+from ..files.whole import aside_of
 from ..models.fused import Trace
 from ..models.sources import Source
 from ..models.stock import as_pil, some_frames
 from .card import card
 from .dtypes import DTYPES, chosen
-from .folder import SETTINGS, read_settings
+from .folder import SETTINGS, read_settings, weights_of
 from .formats import WRITERS, check, keeps
 from .prepare import prepare
 from .proof import Proof, prove, samples, tolerance
 from .student import Student
 
+SCHEMA = 2                        # of stepdistill.json: raise it when readers must know of a change
 
 def export_student(student: Student, to: str, out: str | Path, guidance: float | None = None,
                    dtype: str | None = None) -> Proof:
@@ -43,9 +45,11 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     call, scale = _call(student, to, guidance)
     prepared = prepare(student, to, call, scale, DTYPES[dtype])
     with aside(out) as folder:
+        _may_write(out, student)                                   # now that nobody else does
         weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
         student.scheduler.save_pretrained(folder / "scheduler")
-        settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights) | {"dtype": dtype}
+        settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights)
+        settings |= {"dtype": dtype, "schema": SCHEMA, "sha256": weights_of(folder)}
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
@@ -130,23 +134,30 @@ def _may_write(out: Path, student: Student) -> None:
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place on success and vanishes on any failure."""
+    """A folder beside `out` that takes its place on success and vanishes on any failure; nobody else writes there meanwhile. What a
+    killed export left is cleared, and the folder that it was about to replace put back."""
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    work = aside_of(out)
     new, old = work / "new", work / "old"
-    try:
-        new.mkdir()
-        yield new
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"{out} could not be written: {error}; nothing there was changed") from error
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(work, ignore_errors=True)
+    with locked(out.with_name(f".{out.name}{LOCK}"), str(out)):
+        try:
+            _restore(out, old)
+            shutil.rmtree(work, ignore_errors=True)
+            new.mkdir(parents=True)
+            yield new
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{out} could not be written: {error}; nothing there was changed") from error
+        finally:
+            _restore(out, old)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _restore(out: Path, old: Path) -> None:
+    if old.exists() and not out.exists():
+        old.rename(out)
 
 
 def _write(path: Path, settings: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.models.modeling_utils import LegacyModelMixin
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
@@ -21,6 +22,9 @@ from .fused import Trace, fuse_loras, try_loras
 from .quantized import quantization_of, quantize_, read_saved, saved_as
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
 from .weights import check_components, class_of, weight_files
+
+UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, SafetensorError)
+"""What the libraries raise on configs and weights that do not fit each other."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         else:
             options |= {} if source.variant is None else {"variant": source.variant}
             pipe = kind.from_pretrained(source.place, revision=source.revision, **options)
-    except OSError as error:
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
@@ -240,7 +246,9 @@ def _within(place: str, component: str) -> dict[str, str]:
 def _blaming(component: str, place: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
 
 

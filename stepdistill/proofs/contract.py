@@ -16,7 +16,6 @@ from ..methods.base import Follows, Frozen, middle
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
 from ..run.data import dataset
-from ..run.folder import checkpoint_of
 from ..run.setup import Run, setup, train_config
 from ..training import Trainer, checkpoints
 from .pipelines import decays, kept_pairs, stock_teachers
@@ -88,9 +87,9 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
 def resumed(recipe: Recipe, whole: Path, run: Path) -> int:
     """How many tensors of roles and optimizers differ, once half of the run is forgotten and made again."""
     shutil.copytree(whole, run)
-    shutil.rmtree(checkpoint_of(run))
+    shutil.rmtree(checkpoints.latest(run))
     train(recipe, out=run, resume=True)
-    found, known = (checkpoints.load(checkpoint_of(folder)) for folder in (run, whole))
+    found, known = (checkpoints.load(checkpoints.latest(folder)) for folder in (run, whole))
     return sum(_apart(known[part], found[part]) for part in known) + len(known.keys() ^ found.keys())
 
 

@@ -164,6 +164,7 @@ class Train(Strict):
     accumulate: int = Field(1, ge=1)             # micro-batches that a batch is cut into
     seed: int = Field(0, ge=0)                   # of data, noise and first weights
     checkpoint_every: int | None = Field(None, ge=1)     # updates; none: at the end only
+    keep: int | None = Field(None, ge=1)         # checkpoints that are kept, the newest ones; none: all
     log_every: int = Field(10, ge=1)             # updates
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
@@ -210,7 +211,7 @@ class Recipe(Strict):
         RequestError names file and line, what was found, and the nearest valid name.
         """
         source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
-        source = current(source, overrides or {})
+        source = current(source, overrides or {}).bounded()
         made: Recipe | None = None
         complaints: list[str] = []
         for taught_by, own in staged(source):

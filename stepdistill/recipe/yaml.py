@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -32,15 +32,19 @@ class Source:
     def of_file(cls, path: Path) -> Source:
         try:
             tree = YAML().load(path.read_text(encoding="utf-8"))
+            lines, values = _lines(tree) if isinstance(tree, CommentedMap) else {}, unwrapped(tree)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise RequestError(f"{path}:{mark.line + 1 if mark else 1}: no valid YAML: {error.problem}") from None
-        except (YAMLError, UnicodeDecodeError) as error:
+        except (YAMLError, ValueError) as error:
             raise RequestError(f"{path}: no valid YAML: {error}") from None
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+        except RecursionError:
+            raise RequestError(f"{path}: is nested too deeply, or an entry stands within itself") from None
         if not isinstance(tree, CommentedMap):
             raise RequestError(f"{path}:1: a recipe is a table such as 'method: lcm'; found {_kind(tree)}")
-        lines = _lines(tree)
-        return cls(str(path), unwrapped(tree), {key: f"{path}:{line + 1}" for key, line in lines.items()})
+        return cls(str(path), values, {key: f"{path}:{line + 1}" for key, line in lines.items()})
 
     @classmethod
     def of_mapping(cls, values: Mapping[str, Any]) -> Source:
@@ -104,6 +108,14 @@ class Source:
             found = rest if value is None else rest.changed([(new, value)], {new: place}.__getitem__)
         return found
 
+    def bounded(self) -> Source:
+        """Itself. RequestError for whole numbers that nothing can count to."""
+        for path, value in entries(self.values):
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise RequestError(f"{self.where(path)}: {'.'.join(map(str, path))} is {str(value)[:20]}..., a number of {len(str(abs(value)))} digits; "
+                                   f"it should be below {2**63}")
+        return self
+
     def was_set(self, path: EntryPath) -> bool:
         """Whether an entry, or the table that it stands in, was --set."""
         return any(self.places.get(path[:length], "").startswith(SET) for length in range(1, len(path) + 1))
@@ -150,7 +162,7 @@ def parse_set(texts: Iterable[str]) -> dict[str, Any]:
             raise RequestError(f"--set {text}: should be a name and a value such as train.lr=1e-4")
         try:
             parsed[name.strip()] = unwrapped(YAML(typ="safe").load(value))
-        except YAMLError:
+        except (YAMLError, ValueError):
             raise RequestError(f"--set {text}: '{value}' is no valid YAML value") from None
     return parsed
 
@@ -160,10 +172,20 @@ def _lines(node: CommentedMap | CommentedSeq, path: EntryPath = ()) -> dict[Entr
     found: dict[EntryPath, int] = {}
     items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
     for key, value in items:
-        found[(*path, key)] = (node.lc.key(key) if isinstance(node, CommentedMap) else node.lc.item(key))[0]
+        found[(*path, key)] = _line(node, key)
         if isinstance(value, CommentedMap | CommentedSeq):
             found |= _lines(value, (*path, key))
     return found
+
+
+def _line(node: CommentedMap | CommentedSeq, key: Any) -> int:
+    """Of one entry; of one that a table takes from another (`<<: *name`) where it was written there."""
+    if isinstance(node, CommentedSeq):
+        return node.lc.item(key)[0]
+    if key in (node.lc.data or {}):
+        return node.lc.key(key)[0]
+    tables = (one[1] if isinstance(one, tuple) else one for one in node.merge)      # ruamel.yaml 0.18 has pairs
+    return next(_line(table, key) for table in tables if key in table)
 
 
 def leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
@@ -174,6 +196,15 @@ def leaves(overrides: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable
             yield from leaves(value, here)
         else:
             yield here, value
+
+
+def entries(value: Any, path: EntryPath = ()) -> Iterator[tuple[EntryPath, Any]]:
+    """Path and value of all that is neither a table nor a list."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from entries(inner, (*path, key))
+    else:
+        yield path, value
 
 
 def unwrapped(value: Any) -> Any:

@@ -85,7 +85,7 @@ def pairs_spec(run: Run, cache: Cache, out: str | Path | None = None) -> StoreSp
     made_on = _identity(teacher, fingerprint if name is None else contents)
     identity = {"source": captions(run).identity, "made_by": _made_by(run), "teacher": made_on}
     folder = None if name is None else resources.locate(name) or Path(name)
-    spec = cache.spec("pairs", identity, recipe.data.count, SAMPLES_PER_FILE, folder)
+    spec = cache.spec("pairs", identity, recipe.data.count, ("noise", "nodes"), SAMPLES_PER_FILE, folder)
     if name is not None and (otherwise := spec.found_otherwise()):
         raise recipe.refuse("data.pairs.path" if out is None else "--out",
                             f"is {name}, whose pairs were made otherwise: "

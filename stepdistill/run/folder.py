@@ -4,62 +4,101 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from shlex import quote
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .. import __version__, parallel, resources
-from ..data.cache import flat
 from ..errors import RequestError
+from ..evaluation.report import read_results
+from ..files.lock import LOCK, locked
+from ..files.whole import PARTIAL, sweep, write_whole
 from ..models.sources import cached_file
 from ..recipe import Recipe
 from ..training import checkpoints
+from .resuming import CHANGES, RECIPE, STAGES, resumed
 
-RECIPE, ENVIRONMENT, RESULTS, STAGES = "recipe.yaml", "environment.json", "results.json", "stages"
+ENVIRONMENT, RESULTS, SAMPLES = "environment.json", "results.json", "samples"
+BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", SAMPLES, "checkpoints", STAGES, CHANGES,
+         LOCK)
+"""What a run writes before its first checkpoint."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
-def place(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
-    """The folder of a run: `out`, or runs/<recipe>-<time>. RequestError where it holds what must not be touched.
+def place(recipe: Recipe, out: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Recipe, bool]:
+    """(the folder of a run: `out`, or runs/<recipe>-<time>; the recipe to train; whether to go on with what lies there).
 
+    resume: go on with the run there; "auto": if there is one. RequestError where the folder holds what must not be touched.
     Nothing is written yet. Every rank gets the same answer.
     """
     if out is None:
         if resume:
             raise RequestError("--resume goes on with a run: say which by --out, such as --out runs/lcm-20260101-120000")
         now = int(parallel.gather(torch.tensor([int(time.time())]))[0])
-        return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+        return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}", recipe, False
     run = Path(out)
-    if resume:
-        _may_resume(run, recipe)
-    elif run.is_file() or run.is_dir() and any(run.iterdir()):
-        held = "a run already: go on with it by --resume" if (run / RECIPE).is_file() else "other files"
-        raise RequestError(f"{run} holds {held}, or choose another --out")
-    return run
+    going_on = resume is True or resume == "auto" and is_run(run) and _has_saved(run)
+    if going_on:
+        return run, _may_resume(run, recipe), True
+    _may_begin(run)
+    return run, recipe, False
 
 
-def _may_resume(run: Path, recipe: Recipe) -> None:
+def _may_begin(run: Path) -> None:
+    """A folder may hold what a run wrote before its first checkpoint: nothing is lost with that."""
+    if run.is_file():
+        raise RequestError(f"{run} is a file, and a run is a folder: choose another --out")
+    if _has_saved(run):
+        raise RequestError(f"{run} holds a run already: go on with it by --resume, or choose another --out")
+    if others := sorted(path.name for path in (run.iterdir() if run.is_dir() else ()) if not _is_ours(path)):
+        raise RequestError(f"{run} holds other files ({', '.join(others[:3])}): choose another --out")
+
+
+def _has_saved(run: Path) -> bool:
+    """Whether there is a checkpoint, of any stage."""
+    return any(checkpoints.found(place) for place in (run, *run.glob(f"{STAGES}/*")))
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in BEGUN or path.name.startswith(".") and path.name.endswith(PARTIAL)
+
+
+def _may_resume(run: Path, recipe: Recipe) -> Recipe:
     if run.resolve().parent.name == STAGES and is_run(whole := run.resolve().parent.parent):
         raise RequestError(f"{run} is a stage of {whole}: resume that run")
     if not (run / RECIPE).is_file():
         raise RequestError(f"{run} holds no run that could be resumed: it has no {RECIPE}. Leave --resume out to begin "
                            "one")
-    begun, asked = (flat(_numbered(r.resolved())) for r in (Recipe.load(run / RECIPE), recipe))
-    changed = [f"{key} was {begun.get(key)!r}, now {asked.get(key)!r}" for key in begun | asked
-               if begun.get(key) != asked.get(key)]
-    if changed:
-        raise RequestError(f"{run} was begun with another recipe: {'; '.join(changed)}. Resume with {run / RECIPE}, "
-                           "or begin a new run with another --out")
+    return resumed(run, recipe)
 
 
-def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe with its stages by number, so that a difference is named by its entry."""
-    return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Holds the folder of a run, and clears what killed writes left there. On several ranks the first one holds it for all;
+    RequestError on all where another process does."""
+    refused: RequestError | None = None
+    with ExitStack() as stack:
+        if parallel.rank() == 0:
+            try:
+                stack.enter_context(locked(run / LOCK, str(run)))
+                for place in (run, *run.glob(f"{STAGES}/*")):
+                    for folder in (place, place / "checkpoints", place / SAMPLES):
+                        sweep(folder)
+            except RequestError as error:
+                refused = error
+        if parallel.gather(torch.tensor([float(refused is not None)])).any():
+            raise refused or RequestError(f"{run} is in use by another process")
+        yield
 
 
 def stage_folders(recipe: Recipe, run: Path) -> list[Path]:
@@ -69,17 +108,29 @@ def stage_folders(recipe: Recipe, run: Path) -> list[Path]:
 
 
 def finished(run: Path, recipe: Recipe) -> bool:
+    """Whether a stage is trained to its end, and shown."""
     folder = checkpoints.latest(run)
-    return folder is not None and checkpoints.step_of(folder) == recipe.train.updates
+    return folder is not None and checkpoints.step_of(folder) == recipe.train.updates and picture_of(run, recipe.train.updates).is_file()
+
+
+def picture_of(run: Path, step: int) -> Path:
+    """The picture of a step of training."""
+    return run / SAMPLES / f"step-{step:06d}.png"
 
 
 def begin(run: Path, recipe: Recipe, device: torch.device) -> None:
-    """Writes what a run starts from: the resolved recipe, and the machine."""
+    """Writes what a run starts from: the resolved recipe, and the machine. Whatever a run before it wrote, that came to no
+    checkpoint, goes. The recipe comes last: with it the folder is a run."""
     parallel.barrier()                    # every rank has found the folder to be free
     if parallel.rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / ENVIRONMENT).write_text(json.dumps(environment(device), indent=1) + "\n", encoding="utf-8")
-        (run / RECIPE).write_text(recipe.dump(), encoding="utf-8")
+        for name in BEGUN[:-1]:                                    # its recipe first
+            path = run / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        write_whole(run / ENVIRONMENT, (json.dumps(environment(device), indent=1) + "\n").encode())
+        write_whole(run / RECIPE, recipe.dump().encode())
 
 
 def pinned(recipe: Recipe) -> Recipe:
@@ -113,12 +164,16 @@ def recipe_of(run: Path) -> Recipe:
 def results_of(run: Path) -> dict[str, Any] | None:
     """What a bench wrote into the run's folder, if there was one."""
     path = run / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_results(path) if path.is_file() else None
 
 
-def checkpoint_of(run: Path) -> Path:
-    folder = checkpoints.latest(run)
-    if folder is None:
-        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {run / RECIPE} --out {run} "
-                           "--resume`")
-    return folder
+def state_of(run: Path, role: str) -> tuple[Path, dict[str, Tensor]]:
+    """(the newest checkpoint whose file of a role is whole, that role's state). Those that are damaged are named in a warning.
+
+    RequestError where there is none.
+    """
+    found = checkpoints.newest(run, lambda folder: checkpoints.load_role(folder, role))
+    if found is None:
+        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {quote(str(run / RECIPE))} --out "
+                           f"{quote(str(run))} --resume`")
+    return found

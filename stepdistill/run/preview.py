@@ -15,12 +15,14 @@ from ..diffusion.solvers import dpmpp_2m
 from ..diffusion.times import even
 from ..evaluation.clouds import cloud, points_of
 from ..evaluation.plans import plans
+from ..evaluation.report import row_key
 from ..evaluation.sheets import sheet
 from ..evaluation.sweep import Evaluation
+from ..files import records
 from ..methods.base import due
-from ..training import checkpoints
 from ..training.tracking import truncate
 from .data import noises, preview_prompts
+from .folder import picture_of
 from .setup import Run
 from .targets import student_target
 
@@ -39,23 +41,33 @@ class Preview:
         self.teacher: Tensor | None = None
         choices = run.recipe.evaluate
         self.figures: Evaluation | None = None
-        if parallel.rank() == 0:                      # a resumed run forgets what came after its checkpoint
-            saved = checkpoints.latest(folder)
-            truncate(folder / FIGURES, 0 if saved is None else checkpoints.step_of(saved))
         if choices.reference is not None and parallel.rank() == 0:
             self.figures = Evaluation(choices.samples, run.recipe.train.seed,
                                       features=resources.locate(choices.features) or choices.features,
                                       reference=choices.reference, say=lambda text: None)
 
     def __call__(self, step: int) -> None:
-        recipe = self.run.recipe
-        if not (due(step, recipe.evaluate.every) or step == recipe.train.updates):
+        if self._speaks(step):
+            self.pictures(step)
+            if self.figures is not None:
+                self.measure(step, set())
+
+    def start(self, done: int) -> None:
+        """Before the first step: forgets the figures after `done`, and makes what a killed run owes of that step."""
+        measured = [] if parallel.rank() else truncate(self.folder / FIGURES, done, records.Evaluated)
+        if not done or not self._speaks(done):
             return
-        if parallel.rank() and not recipe.train.fsdp:
-            return
-        self.pictures(step)
+        if self.run.recipe.train.fsdp or not self.picture(done).is_file():        # sharded, all ranks must decide alike
+            self.pictures(done)
         if self.figures is not None:
-            self.measure(step)
+            self.measure(done, {row_key(row) for row in measured if row["step"] == done})
+
+    def _speaks(self, step: int) -> bool:
+        recipe = self.run.recipe
+        return (due(step, recipe.evaluate.every) or step == recipe.train.updates) and (parallel.rank() == 0 or recipe.train.fsdp)
+
+    def picture(self, step: int) -> Path:
+        return picture_of(self.folder, step)
 
     @torch.no_grad()
     def pictures(self, step: int) -> None:
@@ -66,7 +78,7 @@ class Preview:
         if parallel.rank():
             return
         rows = [f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps"]
-        path = self.folder / "samples" / f"step-{step:06d}.png"
+        path = self.picture(step)
         if self.run.teacher.family.samples == "points":
             cloud({row: (points_of(drawn), self.cond.label) for row, drawn in zip(rows, (self.teacher, student))}, path)
         elif self.run.teacher.family.video is None:
@@ -74,10 +86,11 @@ class Preview:
         else:
             sheet(torch.stack([self.teacher, student], 1).flatten(0, 1), path, rows * len(student))
 
-    def measure(self, step: int) -> None:
-        """A line a row in evaluations.jsonl: the student at each of evaluate.nfe."""
+    def measure(self, step: int, measured: set[tuple[str, int, float | None]]) -> None:
+        """A line a row in evaluations.jsonl: the student at each of evaluate.nfe. measured: the rows that are there."""
         target = student_target(self.run, "student")
-        for plan in plans(target, self.run.recipe.evaluate.nfe, (self.run.guidance,), (), lambda text: None):
+        every = plans(target, self.run.recipe.evaluate.nfe, (self.run.guidance,), (), lambda text: None)
+        for plan in [plan for plan in every if plan.key not in measured]:
             row, _ = self.figures.row(plan)
             with (self.folder / FIGURES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")

@@ -111,10 +111,10 @@ def sampling_role(recipe: Recipe) -> str:
 
 def previous_student(recipe: Recipe, run: Path) -> Previous:
     """What the stage before leaves to this one, from its run folder."""
-    before, checkpoint = recipe.previous, folder.checkpoint_of(run)
+    before = recipe.previous
     role = sampling_role(before)
-    return Previous(student_weights(before, checkpoints.load_role(checkpoint, role)),
-                    checkpoints.checksum_of(checkpoint, role))
+    checkpoint, state = folder.state_of(run, role)
+    return Previous(student_weights(before, state), checkpoints.checksum_of(checkpoint, role))
 
 
 def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
@@ -125,8 +125,7 @@ def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
 def open_run(run: str | Path) -> Run:
     """A run with its sampling role as the last checkpoint left it, in float32 on the CPU."""
     opened = setup(folder.recipe_of(Path(run)), torch.device("cpu"), torch.float32, attention="auto")
-    checkpoint = folder.checkpoint_of(Path(run))
-    state = checkpoints.load_role(checkpoint, opened.sampling_role)
+    checkpoint, state = folder.state_of(Path(run), opened.sampling_role)
     try:
         opened.roles.load_state_dict(opened.sampling_role, state)
     except ValueError as error:

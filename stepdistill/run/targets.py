@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from .. import resources
+from ..data.cache import fingerprint
 from ..errors import RequestError, first_lines
 from ..evaluation.plans import Target
 from ..export import open_export, read_settings
@@ -25,6 +26,7 @@ from ..models.loading import caller
 from ..models.sources import Source, call_of, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
+from ..training import checkpoints
 from .folder import is_run
 from .setup import Run, open_run
 from .sources import located
@@ -45,13 +47,15 @@ def open_target(name: str | Path | Source, called: str) -> Opened:
     found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
         run = open_run(found)
-        return Opened(student_target(run, called), Source(str(found)), run.teacher.source, run.guidance)
+        student = replace(student_target(run, called), identity=fingerprint(checkpoints.latest(found)))
+        return Opened(student, Source(str(found)), run.teacher.source, run.guidance)
     if found is not None and is_export(found):
         return _open_export(found, called)
     source = located(Source.of(name))
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
-    return Opened(Target(called, pipeline, given=_given(pipeline, source), guided=source.guided), source)
+    return Opened(Target(called, pipeline, given=_given(pipeline, source), guided=source.guided,
+                         identity=fingerprint(source.place)), source)
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -67,8 +71,8 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
     pipelines = given | {source: _pipeline(source) for source in made}
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided,
-                   companion=source in made) for source, pipeline in pipelines.items()]
+    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided, companion=source in made,
+                   identity=fingerprint(source.place)) for source, pipeline in pipelines.items()]
 
 
 def must_serve(scheduler: Any, call: Mapping[str, Any], own: int | None = None) -> None:
@@ -120,7 +124,8 @@ def _open_export(folder: Path, called: str) -> Opened:
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]
     guidance = None if trained is None else middle(trained)
-    return Opened(Target(called, pipeline, settings["method"], call), Source(str(folder)), teacher, guidance)
+    student = Target(called, pipeline, settings["method"], call, identity=fingerprint(folder))
+    return Opened(student, Source(str(folder)), teacher, guidance)
 
 
 def _pipeline(source: Source) -> DiffusionPipeline:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from ..diffusion.contracts import Batch
 from ..diffusion.draws import Step, key
 from ..errors import RequestError, Stopped
 from ..methods.base import FIXED, Method, Update, due
-from . import checkpoints
+from . import checkpoints, nonfinite
 from .launch import launched
 from .memory import held
 from .optimizers import RoleOptimizer, TrainConfig, learning_rate, load_scales, scales
@@ -58,13 +58,14 @@ class Trainer:
     """Runs a method's updates on its roles, and keeps the run folder.
 
     on_step: called after every training step with its number, from 1: pictures, evaluation, benchmarks. They may use
-    the global random generators as they like: training draws from none.
+    the global random generators as they like: training draws from none. on_start: called before the first step with
+    the steps that are done: a run that was killed after it saved may owe pictures of that step.
     """
 
     def __init__(self, method: Method, roles: Roles, stream: Stream, config: TrainConfig, run_dir: Path,
-                 on_step: Sequence[Callable[[int], None]] = ()) -> None:
+                 on_step: Sequence[Callable[[int], None]] = (), on_start: Sequence[Callable[[int], None]] = ()) -> None:
         self.device, self.roles, self.stream, self.config = launched(), roles, stream, config
-        self.run_dir, self.on_step, self.updates = Path(run_dir), on_step, method.updates()
+        self.run_dir, self.on_step, self.on_start, self.updates = Path(run_dir), on_step, on_start, method.updates()
         trained = dict.fromkeys(role for update in self.updates for role in update.trains)
         if unknown := trained.keys() - set(roles.names):
             raise ValueError(f"updates train {sorted(unknown)}, but the roles are {sorted(roles.names)}")
@@ -93,6 +94,7 @@ class Trainer:
         try:
             if self.config.compile:
                 self.warm_up()
+            self.tell(self.on_start, self.done)
             with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config.updates,
                                                          self.done) as tracker:
                 for index in range(self.done, self.config.updates):
@@ -141,14 +143,17 @@ class Trainer:
 
     def gradients(self, update: Update, index: int, repeat: int, shared: Shared, logs: dict[str, Tensor]) -> None:
         """Those of one optimizer step."""
-        rank, world = parallel.rank(), parallel.world_size()
         self.enable(update.trains)
-        for micro in range(self.config.accumulate):
-            batch = self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, self.config.accumulate)
+        for micro, batch in enumerate(self.micro_batches(index, shared)):
             losses = self.backward(update, _moved(batch, self.device), index, repeat, micro, shared.kept[micro])
-            self.images += len(batch) * world
+            self.images += len(batch) * parallel.world_size()
             for name, value in losses.items():
                 _mean(logs, f"{update.name}/{name}", value, update.repeat * self.config.accumulate)
+
+    def micro_batches(self, index: int, shared: Shared) -> Iterator[Batch]:
+        """This rank's share of an optimizer step's data."""
+        rank, world, micros = parallel.rank(), parallel.world_size(), self.config.accumulate
+        return (self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, micros) for micro in range(micros))
 
     def apply(self, update: Update, index: int, logs: dict[str, Tensor]) -> None:
         """Steps the roles of this update, and those that follow them. In fp16 a step whose gradient overflowed is left
@@ -206,51 +211,69 @@ class Trainer:
         logging, saving = last or due(step, config.log_every), last or due(step, config.checkpoint_every)
         stopping = not last and self._agreed(interrupted(), logging)
         if (logging or saving or stopping) and (found := tracker.flush()):
-            raise Stopped(f"{found}. The weights are of no use from there on. {self._kept()} A lower train.lr, a "
-                          "longer "
-                          "train.warmup or precision fp32 may help.")
+            raise Stopped(f"{found[1]}. {self._explained(found[0])} {self._kept()} {nonfinite.advice(config)}")
         with tracker.pause():
             if saving or stopping:
                 tracker.sync()
                 self.save(step)
-            # Pictures come in batches of their own size, for which nothing is compiled anew.
-            with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-                for tell in self.on_step:                 # before a stop: a resumed run does not tell of this step
-                                                          # again
-                    tell(step)
+            self.tell(self.on_step, step)
             if stopping:
                 raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
 
+    def tell(self, hearers: Sequence[Callable[[int], None]], step: int) -> None:
+        with self.eager():
+            for hearer in hearers:
+                hearer(step)
+
     def save(self, step: int) -> None:
-        """Every role that changes and every optimizer, written by rank 0."""
+        """Every role that changes and every optimizer, written by rank 0. Stopped where a weight is not finite."""
+        for role in self.saved:
+            if (name := nonfinite.first(self.roles.state_dict(role))) is not None:
+                raise Stopped(f"{name} of the {role} is not finite after step {step}, which is not saved. {self._kept()} "
+                              f"{nonfinite.advice(self.config)}")
         if parallel.rank() == 0:
             checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
                              | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()}
                              | ({"scales": scales(self.scalers)} if self.config.precision == "fp16" else {}))
+            if self.config.keep is not None:
+                checkpoints.prune(self.run_dir, step, self.config.keep)
         parallel.barrier()
 
     def resume(self) -> None:
-        """Puts roles, optimizers and the step back to the latest checkpoint, if there is one."""
-        folder = checkpoints.latest(self.run_dir)
-        if folder is None:
-            return
+        """Puts roles, optimizers and the step back to the newest checkpoint that can be used, if there is any. Those that cannot are
+        named and put aside. RequestError where none of them can."""
+        taken = checkpoints.newest(self.run_dir, self.take, aside=True)
+        if taken is not None:
+            self.done = checkpoints.step_of(taken[0])
+
+    def take(self, folder: Path) -> None:
+        """Roles and optimizers of a checkpoint. RequestError where it is not of this run."""
+        if (step := checkpoints.step_of(folder)) > self.config.updates:
+            raise RequestError(f"the checkpoint {folder} is of step {step}, and this run has {self.config.updates}")
         found = checkpoints.load(folder)
         expected = {f"role-{role}" for role in self.saved} | {f"optimizer-{role}" for role in self.optimizers}
-        expected |= {"scales"} if self.config.precision == "fp16" else set()
+        begun = found.pop("scales", None)                 # of fp16, which a run may come to or leave on the way
         if found.keys() != expected:
-            raise RequestError(f"{folder} holds {', '.join(sorted(found))}; this recipe needs "
+            raise RequestError(f"{folder} holds {', '.join(sorted(found)) or 'nothing'}; this recipe needs "
                                f"{', '.join(sorted(expected))}. "
                                "Resume with the recipe that the run was begun with.")
         try:
             for role in self.saved:
                 self.roles.load_state_dict(role, found[f"role-{role}"])
+            for role, optimizer in self.optimizers.items():
+                optimizer.load(found[f"optimizer-{role}"])
+            if begun is not None and self.config.precision == "fp16":
+                load_scales(self.scalers, begun)
         except ValueError as error:
             raise RequestError(f"{folder} does not fit this recipe: {error}") from error
-        for role, optimizer in self.optimizers.items():
-            optimizer.load(found[f"optimizer-{role}"])
-        if "scales" in found:
-            load_scales(self.scalers, found["scales"])
-        self.done = checkpoints.step_of(folder)
+
+    def _explained(self, step: int) -> str:
+        with self.eager():
+            return nonfinite.explained(self, step)
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Where batches have a size of their own, or modules are looked into, nothing is compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def _agreed(self, interrupted: bool, logging: bool) -> bool:
         """Whether to stop. Several ranks ask each other where they wait for each other anyway, at logging steps."""

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 
 from .. import parallel
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")       # of AdamW, and as bitsandbytes names them
 FUSED = ("cpu", "cuda", "mps", "xpu")      # devices for which AdamW has one kernel for all tensors
 
 
@@ -36,10 +37,11 @@ class TrainConfig:
     compile: bool = False                   # networks are compiled: every state is warmed up before the first step
     seed: int = 0
     checkpoint_every: int | None = None     # steps; the last step is always saved
+    keep: int | None = None                 # checkpoints that are kept, the newest ones; None: all
     log_every: int = 10                     # steps between transfers of losses from the device
 
     def __post_init__(self) -> None:
-        for name in ("updates", "accumulate", "log_every", "checkpoint_every"):
+        for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1; found {value}")
         if min((self.lr, *self.rates.values())) <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
@@ -93,6 +95,8 @@ class RoleOptimizer:
         return {f"{name}.{i}": torch.as_tensor(value) for i, state in states.items() for name, value in _flat(state)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave. ValueError for what is not of these parameters."""
+        self._check(tensors)
         states: dict[int, dict[str, Any]] = {}
         for key, tensor in tensors.items():
             name, i = key.rsplit(".", 1)
@@ -102,6 +106,21 @@ class RoleOptimizer:
                 state = state.setdefault(part, {})
             state[last] = tensor.item() if tensor.dtype == torch.int64 and not tensor.dim() else tensor
         self.adamw.load_state_dict({"state": states, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            name, _, i = key.rpartition(".")
+            if not name or not i.isdecimal() or int(i) >= len(self.parameters):
+                raise ValueError(f"its optimizer's {key} belongs to none of {len(self.parameters)} parameters")
+            shape = self.parameters[int(i)].shape
+            if name in MOMENTS and tensor.shape != shape:
+                raise ValueError(f"its optimizer's {key} is of shape {tuple(tensor.shape)}, and its parameter of {tuple(shape)}")
+            if isinstance(self.adamw, torch.optim.AdamW) and name not in (*MOMENTS[:2], "step"):
+                raise ValueError(f"its optimizer's {key} is nothing that AdamW keeps")
+        for i in {key.rpartition(".")[2] for key in tensors}:
+            held = {key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] == i}
+            if isinstance(self.adamw, torch.optim.AdamW) and len(held) < 3:
+                raise ValueError(f"its optimizer holds only {', '.join(sorted(held))} of parameter {i}")
 
 
 def _flat(state: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

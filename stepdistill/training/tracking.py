@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -18,24 +20,32 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from .. import parallel
+from ..files import records
+from ..files.whole import put_aside, write_whole
 
+log = logging.getLogger(__name__)
 REFRESH = 0.5                     # seconds between redraws of the progress bar
 
 
-def truncate(path: Path, step: int) -> dict | None:
-    """Drops the rows of a .jsonl file after `step`, and a torn last line. Returns the last row that stays."""
+def truncate(path: Path, step: int, schema: Any = records.Metrics) -> list[dict[str, Any]]:
+    """Drops the rows of a .jsonl file after `step`, and a torn last line. Returns the rows that stay.
+
+    Of lines that are damaged a warning says which, and the file as it was is kept beside.
+    """
     if not path.exists():
-        return None
-    rows, last = [], None
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or (row := json.loads(line))["step"] > step:
-            break
-        rows.append(line)
-        last = row
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(rows), encoding="utf-8")
-    os.replace(aside, path)
-    return last
+        return []
+    kept, stay, damaged = [], [], []
+    for number, line, row in records.lines(path.read_bytes(), schema):
+        if isinstance(row, ValueError) or not isinstance(row.get("step"), int):
+            damaged.append(f"line {number}: {row if isinstance(row, ValueError) else 'it has no step'}")
+        elif row["step"] <= step and line.endswith(b"\n"):
+            kept.append(line)
+            stay.append(row)
+    if damaged:
+        log.warning("%s is damaged (%s): these rows are left out, and the file is kept as %s", path, "; ".join(damaged[:3]),
+                    put_aside(path).name)
+    write_whole(path, b"".join(kept))
+    return stay
 
 
 def memory(device: torch.device) -> int:
@@ -65,8 +75,8 @@ class Tracker:
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             truncate(run_dir / "metrics.jsonl", done)
-            last = truncate(run_dir / "timings.jsonl", done)
-            self.seconds = last["seconds"] if last else 0.0
+            before = truncate(run_dir / "timings.jsonl", done, records.Timing)
+            self.seconds = before[-1]["seconds"] if before else 0.0
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
         self.since = time.perf_counter()
 
@@ -90,8 +100,8 @@ class Tracker:
             self.bar.refresh()
             self.drawn = time.perf_counter()
 
-    def flush(self) -> str:
-        """Writes down what has been added, up to the first value that is not finite. Says which that is, or nothing."""
+    def flush(self) -> tuple[int, str] | None:
+        """Writes down what has been added, up to the first value that is not finite. Returns its step and what it is."""
         flat = torch.stack([value.detach().float() for _, _, values in self.pending for value in values.values()])
         parallel.all_reduce_mean_([flat])
         numbers = iter(flat.tolist())
@@ -103,9 +113,10 @@ class Tracker:
             self._write(finite, seconds)
         self.seconds += seconds
         self.pending, self.images, self.paused, self.since = [], 0, 0.0, time.perf_counter()
-        bad = rows[len(finite)] if len(finite) < len(rows) else {}
-        return ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items()
-                         if not math.isfinite(value))
+        if len(finite) == len(rows):
+            return None
+        bad = rows[len(finite)]
+        return bad["step"], ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items() if not math.isfinite(value))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -3,10 +3,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from stepdistill.data import cache as module
 from stepdistill.data.cache import Cache, contents, default_root, fingerprint
@@ -28,7 +32,7 @@ class Maker:
 
 
 def make(root, maker=None, count=25, per_file=10, identity=(("source", 1),), **settings):
-    return Cache(root, batch=4, **settings).store("rows", dict(identity), count, maker or Maker(), per_file)
+    return Cache(root, batch=4, **settings).store("rows", dict(identity), count, ("x", "n"), maker or Maker(), per_file)
 
 
 def check(store):
@@ -63,13 +67,11 @@ def test_an_interrupted_cache_goes_on_from_its_finished_files(tmp_path):
 def test_a_lost_file_alone_is_made_again_and_leftovers_are_swept(tmp_path):
     make(tmp_path)
     files(tmp_path)[1].unlink()
-    old, fresh = (files(tmp_path)[0].with_name(f"00001.safetensors.{i}.aside") for i in (1, 2))
-    for path in (old, fresh):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    left = files(tmp_path)[0].with_name(".00001.safetensors.partial")
+    left.write_bytes(b"half")
     again = Maker()
     check(make(tmp_path, again))
-    assert again.asked == list(range(10, 20)) and not old.exists() and fresh.exists()      # fresh: another run's, at work
+    assert again.asked == list(range(10, 20)) and not left.exists()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b)])
@@ -118,7 +120,7 @@ def test_rows_are_mapped_not_loaded(tmp_path):
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
     overflow = lambda indices: ({"latents": torch.full((len(indices), 2), 1e6)}, [""] * len(indices))
     with pytest.raises(RequestError, match="'latents'.*not finite.*float32"):
-        Cache(tmp_path, dtype=torch.float16).store("rows", {}, 3, overflow)
+        Cache(tmp_path, dtype=torch.float16).store("rows", {}, 3, ("latents",), overflow)
     assert not files(tmp_path)
 
 
@@ -132,7 +134,7 @@ def test_a_disk_without_room_is_refused_with_the_need(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(RequestError, match="needs .* MiB more.*STEPDISTILL_CACHE"):
         make(tmp_path)
-    assert not list(tmp_path.rglob("*.aside")) and not files(tmp_path)
+    assert not list(tmp_path.rglob("*.partial")) and not files(tmp_path)
 
 
 def test_a_disk_that_fills_up_while_writing_keeps_what_is_finished(tmp_path, monkeypatch):
@@ -140,13 +142,13 @@ def test_a_disk_that_fills_up_while_writing_keeps_what_is_finished(tmp_path, mon
 
     def sync(descriptor):
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:                     # after about.json and a file
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", sync)
     with pytest.raises(RequestError, match="needs"):
         make(tmp_path)
-    assert len(files(tmp_path)) == 1 and not list(tmp_path.rglob("*.aside"))
+    assert len(files(tmp_path)) == 1 and not list(tmp_path.rglob("*.partial"))
     again = Maker()
     check(make(tmp_path, again))
     assert again.asked == list(range(10, 25))
@@ -195,7 +197,7 @@ def test_contents_are_the_same_wherever_a_pipeline_lies(tmp_path):
 
 
 def test_a_named_folder_says_what_it_holds(tmp_path):
-    spec = lambda count=25, source=1: Cache(tmp_path, batch=4).spec("rows", {"source": {"seed": source}}, count, 10, tmp_path / "mine")
+    spec = lambda count=25, source=1: Cache(tmp_path, batch=4).spec("rows", {"source": {"seed": source}}, count, ("x", "n"), 10, tmp_path / "mine")
     assert spec().found_otherwise() == [] and spec().made() == 0
     check(Cache(tmp_path, batch=4).fill(spec(), Maker()))
     assert spec().found_otherwise() == [] and spec().made() == 25
@@ -203,5 +205,72 @@ def test_a_named_folder_says_what_it_holds(tmp_path):
     (tmp_path / "mine/00001.safetensors").unlink()
     assert spec().made() == 15
     (tmp_path / "mine/about.json").write_text("[]")
-    with pytest.raises(RequestError, match="mine' holds other files"):
+    with pytest.raises(RequestError, match="about.json is damaged.*mine' holds other files"):
         spec().found_otherwise()
+
+
+def rewritten(path, change):
+    """A file whose header is whole, and what it holds another."""
+    with safe_open(path, "pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name).clone() for name in opened.keys()}, opened.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+CHANGES = {
+    "a number": (lambda tensors, metadata: tensors["x"][3].zero_(), "not those that were written"),
+    "a NaN": (lambda tensors, metadata: tensors["x"][3].fill_(float("nan")), "not those that were written"),
+    "a text": (lambda tensors, metadata: metadata.update(texts=metadata["texts"].replace("row 13", "row 31")), "not those that were written"),
+    "another dtype": (lambda tensors, metadata: tensors.update(n=tensors["n"].int()), "not those that were written"),
+    "a tensor less": (lambda tensors, metadata: tensors.pop("n"), "it holds x, and should hold n, x"),
+    "a tensor more": (lambda tensors, metadata: tensors.update(y=tensors["x"].clone()), "it holds n, x, y, and should hold n, x"),
+    "no texts": (lambda tensors, metadata: metadata.pop("texts"), "should be a list"),
+    "texts of another kind": (lambda tensors, metadata: metadata.update(texts="[1]"), "should be a text"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changed_on_disk_is_named_and_made_again(tmp_path, caplog, name):
+    make(tmp_path)
+    change, message = CHANGES[name]
+    rewritten(files(tmp_path)[1], change)
+    again = Maker()
+    check(make(tmp_path, again))
+    assert again.asked == list(range(10, 20)) and str(files(tmp_path)[1]) in caplog.text and message in caplog.text
+
+
+def test_files_of_earlier_versions_are_taken_as_they_are(tmp_path):
+    make(tmp_path)
+    rewritten(files(tmp_path)[1], lambda tensors, metadata: metadata.pop("digest"))
+    again = Maker()
+    check(make(tmp_path, again))
+    assert not again.asked
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    make(tmp_path)
+    path = files(tmp_path)[2]
+    whole = path.read_bytes()
+    for at in range(len(whole) - 5 * 6 * 4 - 5 * 8, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1:])
+        again = Maker()
+        make(tmp_path, again)
+        assert again.asked == list(range(20, 25)), at
+
+
+def test_others_wait_for_who_makes_a_store(tmp_path):
+    folder = make(tmp_path / "known").files and files(tmp_path / "known")[0].parent.name
+    told, done = [], []
+
+    def slow(indices):
+        if not told:
+            told.append(Thread(target=lambda: done.append(make(tmp_path / "new", second))))
+            told[0].start()
+            time.sleep(1)
+        return Maker()(indices)
+
+    second = Maker()
+    check(make(tmp_path / "new", slow))
+    told[0].join()
+    check(done[0])
+    assert not second.asked and not list((tmp_path / "new" / folder).glob(".*"))

@@ -115,6 +115,21 @@ def test_the_identity_changes_with_whatever_changes_the_data(folder):
     assert open_images(folder, 8).identity == seen[-1]
 
 
+def test_a_count_takes_the_first_of_a_folder(folder):
+    two = open_images(folder, 8, count=2)
+    assert two.count == 2 and two.captions(ALL(2)) == ["picture a", "picture b"] and two.identity["files"] == 2
+    assert two.identity != open_images(folder, 8).identity == open_images(folder, 8, count=3).identity
+    with pytest.raises(RequestError, match="holds 3 images, fewer than data.count, which is 4"):
+        open_images(folder, 8, count=4)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "metadata.jsonl"])
+def test_captions_that_are_not_utf8_are_named(folder, name):
+    (folder / name).write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(RequestError, match=f"{name}' cannot be read as UTF-8 text"):
+        open_images(folder, 8)
+
+
 def test_no_folder_and_no_images(tmp_path):
     with pytest.raises(RequestError, match="missing' is not a folder"):
         open_images(tmp_path / "missing", 8)

@@ -17,6 +17,7 @@ from stepdistill.evaluation.fd import least_samples
 from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, solver_scheduler
 from stepdistill.evaluation.report import read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
+from stepdistill.files.lock import locked
 
 from .conftest import DIM
 
@@ -241,7 +242,45 @@ def test_a_stopped_bench_keeps_its_finished_rows(student, clip_folder, tmp_path,
     monkeypatch.setattr(Evaluation, "row", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         run([student], clip_folder, tmp_path)
-    assert [row["target"] for row in read_results(tmp_path / "results.json")["rows"]] == ["real", "student"]
+    before = read_results(tmp_path / "results.json")["rows"]
+    assert [row["target"] for row in before] == ["real", "student"]
+
+    measured = []
+    monkeypatch.setattr(Evaluation, "row", lambda self, plan, *rest: measured.append(plan.nfe) or row(self, plan, *rest))
+    assert run([student], clip_folder, tmp_path)["rows"][:2] == before and measured == [2], "it goes on"
+    assert not (tmp_path / "unfinished.json").exists() and not (tmp_path / ".lock").exists()
+    run([student], clip_folder, tmp_path)
+    assert measured == [2, 1, 2], "a bench that ended is made anew"
+
+
+def test_a_stopped_bench_measures_a_changed_student_anew(student, clip_folder, tmp_path, monkeypatch):
+    row, measured = Evaluation.row, []
+
+    def stop_at_two(self, plan, *rest):
+        if plan.nfe == 2:
+            raise KeyboardInterrupt
+        return measured.append(plan.nfe) or row(self, plan, *rest)
+
+    monkeypatch.setattr(Evaluation, "row", stop_at_two)
+    for identity in ("trained", "trained on", "trained on"):
+        with pytest.raises(KeyboardInterrupt):
+            run([replace(student, identity=identity)], clip_folder, tmp_path)
+    assert measured == [1, 1]
+    (tmp_path / "unfinished.json").write_text('{"protocol": 3}')
+    with pytest.raises(RequestError, match="unfinished.json is damaged: what it holds has no measured, targets. Remove it"):
+        run([student], clip_folder, tmp_path)
+
+
+def test_one_bench_at_a_time_writes_into_a_folder(student, clip_folder, tmp_path):
+    with locked(tmp_path / ".lock", "it"), pytest.raises(RequestError, match="is in use by process"):
+        run([student], clip_folder, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"protocol": {}, "rows": [{}]}', '{"protocol": null, "rows": null}'])
+def test_damaged_results_are_named(student, clip_folder, tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RequestError, match="results.json is damaged"):
+        read_results(tmp_path / "results.json")
 
 
 def test_own_prompts_that_are_no_captions_are_not_judged(student, clip_folder, tmp_path):

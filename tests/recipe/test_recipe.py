@@ -231,3 +231,46 @@ def test_a_teacher_that_cannot_be_planned_on_is_refused_at_its_line(write, tiny_
     made(tmp_path / "empty")
     with pytest.raises(RequestError, match=r"mine.yaml:2: teacher cannot be loaded: .*empty is "):
         plan(Recipe.load(write(str(tiny_teacher), str(tmp_path / "empty"))))
+
+
+MERGED = """\
+method: lcm
+teacher: assets/toy
+student: full
+data: {images: assets/toy, batch: 8}
+train: &train
+  updates: 4
+  lr: 0.5
+stages:
+  - &first
+    steps: 8
+    train: {lr: 0.1}
+  - <<: *first
+    steps: 4
+  - {<<: [*first], teacher: previous, train: {<<: *train, warmup: 1}}
+"""
+
+
+def test_merge_keys_are_served(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text(MERGED)
+    stages = Recipe.load(path).stages
+    assert [(stage.steps, stage.train.lr, stage.train.updates, stage.train.warmup, stage.taught_by_previous) for stage in stages] == [
+        (8, 0.1, 4, 0, False), (4, 0.1, 4, 0, False), (8, 0.5, 4, 1, True)]
+
+
+@pytest.mark.parametrize(("old", "new", "line"), [("lr: 0.1", "lr: fast", 11), ("steps: 4", "steps: four", 13), ("steps: 8", "stpes: 8", 10)])
+def test_an_error_in_a_merged_entry_is_placed_where_it_was_written(tmp_path, old, new, line):
+    path = tmp_path / "merged.yaml"
+    path.write_text(MERGED.replace(old, new))
+    assert f"{path}:{line}: " in refusal(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (f"method: lcm\nteacher: assets/toy\ntrain: {{updates: {'9' * 30}}}", r"mine.yaml:3: train.updates is 99999999999999999999..., a number of 30 digits; it should be below"),
+    (f"method: lcm\ntrain: {{updates: {'9' * 5000}}}", "mine.yaml: no valid YAML"), ("method: &m [*m]", "mine.yaml"), ("[" * 50_000, "mine.yaml: is nested too deeply")])
+def test_what_cannot_be_read_is_one_message(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        Recipe.load(path)

@@ -2,6 +2,8 @@ import json
 import math
 import os
 import signal
+import sys
+from dataclasses import replace
 from errno import ENOSPC
 
 import pytest
@@ -251,19 +253,81 @@ def test_another_recipe_s_checkpoint_is_refused(tmp_path):
 def test_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    assert truncate(path, 5) == {"step": 3}
-    assert truncate(path, 2) == {"step": 2} and path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert truncate(tmp_path / "absent.jsonl", 2) is None
+    assert truncate(path, 5) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert truncate(path, 2) == [{"step": 1}, {"step": 2}] and path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert truncate(tmp_path / "absent.jsonl", 2) == []
+
+
+def test_damaged_lines_are_named_and_kept_beside(tmp_path, caplog):
+    path, text = tmp_path / "metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3, "x": NaN}\n[]\n{"step": 5, "x": 1.5}\n'
+    path.write_text(text)
+    assert truncate(path, 5) == [{"step": 1}, {"step": 5, "x": 1.5}] and path.read_text() == '{"step": 1}\n{"step": 5, "x": 1.5}\n'
+    assert (tmp_path / "damaged-1-metrics.jsonl").read_text() == text
+    assert "line 2: " in caplog.text and "line 3: it holds NaN" in caplog.text and "damaged-1-metrics.jsonl" in caplog.text
+
+
+DAMAGES = {
+    "a flipped bit": lambda folder: (folder / "role-student.safetensors").write_bytes(
+        (folder / "role-student.safetensors").read_bytes()[:-1] + b"!"),
+    "a role less": lambda folder: saved_again(folder, lambda found: found.pop("role-critic")),
+    "moments of another shape": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"exp_avg.0": torch.zeros(3)})),
+    "moments of nothing": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"exp_avg.99": torch.zeros(3)})),
+    "other keys": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"weight": torch.zeros(3)})),
+    "half of the moments": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].pop("exp_avg_sq.1")),
+}
+
+
+def saved_again(folder, change):
+    found = checkpoints.load(folder)
+    change(found)
+    checkpoints.save(folder.parents[1], checkpoints.step_of(folder), found)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_it_taken(tmp_path, damage, caplog):
+    trainer(tmp_path / "whole", checkpoint_every=2).train()
+    trainer(tmp_path / "run", checkpoint_every=2).train()
+    DAMAGES[damage](checkpoints.latest(tmp_path / "run"))
+    again = trainer(tmp_path / "run", checkpoint_every=2)
+    again.train(resume=True)
+    assert again.stream.asked[0][0] == 6 and (tmp_path / "run/checkpoints/damaged-1-step-000007").is_dir()
+    assert "step-000007" in caplog.text and "step-000006 is taken" in caplog.text
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+    for name, tensors in weights(tmp_path / "whole").items():
+        assert_same(tensors, weights(tmp_path / "run")[name])
+
+
+def test_a_checkpoint_beyond_the_end_is_none_of_this_run(tmp_path):
+    trainer(tmp_path, updates=9, checkpoint_every=6).train()
+    again = trainer(tmp_path, updates=7)
+    again.train(resume=True)
+    assert again.stream.asked[0][0] == 6 and checkpoints.latest(tmp_path).name == "step-000007"
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    trainer(tmp_path, updates=7, checkpoint_every=2, keep=2).train()
+    assert [folder.name for folder in checkpoints.found(tmp_path)] == ["step-000007", "step-000006"]
+
+
+def test_what_was_owed_is_told_before_the_first_step(tmp_path):
+    told = []
+    with pytest.raises(Crash):
+        trainer(tmp_path, [crash_at(4)], on_start=[told.append], checkpoint_every=2).train()
+    trainer(tmp_path, [told.append], on_start=[told.append], checkpoint_every=2).train(resume=True)
+    assert told == [0, 4, 5, 6, 7]
 
 
 # -- ends before the end ---------------------------------------------------------------------------------------------
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    handler = signal.getsignal(signal.SIGINT)
-    press = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, name):
+    number = getattr(signal, name)
+    handler = signal.getsignal(number)
+    press = lambda step: os.kill(os.getpid(), number) if step == 3 else None
     with pytest.raises(Stopped, match=r"interrupted after step 4 of 7.*step-000004 is kept: resume"):
         trainer(tmp_path / "parts", [press]).train()
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     trainer(tmp_path / "parts").train(resume=True)
     trainer(tmp_path / "whole").train()
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
@@ -287,10 +351,63 @@ class Explodes(ToyMethod):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    with pytest.raises(Stopped, match=r"student/match of step 5 is nan.*step-000004 is kept"):
+    with pytest.raises(Stopped, match=r"student/match of step 5 is nan.*arises in the loss student/match itself.*step-000004 is kept.*"
+                                      r"--set train.lr=0.005; --set train.clip=0.5\."):
         trainer(tmp_path, method=Explodes, checkpoint_every=2, log_every=20).train()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
     assert all(tensor.isfinite().all() for tensors in weights(tmp_path).values() for tensor in tensors.values())
+
+
+class Overflows(nn.Linear):
+    """Of the first sample of step 5 it makes infinity."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.where(x.detach().abs().max() > 50, math.inf, 1.0)
+
+
+class Far(ToyMethod):
+    def student_loss(self, batch, step):
+        return super().student_loss(replace(batch, x0=batch.x0 * (100 if step.index == 4 else 1)), step)
+
+
+def test_the_module_is_named_in_which_it_arose(tmp_path):
+    roles = toy_roles()
+    roles["student"], roles["ema"] = (nn.Sequential(nn.Sequential(nn.Linear(6, 6), Overflows(6, 6)), nn.Linear(6, 6)) for _ in range(2))
+    with pytest.raises(Stopped, match=r"It arises in Sequential\.0\.1 \(Overflows\), with the weights of step-000004"):
+        trainer(tmp_path, method=Far, roles=roles, checkpoint_every=2, log_every=20).train()
+
+
+def test_data_that_are_not_finite_are_named(tmp_path):
+    t = trainer(tmp_path, log_every=20)
+    batch = t.stream.batch
+
+    def damaged(step, *rest):
+        found = batch(step, *rest)
+        found.x0[5] = math.nan if step == 2 else 0.0
+        return found
+
+    t.stream.batch = damaged
+    with pytest.raises(Stopped, match=r"of step 3 is nan.*The data of samples 21 are not finite. No checkpoint was written yet"):
+        t.train()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    t = trainer(tmp_path, method=SameWeightsTwice32, checkpoint_every=2, lr=1e-2, log_every=20)
+    follow = t.roles.follow
+
+    def driven(role):
+        follow(role)
+        if t.done == 3:                                    # within the fourth step, whose losses and gradients are finite
+            t.roles["student"][0].weight.data[0, 0] = math.inf
+    t.roles.follow = driven
+    with pytest.raises(Stopped, match=r"0\.weight of the student is not finite after step 4, which is not saved. .*step-000002 is kept"):
+        t.train()
+    assert [folder.name for folder in checkpoints.found(tmp_path)] == ["step-000002"]
+
+
+class SameWeightsTwice32(ToyMethod):
+    def updates(self):
+        return [Update(("student",), self.student_loss)]
 
 
 @pytest.mark.parametrize("error", [OSError(ENOSPC, "No space left on device"),

@@ -1,0 +1,77 @@
+"""What a run may be asked for when it goes on, beside what it was begun with."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import parallel
+from ..data.cache import flat
+from ..errors import RequestError
+from ..files.whole import write_whole
+from ..recipe import Recipe
+from ..training import checkpoints
+
+RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
+FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every",
+        "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate")
+"""Entries that hold from the next step on, and of which nothing that is saved depends."""
+
+
+def resumed(run: Path, recipe: Recipe) -> Recipe:
+    """The recipe to go on with: as asked, on the teacher's commit that the run was begun on.
+
+    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have.
+    """
+    begun = Recipe.load(run / RECIPE)
+    revision = begun.teacher.revision
+    if revision is not None and recipe.teacher.revision is None and recipe.teacher.base == begun.teacher.base:
+        recipe = recipe.pinned(revision)
+    changed = changes(begun, recipe)
+    if fixed := [f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items() if not _is_free(key)]:
+        raise RequestError(f"{run} was begun with another recipe: {'; '.join(fixed)}. Resume with {run / RECIPE}, or begin a new run "
+                           f"with another --out. What may change on the way is {', '.join(FREE)}")
+    if "train.updates" in changed or any(key.endswith(".train.updates") for key in changed):
+        _check_updates(run, begun, recipe)
+    return recipe
+
+
+def changes(begun: Recipe, asked: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Entry -> what it was, what it is to be, where they differ."""
+    was, now = (flat(_numbered(recipe.resolved())) for recipe in (begun, asked))
+    return {key: (was.get(key), now.get(key)) for key in was | now if was.get(key) != now.get(key)}
+
+
+def write_down(run: Path, recipe: Recipe) -> None:
+    """The recipe that a run goes on with, in place of the one before, and a line a change in changes.jsonl."""
+    if parallel.rank() or not (changed := changes(Recipe.load(run / RECIPE), recipe)):
+        return
+    path, saved = run / CHANGES, checkpoints.latest(run)
+    step = 0 if saved is None else checkpoints.step_of(saved)
+    lines = "".join(json.dumps({"step": step, "entry": key, "was": was, "now": now}) + "\n" for key, (was, now) in changed.items())
+    write_whole(path, (path.read_bytes() if path.is_file() else b"") + lines.encode())
+    write_whole(run / RECIPE, recipe.dump().encode())
+
+
+def _check_updates(run: Path, begun: Recipe, recipe: Recipe) -> None:
+    was, now = begun.train.updates, recipe.train.updates
+    if recipe.previous is not None:
+        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: a stage that is done is not gone on with, so in "
+                            "stages they are fixed")
+    if now < was:
+        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: they can be raised, and a run that is to end "
+                            "earlier is stopped with Ctrl-C")
+    if recipe.train.decay == "cosine":
+        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: the learning rate falls to 0 at its last update "
+                            "(train.decay is cosine), so all updates so far would have had another; begin a new run with another --out")
+
+
+def _is_free(key: str) -> bool:
+    parts = key.split(".")
+    own = ".".join(parts[2:] if parts[0] == STAGES else parts)
+    return any(own == free or own.startswith(f"{free}.") for free in FREE)
+
+
+def _numbered(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe with its stages by number, so that a difference is named by its entry."""
+    return plain | ({STAGES: {str(i + 1): table for i, table in enumerate(plain[STAGES])}} if STAGES in plain else {})
