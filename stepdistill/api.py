@@ -2,27 +2,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources
-from .data.cache import Cache, Report
+from .data.cache import Cache
 from .data.stream import Stream
 from .diffusion.draws import key
 from .errors import RequestError, Stopped
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS
+from .evaluation.progress import meter
 from .evaluation.sheets import sheet
 from .export import Student, export_student, load
 from .export import check as check_export
@@ -41,6 +40,7 @@ from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of
 from .run.targets import asking, must_serve, open_target, teachers
+from .run.telling import log, recorded, spoken, write_in
 from .training import Trainer, launched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -64,35 +64,41 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         check(stage)
     check_card(recipe, device)
     before: Path | None = None
-    for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
-        if place == run or not folder.finished(place, stage):
-            _train(stage, recipe, before, place, run, device, resume)
-        before = place
+    with spoken(), recorded() as record:
+        for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
+            if place == run or not folder.finished(place, stage):
+                _train(stage, recipe, before, place, run, device, resume, record)
+            before = place
     return run
 
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
-           resume: bool) -> None:
+           resume: bool, record: MemoryHandler) -> None:
     """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before."""
+    number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
+    log.info(f"{number}{recipe.method}, {recipe.steps} steps; loading the teacher {recipe.teacher.base} on {device}")
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
         sampling(later, stage.teacher)
+    log.info("loaded; comparing the student's first call with its pipeline's own")
     check_first_call(stage)
     if recipe.train.compile:
         with recipe.blaming("train.compile", "is on, and cannot be"):
             compile_blocks(stage.roles)
-    with _progress() as report:
+    log.info("preparing the data")
+    with meter(parallel.rank() == 0) as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
+    log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
     begun = {run: whole, place: recipe}
     for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written
         folder.begin(new, folder.pinned(begun[new]), device)
-    if parallel.rank() == 0 and len(whole.stages) > 1:
-        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, "
-                                   f"{recipe.steps} steps")
+    write_in(run, record)
+    log.info(f"training {recipe.train.updates:,} steps of {recipe.data.batch} samples in {place}"
+             + (", compiling first, which takes minutes" if recipe.train.compile else ""))
     try:
         trainer.train(resume)
     except Stopped as error:
@@ -111,6 +117,7 @@ class MadePairs:
     seconds: float
 
 
+@spoken()
 def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
           **overrides: Any) -> MadePairs:
     """Makes the teacher's pairs of noise and picture that a recipe trains on, those that are not there yet.
@@ -127,7 +134,8 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         raise recipe.refuse("data.pairs", "are made by the student of the stage before, once that is trained: "
                             "a training makes them")
     run, start = setup(recipe, launched()), time.perf_counter()
-    with _progress() as report:
+    log.info("making the pairs that are missing")
+    with meter(parallel.rank() == 0) as report:
         cache = Cache(report=report)
         spec = pairs_spec(run, cache, out)
         missing = recipe.data.count - spec.made()
@@ -135,6 +143,7 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     return MadePairs(spec.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
+@spoken()
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
            dtype: str | None = None) -> Path:
     """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder.
@@ -154,6 +163,7 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     return out
 
 
+@spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
            guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet.
@@ -189,10 +199,11 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
         raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has "
                            "driven away, or an autoencoder that overflows in half precision, draw such")
     if not pixels.any():
-        Console(stderr=True).print(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a "
-                                   "network that draws NaN may")
+        log.warning(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a network that "
+                    "draws NaN may")
 
 
+@spoken()
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000,
           out: str | Path = "bench", seed: int = 0,
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
@@ -211,7 +222,7 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     for target in every:
         target.pipeline.to(device)
     return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, resources.locate(features) or features,
-                       reference, reuse, device=device, say=Console(stderr=True).print)
+                       reference, reuse, device=device, say=log.info)
 
 
 def quiet() -> None:
@@ -219,16 +230,3 @@ def quiet() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """A progress bar for each thing that is made once and kept."""
-    with Progress(console=Console(stderr=True), transient=True, disable=parallel.rank() != 0) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(f"caching {what}", total=total)
-            bar.update(tasks[what], completed=done)
-        yield report

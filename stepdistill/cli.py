@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,9 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     from .parallel import rank
     if rank() == 0:
         from .run.checks import family
-        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {run} --to lora"
-        say.print(f"trained: {run}\n{after}", soft_wrap=True)
+        tell(f"trained: {run}")
+        tell(f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else
+             f"next: stepdistill export {shlex.quote(str(run))} --to {'pipeline' if chosen.student.lora is None else 'lora'}")
 
 
 @app.command()
@@ -63,9 +65,9 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     from .parallel import rank
     if rank() == 0:
         news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
-        say.print(f"{news}: {found.folder}", soft_wrap=True)
-        say.print(f"next: stepdistill train {chosen.arguments}" + (f" --set data.pairs.path={out}" if out else ""),
-                  soft_wrap=True)
+        tell(f"{news}: {found.folder}")
+        tell(f"next: stepdistill train {chosen.arguments}"
+             + (f" --set {shlex.quote(f'data.pairs.path={out}')}" if out else ""))
 
 
 @app.command()
@@ -78,7 +80,7 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
     """Draw pictures with a student or a teacher."""
     api = working()
     api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
-    say.print(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 @app.command()
@@ -115,11 +117,11 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
-    say.print(f"proved and written: {folder}")
+    tell(f"proved and written: {folder}")
     from .export import read_settings
     settings = read_settings(folder)
     if to == "pipeline" and settings["dropped"]:
-        say.print(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
+        tell(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
 
 
 @app.command()
@@ -150,8 +152,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
         _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
         return
     row = rows[0]
-    say.print(f"[bold]{name}[/]  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n")
-    say.print(catalogue.algorithm(name), highlight=False, markup=False, soft_wrap=True)
+    tell(f"{name}  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n\n{catalogue.algorithm(name)}")
 
 
 @app.command()
@@ -208,10 +209,16 @@ def answer(command: Callable[[], object]) -> NoReturn:
 
 def working() -> Any:
     """The functions that do the work, with torch and diffusers."""
+    tell("loading torch and diffusers", complain)                  # which takes seconds, on a busy machine a minute
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # it speaks while it is being imported
     from . import api
     api.quiet()
     return api
+
+
+def tell(text: str, console: Console = say) -> None:
+    """As it stands: no markup is read in it, and no line is broken, so that paths and commands can be pasted."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -247,7 +254,7 @@ def _emit(data: Any, as_json: bool, show: Any) -> None:
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(escape(_cell(row[column])) for column in columns))
     return table
@@ -262,19 +269,19 @@ def _cell(value: Any) -> str:
 def _show_results(results: dict[str, Any], out: Path) -> None:
     from .evaluation.report import table
     say.print(table(results))
-    say.print(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+    tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
 def _show_progress(rows: list[Any]) -> None:
     passed = sum(row.passed for row in rows)
-    complain.print(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", highlight=False)
+    tell(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", complain)
 
 
 def _show_proofs(found: dict[str, Any], out: Path) -> None:
     rows = [row | {"passed": "yes" if row["passed"] else "NO"} for row in found["rows"]]
     say.print(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
     passed = sum(row["passed"] for row in found["rows"])
-    say.print(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
+    tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
               f"wrote {out / 'verify.json'} and a picture of each method beside it")
 
 
@@ -291,11 +298,11 @@ def _show_plan(found: dict[str, Any]) -> None:
                  "batch": row["passes"]["batch"],
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
         say.print(_table(rows, tuple(rows[0])))
-        say.print("in all:")
-    say.print(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
-    say.print(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
+        tell("in all:")
+    tell(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
+    tell(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
               f"of {passes['batch']} samples each; {passes['updates']:,} steps")
-    say.print("downloads: " + (", ".join(found["downloads"]) or "none"))
+    tell("downloads: " + (", ".join(found["downloads"]) or "none"))
 
 
 def _size(count: float) -> str:

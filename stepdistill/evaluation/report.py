@@ -66,10 +66,21 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     number = lambda value, spec: "–" if value is None else format(value, spec)
     return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
             number(row["guidance"], "g"),
-            f"{m['fd']:.3f} [{m['fd_low']:.3f}, {m['fd_high']:.3f}]", number(m["kid"], ".4f"),
+            f"{distance(m['fd'])} [{distance(m['fd_low'])}, {distance(m['fd_high'])}]", number(m["kid"], ".4f"),
             number(m["precision"], ".3f"),
             number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
             number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+
+
+def distance(value: float) -> str:
+    """Three digits after the point, or four in all where it is large: a column stays narrow."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """A row of results.json in one line."""
+    fd, latency = f"FD {cells(row)[4]}", row["latency_ms"]
+    return f"{_label(row)}: {fd}" + ("" if latency is None else f", {latency:.4g} ms")
 
 
 HEADINGS = ("target", "NFE", "steps", "w", "FD [95 %]", *list(METRICS.values())[1:], "ms", "images/s")
@@ -82,10 +93,10 @@ def table(results: Results) -> Table:
     """For a rich console: the columns that a curve is read by; results.json and report.html hold them all."""
     protocol = results["protocol"]
     made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
-                 title_justify="left", title_style="bold", header_style="bold")
+                 title_justify="left", title_style="bold", header_style="bold", box=None)
     shown = [HEADINGS.index(heading) for heading in IN_BRIEF]
     for i in shown:
-        made.add_column(HEADINGS[i], justify="right" if i else "left", no_wrap=True)
+        made.add_column(HEADINGS[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for row in results["rows"]:
         texts = cells(row)
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""

@@ -2,14 +2,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..data.shapes import attributes_of
@@ -17,9 +14,10 @@ from ..errors import RequestError
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
 from .features import clip_score, load_features
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
+from .progress import meter
 from .protocol import Protocol, fingerprint
 from .reference import load_reference, load_source
-from .report import Results, join, picture_name, read_results, row_key, write_report, write_results
+from .report import Results, in_words, join, picture_name, read_results, row_key, write_report, write_results
 from .sheets import sheet
 
 EACH = 4                  # samples of a prompt behind the figure `diversity`
@@ -94,7 +92,7 @@ class Evaluation:
 
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
-        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears of every batch."""
+        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so far."""
         features, shown, seconds = [], None, 0.0
         network = denoiser_of(plan.target.pipeline)
         with counted(network) as evaluations:
@@ -104,7 +102,7 @@ class Evaluation:
                 seconds += time.perf_counter() - begin
                 shown = pixels[:SHOWN] if shown is None else shown
                 features.append(self.features.images(pixels))
-                on_images(len(ids))
+                on_images(sum(map(len, features)))
         found = torch.cat(features)
         if evaluations[0] != plan.nfe * len(found):
             raise RuntimeError(f"{plan.name} was planned with {plan.nfe} network evaluations per image but took "
@@ -165,11 +163,16 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     results = join(results, taken)
     known = {row_key(row) for row in taken["rows"]}
     rows = [plan for plan in rows if plan.key not in known]
-    with _progress(len(rows) * context.images_per_row) as advance:
+    with meter() as report:
+        each = context.images_per_row
+        after = lambda i: lambda count: report("images of all rows", i * each + count, len(rows) * each)
         if ("real", 0, None) not in {row_key(row) for row in results["rows"]}:
+            say(f"real pictures: {samples:,} fresh ones of {context.source.name}")
             results = _keep(results, *context.real(), out)
-        for plan in rows:
-            results = _keep(results, *context.row(plan, batch, advance(f"{plan.name}, {plan.nfe} NFE")), out)
+        for i, plan in enumerate(rows):
+            row, shown = context.row(plan, batch, after(i))
+            say(f"row {i + 1} of {len(rows)}: {in_words(row)}")
+            results = _keep(results, row, shown, out)
     write_results(results, out)
     write_report(results, out)
     return results
@@ -191,20 +194,6 @@ def _keep(results: Results, row: dict[str, Any], shown: Tensor, out: Path) -> Re
     results = join(results, {"protocol": results["protocol"], "rows": [row]})
     write_results(results, out)
     return results
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
-    """A bar on standard error: advance(what) names the work at hand and returns what counts it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
-               TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing", total=total)
-
-        def advance(what: str) -> Callable[[int], None]:
-            bar.update(task, description=what)
-            return lambda count: bar.advance(task, count)
-        yield advance
 
 
 def _attributes(prompts: Sequence[str]) -> Tensor | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from torch import Tensor
 
 from ..errors import RequestError, first_lines
-from ..models.adapters import load_adapter, take_off
+from ..models.adapters import activate, active_adapters, adapter_names, adapter_state, drop_adapter, load_adapter, take_off
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
 from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, index_at
@@ -54,8 +57,9 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         image = pipe(prompt, **settings).images[0]
 
     A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it, where the
-    pipeline has them; a whole pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the
-    student does not fit.
+    pipeline has them. Adapters that are active already, such as a style's, stay so at their weights, and a second student
+    wants an `adapter_name` of its own. A whole pipeline lends its denoiser. The scheduler is replaced by the folder's.
+    RequestError if the student does not fit.
     """
     settings = read_settings(folder)
     _check_fused(pipe, folder, settings)
@@ -129,20 +133,36 @@ def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str
 def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any], adapter_name: str) -> None:
     network = pipe.components[component(pipe)]
     refusal = f"the LoRA in {folder}, made for {settings['teacher']}, does not fit this {type(pipe).__name__}"
+    if adapter_name in adapter_names(network):
+        raise RequestError(f"this {type(pipe).__name__} carries an adapter {adapter_name} already: load this student beside it by another "
+                           f'name, such as load(pipe, "{folder}", adapter_name="{adapter_name}-2"), or call pipe.unload_lora_weights() first')
+    active = active_adapters(network)
     try:
-        if not loads_loras(pipe):
-            if wrong := load_adapter(network, folder, adapter_name):
-                raise ValueError("; ".join(wrong))
-            return
-        with complaints() as messages:
-            pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
+        if loads_loras(pipe):
+            with complaints():
+                pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
+            wrong = _astray(Path(folder) / settings["weights"], adapter_state(network, adapter_name))
+        else:
+            wrong = load_adapter(network, folder, adapter_name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
+        drop_adapter(network, adapter_name)
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
-    # an encoder without a LoRA is no fault
-    other = re.compile(rf"No LoRA keys associated to (?!{type(network).__name__})")
-    if messages := [line for line in messages if not other.match(line)]:
-        network.delete_adapters(adapter_name)
-        raise RequestError(f"{refusal}: {' '.join(messages)[:500]}")
+    if wrong:
+        drop_adapter(network, adapter_name)
+        raise RequestError(f"{refusal}: {'; '.join(wrong)[:500]}")
+    activate(network, [*active, adapter_name])
+
+
+def _astray(file: Path, landed: Mapping[str, Tensor]) -> list[str]:
+    """What of a LoRA's file found no layer, and what of the adapter on the network the file does not hold. Modules are compared by
+    their names without dots, as kohya writes them."""
+    flat = lambda key: re.sub(r"^(unet|transformer|lora_unet)[._]", "", key.split(".lora_")[0]).replace(".", "_")
+    with safe_open(file, "pt") as tensors:
+        held = {flat(key): key for key in tensors.keys() if ".lora_" in key}
+    found = {flat(f"unet.{key}"): key for key in landed}
+    lost, odd = sorted(held.keys() - found.keys()), sorted(found.keys() - held.keys())
+    return ([f"{len(lost)} of its {len(held)} modules are none of this network's, first {held[lost[0]]}"] if lost else []) + (
+        [f"{len(odd)} modules of the adapter are not in its file, first {found[odd[0]]}"] if odd else [])
 
 
 def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from datetime import datetime, timezone
@@ -105,7 +106,8 @@ def is_run(folder: Path) -> bool:
 
 def recipe_of(run: Path) -> Recipe:
     if not is_run(run):
-        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out {run}` "
+        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out "
+                           f"{shlex.quote(str(run))}` "
                            "makes one")
     return Recipe.load(run / RECIPE)
 
@@ -119,6 +121,6 @@ def results_of(run: Path) -> dict[str, Any] | None:
 def checkpoint_of(run: Path) -> Path:
     folder = checkpoints.latest(run)
     if folder is None:
-        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {run / RECIPE} --out {run} "
-                           "--resume`")
+        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {shlex.quote(str(run / RECIPE))} "
+                           f"--out {shlex.quote(str(run))} --resume`")
     return folder
