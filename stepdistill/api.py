@@ -214,6 +214,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
 
     The teachers of students stand in the table too, at `guidance`, or at the scale that the student was trained for.
     """
+    features = resources.locate(features) or features
+    sweep.admitted(samples, prompts, features, reference)              # before anything is loaded
     opened = [open_target(target, Path(target).resolve().name) for target in targets]
     own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
     scales = tuple(guidance) if guidance else own
@@ -221,8 +223,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]
     for target in every:
         target.pipeline.to(device)
-    return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, resources.locate(features) or features,
-                       reference, reuse, device=device, say=log.info)
+    return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, features, reference,
+                       reuse, device=device, say=log.info)
 
 
 def quiet() -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, Protocol
+from typing import Iterator, Protocol, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..errors import RequestError
 from . import shapes
 from .prompts import Captions
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
 
 
@@ -54,7 +54,7 @@ class ShapesImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """A folder of png, jpg or webp files. They are resized on their shorter side and cropped about the centre.
+    """A folder of png, jpg, webp or bmp files. They are resized on their shorter side and cropped about the centre.
 
     Captions stand in metadata.jsonl ({"file_name": ..., "text": ...} a line), or else in a .txt file beside each image.
     """
@@ -68,17 +68,14 @@ class FolderImages:
     def open(cls, folder: Path, size: Size) -> FolderImages:
         """Reads all captions and every image's header, so that what is missing or damaged is found before training."""
         if not folder.is_dir():
-            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp "
+            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg, webp or bmp "
                                "files.")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        files = picture_files(folder)
         if not files:
-            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg or webp files there, each with a "
+            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg, webp or bmp files there, each with a "
                                "caption.")
-        table = folder / "metadata.jsonl"
-        captions = _from_table(table, files) if table.is_file() else [_beside(path) for path in files]
-        for path in files:
-            with _named(path), Image.open(path):
-                pass
+        captions = captions_of(folder, files)
+        check_headers(files)
         return cls(folder, size, tuple(files), tuple(captions))
 
     @property
@@ -99,7 +96,7 @@ class FolderImages:
         return [self.texts[i] for i in indices.tolist()]
 
     def pixels(self, indices: Tensor) -> Tensor:
-        return torch.stack([_read(self.files[i], self.size) for i in indices.tolist()])
+        return torch.stack([read_picture(self.files[i], self.size) for i in indices.tolist()])
 
 
 def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None) -> Images:
@@ -118,17 +115,42 @@ def _named(path: Path) -> Iterator[None]:
         raise RequestError(f"images: '{path}' cannot be read as an image ({error}). Replace or remove it.") from None
 
 
-def _read(path: Path, size: Size) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]; what is transparent becomes white."""
-    height, width = (size, size) if isinstance(size, int) else size
+def picture_files(folder: Path) -> list[Path]:
+    """Every picture under a folder, by name. What is hidden, such as a file browser's thumbnails, is none."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def check_headers(files: Sequence[Path]) -> None:
+    """RequestError that names the first file that is no picture. Nothing is decoded."""
+    for path in files:
+        with _named(path), Image.open(path):
+            pass
+
+
+def captions_of(folder: Path, files: list[Path]) -> list[str]:
+    """One of each file, from metadata.jsonl where the folder has one, else from the .txt beside it. RequestError where
+    one is missing."""
+    table = folder / "metadata.jsonl"
+    return _from_table(table, files) if table.is_file() else [_beside(path) for path in files]
+
+
+def read_picture(path: Path, size: Size | None = None) -> Tensor:
+    """(3, H, W) float32 in [-1, 1], of its own size unless given. It is turned as its camera says; of 16 bits a channel
+    the upper 8 count, rounded; what is transparent becomes white. RequestError where it cannot be read."""
     with _named(path), Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise ValueError(f"its pixels are of mode {image.mode}, and only 8 bits a channel are read")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            image = Image.fromarray(np.rint(np.array(image).clip(0, 65_535) / 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range; 8 or 16 bits a channel are read")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+        image = image.convert("RGB")
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -163,8 +185,8 @@ def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
         raise RequestError(f"images: line {number} of '{table}' should read {{\"file_name\": ..., \"text\": ...}}; "
                            f"found {line[:80]}") from None
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg or "
-                           "webp "
+        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg, webp "
+                           "or bmp "
                            "file of that folder.")
     return path, text
 

@@ -12,16 +12,31 @@ from torch import Tensor
 from ..data.shapes import attributes_of
 from ..errors import RequestError
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
-from .features import clip_score, load_features
+from .features import clip_score, dimensions, load_features, resized
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
 from .progress import meter
 from .protocol import Protocol, fingerprint
-from .reference import load_reference, load_source
+from .reference import Source, check_count, load_reference, load_source
 from .report import Results, in_words, join, picture_name, read_results, row_key, write_report, write_results
 from .sheets import sheet
 
 EACH = 4                  # samples of a prompt behind the figure `diversity`
 SHOWN = 10                # samples of a row in the report
+
+
+def admitted(samples: int, prompts: Sequence[str] | None, features: Path | str, reference: Path | str) -> Source:
+    """The reference. RequestError for what could not be measured, known before anything is loaded or drawn."""
+    dim = dimensions(features)
+    if samples < least_samples(dim):
+        raise RequestError(f"{samples} samples are too few: the Fréchet distance in {dim} dimensions takes at least "
+                           f"{least_samples(dim)}, and 2,000 for a narrow interval")
+    if prompts is not None and not prompts:
+        raise RequestError("the list of prompts is empty")
+    source = load_source(reference, samples)
+    check_count(source, dim)
+    if prompts is None:
+        source.prompts(1)
+    return source
 
 
 class Evaluation:
@@ -30,14 +45,8 @@ class Evaluation:
     def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
                  features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
                  device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> None:
+        self.source = admitted(samples, prompts, features, reference)
         self.features = load_features(features, device)
-        if samples < least_samples(self.features.dim):
-            raise RequestError(f"{samples} samples are too few: the Fréchet distance in {self.features.dim} dimensions "
-                               "takes at "
-                               f"least {least_samples(self.features.dim)}, and 2,000 for a narrow interval")
-        if prompts is not None and not prompts:
-            raise RequestError("the list of prompts is empty")
-        self.source = load_source(reference, samples)
         asked = self.source.prompts(samples) if prompts is None else list(prompts)
         self.prompts = [asked[i % len(asked)] for i in range(samples)]
         self.own_prompts = prompts is not None
@@ -78,7 +87,8 @@ class Evaluation:
         found, shown = [], torch.empty(0)
         for block in self.source.real(self.samples):     # features are kept, and of the pictures the first ones
             found.append(self.features.images(block))
-            if len(shown) < SHOWN:
+            if len(shown) < SHOWN:                       # pictures of a folder differ in size
+                block = resized(block, min((shown if len(shown) else block).shape[-2:]))
                 shown = torch.cat([shown, block])[:SHOWN].clone() if len(shown) else block[:SHOWN].clone()
         again = None if self.own_prompts else self.source.alike(self.groups, EACH)
         alike = None if again is None else torch.cat([self.features.images(block)

@@ -252,7 +252,7 @@ def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, adapter_name=name)
         found = set_peft_model_state_dict(network, state, adapter_name=name)
-        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key]
+        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key and f".{name}." in key]
     finally:
         if wrong:
             drop_adapter(network, name)

@@ -13,6 +13,9 @@ from .. import resources
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
 from ..diffusion.toy import is_toy
 from ..errors import RequestError
+from ..evaluation.reference import Source as ReferenceSource
+from ..evaluation.reference import load_source
+from ..evaluation.sweep import admitted
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
 from ..models.attention import check_backend
@@ -51,6 +54,8 @@ def check(recipe: Recipe) -> Checked:
         vision_features(recipe)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
+    if recipe.evaluate.reference is not None:
+        reference_source(recipe)
     if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise recipe.refuse("train.optimizer", "is adamw8bit, which wants bitsandbytes, and that is not installed: "
                             "pip install stepdistill[bitsandbytes], or take adamw")
@@ -88,6 +93,20 @@ def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
     if recipe.evaluate.reference is not None:
         raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are taken of whole networks, and "
                             "train.fsdp shards the base: leave it out, and `stepdistill bench` the run")
+
+
+def found(name: str) -> str:
+    """A path of the recipe as it is found from here; another name, such as shapes or inception, stays."""
+    place = None if name in ("shapes", "inception") else resources.locate(name)
+    return name if place is None else str(place)
+
+
+def reference_source(recipe: Recipe) -> ReferenceSource:
+    """What a training's figures are measured against. RequestError, with the recipe's line, for what could not be measured."""
+    choices = recipe.evaluate
+    with recipe.blaming("evaluate.reference", f"is {choices.reference}, which nothing can be measured against"):
+        source = load_source(found(choices.reference), choices.samples)
+        return admitted(choices.samples, None if source.captioned else ["of the data"], found(choices.features), found(choices.reference))
 
 
 def role_setting(choice: RoleChoice | Critic) -> Lora | Full:

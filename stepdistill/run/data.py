@@ -29,6 +29,7 @@ from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..diffusion.times import even
 from ..methods.base import due
 from ..models.teacher import Teacher
+from .checks import found
 from .setup import Run
 
 SAMPLE = "teacher sample"                             # what the noises of the teacher's own samples are for
@@ -38,9 +39,9 @@ def captions(run: Run) -> Captions:
     """The pictures or prompts that the recipe names."""
     data, seed = run.recipe.data, run.recipe.train.seed
     if data.kind == "images":
-        return open_images(_found(data.images), pixels_of(run.teacher), seed, data.count)
+        return open_images(found(data.images), pixels_of(run.teacher), seed, data.count)
     named = data.prompts if data.made is None else data.made.prompts
-    return open_prompts(_found(named) if isinstance(named, str) else list(named), seed)
+    return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
 def dataset(run: Run, report: Report = silent) -> Dataset:
@@ -157,8 +158,3 @@ def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dic
     given |= {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}
     return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | given
 
-
-def _found(name: str) -> str:
-    """A path of the recipe as it is found from here; `shapes` stays `shapes`."""
-    found = None if name == "shapes" else resources.locate(name)
-    return name if found is None else str(found)
