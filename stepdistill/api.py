@@ -28,18 +28,18 @@ from .export import check as check_export
 from .models.compiled import compile_blocks
 from .models.families import stock_prompts
 from .models.sharded import shard
-from .models.stock import as_pil, pictures
+from .models.stock import as_pil, pictures, say_cut
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card
 from .run.checks import check, family, needs_of
-from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
+from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
 from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of
-from .run.targets import asking, must_serve, open_target, teachers
+from .run.targets import asking, call_as_asked, open_target, teachers
 from .run.telling import log, recorded, spoken, write_in
 from .training import Trainer, launched
 
@@ -88,6 +88,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     log.info("preparing the data")
     with meter(parallel.rank() == 0) as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
+        say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
@@ -176,10 +177,8 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
     opened = open_target(target, "target")
     pipeline = opened.target.pipeline.to(launched())
-    call = {**opened.target.given, **(opened.target.call or {})}
-    call |= {} if steps is None else {"num_inference_steps": steps}
-    call |= {} if guidance is None else opened.target.guidance.call(guidance)
-    must_serve(pipeline.scheduler, call)
+    call = call_as_asked(opened.target, steps, guidance, log.info)
+    say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     with asking(pipeline), torch.random.fork_rng():
@@ -212,15 +211,16 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
           reuse: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with curve.png.
 
-    The teachers of students stand in the table too, at `guidance`, or at the scale that the student was trained for.
+    The teachers of students stand in the table too, at `guidance`, or without guidance and at the scale that the student
+    was trained for: of the two the better one at each count is what a student should be held against.
     """
     features = resources.locate(features) or features
     sweep.admitted(samples, prompts, features, reference)              # before anything is loaded
     opened = [open_target(target, Path(target).resolve().name) for target in targets]
-    own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
+    own = tuple(dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
     scales = tuple(guidance) if guidance else own
     device = launched()
-    every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]
+    every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened, log.info)]
     for target in every:
         target.pipeline.to(device)
     return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, features, reference,

@@ -33,7 +33,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
-                                                callback=lambda scale: _finite("--guidance", scale))]
+                                                callback=lambda scale: _scale("--guidance", scale))]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
@@ -226,9 +226,9 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _finite(option: str, number: float | None) -> float | None:
-    if number is not None and not math.isfinite(number):
-        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0")
+def _scale(option: str, number: float | None) -> float | None:
+    if number is not None and not 1 <= number < math.inf:
+        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0, and at least 1, which is none")
     return number
 
 

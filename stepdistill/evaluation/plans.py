@@ -57,7 +57,8 @@ class Target:
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
     pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside.
-    companion: nobody asked for it; where it cannot be run, its rows are left out.
+    companion: nobody asked for it; where it cannot be run, its rows are left out. trained: the guidance scale, or the
+    range of scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Target:
     call: Mapping[str, Any] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     companion: bool = False
+    trained: float | tuple[float, float] | None = None
+    fixed_steps: bool = False
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
@@ -190,23 +193,63 @@ def _grid(scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
 def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:
     """Steps that the scheduler refuses are left out, with a word about it."""
     call, scheduler = dict(target.call), target.pipeline.scheduler
-    fixed = call.get("timesteps") or call.get("sigmas")
-    own = len(fixed) if fixed else call["num_inference_steps"]
-    guidance = target.guidance.scale(call)
-    passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
-    rows = []
-    for n in nfe:
-        steps = n // passes
-        if n % passes or (fixed and steps != own):
-            continue
+    own, guidance, rows = call["num_inference_steps"], target.guidance.scale(call), []
+    passes = evaluations(Plan(target, target.name, scheduler, {**target.given, **call}, 0, own, guidance)) // own
+    for n in (n for n in nfe if n % passes == 0):
         try:
-            fixed or deepcopy(scheduler).set_timesteps(steps)
-        except ValueError as error:
-            say(f"{target.name} is not run at {steps} steps: {error}")
+            asked = {**target.given, **at_steps(target, n // passes)}
+        except RequestError as error:
+            say(f"{target.name} is not run at {n // passes} steps: {error}")
             continue
-        asked = call if fixed else call | {"num_inference_steps": steps}
-        rows.append(Plan(target, target.name, scheduler, asked, n, steps, guidance))
+        rows.append(Plan(target, target.name, scheduler, asked, n, n // passes, guidance))
     return rows
+
+
+def at_steps(target: Target, steps: int) -> dict[str, Any]:
+    """A student's call at this number of steps, and at its own number the call as it is. Even sigmas of a flow are made anew.
+
+    RequestError for a number that it was not made for: one that is folded into its weights, or listed with its times, or that its
+    scheduler does not serve.
+    """
+    call, scheduler = dict(target.call), target.pipeline.scheduler
+    own, sigmas = call["num_inference_steps"], call.get("sigmas")
+    if steps == own:
+        return call
+    why = "which are folded into its weights" if target.fixed_steps else f"at the times {call['timesteps']}" if "timesteps" in call else \
+        f"at the sigmas {sigmas}" if sigmas is not None and not _even(sigmas) else None
+    if why is not None:
+        raise RequestError(f"{target.name} was made for {own} steps, {why}: it cannot be sampled in {steps}")
+    if sigmas is None:
+        serve(scheduler, steps)
+    return call | {"num_inference_steps": steps} | ({} if sigmas is None else {"sigmas": [1 - i / steps for i in range(steps)]})
+
+
+def _even(sigmas: Sequence[float]) -> bool:
+    return all(abs(sigma - (1 - i / len(sigmas))) < 1e-6 for i, sigma in enumerate(sigmas))
+
+
+def serve(scheduler: SchedulerMixin, steps: int) -> None:
+    """RequestError where a scheduler has no such number of steps."""
+    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
+    try:
+        deepcopy(scheduler).set_timesteps(steps, **own)
+    except ValueError as error:
+        raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+
+
+def at_guidance(target: Target, w: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """What a call is given for the guidance scale w, of which 1 is none. It is said where guidance is added to a student that was
+    trained to do without. RequestError for less than 1, and of a network that reads its scale for one that it was not trained at."""
+    if not 1 <= w < float("inf"):
+        raise RequestError(f"a guidance scale of {w:g} was asked for: it should be at least 1, which is none")
+    if target.call is not None and target.trained is not None:
+        low, high = target.trained if isinstance(target.trained, (tuple, list)) else (target.trained, target.trained)
+        learned = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        if target.guidance.within and not low <= w <= high:
+            raise RequestError(f"{target.name} was trained for a guidance scale of {learned}, which its network reads; asked for was {w:g}")
+        if not target.guidance.within and w > 1 == target.guidance.scale(target.call):
+            say(f"{target.name} was trained in with a guidance scale of {learned}: {w:g} guides it once more, at two evaluations a step")
+    return target.guidance.call(w)
 
 
 def evaluations(plan: Plan) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.shapes import attributes_of
 from ..errors import RequestError
+from ..models.stock import say_cut
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
 from .features import clip_score, dimensions, load_features, resized
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
@@ -161,11 +162,12 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     out = Path(out)
     if not nfe or min(nfe) < 1:
         raise RequestError(f"nfe={list(nfe)}: at least one count of network evaluations, each 1 or more")
-    names = [target.name for target in targets]
-    if len(set(names)) < len(names):
-        raise RequestError(f"targets need different names, found {names}")
+    if len({target.name for target in targets}) < len(targets):
+        raise RequestError(f"targets need different names, found {[target.name for target in targets]}")
     rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
     context = Evaluation(samples, seed, prompts, features, reference, device, say)
+    for target in targets:
+        say_cut(type(target.pipeline), target.pipeline.components, context.prompts, {**target.given, **(target.call or {})}, say)
     results: Results = {"protocol": context.protocol.record(), "rows": []}
     if (out / "results.json").exists():
         results = join(results, read_results(out / "results.json"), out)

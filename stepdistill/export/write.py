@@ -37,6 +37,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     """
     out = Path(out)
     check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance)
+    if "w" in student.reads and guidance is None and isinstance(student.guidance, (int, float)):
+        guidance = student.guidance                        # it has seen one scale
     dtype = chosen(dtype, to)
     _may_write(out, student)
     call, scale = _call(student, to, guidance)

@@ -28,10 +28,12 @@ from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..diffusion.times import even
 from ..methods.base import due
+from ..models.stock import say_cut
 from ..models.teacher import Teacher
 from .checks import found
 from .setup import Run
 
+LOOKED_AT = 20_000                                    # prompts whose length is looked at
 SAMPLE = "teacher sample"                             # what the noises of the teacher's own samples are for
 
 
@@ -62,6 +64,14 @@ def preview_prompts(run: Run, count: int = 4) -> list[str]:
         return list(run.recipe.evaluate.prompts)
     found = captions(run)
     return found.captions(torch.arange(count if found.count is None else min(count, found.count)))
+
+
+def say_long(run: Run, say: Callable[[str], None]) -> None:
+    """One line where prompts of the data, among the first ones, are longer than the teacher's text encoders read."""
+    loaded, texts = run.teacher.loaded, captions(run)
+    if loaded is not None and texts.count is not None:
+        first = texts.captions(torch.arange(min(texts.count, LOOKED_AT)))
+        say_cut(type(loaded), loaded.components, first, run.stock.call, say)
 
 
 def pixels_of(teacher: Teacher) -> int | tuple[int, int]:

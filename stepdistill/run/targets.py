@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 
 from .. import resources
 from ..errors import RequestError, first_lines
-from ..evaluation.plans import Target
+from ..evaluation.plans import Target, at_guidance, at_steps, serve
 from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
@@ -57,28 +56,35 @@ def student_target(run: Run, name: str) -> Target:
     """A run's student as a stock pipeline, for a bench."""
     network = run.roles.stock_network(run.sampling_role, run.method.sampler, run.guidance)
     pipeline = run.teacher.pipeline(network.to(run.teacher.codec.dtype), run.scheduler())
-    return Target(name, pipeline, run.recipe.method, dict(run.stock.call))
+    reads = run.roles.reads[run.sampling_role]
+    return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance, fixed_steps="r" in reads)
 
 
-def teachers(opened: Sequence[Opened]) -> list[Target]:
-    """The pipelines that were asked for and those that students were made from, each once."""
+def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> list[Target]:
+    """The pipelines that were asked for and those that students were made from, each once. Of the latter one that cannot be loaded is
+    left out, with a word."""
     given = {o.source: o.target.pipeline for o in opened if o.teacher is None}
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
-    pipelines = given | {source: _pipeline(source) for source in made}
+    pipelines = dict(given)
+    for source in made:
+        try:
+            pipelines[source] = _pipeline(source)
+        except RequestError as error:
+            say(f"the teacher {source} does not stand beside its student: {error}")
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
     return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made) for source, pipeline in pipelines.items()]
 
 
-def must_serve(scheduler: Any, call: Mapping[str, Any]) -> None:
-    """RequestError where a scheduler has no such number of steps."""
-    steps = call.get("num_inference_steps")
-    if steps is None or "timesteps" in call or "sigmas" in call:
-        return
-    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
-    try:
-        deepcopy(scheduler).set_timesteps(steps, **own)
-    except ValueError as error:
-        raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+def call_as_asked(target: Target, steps: int | None, guidance: float | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The keyword arguments of a call of a target in so many steps and at this scale, its own where None. RequestError for what it
+    does not serve."""
+    if target.call is None:
+        call = {**target.given} | ({} if steps is None else {"num_inference_steps": steps})
+        if steps is not None:
+            serve(target.pipeline.scheduler, steps)
+    else:
+        call = {**target.given, **(target.call if steps is None else at_steps(target, steps))}
+    return call if guidance is None else call | at_guidance(target, guidance, say)
 
 
 def _given(pipeline: DiffusionPipeline, source: Source) -> dict[str, Any]:
@@ -113,7 +119,8 @@ def _open_export(folder: Path, called: str) -> Opened:
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]
     guidance = None if trained is None else middle(trained)
-    return Opened(Target(called, pipeline, settings["method"], call), Source(str(folder)), teacher, guidance)
+    target = Target(called, pipeline, settings["method"], call, trained=trained, fixed_steps=settings["fixed_steps"])
+    return Opened(target, Source(str(folder)), teacher, guidance)
 
 
 def _pipeline(source: Source) -> DiffusionPipeline:
