@@ -20,6 +20,7 @@ from .data.stream import Stream
 from .diffusion.draws import key
 from .errors import RequestError, Stopped
 from .evaluation import sweep
+from .evaluation.own import bench_own
 from .evaluation.plans import SOLVERS
 from .evaluation.progress import meter
 from .evaluation.sheets import sheet
@@ -39,10 +40,13 @@ from .run.plan import plan
 from .run.preview import Preview
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of
-from .run.targets import asking, call_as_asked, open_target, teachers
+from .run.targets import asking, call_as_asked, open_target, ships, teachers
 from .run.telling import log, recorded, spoken, write_in
 from .training import Trainer, launched
 
+CLIP = "assets/shapes-clip"
+REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a folder of real "
+                    "pictures of what it was trained on, and `features`")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "export", "load", "pairs", "plan", "sample", "train"]
 
@@ -175,7 +179,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if out is not None and Path(out).suffix.lower() not in PICTURES:
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
-    opened = open_target(target, "target")
+    opened = open_target(target, "target", say=log.info)
     pipeline = opened.target.pipeline.to(launched())
     call = call_as_asked(opened.target, steps, guidance, log.info)
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
@@ -203,28 +207,41 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
 
 
 @spoken()
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000,
+def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
           out: str | Path = "bench", seed: int = 0,
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: str | Path = "assets/shapes-clip", reference: str | Path = "shapes",
+          features: str | Path | None = None, reference: str | Path | None = None,
           prompts: Sequence[str] | None = None,
-          reuse: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Quality and latency against network evaluations: the table of results.json, written to `out` with curve.png.
+          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
-    The teachers of students stand in the table too, at `guidance`, or without guidance and at the scale that the student
-    was trained for: of the two the better one at each count is what a student should be held against.
+    reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000 `samples` in `features`,
+    those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the same noise, of 16 samples:
+    shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table too, at
+    `guidance`, or without guidance and at the scale that the student was trained for: of the two the better one at each
+    count is what a student should be held against. few_step: further targets, few-step pipelines that others made: they
+    keep their scheduler and are called without guidance.
     """
-    features = resources.locate(features) or features
-    sweep.admitted(samples, prompts, features, reference)              # before anything is loaded
-    opened = [open_target(target, Path(target).resolve().name) for target in targets]
+    place = CLIP if features is None else features
+    place = resources.locate(place) or place
+    if reference not in (None, "teacher"):
+        sweep.admitted(samples or 2000, prompts, place, reference)              # before anything is loaded
+    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info) for target in (*targets, *few_step)]
     own = tuple(dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
-    scales = tuple(guidance) if guidance else own
-    device = launched()
-    every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened, log.info)]
+    scales, device, beside = tuple(guidance or own), launched(), teachers(opened, log.info)
+    every = [*(o.target for o in opened if o.target.call is not None), *beside]
     for target in every:
         target.pipeline.to(device)
-    return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, features, reference,
-                       reuse, device=device, say=log.info)
+    if reference is None:
+        reference = "shapes" if all(map(ships, opened)) else "teacher"
+        log.info(f"measuring against {'real pictures of Shapes' if reference == 'shapes' else REFERENCE_OF_OWN}")
+    told = {"device": device, "say": log.info, "made": folder.moment(device)}
+    if reference == "teacher":
+        if len(beside) != 1:
+            raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")
+        return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
+                         samples=samples or 16, features=None if features is None else place, **told)
+    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, place, reference, reuse, **told)
 
 
 def quiet() -> None:

@@ -87,14 +87,17 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
           nfe: Annotated[str, typer.Option(metavar="1,2,4,8",
                                            help="Network evaluations; a guided step is two.")] = "1,2,4,8",
-          samples: Annotated[int, typer.Option(min=2, help="Pictures a row.")] = 2000,
+          samples: Annotated[int | None, typer.Option(min=2, help="Pictures a row; 2000, and 16 against the teacher.")] = None,
           guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own "
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
                                                help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
-          features: Annotated[str, typer.Option(help="A CLIPModel's folder, or inception.")] = "assets/shapes-clip",
-          reference: Annotated[str, typer.Option(help="shapes, or a folder of images.")] = "shapes",
-          prompts: Annotated[Path | None, typer.Option(help="One prompt a line; those of Shapes unless given.")] = None,
+          features: Annotated[str | None, typer.Option(help="A CLIPModel's folder, or inception; that of Shapes unless "
+                                                            "given, and none against the teacher.")] = None,
+          reference: Annotated[str | None, typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
+                                                             "given, shapes for what ships and teacher for your own.")] = None,
+          prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
+          few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
           seed: int = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
@@ -104,7 +107,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
-                          features=features, reference=reference, prompts=texts)
+                          features=features, reference=reference, prompts=texts, few_step=few_step or ())
     _emit(results, as_json, lambda: _show_results(results, out))
 
 
@@ -267,6 +270,11 @@ def _cell(value: Any) -> str:
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
+    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
+        say.print(_table([row | row["metrics"] for row in results["rows"]],
+                         ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", "latency_ms")))
+        tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
+        return
     from .evaluation.report import table
     say.print(table(results))
     tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")

@@ -1,9 +1,11 @@
 """Which calls of stock pipelines make the rows of a bench, and how many network evaluations each one takes."""
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from ..diffusion.draws import key
 from ..errors import RequestError
 from ..models.families import stock_guidance, stock_prompts
-from ..models.schedulers import stock_scheduler
+from ..models.schedulers import is_flow, stock_scheduler
 from ..models.stock import Guidance, pictures
 
 
@@ -59,6 +61,7 @@ class Target:
     pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside.
     companion: nobody asked for it; where it cannot be run, its rows are left out. trained: the guidance scale, or the
     range of scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights.
+    made: what results.json says of its weights, such as where they lie.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Target:
     companion: bool = False
     trained: float | tuple[float, float] | None = None
     fixed_steps: bool = False
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
@@ -163,7 +167,7 @@ def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
 def _solvers_for(target: Target) -> Solvers:
     """Those that a pipeline's noise schedule can be run with."""
     own = target.pipeline.scheduler
-    if type(own).__name__.startswith("FlowMatch") or own.config.get("use_flow_sigmas"):
+    if is_flow(own):
         return FLOW_SOLVERS
     if "beta_schedule" not in own.config:
         raise RequestError(f"{target.name} has a {type(own).__name__}, which holds neither betas nor a flow: the solvers "
@@ -257,6 +261,19 @@ def evaluations(plan: Plan) -> int:
     with counted(denoiser_of(plan.target.pipeline)) as count:
         plan.images([""], torch.tensor([0]), seed=0)
     return count[0]
+
+
+def latency(plan: Plan, prompts: Sequence[str], seed: int, calls: int = 5) -> float:
+    """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up.
+
+    A student's LoRA and a teacher's are fused by then, as a student's card has it.
+    """
+    times = []
+    for i in range(calls + 1):
+        begin = time.perf_counter()
+        plan.images([prompts[i % len(prompts)]], torch.tensor([i]), seed)
+        times.append(1000 * (time.perf_counter() - begin))
+    return median(times[1:])
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:

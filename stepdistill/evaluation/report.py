@@ -1,15 +1,14 @@
 """What a bench leaves behind: results.json, curve.png, report.html and a table."""
 from __future__ import annotations
 
-import base64
-import html
 import json
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 from rich.table import Table
 
 from ..errors import RequestError
+from .page import made_of, page
 from .protocol import demand_same
 from .sheets import write_bytes
 
@@ -104,43 +103,17 @@ def table(results: Results) -> Table:
     return made
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1180px; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2.2rem } p.note { color: #616e7c }
-img.curve { width: 100%; height: auto } img.strip { display: block; image-rendering: pixelated; height: 68px }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #9aa5b1 }
-tr.real td { color: #2f9e62 } tr.student td { font-weight: 600 } dl { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem }
-dt { color: #616e7c } dd { margin: 0; overflow-wrap: anywhere }
-"""
+NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes two network evaluations. "
+        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions. Diversity is the mean distance "
+        "in features between samples of one prompt: compare it with that of real pictures.")
 
 
 def _page(results: Results, drawn: bytes, out: Path) -> str:
-    protocol, rows = results["protocol"], results["rows"]
-    body = "".join(f"<tr class='{_kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>"
-                                                          for cell in cells(row)) + "</tr>"
-                   for row in rows)
-    heads = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in protocol.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>stepdistill bench</title><style>{STYLE}</style></head><body>
-<h1>Quality against network evaluations</h1>
-<p class="note">Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes
-two network evaluations. FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100
-repetitions. Diversity is the mean distance in features between samples of one prompt: compare it with that of real pictures.</p>
-<img class="curve" alt="Fréchet distance against network evaluations" src="{_embedded(drawn)}">
-<h2>Figures</h2><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
-<h2>Samples</h2><div class="wide"><table><tbody>{_strips(rows, out)}</tbody></table></div>
-<h2>Protocol</h2><dl>{facts}</dl>
-</body></html>
-"""
-
-
-def _strips(rows: Sequence[Row], out: Path) -> str:
+    rows = results["rows"]
     shown = [(row, out / "samples" / picture_name(row)) for row in rows]
-    return "".join(f"<tr><td>{html.escape(_label(row))}</td><td><img class='strip' alt='' "
-                   f"src='{_embedded(file.read_bytes())}'></td></tr>" for row, file in shown if file.is_file())
+    return page("Quality against network evaluations", NOTE, ("Fréchet distance against network evaluations", drawn), HEADINGS,
+                [(_kind(row), cells(row)) for row in rows], [(_label(row), file.read_bytes()) for row, file in shown if file.is_file()],
+                results["protocol"] | made_of(rows))
 
 
 def _label(row: Row) -> str:
@@ -149,7 +122,3 @@ def _label(row: Row) -> str:
 
 def _kind(row: Row) -> str:
     return "real" if row["target"] == "real" else "teacher" if ":" in row["target"] else "student"
-
-
-def _embedded(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from statistics import median
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..errors import RequestError
 from ..models.stock import say_cut
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
 from .features import clip_score, dimensions, load_features, resized
-from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
+from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans
 from .progress import meter
 from .protocol import Protocol, fingerprint
 from .reference import Source, check_count, load_reference, load_source
@@ -45,7 +44,10 @@ class Evaluation:
 
     def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
                  features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
-                 device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> None:
+                 device: str | torch.device = "cpu", say: Callable[[str], None] = print,
+                 made: Mapping[str, Any] | None = None) -> None:
+        """made: what every row says of the machine and the moment."""
+        self.made = dict(made or {})
         self.source = admitted(samples, prompts, features, reference)
         self.features = load_features(features, device)
         asked = self.source.prompts(samples) if prompts is None else list(prompts)
@@ -98,7 +100,7 @@ class Evaluation:
         row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples,
                "seed": self.seed,
                "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
-               "images_per_s": None}
+               "images_per_s": None, "made": self.made}
         return row, shown
 
     def row(self, plan: Plan, batch: int = 100,
@@ -123,19 +125,8 @@ class Evaluation:
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
                 "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=True),
-                "latency_ms": self.latency(plan), "images_per_s": len(found) / seconds}, shown
-
-    def latency(self, plan: Plan, calls: int = 5) -> float:
-        """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up.
-
-        An exported LoRA is fused by then, as its card has it.
-        """
-        times = []
-        for i in range(calls + 1):
-            begin = time.perf_counter()
-            plan.images(self.prompts[i: i + 1], torch.tensor([i]), self.seed)
-            times.append(1000 * (time.perf_counter() - begin))
-        return median(times[1:])
+                "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": len(found) / seconds,
+                "made": {**self.made, **plan.target.made}}, shown
 
     @property
     def images_per_row(self) -> int:
@@ -153,7 +144,8 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
           solvers: Sequence[str] = tuple(SOLVERS), seed: int = 0, prompts: Sequence[str] | None = None,
           features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
           reuse: Sequence[Path | str] = (),
-          batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> Results:
+          batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print,
+          made: Mapping[str, Any] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
@@ -165,14 +157,13 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     if len({target.name for target in targets}) < len(targets):
         raise RequestError(f"targets need different names, found {[target.name for target in targets]}")
     rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
-    context = Evaluation(samples, seed, prompts, features, reference, device, say)
+    context = Evaluation(samples, seed, prompts, features, reference, device, say, made)
     for target in targets:
         say_cut(type(target.pipeline), target.pipeline.components, context.prompts, {**target.given, **(target.call or {})}, say)
     results: Results = {"protocol": context.protocol.record(), "rows": []}
     if (out / "results.json").exists():
         results = join(results, read_results(out / "results.json"), out)
-    taken = _taken(results, [Path(file) for file in reuse])
-    results = join(results, taken)
+    results = join(results, taken := _taken(results, [Path(file) for file in reuse]))
     known = {row_key(row) for row in taken["rows"]}
     rows = [plan for plan in rows if plan.key not in known]
     with meter() as report:

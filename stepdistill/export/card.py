@@ -13,7 +13,7 @@ from .folder import base_of
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
 PEFT = ("pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()",)       # pipelines that load no LoRA
-COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
+COLUMNS = {"fd": "FD", "to_teacher": "to teacher", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
 def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:

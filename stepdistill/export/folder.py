@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,9 +19,12 @@ from ..errors import RequestError, first_lines
 from ..models.adapters import activate, active_adapters, adapter_names, adapter_state, drop_adapter, load_adapter, take_off
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
+from ..models.schedulers import LAW, is_flow
 from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, index_at
 from ..models.weights import settled
 from .formats import component, loads_loras
+
+log = logging.getLogger("stepdistill")
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -67,7 +71,11 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         _replace_denoiser(pipe, folder, settings)
     else:
         _load_lora(pipe, folder, settings, adapter_name)
-    pipe.scheduler = read_scheduler(folder)
+    scheduler = read_scheduler(folder)
+    if parted := _parted(pipe.scheduler, scheduler):
+        log.warning(f"the student in {folder}, made for {settings['teacher']}, has learned another noise than this {type(pipe).__name__} has: "
+                    f"{'; '.join(parted)}. Its pictures will be wrong, unless the pipeline's scheduler was changed before")
+    pipe.scheduler = scheduler
     return dict(settings["call"])
 
 
@@ -119,6 +127,15 @@ def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 
 
+def _parted(here: SchedulerMixin, there: SchedulerMixin) -> list[str]:
+    """Where the noise of a pipeline is another than that of a student's scheduler: what its network predicts, and its schedule."""
+    flows = ["a flow" if is_flow(scheduler) else "a diffusion" for scheduler in (here, there)]
+    if flows[0] != flows[1]:
+        return [f"its scheduler is of {flows[0]}, the student's of {flows[1]}"]
+    both = [name for name in LAW if name in here.config and name in there.config]
+    return [f"{name} is {here.config[name]} here and {there.config[name]} there" for name in both if here.config[name] != there.config[name]]
+
+
 def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:
     """RequestError where `pipe` is not the base with the LoRAs that the student was trained on, as far as the folder lends none of it."""
     own = component(pipe) if settings["format"] == "pipeline" else None
@@ -145,10 +162,10 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
         else:
             wrong = load_adapter(network, folder, adapter_name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        drop_adapter(network, adapter_name)
+        drop_adapter(network, adapter_name, active)
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
     if wrong:
-        drop_adapter(network, adapter_name)
+        drop_adapter(network, adapter_name, active)
         raise RequestError(f"{refusal}: {'; '.join(wrong)[:500]}")
     activate(network, [*active, adapter_name])
 

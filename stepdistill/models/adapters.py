@@ -248,14 +248,14 @@ def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]
 
     ValueError where none of its modules is there, RuntimeError for weights of another shape."""
     state = {key.removeprefix(PREFIX): value for key, value in load_file(Path(folder) / PEFT_WEIGHTS).items()}
-    wrong: list[str] = ["nothing of it could be read"]
+    wrong, active = ["nothing of it could be read"], active_adapters(network)
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, adapter_name=name)
         found = set_peft_model_state_dict(network, state, adapter_name=name)
         wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key and f".{name}." in key]
     finally:
         if wrong:
-            drop_adapter(network, name)
+            drop_adapter(network, name, active)
     return wrong
 
 
@@ -289,9 +289,8 @@ def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
     return {part.sub(r".lora_\1.", key): value for key, value in network.state_dict().items() if part.search(key)}
 
 
-def drop_adapter(network: nn.Module, name: str) -> None:
-    """The network without this adapter; others stay as they are."""
-    left = [other for other in active_adapters(network) if other != name]
+def drop_adapter(network: nn.Module, name: str, active: Sequence[str]) -> None:
+    """The network without this adapter, and with these of the others active."""
     for layer in _tuned(network):
         if name in layer.lora_A:
             layer.delete_adapter(name)
@@ -299,7 +298,7 @@ def drop_adapter(network: nn.Module, name: str) -> None:
         take_off(network, merge=False)
         return
     vars(network)["peft_config"].pop(name, None)
-    activate(network, left)
+    activate(network, active)
 
 
 def _tuned(network: nn.Module) -> list[BaseTunerLayer]:

@@ -100,6 +100,12 @@ def environment(device: torch.device) -> dict[str, Any]:
             "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}}
 
 
+def moment(device: torch.device) -> dict[str, Any]:
+    """Where and when something is measured."""
+    here = environment(device)
+    return {"date": here["started"], "device": here["device"], "threads": here["threads"], "command": here["command"], "versions": here["packages"]}
+
+
 def is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from ..evaluation.plans import Target, at_guidance, at_steps, serve
 from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
-from ..models.families import FAMILIES, family_of, stock_prompts, text_to_image
-from ..models.sources import Source, call_of, class_at, index_at
+from ..models.families import FAMILIES, family_of, stock_guidance, stock_prompts, text_to_image
+from ..models.sources import Source, cached_file, call_of, class_at, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from .folder import is_run
 from .setup import Run, open_run
 from .sources import located
+
+FEW = 4                                            # steps of a few-step generator of others that does not say its own
+FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,57 @@ class Opened:
     guidance: float | None = None
 
 
-def open_target(name: str | Path | Source, called: str) -> Opened:
-    """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables."""
+def open_target(name: str | Path | Source, called: str, few_step: bool = False, say: Callable[[str], None] = print) -> Opened:
+    """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables.
+
+    few_step: the pipeline is a few-step generator, whoever made it. One whose scheduler is made for such is taken for one with a word.
+    """
     found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
         run = open_run(found)
-        return Opened(student_target(run, called), Source(str(found)), run.teacher.source, run.guidance)
+        target = student_target(run, called)
+        made = made_of(Source(str(found))) | dict(target.made) | {"teacher": made_of(run.teacher.source)}
+        return Opened(replace(target, made=made), Source(str(found)), run.teacher.source, run.guidance)
     if found is not None and is_export(found):
         return _open_export(found, called)
     source = located(Source.of(name))
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
-    return Opened(Target(called, pipeline, given=_given(pipeline, source)), source)
+    given = _given(pipeline, source)
+    if not few_step and (sign := _few_step_sign(pipeline)):
+        say(f"{called} has {sign}: it is called as the few-step generator that this makes it, under its own scheduler and in {FEW} steps "
+            "unless told otherwise")
+        few_step = True
+    return Opened(Target(called, pipeline, call=few_step_call(pipeline) if few_step else None, given=given, made=made_of(source)), source)
+
+
+def ships(opened: Opened) -> bool:
+    """Whether a target draws Shapes: one that ships, or a student of one."""
+    return Path((opened.teacher or opened.source).place).is_relative_to(resources.SHARE / "assets")
+
+
+def made_of(source: Source, lora: str | None = None) -> dict[str, Any]:
+    """What results.json says of a target's weights. Of a Hub id with the commit, as the cache holds it."""
+    index = None if Path(source.place).exists() else cached_file(source.place, "model_index.json", source.revision)
+    revision = source.revision if index is None else index.parent.name
+    return {"weights": resources.named(source.place)} | ({} if revision is None else {"revision": revision}) | (
+        {} if lora is None else {"lora": lora}) | ({"teacher_loras": "fused"} if source.loras else {})
+
+
+def _few_step_sign(pipeline: DiffusionPipeline) -> str | None:
+    """What shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring their schedulers, SD-Turbo and
+    SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none of their own."""
+    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    if kind in FEW_STEP or kind == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing":
+        return f"an {kind}" + " on trailing steps" * (kind not in FEW_STEP)
+    return None
+
+
+def few_step_call(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """How few-step generators are meant to be called: without classifier-free guidance; one whose network reads a scale, at its
+    pipeline's own."""
+    reads = stock_guidance(pipeline).within or "LatentConsistency" in type(pipeline).__name__
+    return {"num_inference_steps": FEW} | ({} if reads else stock_guidance(pipeline).none)
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -57,13 +99,14 @@ def student_target(run: Run, name: str) -> Target:
     network = run.roles.stock_network(run.sampling_role, run.method.sampler, run.guidance)
     pipeline = run.teacher.pipeline(network.to(run.teacher.codec.dtype), run.scheduler())
     reads = run.roles.reads[run.sampling_role]
-    return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance, fixed_steps="r" in reads)
+    return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance, fixed_steps="r" in reads,
+                  made={"lora": "merged"} if run.recipe.student.lora is not None else {})
 
 
 def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> list[Target]:
     """The pipelines that were asked for and those that students were made from, each once. Of the latter one that cannot be loaded is
     left out, with a word."""
-    given = {o.source: o.target.pipeline for o in opened if o.teacher is None}
+    given = {o.source: o.target.pipeline for o in opened if o.target.call is None}
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
     pipelines = dict(given)
     for source in made:
@@ -72,7 +115,7 @@ def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> li
         except RequestError as error:
             say(f"the teacher {source} does not stand beside its student: {error}")
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made) for source, pipeline in pipelines.items()]
+    return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made, made=made_of(source)) for source, pipeline in pipelines.items()]
 
 
 def call_as_asked(target: Target, steps: int | None, guidance: float | None, say: Callable[[str], None]) -> dict[str, Any]:
@@ -119,7 +162,8 @@ def _open_export(folder: Path, called: str) -> Opened:
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]
     guidance = None if trained is None else middle(trained)
-    target = Target(called, pipeline, settings["method"], call, trained=trained, fixed_steps=settings["fixed_steps"])
+    target = Target(called, pipeline, settings["method"], call, trained=trained, fixed_steps=settings["fixed_steps"],
+                    made=made_of(Source(str(folder)), None if settings["format"] == "pipeline" else "fused") | {"teacher": made_of(teacher)})
     return Opened(target, Source(str(folder)), teacher, guidance)
 
 

@@ -101,3 +101,14 @@ def test_adapters_of_pipelines_that_load_none_stay_too(make, teachers, tmp_path,
     else:
         load(pipe, tmp_path / "second", "other")
         assert {*weights(pipe)} == {"student", "other"} and (images(pipe, **settings) - alone).abs().max() > 1e-3
+
+
+def test_another_noise_is_said(make, teachers, tmp_path, caplog):
+    """The keys of a LoRA fit any Stable Diffusion; what the network predicts is seen by the schedulers alone."""
+    export_student(make("epsilon"), "lora", tmp_path)
+    with caplog.at_level("WARNING", "stepdistill"):
+        load(stock(teachers["epsilon"]), tmp_path)
+        assert not [r for r in caplog.records if r.name == "stepdistill"]
+        load(stock(teachers["v_prediction"]), tmp_path)
+    said = [r.getMessage() for r in caplog.records if r.name == "stepdistill"]
+    assert len(said) == 1 and "prediction_type is v_prediction here and epsilon there" in said[0]

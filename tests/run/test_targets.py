@@ -11,10 +11,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    TCDScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -25,6 +28,7 @@ from tiny import save_tiny, save_tiny_sd3, tiny_pipeline, tiny_sd3
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from stepdistill import api
+from stepdistill.diffusion.draws import key
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.plans import Target, evaluations, plans, serve
 from stepdistill.export import read_settings
@@ -181,3 +185,23 @@ def test_the_teacher_of_a_student_stands_at_its_best(monkeypatch):
     api.bench("here")
     api.bench("here", guidance=[3.0])
     assert asked == [(1.0, 2.0), (3.0,)]
+
+
+@pytest.mark.parametrize("scheduler,few", [(LCMScheduler, True), (TCDScheduler, True), (DDIMScheduler, False), (EulerDiscreteScheduler, False)])
+def test_few_step_pipelines_of_others_keep_their_scheduler(tmp_path, scheduler, few):
+    """Merged LCM and TCD show by their schedulers; of a merged Lightning, whose scheduler is a common one, it must be said."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "theirs")
+    said = []
+    found = open_target(tmp_path / "theirs", "theirs", say=said.append)
+    assert (found.target.call is not None) == few == bool(said)
+    asked = open_target(tmp_path / "theirs", "theirs", few_step=True, say=pytest.fail)
+    rows = plans(asked.target, [1, 2, 4], [2.0], ["ddim"], pytest.fail)
+    assert [(row.name, row.nfe, row.steps, row.guidance) for row in rows] == [("theirs", n, n, 1.0) for n in (1, 2, 4)]
+    assert all(type(row.scheduler) is scheduler for row in rows) and teachers([asked]) == []
+    assert [evaluations(row) for row in rows] == [1, 2, 4]
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    drawn = rows[-1].images(["a red ring"], torch.tensor([0]), 0)
+    known = pipe("a red ring", **call, generator=torch.Generator().manual_seed(key(0, "sample", 0)), output_type="pt").images * 2 - 1
+    torch.testing.assert_close(drawn, known, atol=1e-5, rtol=0)
