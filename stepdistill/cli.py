@@ -192,7 +192,9 @@ def main() -> NoReturn:
 
 
 def answer(command: Callable[[], object]) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else."""
+    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else. What the terminal's
+    encoding does not hold is printed as a question mark."""
+    sys.stdout.reconfigure(errors="replace")
     try:
         command()
     except RequestError as error:

@@ -8,7 +8,7 @@ from typing import Callable, Iterator, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..data.cache import default_root
@@ -167,7 +167,7 @@ def save_reference(reference: Reference, file: Path, key: str) -> None:
         tensors |= {f"{i}.count": torch.tensor(half.count), f"{i}.mean": half.mean, f"{i}.covariance": half.covariance}
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}")
-    save_file(tensors, aside, metadata={"key": key})
+    aside.write_bytes(save(tensors, metadata={"key": key}))
     aside.replace(file)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
+from .. import resources
 from ..errors import RequestError
 from ..models.fused import Trace
 from ..models.sources import Source
@@ -124,6 +125,7 @@ def _aside(out: Path) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
+        resources.share(new)
         if out.exists():
             out.rename(old)
         new.rename(out)
