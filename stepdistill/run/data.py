@@ -172,4 +172,3 @@ def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dic
     given |= {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}
     given |= {} if teacher.frames is None else {"frames": teacher.frames}
     return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | given
-

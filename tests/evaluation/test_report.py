@@ -86,7 +86,7 @@ def test_joining_prefers_the_later_row_and_sorts():
 def test_unreadable_results_are_named(tmp_path):
     for text in ("{", "[]", '{"rows": []}'):
         (tmp_path / "results.json").write_text(text)
-        with pytest.raises(RequestError, match="results.json is no readable"):
+        with pytest.raises(RequestError, match="results.json is damaged: .*Name a results.json that a bench wrote"):
             read_results(tmp_path / "results.json")
 
 
