@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -52,12 +52,13 @@ __all__ = ["bench", "export", "load", "pairs", "plan", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None, resume: bool = False,
-          **overrides: Any) -> Path:
+          on_step: Callable[[int], None] | None = None, **overrides: Any) -> Path:
     """Distils a student as a recipe says, and returns the run's folder.
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
     by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
-    in the stage where it stopped. RequestError for what cannot work, before anything is written; Stopped where a run
+    in the stage where it stopped. on_step: called after every step of each stage with its number, from 1; the run's figures
+    lie in its metrics.jsonl. RequestError for what cannot work, before anything is written; Stopped where a run
     had to
     end: what it saved is kept.
     """
@@ -71,13 +72,13 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     with spoken(), recorded() as record:
         for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
             if place == run or not folder.finished(place, stage):
-                _train(stage, recipe, before, place, run, device, resume, record)
+                _train(stage, recipe, before, place, run, device, resume, record, on_step)
             before = place
     return run
 
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
-           resume: bool, record: MemoryHandler) -> None:
+           resume: bool, record: MemoryHandler, on_step: Callable[[int], None] | None) -> None:
     """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before."""
     number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
     log.info(f"{number}{recipe.method}, {recipe.steps} steps; loading the teacher {recipe.teacher.base} on {device}")
@@ -97,7 +98,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
     log.info("encoding the prompts of the pictures to look at")
-    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [Preview(stage, place)])
+    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
+                      [Preview(stage, place), *([] if on_step is None else [on_step])])
     begun = {run: whole, place: recipe}
     for new in [new for new in begun if not folder.is_run(new)]:               # asked of all before one is written
         folder.begin(new, folder.pinned(begun[new]), device)

@@ -40,7 +40,8 @@ Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub
 @app.command()
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume",
-                                               help="Go on from the last checkpoint in --out.")] = False) -> None:
+                                               help="Go on from the last checkpoint in --out.")] = False,
+          as_json: Json = False) -> None:
     """Distil a student as a recipe says."""
     from .recipe import Recipe
     from .recipe.yaml import parse_set
@@ -50,9 +51,10 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     from .parallel import rank
     if rank() == 0:
         from .run.checks import family
-        tell(f"trained: {run}")
-        tell(f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else
-             f"next: stepdistill export {shlex.quote(str(run))} --to {'pipeline' if chosen.student.lora is None else 'lora'}")
+        to = None if family(chosen).no_pipeline else "pipeline" if chosen.student.lora is None else "lora"
+        after = None if to is None else f"stepdistill export {shlex.quote(str(run))} --to {to}"
+        _emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
+              lambda: tell(f"trained: {run}\n" + (f"its pictures: {run / 'samples'}" if after is None else f"next: {after}")))
 
 
 @app.command()
@@ -76,11 +78,12 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
            seed: int = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
-                                             help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
+                                             help="The picture, or a sheet of them.")] = Path("sample.png"),
+           as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
-    api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
-    tell(f"wrote {out}")
+    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
+    _emit({"picture": str(out), "prompts": prompt, "size": list(drawn[0].size), "seed": seed}, as_json, lambda: tell(f"wrote {out}"))
 
 
 @app.command()
@@ -116,15 +119,15 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
            guidance: Guidance = None, out: Out = None,
            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
-                                                          "given, float32 of a pipeline.")] = None) -> None:
+                                                          "given, float32 of a pipeline.")] = None,
+           as_json: Json = False) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
-    tell(f"proved and written: {folder}")
     from .export import read_settings
     settings = read_settings(folder)
-    if to == "pipeline" and settings["dropped"]:
-        tell(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
+    left = f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline" and settings["dropped"] else ""
+    _emit({"folder": str(folder), **settings}, as_json, lambda: tell(f"proved and written: {folder}{left}"))
 
 
 @app.command()

@@ -309,4 +309,18 @@ def test_the_card_shows_what_was_measured(make, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| lcm | 4 | 1 | 1.23 | 0.875 |" in text and "| real |  |  | 0.01 |  |" in text
     front = text.split("---")[1]
-    assert all(f"{key}: " in front for key in ("base_model", "tags", "license"))
+    assert all(f"{key}: " in front for key in ("tags", "license")) and "base_model" not in front        # the Hub refuses paths
+    export_student(make(base_model=Source("someone/a-model"), results=results), "lora", tmp_path / "hub")
+    assert 'base_model: "someone/a-model"\n' in (tmp_path / "hub/README.md").read_text()
+
+
+@pytest.mark.parametrize("inference,said", [
+    (LCM, "steps 4, cfg 1, denoise 1, sampler_name `lcm` and none of its schedulers"),
+    (replace(LCM, config={"original_inference_steps": 4}), "sampler_name `lcm` scheduler `simple`, whose time steps are those this student was "
+                                                           "made for: 999, 749, 499, 249."),
+    (DDIM, "steps 4, cfg 3, denoise 1, sampler_name `euler` scheduler `simple`"),
+    (TCD, "sampler_name none of its own: no sampler of ComfyUI's core does what a TCDScheduler does")])
+def test_the_card_says_what_to_set_in_comfyui(make, tmp_path, inference, said):
+    export_student(make("v_prediction", stock=inference), "comfyui", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert said in text and "put *ModelSamplingDiscrete* with `v_prediction` before the sampler" in text, text.split("## ComfyUI")[1]
