@@ -59,17 +59,17 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
     in the stage where it stopped. on_step: called after every step of each stage with its number, from 1; the run's figures
     lie in its metrics.jsonl. RequestError for what cannot work, before anything is written; Stopped where a run
-    had to
-    end: what it saved is kept.
+    had to end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
     device = launched()
     run = folder.place(recipe, out, resume)
-    for stage in recipe.stages:
-        check(stage)
-    check_card(recipe, device)
     before: Path | None = None
     with spoken(), recorded() as record:
+        log.info(f"checking {recipe.name}")
+        for stage in recipe.stages:
+            check(stage)
+        check_card(recipe, device)
         for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
             if place == run or not folder.finished(place, stage):
                 _train(stage, recipe, before, place, run, device, resume, record, on_step)
@@ -109,9 +109,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     try:
         trainer.train(resume)
     except Stopped as error:
-        if isinstance(error.__cause__, torch.OutOfMemoryError):
-            raise Stopped(f"{error} {advice(recipe)}") from error.__cause__
-        raise
+        helps = f" {advice(recipe)}" if isinstance(error.__cause__, torch.OutOfMemoryError) else ""
+        raise Stopped(f"{error}{helps}\nto go on: {folder.resumption(run)}") from error.__cause__
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def answer(command: Callable[[], object]) -> NoReturn:
     except RequestError as error:
         _fail(str(error), 2)
     except Stopped as error:
-        _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
+        _fail(str(error), 1)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         _fail(f"{error.filename} is in the way: a folder was to be written where a file is, or the other way round. "
               "Choose another --out", 2)

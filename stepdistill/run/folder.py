@@ -106,6 +106,11 @@ def moment(device: torch.device) -> dict[str, Any]:
     return {"date": here["started"], "device": here["device"], "threads": here["threads"], "command": here["command"], "versions": here["packages"]}
 
 
+def resumption(run: Path) -> str:
+    """The command that goes on with a run."""
+    return f"stepdistill train {shlex.quote(str(run / RECIPE))} --out {shlex.quote(str(run))} --resume"
+
+
 def is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
@@ -127,6 +132,5 @@ def results_of(run: Path) -> dict[str, Any] | None:
 def checkpoint_of(run: Path) -> Path:
     folder = checkpoints.latest(run)
     if folder is None:
-        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {shlex.quote(str(run / RECIPE))} "
-                           f"--out {shlex.quote(str(run))} --resume`")
+        raise RequestError(f"{run} has no checkpoint yet: train on with `{resumption(run)}`")
     return folder

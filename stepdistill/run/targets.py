@@ -162,7 +162,7 @@ def _open_export(folder: Path, called: str) -> Opened:
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]
     guidance = None if trained is None else middle(trained)
-    target = Target(called, pipeline, settings["method"], call, trained=trained, fixed_steps=settings["fixed_steps"],
+    target = Target(called, pipeline, settings["method"], call, trained=trained, fixed_steps=settings.get("fixed_steps", False),
                     made=made_of(Source(str(folder)), None if settings["format"] == "pipeline" else "fused") | {"teacher": made_of(teacher)})
     return Opened(target, Source(str(folder)), teacher, guidance)
 

@@ -206,6 +206,15 @@ def test_an_exported_pipeline_is_a_teacher_whose_calls_are_its_teachers(make, tm
         read_settings(teachers["sd3"])
 
 
+def test_a_student_that_has_seen_one_scale_leaves_at_it(make, tmp_path):
+    student = make(guidance_embedding=True, guidance=2.0)
+    for w in (1.0, 5.0):
+        with pytest.raises(RequestError, match=f"--guidance {w:g} is not what this student was trained for: it has seen the scale 2 alone"):
+            export_student(student, "lora", tmp_path, w)
+    export_student(student, "lora", tmp_path)
+    assert read_settings(tmp_path)["guidance"] == 2.0
+
+
 def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):
     student = make()
     export_student(student, "comfyui", tmp_path)

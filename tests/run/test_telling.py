@@ -28,7 +28,7 @@ def recipe(teacher):
 def test_a_run_says_where_it_is(tiny_teacher, tmp_path, capsys):
     run = api.train(recipe(tiny_teacher), out=tmp_path / "a run")
     lines = [line[9:] for line in capsys.readouterr().err.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
-    assert lines[0].startswith(f"lcm, 2 steps; loading the teacher {tiny_teacher} on cpu")
+    assert lines[0] == "checking recipe" and lines[1].startswith(f"lcm, 2 steps; loading the teacher {tiny_teacher} on cpu")
     assert f"training 4 steps of 2 samples in {run}" in lines
     assert [line.split(":")[0] for line in lines if line.startswith("step ")] == [
         "step 2 of 4", "step 2 of 4 is kept", "step 4 of 4", "step 4 of 4 is kept"]
