@@ -25,6 +25,7 @@ app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False
                        "evaluations.")
 say = Console()
 complain = Console(stderr=True)
+WIDE = 1000                         # columns of a pipe
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
                                            help="A YAML file, or a built-in name such as shapes/lcm.")]
@@ -155,7 +156,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
     from .recipe import catalogue
     rows = catalogue.methods(name)
     if name is None or as_json:
-        _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
+        _emit(rows, as_json, lambda: show(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
         return
     row = rows[0]
     tell(f"{name}  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n\n{catalogue.algorithm(name)}")
@@ -168,7 +169,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
     from .recipe import catalogue
     rows = catalogue.recipes(name)
     if name is None or as_json:
-        _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "method", "teacher"))))
+        _emit(rows, as_json, lambda: show(_table(rows, ("name", "method", "teacher"))))
         return
     print(Path(rows[0]["path"]).read_text(encoding="utf-8"), end="")
 
@@ -229,6 +230,11 @@ def tell(text: str, console: Console = say) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def show(table: Table) -> None:
+    """In a terminal as wide as it is, with cells on several lines where need be; in a pipe as wide as the table is."""
+    (say if say.is_terminal else Console(width=WIDE)).print(table)
+
+
 def _fail(message: str, status: int) -> NoReturn:
     complain.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(status)
@@ -276,12 +282,12 @@ def _cell(value: Any) -> str:
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
     if "dim" not in results["protocol"]:                       # against the teacher's own pictures
-        say.print(_table([row | row["metrics"] for row in results["rows"]],
+        show(_table([row | row["metrics"] for row in results["rows"]],
                          ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", "latency_ms")))
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
         return
     from .evaluation.report import table
-    say.print(table(results))
+    show(table(results))
     tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
@@ -292,7 +298,7 @@ def _show_progress(rows: list[Any]) -> None:
 
 def _show_proofs(found: dict[str, Any], out: Path) -> None:
     rows = [row | {"passed": "yes" if row["passed"] else "NO"} for row in found["rows"]]
-    say.print(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
+    show(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
     passed = sum(row["passed"] for row in found["rows"])
     tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
               f"wrote {out / 'verify.json'} and a picture of each method beside it")
@@ -302,7 +308,7 @@ def _show_plan(found: dict[str, Any]) -> None:
     rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}",
              "size": _size(row["bytes"])}
             for role, row in found["roles"].items()]
-    say.print(_table(rows, ("role", "parameters", "trained", "size")))
+    show(_table(rows, ("role", "parameters", "trained", "size")))
     passes = found["passes"]
     if "stages" in found:
         rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"],
@@ -310,7 +316,7 @@ def _show_plan(found: dict[str, Any]) -> None:
                  "forward": row["passes"]["forward"], "backward": row["passes"]["backward"],
                  "batch": row["passes"]["batch"],
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
-        say.print(_table(rows, tuple(rows[0])))
+        show(_table(rows, tuple(rows[0])))
         tell("in all:")
     tell(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
     tell(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "

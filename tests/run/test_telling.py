@@ -14,6 +14,7 @@ from rich.console import Console
 from stepdistill import api
 from stepdistill.evaluation.progress import duration, meter
 from stepdistill.evaluation.report import table
+from stepdistill.recipe import catalogue
 from stepdistill.run.telling import log, recorded, spoken, write_in
 from stepdistill.training.tracking import _Bar
 
@@ -89,3 +90,11 @@ def test_80_columns_hold_the_table_of_a_bench():
     for figure in ("209.8 [160.1, 250]", "50", "7.5", "93.5%", "1234.5"):
         assert figure in shown, shown
     assert "…" not in shown
+
+
+def test_a_table_in_a_pipe_has_a_row_a_line(tmp_path):
+    """So that what is in it can be searched for and pasted."""
+    done = subprocess.run([sys.executable, "-m", "stepdistill", "recipes"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "40"},
+                          capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + len(catalogue.recipes()) and any(line.split() == ["shapes/lcm", "lcm", "assets/shapes-sd"] for line in lines)
