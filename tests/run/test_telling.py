@@ -27,7 +27,9 @@ def recipe(teacher):
 
 
 def test_a_run_says_where_it_is(tiny_teacher, tmp_path, capsys):
-    run = api.train(recipe(tiny_teacher), out=tmp_path / "a run")
+    steps = []
+    run = api.train(recipe(tiny_teacher), out=tmp_path / "a run", on_step=steps.append)
+    assert steps == [1, 2, 3, 4]
     lines = [line[9:] for line in capsys.readouterr().err.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
     assert lines[0] == "checking recipe" and lines[1].startswith(f"lcm, 2 steps; loading the teacher {tiny_teacher} on cpu")
     assert f"training 4 steps of 2 samples in {run}" in lines
