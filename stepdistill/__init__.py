@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,29 @@ from .errors import RequestError
 if TYPE_CHECKING:
     from .api import bench, export, extract, load, pairs, plan, sample, train
     from .proofs.run import verify
+    from .recipe.catalogue import methods, recipes
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "extract", "load", "pairs", "plan", "sample", "train", "verify"]
+__all__ = ["RequestError", "bench", "export", "extract", "load", "methods", "pairs", "plan", "recipes", "sample", "train", "verify"]
+ELSEWHERE = {"verify": ".proofs.run", "methods": ".recipe.catalogue", "recipes": ".recipe.catalogue"}      # others are api's
 
 
 class _Export(ModuleType):
     """The package `stepdistill.export`, which can be called: stepdistill.export(run, to="lora")."""
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return import_module(".api", "stepdistill").export(*args, **options)
+    def __call__(self, run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
+                 dtype: str | None = None) -> Path:
+        return import_module(".api", "stepdistill").export(run, to, guidance, out, dtype)
+
+
+class _Methods(ModuleType):
+    """The package `stepdistill.methods`, which can be called: stepdistill.methods(), stepdistill.methods("lcm")."""
+
+    def __call__(self, name: str | None = None) -> list[dict[str, Any]]:
+        return import_module(".recipe.catalogue", "stepdistill").methods(name)
+
+
+CALLED: dict[str, type[ModuleType]] = {"export": _Export, "methods": _Methods}
 
 
 class _Face(ModuleType):
@@ -29,13 +43,15 @@ class _Face(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module 'stepdistill' has no attribute {name!r}; it has {', '.join(__all__)}")
-        place = import_module(".proofs.run" if name == "verify" else ".api", "stepdistill")
+        if name in CALLED:
+            return import_module(f".{name}", "stepdistill")
+        place = import_module(ELSEWHERE.get(name, ".api"), "stepdistill")
         return vars(self)[name] if name in vars(self) else vars(place)[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # the import system hands over the package of that name
-        if name == "export" and isinstance(value, ModuleType):
-            value.__class__ = _Export
+        # the import system hands over the packages of those names
+        if name in CALLED and isinstance(value, ModuleType):
+            value.__class__ = CALLED[name]
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

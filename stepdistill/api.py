@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -57,12 +57,13 @@ __all__ = ["bench", "export", "extract", "load", "pairs", "plan", "sample", "tra
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
-          resume: bool | Literal["auto"] = False, **overrides: Any) -> Path:
+          resume: bool | Literal["auto"] = False, on_step: Callable[[int], None] | None = None, **overrides: Any) -> Path:
     """Distils a student as a recipe says, and returns the run's folder.
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
     by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
-    in the stage where it stopped, and resume="auto" begins one where there is none. RequestError for what cannot work,
+    in the stage where it stopped, and resume="auto" begins one where there is none. on_step: called after every step of
+    each stage with its number, from 1; the run's figures lie in its metrics.jsonl. RequestError for what cannot work,
     before anything is written; Stopped where a run had to end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
@@ -71,6 +72,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     before: Path | None = None
     begun = {place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)} if going_on else set()
     with spoken(), recorded() as record, folder.alone(run):
+        log.info(f"checking {recipe.name}")
         for stage in recipe.stages:
             check(stage)
         check_card(recipe, device)
@@ -78,13 +80,13 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
             write_down(run, recipe)
         for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
             if place == run or not folder.finished(place, stage):
-                _train(stage, recipe, before, place, run, device, begun, record)
+                _train(stage, recipe, before, place, run, device, begun, record, on_step)
             before = place
     return run
 
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
-           begun: set[Path], record: MemoryHandler) -> None:
+           begun: set[Path], record: MemoryHandler, on_step: Callable[[int], None] | None) -> None:
     """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the folders
     that go on."""
     number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
@@ -105,8 +107,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
     log.info("encoding the prompts of the pictures to look at")
-    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [preview := Preview(stage, place)],
-                      [preview.start])
+    trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
+                      [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start])
     going_on, recipes = place in begun, {run: whole, place: recipe}
     for new in [new for new in recipes if new not in begun]:
         folder.begin(new, folder.pinned(recipes[new]), device)
@@ -117,9 +119,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     try:
         trainer.train(going_on)
     except Stopped as error:
-        if isinstance(error.__cause__, torch.OutOfMemoryError):
-            raise Stopped(f"{error} {advice(recipe)}") from error.__cause__
-        raise
+        helps = f" {advice(recipe)}" if isinstance(error.__cause__, torch.OutOfMemoryError) else ""
+        raise Stopped(f"{error}{helps}\nto go on: {folder.resumption(run)}") from error.__cause__
 
 
 @dataclass(frozen=True)

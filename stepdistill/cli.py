@@ -27,6 +27,7 @@ app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False
                        "evaluations.")
 say = Console()
 complain = Console(stderr=True)
+WIDE = 1000                         # columns of a pipe
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
                                            help="A YAML file, or a built-in name such as shapes/lcm.")]
@@ -45,7 +46,7 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume",
                                                help="Go on from the last checkpoint in --out; `--resume auto`: begin where "
                                                     "there is none.")] = False,
-          resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False) -> None:
+          resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, as_json: Json = False) -> None:
     """Distil a student as a recipe says."""
     from .recipe import Recipe
     from .recipe.yaml import parse_set
@@ -55,9 +56,10 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     from .parallel import rank
     if rank() == 0:
         from .run.teacher_checks import family
-        tell(f"trained: {run}")
-        tell(f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else
-             f"next: stepdistill export {quote(str(run))} --to {'pipeline' if chosen.student.lora is None else 'lora'}")
+        to = None if family(chosen).no_pipeline else "pipeline" if chosen.student.lora is None else "lora"
+        after = None if to is None else f"stepdistill export {quote(str(run))} --to {to}"
+        _emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
+              lambda: tell(f"trained: {run}\n" + (f"its pictures: {run / 'samples'}" if after is None else f"next: {after}")))
 
 
 @app.command()
@@ -80,11 +82,13 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
            seed: int = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
-                                             help="The picture, or a sheet of them.")] = Path("sample.png")) -> None:
+                                             help="The picture, or a sheet of them.")] = Path("sample.png"),
+           as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
-    api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
-    tell(f"wrote {out}")
+    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
+    first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
+    _emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json, lambda: tell(f"wrote {out}"))
 
 
 @app.command()
@@ -120,15 +124,15 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            to: Annotated[str, typer.Option(help="lora, pipeline or comfyui.")] = "lora",
            guidance: Guidance = None, out: Out = None,
            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
-                                                          "given, float32 of a pipeline.")] = None) -> None:
+                                                          "given, float32 of a pipeline.")] = None,
+           as_json: Json = False) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
-    tell(f"proved and written: {folder}")
     from .export import read_settings
     settings = read_settings(folder)
-    if to == "pipeline" and settings["dropped"]:
-        tell(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
+    left = f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline" and settings["dropped"] else ""
+    _emit({"folder": str(folder), **settings}, as_json, lambda: tell(f"proved and written: {folder}{left}"))
 
 
 @app.command()
@@ -173,7 +177,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
     from .recipe import catalogue
     rows = catalogue.methods(name)
     if name is None or as_json:
-        _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
+        _emit(rows, as_json, lambda: show(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
         return
     row = rows[0]
     tell(f"{name}  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n\n{catalogue.algorithm(name)}")
@@ -186,7 +190,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
     from .recipe import catalogue
     rows = catalogue.recipes(name)
     if name is None or as_json:
-        _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "method", "teacher"))))
+        _emit(rows, as_json, lambda: show(_table(rows, ("name", "method", "teacher"))))
         return
     print(Path(rows[0]["path"]).read_text(encoding="utf-8"), end="")
 
@@ -237,7 +241,7 @@ def answer(command: Callable[[], object]) -> NoReturn:
     except RequestError as error:
         _fail(str(error), 2)
     except Stopped as error:
-        _fail(f"{error}\nto go on: the same command with --out and that run's folder, and --resume", 1)
+        _fail(str(error), 1)
     except (OSError, MemoryError, RuntimeError) as error:
         if (message := of_the_system(error)) is None:
             raise
@@ -257,6 +261,11 @@ def working() -> Any:
 def tell(text: str, console: Console = say) -> None:
     """As it stands: no markup is read in it, and no line is broken, so that paths and commands can be pasted."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """In a terminal as wide as it is, with cells on several lines where need be; in a pipe as wide as the table is."""
+    (say if say.is_terminal else Console(width=WIDE)).print(table)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -306,12 +315,12 @@ def _cell(value: Any) -> str:
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
     if "dim" not in results["protocol"]:                       # against the teacher's own pictures
-        say.print(_table([row | row["metrics"] for row in results["rows"]],
+        show(_table([row | row["metrics"] for row in results["rows"]],
                          ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", "latency_ms")))
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
         return
     from .evaluation.report import table
-    say.print(table(results))
+    show(table(results))
     tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
@@ -319,7 +328,7 @@ def _show_extracted(found: Any) -> None:
     rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"}
             for layer in found.worst()]
     tell(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
-    say.print(_table(rows, ("layer", "kept", "norm")))
+    show(_table(rows, ("layer", "kept", "norm")))
     tell(f"kept in all: {found.kept:.2%} of the squared difference of these layers")
     if found.beyond:
         tell(f"out of its reach: {', '.join(f'{count} {kind}' for kind, (count, _) in found.beyond.items())}, "
@@ -334,7 +343,7 @@ def _show_progress(rows: list[Any]) -> None:
 
 def _show_proofs(found: dict[str, Any], out: Path) -> None:
     rows = [row | {"passed": "yes" if row["passed"] else "NO"} for row in found["rows"]]
-    say.print(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
+    show(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
     passed = sum(row["passed"] for row in found["rows"])
     tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
               f"wrote {out / 'verify.json'} and a picture of each method beside it")
@@ -344,7 +353,7 @@ def _show_plan(found: dict[str, Any]) -> None:
     rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}",
              "size": _size(row["bytes"])}
             for role, row in found["roles"].items()]
-    say.print(_table(rows, ("role", "parameters", "trained", "size")))
+    show(_table(rows, ("role", "parameters", "trained", "size")))
     passes = found["passes"]
     if "stages" in found:
         rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"],
@@ -352,7 +361,7 @@ def _show_plan(found: dict[str, Any]) -> None:
                  "forward": row["passes"]["forward"], "backward": row["passes"]["backward"],
                  "batch": row["passes"]["batch"],
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
-        say.print(_table(rows, tuple(rows[0])))
+        show(_table(rows, tuple(rows[0])))
         tell("in all:")
     tell(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
     tell(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "

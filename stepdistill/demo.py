@@ -11,7 +11,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from . import resources
-from .cli import answer, say, tell, working
+from .cli import answer, show, tell, working
 from .recipe import Recipe
 from .recipe.yaml import parse_set
 
@@ -94,7 +94,7 @@ def closed(results: Results) -> dict[str, float]:
 
 def _conclude(results: Results, run: Path, folder: Path, seconds: float) -> None:
     from .evaluation.report import table
-    say.print(table(results))
+    show(table(results))
     found = closed(results)
     tell(f"FD at {FEW} evaluations: teacher {found['teacher_few']:.3f}, student {found['student']:.3f}; teacher "
               f"at {MANY}: "

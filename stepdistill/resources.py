@@ -51,6 +51,11 @@ def named(place: str) -> str:
     return path.name if path.exists() else place
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be one of the Hub: it is spelled as one, and there is no such folder here."""
+    return _HUB_ID.fullmatch(name) is not None and locate(name) is None and locate(Path(name).parts[0]) is None
+
+
 def pipeline(name: str) -> str:
     """Where a diffusers pipeline is to be loaded from: an absolute path, or a Hub id as it stands.
 
@@ -59,7 +64,7 @@ def pipeline(name: str) -> str:
     found = locate(name)
     if found is not None:
         return str(found)
-    if _HUB_ID.fullmatch(name) and locate(Path(name).parts[0]) is None:
+    if is_hub_id(name):
         return name
     if Path(name).parts[:2] == ("assets", "students"):
         raise RequestError(_how_to_get(Path(name).name))

@@ -104,8 +104,11 @@ def recipe(tmp_path: Path, tiny_teacher: Path) -> Path:
 
 def test_train_sample_export(stepdistill, recipe, tmp_path):
     """The commands in the order in which a newcomer types them."""
+    done = stepdistill("train", recipe, "--out", "a run", "--json", "--set", "train.updates=1")
+    found = json.loads(done.stdout)
+    assert found["next"] == "stepdistill export 'a run' --to lora" and (tmp_path / found["log"]).is_file(), done.stderr
     done = stepdistill("train", recipe, "--out", "run")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "next: stepdistill export run --to lora" in done.stdout, done.stderr
     run = tmp_path / "run"
     assert {"recipe.yaml", "environment.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "samples"} <= {p.name for p in run.iterdir()}
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
@@ -117,10 +120,10 @@ def test_train_sample_export(stepdistill, recipe, tmp_path):
 
     done = stepdistill("sample", "run", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "s.png")
     assert done.returncode == 0 and (tmp_path / "s.png").stat().st_size, done.stderr
-    done = stepdistill("export", "run", "--to", "lora", "--out", "lora")
-    assert done.returncode == 0 and (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file(), done.stderr
-    done = stepdistill("sample", "lora", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "t.png")
-    assert done.returncode == 0, done.stderr
+    done = stepdistill("export", "run", "--to", "lora", "--out", "lora", "--json")
+    assert json.loads(done.stdout)["folder"] == "lora" and (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file(), done.stderr
+    done = stepdistill("sample", "lora", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "t.png", "--json")
+    assert json.loads(done.stdout) == {"picture": "t.png", "prompts": ["a red ring", "a blue cross"], "size": [16, 16], "seed": 0}, done.stderr
     one, other = (np.array(Image.open(tmp_path / name)).astype(int) for name in ("s.png", "t.png"))
     assert one.shape == other.shape and abs(one - other).max() <= 1        # a merged adapter rounds differently
 

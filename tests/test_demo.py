@@ -44,6 +44,18 @@ def test_the_demo(small_world, recipe, capsys):
     assert "% of the gap" in output and "curve.png" in output
 
 
+def test_a_model_of_ones_own_is_measured_against_its_teacher(small_world, recipe, capsys):
+    """Shapes would say nothing about it: no distance to them is taken unless it is asked for."""
+    run = stepdistill.train(recipe, out=small_world / "run")
+    found = stepdistill.bench(run, nfe=(2,), samples=4, out=small_world / "own", solvers=("ddim",), prompts=["a red ring", "a blue cross"])
+    assert "measuring against the teacher's own pictures from the same noise" in capsys.readouterr().err
+    rows = [(row["target"], row["steps"], row["guidance"]) for row in found["rows"]]
+    assert rows == [("teacher:ddim", 25, 2.0), ("run", 2, 1.0), ("teacher:ddim", 2, 1.0), ("teacher:ddim", 1, 2.0)]
+    made = found["rows"][1]["made"]
+    assert made["weights"] == "run" and made["lora"] == "merged" and made["teacher"] == {"weights": "teacher0"} and "torch" in made["versions"]
+    assert (small_world / "own/report.html").is_file() and (small_world / "own/samples/together.png").is_file()
+
+
 def test_bench_takes_runs_exports_and_pipelines(small_world, recipe, tiny_teacher):
     """A run and its export are one student; their teacher stands in the table unasked."""
     run = stepdistill.train(recipe, out=small_world / "run")

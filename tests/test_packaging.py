@@ -49,7 +49,8 @@ def test_a_wheel_says_how_to_get_the_students(site, tmp_path):
     student = "assets/students/shapes-lcm"
     done = installed(site, tmp_path, "-m", "stepdistill", "sample", student, "--prompt", "a red ring")
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr == f"""error: {student} lies in the repository and not in the installed package. \
+    assert done.stderr == f"""loading torch and diffusers
+error: {student} lies in the repository and not in the installed package. \
 Clone it and name the folder there:
   git clone --depth 1 https://github.com/stepdistill/stepdistill
   stepdistill sample stepdistill/assets/students/shapes-lcm --prompt "..."

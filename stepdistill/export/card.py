@@ -1,12 +1,16 @@
 """The model card: what a reader of the Hub needs, and a snippet that runs as it stands."""
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
+from .. import resources
 from ..errors import printable
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
@@ -26,14 +30,29 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
              "![samples](samples.png)",
              f"## Use\n\n```python\n{snippet(settings, folder, asked)}```", _facts(settings)]
     if settings["format"] == "comfyui":
-        parts.append(f"## ComfyUI\n\nPut `{settings['weights']}` into `models/loras` and load it with *Load LoRA* at "
-                     f"strength 1, {settings['steps']} steps, cfg {settings['scale']:g}. ComfyUI makes its own list of time steps: "
-                     f"those this student was made for are {', '.join(f'{t:g}' for t in settings['told_times'])}."
-                     + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
-                               for lora in settings.get("teacher_loras", [])))
+        parts.append(_comfyui(settings))
     if results is not None:
         parts.append(_table(results))
     return "\n\n".join(parts) + "\n"
+
+
+def _comfyui(settings: Mapping[str, Any]) -> str:
+    """What to set there, by the names that its nodes have. Its scheduler `simple` takes every (1000 / k)-th of 1000 times from the
+    last one, its sampler `lcm` draws fresh noise after each step as LCMScheduler does, and `euler` none, as DDIM and Euler do."""
+    steps, times = settings["steps"], settings["told_times"]
+    sampler = {"LCMScheduler": "lcm", "DDIMScheduler": "euler", "EulerDiscreteScheduler": "euler"}.get(settings["scheduler"])
+    simple = all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
+    lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) at strength 1, or by "
+             "*LoraLoaderModelOnly*." + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
+                                                for lora in settings.get("teacher_loras", [])),
+             f"In *KSampler*: steps {steps}, cfg {settings['scale']:g}, denoise 1, sampler_name " + (
+                 f"`{sampler}`" if sampler else f"none of its own: no sampler of ComfyUI's core does what a {settings['scheduler']} does"),
+             "scheduler `simple`, whose time steps are those this student was made for:" if simple else
+             "and none of its schedulers: they make their own lists of time steps, and this student was made for",
+             f"{', '.join(f'{t:g}' for t in times)}."]
+    if settings["prediction"] == "v_prediction":
+        lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with `v_prediction` before the sampler.")
+    return "## ComfyUI\n\n" + " ".join(lines)
 
 
 def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
@@ -45,10 +64,14 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     names = ["AutoencoderKL"] * (base.vae is not None and not whole) + names
     names = ["BitsAndBytesConfig", "PipelineQuantizationConfig"] * _packs(base) + names
     by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
+    half = "bfloat16" if "transformer" in inspect.signature(getattr(diffusers, settings["pipeline"])).parameters else "float16"
     lines = ["import torch", f"from diffusers import {', '.join(names)}", *by_peft, "",
+             *(['device, dtype = "cuda", torch.bfloat16'] if _packs(base) else [
+                 'device = "cuda" if torch.cuda.is_available() else "cpu"',
+                 f'dtype = torch.{half} if device == "cuda" else torch.float32']),
              f"folder = {_quoted(folder)}          # where this card lies"]
     if whole:
-        lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
+        lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder, torch_dtype=dtype{without}).to(device)"]
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
         fused = () if "quantization" in settings else FUSED
@@ -77,16 +100,15 @@ def _base(base: Source, pipeline: str, without: str) -> list[str]:
     lines = []
     if base.vae is not None:
         inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
-        lines, options = [f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner})"], f"{options}, vae=vae"
+        lines, options = [f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner}, torch_dtype=dtype)"], f"{options}, vae=vae"
     loader = "from_single_file" if base.is_file else "from_pretrained"
-    last = ".to(torch.float32)"
     if _packs(base):
         family = family_of(pipeline)
         kind = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if base.quantization == "nf4" else "load_in_8bit=True"
         lines += [f"bits = BitsAndBytesConfig({kind}, llm_int8_skip_modules=[{_quoted(family.time.first)}])",
                   f"bits = PipelineQuantizationConfig(quant_mapping={{{_quoted(family.denoiser)}: bits}})"]
-        options, last = f"{options}, quantization_config=bits, dtype=torch.bfloat16", '.to("cuda")'
-    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}{options}{without}){last}"]
+        options = f"{options}, quantization_config=bits"
+    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}, torch_dtype=dtype{options}{without}).to(device)"]
     for lora in base.loras:
         place, file = lora.find()
         weights = "" if file is None else f", weight_name={_quoted(file)}"
@@ -123,7 +145,8 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
     task = "unconditional-image-generation" if settings["reads"] == "nothing" else task
     tags = ["diffusers", task, "distillation", "stepdistill", settings["method"]]
     tags += [] if settings["format"] == "pipeline" else ["lora"]
-    rows = {"base_model": settings["teacher"], "library_name": "diffusers", "license": "other",
+    base = {"base_model": settings["teacher"]} if resources.is_hub_id(settings["teacher"]) else {}
+    rows = {**base, "library_name": "diffusers", "license": "other",
             "license_name": "that-of-the-base-model", "pipeline_tag": task, "tags": tags}
     return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in rows.items()) + "\n---"
 

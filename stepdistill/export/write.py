@@ -85,7 +85,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "teacher": base.base, "revision": base.revision,
             **_beside(base, student.teacher.traces, student.teacher.source.quantization),
             "role": student.role_name, "run": student.run,
-            "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
+            "scheduler": type(student.scheduler).__name__, "prediction": student.scheduler.config.get("prediction_type"), "weights": weights, "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
             "within": student.teacher.guidance.within, "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import RequestError
 
@@ -110,7 +111,7 @@ def cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequen
     (0, 0) for a pipeline without tokenizers.
     """
     asked = {**defaults(kind), **call}.get("max_sequence_length")
-    found = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    found = [part for part in parts.values() if isinstance(part, PreTrainedTokenizerBase)]
     limits = [(part, part.model_max_length if "CLIP" in type(part).__name__ or asked is None else asked) for part in found]
     if not limits:
         return 0, 0

@@ -157,6 +157,11 @@ def moment(device: torch.device) -> dict[str, Any]:
     return {"date": here["started"], "device": here["device"], "threads": here["threads"], "command": here["command"], "versions": here["packages"]}
 
 
+def resumption(run: Path) -> str:
+    """The command that goes on with a run."""
+    return f"stepdistill train {quote(str(run / RECIPE))} --out {quote(str(run))} --resume"
+
+
 def is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
@@ -181,6 +186,5 @@ def state_of(run: Path, role: str) -> tuple[Path, dict[str, Tensor]]:
     """
     found = checkpoints.newest(run, lambda folder: checkpoints.load_role(folder, role))
     if found is None:
-        raise RequestError(f"{run} has no checkpoint yet: train on with `stepdistill train {quote(str(run / RECIPE))} --out "
-                           f"{quote(str(run))} --resume`")
+        raise RequestError(f"{run} has no checkpoint yet: train on with `{resumption(run)}`")
     return found

@@ -206,6 +206,15 @@ def test_an_exported_pipeline_is_a_teacher_whose_calls_are_its_teachers(make, tm
         read_settings(teachers["sd3"])
 
 
+def test_a_student_that_has_seen_one_scale_leaves_at_it(make, tmp_path):
+    student = make(guidance_embedding=True, guidance=2.0)
+    for w in (1.0, 5.0):
+        with pytest.raises(RequestError, match=f"--guidance {w:g} is not what this student was trained for: it has seen the scale 2 alone"):
+            export_student(student, "lora", tmp_path, w)
+    export_student(student, "lora", tmp_path)
+    assert read_settings(tmp_path)["guidance"] == 2.0
+
+
 def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):
     student = make()
     export_student(student, "comfyui", tmp_path)
@@ -309,4 +318,18 @@ def test_the_card_shows_what_was_measured(make, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| lcm | 4 | 1 | 1.23 | 0.875 |" in text and "| real |  |  | 0.01 |  |" in text
     front = text.split("---")[1]
-    assert all(f"{key}: " in front for key in ("base_model", "tags", "license"))
+    assert all(f"{key}: " in front for key in ("tags", "license")) and "base_model" not in front        # the Hub refuses paths
+    export_student(make(base_model=Source("someone/a-model"), results=results), "lora", tmp_path / "hub")
+    assert 'base_model: "someone/a-model"\n' in (tmp_path / "hub/README.md").read_text()
+
+
+@pytest.mark.parametrize("inference,said", [
+    (LCM, "steps 4, cfg 1, denoise 1, sampler_name `lcm` and none of its schedulers"),
+    (replace(LCM, config={"original_inference_steps": 4}), "sampler_name `lcm` scheduler `simple`, whose time steps are those this student was "
+                                                           "made for: 999, 749, 499, 249."),
+    (DDIM, "steps 4, cfg 3, denoise 1, sampler_name `euler` scheduler `simple`"),
+    (TCD, "sampler_name none of its own: no sampler of ComfyUI's core does what a TCDScheduler does")])
+def test_the_card_says_what_to_set_in_comfyui(make, tmp_path, inference, said):
+    export_student(make("v_prediction", stock=inference), "comfyui", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert said in text and "put *ModelSamplingDiscrete* with `v_prediction` before the sampler" in text, text.split("## ComfyUI")[1]

@@ -65,7 +65,7 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused_in_one_message(tmp_
                           up_block_types=("UpBlock2D",))
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "alone")
     for name, said in (("edit", "InstructPix2PixPipeline draws nothing of a prompt alone, as `sample` and `bench` ask it to: `image` input cannot be"),
-                       ("alone", "DDPMPipeline takes no prompt: `sample` and `bench` draw pictures of prompts alone")):
+                       ("alone", "a network without classes is asked for nothing, by the prompt \"\"; found 'a red ring'")):
         with pytest.raises(RequestError, match=said):
             api.sample(tmp_path / name, "a red ring", steps=2)
 
@@ -179,11 +179,11 @@ def test_the_teacher_of_a_student_stands_at_its_best(monkeypatch):
     """At few evaluations an unguided teacher has twice the steps: at the student's scale alone it would be a strawman."""
     asked = []
     opened = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"), Source("there"), 2.0)
-    monkeypatch.setattr(api, "open_target", lambda target, called: opened)
+    monkeypatch.setattr(api, "open_target", lambda target, called, few_step, say: opened)
     monkeypatch.setattr(api, "teachers", lambda opened, say: [])
     monkeypatch.setattr(api.sweep, "bench", lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
-    api.bench("here")
-    api.bench("here", guidance=[3.0])
+    api.bench("here", reference="shapes")
+    api.bench("here", reference="shapes", guidance=[3.0])
     assert asked == [(1.0, 2.0), (3.0,)]
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from stepdistill import api
 from stepdistill.evaluation.progress import duration, meter
 from stepdistill.evaluation.report import table
+from stepdistill.recipe import catalogue
 from stepdistill.run.telling import log, recorded, spoken, write_in
 from stepdistill.training.tracking import _Bar
 
@@ -26,9 +27,11 @@ def recipe(teacher):
 
 
 def test_a_run_says_where_it_is(tiny_teacher, tmp_path, capsys):
-    run = api.train(recipe(tiny_teacher), out=tmp_path / "a run")
+    steps = []
+    run = api.train(recipe(tiny_teacher), out=tmp_path / "a run", on_step=steps.append)
+    assert steps == [1, 2, 3, 4]
     lines = [line[9:] for line in capsys.readouterr().err.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
-    assert lines[0].startswith(f"lcm, 2 steps; loading the teacher {tiny_teacher} on cpu")
+    assert lines[0] == "checking recipe" and lines[1].startswith(f"lcm, 2 steps; loading the teacher {tiny_teacher} on cpu")
     assert f"training 4 steps of 2 samples in {run}" in lines
     assert [line.split(":")[0] for line in lines if line.startswith("step ")] == [
         "step 2 of 4", "step 2 of 4 is kept", "step 4 of 4", "step 4 of 4 is kept"]
@@ -89,3 +92,11 @@ def test_80_columns_hold_the_table_of_a_bench():
     for figure in ("209.8 [160.1, 250]", "50", "7.5", "93.5%", "1234.5"):
         assert figure in shown, shown
     assert "…" not in shown
+
+
+def test_a_table_in_a_pipe_has_a_row_a_line(tmp_path):
+    """So that what is in it can be searched for and pasted."""
+    done = subprocess.run([sys.executable, "-m", "stepdistill", "recipes"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "40"},
+                          capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + len(catalogue.recipes()) and any(line.split() == ["shapes/lcm", "lcm", "assets/shapes-sd"] for line in lines)
