@@ -120,7 +120,7 @@ FAULTS = [
     ),
     *of(
         "mcm", "diffusion.solvers",
-        ("+ like(z_var, x)", "- like(z_var, x)"),
+        ("x) + missing).sqrt()", "x) - missing).sqrt()"),
     ),
     *of(
         "mcm", "losses.regression",
