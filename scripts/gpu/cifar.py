@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-DATA, WORK, SAMPLES = ROOT / "shared/data/cifar10-train.parquet", ROOT / "runs/gpu/cifar", 10_000
+DATA, WORK, SAMPLES = ROOT.parent / "shared/data/cifar10-train.parquet", ROOT / "runs/gpu/cifar", 10_000
 STEPS = 18                            # of Heun, by which the teacher is measured: 35 evaluations
-MEASURING = 75.0                      # seconds that a row takes
-WHOLE = 0.8                           # a student that would be cut short is begun only where so much of a call is left
+MEASURING = 40.0                      # seconds that a row takes
+LEAST = 60.0                          # seconds that are worth beginning a training for
 RATE = 0.3 * 400e12                   # FLOP/s that --plan counts on
 TINY = training.Sizes(side=16, classifier=(4, 8), teacher=(8, 16), layers=1, groups=8, batch=16, epochs=1, teacher_images=32, warmup=2)
 TINY_STUDENTS = ("scm", "dmd2-1")
@@ -43,9 +44,9 @@ TINY_RECIPE = {"data.batch": 4, "train.updates": 2, "train.warmup": 0, "train.ch
 def main() -> None:
     made = parser(__doc__)
     made.set_defaults(seconds=440.0)
-    made.add_argument("--data", type=Path, help=f"the pictures: .parquet or .npz; {DATA.relative_to(ROOT)} unless given")
+    made.add_argument("--data", type=Path, help="the pictures: .parquet or .npz; ../shared/data/cifar10-train.parquet unless given")
     made.add_argument("--work", type=Path, help=f"where all lies that is made; {WORK.relative_to(ROOT)} unless given")
-    made.add_argument("--students", nargs="*", choices=students.STUDENTS, default=[*students.STUDENTS], help="which, in this order")
+    made.add_argument("--students", nargs="*", choices=students.STUDENTS, help="which, in this order; all unless given")
     made.add_argument("--teacher-images", type=int, help="pictures that the teacher sees in all")
     made.add_argument("--samples", type=int, default=SAMPLES, help="of a row")
     made.add_argument("--compile", action="store_true", help="torch.compile in the teacher's training")
@@ -78,7 +79,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, clock: Clock, device: torch.device) -> None:
         self.args, self.clock, self.device = args, clock, device
         self.work = args.work or (Path(tempfile.mkdtemp(prefix="cifar-tiny-")) if args.tiny else WORK)
-        self.carried, self.record = self.work / "carried", Record("cifar", args, device)
+        self.carried, self.record = self.work / "carried", Record("cifar", args, device, any_card=True)
+        self.begun = 0                                 # students in this call
         self.sizes = TINY if args.tiny else training.Sizes()
         if args.teacher_images:
             self.sizes = replace(self.sizes, teacher_images=args.teacher_images)
@@ -93,10 +95,16 @@ class Bench:
         progress = self.teach()
         if progress.images >= self.sizes.teacher_images and self.room(MEASURING, "the teacher's distance"):
             teacher = self.measure_teacher(progress)
-            for name in TINY_STUDENTS if self.args.tiny else self.args.students:
+            for name in self.args.students or (TINY_STUDENTS if self.args.tiny else students.STUDENTS):
                 if not self.student(name, teacher):
                     break
+        self.keep()
         self.record.close()
+
+    def keep(self) -> None:
+        """What the next machine needs, to $OUT."""
+        if out := os.environ.get("OUT"):
+            shutil.copytree(self.carried, Path(out) / "carried", dirs_exist_ok=True)
 
     def room(self, seconds: float, what: str) -> bool:
         if self.args.tiny or self.clock.left > seconds:
@@ -121,8 +129,9 @@ class Bench:
     def teach(self) -> training.Progress:
         folder = self.carried / "teacher"
         progress = training.Progress.of(folder)
-        if progress.images < self.sizes.teacher_images:
+        if progress.images < self.sizes.teacher_images and self.room(LEAST, "the teacher"):
             progress = training.train_teacher(self.data, folder, self.sizes, self.clock, self.args.compile)
+            self.keep()
             print(f"teacher: {progress.images:,} of {self.sizes.teacher_images:,} pictures in {progress.seconds:.0f} s and {progress.calls} calls; "
                   f"{folder} and {self.carried / 'classifier.safetensors'} are to be kept")
         return progress
@@ -141,7 +150,8 @@ class Bench:
             fd = measure.distance(found["features"], self.real)
             self.record.add("real", {"fd": measure.distance(held_out, self.real), "samples": len(held_out)})
             self.record.add("teacher", {"fd": fd, "nfe": 2 * STEPS - 1, "samples": self.samples, "parameters": parameters(
-                training.teacher_network(self.sizes)), "teacher_images": progress.images, "seconds": progress.seconds, "calls": progress.calls})
+                training.teacher_network(self.sizes)), "teacher_images": progress.images, "seconds": progress.seconds, "calls": progress.calls,
+                "device": self.record.head["device"]})
             print(f"teacher: FD {said(fd)} in {2 * STEPS - 1} evaluations; held-out pictures {said(self.record.figures['real']['fd'])}")
         return Measured(progress.images, found["features"], self.record.figures["teacher"]["fd"])
 
@@ -154,26 +164,32 @@ class Bench:
         run = self.work / "students" / f"{name}-{teacher.images}"
         if self.record.again and len(left) == len(asked) and internals.is_run(run) and internals.finished(run, internals.recipe_of(run)):
             shutil.rmtree(run)
-        recipe = internals.recipe_of(run) if internals.is_run(run) else self.recipe(name)
-        if recipe is None or not students.train(recipe, run, Clock(self.clock.left - MEASURING)):
+        until = Clock(self.clock.left - MEASURING * len(left))
+        recipe = internals.recipe_of(run) if internals.is_run(run) else self.recipe(name, until)
+        if recipe is None or not students.train(recipe, run, Clock(math.inf) if self.args.tiny else until):
             return False
         for steps in left:
             self.add_row(name, steps, run, recipe, teacher)
         return True
 
-    def recipe(self, name: str) -> internals.Recipe | None:
-        """Of a student that is begun now; None where another call should begin it."""
-        whole = MEASURING + students.NOTICE if self.args.tiny else WHOLE * self.args.seconds
+    def recipe(self, name: str, until: Clock) -> internals.Recipe | None:
+        """Of a student that is begun now; None where another call should begin it: only the first of a call may be cut short."""
         overrides = {entry: json.loads(value) for entry, value in self.args.set}
         images = write_folder(self.data, self.work / "images")
         asked = students.recipe(name, self.carried / "teacher", images, (TINY_RECIPE if self.args.tiny else {}) | overrides)
         if self.args.tiny:
             return asked
-        recipe = students.paced(asked, self.device, self.clock.left - MEASURING)
-        if recipe.train.updates < asked.train.updates and not self.room(whole, name):
-            return None
+        if until.left < LEAST + students.NOTICE:
+            return self.later(name)
+        recipe = students.paced(asked, self.device, until.left)
+        if recipe.train.updates < asked.train.updates and self.begun:
+            return self.later(name)
+        self.begun += 1
         print(f"{name}: {recipe.train.updates} of {asked.train.updates} updates", flush=True)
         return recipe
+
+    def later(self, name: str) -> None:
+        print(f"{name}: {max(0, self.clock.left):.0f} s are left, too few for it: call again")
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -187,7 +203,7 @@ class Bench:
         self.record.add(row(name, steps), {
             "method": recipe.method, "nfe": steps, "trained_steps": recipe.steps, "fd": fd, "ratio": asdict(ratio), "samples": self.samples,
             "updates": recipe.train.updates, "batch": recipe.data.batch, "seconds": timing["seconds"], "teacher_images": teacher.images,
-            "set": dict(self.args.set)})
+            "device": self.record.head["device"], "set": dict(self.args.set)})
         print(f"{row(name, steps)}: FD {said(fd)}, {said(asdict(ratio))} x the teacher's", flush=True)
 
     def known(self, key: str, images: int) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def train(asked: internals.Recipe, run: Path, clock: Clock) -> bool:
 def alarm(seconds: float) -> Iterator[None]:
     """After these, Ctrl-C: a training then keeps what it has."""
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3) if isfinite(seconds) else 0)
     try:
         yield
     finally:

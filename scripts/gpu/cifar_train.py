@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Sizes:
     """Of the two networks and their trainings. teacher_images counts pictures seen over all calls."""
 
     side: int = 32
-    classifier: tuple[int, ...] = (32, 64, 128)       # widths of its stages; the last is that of the features
+    classifier: tuple[int, ...] = (24, 48, 128)       # widths of its stages; the last is that of the features
     teacher: tuple[int, ...] = (64, 96, 128)          # widths of its resolutions
     layers: int = 2                                   # residual blocks of a resolution
     groups: int = 32
@@ -85,7 +85,7 @@ def train_classifier(data: Pictures, file: Path, sizes: Sizes) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / (0.15 * updates), (updates - i) / (0.85 * updates)))
     for i, (rows, generator) in zip(range(updates), batches(len(data), sizes.batch, device, 0)):
         seen = data[rows]
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             logits = network(augmented(seen.pixels, sizes.side // 8, generator).contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), seen.labels, label_smoothing=0.1)
         optimizer.zero_grad()
@@ -168,17 +168,16 @@ def train_teacher(data: Pictures, folder: Path, sizes: Sizes, clock: Clock, comp
     before, device, begun = Progress.of(folder), data.labels.device, time.monotonic()
     torch.manual_seed(before.calls)
     averaged = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=torch.float32) if before.calls else teacher_network(sizes)
-    averaged = averaged.to(device).requires_grad_(False)
-    network = teacher_network(sizes).to(device)
+    averaged, network = averaged.to(device).requires_grad_(False), teacher_network(sizes).to(device)
     network.load_state_dict(averaged.state_dict())
-    called = torch.compile(network.to(memory_format=torch.channels_last)) if compiled else network
+    called = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=sizes.teacher_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / sizes.warmup))
     images, rows = before.images, batches(len(data), sizes.batch, device, before.calls)
     while images < sizes.teacher_images and clock.left > 0:
         index, generator = next(rows)
         seen = data[index]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             loss = loss_of(called, augmented(seen.pixels, 0, generator), seen.labels, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -186,14 +185,24 @@ def train_teacher(data: Pictures, folder: Path, sizes: Sizes, clock: Clock, comp
         optimizer.step()
         schedule.step()
         images += sizes.batch
-        decay = 0.5 ** (sizes.batch / min(EMA_IMAGES, EMA_SHARE * images))
-        torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+        follow(averaged, network, sizes.batch, images)
         if images // sizes.batch % LOG == 0:
-            print(f"teacher: {images:,} pictures, loss {loss.item():.4f}, {(images - before.images) / (time.monotonic() - begun):,.0f} a second",
-                  flush=True)
+            rate = (images - before.images) / (time.monotonic() - begun)
+            print(f"teacher: {images:,} pictures, loss {loss.item():.4f}, {rate:,.0f} a second", flush=True)
     progress = Progress(images, before.seconds + time.monotonic() - begun, before.calls + 1)
     save_teacher(averaged, folder, progress)
     return progress
+
+
+@torch.no_grad()
+def follow(averaged: nn.Module, network: nn.Module, batch: int, images: int) -> None:
+    """One update of the average. images: seen in all."""
+    decay = 0.5 ** (batch / min(EMA_IMAGES, EMA_SHARE * images))
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def save_teacher(network: UNet2DModel, folder: Path, progress: Progress) -> None:
@@ -207,7 +216,7 @@ def save_teacher(network: UNet2DModel, folder: Path, progress: Progress) -> None
     _written(folder, write)
 
 
-def _written(path: Path, write) -> None:
+def _written(path: Path, write: Callable[[Path], object]) -> None:
     """Written aside, then put in the place of what was there."""
     aside = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
