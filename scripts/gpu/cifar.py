@@ -36,7 +36,7 @@ STEPS = 18                            # of Heun, by which the teacher is measure
 MEASURING = 40.0                      # seconds that a row takes
 LEAST = 60.0                          # seconds that are worth beginning a training for
 RATE = 0.3 * 400e12                   # FLOP/s that --plan counts on
-TINY = training.Sizes(side=16, classifier=(4, 8), teacher=(8, 16), layers=1, groups=8, batch=16, epochs=1, teacher_images=32, warmup=2)
+TINY = training.Sizes(side=16, classifier=(4, 8), teacher=(8, 16, 16), layers=1, groups=8, batch=16, epochs=1, teacher_images=32, warmup=2)
 TINY_STUDENTS = ("scm", "dmd2-1")
 TINY_RECIPE = {"data.batch": 4, "train.updates": 2, "train.warmup": 0, "train.checkpoint_every": None, "train.precision": "fp32"}
 
