@@ -50,6 +50,7 @@ def main() -> None:
     made.add_argument("--teacher-images", type=int, help="pictures that the teacher sees in all")
     made.add_argument("--samples", type=int, default=SAMPLES, help="of a row")
     made.add_argument("--compile", action="store_true", help="torch.compile in the teacher's training")
+    made.add_argument("--whole", action="store_true", help="no student is cut short: it takes as many calls on this machine as it needs")
     made.add_argument("--set", nargs=2, action="append", default=[], metavar=("ENTRY", "VALUE"), help="of the students' recipes, in JSON")
     made.add_argument("--plan", action="store_true", help="say how large the networks are and how long they take, and stop")
     args = made.parse_args()
@@ -173,11 +174,12 @@ class Bench:
         return True
 
     def recipe(self, name: str, until: Clock) -> internals.Recipe | None:
-        """Of a student that is begun now; None where another call should begin it: only the first of a call may be cut short."""
+        """Of a student that is begun now; None where another call should begin it: only the first of a call may be cut short, and with
+        --whole none."""
         overrides = {entry: json.loads(value) for entry, value in self.args.set}
         images = write_folder(self.data, self.work / "images")
         asked = students.recipe(name, self.carried / "teacher", images, (TINY_RECIPE if self.args.tiny else {}) | overrides)
-        if self.args.tiny:
+        if self.args.tiny or self.args.whole:
             return asked
         if until.left < LEAST + students.NOTICE:
             return self.later(name)

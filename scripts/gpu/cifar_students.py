@@ -45,14 +45,14 @@ DMD2: dict[str, Any] = {"lr": 1e-4, "critic_lr": 2e-4, "discriminator": {"lr": 2
                         "settings": {"critic_steps": 2, "share_rollout": True}}
 STUDENTS = {
     # The law of the noise levels is the paper's of CIFAR-10; differences want more digits than bfloat16 has.
-    "scm": Student("scm", 2, (1, 2, 4), 3000, 3e-4, {"mean": -1.0, "std": 1.4}, train={"precision": "fp32"}),
-    "sid-1": Student("sid", 1, (1,), 3500, 1e-4, {}, images=False, critic_lr=2e-4, train={"betas": [0.0, 0.999]}),
-    "sid-4": Student("sid", 4, (4,), 2700, 1e-4, {}, images=False, critic_lr=2e-4, train={"betas": [0.0, 0.999]}),
-    "dmd2-1": Student("dmd2", 1, (1,), 2400, **DMD2),
-    "dmd2-4": Student("dmd2", 4, (4,), 2000, **DMD2),
-    "ladd-1": Student("ladd", 1, (1,), 5500, 1e-4, {"shares": [1.0], "warmup_shares": [1.0], "warmup_updates": 0, "mean": -1.0},
+    "scm": Student("scm", 2, (1, 2, 4), 1200, 3e-4, {"mean": -1.0, "std": 1.4}, train={"precision": "fp32"}),
+    "sid-1": Student("sid", 1, (1,), 2000, 1e-4, {}, images=False, critic_lr=2e-4, train={"betas": [0.0, 0.999]}),
+    "sid-4": Student("sid", 4, (4,), 1700, 1e-4, {}, images=False, critic_lr=2e-4, train={"betas": [0.0, 0.999]}),
+    "dmd2-1": Student("dmd2", 1, (1,), 1700, **DMD2),
+    "dmd2-4": Student("dmd2", 4, (4,), 1500, **DMD2),
+    "ladd-1": Student("ladd", 1, (1,), 3200, 1e-4, {"shares": [1.0], "warmup_shares": [1.0], "warmup_updates": 0, "mean": -1.0},
                       discriminator={"features": BLOCKS, "lr": 4e-4}, train=ADVERSARIAL),
-    "ladd-4": Student("ladd", 4, (4,), 5500, 1e-4, {"warmup_updates": 100, "mean": -1.0}, discriminator={"features": BLOCKS, "lr": 4e-4},
+    "ladd-4": Student("ladd", 4, (4,), 3200, 1e-4, {"warmup_updates": 100, "mean": -1.0}, discriminator={"features": BLOCKS, "lr": 4e-4},
                       train=ADVERSARIAL),
 }
 

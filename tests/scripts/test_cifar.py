@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_a_tiny_run_goes_on_where_it_stopped(tmp_path):
     sheets = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(sheets) == {f"cifar-{name}.png" for name in ("teacher", "scm-1", "scm-2", "scm-4", "dmd2-1")}
     assert len(set(sheets.values())) == 1 and sheets["cifar-teacher.png"][0] > 9 * 96
+    table = runpy.run_path(str(ROOT / "scripts/make_docs.py"))["cifar_table"](found["figures"]).splitlines()
+    assert f"| `scm` | 4 | {few['fd']['value']:.2f} (" in table[-2] and table[-1].startswith("| `dmd2` | 1 |")
     carried = tmp_path / "carried"
     assert load_file(carried / "teacher/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
 
@@ -102,7 +105,7 @@ def test_a_student_is_paced_to_the_time_that_is_left(teacher, pictures, tmp_path
     asked = students.recipe("scm", teacher, data.write_folder(pictures, tmp_path / "images"), {})
     monkeypatch.setattr(students, "seconds_an_update", lambda asked, device: 0.1)
     assert students.paced(asked, CPU, students.NOTICE + 12.0).train.updates == 100
-    assert students.paced(asked, CPU, 1e6).train.updates == asked.train.updates == 3000
+    assert students.paced(asked, CPU, 1e6).train.updates == asked.train.updates == 1200
 
 
 # -- its networks -------------------------------------------------------------------------------------------------------
