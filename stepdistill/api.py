@@ -3,27 +3,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import parallel, resources
-from .data.cache import Cache, Report
+from .data.cache import Cache
 from .data.stream import Stream
 from .diffusion.draws import key
 from .errors import RequestError, Stopped
 from .evaluation import sweep
+from .evaluation.own import bench_own
 from .evaluation.plans import SOLVERS
+from .evaluation.progress import meter
 from .evaluation.sheets import sheet
 from .export import Extracted, Student, export_student, load
 from .export import check as check_export
@@ -32,21 +32,26 @@ from .models.compiled import compile_blocks
 from .models.families import stock_prompts
 from .models.sharded import shard
 from .models.sources import Source
-from .models.stock import as_pil, pictures
+from .models.stock import as_pil, pictures, say_cut
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card, fit_stage
-from .run.checks import check, family, needs_of, quantization
-from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
+from .run.checks import check, needs_of
+from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of, located
-from .run.targets import asking, must_serve, open_target, teachers
+from .run.targets import asking, call_as_asked, open_target, ships, teachers
+from .run.teacher_checks import family, quantization
+from .run.telling import log, recorded, spoken, write_in
 from .training import Trainer, launched
 
+CLIP = "assets/shapes-clip"
+REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a folder of real "
+                    "pictures of what it was trained on, and `features`")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
@@ -57,16 +62,15 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
     by table, train(..., train={"lr": 1e-3}). A recipe's stages are trained one after the other; a resumed run goes on
-    in the stage where it stopped, and resume="auto" begins one where there is none. RequestError for what cannot work, before anything is written; Stopped where a run
-    had to
-    end: what it saved is kept.
+    in the stage where it stopped, and resume="auto" begins one where there is none. RequestError for what cannot work,
+    before anything is written; Stopped where a run had to end: what it saved is kept.
     """
     recipe = Recipe.of(recipe, overrides)
     device = launched()
     run, recipe, going_on = folder.place(recipe, out, resume)
     before: Path | None = None
     begun = {place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)} if going_on else set()
-    with folder.alone(run):
+    with spoken(), recorded() as record, folder.alone(run):
         for stage in recipe.stages:
             check(stage)
         check_card(recipe, device)
@@ -74,36 +78,42 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
             write_down(run, recipe)
         for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
             if place == run or not folder.finished(place, stage):
-                _train(stage, recipe, before, place, run, device, begun)
+                _train(stage, recipe, before, place, run, device, begun, record)
             before = place
     return run
 
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
-           begun: set[Path]) -> None:
+           begun: set[Path], record: MemoryHandler) -> None:
     """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the folders
     that go on."""
+    number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
+    log.info(f"{number}{recipe.method}, {recipe.steps} steps; loading the teacher {recipe.teacher.base} on {device}")
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
     for later in whole.stages[len(recipe.stages):]:
         sampling(later, stage.teacher)
+    log.info("loaded; comparing the student's first call with its pipeline's own")
     check_first_call(stage)
     if recipe.train.compile:
         with recipe.blaming("train.compile", "is on, and cannot be"):
             compile_blocks(stage.roles)
-    with _progress() as report:
+    log.info("preparing the data")
+    with meter(parallel.rank() == 0) as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
+        say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
+    log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place, [preview := Preview(stage, place)],
                       [preview.start])
     going_on, recipes = place in begun, {run: whole, place: recipe}
     for new in [new for new in recipes if new not in begun]:
         folder.begin(new, folder.pinned(recipes[new]), device)
         begun.add(new)
-    if parallel.rank() == 0 and len(whole.stages) > 1:
-        Console(stderr=True).print(f"stage {len(recipe.stages)} of {len(whole.stages)}: {recipe.method}, "
-                                   f"{recipe.steps} steps")
+    write_in(run, record)
+    log.info(f"training {recipe.train.updates:,} steps of {recipe.data.batch} samples in {place}"
+             + (", compiling first, which takes minutes" if recipe.train.compile else ""))
     try:
         trainer.train(going_on)
     except Stopped as error:
@@ -133,6 +143,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, gpu_memory: float | No
     return found if gpu_memory is None else found | {"fit": {"memory": gpu_memory, **asdict(fit_stage(recipe, found, gpu_memory))}}
 
 
+@spoken()
 def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
           **overrides: Any) -> MadePairs:
     """Makes the teacher's pairs of noise and picture that a recipe trains on, those that are not there yet.
@@ -149,7 +160,8 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         raise recipe.refuse("data.pairs", "are made by the student of the stage before, once that is trained: "
                             "a training makes them")
     run, start = setup(recipe, launched()), time.perf_counter()
-    with _progress() as report:
+    log.info("making the pairs that are missing")
+    with meter(parallel.rank() == 0) as report:
         cache = Cache(report=report)
         spec = pairs_spec(run, cache, out)
         missing = recipe.data.count - spec.made()
@@ -157,6 +169,7 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     return MadePairs(spec.folder, recipe.data.count, missing, time.perf_counter() - start)
 
 
+@spoken()
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
            dtype: str | None = None) -> Path:
     """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder.
@@ -186,6 +199,7 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
     return extract_lora(located(Source.of(turbo)), located(Source.of(base)), rank, out, dtype)
 
 
+@spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
            guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline of
@@ -197,12 +211,10 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if out is not None and Path(out).suffix.lower() not in PICTURES:
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
-    opened = open_target(target, "target")
+    opened = open_target(target, "target", say=log.info)
     pipeline = opened.target.pipeline.to(launched())
-    call = {**opened.target.given, **(opened.target.call or {})}
-    call |= {} if steps is None else {"num_inference_steps": steps}
-    call |= {} if guidance is None else opened.target.guidance.call(guidance)
-    must_serve(pipeline.scheduler, call, (opened.target.call or {}).get("num_inference_steps"))
+    call = call_as_asked(opened.target, steps, guidance, log.info)
+    say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
     with asking(pipeline), torch.random.fork_rng():
@@ -222,32 +234,50 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
         raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has "
                            "driven away, or an autoencoder that overflows in half precision, draw such")
     if not pixels.any():
-        Console(stderr=True).print(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a "
-                                   "network that draws NaN may")
+        log.warning(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a network that "
+                    "draws NaN may")
 
 
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int = 2000,
+@spoken()
+def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
           out: str | Path = "bench", seed: int = 0,
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: str | Path = "assets/shapes-clip", reference: str | Path = "shapes",
+          features: str | Path | None = None, reference: str | Path | None = None,
           prompts: Sequence[str] | None = None,
-          reuse: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Quality and latency against network evaluations: the table of results.json, written to `out` with curve.png.
+          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
-    The teachers of students stand in the table too, at `guidance`, or at the scale that the student was trained for.
+    reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000 `samples` in `features`,
+    those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the same noise, of 16 samples:
+    shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table too, at
+    `guidance`, or without guidance and at the scale that the student was trained for: of the two the better one at each
+    count is what a student should be held against. few_step: further targets, few-step pipelines that others made: they
+    keep their scheduler and are called without guidance.
     """
-    opened = [open_target(target, Path(target).resolve().name) for target in targets]
-    own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
+    place = CLIP if features is None else features
+    place = resources.locate(place) or place
+    if reference not in (None, "teacher"):
+        known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
+        sweep.admitted(samples or 2000, known, place, reference)
+    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info) for target in (*targets, *few_step)]
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
         raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of "
                            "its frames")
-    scales = tuple(guidance) if guidance else own
-    device = launched()
-    every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]
+    own = tuple(dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
+    scales, device, beside = tuple(guidance or own), launched(), teachers(opened, log.info)
+    every = [*(o.target for o in opened if o.target.call is not None), *beside]
     for target in every:
         target.pipeline.to(device)
-    return sweep.bench(every, nfe, samples, out, scales, solvers, seed, prompts, resources.locate(features) or features,
-                       reference, reuse, device=device, say=Console(stderr=True).print)
+    if reference is None:
+        reference = "shapes" if all(map(ships, opened)) else "teacher"
+        log.info(f"measuring against {'real pictures of Shapes' if reference == 'shapes' else REFERENCE_OF_OWN}")
+    told = {"device": device, "say": log.info, "made": folder.moment(device)}
+    if reference == "teacher":
+        if len(beside) != 1:
+            raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")
+        return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
+                         samples=samples or 16, features=None if features is None else place, **told)
+    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, place, reference, reuse, **told)
 
 
 def quiet() -> None:
@@ -256,16 +286,3 @@ def quiet() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # of each cast in each layer
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """A progress bar for each thing that is made once and kept."""
-    with Progress(console=Console(stderr=True), transient=True, disable=parallel.rank() != 0) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(f"caching {what}", total=total)
-            bar.update(tasks[what], completed=done)
-        yield report

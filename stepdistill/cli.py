@@ -35,7 +35,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
-                                                callback=lambda scale: _finite("--guidance", scale))]
+                                                callback=lambda scale: _scale("--guidance", scale))]
 RESUME_AUTO = "--resume-auto"          # how `--resume auto` is handed on: an option cannot be both a switch and a choice
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
@@ -54,9 +54,10 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     run = api.train(chosen, out=out, resume="auto" if resume_auto else resume)
     from .parallel import rank
     if rank() == 0:
-        from .run.checks import family
-        after = f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else f"next: stepdistill export {quote(str(run))} --to lora"
-        _tell(f"trained: {run}\n{after}")
+        from .run.teacher_checks import family
+        tell(f"trained: {run}")
+        tell(f"its pictures: {run / 'samples'}" if family(chosen).no_pipeline else
+             f"next: stepdistill export {quote(str(run))} --to {'pipeline' if chosen.student.lora is None else 'lora'}")
 
 
 @app.command()
@@ -69,8 +70,8 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
     from .parallel import rank
     if rank() == 0:
         news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
-        _tell(f"{news}: {found.folder}")
-        _tell(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""))
+        tell(f"{news}: {found.folder}")
+        tell(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""))
 
 
 @app.command()
@@ -83,21 +84,24 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
     """Draw pictures with a student or a teacher."""
     api = working()
     api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
-    _tell(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 @app.command()
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
           nfe: Annotated[str, typer.Option(metavar="1,2,4,8",
                                            help="Network evaluations; a guided step is two.")] = "1,2,4,8",
-          samples: Annotated[int, typer.Option(min=2, help="Pictures a row.")] = 2000,
+          samples: Annotated[int | None, typer.Option(min=2, help="Pictures a row; 2000, and 16 against the teacher.")] = None,
           guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own "
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
                                                help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
-          features: Annotated[str, typer.Option(help="A CLIPModel's folder, or inception.")] = "assets/shapes-clip",
-          reference: Annotated[str, typer.Option(help="shapes, or a folder of images.")] = "shapes",
-          prompts: Annotated[Path | None, typer.Option(help="One prompt a line; those of Shapes unless given.")] = None,
+          features: Annotated[str | None, typer.Option(help="A CLIPModel's folder, or inception; that of Shapes unless "
+                                                            "given, and none against the teacher.")] = None,
+          reference: Annotated[str | None, typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
+                                                             "given, shapes for what ships and teacher for your own.")] = None,
+          prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
+          few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
           seed: int = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
@@ -107,7 +111,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
-                          features=features, reference=reference, prompts=texts)
+                          features=features, reference=reference, prompts=texts, few_step=few_step or ())
     _emit(results, as_json, lambda: _show_results(results, out))
 
 
@@ -120,11 +124,11 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
-    _tell(f"proved and written: {folder}")
+    tell(f"proved and written: {folder}")
     from .export import read_settings
     settings = read_settings(folder)
     if to == "pipeline" and settings["dropped"]:
-        say.print(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
+        tell(f"without the teacher's {', '.join(settings['dropped'])}, which its card says too")
 
 
 @app.command()
@@ -172,8 +176,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
         _emit(rows, as_json, lambda: say.print(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
         return
     row = rows[0]
-    say.print(f"[bold]{name}[/]  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n")
-    say.print(catalogue.algorithm(name), highlight=False, markup=False, soft_wrap=True)
+    tell(f"{name}  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n\n{catalogue.algorithm(name)}")
 
 
 @app.command()
@@ -223,7 +226,9 @@ def spelled(arguments: list[str]) -> list[str]:
 
 
 def answer(command: Callable[[], object]) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else."""
+    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else. What the terminal's
+    encoding does not hold is printed as a question mark."""
+    sys.stdout.reconfigure(errors="replace")
     for name in ("SIGTERM", "SIGHUP"):                # schedulers, containers and closed terminals end a command as Ctrl-C does
         if name in dir(signal) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
@@ -242,15 +247,16 @@ def answer(command: Callable[[], object]) -> NoReturn:
 
 def working() -> Any:
     """The functions that do the work, with torch and diffusers."""
+    tell("loading torch and diffusers", complain)                  # which takes seconds, on a busy machine a minute
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # it speaks while it is being imported
     from . import api
     api.quiet()
     return api
 
 
-def _tell(text: str) -> None:
-    """What is done, with names as they are."""
-    say.print(printable(text), markup=False, soft_wrap=True)
+def tell(text: str, console: Console = say) -> None:
+    """As it stands: no markup is read in it, and no line is broken, so that paths and commands can be pasted."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -258,9 +264,9 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _finite(option: str, number: float | None) -> float | None:
-    if number is not None and not math.isfinite(number):
-        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0")
+def _scale(option: str, number: float | None) -> float | None:
+    if number is not None and not 1 <= number < math.inf:
+        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0, and at least 1, which is none")
     return number
 
 
@@ -286,7 +292,7 @@ def _emit(data: Any, as_json: bool, show: Any) -> None:
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(escape(printable(_cell(row[column]))) for column in columns))
     return table
@@ -299,33 +305,38 @@ def _cell(value: Any) -> str:
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
+    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
+        say.print(_table([row | row["metrics"] for row in results["rows"]],
+                         ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", "latency_ms")))
+        tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
+        return
     from .evaluation.report import table
     say.print(table(results))
-    _tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+    tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 
 
 def _show_extracted(found: Any) -> None:
     rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"}
             for layer in found.worst()]
-    say.print(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
+    tell(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
     say.print(_table(rows, ("layer", "kept", "norm")))
-    say.print(f"kept in all: {found.kept:.2%} of the squared difference of these layers")
+    tell(f"kept in all: {found.kept:.2%} of the squared difference of these layers")
     if found.beyond:
-        say.print(f"out of its reach: {', '.join(f'{count} {kind}' for kind, (count, _) in found.beyond.items())}, "
-                  f"{1 - found.reached:.2%} of the whole squared difference")
-    say.print(f"wrote {found.folder}; a student begins with it by student: {{from: {found.folder}}}", soft_wrap=True)
+        tell(f"out of its reach: {', '.join(f'{count} {kind}' for kind, (count, _) in found.beyond.items())}, "
+             f"{1 - found.reached:.2%} of the whole squared difference")
+    tell(f"wrote {found.folder}; a student begins with it by student: {{from: {found.folder}}}")
 
 
 def _show_progress(rows: list[Any]) -> None:
     passed = sum(row.passed for row in rows)
-    complain.print(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", highlight=False)
+    tell(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", complain)
 
 
 def _show_proofs(found: dict[str, Any], out: Path) -> None:
     rows = [row | {"passed": "yes" if row["passed"] else "NO"} for row in found["rows"]]
     say.print(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
     passed = sum(row["passed"] for row in found["rows"])
-    say.print(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
+    tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
               f"wrote {out / 'verify.json'} and a picture of each method beside it")
 
 
@@ -342,18 +353,18 @@ def _show_plan(found: dict[str, Any]) -> None:
                  "batch": row["passes"]["batch"],
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
         say.print(_table(rows, tuple(rows[0])))
-        say.print("in all:")
-    say.print(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
-    say.print(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
+        tell("in all:")
+    tell(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
+    tell(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
               f"of {passes['batch']} samples each; {passes['updates']:,} steps")
-    say.print("downloads: " + (", ".join(found["downloads"]) or "none"))
+    tell("downloads: " + (", ".join(found["downloads"]) or "none"))
     if "fit" in found:
         fit = found["fit"]
         changed = " ".join(f"--set '{name}={value}'" for name, value in fit["switches"].items())
         verdict = f"fits with {changed}: then roughly {_size(fit['peak'])}" if changed else "fits"
         if not fit["fits"]:
             verdict = f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed else "does not fit, and no switch is left"
-        say.print(f"on a card of {_size(fit['memory'])} it {verdict}", soft_wrap=True)
+        tell(f"on a card of {_size(fit['memory'])} it {verdict}")
 
 
 def _bytes(option: str, text: str) -> float:

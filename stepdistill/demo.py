@@ -10,10 +10,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from . import resources
-from .cli import answer, working
+from .cli import answer, say, tell, working
 from .recipe import Recipe
 from .recipe.yaml import parse_set
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 NFE, FEW, MANY = (1, 2, 4, 8), 4, 50
 SHIPPED = "assets/shapes-sd/results.json"         # the teacher's rows, measured once
-say = Console()
 
 
 def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
@@ -31,17 +28,19 @@ def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
     given."""
     api = working()
     from .run.sources import source_of
-    begun = time.perf_counter()
-    say.print(f"training {recipe.name}: {recipe.train.updates} updates of {recipe.method}")
-    run = api.train(recipe, out=out)
-    folder = api.export(run, "lora")
-    say.print(f"exported and proved: {folder}")
-    student = api.open_target(folder, "student")
-    teacher = api.open_target(source_of(recipe), "teacher").target
-    results = measure(student.target, teacher, student.guidance, run, samples, resources.locate(recipe.teacher.base))
-    pictures(student.target, teacher, student.guidance, run / "samples.png")
-    api.export(run, "lora")                     # once more: the model card now holds the table
-    _conclude(results, run, folder, time.perf_counter() - begun)
+    from .run.telling import spoken
+    with spoken():
+        begun = time.perf_counter()
+        tell(f"training {recipe.name}: {recipe.train.updates} updates of {recipe.method}")
+        run = api.train(recipe, out=out)
+        folder = api.export(run, "lora")
+        tell(f"exported and proved: {folder}")
+        student = api.open_target(folder, "student")
+        teacher = api.open_target(source_of(recipe), "teacher").target
+        results = measure(student.target, teacher, student.guidance, run, samples, resources.locate(recipe.teacher.base))
+        pictures(student.target, teacher, student.guidance, run / "samples.png")
+        api.export(run, "lora")                     # once more: the model card now holds the table
+        _conclude(results, run, folder, time.perf_counter() - begun)
     return results
 
 
@@ -58,12 +57,12 @@ def measure(student: Target, teacher: Target, scale: float, out: Path, samples: 
     shipped = None if file is None or source != file.parent else read_results(file)
     samples = samples or (shipped["protocol"]["samples"] if shipped else 2000)
     features = resources.locate("assets/shapes-clip")
-    bench([student], NFE, samples, out, features=features, say=say.print)
+    bench([student], NFE, samples, out, features=features, say=tell)
     # unguided: twice the steps
-    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=features, say=say.print)
+    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=features, say=tell)
     if shipped is None or shipped["protocol"]["id"] != results["protocol"]["id"]:
-        say.print(f"the shipped figures of the teacher do not apply here: measuring it at {MANY} evaluations too")
-        return bench([teacher], (MANY,), samples, out, (scale,), features=features, say=say.print)
+        tell(f"the shipped figures of the teacher do not apply here: measuring it at {MANY} evaluations too")
+        return bench([teacher], (MANY,), samples, out, (scale,), features=features, say=tell)
     results = join(shipped, results)
     write_results(results, out)
     write_report(results, out)
@@ -79,8 +78,8 @@ def pictures(student: Target, teacher: Target, scale: float, path: Path, count: 
     from .evaluation.sheets import sheet
     ids = torch.arange(count)
     prompts = open_prompts("shapes", seed=1).captions(ids)
-    rows = [*plans(teacher, (FEW, MANY), (scale,), ("dpmpp_2m",), say.print)[::-1],
-            *plans(student, (FEW, 1), (scale,), (), say.print)[::-1]]
+    rows = [*plans(teacher, (FEW, MANY), (scale,), ("dpmpp_2m",), tell)[::-1],
+            *plans(student, (FEW, 1), (scale,), (), tell)[::-1]]
     sheet([row.images(prompts, ids, 0) for row in rows], path, [f"{row.target.name}, {row.nfe} NFE" for row in rows])
 
 
@@ -97,16 +96,16 @@ def _conclude(results: Results, run: Path, folder: Path, seconds: float) -> None
     from .evaluation.report import table
     say.print(table(results))
     found = closed(results)
-    say.print(f"FD at {FEW} evaluations: teacher {found['teacher_few']:.3f}, student {found['student']:.3f}; teacher "
+    tell(f"FD at {FEW} evaluations: teacher {found['teacher_few']:.3f}, student {found['student']:.3f}; teacher "
               f"at {MANY}: "
               f"{found['teacher_many']:.3f}. The student closes {found['closed']:.0%} of the gap.")
-    say.print(f"{seconds / 60:.1f} minutes. Look at:")
+    tell(f"{seconds / 60:.1f} minutes. Look at:")
     for path, what in ((run / "curve.png", "quality against network evaluations"),
                        (run / "samples.png", "teacher and student"),
                        (run / "report.html", "all of it"),
                        (folder, "the LoRA, its scheduler, its settings and its card")):
-        say.print(f"  {path}  {what}", soft_wrap=True)
-    say.print(f'try: stepdistill sample {quote(str(folder))} --prompt "a red ring left of a blue square on a plain navy background"', soft_wrap=True)
+        tell(f"  {path}  {what}")
+    tell(f'try: stepdistill sample {quote(str(folder))} --prompt "a red ring left of a blue square on a plain navy background"')
 
 
 def _arguments() -> dict[str, Any]:

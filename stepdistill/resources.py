@@ -33,6 +33,24 @@ def portable(name: str) -> str:
     return name if found is None or found == (SHARE / name).resolve() else str(found)
 
 
+def share(folder: Path) -> None:
+    """Gives every file under a folder the rights that the umask gives a new one. safetensors writes its files for their owner alone."""
+    probe = folder / ".rights"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        file.chmod(mode)
+
+
+def named(place: str) -> str:
+    """A place as it may be told to others: what ships by its name, a folder or file of one's own by its own name alone."""
+    path = Path(place)
+    if path.is_relative_to(SHARE):
+        return path.relative_to(SHARE).as_posix()
+    return path.name if path.exists() else place
+
+
 def pipeline(name: str) -> str:
     """Where a diffusers pipeline is to be loaded from: an absolute path, or a Hub id as it stands.
 

@@ -48,11 +48,12 @@ def test_bench_takes_runs_exports_and_pipelines(small_world, recipe, tiny_teache
     """A run and its export are one student; their teacher stands in the table unasked."""
     run = stepdistill.train(recipe, out=small_world / "run")
     folder = stepdistill.export(run, out=small_world / "lora")
-    found = stepdistill.bench(run, folder, nfe=(2,), samples=60, out=small_world / "bench", solvers=("ddim",))
+    found = stepdistill.bench(run, folder, nfe=(2,), samples=60, out=small_world / "bench", solvers=("ddim",), reference="shapes")
     rows = {row["target"]: row for row in found["rows"]}
     assert set(rows) == {"real", "run", "lora", "teacher:ddim"} and rows["teacher:ddim"]["guidance"] == 2.0
     assert rows["run"]["metrics"]["fd"] == pytest.approx(rows["lora"]["metrics"]["fd"], abs=1e-4)
-    alone = stepdistill.bench(tiny_teacher, nfe=(2,), samples=60, out=small_world / "alone", solvers=("ddim",), guidance=(1.0, 2.0))
+    alone = stepdistill.bench(tiny_teacher, nfe=(2,), samples=60, out=small_world / "alone", solvers=("ddim",), guidance=(1.0, 2.0),
+                              reference="shapes")
     assert [(row["target"], row["steps"]) for row in alone["rows"]] == [("real", 0), ("teacher:ddim", 2), ("teacher:ddim", 1)]
     same = [row for row in alone["rows"] if row["guidance"] == 2.0][0]
     assert same["metrics"] == rows["teacher:ddim"]["metrics"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, Literal, Protocol
+from typing import Iterator, Literal, Protocol, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..errors import RequestError
 from . import shapes
 from .prompts import Captions
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
 
 
@@ -55,7 +55,7 @@ class ShapesImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """A folder of png, jpg or webp files. They are resized on their shorter side and cropped about the centre.
+    """A folder of png, jpg, webp or bmp files. They are resized on their shorter side and cropped about the centre.
 
     Captions stand in metadata.jsonl ({"file_name": ..., "text": ...} a line), or else in a .txt file beside each image. Of a network
     that is told classes they are, where neither is there, the names of the folders: of 3/a.png "class 3", of tench/a.png "tench".
@@ -71,22 +71,18 @@ class FolderImages:
         """Reads all captions and every image's header, so that what is missing or damaged is found before training. Captions of images
         for a network that reads nothing are "". count: takes the first ones in the order of their paths."""
         if not folder.is_dir():
-            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg or webp "
+            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, or a folder of png, jpg, webp or bmp "
                                "files.")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        files = picture_files(folder)
         if not files:
-            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg or webp files there, each with a "
+            raise RequestError(f"images: '{folder}' holds no image. Put png, jpg, webp or bmp files there, each with a "
                                "caption.")
-        table = folder / "metadata.jsonl"
-        captions = [""] * len(files) if reads == "nothing" else _from_table(table, files) if table.is_file() else \
-            [_class_of(path, folder) if reads == "classes" else _beside(path) for path in files]
+        captions = [""] * len(files) if reads == "nothing" else captions_of(folder, files, reads)
         if count is not None and count > len(files):
             raise RequestError(f"images: '{folder}' holds {len(files)} images, fewer than data.count, which is {count}: leave it out for all "
                                "of them.")
         files, captions = files[:count], captions[:count]
-        for path in files:
-            with _named(path), Image.open(path):
-                pass
+        check_headers(files)
         return cls(folder, size, tuple(files), tuple(captions))
 
     @property
@@ -107,7 +103,7 @@ class FolderImages:
         return [self.texts[i] for i in indices.tolist()]
 
     def pixels(self, indices: Tensor) -> Tensor:
-        return torch.stack([_read(self.files[i], self.size) for i in indices.tolist()])
+        return torch.stack([read_picture(self.files[i], self.size) for i in indices.tolist()])
 
 
 @dataclass(frozen=True)
@@ -147,17 +143,44 @@ def _named(path: Path) -> Iterator[None]:
         raise RequestError(f"images: '{path}' cannot be read as an image ({error}). Replace or remove it.") from None
 
 
-def _read(path: Path, size: Size) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]; what is transparent becomes white."""
-    height, width = (size, size) if isinstance(size, int) else size
+def picture_files(folder: Path) -> list[Path]:
+    """Every picture under a folder, by name. What is hidden, such as a file browser's thumbnails, is none."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def check_headers(files: Sequence[Path]) -> None:
+    """RequestError that names the first file that is no picture. Nothing is decoded."""
+    for path in files:
+        with _named(path), Image.open(path):
+            pass
+
+
+def captions_of(folder: Path, files: list[Path], reads: Reads = "texts") -> list[str]:
+    """One of each file, from metadata.jsonl where the folder has one, else from the .txt beside it; of "classes" also
+    from the folder that it lies in. RequestError where one is missing."""
+    table = folder / "metadata.jsonl"
+    if table.is_file():
+        return _from_table(table, files)
+    return [_class_of(path, folder) if reads == "classes" else _beside(path) for path in files]
+
+
+def read_picture(path: Path, size: Size | None = None) -> Tensor:
+    """(3, H, W) float32 in [-1, 1], of its own size unless given. It is turned as its camera says; of 16 bits a channel
+    the upper 8 count, rounded; what is transparent becomes white. RequestError where it cannot be read."""
     with _named(path), Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise ValueError(f"its pixels are of mode {image.mode}, and only 8 bits a channel are read")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            image = Image.fromarray(np.rint(np.array(image).clip(0, 65_535) / 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range; 8 or 16 bits a channel are read")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+        image = image.convert("RGB")
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -201,8 +224,8 @@ def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
         raise RequestError(f"images: line {number} of '{table}' should read {{\"file_name\": ..., \"text\": ...}}; "
                            f"found {line[:80]}") from None
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg or "
-                           "webp "
+        raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg, webp "
+                           "or bmp "
                            "file of that folder.")
     return path, text
 

@@ -13,7 +13,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 Row = Mapping[str, Any]
 
 INK, FAINT, REAL = "#1f2933", "#9aa5b1", "#2f9e62"
-NOTE = {"color": REAL, "fontsize": 8.5}
 STUDENTS = ("#d9480f", "#1c7ed6", "#9c36b5", "#e0a100", "#0b7285", "#c2255c")
 DASHES = {"ddim": (0, ()), "euler": (0, (5, 2)), "heun": (0, (1, 1.4)), "dpmpp_2m": (0, (6, 2, 1, 2))}
 
@@ -29,8 +28,9 @@ def curve(rows: Sequence[Row], dim: int) -> bytes:
     if with_attributes:
         _attribute_panel(panels[1], rows)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.065 * -(-len(labels) // 4) if not with_attributes else 0.07, 1, 1), w_pad=3)
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels) if with_attributes else 4,
+    columns = 6 if with_attributes else 3
+    figure.tight_layout(rect=(0, 0.02 + 0.055 * -(-len(labels) // columns), 1, 1), w_pad=3)
+    figure.legend(handles, labels, loc="lower center", ncols=columns,
                   frameon=False, fontsize=8.5,
                   columnspacing=1.4, handlelength=2.4)
     buffer = io.BytesIO()
@@ -63,22 +63,30 @@ def lines(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], list[Row], dict[st
 
 
 def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
-    floor = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0],
-                default=1.0) / 4
     solvers, best, students = lines(rows)
-    metric = lambda row: tuple(max(row["metrics"][key], floor) for key in ("fd", "fd_low", "fd_high"))
+    metric = lambda row: tuple(row["metrics"][key] for key in ("fd", "fd_low", "fd_high"))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in rows if row["target"] == "real"):
-        axes.axhspan(floor, max(real["metrics"]["fd_high"], floor * 1.2), color=REAL, alpha=0.18, lw=0)
-        axes.annotate(f"fresh real pictures: {real['metrics']['fd']:.3f}", (0.015, 0.012),
-                      xycoords="axes fraction", **NOTE)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=floor)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
+        axes.axhspan(*metric(real)[1:], color=REAL, alpha=0.18, lw=0, label=f"fresh real pictures: {metric(real)[0]:.3f}")
+    _distance_axis(axes, rows)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_ylabel(f"Fréchet distance, {dim} features")
     axes.set_title("Distance to real pictures", loc="left", fontsize=11, color=INK, fontweight="bold")
+
+
+def _distance_axis(axes: Axes, rows: Sequence[Row]) -> None:
+    """Logarithmic; where an estimate or the end of its interval is 0 or less, linear below the least distance that is not."""
+    shown = [row["metrics"][key] for row in rows if row["target"] != "real" for key in ("fd", "fd_low", "fd_high")]
+    least = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0], default=1.0)
+    if shown and min(shown) <= 0:
+        axes.set_yscale("symlog", linthresh=least, subs=(2, 5))
+        axes.set_ylim(bottom=min(shown) - least / 4)
+        axes.axhline(0, color=INK, lw=0.8)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(shown, default=least) / 2)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
@@ -90,12 +98,10 @@ def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
     for real in (row for row in measured if row["target"] == "real"):
         _, low, high = metric(real)
         axes.axhspan(low, max(high, low + 0.8), color=REAL, alpha=0.3, lw=0)
-        axes.annotate(f"fresh real pictures: {metric(real)[0]:.1f} %", (0.015, low - 1),
-                      xycoords=("axes fraction", "data"),
-                      va="top", **NOTE)
     axes.set_ylim(0, 103)
     axes.set_ylabel("pictures with all attributes right, %")
-    axes.set_title("Doing what the prompt says", loc="left", fontsize=11, color=INK, fontweight="bold")
+    real = "".join(f" (real pictures: {metric(row)[0]:.1f} %)" for row in measured if row["target"] == "real")
+    axes.set_title(f"Doing what the prompt says{real}", loc="left", fontsize=11, color=INK, fontweight="bold")
 
 
 def share_interval(share: float, n: int) -> tuple[float, float]:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..data.shapes import SLOTS
 from ..errors import RequestError
+
+HALVES = [0.5] * 3, [0.5] * 3
 
 
 class Features(Protocol):
@@ -59,9 +61,7 @@ class ClipFeatures:
     """The unnormalised projections of a CLIPModel's folder, computed in float32."""
 
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise RequestError(f"{folder} is no folder of a CLIPModel: it needs config.json and model.safetensors")
+        folder = _checked(Path(folder))
         self.device = device
         self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -70,11 +70,16 @@ class ClipFeatures:
         self.dim = self.model.config.projection_dim
         self.size = self.model.config.vision_config.image_size
         self.resize = f"none at {self.size} px, else antialiased bicubic of the short side and a centre crop"
+        mean, deviation = _normalisation(folder)
+        if (mean, deviation) != HALVES:
+            self.resize += f"; normalised by {mean} and {deviation}"
+        self.mean, self.deviation = (torch.tensor(numbers, device=device)[:, None, None] for numbers in
+                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))       # of pixels in [-1, 1]
         self.attribute_classifier = AttributeClassifier.load(folder / "judge.safetensors") if (folder / "judge.safetensors").is_file() else None
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
-        pixels = resized(pixels.to(self.device, torch.float32), self.size)
+        pixels = (resized(pixels.to(self.device, torch.float32), self.size) - self.mean) / self.deviation
         return self.model.get_image_features(pixel_values=pixels).pooler_output.cpu()
 
     @torch.inference_mode()
@@ -91,13 +96,8 @@ class InceptionFeatures:
     resize = "bilinear to 299 px as TensorFlow 1 did it"
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise RequestError("features `inception` need torch-fidelity, which is not installed: "
-                               "pip install 'stepdistill[fidelity]', or use a CLIPModel's folder") from error
         self.device = device
-        self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+        self.model = _torch_fidelity()("inception-v3-compat", ["2048"]).to(device).eval()
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -108,9 +108,39 @@ class InceptionFeatures:
         return None
 
 
+def dimensions(name: Path | str) -> int:
+    """The width of the features that `load_features` would give, without their weights. RequestError as there."""
+    if str(name) == "inception":
+        _torch_fidelity()
+        return InceptionFeatures.dim
+    return CLIPConfig.from_pretrained(_checked(Path(name))).projection_dim
+
+
 def load_features(name: Path | str, device: str | torch.device = "cpu") -> Features:
     """name: "inception", or the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified."""
     return InceptionFeatures(device) if str(name) == "inception" else ClipFeatures(name, device)
+
+
+def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and deviation, a channel each, of the pixels in [0, 1] that a CLIPModel reads; halves without its processor's file."""
+    file = folder / "preprocessor_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return said.get("image_mean", HALVES[0]), said.get("image_std", HALVES[1])
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise RequestError(f"{folder} is no folder of a CLIPModel: it needs config.json and model.safetensors")
+    return folder
+
+
+def _torch_fidelity() -> type[torch.nn.Module]:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise RequestError("features `inception` need torch-fidelity, which is not installed: "
+                           "pip install 'stepdistill[fidelity]', or use a CLIPModel's folder") from error
+    return FeatureExtractorInceptionV3
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:

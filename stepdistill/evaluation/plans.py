@@ -1,9 +1,11 @@
 """Which calls of stock pipelines make the rows of a bench, and how many network evaluations each one takes."""
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from ..diffusion.draws import key
 from ..errors import RequestError
 from ..models.families import stock_guidance, stock_prompts
-from ..models.schedulers import stock_scheduler
+from ..models.schedulers import is_flow, stock_scheduler
 from ..models.stock import Guidance, pictures
 
 
@@ -56,9 +58,11 @@ class Target:
     """What stands in the table. A teacher has no `call` and is swept over solvers and guidance, under stock schedulers.
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
-    pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside;
+    pipeline its scheduler; only the number of steps is varied. method: None of what others made. given: what every call of the pipeline is given beside;
     guided: and what a guided one is. companion: nobody asked for it; where it cannot be run, its rows are left out.
-    identity: changes with its weights.
+    identity: changes with its weights. trained: the guidance scale, or the range of scales, that a student was trained
+    at. fixed_steps: its number of steps is folded into its weights. made: what results.json says of its weights, such as
+    where they lie.
     """
 
     name: str
@@ -69,6 +73,9 @@ class Target:
     guided: Mapping[str, Any] = field(default_factory=dict)
     companion: bool = False
     identity: str = ""
+    trained: float | tuple[float, float] | None = None
+    fixed_steps: bool = False
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
@@ -176,7 +183,7 @@ def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
 def _solvers_for(target: Target) -> Solvers:
     """Those that a pipeline's noise schedule can be run with."""
     own = target.pipeline.scheduler
-    if type(own).__name__.startswith("FlowMatch") or own.config.get("use_flow_sigmas"):
+    if is_flow(own):
         return FLOW_SOLVERS
     if "beta_schedule" not in own.config:
         raise RequestError(f"{target.name} has a {type(own).__name__}, which holds neither betas nor a flow: the solvers "
@@ -206,24 +213,73 @@ def _grid(scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
 def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:
     """Steps that the scheduler refuses are left out, with a word about it."""
     call, scheduler = dict(target.call), target.pipeline.scheduler
-    fixed = call.get("timesteps") or call.get("sigmas")
-    own = len(fixed) if fixed else call["num_inference_steps"]
-    fixed = fixed or type(scheduler).__name__.startswith("FlowMatch")      # made to give the times of this many steps
-    guidance = target.guidance.scale(call)
-    passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
-    rows = []
-    for n in nfe:
-        steps = n // passes
-        if n % passes or (fixed and steps != own):
-            continue
+    own, guidance, rows = call["num_inference_steps"], target.guidance.scale(call), []
+    passes = evaluations(Plan(target, target.name, scheduler, {**target.given, **call}, 0, own, guidance)) // own
+    for n in (n for n in nfe if n % passes == 0):
         try:
-            fixed or deepcopy(scheduler).set_timesteps(steps)
-        except ValueError as error:
-            say(f"{target.name} is not run at {steps} steps: {error}")
+            asked = {**target.given, **at_steps(target, n // passes)}
+        except RequestError as error:
+            say(f"{target.name} is not run at {n // passes} steps: {error}")
             continue
-        asked = call if fixed else call | {"num_inference_steps": steps}
-        rows.append(Plan(target, target.name, scheduler, asked, n, steps, guidance))
+        rows.append(Plan(target, target.name, scheduler, asked, n, n // passes, guidance))
     return rows
+
+
+def at_steps(target: Target, steps: int) -> dict[str, Any]:
+    """A student's call at this number of steps, and at its own number the call as it is. Even sigmas of a flow are made anew.
+
+    RequestError for a number that it was not made for: where its own is folded into its weights, listed with its times, or that of a
+    scheduler that was made to give them; and for one that its scheduler does not serve.
+    """
+    call, scheduler = dict(target.call), target.pipeline.scheduler
+    own, sigmas = call["num_inference_steps"], call.get("sigmas")
+    if steps == own:
+        return call
+    if (why := _fixed(target)) is not None:
+        raise RequestError(f"{target.name} was made for {own} steps, {why}: it cannot be sampled in {steps}")
+    if sigmas is None:
+        serve(scheduler, steps)
+    return call | {"num_inference_steps": steps} | ({} if sigmas is None else {"sigmas": [1 - i / steps for i in range(steps)]})
+
+
+def _fixed(target: Target) -> str | None:
+    """Why a student's number of steps is the one that it was made for; None where others are served."""
+    call, sigmas = target.call, target.call.get("sigmas")
+    if target.fixed_steps:
+        return "which are folded into its weights"
+    if "timesteps" in call:
+        return f"at the times {call['timesteps']}"
+    if target.method is not None and sigmas is None and is_flow(target.pipeline.scheduler):
+        return "whose times its scheduler was made to give"       # of a pipeline whose call takes no sigmas
+    return None if sigmas is None or _even(sigmas) else f"at the sigmas {sigmas}"
+
+
+def _even(sigmas: Sequence[float]) -> bool:
+    return all(abs(sigma - (1 - i / len(sigmas))) < 1e-6 for i, sigma in enumerate(sigmas))
+
+
+def serve(scheduler: SchedulerMixin, steps: int) -> None:
+    """RequestError where a scheduler has no such number of steps."""
+    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
+    try:
+        deepcopy(scheduler).set_timesteps(steps, **own)
+    except ValueError as error:
+        raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+
+
+def at_guidance(target: Target, w: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """What a call is given for the guidance scale w, of which 1 is none. It is said where guidance is added to a student that was
+    trained to do without. RequestError for less than 1, and of a network that reads its scale for one that it was not trained at."""
+    if not 1 <= w < float("inf"):
+        raise RequestError(f"a guidance scale of {w:g} was asked for: it should be at least 1, which is none")
+    if target.call is not None and target.trained is not None:
+        low, high = target.trained if isinstance(target.trained, (tuple, list)) else (target.trained, target.trained)
+        learned = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        if target.guidance.within and not low <= w <= high:
+            raise RequestError(f"{target.name} was trained for a guidance scale of {learned}, which its network reads; asked for was {w:g}")
+        if not target.guidance.within and w > 1 == target.guidance.scale(target.call):
+            say(f"{target.name} was trained in with a guidance scale of {learned}: {w:g} guides it once more, at two evaluations a step")
+    return target.guidance.call(w)
 
 
 def evaluations(plan: Plan) -> int:
@@ -231,6 +287,19 @@ def evaluations(plan: Plan) -> int:
     with counted(denoiser_of(plan.target.pipeline)) as count:
         plan.images([stock_prompts(plan.target.pipeline).any(plan.target.pipeline)], torch.tensor([0]), seed=0)
     return count[0]
+
+
+def latency(plan: Plan, prompts: Sequence[str], seed: int, calls: int = 5) -> float:
+    """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up.
+
+    A student's LoRA and a teacher's are fused by then, as a student's card has it.
+    """
+    times = []
+    for i in range(calls + 1):
+        begin = time.perf_counter()
+        plan.images([prompts[i % len(prompts)]], torch.tensor([i]), seed)
+        times.append(1000 * (time.perf_counter() - begin))
+    return median(times[1:])
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:

@@ -5,14 +5,13 @@ import hashlib
 from pathlib import Path
 from typing import Callable, Iterator, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..data.cache import default_root
+from ..data.images import captions_of, check_headers, picture_files, read_picture
 from ..data.shapes import Scenes, captions, render, scenes
 from ..errors import RequestError
 from ..files.digests import DIGEST, digest
@@ -24,7 +23,7 @@ from .protocol import fingerprint
 
 REFERENCE_SEED, HELD_OUT_SEED = 7, 5
 SUBSET, BLOCK = 2_000, 250
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+READER = 2                        # raise it when pictures of a folder are read otherwise
 
 
 class Source(Protocol):
@@ -32,12 +31,13 @@ class Source(Protocol):
 
     name: str
     count: int
+    captioned: bool
 
     def pictures(self) -> Iterator[Tensor]:
         """The reference."""
 
     def prompts(self, count: int) -> list[str]:
-        """What generators are asked for unless the user says otherwise."""
+        """What generators are asked for unless the user says otherwise: captions, where it is `captioned`."""
 
     def real(self, count: int) -> Iterator[Tensor]:
         """Fresh pictures, none of the reference; where prompts() are captions, of exactly these."""
@@ -48,6 +48,8 @@ class Source(Protocol):
 
 class ShapesSource:
     """Procedural pictures of one seed as reference; those of another, and their captions, to test with."""
+
+    captioned = True
 
     def __init__(self, count: int = 50_000) -> None:
         self.count = count
@@ -71,26 +73,36 @@ class ShapesSource:
 
 class FolderSource:
     """The images of a folder, in an order scattered by their names: the first `held_out` are fresh, the rest
-    reference."""
+    reference. They are read as training reads them, at their own sizes; their captions, where they have some, are what
+    generators are asked for."""
 
     def __init__(self, folder: Path, held_out: int) -> None:
-        files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
+        files, self.folder = picture_files(folder), folder
         self.files = sorted(files, key=lambda file: hashlib.sha256(str(file.relative_to(folder)).encode()).digest())
         if len(files) < 2 * held_out:
             raise RequestError(f"the reference {folder} holds {len(files)} images; {held_out} samples need at least "
                                f"{2 * held_out}, half of them kept apart as the row `real`")
+        check_headers(files)
         self.held_out, self.count = held_out, len(files) - held_out
-        listed = fingerprint([[str(file.relative_to(folder)), file.stat().st_size] for file in files])
+        listed = fingerprint([READER, *([str(file.relative_to(folder)), file.stat().st_size] for file in files)])
         self.name = f"{folder.name}:{self.count}@{listed}"
 
     def pictures(self) -> Iterator[Tensor]:
-        return map(_read, self.files[self.held_out:])
+        return (read_picture(file)[None] for file in self.files[self.held_out:])
 
     def prompts(self, count: int) -> list[str]:
-        raise RequestError("a folder of images says nothing about prompts: give a list of them")
+        if not self.captioned:
+            raise RequestError(f"the reference {self.folder} says nothing about prompts, since its images have no captions: give a list of "
+                               "prompts, or captions in metadata.jsonl or in a .txt beside each image")
+        return captions_of(self.folder, self.files)[:count]
+
+    @property
+    def captioned(self) -> bool:
+        """Whether its images have captions."""
+        return (self.folder / "metadata.jsonl").is_file() or self.files[0].with_suffix(".txt").is_file()
 
     def real(self, count: int) -> Iterator[Tensor]:
-        return map(_read, self.files[:count])
+        return (read_picture(file)[None] for file in self.files[:count])
 
     def alike(self, prompts: int, each: int) -> None:
         return None
@@ -104,11 +116,6 @@ def load_source(name: Path | str, samples: int) -> Source:
     if not Path(name).is_dir():
         raise RequestError(f"the reference {name} is neither `shapes`, nor `shapes:COUNT`, nor a folder of images")
     return FolderSource(Path(name), samples)
-
-
-def _read(file: Path) -> Tensor:
-    pixels = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
-    return (pixels[None].float() / 127.5 - 1)
 
 
 def load_reference(features: Features, source: Source, shipped: Path | None = None,
@@ -159,12 +166,16 @@ def reference_key(features: Features, source: Source) -> str:
 
 def compute_reference(features: Features, source: Source) -> Reference:
     found = torch.cat([features.images(block) for block in source.pictures()])
-    if len(found) < 2 * (features.dim + 1):
-        raise RequestError(f"the reference {source.name} holds {len(found)} pictures, too few for features of "
-                           f"{features.dim} "
-                           f"dimensions: at least {2 * (features.dim + 1)}, better 10,000")
+    check_count(source, features.dim)
     halves = Moments.of(found[0::2]), Moments.of(found[1::2])
     return Reference(halves, found[:: max(1, len(found) // SUBSET)][:SUBSET].clone())
+
+
+def check_count(source: Source, dim: int) -> None:
+    """RequestError for fewer pictures than the covariances of its halves take."""
+    if source.count < 2 * (dim + 1):
+        raise RequestError(f"the reference {source.name} holds {source.count} pictures, too few for features of {dim} "
+                           f"dimensions: at least {2 * (dim + 1)}, better 10,000")
 
 
 def save_reference(reference: Reference, file: Path, key: str) -> None:

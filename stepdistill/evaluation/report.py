@@ -1,11 +1,9 @@
 """What a bench leaves behind: results.json, curve.png, report.html and a table."""
 from __future__ import annotations
 
-import base64
-import html
 import json
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +11,7 @@ from rich.table import Table
 from ..errors import printable
 from ..files import records
 from ..files.whole import write_whole
+from .page import made_of, page
 from .protocol import demand_same
 
 Row = dict[str, Any]
@@ -65,10 +64,21 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     number = lambda value, spec: "–" if value is None else format(value, spec)
     return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
             number(row["guidance"], "g"),
-            f"{m['fd']:.3f} [{m['fd_low']:.3f}, {m['fd_high']:.3f}]", number(m["kid"], ".4f"),
+            f"{distance(m['fd'])} [{distance(m['fd_low'])}, {distance(m['fd_high'])}]", number(m["kid"], ".4f"),
             number(m["precision"], ".3f"),
             number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
             number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+
+
+def distance(value: float) -> str:
+    """Three digits after the point, or four in all where it is large: a column stays narrow."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """A row of results.json in one line."""
+    fd, latency = f"FD {cells(row)[4]}", row["latency_ms"]
+    return f"{_label(row)}: {fd}" + ("" if latency is None else f", {latency:.4g} ms")
 
 
 HEADINGS = ("target", "NFE", "steps", "w", "FD [95 %]", *list(METRICS.values())[1:], "ms", "images/s")
@@ -81,10 +91,10 @@ def table(results: Results) -> Table:
     """For a rich console: the columns that a curve is read by; results.json and report.html hold them all."""
     protocol = results["protocol"]
     made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
-                 title_justify="left", title_style="bold", header_style="bold")
+                 title_justify="left", title_style="bold", header_style="bold", box=None)
     shown = [HEADINGS.index(heading) for heading in IN_BRIEF]
     for i in shown:
-        made.add_column(HEADINGS[i], justify="right" if i else "left", no_wrap=True)
+        made.add_column(HEADINGS[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for row in results["rows"]:
         texts = [escape(printable(text)) for text in cells(row)]
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
@@ -92,43 +102,17 @@ def table(results: Results) -> Table:
     return made
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1180px; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2.2rem } p.note { color: #616e7c }
-img.curve { width: 100%; height: auto } img.strip { display: block; image-rendering: pixelated; height: 68px }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #9aa5b1 }
-tr.real td { color: #2f9e62 } tr.student td { font-weight: 600 } dl { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem }
-dt { color: #616e7c } dd { margin: 0; overflow-wrap: anywhere }
-"""
+NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes two network evaluations. "
+        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions. Diversity is the mean distance "
+        "in features between samples of one prompt: compare it with that of real pictures.")
 
 
 def _page(results: Results, drawn: bytes, out: Path) -> str:
-    protocol, rows = results["protocol"], results["rows"]
-    body = "".join(f"<tr class='{_kind(row)}'>" + "".join(f"<td>{html.escape(cell)}</td>"
-                                                          for cell in cells(row)) + "</tr>"
-                   for row in rows)
-    heads = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in protocol.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>stepdistill bench</title><style>{STYLE}</style></head><body>
-<h1>Quality against network evaluations</h1>
-<p class="note">Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes
-two network evaluations. FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100
-repetitions. Diversity is the mean distance in features between samples of one prompt: compare it with that of real pictures.</p>
-<img class="curve" alt="Fréchet distance against network evaluations" src="{_embedded(drawn)}">
-<h2>Figures</h2><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
-<h2>Samples</h2><div class="wide"><table><tbody>{_strips(rows, out)}</tbody></table></div>
-<h2>Protocol</h2><dl>{facts}</dl>
-</body></html>
-"""
-
-
-def _strips(rows: Sequence[Row], out: Path) -> str:
+    rows = results["rows"]
     shown = [(row, out / "samples" / picture_name(row)) for row in rows]
-    return "".join(f"<tr><td>{html.escape(_label(row))}</td><td><img class='strip' alt='' "
-                   f"src='{_embedded(file.read_bytes())}'></td></tr>" for row, file in shown if file.is_file())
+    return page("Quality against network evaluations", NOTE, ("Fréchet distance against network evaluations", drawn), HEADINGS,
+                [(_kind(row), cells(row)) for row in rows], [(_label(row), file.read_bytes()) for row, file in shown if file.is_file()],
+                results["protocol"] | made_of(rows))
 
 
 def _label(row: Row) -> str:
@@ -137,7 +121,3 @@ def _label(row: Row) -> str:
 
 def _kind(row: Row) -> str:
     return "real" if row["target"] == "real" else "teacher" if ":" in row["target"] else "student"
-
-
-def _embedded(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

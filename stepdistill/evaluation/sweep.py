@@ -2,26 +2,24 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..data.shapes import attributes_of
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
+from ..models.stock import say_cut
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
-from .features import clip_score, load_features
-from .plans import SOLVERS, Plan, Target, counted, denoiser_of, plans
+from .features import clip_score, dimensions, load_features, resized
+from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans
+from .progress import meter
 from .protocol import Protocol, fingerprint
-from .reference import load_reference, load_source
-from .report import Results, join, picture_name, read_results, row_key, write_report, write_results
+from .reference import Source, check_count, load_reference, load_source
+from .report import Results, in_words, join, picture_name, read_results, row_key, write_report, write_results
 from .sheets import sheet
 from .unfinished import Unfinished
 
@@ -29,20 +27,32 @@ EACH = 4                  # samples of a prompt behind the figure `diversity`
 SHOWN = 10                # samples of a row in the report
 
 
+def admitted(samples: int, prompts: Sequence[str] | None, features: Path | str, reference: Path | str) -> Source:
+    """The reference. RequestError for what could not be measured, known before anything is loaded or drawn."""
+    dim = dimensions(features)
+    if samples < least_samples(dim):
+        raise RequestError(f"{samples} samples are too few: the Fréchet distance in {dim} dimensions takes at least "
+                           f"{least_samples(dim)}, and 2,000 for a narrow interval")
+    if prompts is not None and not prompts:
+        raise RequestError("the list of prompts is empty")
+    source = load_source(reference, samples)
+    check_count(source, dim)
+    if prompts is None:
+        source.prompts(1)
+    return source
+
+
 class Evaluation:
     """All that rows have in common: features, reference, prompts and seed. Made once, used for many rows."""
 
     def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
                  features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
-                 device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> None:
+                 device: str | torch.device = "cpu", say: Callable[[str], None] = print,
+                 made: Mapping[str, Any] | None = None) -> None:
+        """made: what every row says of the machine and the moment."""
+        self.made = dict(made or {})
+        self.source = admitted(samples, prompts, features, reference)
         self.features = load_features(features, device)
-        if samples < least_samples(self.features.dim):
-            raise RequestError(f"{samples} samples are too few: the Fréchet distance in {self.features.dim} dimensions "
-                               "takes at "
-                               f"least {least_samples(self.features.dim)}, and 2,000 for a narrow interval")
-        if prompts is not None and not prompts:
-            raise RequestError("the list of prompts is empty")
-        self.source = load_source(reference, samples)
         asked = self.source.prompts(samples) if prompts is None else list(prompts)
         self.prompts = [asked[i % len(asked)] for i in range(samples)]
         self.own_prompts = prompts is not None
@@ -83,7 +93,8 @@ class Evaluation:
         found, shown = [], torch.empty(0)
         for block in self.source.real(self.samples):     # features are kept, and of the pictures the first ones
             found.append(self.features.images(block))
-            if len(shown) < SHOWN:
+            if len(shown) < SHOWN:                       # pictures of a folder differ in size
+                block = resized(block, min((shown if len(shown) else block).shape[-2:]))
                 shown = torch.cat([shown, block])[:SHOWN].clone() if len(shown) else block[:SHOWN].clone()
         again = None if self.own_prompts else self.source.alike(self.groups, EACH)
         alike = None if again is None else torch.cat([self.features.images(block)
@@ -92,12 +103,12 @@ class Evaluation:
         row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples,
                "seed": self.seed,
                "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
-               "images_per_s": None}
+               "images_per_s": None, "made": self.made}
         return row, shown
 
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
-        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears of every batch."""
+        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so far."""
         features, shown, seconds = [], None, 0.0
         network = denoiser_of(plan.target.pipeline)
         with counted(network) as evaluations:
@@ -107,7 +118,7 @@ class Evaluation:
                 seconds += time.perf_counter() - begin
                 shown = pixels[:SHOWN] if shown is None else shown
                 features.append(self.features.images(pixels))
-                on_images(len(ids))
+                on_images(sum(map(len, features)))
         found = torch.cat(features)
         if evaluations[0] != plan.nfe * len(found):
             raise RuntimeError(f"{plan.name} was planned with {plan.nfe} network evaluations per image but took "
@@ -117,19 +128,8 @@ class Evaluation:
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
                 "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=plan.target.prompted),
-                "latency_ms": self.latency(plan), "images_per_s": len(found) / seconds}, shown
-
-    def latency(self, plan: Plan, calls: int = 5) -> float:
-        """Median milliseconds of a call for a single image, from prompt to pixels on the CPU, after one to warm up.
-
-        An exported LoRA is fused by then, as its card has it.
-        """
-        times = []
-        for i in range(calls + 1):
-            begin = time.perf_counter()
-            plan.images(self.prompts[i: i + 1], torch.tensor([i]), self.seed)
-            times.append(1000 * (time.perf_counter() - begin))
-        return median(times[1:])
+                "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": len(found) / seconds,
+                "made": {**self.made, **plan.target.made}}, shown
 
     @property
     def images_per_row(self) -> int:
@@ -147,7 +147,8 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
           solvers: Sequence[str] = tuple(SOLVERS), seed: int = 0, prompts: Sequence[str] | None = None,
           features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
           reuse: Sequence[Path | str] = (),
-          batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print) -> Results:
+          batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print,
+          made: Mapping[str, Any] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
@@ -157,36 +158,42 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     out = Path(out)
     if not nfe or min(nfe) < 1:
         raise RequestError(f"nfe={list(nfe)}: at least one count of network evaluations, each 1 or more")
-    names = [target.name for target in targets]
-    if len(set(names)) < len(names):
-        raise RequestError(f"targets need different names, found {names}")
+    if len({target.name for target in targets}) < len(targets):
+        raise RequestError(f"targets need different names, found {[target.name for target in targets]}")
     if prompts is None and not any(target.prompted for target in targets):
         prompts = [""]                                 # none of them is told any
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
         rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
-        context = Evaluation(samples, seed, prompts, features, reference, device, say)
+        context = Evaluation(samples, seed, prompts, features, reference, device, say, made)
+        for target in targets:
+            say_cut(type(target.pipeline), target.pipeline.components, context.prompts, {**target.given, **(target.call or {})}, say)
         results: Results = {"protocol": context.protocol.record(), "rows": []}
         if (out / "results.json").exists():
             results = join(results, read_results(out / "results.json"), out)
-        taken = _taken(results, [Path(file) for file in reuse])
-        results = join(results, taken)
+        results = join(results, taken := _taken(results, [Path(file) for file in reuse]))
         begun = Unfinished.of(out, context.protocol.id, targets, results)
         known = {row_key(row) for row in taken["rows"]} | begun.measured
-        results = _measured(context, [plan for plan in rows if plan.key not in known], results, out, batch, begun)
+        results = _measured(context, [plan for plan in rows if plan.key not in known], results, out, batch, begun, say)
         write_results(results, out)
         write_report(results, out)
         begun.end()
     return results
 
 
-def _measured(context: Evaluation, rows: Sequence[Plan], results: Results, out: Path, batch: int, begun: Unfinished) -> Results:
+def _measured(context: Evaluation, rows: Sequence[Plan], results: Results, out: Path, batch: int, begun: Unfinished,
+              say: Callable[[str], None]) -> Results:
     """The results with these rows, each kept on disk when it is there."""
-    with _progress(len(rows) * context.images_per_row) as advance:
+    with meter() as report:
+        each = context.images_per_row
+        after = lambda i: lambda count: report("images of all rows", i * each + count, len(rows) * each)
         if ("real", 0, None) not in {row_key(row) for row in results["rows"]}:
+            say(f"real pictures: {context.samples:,} fresh ones of {context.source.name}")
             results = _keep(results, *context.real(), out)
-        for plan in rows:
-            results = _keep(results, *context.row(plan, batch, advance(f"{plan.name}, {plan.nfe} NFE")), out)
+        for i, plan in enumerate(rows):
+            row, shown = context.row(plan, batch, after(i))
+            say(f"row {i + 1} of {len(rows)}: {in_words(row)}")
+            results = _keep(results, row, shown, out)
             begun.add(plan)
     return results
 
@@ -207,20 +214,6 @@ def _keep(results: Results, row: dict[str, Any], shown: Tensor, out: Path) -> Re
     results = join(results, {"protocol": results["protocol"], "rows": [row]})
     write_results(results, out)
     return results
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
-    """A bar on standard error: advance(what) names the work at hand and returns what counts it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
-               TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing", total=total)
-
-        def advance(what: str) -> Callable[[int], None]:
-            bar.update(task, description=what)
-            return lambda count: bar.advance(task, count)
-        yield advance
 
 
 def _attributes(prompts: Sequence[str]) -> Tensor | None:

@@ -16,7 +16,7 @@ from .folder import base_of
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
 PEFT = "pipe.{0} = PeftModel.from_pretrained(pipe.{0}, folder).merge_and_unload()"       # of pipelines that load no LoRA
-COLUMNS = {"fd": "FD", "clip_score": "CLIP score", "all_attributes": "all attributes"}
+COLUMNS = {"fd": "FD", "to_teacher": "to teacher", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
 def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:
@@ -203,7 +203,8 @@ def _table(results: Mapping[str, Any]) -> str:
         cells = ["" if value is None else f"{value:.3g}" for value in values]
         lines.append(f"| {_plain(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
                      + " | ".join(cells) + " |")
-    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {_plain(results['protocol']['features'])}, reference "
+    features = results["protocol"]["features"]
+    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {'none' if features is None else _plain(features)}, reference "
             f"{_plain(results['protocol']['reference'])}, protocol {_plain(results['protocol']['id'])}. NFE counts network "
             "evaluations: a guided "
             "step is two.")

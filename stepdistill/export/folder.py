@@ -1,6 +1,7 @@
 """An export folder as its user meets it: read what it says, and make a stock pipeline sample as it says."""
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,20 +10,24 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, SchedulerMixin
+from safetensors import safe_open
+from torch import Tensor
 
 from ..errors import RequestError, first_lines
 from ..files import records
 from ..files.whole import checksum
-from ..models.adapters import load_adapter, take_off
+from ..models.adapters import activate, active_adapters, adapter_names, adapter_state, drop_adapter, load_adapter, take_off
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
 from ..models.quantized import quantization_of
+from ..models.schedulers import LAW, is_flow
 from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, check_safetensors, index_at
 from ..models.weights import class_of, settled
 from .formats import component, loads_loras
 
 AGAIN = "Export again with `stepdistill export RUN`"
+log = logging.getLogger("stepdistill")
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """stepdistill.json of an export folder. RequestError if there is none or it cannot be read."""
@@ -74,8 +79,9 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         image = pipe(prompt, **settings).images[0]
 
     A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it, where the
-    pipeline has them; a whole pipeline lends its denoiser. The scheduler is replaced by the folder's. RequestError if the
-    student does not fit.
+    pipeline has them. Adapters that are active already, such as a style's, stay so at their weights, and a second student
+    wants an `adapter_name` of its own. A whole pipeline lends its denoiser. The scheduler is replaced by the folder's.
+    RequestError if the student does not fit.
     """
     settings = read_settings(folder)
     check_weights(folder, settings)
@@ -84,7 +90,11 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         _replace_denoiser(pipe, folder, settings)
     else:
         _load_lora(pipe, folder, settings, adapter_name)
-    pipe.scheduler = read_scheduler(folder)
+    scheduler = read_scheduler(folder)
+    if parted := _parted(pipe.scheduler, scheduler):
+        log.warning(f"the student in {folder}, made for {settings['teacher']}, has learned another noise than this {type(pipe).__name__} has: "
+                    f"{'; '.join(parted)}. Its pictures will be wrong, unless the pipeline's scheduler was changed before")
+    pipe.scheduler = scheduler
     return dict(settings["call"])
 
 
@@ -142,6 +152,17 @@ def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
         raise RequestError(f"{path} is damaged: no {name} can be made of it ({first_lines(error)}). {AGAIN}") from error
 
 
+def _parted(here: SchedulerMixin, there: SchedulerMixin) -> list[str]:
+    """Where the noise of a pipeline is another than that of a student's scheduler: what its network predicts, and its schedule."""
+    flows = ["a flow" if is_flow(scheduler) else "a diffusion" for scheduler in (here, there)]
+    if flows[0] != flows[1]:
+        return [f"its scheduler is of {flows[0]}, the student's of {flows[1]}"]
+    # the count of a CMStochasticIterativeScheduler is of the nodes that a call's timesteps name: its network is told levels
+    counts = not isinstance(there, CMStochasticIterativeScheduler)
+    both = [name for name in LAW if name in here.config and name in there.config and (counts or name != "num_train_timesteps")]
+    return [f"{name} is {here.config[name]} here and {there.config[name]} there" for name in both if here.config[name] != there.config[name]]
+
+
 def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:
     """RequestError where `pipe` is not the base with the LoRAs that the student was trained on, as far as the folder lends none of it."""
     own = component(pipe) if settings["format"] == "pipeline" else None
@@ -156,20 +177,36 @@ def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str
 def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any], adapter_name: str) -> None:
     network = pipe.components[component(pipe)]
     refusal = f"the LoRA in {folder}, made for {settings['teacher']}, does not fit this {type(pipe).__name__}"
+    if adapter_name in adapter_names(network):
+        raise RequestError(f"this {type(pipe).__name__} carries an adapter {adapter_name} already: load this student beside it by another "
+                           f'name, such as load(pipe, "{folder}", adapter_name="{adapter_name}-2"), or call pipe.unload_lora_weights() first')
+    active = active_adapters(network)
     try:
-        if not loads_loras(pipe):
-            if wrong := load_adapter(network, folder, adapter_name):
-                raise ValueError("; ".join(wrong))
-            return
-        with complaints() as messages:
-            pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
+        if loads_loras(pipe):
+            with complaints():
+                pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
+            wrong = _astray(Path(folder) / settings["weights"], adapter_state(network, adapter_name))
+        else:
+            wrong = load_adapter(network, folder, adapter_name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
+        drop_adapter(network, adapter_name, active)
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
-    # an encoder without a LoRA is no fault
-    other = re.compile(rf"No LoRA keys associated to (?!{type(network).__name__})")
-    if messages := [line for line in messages if not other.match(line)]:
-        network.delete_adapters(adapter_name)
-        raise RequestError(f"{refusal}: {' '.join(messages)[:500]}")
+    if wrong:
+        drop_adapter(network, adapter_name, active)
+        raise RequestError(f"{refusal}: {'; '.join(wrong)[:500]}")
+    activate(network, [*active, adapter_name])
+
+
+def _astray(file: Path, landed: Mapping[str, Tensor]) -> list[str]:
+    """What of a LoRA's file found no layer, and what of the adapter on the network the file does not hold. Modules are compared by
+    their names without dots, as kohya writes them."""
+    flat = lambda key: re.sub(r"^(unet|transformer|lora_unet)[._]", "", key.split(".lora_")[0]).replace(".", "_")
+    with safe_open(file, "pt") as tensors:
+        held = {flat(key): key for key in tensors.keys() if ".lora_" in key}
+    found = {flat(f"unet.{key}"): key for key in landed}
+    lost, odd = sorted(held.keys() - found.keys()), sorted(found.keys() - held.keys())
+    return ([f"{len(lost)} of its {len(held)} modules are none of this network's, first {held[lost[0]]}"] if lost else []) + (
+        [f"{len(odd)} modules of the adapter are not in its file, first {found[odd[0]]}"] if odd else [])
 
 
 def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:

@@ -96,15 +96,17 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
         raise RequestError(f"--guidance {guidance:g} chooses the scale of a student with a guidance embedding; this "
                            "student has none: "
                            "leave --guidance out")
-    if "w" in reads and guidance is None and not keeps(to, family, reads):
+    if "w" in reads and guidance is None and not keeps(to, family, reads) and not isinstance(trained, (int, float)):
         instead = ", or use --to pipeline, which keeps the choice" if keeps("pipeline", family, reads) else ""
         raise RequestError("this student has a guidance embedding, and its weights can hold one scale: add --guidance "
                            "W"
                            f"{'' if trained is None else f' (it was trained at {trained})'}{instead}")
     if guidance is not None and isinstance(trained, (tuple, list)) and not trained[0] <= guidance <= trained[1]:
         raise RequestError(f"--guidance {guidance:g} is outside what this student was trained for: choose from "
-                           f"{trained[0]:g} to "
-                           f"{trained[1]:g}")
+                           f"{trained[0]:g} to {trained[1]:g}")
+    if guidance is not None and isinstance(trained, (int, float)) and guidance != trained:
+        raise RequestError(f"--guidance {guidance:g} is not what this student was trained for: it has seen the scale "
+                           f"{trained:g} alone. Leave --guidance out, or train it with a range, such as guidance: [1, {max(trained, 2):g}]")
 
 
 def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
+from .. import resources
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import aside_of
@@ -40,6 +41,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     out = Path(out)
     check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance,
           student.teacher.source.quantization)
+    if "w" in student.reads and guidance is None and isinstance(student.guidance, (int, float)):
+        guidance = student.guidance                        # it has seen one scale
     dtype = chosen(dtype, to)
     _may_write(out, student)
     call, scale = _call(student, to, guidance)
@@ -145,6 +148,7 @@ def aside(out: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
             new.mkdir(parents=True)
             yield new
+            resources.share(new)
             if out.exists():
                 out.rename(old)
             new.rename(out)

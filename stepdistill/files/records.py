@@ -36,8 +36,7 @@ class Checksums(TypedDict):
     sha256: dict[str, str]
 
 
-class Row(TypedDict):
-    """A row of results.json."""
+class _Row(TypedDict):
 
     target: str
     method: str | None
@@ -51,14 +50,23 @@ class Row(TypedDict):
     images_per_s: float | None
 
 
-class Protocol(TypedDict):
-    """Of results.json: its entries that are read."""
+class Row(_Row, total=False):
+    """A row of results.json. made: where and when it was measured, and of which weights."""
 
+    made: dict[str, Any]
+
+
+class _Protocol(TypedDict):
     id: str
-    features: str
-    dim: int
+    features: str | None
     reference: str
     samples: int
+
+
+class Protocol(_Protocol, total=False):
+    """Of results.json: its entries that are read. A bench against the teacher's own pictures has no dim, and need not have features."""
+
+    dim: int
 
 
 class Results(TypedDict):
@@ -76,7 +84,7 @@ class Unfinished(TypedDict):
     measured: list[list[Any]]
 
 
-class Evaluated(Row):
+class Evaluated(_Row):
     """A line of evaluations.jsonl: a row, and the step of the training that it was measured after."""
 
     step: int
@@ -132,6 +140,7 @@ class Export(_Export, total=False):
     teacher_parts: dict[str, Any]
     without: list[str]
     dropped: list[str]
+    fixed_steps: bool
     told_times: list[float]
     proof: _Proof
 

@@ -8,6 +8,7 @@ Three traps are handled here and nowhere else:
 """
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -250,19 +251,65 @@ def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mappin
 
 
 def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]:
-    """Puts such an adapter beside the network's weights, and returns what does not fit; then nothing of it stays.
+    """Puts such an adapter beside the network's weights and other adapters, and returns what does not fit; then nothing of it stays.
 
     ValueError where none of its modules is there, RuntimeError for weights of another shape."""
     state = {key.removeprefix(PREFIX): value for key, value in load_file(Path(folder) / PEFT_WEIGHTS).items()}
-    wrong: list[str] = ["nothing of it could be read"]
+    wrong, active = ["nothing of it could be read"], active_adapters(network)
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, adapter_name=name)
         found = set_peft_model_state_dict(network, state, adapter_name=name)
-        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key]
+        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key and f".{name}." in key]
     finally:
         if wrong:
-            take_off(network, merge=False)
+            drop_adapter(network, name, active)
     return wrong
+
+
+def active_adapters(network: nn.Module) -> list[str]:
+    """The adapters that a pass of the network computes with. RequestError where one is merged while its layers stay: in
+    those, peft computes no other."""
+    active: dict[str, None] = {}
+    for layer in _tuned(network):
+        if layer.merged:
+            raise RequestError(f"the adapter {', '.join(layer.merged_adapters)} is fused into the weights of this "
+                               f"{type(network).__name__} and its layers are still there, so that no other adapter would be computed: "
+                               "call pipe.unload_lora_weights() first, which leaves the fused weights")
+        active |= dict.fromkeys(layer.active_adapters)
+    return list(active)
+
+
+def activate(network: nn.Module, names: Sequence[str]) -> None:
+    """Lets a pass compute with these adapters, each at the weight that it has."""
+    for layer in _tuned(network):
+        layer.set_adapter(list(names))
+
+
+def adapter_names(network: nn.Module) -> set[str]:
+    """All that lie on the network, active or not."""
+    return {name for layer in _tuned(network) for name in layer.lora_A}
+
+
+def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
+    """The LoRA's weights of one adapter, as they lie on the network: "<module>.lora_A.weight"."""
+    part = re.compile(rf"\.lora_([AB])\.{re.escape(name)}\.")
+    return {part.sub(r".lora_\1.", key): value for key, value in network.state_dict().items() if part.search(key)}
+
+
+def drop_adapter(network: nn.Module, name: str, active: Sequence[str]) -> None:
+    """The network without this adapter, and with these of the others active."""
+    for layer in _tuned(network):
+        if name in layer.lora_A:
+            layer.delete_adapter(name)
+    if not adapter_names(network):
+        take_off(network, merge=False)
+        return
+    vars(network)["peft_config"].pop(name, None)
+    activate(network, active)
+
+
+def _tuned(network: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def take_off(network: nn.Module, merge: bool) -> None:
@@ -272,7 +319,8 @@ def take_off(network: nn.Module, merge: bool) -> None:
             layer.merge()
         place, _, leaf = path.rpartition(".")
         setattr(network.get_submodule(place), leaf, layer.get_base_layer())
-    vars(network).pop("peft_config", None)
+    for mark in ("peft_config", "_hf_peft_config_loaded"):        # peft's, and that of a loader of diffusers
+        vars(network).pop(mark, None)
 
 
 def _same_device(network: nn.Module) -> AbstractContextManager:

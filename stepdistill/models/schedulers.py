@@ -19,6 +19,7 @@ from .stock import USUAL, Guidance
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
          "prediction_type", "shift", "use_dynamic_shifting")
+LAW = tuple(name for name in NOISE if name not in ("shift", "use_dynamic_shifting"))      # which a student may choose anew
 # Of a flow's scheduler that takes a call's sigmas as they are, whatever the teacher's own grid.
 AS_GIVEN = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
             "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -40,6 +41,11 @@ class StockCall:
     config: Mapping[str, Any]
     call: Mapping[str, Any]
     components: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a stock scheduler is one of flow matching."""
+    return type(scheduler).__name__.startswith("FlowM") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = USUAL, own: SchedulerMixin | None = None,

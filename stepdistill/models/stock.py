@@ -103,6 +103,31 @@ class Prompts:
         return f"{self.keyword}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else [value]}"
 
 
+def cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequence[str], call: Mapping[str, Any]) -> tuple[int, int]:
+    """How many prompts are longer than each of a pipeline's text encoders reads, and how many tokens the most patient of them reads.
+
+    CLIP reads as many as its tokenizer says; another encoder what the call or the pipeline's own default names max_sequence_length.
+    (0, 0) for a pipeline without tokenizers.
+    """
+    asked = {**defaults(kind), **call}.get("max_sequence_length")
+    found = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    limits = [(part, part.model_max_length if "CLIP" in type(part).__name__ or asked is None else asked) for part in found]
+    if not limits:
+        return 0, 0
+    tokenizer, limit = max(limits, key=lambda pair: pair[1])
+    lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
+    return sum(length > limit for length in lengths), limit
+
+
+def say_cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequence[str], call: Mapping[str, Any],
+            say: Callable[[str], None]) -> None:
+    """One line where prompts are longer than is read of them, which the libraries' own notices would say a time each."""
+    count, limit = cut(kind, parts, prompts, call)
+    if count:
+        say(f"{count:,} of {len(prompts):,} prompts are longer than the {limit} tokens that a {kind.__name__} reads: the rest of them "
+            "has no effect")
+
+
 def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
     """The keywords of a call that this class of pipelines does not take."""
     taken = inspect.signature(cls.__call__).parameters.values()

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import RequestError
 from ..recipe import Recipe
-from .checks import family
 from .plan import plan
+from .teacher_checks import family
 
 GB, ROOM = 1e9, 1.15                  # a forecast may be this far above what a training takes
 

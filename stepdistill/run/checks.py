@@ -11,27 +11,32 @@ from typing import Any
 import torch
 
 from .. import resources
-from ..diffusion.schedule import RectifiedFlow
 from ..diffusion.solvers import SOLVERS, STOCHASTIC
-from ..diffusion.toy import is_toy
 from ..errors import RequestError
+from ..evaluation.reference import Source as ReferenceSource
+from ..evaluation.reference import load_source
+from ..evaluation.sweep import admitted
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
 from ..models.adapters import named_layers
 from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
-from ..models.families import Family
 from ..models.given_lora import given_lora
-from ..models.quantized import check_installed
 from ..models.roles import Full, Lora, Places, Setting, Weights
-from ..models.schedulers import stock_call
-from ..models.sources import index_at
-from ..models.teacher import Teacher, family_at, load_teacher
+from ..models.teacher import Teacher, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
-from ..models.weights import settled
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 from .sources import source_of
+from .teacher_checks import (
+    check_family,
+    check_guided,
+    check_quantization,
+    check_times,
+    check_videos,
+    family,
+    quantization,
+)
 
 
 @dataclass(frozen=True)
@@ -46,25 +51,27 @@ class Checked:
 
 def check(recipe: Recipe) -> Checked:
     """RequestError for what cannot work, in this stage and between it and the one before."""
-    _check_family(recipe)
+    check_family(recipe)
     settings, method = recipe.method_settings(), load_method(recipe.method)
     if reason := method.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
     _check_solver(recipe)
     _check_nodes(recipe, method.waypoints(settings, recipe.steps))
-    _check_times(recipe, settings)
+    check_times(recipe, settings)
     needs = method.needs(settings, recipe.student.lora is None)
     if family(recipe).video is not None:
-        _check_videos(recipe, needs)
+        check_videos(recipe, needs)
     roles = configured(recipe, needs)
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
     if quantization(recipe) is not None:
-        _check_quantization(recipe, settings, roles)
-    _check_guided(recipe, settings)
+        check_quantization(recipe, settings, roles)
+    check_guided(recipe, settings)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
+    if recipe.evaluate.reference is not None:
+        reference_source(recipe)
     if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise recipe.refuse("train.optimizer", "is adamw8bit, which wants bitsandbytes, and that is not installed: "
                             "pip install stepdistill[bitsandbytes], or take adamw")
@@ -102,6 +109,20 @@ def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
     if recipe.evaluate.reference is not None:
         raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are taken of whole networks, and "
                             "train.fsdp shards the base: leave it out, and `stepdistill bench` the run")
+
+
+def found(name: str) -> str:
+    """A path of the recipe as it is found from here; another name, such as shapes or inception, stays."""
+    place = None if name in ("shapes", "none", "inception") else resources.locate(name)
+    return name if place is None else str(place)
+
+
+def reference_source(recipe: Recipe) -> ReferenceSource:
+    """What a training's figures are measured against. RequestError, with the recipe's line, for what could not be measured."""
+    choices = recipe.evaluate
+    with recipe.blaming("evaluate.reference", f"is {choices.reference}, which nothing can be measured against"):
+        source = load_source(found(choices.reference), choices.samples)
+        return admitted(choices.samples, None if source.captioned else ["of the data"], found(choices.features), found(choices.reference))
 
 
 def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
@@ -220,48 +241,6 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
                             "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")
 
 
-def quantization(recipe: Recipe) -> str | None:
-    """How the base's denoiser is quantised, as the recipe asks or as it was saved."""
-    if family(recipe).no_pipeline:
-        return None
-    with recipe.blaming("teacher", "cannot be loaded"):
-        source = source_of(recipe)
-        return settled(source, index_at(source)).quantization
-
-
-def _check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setting]) -> None:
-    """RequestError for what a base of few bits cannot carry, and where its library is missing."""
-    asked, kind = recipe.teacher.quantization is not None, quantization(recipe)
-    base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
-    path = "teacher.quantization" if asked else "teacher"
-    with recipe.blaming(path, base):
-        check_installed()
-    if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
-        raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take "
-                                     "no updates: let it be a LoRA, such as {lora: {rank: 32}}")
-    if recipe.teacher.loras:
-        raise recipe.refuse("teacher.loras", f"are given, but the base is quantised ({kind}), and a sum with a LoRA "
-                                             "would be rounded to few bits: save the pipeline with its LoRAs fused, "
-                                             "and let teacher.base name that")
-    for name in ("fsdp", "compile"):
-        if vars(recipe.train)[name]:
-            raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does "
-                                f"not serve: leave it off")
-    if vars(settings).get("derivative") == "exact":
-        raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have "
-                            f"no derivative forward: take pair")
-
-
-def _check_guided(recipe: Recipe, settings: Any) -> None:
-    """RequestError for what only guided calls of the teacher read, where none is guided."""
-    made = recipe.data.made
-    scales = [recipe.guidance, None if made is None else made.guidance,
-              *(value for name, value in vars(settings).items() if "guidance" in name)]
-    if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
-        raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read "
-                                          "it: give a scale above 1, such as guidance: 5.0")
-
-
 # -- data ------------------------------------------------------------------------------------------------------------
 
 def _check_solver(recipe: Recipe) -> None:
@@ -279,17 +258,6 @@ def _check_nodes(recipe: Recipe, waypoints: int) -> None:
         raise recipe.refuse("data.pairs.nodes",
                             f"is {pairs.nodes}; a student of {recipe.steps} steps lands on {waypoints} "
                             f"evenly spaced states of the teacher's way, and a multiple of {waypoints} holds them")
-
-
-def _check_times(recipe: Recipe, settings: Any) -> None:
-    """RequestError for times of a flow that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
-    if family(recipe).sigmas:
-        return
-    try:
-        inference = load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance)
-        stock_call(inference, RectifiedFlow(), sigmas=False)
-    except ValueError as error:
-        raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------
@@ -341,62 +309,3 @@ def _as_written(setting: Setting) -> str:
     """As a recipe writes it."""
     entries = ", ".join(f"{name}: {value}" for name, value in vars(setting).items() if value is not None)
     return f"{{lora: {{{entries}}}}}" if isinstance(setting, Lora) else "full"
-
-
-# -- the teacher's family --------------------------------------------------------------------------------------------
-
-def family(recipe: Recipe) -> Family:
-    """The family of the recipe's teacher, before any weights are read."""
-    with recipe.blaming("teacher", "cannot be loaded"):
-        return family_at(source_of(recipe))
-
-
-def _check_family(recipe: Recipe) -> None:
-    """RequestError for entries that the teacher's family does not serve, and for data of another kind than its
-    samples."""
-    served = family(recipe)
-    points, (path, data) = served.samples == "points", _data(recipe)
-    if points and not _are_points(data):
-        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
-                            f"folder, {recipe.teacher.base}")
-    if not points and _are_points(data):
-        raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
-                            f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
-    with recipe.blaming("frames", "cannot be"):
-        served.size(None, recipe.frames)
-    for entry, reason in served.unserved.items():
-        value = _entry(recipe, entry)
-        if value not in (None, False, "auto") and not (entry.endswith("guidance") and value == 1):
-            raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
-
-
-def _check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
-    """RequestError for what is made for pictures alone, where the teacher makes videos."""
-    if recipe.data.kind == "images" and recipe.frames != 1:
-        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one "
-                            "frame: let frames be 1, or take prompts, samples or pairs, which need no data of yours")
-    if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher "
-                            "makes videos: leave it out")
-    if any(isinstance(need, Features) for need in needs.values()):
-        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes "
-                            "videos: ladd and dmd2 judge by the features of its own network")
-
-
-def _entry(recipe: Recipe, path: str) -> object:
-    found: object = recipe
-    for name in path.split("."):
-        found = None if found is None else getattr(found, name)
-    return found
-
-
-def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
-    """Where the recipe names its images or prompts, and which."""
-    data = recipe.data
-    if data.made is not None:
-        return f"data.{data.kind}.prompts", data.made.prompts
-    return f"data.{data.kind}", data.images or data.prompts
-
-
-def _are_points(data: str | tuple[str, ...]) -> bool:
-    return isinstance(data, str) and (found := resources.locate(data)) is not None and is_toy(found)

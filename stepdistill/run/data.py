@@ -28,9 +28,12 @@ from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..diffusion.times import even
 from ..methods.base import due
+from ..models.stock import say_cut
 from ..models.teacher import Teacher
+from .checks import found
 from .setup import Run
 
+LOOKED_AT = 20_000                                    # prompts whose length is looked at
 SAMPLE = "teacher sample"                             # what the noises of the teacher's own samples are for
 
 
@@ -38,12 +41,12 @@ def captions(run: Run) -> Captions:
     """The pictures or prompts that the recipe names."""
     data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
     if data.kind == "images":
-        return open_images(_found(data.images), pixels_of(run.teacher), seed, data.count, reads)
+        return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
     named = data.prompts if data.made is None else data.made.prompts
     if (named == "none") != (reads == "nothing"):
         right = f"reads {reads}: name some" if named == "none" else "reads neither texts nor classes: let it be none"
         raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None), f"is {named}, but the teacher {right}")
-    return open_prompts(_found(named) if isinstance(named, str) else list(named), seed)
+    return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
 def dataset(run: Run, report: Report = silent) -> Dataset:
@@ -64,6 +67,14 @@ def preview_prompts(run: Run, count: int = 4) -> list[str]:
         return list(run.recipe.evaluate.prompts)
     found = captions(run)
     return found.captions(torch.arange(count if found.count is None else min(count, found.count)))
+
+
+def say_long(run: Run, say: Callable[[str], None]) -> None:
+    """One line where prompts of the data, among the first ones, are longer than the teacher's text encoders read."""
+    loaded, texts = run.teacher.loaded, captions(run)
+    if loaded is not None and texts.count is not None:
+        first = texts.captions(torch.arange(min(texts.count, LOOKED_AT)))
+        say_cut(type(loaded), loaded.components, first, run.stock.call, say)
 
 
 def pixels_of(teacher: Teacher) -> int | tuple[int, int]:
@@ -162,8 +173,3 @@ def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dic
     given |= {} if teacher.frames is None else {"frames": teacher.frames}
     return {"teacher": mark(source.place), "revision": source.revision, "dtype": dtype} | parts | given
 
-
-def _found(name: str) -> str:
-    """A path of the recipe as it is found from here; `shapes` stays `shapes`."""
-    found = None if name in ("shapes", "none") else resources.locate(name)
-    return name if found is None else str(found)

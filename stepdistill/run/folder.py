@@ -27,10 +27,11 @@ from ..models.sources import cached_file
 from ..recipe import Recipe
 from ..training import checkpoints
 from .resuming import CHANGES, RECIPE, STAGES, resumed
+from .telling import FILE as LOG
 
 ENVIRONMENT, RESULTS, SAMPLES = "environment.json", "results.json", "samples"
 BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", SAMPLES, "checkpoints", STAGES, CHANGES,
-         LOCK)
+         LOG, LOCK)
 """What a run writes before its first checkpoint."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -150,14 +151,20 @@ def environment(device: torch.device) -> dict[str, Any]:
             "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}}
 
 
+def moment(device: torch.device) -> dict[str, Any]:
+    """Where and when something is measured."""
+    here = environment(device)
+    return {"date": here["started"], "device": here["device"], "threads": here["threads"], "command": here["command"], "versions": here["packages"]}
+
+
 def is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
 
 def recipe_of(run: Path) -> Recipe:
     if not is_run(run):
-        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out {run}` "
-                           "makes one")
+        raise RequestError(f"{run} is no run folder: it holds no {RECIPE}; `stepdistill train RECIPE --out "
+                           f"{quote(str(run))}` makes one")
     return Recipe.load(run / RECIPE)
 
 

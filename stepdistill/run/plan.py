@@ -14,9 +14,10 @@ from ..models.quantized import packed_bytes
 from ..models.sources import cached_file
 from ..models.teacher import Teacher
 from ..recipe import Recipe
-from .checks import family, vision_network
+from .checks import vision_network
 from .passes import count_passes, tensors_in
 from .setup import Previous, Run, setup, student_weights
+from .teacher_checks import family
 
 GRADIENT, FLOAT = 4, 4                # bytes a trained parameter: its gradient, itself
 ADAM = {"adamw": 8, "adamw8bit": 2}   # its two moments

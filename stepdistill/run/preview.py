@@ -8,23 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import parallel, resources
+from .. import parallel
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import dpmpp_2m
 from ..diffusion.times import even
 from ..evaluation.clouds import cloud, points_of
 from ..evaluation.plans import plans
-from ..evaluation.report import row_key
+from ..evaluation.report import in_words, row_key
 from ..evaluation.sheets import sheet
 from ..evaluation.sweep import Evaluation
 from ..files import records
 from ..methods.base import due
 from ..training.tracking import truncate
-from .data import noises, preview_prompts
+from .checks import found, reference_source
+from .data import captions, noises, preview_prompts
 from .folder import picture_of
 from .setup import Run
 from .targets import student_target
+from .telling import log
 
 TEACHER_STEPS = 25
 CLOUD = 2000                                          # points of a picture of Toy
@@ -43,8 +45,8 @@ class Preview:
         self.figures: Evaluation | None = None
         if choices.reference is not None and parallel.rank() == 0:
             self.figures = Evaluation(choices.samples, run.recipe.train.seed,
-                                      features=resources.locate(choices.features) or choices.features,
-                                      reference=choices.reference, say=lambda text: None)
+                                      prompts=figure_prompts(run), features=found(choices.features),
+                                      reference=found(choices.reference), device=run.device, say=log.debug)
 
     def __call__(self, step: int) -> None:
         if self._speaks(step):
@@ -94,10 +96,19 @@ class Preview:
             row, _ = self.figures.row(plan)
             with (self.folder / FIGURES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")
+            log.info(f"step {step:,}: {in_words(row)}")
 
     def noise(self, name: str) -> Tensor:
         """(B, ...) unit normal, the same at every preview."""
         return noises(self.run, "watch", name, torch.arange(len(self.cond)))
+
+
+def figure_prompts(run: Run) -> list[str] | None:
+    """What the figures are drawn for: None for the captions of the reference, the data's where it has none."""
+    if reference_source(run.recipe).captioned:
+        return None
+    known, samples = captions(run), run.recipe.evaluate.samples
+    return known.captions(torch.arange(samples if known.count is None else min(known.count, samples)))
 
 
 def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:

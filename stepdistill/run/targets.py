@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
@@ -17,19 +16,22 @@ from safetensors import SafetensorError
 from .. import resources
 from ..data.cache import fingerprint
 from ..errors import RequestError, first_lines
-from ..evaluation.plans import Target
+from ..evaluation.plans import Target, at_guidance, at_steps, serve
 from ..export import open_export, read_settings
 from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
-from ..models.families import FAMILIES, family_of, stock_prompts, text_to_image
+from ..models.families import FAMILIES, family_of, stock_guidance, stock_prompts, text_to_image
 from ..models.loading import caller
-from ..models.sources import Source, call_of, index_at
+from ..models.sources import Source, cached_file, call_of, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from ..training import checkpoints
 from .folder import is_run
 from .setup import Run, open_run
 from .sources import located
+
+FEW = 4                                            # steps of a few-step generator of others that does not say its own
+FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
 
 
 @dataclass(frozen=True)
@@ -42,54 +44,97 @@ class Opened:
     guidance: float | None = None
 
 
-def open_target(name: str | Path | Source, called: str) -> Opened:
-    """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables."""
+def open_target(name: str | Path | Source, called: str, few_step: bool = False, say: Callable[[str], None] = print) -> Opened:
+    """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables.
+
+    few_step: the pipeline is a few-step generator, whoever made it. One whose scheduler is made for such is taken for one with a word.
+    """
     found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
         run = open_run(found)
-        student = replace(student_target(run, called), identity=fingerprint(checkpoints.latest(found)))
-        return Opened(student, Source(str(found)), run.teacher.source, run.guidance)
+        target = student_target(run, called)
+        made = made_of(Source(str(found))) | dict(target.made) | {"teacher": made_of(run.teacher.source)}
+        target = replace(target, made=made, identity=fingerprint(checkpoints.latest(found)))
+        return Opened(target, Source(str(found)), run.teacher.source, run.guidance)
     if found is not None and is_export(found):
         return _open_export(found, called)
     source = located(Source.of(name))
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
-    return Opened(Target(called, pipeline, given=_given(pipeline, source), guided=source.guided,
-                         identity=fingerprint(source.place)), source)
+    given = _given(pipeline, source)
+    if not few_step and (sign := _few_step_sign(pipeline)):
+        say(f"{called} has {sign}: it is called as the few-step generator that this makes it, under its own scheduler and in {FEW} steps "
+            "unless told otherwise")
+        few_step = True
+    call = few_step_call(pipeline) if few_step else None
+    return Opened(Target(called, pipeline, call=call, given=given, guided=source.guided, identity=fingerprint(source.place),
+                         made=made_of(source)), source)
+
+
+def ships(opened: Opened) -> bool:
+    """Whether a target draws Shapes: one that ships, or a student of one."""
+    return Path((opened.teacher or opened.source).place).is_relative_to(resources.SHARE / "assets")
+
+
+def made_of(source: Source, lora: str | None = None) -> dict[str, Any]:
+    """What results.json says of a target's weights. Of a Hub id with the commit, as the cache holds it."""
+    index = None if Path(source.place).exists() else cached_file(source.place, "model_index.json", source.revision)
+    revision = source.revision if index is None else index.parent.name
+    return {"weights": resources.named(source.place)} | ({} if revision is None else {"revision": revision}) | (
+        {} if lora is None else {"lora": lora}) | ({"teacher_loras": "fused"} if source.loras else {})
+
+
+def _few_step_sign(pipeline: DiffusionPipeline) -> str | None:
+    """What shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring their schedulers, SD-Turbo and
+    SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none of their own."""
+    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    if kind in FEW_STEP or kind == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing":
+        return f"an {kind}" + " on trailing steps" * (kind not in FEW_STEP)
+    return None
+
+
+def few_step_call(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """How few-step generators are meant to be called: without classifier-free guidance; one whose network reads a scale, at its
+    pipeline's own."""
+    reads = stock_guidance(pipeline).within or "LatentConsistency" in type(pipeline).__name__
+    return {"num_inference_steps": FEW} | ({} if reads else stock_guidance(pipeline).none)
 
 
 def student_target(run: Run, name: str) -> Target:
     """A run's student as a stock pipeline, for a bench."""
     network = run.roles.stock_network(run.sampling_role, run.method.sampler, run.guidance)
     pipeline = run.teacher.pipeline(network.to(run.teacher.codec.dtype), run.scheduler())
-    return Target(name, pipeline, run.recipe.method, dict(run.stock.call))
+    reads = run.roles.reads[run.sampling_role]
+    return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance, fixed_steps="r" in reads,
+                  made={"lora": "merged"} if run.recipe.student.lora is not None else {})
 
 
-def teachers(opened: Sequence[Opened]) -> list[Target]:
-    """The pipelines that were asked for and those that students were made from, each once."""
-    given = {o.source: o.target.pipeline for o in opened if o.teacher is None}
+def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> list[Target]:
+    """The pipelines that were asked for and those that students were made from, each once. Of the latter one that cannot be loaded is
+    left out, with a word."""
+    given = {o.source: o.target.pipeline for o in opened if o.target.call is None}
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
-    pipelines = given | {source: _pipeline(source) for source in made}
+    pipelines = dict(given)
+    for source in made:
+        try:
+            pipelines[source] = _pipeline(source)
+        except RequestError as error:
+            say(f"the teacher {source} does not stand beside its student: {error}")
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
     return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided, companion=source in made,
-                   identity=fingerprint(source.place)) for source, pipeline in pipelines.items()]
+                   identity=fingerprint(source.place), made=made_of(source)) for source, pipeline in pipelines.items()]
 
 
-def must_serve(scheduler: Any, call: Mapping[str, Any], own: int | None = None) -> None:
-    """RequestError where a scheduler has no such number of steps.
-
-    own: that of a student, which on a flow has no other: its call holds their times, or its scheduler was made to give them.
-    """
-    steps = call.get("num_inference_steps")
-    if own not in (None, steps) and type(scheduler).__name__.startswith("FlowMatch"):
-        raise RequestError(f"this student has {own} steps at times that it was made for; found {steps}: leave --steps out")
-    if steps is None or "timesteps" in call or "sigmas" in call:
-        return
-    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
-    try:
-        deepcopy(scheduler).set_timesteps(steps, **own)
-    except ValueError as error:
-        raise RequestError(f"{type(scheduler).__name__} does not serve {steps} steps: {error}") from error
+def call_as_asked(target: Target, steps: int | None, guidance: float | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The keyword arguments of a call of a target in so many steps and at this scale, its own where None. RequestError for what it
+    does not serve."""
+    if target.call is None:
+        call = {**target.given} | ({} if steps is None else {"num_inference_steps": steps})
+        if steps is not None:
+            serve(target.pipeline.scheduler, steps)
+    else:
+        call = {**target.given, **(target.call if steps is None else at_steps(target, steps))}
+    return call if guidance is None else call | at_guidance(target, guidance, say)
 
 
 def _given(pipeline: DiffusionPipeline, source: Source) -> dict[str, Any]:
@@ -124,8 +169,10 @@ def _open_export(folder: Path, called: str) -> Opened:
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]
     guidance = None if trained is None else middle(trained)
-    student = Target(called, pipeline, settings["method"], call, identity=fingerprint(folder))
-    return Opened(student, Source(str(folder)), teacher, guidance)
+    target = Target(called, pipeline, settings["method"], call, identity=fingerprint(folder), trained=trained,
+                    fixed_steps=settings.get("fixed_steps", False),
+                    made=made_of(Source(str(folder)), None if settings["format"] == "pipeline" else "fused") | {"teacher": made_of(teacher)})
+    return Opened(target, Source(str(folder)), teacher, guidance)
 
 
 def _pipeline(source: Source) -> DiffusionPipeline:

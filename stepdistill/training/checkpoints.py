@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import parallel
+from .. import parallel, resources
 from ..errors import RequestError, Stopped
 from ..files import records
 from ..files.whole import aside_of, checksum, put_aside, sync
@@ -41,6 +41,7 @@ def save(run_dir: Path, step: int, tensors: Tensors) -> Path:
                       partial / f"{name}.safetensors")
         sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         (partial / CHECKSUMS).write_text(json.dumps({"step": step, "sha256": sums}, indent=1) + "\n", encoding="utf-8")
+        resources.share(partial)
         for path in partial.iterdir():
             sync(path)
         if final.exists():                          # left by a run that was resumed from an earlier step

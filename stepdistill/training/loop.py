@@ -1,6 +1,7 @@
 """The training loop. It knows roles and updates; it knows no method."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from .stopping import interruptions
 from .tracking import Tracker
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}      # of autocast; fp32 has none
+log = logging.getLogger("stepdistill")
 WARM = 8                                       # steps within which every state of a compiled network turns up
 
 
@@ -232,9 +234,10 @@ class Trainer:
                 raise Stopped(f"{name} of the {role} is not finite after step {step}, which is not saved. {self._kept()} "
                               f"{nonfinite.advice(self.config)}")
         if parallel.rank() == 0:
-            checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
+            kept = checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
                              | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()}
                              | ({"scales": scales(self.scalers)} if self.config.precision == "fp16" else {}))
+            log.info(f"step {step:,} of {self.config.updates:,} is kept: {kept}")
             if self.config.keep is not None:
                 checkpoints.prune(self.run_dir, step, self.config.keep)
         parallel.barrier()

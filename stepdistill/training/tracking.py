@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, timings.jsonl, TensorBoard and a progress bar."""
+"""What a run says about itself: metrics.jsonl, timings.jsonl, TensorBoard, a progress bar, and lines where there is none."""
 from __future__ import annotations
 
 import json
@@ -8,14 +8,16 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -23,8 +25,8 @@ from .. import parallel
 from ..files import records
 from ..files.whole import put_aside, write_whole
 
-log = logging.getLogger(__name__)
 REFRESH = 0.5                     # seconds between redraws of the progress bar
+log = logging.getLogger("stepdistill")
 
 
 def truncate(path: Path, step: int, schema: Any = records.Metrics) -> list[dict[str, Any]]:
@@ -55,6 +57,16 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+class _Bar(Progress):
+    """How far the training is, and its figures on a line below: 80 columns do not hold both beside each other."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures, overflow="fold")
+
+
 class Tracker:
     """Collects every step's tensors and, every so often, moves them from the device at once and writes them down.
 
@@ -67,11 +79,11 @@ class Tracker:
         self.pending: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
         self.main = parallel.rank() == 0
         self.images, self.paused, self.seconds, self.drawn = 0, 0.0, 0.0, 0.0
-        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(),
-                            TextColumn("{task.fields[figures]}"),
-                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), auto_refresh=False,
-                            console=Console(stderr=True), disable=not self.main)
-        self.task = self.bar.add_task("training", total=total, completed=done, figures="")
+        console = Console(stderr=True)
+        self.bar = _Bar(TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+                        TextColumn("left"), TimeRemainingColumn(), auto_refresh=False, console=console,
+                        disable=not (self.main and console.is_terminal))
+        self.total, self.task = total, self.bar.add_task("training", total=total, completed=done)
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             truncate(run_dir / "metrics.jsonl", done)
@@ -142,9 +154,11 @@ class Tracker:
         for name, value in (last | timing).items():
             if name != "step":
                 self.board.add_scalar(name, value, last["step"])
-        losses = " ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in last.items()
-                          if "/" in name and not name.startswith(("grad_norm/", "lr/")))
-        self.bar.update(self.task, figures=f"{losses}  {rate:.1f} images/s  {held / 2**30:.2f} GiB")
+        self.bar.figures = ", ".join([*(f"{name.split('/')[1]} {value:.4g}" for name, value in last.items()
+                                        if "/" in name and not name.startswith(("grad_norm/", "lr/"))),
+                                      f"{rate:.3g} images/s", f"{held / 2**30:.2f} GiB"])
+        left = timedelta(seconds=round((self.total - last["step"]) * timing["seconds_per_step"]))
+        log.debug(f"step {last['step']:,} of {self.total:,}: {self.bar.figures}, {left} left")
 
 
 def _short(value: float) -> float:

@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from stepdistill.errors import RequestError
-from stepdistill.evaluation.curve import best_per_nfe, curve, lines, share_interval
+from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, lines, share_interval
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report import join, read_results, table
 from stepdistill.evaluation.sheets import sheet
@@ -41,6 +42,17 @@ def test_the_best_teacher_is_picked_at_each_count_over_solvers_and_guidance():
 def test_any_table_can_be_drawn(rows):
     image = Image.open(io.BytesIO(curve(rows, 64)))
     assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("least,scale", [(0.5, "log"), (0.05, "symlog"), (-0.2, "symlog")])
+def test_a_distance_of_0_or_less_is_drawn_where_it_is(least, scale):
+    """Also where the interval alone reaches 0: its end is not cut off at the axis."""
+    rows = [row("real", 0, -0.01, None), row("lcm", 1, 2.0), row("lcm", 4, least)]
+    axes = Figure().subplots()
+    _distance_panel(axes, rows, 64)
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == scale and low < least - 0.1 and high > 2.0
+    assert [line.get_ydata()[1] for line in axes.lines if len(line.get_ydata()) == 2][0] == least
 
 
 def test_share_interval_is_wilsons():

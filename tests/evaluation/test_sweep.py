@@ -190,7 +190,7 @@ def test_wrong_requests_teach(teacher, student, clip_folder, tmp_path):
 
 
 def test_bench_writes_the_contract(teacher, student, clip_folder, tmp_path):
-    results = run([teacher, student], clip_folder, tmp_path, solvers=["ddim"], guidance=[1.0])
+    results = run([teacher, student], clip_folder, tmp_path, solvers=["ddim"], guidance=[1.0], made={"date": "today"})
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert {"id", "features", "dim", "reference", "resize", "dtype"} <= set(results["protocol"])
     assert results["protocol"]["reference"] == "shapes:200@7" and results["protocol"]["dim"] == DIM
@@ -198,13 +198,14 @@ def test_bench_writes_the_contract(teacher, student, clip_folder, tmp_path):
         ("real", 0), ("teacher:ddim", 1), ("teacher:ddim", 2), ("student", 1), ("student", 2)]
     for row in results["rows"]:
         assert list(row) == ["target", "method", "nfe", "steps", "guidance", "samples", "seed", "metrics", "latency_ms",
-                             "images_per_s"]
+                             "images_per_s", "made"]
         assert list(row["metrics"]) == ["fd", "fd_low", "fd_high", "kid", "precision", "recall", "clip_score", "diversity",
                                         "all_attributes"]
         assert all(isinstance(value, float) for value in row["metrics"].values())
         assert row["metrics"]["fd_low"] < row["metrics"]["fd"] < row["metrics"]["fd_high"]
     assert results["rows"][-1]["method"] == "lcm" and results["rows"][1]["method"] is None
     assert results["rows"][1]["latency_ms"] > 0 and results["rows"][1]["images_per_s"] > 0
+    assert results["rows"][0]["made"] == results["rows"][-1]["made"] == {"date": "today"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1 + len(results["rows"]) and "http" not in page
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

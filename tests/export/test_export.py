@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_the_folder_holds_what_the_design_says(make, tmp_path, teachers):
     assert (settings["steps"], settings["method"], settings["teacher"]) == (4, "lcm", str(teachers["epsilon"]))
     with safe_open(tmp_path / LORA, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6.0
+
+
+def test_files_have_the_rights_that_the_umask_gives(make, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export_student(make(), "lora", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"0o644"}
 
 
 def test_the_scheduler_keeps_the_teachers_noise(make, tmp_path, teachers):

@@ -1,0 +1,98 @@
+"""report.html: one file that can be sent to others, for light and dark, wide and narrow, with tables that sort."""
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files.whole import write_whole
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2933; --faint: #52606d; --ground: #fff; --line: #d3dae2; --real: #1a7343 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaee; --faint: #aab4bf; --ground: #14181d; --line: #39424d; --real: #63d196 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 2rem auto; padding: 0 1rem;
+  max-width: 90rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+p.note { color: var(--faint); max-width: 70ch } img { max-width: 100%; height: auto } img.figure { background: #fff }
+img.strip { image-rendering: pixelated; height: 68px; max-width: none; display: block }
+div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--faint) }
+th button { font: inherit; font-weight: 700; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
+th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
+tr.real td { color: var(--real) } tr.student td { font-weight: 600 }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem }
+dt { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
+"""
+SORT = """
+for (const button of document.querySelectorAll("th button")) button.onclick = () => {
+  const head = button.parentElement, body = head.closest("table").tBodies[0], i = head.cellIndex;
+  const up = head.ariaSort !== "ascending", value = row => row.cells[i].textContent;
+  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const order = (a, b) => { const x = parseFloat(value(a)), y = parseFloat(value(b));
+    return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) || value(a).localeCompare(value(b)) : x - y };
+  body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
+};
+"""
+
+
+def page(title: str, note: str, figure: tuple[str, bytes], headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]],
+         strips: Sequence[tuple[str, bytes]], facts: Mapping[str, Any]) -> str:
+    """figure: what it shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: (label, PNG). facts: what
+    the figures depend on."""
+    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for kind, cells in rows)
+    heads = "".join(f"<th scope='col'><button type='button'>{html.escape(heading)}</button></th>" for heading in headings)
+    shown = "".join(f"<tr><th scope='row'>{html.escape(label)}</th><td><img class='strip' alt='Samples of {html.escape(label)}' "
+                    f"src='{embedded(png)}'></td></tr>" for label, png in strips)
+    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
+    wide = lambda name, inner: f"<div class='wide' role='region' tabindex='0' aria-label='{name}'><table>{inner}</table></div>"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>
+<h1>{html.escape(title)}</h1>
+<p class="note">{html.escape(note)}</p>
+<img class="figure" alt="{html.escape(figure[0])}" src="{embedded(figure[1])}">
+<h2>Figures</h2>{wide("Figures", f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>")}
+{f"<h2>Samples</h2>{wide('Samples', f'<tbody>{shown}</tbody>')}" if shown else ""}
+<h2>How they were made</h2><dl>{listed}</dl>
+</main><script>{SORT}</script></body></html>
+"""
+
+
+def embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> None:
+    """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of results.json."""
+    number = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
+    rows = [("teacher" if ":" in row["target"] else "student",
+             [row["target"], str(row["nfe"]), str(row["steps"]), f"{row['guidance']:g}", number(row["metrics"]["to_teacher"], 4),
+              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4), number(row["latency_ms"], 1)])
+            for row in results["rows"]]
+    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided step takes two network "
+            "evaluations. The distance to the teacher is the root mean square over pixels in [0, 1] to the teacher's own pictures, the first row. "
+            "Students that are taught the teacher's law rather than its way from noise to picture may lie far from them and be good.")
+    write_whole(out / "report.html", page(
+        "Teacher and student from the same noise", note, ("Pictures of each row, from the same noise", together),
+        ("target", "NFE", "steps", "w", "to teacher", "CLIP score", "diversity", "ms"), rows, [],
+        results["protocol"] | made_of(results["rows"])).encode())
+
+
+def made_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Where and when rows were measured, and of which weights, once for those that share it: {targets: what}."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if "made" in row:
+            found.setdefault("; ".join(f"{name}: {_words(value)}" for name, value in row["made"].items()), {})[row["target"]] = None
+    return {", ".join(targets): what for what, targets in found.items()}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

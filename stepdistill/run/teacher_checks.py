@@ -1,0 +1,130 @@
+"""What a teacher and its family do not serve, known before any weights are read."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import resources
+from ..diffusion.schedule import RectifiedFlow
+from ..diffusion.toy import is_toy
+from ..methods import load_method
+from ..methods.base import Features, Need
+from ..models.families import Family
+from ..models.quantized import check_installed
+from ..models.roles import Full, Setting
+from ..models.schedulers import stock_call
+from ..models.sources import index_at
+from ..models.teacher import family_at
+from ..models.weights import settled
+from ..recipe.schema import Recipe
+from .sources import source_of
+
+
+def family(recipe: Recipe) -> Family:
+    """The family of the recipe's teacher, before any weights are read."""
+    with recipe.blaming("teacher", "cannot be loaded"):
+        return family_at(source_of(recipe))
+
+
+def check_family(recipe: Recipe) -> None:
+    """RequestError for entries that the teacher's family does not serve, and for data of another kind than its
+    samples."""
+    served = family(recipe)
+    points, (path, data) = served.samples == "points", _data(recipe)
+    if points and not _are_points(data):
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
+                            f"folder, {recipe.teacher.base}")
+    if not points and _are_points(data):
+        raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
+                            f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
+    with recipe.blaming("frames", "cannot be"):
+        served.size(None, recipe.frames)
+    for entry, reason in served.unserved.items():
+        value = _entry(recipe, entry)
+        if value not in (None, False, "auto") and not (entry.endswith("guidance") and value == 1):
+            raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
+
+
+def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for what is made for pictures alone, where the teacher makes videos."""
+    if recipe.data.kind == "images" and recipe.frames != 1:
+        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one "
+                            "frame: let frames be 1, or take prompts, samples or pairs, which need no data of yours")
+    if recipe.evaluate.reference is not None:
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher "
+                            "makes videos: leave it out")
+    if any(isinstance(need, Features) for need in needs.values()):
+        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes "
+                            "videos: ladd and dmd2 judge by the features of its own network")
+
+
+def _entry(recipe: Recipe, path: str) -> object:
+    found: object = recipe
+    for name in path.split("."):
+        found = None if found is None else getattr(found, name)
+    return found
+
+
+def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
+    """Where the recipe names its images or prompts, and which."""
+    data = recipe.data
+    if data.made is not None:
+        return f"data.{data.kind}.prompts", data.made.prompts
+    return f"data.{data.kind}", data.images or data.prompts
+
+
+def _are_points(data: str | tuple[str, ...]) -> bool:
+    return isinstance(data, str) and (found := resources.locate(data)) is not None and is_toy(found)
+
+
+def quantization(recipe: Recipe) -> str | None:
+    """How the base's denoiser is quantised, as the recipe asks or as it was saved."""
+    if family(recipe).no_pipeline:
+        return None
+    with recipe.blaming("teacher", "cannot be loaded"):
+        source = source_of(recipe)
+        return settled(source, index_at(source)).quantization
+
+
+def check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setting]) -> None:
+    """RequestError for what a base of few bits cannot carry, and where its library is missing."""
+    asked, kind = recipe.teacher.quantization is not None, quantization(recipe)
+    base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
+    path = "teacher.quantization" if asked else "teacher"
+    with recipe.blaming(path, base):
+        check_installed()
+    if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
+        raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take "
+                                     "no updates: let it be a LoRA, such as {lora: {rank: 32}}")
+    if recipe.teacher.loras:
+        raise recipe.refuse("teacher.loras", f"are given, but the base is quantised ({kind}), and a sum with a LoRA "
+                                             "would be rounded to few bits: save the pipeline with its LoRAs fused, "
+                                             "and let teacher.base name that")
+    for name in ("fsdp", "compile"):
+        if vars(recipe.train)[name]:
+            raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does "
+                                f"not serve: leave it off")
+    if vars(settings).get("derivative") == "exact":
+        raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have "
+                            f"no derivative forward: take pair")
+
+
+def check_guided(recipe: Recipe, settings: Any) -> None:
+    """RequestError for what only guided calls of the teacher read, where none is guided."""
+    made = recipe.data.made
+    scales = [recipe.guidance, None if made is None else made.guidance,
+              *(value for name, value in vars(settings).items() if "guidance" in name)]
+    if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
+        raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read "
+                                          "it: give a scale above 1, such as guidance: 5.0")
+
+
+def check_times(recipe: Recipe, settings: Any) -> None:
+    """RequestError for times of a flow that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    if family(recipe).sigmas:
+        return
+    try:
+        inference = load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance)
+        stock_call(inference, RectifiedFlow(), sigmas=False)
+    except ValueError as error:
+        raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
