@@ -82,6 +82,17 @@ class Evaluated(Row):
     step: int
 
 
+class Toy(TypedDict):
+    """toy.json: a mixture of the plane."""
+
+    seed: int
+    noise: Literal["vp", "flow"]
+    labels: list[int]
+    weights: list[float]
+    means: list[list[float]]
+    covariances: list[list[list[float]]]
+
+
 class _Lora(TypedDict):
     path: str
     weight: float
