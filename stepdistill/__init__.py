@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from .errors import RequestError
 
 if TYPE_CHECKING:
-    from .api import bench, export, load, pairs, plan, sample, train
+    from .api import bench, export, extract, load, pairs, plan, sample, train
     from .proofs.run import verify
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "load", "pairs", "plan", "sample", "train", "verify"]
+__all__ = ["RequestError", "bench", "export", "extract", "load", "pairs", "plan", "sample", "train", "verify"]
 
 
 class _Export(ModuleType):

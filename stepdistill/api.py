@@ -1,6 +1,7 @@
 """The functions that commands and notebooks call: train, pairs, export, sample, bench, plan, load."""
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,28 +25,30 @@ from .errors import RequestError, Stopped
 from .evaluation import sweep
 from .evaluation.plans import SOLVERS
 from .evaluation.sheets import sheet
-from .export import Student, export_student, load
+from .export import Extracted, Student, export_student, load
 from .export import check as check_export
+from .export import extract as extract_lora
 from .models.compiled import compile_blocks
 from .models.families import stock_prompts
 from .models.sharded import shard
+from .models.sources import Source
 from .models.stock import as_pil, pictures
 from .recipe import Recipe
 from .run import folder
 from .run.cards import advice, check_card, fit_stage
-from .run.checks import check, family, needs_of
+from .run.checks import check, family, needs_of, quantization
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts
 from .run.first_call import check_first_call
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
-from .run.sources import base_of
+from .run.sources import base_of, located
 from .run.targets import asking, must_serve, open_target, teachers
 from .training import Trainer, launched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "export", "load", "pairs", "plan", "sample", "train"]
+__all__ = ["bench", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -164,13 +167,23 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     out = run / "export" / to if out is None else Path(out)
     recipe = folder.recipe_of(run)
     check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None,
-                 recipe.guidance)
+                 recipe.guidance, quantization(recipe))
     opened = open_run(run)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=base_of(opened),
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
     export_student(student, to, out, guidance, dtype)
     return out
+
+
+def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dtype: str | None = None) -> Extracted:
+    """Writes a LoRA of what a pipeline differs from its base by, to begin from: `student: {from: OUT}`.
+
+    turbo, base: folders or Hub ids of two pipelines of one architecture, such as a published few-step model and the one
+    that it was made of. dtype: "float16", "bfloat16" or "float32" of the LoRA's weights, float16 unless given. The
+    result says which share of each layer's squared difference the LoRA holds, and what no LoRA reaches.
+    """
+    return extract_lora(located(Source.of(turbo)), located(Source.of(base)), rank, out, dtype)
 
 
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
@@ -226,7 +239,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     opened = [open_target(target, Path(target).resolve().name) for target in targets]
     own = tuple(dict.fromkeys(o.guidance for o in opened if o.guidance is not None)) or (1.0,)
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of "
+                           "its frames")
     scales = tuple(guidance) if guidance else own
     device = launched()
     every = [*(o.target for o in opened if o.teacher is not None), *teachers(opened)]
@@ -241,6 +255,7 @@ def quiet() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # of each cast in each layer
 
 
 @contextmanager

@@ -130,6 +130,23 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
+def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
+                                                 help="A pipeline that few steps are enough for: a folder or Hub id.")],
+            base: Annotated[str, typer.Option(help="The pipeline that it was made of.")],
+            rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")],
+            out: Annotated[Path, typer.Option(help="Where to write.")],
+            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of its weights; float16 "
+                                                      "unless given.")] = None,
+            as_json: Json = False) -> None:
+    """Make a LoRA of what one pipeline differs from another by."""
+    found = working().extract(turbo, base, rank, out, dtype)
+    plain = {"folder": str(out), "rank": rank, "kept": found.kept, "reached": found.reached,
+             "beyond": {kind: {"tensors": count, "norm": norm} for kind, (count, norm) in found.beyond.items()},
+             "layers": [vars(layer) for layer in found.layers]}
+    _emit(plain, as_json, lambda: _show_extracted(found))
+
+
+@app.command()
 def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]",
                                                                help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
@@ -287,6 +304,18 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
     from .evaluation.report import table
     say.print(table(results))
     _tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
+
+
+def _show_extracted(found: Any) -> None:
+    rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"}
+            for layer in found.worst()]
+    say.print(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
+    say.print(_table(rows, ("layer", "kept", "norm")))
+    say.print(f"kept in all: {found.kept:.2%} of the squared difference of these layers")
+    if found.beyond:
+        say.print(f"out of its reach: {', '.join(f'{count} {kind}' for kind, (count, _) in found.beyond.items())}, "
+                  f"{1 - found.reached:.2%} of the whole squared difference")
+    say.print(f"wrote {found.folder}; a student begins with it by student: {{from: {found.folder}}}", soft_wrap=True)
 
 
 def _show_progress(rows: list[Any]) -> None:

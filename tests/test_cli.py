@@ -63,7 +63,7 @@ def test_recipes_as_json(stepdistill):
 
 @pytest.mark.parametrize(("args", "message"), [
     (("trian",), "Did you mean 'train'"),
-    (("methods", "lmc"), "did you mean lcm?"),
+    (("methods", "lcn"), "did you mean lcm?"),
     (("recipes", "shapes/lcmm"), "did you mean shapes/lcm?"),
     (("train", "nowhere.yaml"), "there is no recipe"),
     (("train", "shapes/lcm", "--set", "stpes=2"), "did you mean steps?"),

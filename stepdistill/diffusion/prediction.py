@@ -15,6 +15,8 @@ from torch import Tensor
 from .schedule import Schedule, like
 
 Row = Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]
+# Raw outputs with and without a condition, w (B, 1, ...) -> their mix.
+Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def edm(sigma_data: float) -> Row:
@@ -54,6 +56,16 @@ def linear(given: Tensor, without: Tensor, w: Tensor) -> Tensor:
     return without + w * (given - without)
 
 
+def rescaled(combine: Combine, share: float) -> Combine:
+    """Guidance whose result is drawn towards the spread of the conditional output, by a share in [0, 1]: Lin et al.
+    2023, arXiv:2305.08891, section 3.4."""
+    def rescale(given: Tensor, without: Tensor, w: Tensor) -> Tensor:
+        mixed = combine(given, without, w)
+        axes = tuple(range(1, mixed.ndim))
+        return mixed * (share * given.std(axes, keepdim=True) / mixed.std(axes, keepdim=True) + 1 - share)
+    return rescale
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A network's output at x_t. raw, x_t: (B, ...); t: (B,) float64; kind: a key of PARAMETERISATIONS.
@@ -70,7 +82,7 @@ class Prediction:
     t: Tensor
     schedule: Schedule
     kind: str
-    combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
+    combine: Combine = linear
 
     @cached_property
     def _solved(self) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,11 @@ def below(t: Tensor, grid: Tensor, k: int = 1) -> Tensor:
     return grid[(torch.searchsorted(grid, t) - k).clamp(min=0)]
 
 
+def above(t: Tensor, grid: Tensor) -> Tensor:
+    """The first node above t, the last where there is none."""
+    return grid[torch.searchsorted(grid, t, right=True).clamp(max=len(grid) - 1)]
+
+
 def among(grid: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     """A node from low to high, both included, each as likely; `high` itself where there is none between."""
     first, last = torch.searchsorted(grid, low), torch.searchsorted(grid, high, right=True) - 1

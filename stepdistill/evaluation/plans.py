@@ -56,8 +56,9 @@ class Target:
     """What stands in the table. A teacher has no `call` and is swept over solvers and guidance, under stock schedulers.
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
-    pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside.
-    companion: nobody asked for it; where it cannot be run, its rows are left out. identity: changes with its weights.
+    pipeline its scheduler; only the number of steps is varied. given: what every call of the pipeline is given beside;
+    guided: and what a guided one is. companion: nobody asked for it; where it cannot be run, its rows are left out.
+    identity: changes with its weights.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Target:
     method: str | None = None
     call: Mapping[str, Any] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    guided: Mapping[str, Any] = field(default_factory=dict)
     companion: bool = False
     identity: str = ""
 
@@ -74,7 +76,7 @@ class Target:
 
     @property
     def guidance(self) -> Guidance:
-        return stock_guidance(self.pipeline)
+        return stock_guidance(self.pipeline).beside_too(self.guided)
 
     @property
     def prompted(self) -> bool:
@@ -206,7 +208,7 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
     call, scheduler = dict(target.call), target.pipeline.scheduler
     fixed = call.get("timesteps") or call.get("sigmas")
     own = len(fixed) if fixed else call["num_inference_steps"]
-    fixed = fixed or type(scheduler).__name__.startswith("FlowMatch")      # which was made to give the times of this many steps
+    fixed = fixed or type(scheduler).__name__.startswith("FlowMatch")      # made to give the times of this many steps
     guidance = target.guidance.scale(call)
     passes = evaluations(Plan(target, target.name, scheduler, call, 0, own, guidance)) // own
     rows = []

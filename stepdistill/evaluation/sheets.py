@@ -20,7 +20,8 @@ def sheet(images: Tensor | Sequence[Tensor], path: Path | str | None = None,
     """Draws a grid and returns it as PNG; writes it to `path`, if given, aside first.
 
     images: rows of (columns, 3, H, W) in [-1, 1], all of one size, such as a teacher's row above its student's; or one
-    (B, 3, H, W), laid out near to a square; or videos (B, F, 3, H, W), a row each, of at most 8 of their frames. captions: one label a row. Small pictures are enlarged by a whole factor.
+    (B, 3, H, W), laid out near to a square; or videos (B, F, 3, H, W), a row each, of at most 8 of their frames.
+    captions: one label a row. Small pictures are enlarged by a whole factor.
     """
     rows = _rows(images)
     if captions is not None and len(captions) != len(rows):

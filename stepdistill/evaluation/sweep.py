@@ -160,6 +160,8 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise RequestError(f"targets need different names, found {names}")
+    if prompts is None and not any(target.prompted for target in targets):
+        prompts = [""]                                 # none of them is told any
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
         rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import printable
 from ..models.adapters import PEFT_WEIGHTS
+from ..models.families import family_of
 from ..models.sources import Source
 from .folder import base_of
 
@@ -42,6 +43,7 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     base, whole = base_of(settings), settings["format"] == "pipeline"
     names = [settings["pipeline"]] if whole else [settings["pipeline"], settings["scheduler"]]
     names = ["AutoencoderKL"] * (base.vae is not None and not whole) + names
+    names = ["BitsAndBytesConfig", "PipelineQuantizationConfig"] * _packs(base) + names
     by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
     lines = ["import torch", f"from diffusers import {', '.join(names)}", *by_peft, "",
              f"folder = {_quoted(folder)}          # where this card lies"]
@@ -49,8 +51,9 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder{without})"]
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
+        fused = () if "quantization" in settings else FUSED
         lines += [*_base(base, settings["pipeline"], without),
-                  *([PEFT.format(settings["denoiser"])] if by_peft else [f"pipe.load_lora_weights(folder{name})", *FUSED]),
+                  *([PEFT.format(settings["denoiser"])] if by_peft else [f"pipe.load_lora_weights(folder{name})", *fused]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
@@ -76,7 +79,14 @@ def _base(base: Source, pipeline: str, without: str) -> list[str]:
         inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
         lines, options = [f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner})"], f"{options}, vae=vae"
     loader = "from_single_file" if base.is_file else "from_pretrained"
-    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}{options}{without}).to(torch.float32)"]
+    last = ".to(torch.float32)"
+    if _packs(base):
+        family = family_of(pipeline)
+        kind = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if base.quantization == "nf4" else "load_in_8bit=True"
+        lines += [f"bits = BitsAndBytesConfig({kind}, llm_int8_skip_modules=[{_quoted(family.time.first)}])",
+                  f"bits = PipelineQuantizationConfig(quant_mapping={{{_quoted(family.denoiser)}: bits}})"]
+        options, last = f"{options}, quantization_config=bits, dtype=torch.bfloat16", '.to("cuda")'
+    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}{options}{without}){last}"]
     for lora in base.loras:
         place, file = lora.find()
         weights = "" if file is None else f", weight_name={_quoted(file)}"
@@ -84,6 +94,11 @@ def _base(base: Source, pipeline: str, without: str) -> list[str]:
                   f"pipe.fuse_lora(lora_scale={lora.weight:g})         # the student was trained on these weights",
                   "pipe.unload_lora_weights()"]
     return lines
+
+
+def _packs(base: Source) -> bool:
+    """Whether the stock pipeline is asked to quantise its network; the loader of a single file cannot be."""
+    return base.quantization is not None and not base.is_file
 
 
 def _plain(text: str) -> str:
@@ -118,7 +133,9 @@ def _what(settings: Mapping[str, Any]) -> str:
     loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}" for lora in settings.get("teacher_loras", []))
     return (f"{form} that makes {_code(settings['teacher'])}{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "
-            f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`.")
+            f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`."
+            + (f" While it was trained, its base was quantised ({settings['quantization']})."
+               if "quantization" in settings else ""))
 
 
 def _facts(settings: Mapping[str, Any]) -> str:
@@ -163,7 +180,9 @@ def _guidance(settings: Mapping[str, Any]) -> str:
     if scale > 1:
         return f"classifier-free with scale {scale:g}: two evaluations a step"
     trained = settings["trained_guidance"]
-    return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in")
+    against = settings.get("teacher_parts", {}).get("negative_prompt")
+    away = "" if against is None else f", away from {_quoted(against)}"
+    return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in{away}")
 
 
 def _range(settings: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ..files.whole import checksum
 from ..models.adapters import load_adapter, take_off
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
+from ..models.quantized import quantization_of
 from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, check_safetensors, index_at
 from ..models.weights import class_of, settled
 from .formats import component, loads_loras
@@ -99,7 +100,8 @@ def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
     """(a fresh stock pipeline in float32 that samples as the folder says, the settings to call it with).
 
     teacher: where the base pipeline lies now, if not where the folder says; a Source: all of it. fused: a LoRA is added
-    to the weights, so that a call costs what one of the base does; otherwise it lies beside them.
+    to the weights, so that a call costs what one of the base does; otherwise, and on a quantised base, it lies beside
+    them.
     """
     settings = read_settings(folder)
     cls = class_of("pipeline", "diffusers", settings["pipeline"])
@@ -109,7 +111,7 @@ def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
     base = base_of(settings)
     pipe = fresh_pipeline(cls, teacher if isinstance(teacher, Source) else replace(base, base=str(teacher or base.base)))
     call = load(pipe, folder)
-    if fused:
+    if fused and quantization_of(pipe.components[component(pipe)]) is None:
         fuse(pipe)
     return pipe, call
 

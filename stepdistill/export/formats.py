@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.adapters import save_adapter
+from ..models.sources import LORA_FILE
 from .dtypes import save_pipeline
 from .fold import folded
 from .student import Lora, Student
@@ -35,12 +36,17 @@ def loads_loras(pipe: DiffusionPipeline) -> bool:
 
 
 def write_lora(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
-    lora, name = student.lora, component(pipe)
-    if not loads_loras(pipe):
+    return save_lora(student.lora, type(pipe), component(pipe), folder)
+
+
+def save_lora(lora: Lora, cls: type[DiffusionPipeline], denoiser: str, folder: Path) -> str:
+    """A LoRA of a pipeline's network in diffusers' format, in peft's where its class loads none by itself."""
+    if not issubclass(cls, LoraBaseMixin):
         return save_adapter(folder, lora.state, lora.metadata())
     layers = {key: value.contiguous() for key, value in lora.state.items()}
-    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora.metadata()})
-    return "pytorch_lora_weights.safetensors"
+    cls.save_lora_weights(folder, **{f"{denoiser}_lora_layers": layers,
+                                     f"{denoiser}_lora_adapter_metadata": lora.metadata()})
+    return LORA_FILE
 
 
 def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
@@ -63,11 +69,11 @@ WRITERS: dict[str, Callable[[Student, DiffusionPipeline, torch.dtype, Path], str
 
 
 def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...], lora: bool,
-          trained: Trained) -> None:
+          trained: Trained, quantization: str | None = None) -> None:
     """RequestError for an export that cannot be, known before anything is loaded.
 
     reads: the numbers that the student reads beside its time; lora: whether it is an adapter; trained: the scale or the
-    range of scales that it was trained at.
+    range of scales that it was trained at; quantization: of its base.
     """
     if family.no_pipeline is not None:
         raise RequestError(family.no_pipeline)
@@ -80,6 +86,10 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
     if to == "comfyui" and family.prompts.keyword != "prompt":
         raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: use --to lora or "
                            "--to pipeline")
+    if to == "pipeline" and quantization is not None:
+        raise RequestError(f"this student's base is quantised ({quantization}), and the sum of a weight and a LoRA "
+                           "would be rounded to few bits: use --to lora, which is loaded beside the quantised base, or "
+                           "the whole one")
     if to != "pipeline" and not lora:
         raise RequestError(f"this student trained all its weights, so it cannot leave as --to {to}; use --to pipeline")
     if "w" not in reads and guidance is not None:

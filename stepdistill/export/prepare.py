@@ -15,7 +15,7 @@ from ..models.denoiser import Denoiser
 from ..models.teacher import Teacher, load_teacher
 from .dtypes import round_pipeline_
 from .formats import adapter, component, keeps
-from .proof import reference, within
+from .proof import reference, tolerance, within
 from .student import Lora, Student
 
 
@@ -48,7 +48,8 @@ def prepare(student: Student, to: str, call: Mapping[str, Any], guidance: float 
     unrounded = reference(student, student.scheduler, call, guidance)
     on_pipeline = _on_pipeline(student.teacher, pipe, lora)
     whole = _stock(student, on_pipeline, lora)
-    within(reference(whole, student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded")
+    within(reference(whole, student.scheduler, call, guidance), unrounded, f"the {to} before it is rounded",
+           tolerance(student.teacher))
     lora = lora.rounded(dtype)
     on_pipeline.bank.load_state_dict("student", lora.state)
     return PreparedExport(_stock(student, on_pipeline, lora), pipe, unrounded)

@@ -23,7 +23,7 @@ from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings, weights_of
 from .formats import WRITERS, check, keeps
 from .prepare import prepare
-from .proof import TOLERANCE, Proof, prove, samples
+from .proof import Proof, prove, samples, tolerance
 from .student import Student
 
 SCHEMA = 2                        # of stepdistill.json: raise it when readers must know of a change
@@ -38,12 +38,13 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
     out = Path(out)
-    check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance)
+    check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance,
+          student.teacher.source.quantization)
     dtype = chosen(dtype, to)
     _may_write(out, student)
     call, scale = _call(student, to, guidance)
     prepared = prepare(student, to, call, scale, DTYPES[dtype])
-    with _aside(out) as folder:
+    with aside(out) as folder:
         _may_write(out, student)                                   # now that nobody else does
         weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
         student.scheduler.save_pretrained(folder / "scheduler")
@@ -52,7 +53,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": TOLERANCE, "images": samples(student.teacher),
+        settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher), "images": samples(student.teacher),
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
@@ -78,7 +79,8 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
     sampler, base = student.sampler(call), student.base_model or student.teacher.source
     return {"format": to, "pipeline": pipeline, "denoiser": student.teacher.family.denoiser,
             "reads": student.teacher.family.reads(student.teacher.network), "call": call, "steps": student.steps, "method": student.method,
-            "teacher": base.base, "revision": base.revision, **_beside(base, student.teacher.traces),
+            "teacher": base.base, "revision": base.revision,
+            **_beside(base, student.teacher.traces, student.teacher.source.quantization),
             "role": student.role_name, "run": student.run,
             "scheduler": type(student.scheduler).__name__, "weights": weights, "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
@@ -91,11 +93,13 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 
-def _beside(base: Source, traces: tuple[Trace, ...]) -> dict[str, Any]:
+def _beside(base: Source, traces: tuple[Trace, ...], quantization: str | None) -> dict[str, Any]:
     """What of the teacher is not its base's: only where there is such."""
     parts = {name: value for name, value in vars(base).items() if value is not None and name not in ("base", "revision", "loras")}
     loras = {"teacher_loras": [vars(lora) for lora in base.loras], "teacher_traces": [vars(trace) for trace in traces]}
-    return ({"teacher_parts": parts} if parts else {}) | (loras if base.loras else {})
+    found = {"teacher_parts": parts} if parts else {}
+    found |= loras if base.loras else {}
+    return found if quantization is None else found | {"quantization": quantization}
 
 
 def _picture(proof: Proof) -> Any:
@@ -104,11 +108,21 @@ def _picture(proof: Proof) -> Any:
     return make_image_grid(as_pil(rows.flatten(0, 1)), *rows.shape[:2])
 
 
-def _may_write(out: Path, student: Student) -> None:
-    """An existing folder may be replaced if it is empty or an earlier export of the same run."""
+def may_write_new(out: Path) -> None:
+    """RequestError unless `out` is free, or an empty folder."""
+    if _holds(out):
+        raise RequestError(f"{out} is not empty: choose another --out")
+
+
+def _holds(out: Path) -> bool:
     if out.is_file():
         raise RequestError(f"{out} is a file; --out wants a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    return out.is_dir() and any(out.iterdir())
+
+
+def _may_write(out: Path, student: Student) -> None:
+    """An existing folder may be replaced if it is empty or an earlier export of the same run."""
+    if not _holds(out):
         return
     if not (out / SETTINGS).is_file():
         raise RequestError(f"{out} is not empty and is no export folder: choose another --out")
@@ -119,7 +133,7 @@ def _may_write(out: Path, student: Student) -> None:
 
 
 @contextmanager
-def _aside(out: Path) -> Iterator[Path]:
+def aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on any failure; nobody else writes there meanwhile. What a
     killed export left is cleared, and the folder that it was about to replace put back."""
     out = out.resolve()

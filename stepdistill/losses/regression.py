@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 DistanceName = Literal["squared", "huber"]
@@ -14,6 +15,13 @@ DISTANCES: tuple[str, ...] = get_args(DistanceName)
 def squared(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference."""
     return (x - y).square().flatten(1).mean(1)
+
+
+def norm(x: Tensor, y: Tensor) -> Tensor:
+    """Root mean square difference: the Euclidean norm, free of the sample's size. Its gradient is of one length
+    wherever x and y differ, and 0 where they do not."""
+    difference = (x - y).flatten(1)
+    return torch.linalg.vector_norm(difference, dim=1) / difference.shape[1] ** 0.5
 
 
 def absolute(x: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from ..diffusion.draws import key
 from ..errors import RequestError
 from . import lora_layers
+from .quantized import dequantized
 from .recompute import recomputed
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -214,12 +216,17 @@ class AdapterBank:
         """The float32 state dict of a plain network that computes what the base does with this adapter (None: the
         base).
 
-        W + (alpha / rank) B A takes the place of W. The tensors are copies.
+        W + (alpha / rank) B A takes the place of W, which of a quantised layer is what its numbers stand for. The
+        tensors are copies.
         """
         own = {id(parameter) for layer in self.network.modules() if isinstance(layer, (BaseTunerLayer, AdapterLinear))
                for path, parameter in layer.named_parameters() if not path.startswith("base_layer.")}
         plain = {path.replace(".base_layer.", "."): value.detach().float().clone()
                  for path, value in self.network.state_dict(keep_vars=True).items() if id(value) not in own}
+        for path, weight in dequantized(self.network).items():
+            layer = path.removesuffix(".base_layer")
+            statistics = [key for key in plain if key.startswith(f"{layer}.weight") or key == f"{layer}.SCB"]
+            plain = {key: value for key, value in plain.items() if key not in statistics} | {f"{layer}.weight": weight}
         if name is not None:
             for path, layer in self._layers.items():
                 if name in layer.lora_A:
@@ -271,6 +278,34 @@ def take_off(network: nn.Module, merge: bool) -> None:
 def _same_device(network: nn.Module) -> AbstractContextManager:
     """Within, what is made lies on the meta device where the network does, and has no bytes either."""
     return torch.device("meta") if next(network.parameters()).is_meta else nullcontext()
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One layer of a LoRA: W + scale B A. a: (r, in, ...), b: (out, r, ...), float32."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def pairs_of(network: nn.Module, name: str) -> dict[str, LoraPair]:
+    """Copies of an adapter that lies on a network, by its layers. ValueError for one with more than A and B."""
+    found: dict[str, LoraPair] = {}
+    for path, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
+            held = {inner for inner, _ in layer.named_parameters() if name in inner.split(".")}
+            if more := held - {f"lora_A.{name}.weight", f"lora_B.{name}.weight"}:
+                raise ValueError(f"its layer {path} has {sorted(more)[0].replace(f'.{name}', '')}")
+            down, up = (factors[name].weight.detach().float().clone() for factors in (layer.lora_A, layer.lora_B))
+            found[path] = LoraPair(down, up, float(layer.scaling[name]))
+    return found
+
+
+def named_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers and convolutions that targets name."""
+    names = [name for name in _layers(network) if any(_matches(name, target) for target in targets)]
+    return {name: network.get_submodule(name) for name in names}
 
 
 def _layers(network: nn.Module) -> list[str]:

@@ -64,7 +64,10 @@ class Framed(Codec):
 
 
 class Video(Codec):
-    """An autoencoder of videos whose convolutions reach back in time: AutoencoderKLWan. shift and scale: tensors (C, 1, 1, 1)."""
+    """An autoencoder of videos whose convolutions reach back in time: AutoencoderKLWan.
+
+    shift and scale: tensors (C, 1, 1, 1).
+    """
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, F, 3, H, W); pictures (B, 3, H, W) are videos of one frame."""
@@ -72,12 +75,12 @@ class Video(Codec):
         return super().encode(frames.transpose(1, 2), generator)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """(B, F, 3, H, W). By the autoencoder's layers, frame after frame as its `decode` calls them, which clips pixels: those that it
-        clips have no gradient."""
+        """(B, F, 3, H, W). By the autoencoder's layers, frame after frame as its `decode` calls them, which clips
+        pixels: those that it clips have no gradient."""
         z = latents.to(self.network.device, self.dtype)
         z = (z / _on(self.scale, z) + _on(self.shift, z)).to(self.dtype)
         decoder, patch = self.network.decoder, self.network.config.patch_size
-        memory = [None] * len([*decoder.modules()])        # what each convolution has seen last; a place for every layer is enough
+        memory = [None] * len([*decoder.modules()])        # what each convolution has seen last, in fewer places than these
         frames = [decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=i == 0)
                   for i, frame in enumerate(self.network.post_quant_conv(z).split(1, 2))]
         return unpatchify(torch.cat(frames, 2), patch or 1).transpose(1, 2).float()
@@ -129,7 +132,8 @@ def framed(vae: Any) -> Codec:
 
 def video(vae: Any) -> Codec:
     """By the mean and the deviation of each channel: Wan."""
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (torch.tensor(values)[:, None, None, None]
+                 for values in (vae.config.latents_mean, vae.config.latents_std))
     return Video(vae, 1 / std, mean)
 
 

@@ -42,7 +42,7 @@ class Denoiser:
             cond = cond.replace(extra={name: cond.extra[name] for name in reads})
         with self.context(), self._attention(x_t, t, cond):
             raw = self.teacher.predict(self.network, x_t, t, cond)
-        return Prediction(raw, x_t, t, self.schedule, self.teacher.kind, self.teacher.family.combine)
+        return Prediction(raw, x_t, t, self.schedule, self.teacher.kind, self.teacher.combine)
 
     def _attention(self, x_t: Tensor, t: Tensor, cond: Condition | None) -> AbstractContextManager:
         """The chosen kernels have no derivative forward, so within torch.func.jvp attention is computed as it is

@@ -49,7 +49,7 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora], but: Contain
 
     RequestError for a LoRA that does not fit: of another base, or with nothing for any component.
     """
-    components = [name for name in _loadable(pipe, loras) if name not in but]
+    components = [name for name in loadable(pipe, loras) if name not in but]
     if not components:
         return ()
     shown: list[tuple[int, str, str, tuple[int, ...], tuple[float, ...]]] = []
@@ -70,7 +70,7 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora], but: Contain
 
 def try_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora]) -> None:
     """RequestError for LoRAs that do not fit networks on the meta device, which have shapes and no weights to add to."""
-    _loadable(pipe, loras)
+    loadable(pipe, loras)
     for lora in loras:
         load_lora(pipe, lora)
         pipe.unload_lora_weights()
@@ -93,7 +93,7 @@ def load_lora(pipe: DiffusionPipeline, lora: FusedLora) -> list[str]:
     return found
 
 
-def _loadable(pipe: DiffusionPipeline, loras: Sequence[FusedLora]) -> list[str]:
+def loadable(pipe: DiffusionPipeline, loras: Sequence[FusedLora]) -> list[str]:
     """The components that a LoRA can be for."""
     if not isinstance(pipe, LoraBaseMixin):
         raise RequestError(f"the LoRA {loras[0].path} cannot be used: a {type(pipe).__name__} loads none")

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
-from .families import Family, family_of, stock_index, text_to_image
+from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
+from .quantized import quantization_of, quantize_, read_saved, saved_as
 from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
-from .weights import check_components, class_of
+from .weights import check_components, class_of, weight_files
 
 UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, SafetensorError)
 """What the libraries raise on configs and weights that do not fit each other."""
@@ -43,7 +44,8 @@ class Loading:
     def dropped(self) -> tuple[str, ...]:
         """The components that the pipeline has and the family leaves where they are."""
         absent = absent_parts(self.index)
-        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index and name not in absent and name in _slots(self.kind))
+        return tuple(name for name in self.family.arguments(self.kind.__name__) if name in self.index
+                     and name not in absent and name in slots(self.kind))
 
     @property
     def without(self) -> tuple[str, ...]:
@@ -53,8 +55,9 @@ class Loading:
     def check(self) -> None:
         """RequestError for components that are not what their configs say, as far as their files are here."""
         source = self.source
-        if source.clip_skip is not None and "clip_skip" not in signature(self.kind.__call__).parameters:
-            raise RequestError(f"clip_skip is {source.clip_skip}, but a {self.kind.__name__} has none: leave it out")
+        for name in ("clip_skip", "negative_prompt", "guidance_rescale"):
+            if (value := vars(source)[name]) is not None and name not in signature(self.kind.__call__).parameters:
+                raise RequestError(f"{name} is {value!r}, but a call of {self.kind.__name__} takes none: leave it out")
         if len(self.index) > 1:
             self._check_kinds()
         index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"
@@ -64,9 +67,10 @@ class Loading:
 
     def _check_kinds(self) -> None:
         """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
-        optional = {*self.family.optional, *(name for name in self.kind._optional_components if not name.startswith("text_encoder"))} - {self.family.denoiser}
+        may_lack = {name for name in self.kind._optional_components if not name.startswith("text_encoder")}
+        optional = {*self.family.optional, *may_lack} - {self.family.denoiser}
         absent = absent_parts(self.index)
-        lacking = [name for name in _slots(self.kind) if not name.startswith("tokenizer") and name not in optional
+        lacking = [name for name in slots(self.kind) if not name.startswith("tokenizer") and name not in optional
                    and (name not in self.index or name in absent)]
         if lacking:
             raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no {', '.join(lacking)}")
@@ -94,7 +98,8 @@ class Loading:
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
-            try_loras(self.kind(**dict.fromkeys(_slots(self.kind)) | dropped | networks | {"scheduler": parts["scheduler"]}),
+            try_loras(self.kind(**dict.fromkeys(slots(self.kind)) | dropped | networks
+                                | {"scheduler": parts["scheduler"]}),
                       self.source.loras)
         return made
 
@@ -115,18 +120,22 @@ def settings_of(index: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list | tuple)}
 
 
-def _slots(kind: type[DiffusionPipeline]) -> list[str]:
+def slots(kind: type[DiffusionPipeline]) -> list[str]:
     """The components that a pipeline of this class is made of."""
     return list(kind._get_signature_keys(kind)[0])
 
 
 def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,
                   parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
-    """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused into those
-    show. A LoRA is added in float32, whatever the dtype.
+    """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused
+    into those show. A LoRA is added in float32, whatever the dtype. The denoiser is quantised where the source says so,
+    unless it is given.
 
     RequestError for what cannot be read and for LoRAs that do not fit.
     """
+    family = family_of(kind.__name__) if source.quantization is not None and kind.__name__ in FAMILIES else None
+    fresh = family is not None and family.denoiser not in parts
+    parts = {**parts, **(_saved_quantized(source, family, dtype) if fresh else {})}
     options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts}
     try:
         if source.is_file:
@@ -142,10 +151,22 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
-    for part in pipe.components.values():             # earlier diffusers do not know `dtype`; what a class keeps in float32 stays it
-        if isinstance(part, nn.Module) and part.dtype != dtype:
+    for part in pipe.components.values():             # earlier diffusers do not know `dtype`; what stays float32 there, stays
+        if isinstance(part, nn.Module) and part.dtype != dtype and quantization_of(part) is None:
             part.to(dtype)
+    if fresh and family.denoiser not in parts:
+        quantize_(pipe.components[family.denoiser], source.quantization, family.time.first)
     return pipe, traces
+
+
+def _saved_quantized(source: Source, family: Family, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The denoiser of a pipeline that was saved quantised; nothing of another."""
+    folder = Path(source.place) / family.denoiser
+    if saved_as(folder) is None:
+        return {}
+    made_by = class_of(family.denoiser, *index_at(source)[family.denoiser])
+    return {family.denoiser: read_saved(made_by, folder, weight_files(folder, source.variant)[0], dtype,
+                                        family.time.first)}
 
 
 @contextmanager

@@ -120,8 +120,8 @@ def _edm(inference: Inference, call: dict[str, Any], schedule: Schedule) -> Stoc
 def own_grid(sigmas: Sequence[float]) -> dict[str, float | None]:
     """The shift and the end with which a stock scheduler of a flow makes these sigmas of their number alone, to 1e-6.
 
-    With the shift s its own grid of k steps goes evenly from 1 to the shifted 1 / N, N its training times, is shifted by s once more,
-    and is then stretched so that it ends at `shift_terminal`:
+    With the shift s its own grid of k steps goes evenly from 1 to the shifted 1 / N, N its training times, is shifted by s
+    once more, and is then stretched so that it ends at `shift_terminal`:
 
         1 - sigma_i = c i / (1 - b i),   b = (N - 1) (s - 1) / ((N + s - 1) (k - 1) s),   i = 0 ... k - 1.
 
@@ -135,8 +135,9 @@ def own_grid(sigmas: Sequence[float]) -> dict[str, float | None]:
     root = span**2 - 4 * bend * (LEVELS - 1)
     made = [away[-1] * i * (1 - bend) / (last - bend * i) for i in range(last + 1)] if last and root >= 0 else []
     if not made or max(abs(a - b) for a, b in zip(made, away, strict=True)) > EVEN:
-        raise ValueError("a call of its pipeline takes no times, and of a number of steps a scheduler makes even ones from t = 1, also shifted ones; "
-                         f"the method asks for {', '.join(f'{t:.4g}' for t in sigmas)}. Choose steps that divide its nodes, or another method")
+        asked = ", ".join(f"{t:.4g}" for t in sigmas)
+        raise ValueError("a call of its pipeline takes no times, and of a number of steps a scheduler makes even ones from t = 1, "
+                         f"also shifted ones; the method asks for {asked}. Choose steps that divide its nodes, or another method")
     return {"shift": 2 * (LEVELS - 1) / (span + sqrt(root)), "shift_terminal": sigmas[-1]}
 
 

@@ -24,7 +24,9 @@ SHAPING = (                                        # keyword arguments of a call
 _ELSEWHERE = {                                     # others -> where they belong
     "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it", "num_inference_steps": "the recipe's steps "
     "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's steps say them",
-    "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it", "negative_prompt": "students are taught without one"}
+    "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it",
+    "negative_prompt": "the recipe's negative_prompt says it",
+    "guidance_rescale": "the recipe's guidance_rescale says it"}
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
 
@@ -58,10 +60,12 @@ class FusedLora:
 class Source:
     """A teacher as it is asked for: all that says which weights and configs are loaded.
 
-    base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of its weights'
-    files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id with the configs of a single
-    file. vae, scheduler: folders or Hub ids of components that take the place of the base's. clip_skip: last layers of its CLIP encoders
-    that every call leaves out. loras: are fused into the weights.
+    base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of
+    its weights' files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id
+    with the configs of a single file. vae, scheduler: folders or Hub ids of components that take the place of the
+    base's. clip_skip: last layers of its CLIP encoders that every call leaves out. quantization: of its denoiser's
+    linear layers, nf4 or int8. loras: are fused into the weights. negative_prompt, guidance_rescale: of its guided
+    calls, none unless given; no others are given them.
     """
 
     base: str
@@ -72,7 +76,10 @@ class Source:
     vae: str | None = None
     scheduler: str | None = None
     clip_skip: int | None = None
+    quantization: str | None = None
     loras: tuple[FusedLora, ...] = ()
+    negative_prompt: str | None = None
+    guidance_rescale: float | None = None
 
     @classmethod
     def of(cls, source: str | Path | Source) -> Source:
@@ -82,6 +89,12 @@ class Source:
     def place(self) -> str:
         """The folder, file or Hub id that is read."""
         return self.base if self.subfolder is None else str(Path(self.base) / self.subfolder)
+
+    @property
+    def guided(self) -> dict[str, Any]:
+        """The keyword arguments of its guided calls, beside their scale."""
+        return {name: value for name in ("negative_prompt", "guidance_rescale")
+                if (value := vars(self)[name]) is not None}
 
     @property
     def is_file(self) -> bool:

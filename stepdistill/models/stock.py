@@ -4,7 +4,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -47,6 +47,10 @@ class Guidance:
             raise RequestError(f"no call of this pipeline guides, so its guidance is 1; found {w:g}")
         return {self.keyword: w - self.offset, **self.beside} if w > 1 else self.none
 
+    def beside_too(self, more: Mapping[str, Any]) -> Guidance:
+        """The same, where a guided call needs these keyword arguments as well."""
+        return replace(self, beside={**self.beside, **more})
+
     def scale(self, call: Mapping[str, Any]) -> float:
         """The scale w of a call; 1 where it does not say. Stock pipelines guide above 1 only."""
         if self.within:
@@ -74,7 +78,7 @@ class Prompts:
     read: Callable[[DiffusionPipeline, str], Any] = lambda pipeline, prompt: prompt
     output_type: Literal["pt", "np"] = "pt"
     gives: Literal["images", "frames"] = "images"
-    each: tuple[str, ...] = ()
+    each: tuple[str, ...] = ("negative_prompt",)
     count: str | None = None
     any: Callable[[DiffusionPipeline], str] = lambda pipeline: ""
 

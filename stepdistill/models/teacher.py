@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.guidance import with_scale
-from ..diffusion.prediction import PARAMETERISATIONS
+from ..diffusion.prediction import PARAMETERISATIONS, rescaled
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, like, moved
 from ..diffusion.times import LEVELS
@@ -34,18 +34,21 @@ LEAST = 1e-3                                       # |alpha b - sigma a| below w
 class Teacher:
     """A loaded pipeline under the conventions of its family. The network is frozen and in evaluation mode.
 
-    family: what differs for its kind. source: what it was loaded from. traces: where the LoRAs that were fused show. call: the
-    keyword arguments that every call of its stock pipeline is given. parts: its components and settings by name; scheduler: its
-    own. network: the one that is distilled. schedule, kind: its noise, and what it predicts. without: the components that
-    from_pretrained of its class must be told to do without; dropped: those that it has and this loads without, such as a safety
-    checker. loaded: the stock pipeline, None for Toy and on the meta device; cls: its class, None for Toy. guidance: how a call of its pipeline
-    speaks of it. resolution: of its samples, height and width in pixels; None for its network's own. frames: of its videos; None for pictures. scale: what a network that reads its guidance scale by itself is given where a condition says none; None for others.
-    read: the stock pipeline again, with these components; None where there is none.
+    family: what differs for its kind. source: what it was loaded from. traces: where the LoRAs that were fused show.
+    call: the keyword arguments that every call of its stock pipeline is given. parts: its components and settings by
+    name; scheduler: its own. network: the one that is distilled. schedule, kind: its noise, and what it predicts.
+    without: the components that from_pretrained of its class must be told to do without; dropped: those that it has and
+    this loads without, such as a safety checker. loaded: the stock pipeline, None for Toy and on the meta device; cls:
+    its class, None for Toy. guidance: how a call of its pipeline speaks of it; combine: how it mixes raw outputs.
+    resolution: of its samples, height and width in pixels; None for its network's own. frames: of its videos; None for
+    pictures. scale: what a network that reads its guidance scale by itself is given where a condition says none; None
+    for others. read: the stock pipeline again, with these components; None where there is none.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: Source, *, scale: float = 1.0,
-                 resolution: int | tuple[int, int] | None = None, frames: int | None = None, loaded: DiffusionPipeline | None = None,
-                 without: tuple[str, ...] = (), dropped: tuple[str, ...] = (), traces: tuple[Trace, ...] = (), cls: type[DiffusionPipeline] | None = None,
+                 resolution: int | tuple[int, int] | None = None, frames: int | None = None,
+                 loaded: DiffusionPipeline | None = None, without: tuple[str, ...] = (), dropped: tuple[str, ...] = (),
+                 traces: tuple[Trace, ...] = (), cls: type[DiffusionPipeline] | None = None,
                  read: Callable[[Mapping[str, Any]], DiffusionPipeline] | None = None) -> None:
         _check(family, parts, source)
         self.family, self.parts, self.source, self.traces = family, dict(parts), source, traces
@@ -54,7 +57,9 @@ class Teacher:
         size, self.call = every_call(family, parts, source, resolution, frames)
         self.resolution, self.frames = size and size[:2], None if family.video is None else size[2]
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
-        self.guidance = family.guidance(self.network)
+        self.guidance = family.guidance(self.network).beside_too(source.guided)
+        share = source.guidance_rescale
+        self.combine = family.combine if share is None else rescaled(family.combine, share)
         self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
         self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, size)
@@ -70,7 +75,8 @@ class Teacher:
 
     @property
     def null_prompt(self) -> str:
-        return self.family.null_prompt
+        negative = self.source.negative_prompt
+        return self.family.null_prompt if negative is None else negative
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -117,13 +123,14 @@ class Teacher:
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), -> latents as the network knows them, float32: the posterior's mode,
-        or a sample of it where a generator is given."""
+        """pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), -> latents as the network knows them, float32: the
+        posterior's mode, or a sample of it where a generator is given."""
         return self.codec.encode(pixels.to(self.device), generator)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), float32, clipped as the stock pipeline does; points as they are."""
+        """Latents -> pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), float32, clipped as the stock pipeline does;
+        points as they are."""
         return self.pixels(latents).clamp(-1, 1) if self.family.samples == "pictures" else latents
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -240,6 +247,9 @@ def numbers(reads: Sequence[str], sampler: Sampler, w: float | None) -> dict[str
 def _check(family: Family, parts: Mapping[str, Any], source: Source) -> None:
     """RequestError for pipelines of a supported class whose parts their family does not translate."""
     reasons = [reason for reason, holds in family.refusals(parts).items() if holds]
+    if source.guided and family.guidance(parts[family.denoiser]).within:
+        asked = " or ".join(source.guided)
+        reasons += [f"its network reads its guidance scale by itself, and no {asked}: leave it out"]
     if not reasons:
         reasons = _noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]), parts["scheduler"])
     if reasons:
@@ -273,7 +283,8 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
     dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU unless given;
     on "meta" every network is built from its config, no weights are read, and conditions are shapes. scale: the guidance scale of a
     network that reads one by itself. resolution: of its pictures in pixels, a side or height and width; its own unless given;
-    frames: of its videos, as many as its pipeline makes unless given. RequestError, before any weights are read, for what is missing, damaged or of an unsupported class.
+    frames: of its videos, as many as its pipeline makes unless given. RequestError, before any weights are read, for what is
+    missing, damaged or of an unsupported class.
     """
     source, meta = Source.of(source), device is not None and torch.device(device).type == "meta"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -315,8 +326,8 @@ def _check_prompts(teacher: Teacher) -> None:
                            "encoder reads none of their tokens. Save or download the teacher anew")
 
 
-def every_call(family: Family, parts: Mapping[str, Any], source: Source, resolution: int | tuple[int, int] | None = None,
-               frames: int | None = None) -> tuple[Size, dict[str, Any]]:
+def every_call(family: Family, parts: Mapping[str, Any], source: Source,
+               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size, dict[str, Any]]:
     """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is given)."""
     call = call_of(source)
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution

@@ -15,20 +15,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RequestError, first_lines
+from .families import FAMILIES, text_to_image
+from .quantized import saved_as
 from .sources import Index, Source, check_safetensors
 
 _FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _LAID = re.compile(r"\.base_layer\.|\.lora_[AB]\.")
+DENOISERS = ("unet", "transformer")
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 
 def settled(source: Source, index: Index) -> Source:
-    """The source of a local folder with the variant of its weights, where that is the only one there.
+    """The source of a local folder with the variant of its weights, where that is the only one there, and with the
+    quantisation that its denoiser was saved in.
 
-    RequestError for a variant that is not there, and where there are several and none is asked for.
+    RequestError for a variant that is not there, where there are several and none is asked for, and for another
+    quantisation.
     """
     if not Path(source.place).is_dir():
         return source
+    if text_to_image(index["_class_name"]) in FAMILIES and {*DENOISERS} & index.keys():
+        source = _quantized(source, index)
     held = {folder.name: variants for folder in folders(Path(source.place), index) if (variants := _variants(folder))}
     every = sorted({variant for variants in held.values() for variant in variants if variant is not None})
     if source.variant is not None:
@@ -42,6 +49,15 @@ def settled(source: Source, index: Index) -> Source:
     if len(common) != 1:
         raise RequestError(f"{source} has no plain weights; its files are of the variants {' and '.join(every)}: choose one by variant")
     return replace(source, variant=common[0])
+
+
+def _quantized(source: Source, index: Index) -> Source:
+    denoiser = next(name for name in DENOISERS if name in index)
+    found = saved_as(Path(source.place) / denoiser)
+    if found is None or source.quantization in (None, found):
+        return source if found is None else replace(source, quantization=found)
+    raise RequestError(f"quantization is {source.quantization}, but the {denoiser} of {source} was saved quantised as "
+                       f"{found}: leave it out")
 
 
 def folders(place: Path, index: Index) -> Iterator[Path]:
@@ -79,13 +95,22 @@ def check_components(place: Path, source: Source, index: Index, dropped: Contain
             _check_vocabulary(source, folder, kind)
         if not issubclass(kind, nn.Module):
             continue
-        files, variant = _files(folder, source.variant)
+        if saved_as(folder) is not None:
+            _check_quantized(source, folder)
+            continue                                   # its tensors are compared when it is read
+        files, variant = weight_files(folder, source.variant)
         found = {key: shape for file in files for key, shape in _shapes(file).items()}
         _check_saved_plain(source, folder.name, found)
         if found and issubclass(kind, ModelMixin):
             _refuse(source, folder.name, *_compared(kind, folder, found))
         elif found:
             _refuse(source, folder.name, *_reported(source, kind, folder, variant))
+
+
+def _check_quantized(source: Source, folder: Path) -> None:
+    if folder.name not in DENOISERS:
+        raise RequestError(f"the {folder.name} of {source} was saved quantised, which is served of a denoiser alone: "
+                           f"name a pipeline whose {folder.name} is plain")
 
 
 def class_of(component: str, library: str, class_name: str) -> type:
@@ -143,7 +168,7 @@ def _check_vocabulary(source: Source, folder: Path, kind: type[PreTrainedTokeniz
                            "Save or download the teacher anew")
 
 
-def _files(folder: Path, variant: str | None) -> tuple[list[Path], str | None]:
+def weight_files(folder: Path, variant: str | None) -> tuple[list[Path], str | None]:
     """The .safetensors files that from_pretrained reads, and their variant: the plain ones where there is none of the one asked for."""
     held = variant if variant in _variants(folder) else None
     named = ((path, _FILE.fullmatch(path.name)) for path in sorted(folder.glob("*.safetensors")))

@@ -90,7 +90,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
     method = kind(settings, {role: roles[role] for role in needs}, scale, sampler)
-    batch, step = _batch(problem, path), problem.step(COUNT, **moment)
+    batch, step = _batch(problem, path), problem.step(COUNT, **{"progress": path.progress, **moment})
     return Cast(problem, path, settings, exported, method, learner, target, batch, step, Hand(problem))
 
 

@@ -22,7 +22,8 @@ from .problem import Problem
 @dataclass(frozen=True)
 class Path:
     """name: what is special of it. settings: other than the defaults. w: the recipe's guidance, None a drawn scale.
-    full: all weights are trained. previous: the teacher is the student of the stage before. nodes: of the pairs."""
+    full: all weights are trained. previous: the teacher is the student of the stage before. nodes: of the pairs.
+    progress: of the training."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class Path:
     full: bool = False
     previous: bool = False
     nodes: int = 4
+    progress: float = 0.0
 
     def settings_of(self, method: str) -> Any:
         """The method's settings."""
@@ -61,6 +63,18 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("guidance embedding, one scale", guidance_embedding=True),
             of("guidance embedding, an averaged target", w=RANGE, full=True, guidance_embedding=True),
             Path("of the stage before, guidance embedding", {"guidance_embedding": True}, w=RANGE, previous=True)),
+    "mcm": (*GUIDED, AFTER, ONE,
+            of("few nodes, 2 steps", 2, first_nodes=8, last_nodes=16),
+            Path("nodes half grown", {"first_nodes": 8, "last_nodes": 72}, progress=0.25),
+            Path("nodes grown", {"first_nodes": 8, "last_nodes": 72}, progress=0.7),
+            Path("nodes that grow to the end", {"first_nodes": 8, "last_nodes": 72, "grown": 1.0}, progress=0.7),
+            of("a node a step", 8, first_nodes=8, last_nodes=8),
+            of("DDIM", eta=0.0),
+            of("eta 1", eta=1.0),
+            of("squared", loss="squared"),
+            of("max(SNR, 1)", weight="truncated"),
+            of("the data's path", w=1.0, bridge="data"),
+            of("the data's path, squared, 1 step", 1, w=1.0, bridge="data", loss="squared")),
     "scm": (*GUIDED, ONE,
             of("exact", derivative="exact"),
             of("mean and deviation", mean=0.9, std=1.1),
@@ -95,6 +109,8 @@ ELSEWHERE = {"target_decay"}                # settings that no loss reads: follo
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
     "lcm": {"nodes": 50, "skip": 1, "bridge": "ddim", "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
+    "mcm": {"first_nodes": 64, "last_nodes": 1280, "grown": 0.5, "bridge": "addim", "eta": 0.75, "loss": "norm",
+            "weight": "v"},
     "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
     "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
             "shift": 1.0},

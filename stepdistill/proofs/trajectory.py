@@ -97,3 +97,15 @@ class Trajectory:
             found = secant_target(x, self.carried(x, t, r), begin, end, self.problem.schedule)
             return torch.where(like(above, x) > 0, found, x)
         return FunctionRole(self.problem.schedule, x0, self.problem.kind)
+
+    def segmented(self, steps: int) -> FunctionRole:
+        """The student whose DDIM step from any time of the grid lands at the start of its segment, of `steps` even
+        ones."""
+        def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            return self.landing(start(t, steps))(x, t, cond).x0
+        return FunctionRole(self.problem.schedule, x0, self.problem.kind)
+
+
+def start(t: Tensor, steps: int) -> Tensor:
+    """Of the segment that holds t, of `steps` even ones; an edge is the end of the one below."""
+    return ((steps * t - 1e-9).floor() / steps).clamp(min=0)

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -31,6 +30,7 @@ from ..methods import METHODS, load_method
 from .catalogue import find
 from .messages import complaint, current, unknown
 from .stages import KINDS, staged
+from .values import read_guidance, read_prompts, read_resolution, under
 from .yaml import EntryPath, Source, unwrapped
 
 
@@ -40,37 +40,6 @@ def _full_or_lora(value: Any) -> Any:
     if isinstance(value, RoleChoice | Critic) or isinstance(value, Mapping) and value:
         return value
     raise ValueError("should be full, or {lora: {rank: 32}}")
-
-
-def _under(name: str) -> Callable[[Any], Any]:
-    """A plain text stands for a table with this one entry."""
-    return lambda value: {name: value} if isinstance(value, str) else value
-
-
-def _resolution(value: Any) -> int | tuple[int, int]:
-    sides = value if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
-        raise ValueError("should be pixels: 768, or [height, width] such as [832, 1216]")
-    return tuple(sides) if isinstance(value, list | tuple) else value
-
-
-def _guidance(value: Any) -> float | tuple[float, float]:
-    scales = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in scales) or len(scales) not in (1, 2):
-        raise ValueError("should be one scale such as 3.0, or a range such as [2.0, 5.0]")
-    if not all(map(math.isfinite, scales)):
-        raise ValueError("should be a finite number, or a range of two")
-    if min(scales) < 1 or list(scales) != sorted(scales):
-        raise ValueError("should be scales of at least 1 (1 is no guidance), a range from low to high")
-    return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
-
-
-def _prompts(value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
-        return tuple(value)
-    raise ValueError("should be shapes, a .txt file of one prompt a line, a list of prompts, or none")
 
 
 class Strict(BaseModel):
@@ -86,7 +55,7 @@ class Teacher(Strict):
     """A pipeline, and what of it comes from elsewhere. A plain text is its base."""
 
     base: str                                    # a folder, a Hub id, a single .safetensors file
-    loras: list[Annotated[TeacherLora, BeforeValidator(_under("path"))]] = []    # fused into its weights before anything lies on them
+    loras: list[Annotated[TeacherLora, BeforeValidator(under("path"))]] = []    # fused into its weights before anything lies on them
     revision: str | None = None                  # branch, tag or commit of a Hub id
     variant: str | None = None                   # of its weights' files, such as fp16; none: the plain ones, else the only one in its folder
     subfolder: str | None = None                 # of a local base, where the pipeline lies
@@ -94,6 +63,7 @@ class Teacher(Strict):
     vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id
     scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id
     clip_skip: int | None = Field(None, ge=1)    # last layers of its CLIP encoders that are left out, as in a call of its pipeline
+    quantization: Literal["nf4", "int8"] | None = None    # of its denoiser's linear layers (pip install stepdistill[bitsandbytes])
 
     @property
     def plain(self) -> str | dict[str, Any]:
@@ -116,9 +86,10 @@ class Lora(Strict):
 
 
 class RoleChoice(Strict):
-    """lora none: all weights are trained."""
+    """lora none: all weights are trained. A student that begins with a LoRA has its rank, alpha and targets."""
 
-    lora: Lora | None
+    lora: Lora | None = Lora()                   # a LoRA on the base; none: all weights
+    begins_with: str | None = Field(None, alias="from")      # a LoRA of any format that its pipeline loads: a folder, a .safetensors file, a Hub id
 
 
 class Critic(Strict):
@@ -134,7 +105,7 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0)         # none: train.lr
 
 
-Prompts = Annotated[str | tuple[str, ...], PlainValidator(_prompts)]
+Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts)]
 Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
 
 
@@ -214,13 +185,15 @@ class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
     method: str                                  # a name of `stepdistill methods`
-    teacher: Annotated[Teacher, BeforeValidator(_under("base"))]                 # a folder, a Hub id, a file; or a table
-    resolution: Annotated[int | tuple[int, int], PlainValidator(_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
+    teacher: Annotated[Teacher, BeforeValidator(under("base"))]                 # a folder, a Hub id, a file; or a table
+    resolution: Annotated[int | tuple[int, int], PlainValidator(read_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
     frames: int | None = Field(None, ge=1)       # of a video; none: as many as the teacher's pipeline makes
-    student: Choice = RoleChoice(lora=Lora())    # full, or {lora: {rank: 32}}
+    student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
-    guidance: Annotated[float | tuple[float, float], PlainValidator(_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
+    guidance: Annotated[float | tuple[float, float], PlainValidator(read_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
+    negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own, mostly an empty text
+    guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
     steps: int = Field(4, ge=1)                  # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass
     data: Data
@@ -321,9 +294,14 @@ class Recipe(Strict):
     def _resolved(self) -> dict[str, Any]:
         plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
         for role in ("student", "critic"):
-            if plain[role] in ({"lora": None}, {"lora": None, "lr": None}):
+            if plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
                 plain[role] = "full"
         plain["teacher"] = self.teacher.plain
+        if self.student.begins_with is not None:
+            given = unwrapped(self.student.lora.model_dump(exclude_unset=True))        # the rest is the LoRA's own
+            plain["student"] = {"from": resources.portable(self.student.begins_with), "lora": given}
+        elif plain["student"] != "full":
+            del plain["student"]["begins_with"]
         paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
         paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
         paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
@@ -358,6 +336,9 @@ class Recipe(Strict):
         if given[0] not in takes:
             raise self.refuse(f"data.{given[0]}", f"is given, but {self.method} trains on {' or '.join(takes)}"
                               + " (samples: the teacher makes its own images from prompts)" * ("samples" in takes))
+        if self.student.begins_with is not None and self.student.lora is None:
+            raise self.refuse("student.from", f"is {self.student.begins_with}, a LoRA, but student.lora is null, which "
+                                              "trains all weights: leave one out")
         self._check_counts()
 
     def _check_counts(self) -> None:
@@ -387,7 +368,7 @@ def _fields(path: EntryPath) -> list[str]:
     for key in (key for key in path if isinstance(key, str)):
         annotation = model.model_fields[key].annotation
         model = next(a for a in (annotation, *_arguments(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(model.model_fields) + ["stages"] * (model is Recipe)
+    return [field.alias or name for name, field in model.model_fields.items()] + ["stages"] * (model is Recipe)
 
 
 def _arguments(annotation: Any) -> list[Any]:

@@ -17,7 +17,8 @@ from .yaml import EntryPath, Source, leaves
 
 KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each in place of the others
 TEACHERS = ("base", "previous")
-FIXED = ("stages", "revision", "teacher")                          # what no stage can change: there is one teacher's pipeline
+# What no stage can change: there is one teacher's pipeline.
+FIXED = ("stages", "revision", "teacher", "negative_prompt", "guidance_rescale")
 
 
 def staged(source: Source) -> list[tuple[str, Source]]:
@@ -66,6 +67,9 @@ def _merged(source: Source, at: EntryPath, table: Mapping[str, Any]) -> Source:
     """The entries of all stages with this one's over them. Of another method all settings are the stage's own, and a
     kind of data takes the place of another."""
     own = {path: value for path, value in leaves(table) if path != ("teacher",) and not source.was_set(path)}
+    if ("student", "from") in own and at != ("stages", 0):
+        raise RequestError(f"{source.where((*at, 'student', 'from'))}: student.from in a stage after the first, which "
+                           "begins with the student before: only the first stage may begin with a LoRA")
     if fixed := [path for path in own if path[0] in FIXED]:
         raise RequestError(f"{source.where((*at, *fixed[0]))}: {fixed[0][0]} is no entry of a stage: it is the whole "
                            "recipe's")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isclose
 from typing import Any
 
 import torch
@@ -16,13 +17,18 @@ from ..diffusion.toy import is_toy
 from ..errors import RequestError
 from ..methods import METHODS, load_method
 from ..methods.base import Features, Heads, Need, Trained
+from ..models.adapters import named_layers
 from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
 from ..models.families import Family
-from ..models.roles import Full, Lora, Places, Setting
+from ..models.given_lora import given_lora
+from ..models.quantized import check_installed
+from ..models.roles import Full, Lora, Places, Setting, Weights
 from ..models.schedulers import stock_call
-from ..models.teacher import family_at, load_teacher
+from ..models.sources import index_at
+from ..models.teacher import Teacher, family_at, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
+from ..models.weights import settled
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 from .sources import source_of
@@ -54,6 +60,9 @@ def check(recipe: Recipe) -> Checked:
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
+    if quantization(recipe) is not None:
+        _check_quantization(recipe, settings, roles)
+    _check_guided(recipe, settings)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
     if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
@@ -78,7 +87,7 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
             when = "with these settings " if name in METHODS[recipe.method].needs else ""
             raise recipe.refuse(name, f"is given, but {when}{recipe.method} trains no {name}; "
                                 f"it trains {', '.join(trained)}")
-    roles: dict[str, Setting] = {"student": role_setting(recipe.student)}
+    roles: dict[str, Setting] = {"student": student_setting(recipe)}
     if recipe.critic is not None:
         roles["critic"] = role_setting(recipe.critic)
     if recipe.discriminator is not None:
@@ -100,6 +109,39 @@ def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
         return Full()
     targets = choice.lora.targets
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
+
+
+def student_setting(recipe: Recipe) -> Lora | Full:
+    """How the student is trained. One that begins with a LoRA is that LoRA's form."""
+    if recipe.student.begins_with is None:
+        return role_setting(recipe.student)
+    with recipe.blaming("teacher", "cannot be loaded"):
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution)
+    return begun_with(recipe, teacher).setting
+
+
+def begun_with(recipe: Recipe, teacher: Teacher) -> Weights:
+    """The LoRA that the student begins with. RequestError for one that does not fit the teacher, or what the recipe
+    says of it."""
+    path, given = recipe.student.begins_with, recipe.student.lora
+    with recipe.blaming("student.from", f"is {path}"):
+        if family(recipe).no_pipeline:
+            raise RequestError("the teacher is Toy, whose students are no LoRAs of a pipeline: leave it out")
+        weights = given_lora(teacher, str(resources.locate(path) or path))
+    found = weights.setting
+    for name in ("rank", "alpha"):
+        asked, own = vars(given)[name], vars(found)[name]
+        if name in given.model_fields_set and asked is not None and not isclose(asked, own):
+            raise recipe.refuse(f"student.lora.{name}", f"is {asked:g}, but the student begins with {path}, whose "
+                                                        f"{name} is {own:g}: leave it out")
+    if given.targets is not None:
+        asked, own = (sorted(named_layers(teacher.network, targets)) for targets in (given.targets, found.targets))
+        if asked != own:
+            odd = sorted({*asked} ^ {*own})[0]
+            raise recipe.refuse("student.lora.targets",
+                                f"name {len(asked)} layers, but the student begins with {path}, which has {len(own)}, "
+                                f"and {odd} is in one of both alone: leave them out")
+    return weights
 
 
 def _check_reads(recipe: Recipe, needs: Mapping[str, Need]) -> None:
@@ -178,6 +220,48 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
                             "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")
 
 
+def quantization(recipe: Recipe) -> str | None:
+    """How the base's denoiser is quantised, as the recipe asks or as it was saved."""
+    if family(recipe).no_pipeline:
+        return None
+    with recipe.blaming("teacher", "cannot be loaded"):
+        source = source_of(recipe)
+        return settled(source, index_at(source)).quantization
+
+
+def _check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setting]) -> None:
+    """RequestError for what a base of few bits cannot carry, and where its library is missing."""
+    asked, kind = recipe.teacher.quantization is not None, quantization(recipe)
+    base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
+    path = "teacher.quantization" if asked else "teacher"
+    with recipe.blaming(path, base):
+        check_installed()
+    if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
+        raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take "
+                                     "no updates: let it be a LoRA, such as {lora: {rank: 32}}")
+    if recipe.teacher.loras:
+        raise recipe.refuse("teacher.loras", f"are given, but the base is quantised ({kind}), and a sum with a LoRA "
+                                             "would be rounded to few bits: save the pipeline with its LoRAs fused, "
+                                             "and let teacher.base name that")
+    for name in ("fsdp", "compile"):
+        if vars(recipe.train)[name]:
+            raise recipe.refuse(f"train.{name}", f"is on, but the base is quantised ({kind}), whose layers it does "
+                                f"not serve: leave it off")
+    if vars(settings).get("derivative") == "exact":
+        raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have "
+                            f"no derivative forward: take pair")
+
+
+def _check_guided(recipe: Recipe, settings: Any) -> None:
+    """RequestError for what only guided calls of the teacher read, where none is guided."""
+    made = recipe.data.made
+    scales = [recipe.guidance, None if made is None else made.guidance,
+              *(value for name, value in vars(settings).items() if "guidance" in name)]
+    if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
+        raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read "
+                                          "it: give a scale above 1, such as guidance: 5.0")
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 def _check_solver(recipe: Recipe) -> None:
@@ -202,7 +286,8 @@ def _check_times(recipe: Recipe, settings: Any) -> None:
     if family(recipe).sigmas:
         return
     try:
-        stock_call(load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(), sigmas=False)
+        inference = load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance)
+        stock_call(inference, RectifiedFlow(), sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
@@ -238,13 +323,14 @@ def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
     """A LoRA stays what it is, or becomes full."""
     before, taught, student = recipe.previous, recipe.taught_by_previous, roles["student"]
+    begun = student_setting(before)
     begins = {"student": student} | {name: roles.get(name, student) for name, need in needs.items()
                                      if taught and isinstance(need, Trained) and need.start == "teacher"}
     for name, setting in begins.items():
-        if setting not in (Full(), role_setting(before.student)):
+        if setting not in (Full(), begun):
             raise recipe.refuse(name, f"is {_as_written(setting)}, but it begins as the student of the stage before, "
                                       "which "
-                                f"is {_as_written(role_setting(before.student))}: a LoRA stays what it is, or becomes "
+                                f"is {_as_written(begun)}: a LoRA stays what it is, or becomes "
                                 "full")
         if "w" in needs_of(before)["student"].reads and "w" not in needs[name].reads:
             raise recipe.refuse("method", f"is {recipe.method}, whose {name} begins as the teacher and has no guidance "
@@ -287,14 +373,14 @@ def _check_family(recipe: Recipe) -> None:
 def _check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     """RequestError for what is made for pictures alone, where the teacher makes videos."""
     if recipe.data.kind == "images" and recipe.frames != 1:
-        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one frame: let frames "
-                            "be 1, or take prompts, samples or pairs, which need no data of yours")
+        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one "
+                            "frame: let frames be 1, or take prompts, samples or pairs, which need no data of yours")
     if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher makes videos: leave "
-                            "it out")
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher "
+                            "makes videos: leave it out")
     if any(isinstance(need, Features) for need in needs.values()):
-        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes videos: ladd and dmd2 "
-                            "judge by the features of its own network")
+        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes "
+                            "videos: ladd and dmd2 judge by the features of its own network")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

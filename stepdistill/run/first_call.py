@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError, first_lines
-from ..export.proof import SEED, TOLERANCE, sampled
+from ..export.proof import COARSE, SEED, sampled, tolerance
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.stock import pictures
 from ..training.loop import DTYPES
@@ -22,7 +22,6 @@ from .data import preview_prompts
 from .setup import Run, sampling
 
 STEPS = 2
-COARSE = 2**-5                        # of pixels in [0, 1]: numbers of 16 bits hold eight digits, and roundings add up
 
 
 def check_first_call(run: Run) -> float | None:
@@ -42,7 +41,7 @@ def check_first_call(run: Run) -> float | None:
         prompt = preview_prompts(run, 1)[:1]
         theirs, cond = _theirs(run, stock, call, prompt), run.teacher.encode(prompt)
         ours = sampled(run.teacher, sampler, run.roles.base, cond)
-        limit = TOLERANCE
+        limit = tolerance(run.teacher)
         if run.teacher.dtype != torch.float32:
             with sdpa_kernel(SDPBackend.MATH):
                 again = sampled(run.teacher, sampler, run.roles.base, cond)

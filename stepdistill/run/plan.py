@@ -10,7 +10,9 @@ from torch import nn
 
 from .. import resources
 from ..methods.base import Heads, Trained
+from ..models.quantized import packed_bytes
 from ..models.sources import cached_file
+from ..models.teacher import Teacher
 from ..recipe import Recipe
 from .checks import family, vision_network
 from .passes import count_passes, tensors_in
@@ -68,7 +70,7 @@ def _rows(run: Run) -> dict[str, dict[str, int]]:
     teacher, roles = run.teacher, run.roles
     base = "base" if run.recipe.taught_by_previous else "teacher"
     rows = {base if name == teacher.family.denoiser
-            else name: {"parameters": size, "trained": 0, "bytes": size * _width(teacher.parts[name])}
+            else name: {"parameters": size, "trained": 0, "bytes": _bytes(teacher, name)}
             for name, size in teacher.sizes.items()}
     for name, need in roles.needs.items():
         own = list(roles.visions[name].parameters()) if name in roles.visions else roles.parameters(name)
@@ -81,6 +83,15 @@ def _rows(run: Run) -> dict[str, dict[str, int]]:
 def _short(count: float) -> float:
     """To three digits after the point, none where it is whole."""
     return int(near) if (near := round(count, 3)).is_integer() else near
+
+
+def _bytes(teacher: Teacher, name: str) -> int:
+    """Of the weights of a pipeline's network."""
+    size, width, kind = teacher.sizes[name], _width(teacher.parts[name]), teacher.source.quantization
+    if kind is None or name != teacher.family.denoiser:
+        return size * width
+    count, held = packed_bytes(teacher.network, kind, teacher.family.time.first)
+    return (size - count) * width + held
 
 
 def _width(network: nn.Module) -> int:

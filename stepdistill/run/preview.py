@@ -71,7 +71,7 @@ class Preview:
 
     @torch.no_grad()
     def pictures(self, step: int) -> None:
-        """samples/step-000200.png: the teacher's row above the student's, from the same noise; of videos for each prompt, with their frames."""
+        """samples/step-000200.png: the teacher's row above the student's, from the same noise; of videos a pair of rows each."""
         if self.teacher is None:
             self.teacher = self.run.teacher.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
         student = self.run.teacher.decode(student_samples(self.run, self.noise, self.cond))

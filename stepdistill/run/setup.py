@@ -14,6 +14,7 @@ from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
 from ..methods.base import Features, Follows, Heads, Method, middle
+from ..models.quantized import half_
 from ..models.roles import Roles, Weights, build_roles
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.teacher import Teacher, load_teacher
@@ -22,13 +23,14 @@ from ..training import TrainConfig, checkpoints
 from . import folder
 from .checks import (
     Checked,
+    begun_with,
     check,
     check_attention,
     check_embeddings,
     learning_rates,
     needs_of,
     network_features,
-    role_setting,
+    student_setting,
 )
 from .sources import source_of
 
@@ -77,13 +79,16 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     checked, attention = check(recipe), attention or recipe.train.attention
     check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
-        teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance), recipe.resolution,
-                               recipe.frames)
+        teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance),
+                               recipe.resolution, recipe.frames)
     check_embeddings(recipe, checked.needs, teacher.guidance.within)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
-        teacher.network.half()                         # alone: codecs overflow in float16
+        half_(teacher.network)                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)
-    roles = _roles(recipe, teacher, checked, previous, attention).to(device)
+    begun = None if previous is None else previous.weights
+    if recipe.previous is None and recipe.student.begins_with is not None:
+        begun = begun_with(recipe, teacher)
+    roles = _roles(recipe, teacher, checked, begun, attention).to(device)
     method = load_method(recipe.method)(checked.settings, roles, recipe.guidance, sampler)
     return Run(recipe, teacher, roles, method, stock, device, None if previous is None else previous.checksum)
 
@@ -114,7 +119,7 @@ def previous_student(recipe: Recipe, run: Path) -> Previous:
 
 def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
     """The student of a recipe, with which a stage after it can begin. state: of its sampling role."""
-    return Weights(role_setting(recipe.student), state, needs_of(recipe)["student"].reads)
+    return Weights(student_setting(recipe), state, needs_of(recipe)["student"].reads)
 
 
 def open_run(run: str | Path) -> Run:
@@ -134,7 +139,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
     return TrainConfig(**entries, rates=learning_rates(recipe))
 
 
-def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previous | None,
+def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, begun: Weights | None,
            attention: str) -> Roles:
     needs = dict(checked.needs)
     if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
@@ -142,7 +147,7 @@ def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, previous: Previou
     if recipe.train.ema is not None:
         needs["ema"] = Follows("student", recipe.train.ema)
     begins = ("student", "teacher") if recipe.taught_by_previous else ("student",)
-    begin: Mapping[str, Weights] = {} if previous is None else dict.fromkeys(begins, previous.weights)
+    begin: Mapping[str, Weights] = {} if begun is None else dict.fromkeys(begins, begun)
     return build_roles(teacher, needs, checked.roles, begin=begin,
                        gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention,
                        seed=recipe.train.seed)

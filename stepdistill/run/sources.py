@@ -22,7 +22,8 @@ def named(recipe: Recipe) -> Source:
     """As the recipe names it."""
     teacher = recipe.teacher
     parts = teacher.model_dump(exclude={"loras"})
-    return Source(**parts, loras=tuple(FusedLora(lora.path, lora.weight) for lora in teacher.loras))
+    guided = {"negative_prompt": recipe.negative_prompt, "guidance_rescale": recipe.guidance_rescale}
+    return Source(**parts, **guided, loras=tuple(FusedLora(lora.path, lora.weight) for lora in teacher.loras))
 
 
 def located(source: Source) -> Source:

@@ -54,7 +54,8 @@ def open_target(name: str | Path | Source, called: str) -> Opened:
     source = located(Source.of(name))
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
-    return Opened(Target(called, pipeline, given=_given(pipeline, source), identity=fingerprint(source.place)), source)
+    return Opened(Target(called, pipeline, given=_given(pipeline, source), guided=source.guided,
+                         identity=fingerprint(source.place)), source)
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -70,13 +71,15 @@ def teachers(opened: Sequence[Opened]) -> list[Target]:
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
     pipelines = given | {source: _pipeline(source) for source in made}
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), companion=source in made,
+    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided, companion=source in made,
                    identity=fingerprint(source.place)) for source, pipeline in pipelines.items()]
 
 
 def must_serve(scheduler: Any, call: Mapping[str, Any], own: int | None = None) -> None:
-    """RequestError where a scheduler has no such number of steps. own: that of a student, which on a flow has no other: its call holds
-    their times, or its scheduler was made to give them."""
+    """RequestError where a scheduler has no such number of steps.
+
+    own: that of a student, which on a flow has no other: its call holds their times, or its scheduler was made to give them.
+    """
     steps = call.get("num_inference_steps")
     if own not in (None, steps) and type(scheduler).__name__.startswith("FlowMatch"):
         raise RequestError(f"this student has {own} steps at times that it was made for; found {steps}: leave --steps out")

@@ -6,6 +6,7 @@ import torch
 
 from stepdistill.diffusion.times import discrete, log_normal
 from stepdistill.diffusion.triples import (
+    above,
     among,
     below,
     beside,
@@ -45,6 +46,11 @@ def test_nodes_below():
     assert below(t, nodes, 3).tolist() == [0.0, 0.0, 0.0, 0.0, nodes[1], nodes[2]]
     every = discrete(nodes[1:])(U)
     assert torch.equal(below(every, nodes), nodes[(U * 5).long()])
+
+
+def test_the_node_above():
+    t = torch.tensor([0.0, 0.1, 0.25, 0.74, 0.75, 1.0], dtype=F64)
+    assert above(t, grid(4)).tolist() == [0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_an_edge_belongs_to_the_segment_below():

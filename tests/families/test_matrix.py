@@ -110,7 +110,7 @@ def test_every_input_matters(folder_of, name):
             changed = role(x, t, cond.replace(**{field: different(field, getattr(cond, field), getattr(other, field))})).raw
             assert close(changed, raw) == (field in CASES[name].ignored), field
         alone = role(x[1:], t[1:], cond[1:]).raw
-    torch.testing.assert_close(alone, raw[1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone, raw[1:], rtol=1e-4, atol=1e-5 * max(1.0, raw.abs().max().item()))        # of float32 sums
 
 
 def different(field: str, own: Tensor, other: Tensor) -> Tensor:

@@ -39,26 +39,29 @@ def folder(tmp_path_factory):
 
 
 def recipe(teacher: Path, method: str = "lcm", **more: Any) -> dict[str, Any]:
-    entries = {"steps": 2, "guidance": 2.0, "data": dict(DATA), "evaluate": {"prompts": PROMPTS}, "train": {"updates": 1}, "settings": {}}
+    entries = {"steps": 2, "guidance": 2.0, "data": dict(DATA), "evaluate": {"prompts": PROMPTS}, "train": {"updates": 1}}
     return {"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}}, **entries, **more}
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 12.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 25])
 def test_a_scheduler_makes_shifted_even_times_of_their_number(shift, steps):
-    even = [1 - i / steps for i in range(steps)]
-    times = [shift * t / (1 + (shift - 1) * t) for t in even]
+    even = torch.tensor([1 - i / steps for i in range(steps)], dtype=torch.float64)
+    times = shift * even / (1 + (shift - 1) * even)
+    teacher = FlowMatchEulerDiscreteScheduler(shift=5.0, use_dynamic_shifting=True)
     for noise, kind in ((0.0, FlowMatchEulerDiscreteScheduler), (1.0, FlowMatchLCMScheduler)):
         stock = stock_call(Inference(steps, noise=noise, shift=shift), RectifiedFlow(), sigmas=False)
         assert stock.call == {"num_inference_steps": steps, "guidance_scale": 1.0}
-        scheduler = stock_scheduler(stock.scheduler, stock.config, FlowMatchEulerDiscreteScheduler(shift=5.0, use_dynamic_shifting=True))
+        scheduler = stock_scheduler(stock.scheduler, stock.config, teacher)
         assert type(scheduler) is kind
-        torch.testing.assert_close(Sampler.of_call(scheduler, steps, RectifiedFlow(), stock.call).times, torch.tensor(times, dtype=torch.float64),
-                                   rtol=0, atol=5e-7)
+        sampler = Sampler.of_call(scheduler, steps, RectifiedFlow(), stock.call)
+        torch.testing.assert_close(sampler.times, times, rtol=0, atol=5e-7)
+        torch.testing.assert_close(sampler.landings[:-1], times[1:], rtol=0, atol=5e-7)
 
 
 def test_even_times_need_no_shift_and_an_end():
-    assert own_grid([1, 0.75, 0.5, 0.25]) == {"shift": 1.0, "shift_terminal": 0.25} and own_grid([1.0]) == {"shift": 1.0, "shift_terminal": None}
+    assert own_grid([1, 0.75, 0.5, 0.25]) == {"shift": 1.0, "shift_terminal": 0.25}
+    assert own_grid([1.0]) == {"shift": 1.0, "shift_terminal": None}
 
 
 @pytest.mark.parametrize("times", [(0.9,), (0.999, 0.5), (1, 0.76, 0.5, 0.26)])
@@ -90,7 +93,8 @@ def test_frames_are_of_videos(tmp_path, folder, monkeypatch):
     with pytest.raises(RequestError, match="a multiple of 4 frames and one, such as 5 or 81; found 6"):
         load_teacher(folder, frames=6)
     plain = load_teacher(saved(tmp_path / "plain"), device="meta")
-    assert plain.call == {"max_sequence_length": 8, "height": 480, "width": 832, "num_frames": 81} and plain.latent_shape == (4, 21, 60, 104)
+    assert plain.call == {"max_sequence_length": 8, "height": 480, "width": 832, "num_frames": 81}
+    assert plain.latent_shape == (4, 21, 60, 104)
     monkeypatch.setattr("stepdistill.run.setup.load_teacher", None)
     with pytest.raises(RequestError, match=": frames cannot be: .*makes no videos"):
         api.train(recipe(tmp_path / "sd", frames=5))
@@ -98,15 +102,16 @@ def test_frames_are_of_videos(tmp_path, folder, monkeypatch):
 
 def test_two_networks_are_refused(tmp_path):
     pipe = tiny()
-    two = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler, pipe.transformer, tiny().transformer, boundary_ratio=0.875)
-    only = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler, None, pipe.transformer, boundary_ratio=0.9)
-    for name, made, says in (("two", two, "second network for the less noisy steps"), ("only", only, "names no transformer")):
+    parts = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler
+    two = WanPipeline(*parts, pipe.transformer, tiny().transformer, boundary_ratio=0.875)
+    only = WanPipeline(*parts, None, pipe.transformer, boundary_ratio=0.9)
+    for name, made, says in (("two", two, "second network for the less noisy"), ("only", only, "names no transformer")):
         for device in ("cpu", "meta"):
             with pytest.raises(RequestError, match=says):
                 load_teacher(saved(tmp_path / name, made), device=device)
 
 
-def test_one_time_a_sample_is_one_time_a_token(tmp_path):
+def test_one_time_a_sample_is_one_time_a_token():
     """What the pipeline of Wan 2.2 tells its network for each token, we tell it once."""
     network, x = tiny(residual=True).transformer, torch.randn(2, 6, 2, 4, 6)
     text, t = torch.randn(2, 8, 16), torch.tensor([900.0, 123.4])
@@ -122,7 +127,8 @@ def test_heads_of_videos_see_frames_as_an_axis():
 
 def test_frames_to_look_at():
     videos = torch.arange(81.0).reshape(1, 81, 1, 1, 1)
-    assert some_frames(videos).flatten().tolist() == [0, 11, 23, 34, 46, 57, 69, 80] and some_frames(videos[:, :5]).shape[1] == 5
+    assert some_frames(videos).flatten().tolist() == [0, 11, 23, 34, 46, 57, 69, 80]
+    assert some_frames(videos[:, :5]).flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -139,8 +145,9 @@ def test_pixels_beyond_the_range_find_their_way_back(tmp_path, residual):
     torch.testing.assert_close(teacher.decode(latents), stock, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
-    """As released: a solver of diffusion that is told of a flow. Four shifted steps with fresh noise; what sample draws is what the pipeline draws."""
+    """As released: a solver of diffusion that is told of a flow. The student takes four shifted steps with fresh noise."""
     pipe = tiny()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     teacher = saved(tmp_path / "teacher", pipe)
@@ -148,13 +155,15 @@ def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
     run = api.train(recipe(teacher, **settings), out=tmp_path / "run")
     exported = api.export(run, to="lora", dtype="float32")
     said = json.loads((exported / "stepdistill.json").read_text(encoding="utf-8"))
-    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8, "height": 16, "width": 32, "num_frames": 5}
+    size = {"height": 16, "width": 32, "num_frames": 5}
+    assert said["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8, **size}
     assert said["told_times"] == pytest.approx([1000, 900, 750, 500], abs=1e-3) and said["proof"]["images"] == 1
     card = (exported / "README.md").read_text(encoding="utf-8")
-    assert ".frames[0]" in card and 'export_to_video(frames, "sample.mp4"' in card and '"text-to-video"' in card and "images[0]" not in card
+    assert ".frames[0]" in card and 'export_to_video(frames, "sample.mp4"' in card and "images[0]" not in card
+    assert '"text-to-video"' in card
     with Image.open(exported / "samples.png") as sheet:
         assert sheet.size == (5 * 32, 16)
-    with Image.open(next((run / "samples").glob("*.png"))) as preview:     # the teacher's row and the student's for each of two prompts
+    with Image.open(next((run / "samples").glob("*.png"))) as preview:     # two rows for each of two prompts
         assert preview.height == 4 * (3 * 16 + 4) + 4
     drawn = api.sample(exported, PROMPTS, out=tmp_path / "sample.png")
     assert [len(frames) for frames in drawn] == [5, 5] and drawn[0][0].size == (32, 16)
@@ -164,16 +173,20 @@ def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
         api.bench(exported, nfe=[4], samples=100, out=tmp_path / "bench")
 
 
+@pytest.mark.long
 def test_pictures_are_videos_of_one_frame(tmp_path, folder):
     entries = {"data": {"images": "shapes", "count": 4, "batch": 2}, "frames": 1, "resolution": [16, 32]}
     assert api.train(recipe(folder, **entries), out=tmp_path / "run").is_dir()
-    assert load_teacher(folder, resolution=(16, 32), frames=1).encode_images(torch.zeros(2, 3, 16, 32)).shape == (2, 4, 1, 2, 4)
+    teacher = load_teacher(folder, resolution=(16, 32), frames=1)
+    assert teacher.encode_images(torch.zeros(2, 3, 16, 32)).shape == (2, 4, 1, 2, 4)
 
 
-@pytest.mark.parametrize("method, data", [("reflow", {"pairs": DATA["samples"], "count": 4, "batch": 2}), ("dmd2", {"prompts": PROMPTS, "batch": 2})])
-def test_methods_on_pairs_and_prompts(tmp_path, folder, method, data):
+@pytest.mark.long
+@pytest.mark.parametrize("method, settings, data", [
+    ("reflow", {}, {"pairs": DATA["samples"], "count": 4, "batch": 2}), ("dmd2", {"gan_weight": 0.0}, {"prompts": PROMPTS, "batch": 2})])
+def test_methods_on_pairs_and_prompts(tmp_path, folder, method, settings, data):
     """One of even steps without fresh noise, and one that reads no data."""
-    run = api.train(recipe(folder, method, data=data, settings={"gan_weight": 0.0} if method == "dmd2" else {}), out=tmp_path / "run")
+    run = api.train(recipe(folder, method, data=data, settings=settings), out=tmp_path / "run")
     proof = json.loads((api.export(run, to="pipeline") / "stepdistill.json").read_text(encoding="utf-8"))["proof"]
     assert proof["difference"] <= 1e-4
 
@@ -193,8 +206,9 @@ def test_the_stock_call_tells_the_network_what_we_do(folder):
     own = pipe.transformer.forward
     pipe.transformer.forward = lambda **given: (seen.append(given), own(**given))[1]
     pipe.set_progress_bar_config(disable=True)
-    pictures(pipe, teacher.family.prompts, PROMPTS, generator=torch.Generator().manual_seed(0), num_inference_steps=1, guidance_scale=1.0, **teacher.call)
-    x = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    seed, asked = lambda: torch.Generator().manual_seed(0), {"num_inference_steps": 1, "guidance_scale": 1.0}
+    pictures(pipe, teacher.family.prompts, PROMPTS, generator=seed(), **asked, **teacher.call)
+    x = torch.randn(2, *teacher.latent_shape, generator=seed())
     with torch.no_grad():
         teacher.predict(pipe.transformer, x, torch.ones(2, dtype=torch.float64), teacher.encode(PROMPTS))
     stock, ours = ({name: value for name, value in given.items() if torch.is_tensor(value)} for given in seen)

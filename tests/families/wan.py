@@ -19,7 +19,8 @@ def tiny(residual: bool = False) -> WanPipeline:
     transformer = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=16, freq_dim=32, ffn_dim=32,
         num_layers=3, rope_max_seq_len=32)
-    more = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "decoder_base_dim": 8} if residual else {}
+    more = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
+            "decoder_base_dim": 8} if residual else {}
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.3, -0.2, 0.5, -0.4, 0.1, 0.2][:channels],
         latents_std=[1.5, 0.7, 2.0, 0.4, 1.2, 0.8][:channels], **more)
@@ -27,7 +28,8 @@ def tiny(residual: bool = False) -> WanPipeline:
         for parameter in network.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     vae.decoder.conv_out.weight.data *= 0.1             # pixels within the range to which `vae.decode` clips them
-    return WanPipeline(tokenizer, encoder.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(shift=3.0), transformer.eval(), expand_timesteps=residual)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return WanPipeline(tokenizer, encoder.eval(), vae.eval(), scheduler, transformer.eval(), expand_timesteps=residual)
 
 
 def reconstructed(vae: nn.Module, pixels: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ DATA = {"samples": {"prompts": ["a red ring", "a blue square"], "solver": "ddim"
 # scm begins at t = 0.999, where no call of this pipeline can.
 METHODS = {"lcm": {}, "dmd2": {"critic_steps": 1, "gan_weight": 0.1}}
 CASES = {
-    "wan": Case(tiny, sizes=((32, 32), (32, 48)), call=CALL | {"height": 32, "width": 32}, reconstructed=reconstructed, data=DATA, frames=5, methods=METHODS),
+    "wan": Case(tiny, sizes=((32, 32), (32, 48)), call=CALL | {"height": 32, "width": 32}, reconstructed=reconstructed,
+                data=DATA, frames=5, methods=METHODS),
     "wan22-ti2v": Case(lambda: tiny(residual=True), sizes=((64, 64), (64, 96)), call=CALL | {"height": 64, "width": 64},
                        reconstructed=reconstructed, data=DATA, frames=5, methods=METHODS),
 }

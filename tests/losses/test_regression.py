@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from stepdistill.losses.regression import absolute, pseudo_huber, squared
+from stepdistill.losses.regression import absolute, distance, norm, pseudo_huber, squared
 
 
 def test_per_sample_means():
@@ -23,3 +23,18 @@ def test_pseudo_huber_limits():
     zero = torch.zeros_like(d)
     torch.testing.assert_close(pseudo_huber(d, zero, 1e4) * 2e4, squared(d, zero), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(pseudo_huber(d, zero, 1e-9), d.abs().mean(1), rtol=1e-6, atol=1e-6)
+
+
+def test_the_norm_is_free_of_size_and_its_gradient_of_what_is_off():
+    x, y = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(norm(x, y), (x - y).square().mean((1, 2, 3)).sqrt())
+    y[0] = x[0]
+    slope, = torch.autograd.grad(norm(x.requires_grad_(), y).sum(), x)
+    lengths = slope.flatten(1).norm(dim=1) * 100**0.5
+    torch.testing.assert_close(lengths, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+
+
+def test_distances_by_name():
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(distance("squared", 0.1)(x, y), squared(x, y))
+    assert torch.equal(distance("huber", 0.1)(x, y), pseudo_huber(x, y, 0.1))

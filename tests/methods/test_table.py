@@ -21,7 +21,7 @@ def test_every_row_loads_and_is_true():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(RequestError, match="no method 'lmc'.*did you mean 'lcm'"):
-        load_method("lmc")
+    with pytest.raises(RequestError, match="no method 'lcn'.*did you mean 'lcm'"):
+        load_method("lcn")
     with pytest.raises(RequestError, match=f"methods are {', '.join(METHODS)}"):
         load_method("zzzzzz")

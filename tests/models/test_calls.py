@@ -17,7 +17,7 @@ from stepdistill.models.teacher import load_teacher
 
 @pytest.mark.parametrize(("name", "value", "where"), [
     ("guidance_scale", 9.0, "the recipe's guidance says it"), ("num_inference_steps", 3, "the recipe's steps say it"),
-    ("negative_prompt", "ugly", "students are taught without one"), ("eta", 0.5, "the method says it"), ("tiling", True, "no call of a teacher is given it")])
+    ("negative_prompt", "ugly", "the recipe's negative_prompt says it"), ("eta", 0.5, "the method says it"), ("tiling", True, "no call of a teacher is given it")])
 @pytest.mark.parametrize("device", [None, "meta"])
 def test_what_does_not_shape_a_condition_is_refused_by_name(tmp_path, device, name, value, where):
     folder = save_tiny_sd3(tmp_path, call={"max_sequence_length": 0, name: value})
@@ -47,7 +47,7 @@ def test_a_skipped_layer_of_clip_is_skipped_in_training_too(tmp_path, kind):
 
 def test_a_pipeline_without_clip_has_nothing_to_skip(tmp_path, monkeypatch):
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda self, prompt: None)
-    with pytest.raises(RequestError, match="clip_skip is 1, but a StableDiffusionPipeline has none"):
+    with pytest.raises(RequestError, match="clip_skip is 1, but a call of StableDiffusionPipeline takes none"):
         load_teacher(Source(str(save_tiny(tmp_path)), clip_skip=1))
 
 

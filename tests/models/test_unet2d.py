@@ -156,6 +156,17 @@ def test_solvers_that_its_pipeline_serves(folders, name, solvers):
     assert drawn.shape == (2, 3, 16, 16)
 
 
+@pytest.mark.long
+def test_a_bench_without_prompts(folders, tmp_path):
+    """Against a folder of images, of which nothing says what they show."""
+    (tmp_path / "images").mkdir()
+    for i, noise in enumerate(np.random.default_rng(0).integers(0, 256, (2 * 195, 16, 16, 3), np.uint8)):
+        Image.fromarray(noise).save(tmp_path / f"images/{i}.png")
+    found = api.bench(folders["ddpm"], nfe=(1,), samples=195, solvers=("ddim",), reference=tmp_path / "images", out=tmp_path / "bench")
+    student = next(row for row in found["rows"] if row["target"] != "real")
+    assert student["metrics"]["clip_score"] is None and student["metrics"]["fd"] > 0
+
+
 def test_steps_that_only_a_scaling_scheduler_takes(folders, tmp_path):
     with pytest.raises(RequestError, match="differs from our sampler"):
         api.train(recipe(folders["ddpm"], {"images": "shapes", "batch": 2}, "progressive", steps=3), out=tmp_path)

@@ -23,6 +23,7 @@ from .test_identities import PROVED
 MATCHING = ("diff_instruct", "dmd", "dmd2", "swiftbrush")
 CRITICS = (*MATCHING, "sid")
 TARGETS = ("cd", "lcm", "tcd", "tract")
+SEGMENTS = ("mcm", "pcm")
 
 
 def everywhere(monkeypatch, original, broken) -> None:
@@ -137,15 +138,15 @@ def target_is_the_student(m) -> None:
 FAULTS = {
     wrong_sign: MATCHING,
     wrong_sign_of_identity: ("sid",),
-    wrong_sign_of_the_step: ("cd", "lcm", "tcd", "kd", "reflow", "tract", "lightning"),
+    wrong_sign_of_the_step: (*SEGMENTS, "cd", "lcm", "tcd", "kd", "reflow", "tract", "lightning"),
     no_stop_gradient: (*MATCHING, "lcm", "tcd"),
-    guidance_off_by_one: (*CRITICS, "cd", "lcm", "tcd", "scm", "tract"),
-    time_off_by_one: ("cd", "lcm", "tcd", "kd", "tract"),
-    told_time_off_by_one: (*CRITICS, "cd", "lcm", "tcd", "kd", "reflow", "tract"),
+    guidance_off_by_one: (*CRITICS, *SEGMENTS, "cd", "lcm", "tcd", "scm", "tract"),
+    time_off_by_one: (*SEGMENTS, "cd", "lcm", "tcd", "kd", "tract"),
+    told_time_off_by_one: (*CRITICS, *SEGMENTS, "cd", "lcm", "tcd", "kd", "reflow", "tract"),
     noise_reused: CRITICS,
     half_a_loss: ("kd", "reflow", "dmd"),
-    real_for_fake: ("dmd2", "ladd", "lightning"),
-    early_times: (*CRITICS, "cd", "tcd", "scm", "add", "ladd", "reflow", "lightning"),
+    real_for_fake: ("pcm", "dmd2", "ladd", "lightning"),
+    early_times: (*CRITICS, *SEGMENTS, "cd", "tcd", "scm", "add", "ladd", "reflow", "lightning"),
     prompt_dropped: CRITICS,
     target_is_the_student: TARGETS,
 }

@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-ADD, LADD, LIGHT = "add", "ladd", "lightning"
-METHODS = (ADD, LADD, LIGHT)
+ADD, LADD, LIGHT, PCM = "add", "ladd", "lightning", "pcm"
+METHODS = (ADD, LADD, LIGHT, PCM)
 
 FAULTS = (
     # ADD
@@ -128,6 +128,39 @@ FAULTS = (
     of(LIGHT, "noised data at t = 1", "self.schedule.start(", "self.schedule.add_noise("),
     of(LIGHT, "a sampler of one step more", "return Inference(steps)", "return Inference(2 * steps)"),
     of(LIGHT, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
+    # PCM
+    of(PCM, "nodes unread", "grid(settings.nodes)", "grid(50)"),
+    of(PCM, "the edges are no nodes", "torch.cat([grid(settings.nodes), self.edges]).unique()", "grid(settings.nodes)"),
+    of(PCM, "one phase", "grid(sampler.nfe)", "grid(1)"),
+    of(PCM, "loss unread", "distance(settings.loss, settings.huber_c)", 'distance("huber", settings.huber_c)'),
+    of(PCM, "always squared", "distance(settings.loss, settings.huber_c)", 'distance("squared", settings.huber_c)'),
+    of(PCM, "huber_c unread", "distance(settings.loss, settings.huber_c)", "distance(settings.loss, 0.001)"),
+    of(PCM, "gan_weight unread", "self.settings.gan_weight * fooled", "0.1 * fooled"),
+    of(PCM, "heads at weight 0", "if settings.gan_weight else {}", "if True else {}"),
+    of(PCM, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(PCM, "two nodes back", "below(t, self.grid)", "below(t, self.grid, 2)"),
+    of(PCM, "the phase before", "below(t, self.edges)", "below(t, self.edges, 2)"),
+    of(PCM, "asked at the start of a phase too", "s, t, s > r)", "s, t, s >= r)"),
+    of(PCM, "the target not held fixed", "with torch.no_grad():", "with torch.enable_grad():"),
+    of(PCM, "the target without the prompt", "flow_map(self.student, x, u, r, batch.cond)",
+       "flow_map(self.student, x, u, r, batch.cond.null)"),
+    of(PCM, "the student without the prompt", "flow_map(self.student, x_t, t, r, batch.cond)",
+       "flow_map(self.student, x_t, t, r, batch.cond.null)"),
+    of(PCM, "hinge fooling without its margin", "relu(1 - self.logits(x_r, r, batch, step))",
+       "-self.logits(x_r, r, batch, step)"),
+    of(PCM, "the heads judge the landing itself", "discriminator(noised, judged", "discriminator(x_r, judged"),
+    of(PCM, "told the start of the phase", "discriminator(noised, judged", "discriminator(noised, r"),
+    of(PCM, "judged without the prompt", "judged, batch.cond)", "judged, batch.cond.null)"),
+    of(PCM, "judged over all time", "above(r, self.edges)", "(1 + 0 * r)"),
+    of(PCM, "judged to the phase's end", "above(r, self.edges) - 1 / LEVELS", "above(r, self.edges)"),
+    of(PCM, "noised as if it were clean", "self.schedule.renoise(x_r, step.normal(\"judged noise\", batch.shape), r, judged)",
+       "self.schedule.add_noise(x_r, step.normal(\"judged noise\", batch.shape), judged)"),
+    of(PCM, "real and fake swapped in the game", "hinge_discriminator_loss(real, fake)", "hinge_discriminator_loss(fake, real)"),
+    of(PCM, "real and fake swapped in what is kept", "real=target, fake=x_r.detach()", "real=x_r.detach(), fake=target"),
+    of(PCM, "landing kept with its gradient", "fake=x_r.detach()", "fake=x_r"),
+    of(PCM, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
+    of(PCM, "heads of the student", 'Heads("teacher")', 'Heads("student")'),
+    of(PCM, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
     # what they share
     Fault("the wrong sign of fooling", "losses.adversarial", "return softplus(-fake)", "return softplus(fake)",
           (LIGHT,)),
@@ -142,7 +175,7 @@ FAULTS = (
     Fault("the mean of R1 over a map", "losses.adversarial", ".flatten(1).sum(1)", ".flatten(1).mean(1)", (ADD,)),
     Fault("R1 that trains nothing", "losses.adversarial", "create_graph=True", "create_graph=False", (ADD,)),
     Fault("R1 of the first map alone", "losses.adversarial", "for slope in slopes", "for slope in slopes[:1]", (ADD,)),
-    Fault("noised data where sampling starts", "diffusion.schedule", "where(t >= 1, eps", "where(t > 1, eps", METHODS),
+    Fault("noised data where sampling starts", "diffusion.schedule", "where(t >= 1, eps", "where(t > 1, eps", (ADD, LADD, LIGHT)),
     Fault("the first share too seldom", "diffusion.times", "right=True).clamp",
           "right=False).sub(1).clamp(min=0).clamp", (LADD,)),
     Fault("nodes from 0", "diffusion.times", "torch.arange(1, n + 1, dtype=torch.float64) / n",

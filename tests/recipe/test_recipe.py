@@ -61,7 +61,7 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("steps: 4", "stpes: 4", 5, "did you mean steps?"),
     ("rank: 8", "rnak: 8", 3, "student.lora.rnak is no entry of student.lora; did you mean rank?"),
     ("nodes: 50", "nodez: 50", 6, "did you mean nodes?"),
-    ("method: lcm", "method: lmc", 1, "did you mean lcm?"),
+    ("method: lcm", "method: lcn", 1, "did you mean lcm?"),
     ("steps: 4", "steps: 0", 5, "steps is 0; it should be at least 1"),
     ("steps: 4", "steps: four", 5, "steps is 'four'; it should be a whole number"),
     ("steps: 4", "steps: 4.5", 5, "it should be a whole number"),

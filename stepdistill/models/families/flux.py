@@ -16,9 +16,10 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow, moved
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
-from ..stock import Guidance, Prompts
+from ..stock import Guidance
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
-from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, stream_blocks
+from . import Family, Parts, Size
+from .shared import codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -94,5 +95,5 @@ FAMILY = Family(
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
     default_features=lambda network: stream_blocks(network, middle=True),
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),   # a block returns its text tokens and its picture tokens
-    latent_shape=latent_shape, codec=lambda parts: shifted(parts["vae"]), guidance=guidance, prompts=Prompts(each=("negative_prompt",)),
+    latent_shape=latent_shape, codec=lambda parts: shifted(parts["vae"]), guidance=guidance,
     step_noise=packed_noise, refusals=refusals)

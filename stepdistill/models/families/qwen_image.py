@@ -18,9 +18,10 @@ from ...diffusion.prediction import linear
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import framed
 from ..extra_embedding import TimeEmbedding
-from ..stock import Guidance, Prompts
+from ..stock import Guidance
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
-from . import Family, Parts, Size, flow_refusals, fresh, latent_sides, middle_block
+from . import Family, Parts, Size, fresh
+from .shared import flow_refusals, latent_sides, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -115,7 +116,7 @@ FAMILY = Family(
     kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t,
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     guidance=lambda network: Guidance("true_cfg_scale", beside={"negative_prompt": " "}), null_prompt=" ",
-    combine=combine, prompts=Prompts(each=("negative_prompt",)), step_noise=packed_noise,
+    combine=combine, step_noise=packed_noise,
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, fresh=made,
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),       # a block gives text, then picture tokens

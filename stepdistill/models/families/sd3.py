@@ -14,7 +14,8 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, middle_block
+from . import Family, Parts, Size
+from .shared import codec_pixels, flow_refusals, latent_sides, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -29,10 +30,12 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
-    """text (B, L, D), CLIP's tokens before T5's; pooled (B, P). null: the encoding of "", as the stock pipeline subtracts it."""
+    """text (B, L, D), CLIP's tokens before T5's; pooled (B, P). null: the encoding of "", as the stock pipeline
+    subtracts it: clip_skip does not concern it."""
     text, _, pooled, _ = teacher.loaded.encode_prompt(
         prompts, None, None, device=teacher.device, do_classifier_free_guidance=False,
-        max_sequence_length=teacher.call.get("max_sequence_length", T5_TOKENS), clip_skip=teacher.call.get("clip_skip"))
+        max_sequence_length=teacher.call.get("max_sequence_length", T5_TOKENS),
+        clip_skip=None if null else teacher.call.get("clip_skip"))
     return Condition(text=text, pooled=pooled)
 
 

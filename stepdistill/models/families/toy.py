@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..teacher import Teacher
 
 SCHEDULERS = {"vp": DDIMScheduler, "flow": FlowMatchEulerDiscreteScheduler}
+NO_TEXT = "which is guided towards classes and away from no text: leave it out"
 POINTS = "the teacher is Toy, whose samples are points of the plane"
 
 
@@ -73,6 +74,9 @@ FAMILY = Family(
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
     samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
     unserved={
+        "negative_prompt": f"the teacher is Toy, {NO_TEXT}",
+        "guidance_rescale": f"the teacher is Toy, {NO_TEXT}",
+        "teacher.quantization": "the teacher is Toy, whose network is small: leave it out",
         "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
         "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",
         "train.fsdp": "the teacher is Toy, which has no weights to shard: leave it off",

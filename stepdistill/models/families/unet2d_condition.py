@@ -14,7 +14,8 @@ from ...errors import RequestError
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
-from . import DISCRETE, UNET, Family, Parts, Size, codec_pixels, discrete_refusals, latent_sides
+from . import Family, Parts, Size
+from .shared import DISCRETE, UNET, codec_pixels, discrete_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -33,12 +34,14 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
-    """text (B, L, D); SDXL adds pooled (B, D) and time_ids (B, 6). null: the encoding of "", or zeros where an SDXL pipeline says so."""
+    """text (B, L, D); SDXL adds pooled (B, D) and time_ids (B, 6). null: the encoding of "", or zeros where an SDXL
+    pipeline says so; of a negative prompt where there is one, which clip_skip does not concern."""
     skip = teacher.call.get("clip_skip")
     if skip is not None and "text_encoder_2" not in teacher.parts and "text_model" not in dir(teacher.parts["text_encoder"]):
         raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which its stock pipeline looks for "
                            "where the installed transformers has them no more: leave clip_skip out, or install transformers 4")
     found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null,
+                                         negative_prompt=None if teacher.source.negative_prompt is None else prompts,
                                          clip_skip=skip)[null::2]
     if len(found) == 1:
         return Condition(text=found[0])

@@ -1,0 +1,119 @@
+"""PCM by hand, on each path of its settings."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.contracts import Condition
+from ..methods.base import Frozen, Heads, Trained
+from ..methods.consistency.pcm import PCM
+from .affine import Net, QuadraticHeads
+from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
+from .paths_ladd import QuadraticDiscriminator
+from .problem import Check, Problem
+
+PATHS = (
+    Path("the defaults", steps=4, elsewhere=True),
+    Path("shapes/pcm", {"nodes": 40}, steps=4, elsewhere=True),
+    Path("toy/pcm", {"nodes": 40, "loss": "squared"}, steps=4, guidance=1.0, elsewhere=True),
+    Path("1 phase", {"nodes": 10}, steps=1),
+    Path("2 phases of 9 nodes", {"nodes": 9}, steps=2),
+    Path("a node a phase", {"nodes": 5}, steps=5),
+    Path("squared", {"loss": "squared"}, steps=2),
+    Path("Huber, c = 0.3", {"huber_c": 0.3}, steps=2),
+    Path("gan_weight 2", {"gan_weight": 2.0}, steps=2),
+    Path("no heads", {"gan_weight": 0.0}, steps=2),
+    Path("a range of scales", steps=2, guidance=(1.5, 4.0)),
+    Path("a teacher with its guidance within", steps=2, within=True),
+)
+
+
+def times(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """t uniform on the ends of the teacher's steps and of the phases, s the next of them below, r the phase's start."""
+    n, k = turn.settings.nodes, turn.path.steps
+    ends = sorted({i * k for i in range(n + 1)} | {j * n for j in range(k + 1)})            # in units of 1 / (n k)
+    i = 1 + (turn.step.uniform("node") * (len(ends) - 1)).floor().long()
+    whole = torch.tensor(ends)
+    t, s = whole[i], whole[i - 1]
+    r = (t - 1) // n * n
+    return tuple(u.double() / (n * k) for u in (t, s, r))
+
+
+def landings(turn: Turn) -> tuple[Tensor, ...]:
+    """The student's x_r and the target's, r, what the student was given, at which time, and how much of x_0 x_r
+    holds."""
+    t, s, r = times(turn)
+    student, problem = turn.roles["student"], turn.problem
+    x_t = turn.noised(turn.x0, t)
+    x_s = stepped(problem, turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale)), x_t, t, s)[0]
+    inside = s > r
+    begin = torch.where(inside, s, t)
+    target = torch.where(inside[:, None], stepped(problem, student.x0(x_s, begin, turn.text), x_s, begin, r)[0], x_s)
+    x_r, share = stepped(problem, student.x0(x_t, t, turn.text), x_t, t, r)
+    return x_r, target, r, x_t, t, share
+
+
+def judged(turn: Turn, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_r noised to one of the times i / 1000 of its phase but the end, the time, how much of x_r that holds, and the
+    logits."""
+    schedule, k = turn.problem.schedule, turn.path.steps
+    first = torch.ceil(1000 * r - 1e-6).clamp(min=1)
+    last = torch.floor(1000 * (r + 1 / k) - 1 + 1e-6)
+    time = (first + (turn.step.uniform("judged t") * (last - first + 1)).floor()) / 1000
+    kept = schedule.alpha(time) / schedule.alpha(r)
+    fresh = (schedule.sigma(time) ** 2 - (kept * schedule.sigma(r)) ** 2).clamp(min=0).sqrt()
+    x = kept[:, None] * x_r + fresh[:, None] * turn.noise("judged noise")
+    with torch.no_grad():
+        return x, time, kept, turn.roles["discriminator"](x, time, Condition(text=turn.text))
+
+
+def known(turn: Turn) -> Known:
+    s = turn.settings
+    if turn.trains == ("student",):
+        x_r, target, r, x_t, t, share = landings(turn)
+        off = x_r - target
+        root = (off.square() + s.huber_c**2).sqrt()
+        value = off.square().mean() if s.loss == "squared" else (root - s.huber_c).mean()
+        pull = (2 * off if s.loss == "squared" else off / root) / off.numel()
+        values = {"consistency": value}
+        if s.gan_weight:
+            x, _, kept, logits = judged(turn, x_r, r)
+            values["gan"] = s.gan_weight * (1 - logits).clamp(min=0).mean()
+            slope = -s.gan_weight * (logits < 1).double() / logits.numel()
+            pull = pull + kept[:, None] * QuadraticHeads(turn.roles["discriminator"].numbers).back(slope, x)
+        slopes = turn.roles["student"].slopes(share[:, None] * pull, x_t, t, turn.text)
+        return Known(values, {"student": slopes}, unchecked=("discriminator",))
+    fake, real, r, *_ = landings(turn.before)
+    value, slope = torch.zeros(()), 0
+    for x_r, sign in ((real, 1), (fake, -1)):
+        x, time, _, logits = judged(turn, x_r, r)
+        short = 1 - sign * logits                                 # of the margin
+        value = value + short.clamp(min=0).mean()
+        pull = -sign * (short > 0).double() / logits.numel()
+        slope = slope + QuadraticHeads(turn.roles["discriminator"].numbers).slopes(pull, x, time[:, None], turn.text)
+    return Known({"discriminator": value}, {"discriminator": slope})
+
+
+def roles(problem: Problem, settings: Any) -> dict[str, Any]:
+    heads = {"discriminator": QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)}
+    return {"teacher": Net.of(problem), "student": Net.of(problem), **(heads if settings.gan_weight else {})}
+
+
+ALGORITHM = Algorithm(
+    PCM,
+    roles,
+    orders=lambda settings: [Order(("student",)),
+                             *([Order(("discriminator",), shares=1)] if settings.gan_weight else [])],
+    needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"),
+                            **({"discriminator": Heads("teacher")} if settings.gan_weight else {})},
+    known=known,
+    defaults={"nodes": 50, "loss": "huber", "huber_c": 0.001, "gan_weight": 0.1},
+    renoised=False,
+)
+
+
+def paths(problem: Problem) -> Iterator[Check]:
+    yield from rows(ALGORITHM, problem, PATHS)

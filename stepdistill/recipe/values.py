@@ -1,0 +1,37 @@
+"""What entries of a recipe may be, where a plain type does not say it. ValueError with what would be right."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def under(name: str) -> Callable[[Any], Any]:
+    """A plain text stands for a table with this one entry."""
+    return lambda value: {name: value} if isinstance(value, str) else value
+
+
+def read_resolution(value: Any) -> int | tuple[int, int]:
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
+        raise ValueError("should be pixels: 768, or [height, width] such as [832, 1216]")
+    return tuple(sides) if isinstance(value, list | tuple) else value
+
+
+def read_guidance(value: Any) -> float | tuple[float, float]:
+    scales = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in scales) or len(scales) not in (1, 2):
+        raise ValueError("should be one scale such as 3.0, or a range such as [2.0, 5.0]")
+    if not all(map(math.isfinite, scales)):
+        raise ValueError("should be a finite number, or a range of two")
+    if min(scales) < 1 or list(scales) != sorted(scales):
+        raise ValueError("should be scales of at least 1 (1 is no guidance), a range from low to high")
+    return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
+
+
+def read_prompts(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    raise ValueError("should be shapes, a .txt file of one prompt a line, a list of prompts, or none")
