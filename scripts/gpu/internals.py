@@ -28,7 +28,7 @@ from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.catalogue import builtin
 from stepdistill.run.data import dataset
-from stepdistill.run.folder import checkpoint_of, finished, is_run, recipe_of, stage_folders
+from stepdistill.run.folder import finished, is_run, recipe_of, stage_folders, state_of
 from stepdistill.run.setup import setup, train_config
 from stepdistill.run.targets import open_target, student_target
 from stepdistill.training import Trainer, checkpoints
@@ -108,7 +108,7 @@ def teacher_draws(folder: Path, steps: int, device: torch.device, seed: int = 0)
 def student_draws(run: Path, steps: int, device: torch.device, seed: int = 0) -> Draw:
     """A run's student as a stock pipeline draws it in so many steps, from the noises of `teacher_draws`."""
     opened = setup(Recipe.load(recipe_of(run).resolved(), {"steps": steps}), torch.device("cpu"), torch.float32, attention="auto")
-    opened.roles.load_state_dict(opened.sampling_role, checkpoints.load_role(checkpoint_of(run), opened.sampling_role))
+    opened.roles.load_state_dict(opened.sampling_role, state_of(run, opened.sampling_role)[1])
     target = student_target(opened, "student")
     target.pipeline.to(device).set_progress_bar_config(disable=True)
     asked = Plan(target, target.name, target.pipeline.scheduler, target.call, steps, steps, 1.0)

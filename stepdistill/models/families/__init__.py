@@ -204,5 +204,5 @@ class Family:
                 raise RequestError(f"a teacher of the family {self.name} makes no videos, and found are {frames} frames: leave "
                                    "them out")
             return sides
-        *own, most = self.video
-        return *(sides or own), frames or most
+        *own, usual = self.video
+        return *(sides or own), usual if frames is None else frames
