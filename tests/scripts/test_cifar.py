@@ -145,6 +145,16 @@ def test_the_saved_teacher_is_the_trained_network_preconditioned(teacher):
     assert all(torch.equal(saved[name].float(), value) for name, value in loaded.network.state_dict().items())
 
 
+def test_weights_that_are_not_finite_are_not_written(teacher):
+    before = (teacher / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    network = training.teacher_network(cifar.TINY)
+    with torch.no_grad():
+        network.conv_in.bias[0] = float("nan")
+    with pytest.raises(SystemExit, match="not finite after 9 pictures"):
+        training.save_teacher(network, teacher, training.Progress(images=9))
+    assert (teacher / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before and training.Progress.of(teacher).images == 32
+
+
 def test_the_loss_is_that_of_edm():
     """lambda(sigma) |D(x + n) - x|^2 with lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, of a network that says cos of what it reads."""
     seen = []
