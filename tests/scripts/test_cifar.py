@@ -4,9 +4,13 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ import cifar_data as data  # noqa: E402
 import cifar_measure as measure  # noqa: E402
 import cifar_students as students  # noqa: E402
 import cifar_train as training  # noqa: E402
+import internals  # noqa: E402
 from common import Clock  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -106,6 +111,37 @@ def test_a_student_is_paced_to_the_time_that_is_left(teacher, pictures, tmp_path
     monkeypatch.setattr(students, "seconds_an_update", lambda asked, device: 0.1)
     assert students.paced(asked, CPU, students.NOTICE + 12.0).train.updates == 100
     assert students.paced(asked, CPU, 1e6).train.updates == asked.train.updates == 1200
+
+
+def test_after_its_time_a_student_stops_and_goes_on(teacher, pictures, tmp_path, monkeypatch):
+    images = data.write_folder(pictures, tmp_path / "images")
+    asked = students.recipe("sid-1", teacher, images, cifar.TINY_RECIPE | {"train.updates": 40, "train.log_every": 1})
+    run, clocks = tmp_path / "run", []
+
+    @contextmanager
+    def once_begun(seconds):
+        def ring():
+            while not (run / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+        clocks.append(seconds)
+        Thread(target=ring, daemon=True).start()
+        yield
+    with monkeypatch.context() as patched:
+        patched.setattr(students, "alarm", once_begun)
+        assert not students.train(asked, run, Clock(100)) and 90 < clocks[0] <= 100
+    assert not internals.finished(run, asked)
+    assert students.train(internals.recipe_of(run), run, Clock(600)) and internals.finished(run, asked)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41))
+
+
+def test_the_alarm_is_ctrl_c_and_is_off_afterwards():
+    with pytest.raises(KeyboardInterrupt), students.alarm(0.02):
+        time.sleep(20)
+    with students.alarm(0.2):
+        pass
+    time.sleep(0.3)
 
 
 # -- its networks -------------------------------------------------------------------------------------------------------
