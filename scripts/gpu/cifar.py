@@ -51,7 +51,7 @@ def main() -> None:
     made.add_argument("--samples", type=int, default=SAMPLES, help="of a row")
     made.add_argument("--compile", action="store_true", help="torch.compile in the teacher's training")
     made.add_argument("--whole", action="store_true", help="no student is cut short: it takes as many calls on this machine as it needs")
-    made.add_argument("--set", nargs=2, action="append", default=[], metavar=("ENTRY", "VALUE"), help="of the students' recipes, in JSON")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an entry of the students' recipes")
     made.add_argument("--plan", action="store_true", help="say how large the networks are and how long they take, and stop")
     args = made.parse_args()
     if args.plan:
@@ -81,7 +81,9 @@ class Bench:
         self.args, self.clock, self.device = args, clock, device
         self.work = args.work or (Path(tempfile.mkdtemp(prefix="cifar-tiny-")) if args.tiny else WORK)
         self.carried, self.record = self.work / "carried", Record("cifar", args, device, any_card=True)
+        self.overrides = internals.parse_set(args.set)
         self.begun = 0                                 # students in this call
+        torch.backends.cudnn.benchmark = True          # shapes hardly change
         self.sizes = TINY if args.tiny else training.Sizes()
         if args.teacher_images:
             self.sizes = replace(self.sizes, teacher_images=args.teacher_images)
@@ -176,9 +178,8 @@ class Bench:
     def recipe(self, name: str, until: Clock) -> internals.Recipe | None:
         """Of a student that is begun now; None where another call should begin it: only the first of a call may be cut short, and with
         --whole none."""
-        overrides = {entry: json.loads(value) for entry, value in self.args.set}
         images = write_folder(self.data, self.work / "images")
-        asked = students.recipe(name, self.carried / "teacher", images, (TINY_RECIPE if self.args.tiny else {}) | overrides)
+        asked = students.recipe(name, self.carried / "teacher", images, (TINY_RECIPE if self.args.tiny else {}) | self.overrides)
         if self.args.tiny or self.args.whole:
             return asked
         if until.left < LEAST + students.NOTICE:
@@ -205,7 +206,7 @@ class Bench:
         self.record.add(row(name, steps), {
             "method": recipe.method, "nfe": steps, "trained_steps": recipe.steps, "fd": fd, "ratio": asdict(ratio), "samples": self.samples,
             "updates": recipe.train.updates, "batch": recipe.data.batch, "seconds": timing["seconds"], "teacher_images": teacher.images,
-            "device": self.record.head["device"], "set": dict(self.args.set)})
+            "device": self.record.head["device"], "set": self.args.set})
         print(f"{row(name, steps)}: FD {said(fd)}, {said(asdict(ratio))} x the teacher's", flush=True)
 
     def known(self, key: str, images: int) -> bool:

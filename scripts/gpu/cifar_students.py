@@ -94,14 +94,15 @@ def paced(asked: internals.Recipe, device: torch.device, seconds: float) -> inte
 
 
 def train(asked: internals.Recipe, run: Path, clock: Clock) -> bool:
-    """Whether it is trained to its end; where the clock has run out before, the run goes on from its checkpoint another time."""
+    """Whether it is trained to its end; where the clock has run out before, or at Ctrl-C, the run goes on from its checkpoint another
+    time."""
     if internals.is_run(run) and internals.finished(run, asked):
         return True
     try:
         with alarm(clock.left):
             internals.train(asked, out=run, resume=internals.is_run(run))
-    except internals.Stopped as stopped:
-        print(f"{run.name}: {stopped}", flush=True)
+    except (internals.Stopped, KeyboardInterrupt) as stopped:        # the latter before the first update
+        print(f"{run.name}: {str(stopped) or 'no time was left to begin with it'}", flush=True)
         return False
     return True
 

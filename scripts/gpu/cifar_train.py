@@ -206,7 +206,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def save_teacher(network: UNet2DModel, folder: Path, progress: Progress) -> None:
-    """The pipeline folder, in half precision."""
+    """The pipeline folder, in half precision. Weights that are not finite are not written."""
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise SystemExit(f"the teacher's weights are not finite after {progress.images:,} pictures: {folder} is left as it was. A lower "
+                         "teacher_lr may help")
     pipeline = ConsistencyModelPipeline(network.float(), CMStochasticIterativeScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
                                                                                         sigma_data=SIGMA_DATA))
 

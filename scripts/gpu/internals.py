@@ -27,6 +27,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.catalogue import builtin
+from stepdistill.recipe.yaml import parse_set
 from stepdistill.run.data import dataset
 from stepdistill.run.folder import finished, is_run, recipe_of, stage_folders, state_of
 from stepdistill.run.setup import setup, train_config
@@ -34,7 +35,7 @@ from stepdistill.run.targets import open_target, student_target
 from stepdistill.training import Trainer, checkpoints
 
 __all__ = ["Moments", "Recipe", "Reference", "RequestError", "Stopped", "bench_student", "builtin", "compiled", "fill_cache",
-           "finished", "frechet", "frechet_infinity", "is_run", "open_trainer", "plan", "quiet", "recipe_of", "save_pipeline",
+           "finished", "frechet", "frechet_infinity", "is_run", "open_trainer", "parse_set", "plan", "quiet", "recipe_of", "save_pipeline",
            "shapes", "sheet",
            "stage_folders", "student_draws", "teacher_draws", "train"]
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ import cifar_data as data  # noqa: E402
 import cifar_measure as measure  # noqa: E402
 import cifar_students as students  # noqa: E402
 import cifar_train as training  # noqa: E402
+import internals  # noqa: E402
 from common import Clock  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -108,6 +113,37 @@ def test_a_student_is_paced_to_the_time_that_is_left(teacher, pictures, tmp_path
     assert students.paced(asked, CPU, 1e6).train.updates == asked.train.updates == 1200
 
 
+def test_after_its_time_a_student_stops_and_goes_on(teacher, pictures, tmp_path, monkeypatch):
+    images = data.write_folder(pictures, tmp_path / "images")
+    asked = students.recipe("sid-1", teacher, images, cifar.TINY_RECIPE | {"train.updates": 40, "train.log_every": 1})
+    run, clocks = tmp_path / "run", []
+
+    @contextmanager
+    def once_begun(seconds):
+        def ring():
+            while not (run / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+        clocks.append(seconds)
+        Thread(target=ring, daemon=True).start()
+        yield
+    with monkeypatch.context() as patched:
+        patched.setattr(students, "alarm", once_begun)
+        assert not students.train(asked, run, Clock(100)) and 90 < clocks[0] <= 100
+    assert not internals.finished(run, asked)
+    assert students.train(internals.recipe_of(run), run, Clock(600)) and internals.finished(run, asked)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41))
+
+
+def test_the_alarm_is_ctrl_c_and_is_off_afterwards():
+    with pytest.raises(KeyboardInterrupt), students.alarm(0.02):
+        time.sleep(20)
+    with students.alarm(0.2):
+        pass
+    time.sleep(0.3)
+
+
 # -- its networks -------------------------------------------------------------------------------------------------------
 
 def test_what_is_carried_is_small_at_the_real_sizes(tmp_path):
@@ -143,6 +179,16 @@ def test_the_saved_teacher_is_the_trained_network_preconditioned(teacher):
     torch.testing.assert_close(found, skipped + out * raw, rtol=1e-5, atol=1e-5)
     saved = load_file(teacher / "unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name].float(), value) for name, value in loaded.network.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_not_written(teacher):
+    before = (teacher / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    network = training.teacher_network(cifar.TINY)
+    with torch.no_grad():
+        network.conv_in.bias[0] = float("nan")
+    with pytest.raises(SystemExit, match="not finite after 9 pictures"):
+        training.save_teacher(network, teacher, training.Progress(images=9))
+    assert (teacher / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before and training.Progress.of(teacher).images == 32
 
 
 def test_the_loss_is_that_of_edm():
