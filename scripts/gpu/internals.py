@@ -32,7 +32,7 @@ from stepdistill.run.data import dataset
 from stepdistill.run.folder import finished, is_run, recipe_of, stage_folders, state_of
 from stepdistill.run.setup import setup, train_config
 from stepdistill.run.targets import open_target, student_target
-from stepdistill.training import Trainer, checkpoints
+from stepdistill.training import Trainer
 
 __all__ = ["Moments", "Recipe", "Reference", "RequestError", "Stopped", "bench_student", "builtin", "compiled", "fill_cache",
            "finished", "frechet", "frechet_infinity", "is_run", "open_trainer", "parse_set", "plan", "quiet", "recipe_of", "save_pipeline",
