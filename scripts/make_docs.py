@@ -89,7 +89,15 @@ Repeat it with `{command}`.
 |---|---|---|---|---|
 """
 NOT_MEASURED = "\nNot measured yet: {}. Each has its command in [scripts/gpu](../scripts/gpu/README.md).\n"
-GPU_RECORDS = ("smoke", "memory", "throughput", "world")
+CIFAR = """
+CIFAR-10 on an {device}: a class-conditional teacher of {parameters:.1f} million parameters has FD {fd} in {nfe} evaluations, and pictures that
+were held out have {real}. The features are those of a classifier with {accuracy:.1%} of the held-out pictures right. Repeat it with
+`scripts/gpu/cifar.sh`, in pieces.
+
+| method | evaluations | FD | its ratio to the teacher's | updates of {batch} | minutes |
+|---|---|---|---|---|---|
+"""
+GPU_RECORDS = ("smoke", "memory", "throughput", "world", "cifar")
 
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
@@ -166,9 +174,25 @@ def gpu_page() -> str:
     if found := records.get("smoke"):
         outcomes = [test["outcome"] for test in found["figures"].values()]
         parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} (`scripts/gpu/smoke.sh`).\n")
+    if (found := records.get("cifar")) and "teacher" in found["figures"]:
+        parts.append(cifar_table(found["figures"]))
     if missing := [name for name in GPU_RECORDS if name not in records]:
         parts.append(NOT_MEASURED.format(", ".join(missing)))
     return "".join(parts)
+
+
+def cifar_table(figures: dict[str, Any]) -> str:
+    """A row for each student of the teacher as it was measured last."""
+    teacher, own = figures["teacher"], figures["classifier"]
+    rows = [row for row in figures.values() if "ratio" in row and row["teacher_images"] == teacher["teacher_images"]]
+    head = CIFAR.format(device=teacher["device"], parameters=teacher["parameters"] / 1e6, fd=_interval(teacher["fd"]), nfe=teacher["nfe"],
+                        real=_interval(figures["real"]["fd"]), accuracy=own["accuracy"], batch=" or ".join(map(str, sorted({row["batch"] for row in rows}))))
+    return head + "".join(f"| `{row['method']}` | {row['nfe']} | {_interval(row['fd'])} | {_interval(row['ratio'])} | {row['updates']:,} "
+                          f"| {row['seconds'] / 60:.1f} |\n" for row in rows)
+
+
+def _interval(found: dict[str, float | None]) -> str:
+    return f"{found['value']:.2f}" + ("" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})")
 
 
 PAGES = {"recipes.md": recipe_page, "methods.md": method_page, "gpu.md": gpu_page}

@@ -38,6 +38,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _scale("--guidance", scale))]
 RESUME_AUTO = "--resume-auto"          # how `--resume auto` is handed on: an option cannot be both a switch and a choice
+MANY = 10_000_000                      # of anything that is counted: beyond it a number is a slip
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
 
 
@@ -79,8 +81,8 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
 @app.command()
 def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)],
            prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
-           steps: Annotated[int | None, typer.Option(min=1, help="Steps; a student's own number unless given.")] = None,
-           seed: int = 0, guidance: Guidance = None,
+           steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Steps; a student's own number unless given.")] = None,
+           seed: Seed = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
                                              help="The picture, or a sheet of them.")] = Path("sample.png"),
            as_json: Json = False) -> None:
@@ -95,7 +97,7 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
           nfe: Annotated[str, typer.Option(metavar="1,2,4,8",
                                            help="Network evaluations; a guided step is two.")] = "1,2,4,8",
-          samples: Annotated[int | None, typer.Option(min=2, help="Pictures a row; 2000, and 16 against the teacher.")] = None,
+          samples: Annotated[int | None, typer.Option(min=2, max=MANY, help="Pictures a row; 2000, and 16 against the teacher.")] = None,
           guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own "
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
@@ -107,7 +109,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
           few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
-          seed: int = 0, as_json: Json = False) -> None:
+          seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     api = working()
@@ -285,8 +287,8 @@ def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(1 <= number < math.inf for number in found):
-        raise RequestError(f"{option} {text}: should be finite numbers of at least 1 with commas between, such as "
+    if not found or not all(1 <= number <= MANY for number in found):
+        raise RequestError(f"{option} {text}: should be finite numbers of at least 1, and at most {MANY:,}, with commas between, such as "
                            f"{example}")
     return found
 

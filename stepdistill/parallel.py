@@ -39,9 +39,10 @@ def gather(tensor: Tensor) -> Tensor:
     """Joins the ranks' tensors, of equal shape, along the first axis, in rank order."""
     if not _many():
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    carried = (tensor.cuda() if dist.get_backend() == "nccl" else tensor).contiguous()      # which carries what lies on GPUs alone
+    parts = [torch.empty_like(carried) for _ in range(world_size())]
+    dist.all_gather(parts, carried)
+    return torch.cat(parts).to(tensor.device)
 
 
 def shard_(network: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:

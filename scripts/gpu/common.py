@@ -64,10 +64,10 @@ class Clock:
 class Record:
     """assets/gpu/<name>.json: {device, driver, versions, command, date, figures}, copied to $OUT where that is set.
 
-    Figures of another card are dropped. A tiny run writes to a temporary folder, which it prints.
+    Figures of another card are dropped, unless they are of `any_card`. A tiny run writes to a temporary folder, which it prints.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, device: torch.device, any_card: bool = False) -> None:
         folder = Path(tempfile.mkdtemp(prefix="gpu-tiny-")) if args.tiny else RECORDS
         self.path, self.again = folder / f"{name}.json", args.again
         self.head = {"device": _name(device), "driver": _driver(device), "versions": _versions(),
@@ -75,7 +75,7 @@ class Record:
         self.figures: dict[str, Any] = {}
         if self.path.is_file():
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            self.figures = found["figures"] if found["device"] == self.head["device"] else {}
+            self.figures = found["figures"] if any_card or found["device"] == self.head["device"] else {}
         self.fresh: set[str] = set()
 
     def has(self, key: str) -> bool:

@@ -137,8 +137,8 @@ class StoreSpec:
 
         RequestError for a folder of other files.
         """
-        if not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
-            return []
+        if not self.folder.exists() or self.folder.is_dir() and all(path.name.startswith(".") for path in self.folder.iterdir()):
+            return []                                  # hidden ones: a lock, and what a killed write left
         found = flat(records.read(self.folder / ABOUT, dict[str, object], f"'{self.folder}' holds other files than a cache's: name another folder"))
         wanted = flat(json.loads(json.dumps(self.about)))
         return [f"{name} is {shorten(found.get(name))} there and {shorten(wanted.get(name))} here"

@@ -27,8 +27,8 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
 
 def stopped(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...],
             exit: Tensor) -> tuple[Prediction, Tensor]:
-    """What `role` predicts at an evaluation of its own sampler, exit (B,) int64 from 0, and where the step from there
-    lands, r (B,) float64.
+    """What `role` predicts at an evaluation of its own sampler, exit (B,) int64 on the CPU, from 0, and where the step
+    from there lands, r (B,) float64.
 
     `ddim_step(prediction, s)` is the student's own state at any s from r up to prediction.t, made of the x_0 and the
     eps of this prediction, through which alone gradients flow. It begins in noise and sees no data, and all samples go

@@ -158,10 +158,9 @@ def addim_step(p: Prediction, r: Tensor, x_var: Tensor) -> Tensor:
     z_var = (alpha_r - alpha_t sigma_r / sigma_t)^2 x_var.
     """
     schedule, t, x = p.schedule, p.t, p.x_t
-    z_var = (schedule.alpha(r) - schedule.alpha(t) * schedule.sigma(r) / schedule.sigma(t)) ** 2 * x_var.to(r)
-    mean_square = like((p.eps.flatten(1) ** 2).mean(1), x)
-    return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + like(z_var, x)
-                                                / mean_square).sqrt() * p.eps
+    share = (schedule.alpha(r) - schedule.alpha(t) * schedule.sigma(r) / schedule.sigma(t)) ** 2
+    missing = like(share, x) * like(x_var, x) / like((p.eps.flatten(1) ** 2).mean(1), x)
+    return like(schedule.alpha(r), x) * p.x0 + (like(schedule.sigma(r) ** 2, x) + missing).sqrt() * p.eps
 
 
 def addim(role: Role, x: Tensor, times: Tensor, cond: Condition | None = None, noise: Noise | None = None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..files import records
 from .draws import fractions, key
 from .exact import Gaussian, GaussianMixture
 from .schedule import Schedule
@@ -84,12 +85,8 @@ class Toy:
     count: int | None = None
 
     @cached_property
-    def config(self) -> dict:
-        path = Path(self.folder) / FILE
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RequestError(f"{path} is damaged ({error}): write the folder anew") from error
+    def config(self) -> records.Toy:
+        return records.read(Path(self.folder) / FILE, records.Toy, "Write the folder anew")
 
     @cached_property
     def labels(self) -> Tensor:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..data.shapes import SLOTS
-from ..errors import RequestError
+from ..errors import RequestError, first_lines
+from ..models.loading import UNLOADABLE
 
 HALVES = [0.5] * 3, [0.5] * 3
 
@@ -44,7 +47,7 @@ class AttributeClassifier:
 
     @classmethod
     def load(cls, file: Path) -> AttributeClassifier:
-        with safe_open(file, "pt") as saved:
+        with _readable(file), safe_open(file, "pt") as saved:
             slots = json.loads(saved.metadata()["slots"])
             if slots != {slot: list(values) for slot, values in SLOTS.items()}:
                 raise RequestError(f"{file} classifies the slots {slots}, but Shapes has {SLOTS}: train it anew")
@@ -57,14 +60,25 @@ class AttributeClassifier:
         return torch.stack([(features @ weight.T + bias).argmax(1) for weight, bias in self.heads], 1)
 
 
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{place} cannot be read as features: {first_lines(error)}. Copy or train it anew") from error
+
+
 class ClipFeatures:
     """The unnormalised projections of a CLIPModel's folder, computed in float32."""
 
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
         self.device = device
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        with _readable(folder):
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")])
         self.name = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}"
         self.dim = self.model.config.projection_dim

@@ -20,6 +20,7 @@ LOCK = ".lock"
 POLL = 0.5                             # seconds between two looks at a lock that is waited for
 PLACE = 1 << 30                        # of the byte that Windows locks: beyond the text, which stays readable
 TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # some network file systems
 log = logging.getLogger(__name__)
 
 
@@ -96,8 +97,10 @@ def _try(handle: int) -> bool:
     except OSError as error:
         if error.errno in TAKEN:
             return False
-        os.close(handle)
-        raise
+        if error.errno not in LOCKLESS:
+            os.close(handle)
+            raise
+        log.warning("the file system has no locks (%s): see to it that no second process writes there", error.strerror)
     return True
 
 

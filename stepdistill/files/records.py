@@ -90,6 +90,41 @@ class Evaluated(_Row):
     step: int
 
 
+class ModelIndex(TypedDict):
+    """model_index.json of a pipeline. A class that is code beside it is a list."""
+
+    _class_name: str | list[Any]
+
+
+class StudentCall(TypedDict, total=False):
+    """stepdistill.json of an export, as its teacher's calls are read from it."""
+
+    teacher_call: dict[str, Any]
+
+
+class TeacherCall(TypedDict):
+    """stepdistill.json of a teacher: what every call of it is given."""
+
+    call: dict[str, Any]
+
+
+class NetworkConfig(TypedDict, total=False):
+    """config.json of a network: its entries that are read."""
+
+    quantization_config: dict[str, Any] | None
+
+
+class Toy(TypedDict):
+    """toy.json: a mixture of the plane."""
+
+    seed: int
+    noise: Literal["vp", "flow"]
+    labels: list[int]
+    weights: list[float]
+    means: list[list[float]]
+    covariances: list[list[list[float]]]
+
+
 class _Lora(TypedDict):
     path: str
     weight: float

@@ -169,7 +169,7 @@ def check(settings: Any) -> None:
             raise ValueError(f"{name} must be {what}; found {vars(settings)[name]!r}")
 
 
-def check_grid(method: str, settings: Any, steps: int, schedule: Schedule) -> None:
+def check_fit(method: str, settings: Any, steps: int, schedule: Schedule) -> None:
     """ValueError where a stock sampler of `steps` steps would not ask the student at nodes of the settings' grid."""
     if not 1 <= steps <= settings.nodes:
         raise ValueError(f"{method} with nodes = {settings.nodes} serves 1 to {settings.nodes} steps; found {steps}")

@@ -75,15 +75,19 @@ class Video(Codec):
         return super().encode(frames.transpose(1, 2), generator)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """(B, F, 3, H, W). By the autoencoder's layers, frame after frame as its `decode` calls them, which clips
-        pixels: those that it clips have no gradient."""
+        """(B, F, 3, H, W). One video after the other: the activations of several would fill a card."""
         z = latents.to(self.network.device, self.dtype)
         z = (z / _on(self.scale, z) + _on(self.shift, z)).to(self.dtype)
+        return torch.cat([self._decoded(one) for one in z.split(1)]).transpose(1, 2).float()
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """By the autoencoder's layers, frame after frame as its `decode` calls them, which clips pixels: those that it
+        clips have no gradient."""
         decoder, patch = self.network.decoder, self.network.config.patch_size
         memory = [None] * len([*decoder.modules()])        # what each convolution has seen last, in fewer places than these
         frames = [decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=i == 0)
                   for i, frame in enumerate(self.network.post_quant_conv(z).split(1, 2))]
-        return unpatchify(torch.cat(frames, 2), patch or 1).transpose(1, 2).float()
+        return unpatchify(torch.cat(frames, 2), patch or 1)
 
 
 class Points(Codec):

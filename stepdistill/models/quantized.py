@@ -7,7 +7,6 @@ they are: its dtype is the network's, and numbers that a student reads are folde
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import RequestError
+from ..files import records
 
 BLOCK = 64                                         # weights of NF4 that share a scale
 # Of a linear layer's weight (rows, columns): its numbers, and its float32 scales.
@@ -140,7 +140,8 @@ def saved_as(folder: Path) -> str | None:
     """How the weights in a component's folder are quantised; None where they are not. RequestError for a kind that is
     not served."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    read = records.read(path, records.NetworkConfig, "Save or download the teacher anew") if path.is_file() else {}
+    config = read.get("quantization_config")
     if config is None:
         return None
     found = config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None

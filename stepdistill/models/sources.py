@@ -1,7 +1,6 @@
 """Where a teacher lies, and what it is: a folder, one .safetensors file, or a Hub id. No weights are read."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file as hub_file
 
 from ..errors import RequestError, first_lines
+from ..files import records
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
@@ -158,12 +158,11 @@ def call_of(source: Source | str) -> dict[str, Any]:
     asked = {} if source.clip_skip is None else {"clip_skip": source.clip_skip}
     if not path.is_file():
         return asked
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        call = dict(settings.get("teacher_call", {}) if "method" in settings else settings["call"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{path} is damaged: it should hold {{\"call\": {{keyword: value}}}} for calls of the pipeline "
-                           f"({type(error).__name__}: {error})") from error
+    right = 'It should hold {"call": {keyword: value}} for calls of the pipeline'
+    if "method" in records.read(path, dict[str, Any], right):
+        call = records.read(path, records.StudentCall, right).get("teacher_call", {})
+    else:
+        call = records.read(path, records.TeacherCall, right)["call"]
     if wrong := [name for name in call if name not in SHAPING]:
         where = _ELSEWHERE.get(wrong[0], "no call of a teacher is given it")
         raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does not shape what its network is told: "
@@ -184,13 +183,8 @@ def _index_of_folder(folder: Path) -> Index:
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise RequestError(f"{folder} is no diffusers pipeline: it has no model_index.json (it holds {held}). "
                            "A teacher is a folder that `pipeline.save_pretrained` wrote")
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-        parts["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{index} is damaged, it names no pipeline class ({error}): save or download the teacher "
-                           "anew") from error
-    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by[0] is not None
+    parts = records.read(index, records.ModelIndex, "Save or download the teacher anew")
+    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by and made_by[0] is not None
                and name not in ("safety_checker", "_class_name") and not (folder / name).is_dir()]
     if missing:
         raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is "

@@ -20,6 +20,7 @@ from ..evaluation.sheets import sheet
 from ..evaluation.sweep import Evaluation
 from ..files import records
 from ..methods.base import due
+from ..models.stock import some_frames
 from ..training.tracking import truncate
 from .checks import found, reference_source
 from .data import captions, noises, preview_prompts
@@ -75,8 +76,8 @@ class Preview:
     def pictures(self, step: int) -> None:
         """samples/step-000200.png: the teacher's row above the student's, from the same noise; of videos a pair of rows each."""
         if self.teacher is None:
-            self.teacher = self.run.teacher.decode(base_samples(self.run, self.noise, self.cond, self.run.guidance))
-        student = self.run.teacher.decode(student_samples(self.run, self.noise, self.cond))
+            self.teacher = self.seen(base_samples(self.run, self.noise, self.cond, self.run.guidance))
+        student = self.seen(student_samples(self.run, self.noise, self.cond))
         if parallel.rank():
             return
         rows = [f"teacher, {TEACHER_STEPS} steps", f"student, {self.run.recipe.steps} steps"]
@@ -87,6 +88,11 @@ class Preview:
             sheet([self.teacher, student], path, rows)
         else:
             sheet(torch.stack([self.teacher, student], 1).flatten(0, 1), path, rows * len(student))
+
+    def seen(self, latents: Tensor) -> Tensor:
+        """Their pixels, of videos those of the frames that are looked at; points as they are."""
+        pixels = self.run.teacher.decode(latents)
+        return pixels if self.run.teacher.family.video is None else some_frames(pixels)
 
     def measure(self, step: int, measured: set[tuple[str, int, float | None]]) -> None:
         """A line a row in evaluations.jsonl: the student at each of evaluate.nfe. measured: the rows that are there."""

@@ -28,11 +28,13 @@ from stepdistill.run.checks import check
 from stepdistill.run.data import _identity
 from stepdistill.run.targets import open_target, teachers
 
+from . import unet2d
 from .test_matrix import CASES, folder_of, recorded
 
 __all__ = ["folder_of"]
 NEGATIVE = "blue square"
-NONE = ("flux-dev", "flux2-klein", "dit", "dit-eps")             # whose guidance subtracts no text
+# Of those that subtract no text, some guide with none.
+NONE = ("flux-dev", "flux2-klein", "dit", "dit-eps", *unet2d.CASES)
 SERVED = [name for name in CASES if name not in NONE]
 PROMPTS = ("a red ring", "a blue square")
 

@@ -1,6 +1,7 @@
 """One process at a time, and the dead hold nothing."""
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -51,6 +52,18 @@ def test_who_waits_is_told_once_and_goes_on(tmp_path, caplog):
     with locked(path, "the cache", wait=True):
         assert time.monotonic() - start > 1 and process.wait() == 0
     assert caplog.text.count(f"the cache is in use by process {process.pid}") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has another call for it")
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path / ".lock", "it"):
+        pass
+    assert "has no locks (Function not implemented)" in caplog.text
 
 
 def test_folders_that_stay_empty_are_removed(tmp_path):

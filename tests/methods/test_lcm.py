@@ -183,8 +183,29 @@ def test_shifted_nodes_keep_their_fixed_point():
     assert loss(point, 3.0, settings, schedule="flow") > 1e-9
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_the_data_s_path_no_teacher_is_asked_and_the_scale_is_still_told(schedule):
+    """With one node the path ends at the data, and the loss is a denoiser's: its least value is the variance of x_0 given x_t."""
+    def asked(*_):
+        raise AssertionError("the teacher was asked")
+
+    told = []
+    point = FixedPoint(*SCHEDULES[schedule], lambda cond: told.append(cond.w) or 1.0, 1)
+    settings = Settings(nodes=1, loss="squared", bridge="data", guidance_embedding=True)
+    found = loss(point, (2.0, 6.0), settings, 4000, schedule, teacher=asked)
+    a, s = (f(torch.ones(1, dtype=torch.float64)).item() for f in (SCHEDULES[schedule][0].alpha, SCHEDULES[schedule][0].sigma))
+    assert found == pytest.approx(STD**2 * s**2 / (a**2 * STD**2 + s**2), rel=0.05) and told[-1].std() > 1
+
+
+def test_the_data_s_path_has_nothing_to_guide():
+    with pytest.raises(ValueError, match="bridge: data.*guidance be 1.*found guidance 3.0"):
+        spelled(LCM, Settings(bridge="data"), 4, "vp", 3.0)
+    assert spelled(LCM, Settings(bridge="data"), 4, "vp", 1.0).call["guidance_scale"] == 1.0
+    assert spelled(LCM, Settings(bridge="data", guidance_embedding=True), 4, "vp", 3.0).call["guidance_scale"] == 3.0
+
+
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"shift": 0.0}, {"skip": 0}, {"skip": 51}, {"loss": "l1"}, {"huber_c": 0.0},
-                                   {"target_decay": 1.0}])
+                                   {"target_decay": 1.0}, {"bridge": "heun"}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)

@@ -115,12 +115,12 @@ FAULTS = [
         ("}[settings.loss]", '}["squared"]'),
         ("}[settings.weight]", '}["v"]'),
         ("self.weight(self.schedule, t)", "self.weight(self.schedule, s.clamp_min(0.001))"),
-        ("s, t, s > r)", "s, t, s >= r)"),
+        ("s, t, s > r)", "s, t, s < r)"),
         (DRAWN, "1.0"),
     ),
     *of(
         "mcm", "diffusion.solvers",
-        ("+ like(z_var, x)", "- like(z_var, x)"),
+        ("x) + missing).sqrt()", "x) - missing).sqrt()"),
     ),
     *of(
         "mcm", "losses.regression",

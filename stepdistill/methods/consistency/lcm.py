@@ -8,11 +8,11 @@
 
 On a rectified flow, which the paper does not treat, the nodes are uniform in t, or shifted, and f is x_0.
 
-`bridge: data` is latent consistency fine-tuning, the paper's section 4.4: x_s is made of the x_0 and the noise that
-made x_t. No teacher is asked, and nothing is guided: a student that is trained so goes on from one that knows its
-scales.
+`bridge: data` is latent consistency fine-tuning: x_s is made of the x_0 and the noise that made x_t. No teacher is
+asked, and nothing is guided: a student that is trained so goes on from one that knows its scales. It follows (a).
 
-Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, whose figures differ.
+Sources of the defaults: (p) the paper, (s) diffusers' scripts train_lcm_distill_*, whose figures differ, (a) accounts
+of the paper, whose fine-tuning was not released and not compared with its text.
 """
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from ...diffusion.solvers import ddim
 from ...diffusion.times import discrete
 from ...diffusion.triples import below, grid
 from ...losses.regression import DistanceName, distance
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_grid, middle
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_fit, middle
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     nodes: int = 50               # grid of the teacher's solver; on a VP teacher it must divide 1000 (p: 50)
     skip: int = 1                 # nodes between t and s: 1 of 50 is 20 of 1000 times (p: 20)
-    bridge: Literal["ddim", "data"] = "ddim"    # from x_t to x_s: the teacher's step, or the data's own path (p)
+    bridge: Literal["ddim", "data"] = "ddim"    # from x_t to x_s: the teacher's step, or the data's own path (a)
     loss: DistanceName = "huber"  # d, or "squared" (s: "huber" for the LoRA)
     huber_c: float = 0.001        # c of the pseudo-Huber loss (s)
     target_decay: float = 0.95    # of the target per update, where all weights are trained (p)
@@ -73,7 +73,7 @@ class LCM(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        check_grid("lcm", settings, steps, schedule)
+        check_fit("lcm", settings, steps, schedule)
         if settings.bridge == "data" and not settings.guidance_embedding and guidance != 1:
             raise ValueError("lcm with bridge: data asks no teacher that could be guided: let guidance be 1, or let a "
                              f"student that reads its scale go on reading it; found guidance {guidance}")

@@ -8,8 +8,8 @@
     loss     =  (SNR + 1) | x_0 of the student - the x_0 whose step from x_t lands on x_r |
 
 With one segment it is a consistency model, with as many as nodes a diffusion model. aDDIM is DDIM that gives back the
-variance which the mean of x_0 lacks; what is lacking is read off the data: eta |x_0 of the teacher - x_0|^2. The student
-is sampled by DDIM, and only with as many steps as it has segments.
+variance which the mean of x_0 lacks; what is lacking is read off the data: eta |x_0 of the teacher - x_0|^2. The
+student is sampled by DDIM, and only with as many steps as it has segments.
 
 `bridge: data` is the paper's training without a teacher: x_s is made of the x_0 and the noise that made x_t. Nothing is
 guided then.

@@ -32,7 +32,7 @@ from ...diffusion.solvers import ddim
 from ...diffusion.times import discrete
 from ...diffusion.triples import among, below, grid
 from ...losses.regression import DistanceName, distance
-from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_grid
+from ..base import Follows, Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class TCD(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        check_grid("tcd", settings, steps, schedule)
+        check_fit("tcd", settings, steps, schedule)
         if not isinstance(schedule, VariancePreserving) and settings.gamma not in (0, 1):
             raise ValueError("no stock scheduler of a flow adds a share of fresh noise: tcd wants settings.gamma: 0, "
                              f"none, or 1, all of it; found {settings.gamma:g}")

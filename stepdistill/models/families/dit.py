@@ -13,7 +13,8 @@ from ...errors import RequestError
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
-from . import DISCRETE, ONE_STREAM, Family, Parts, Size, channel_refusals, codec_pixels, discrete_refusals
+from . import Family, Parts, Size
+from .shared import DISCRETE, ONE_STREAM, channel_refusals, codec_pixels, discrete_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

@@ -18,7 +18,8 @@ from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
-from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, stream_blocks
+from . import Family, Parts, Size
+from .shared import codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

@@ -15,7 +15,8 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import folded
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, stream_blocks
+from . import Family, Parts, Size
+from .shared import codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

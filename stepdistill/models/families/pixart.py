@@ -11,7 +11,8 @@ from torch import Tensor
 from ...diffusion.contracts import Condition
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
-from . import DISCRETE, ONE_STREAM, Family, Parts, Size, channel_refusals, codec_pixels, discrete_refusals, latent_sides, sides
+from . import Family, Parts, Size, sides
+from .shared import DISCRETE, ONE_STREAM, channel_refusals, codec_pixels, discrete_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

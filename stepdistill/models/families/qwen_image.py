@@ -20,7 +20,8 @@ from ..codecs import framed
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
-from . import Family, Parts, Size, flow_refusals, fresh, latent_sides, middle_block
+from . import Family, Parts, Size, fresh
+from .shared import flow_refusals, latent_sides, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

@@ -11,7 +11,8 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import Plain
 from ..extra_embedding import TimeEmbedding
-from . import ONE_STREAM, Family, Parts, Size, channel_refusals, latent_sides, sides, solved_flow_refusals
+from . import Family, Parts, Size, sides
+from .shared import ONE_STREAM, channel_refusals, latent_sides, solved_flow_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

@@ -14,7 +14,8 @@ from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
-from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides, middle_block
+from . import Family, Parts, Size
+from .shared import codec_pixels, flow_refusals, latent_sides, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

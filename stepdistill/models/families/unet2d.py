@@ -17,7 +17,8 @@ from ...errors import RequestError
 from ..codecs import Points
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance, Prompts
-from . import KINDS, UNET, Family, Parts, Size, discrete_refusals, node
+from . import Family, Parts, Size
+from .shared import KINDS, UNET, discrete_refusals, node
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

@@ -14,7 +14,8 @@ from ...errors import RequestError
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
-from . import DISCRETE, UNET, Family, Parts, Size, codec_pixels, discrete_refusals, latent_sides
+from . import Family, Parts, Size
+from .shared import DISCRETE, UNET, codec_pixels, discrete_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

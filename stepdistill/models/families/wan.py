@@ -17,7 +17,8 @@ from ...errors import RequestError
 from ..codecs import video
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
-from . import Family, Parts, Size, latent_sides, solved_flow_refusals
+from . import Family, Parts, Size
+from .shared import latent_sides, solved_flow_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher

@@ -19,7 +19,8 @@ from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
-from . import Family, Parts, Size, codec_pixels, flow_refusals, latent_sides
+from . import Family, Parts, Size
+from .shared import codec_pixels, flow_refusals, latent_sides
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
