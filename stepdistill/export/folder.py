@@ -145,7 +145,7 @@ def fresh_pipeline(cls: type[DiffusionPipeline], source: Source) -> DiffusionPip
 
 def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    name = records.read(path, records.SchedulerConfig, AGAIN)["_class_name"]
+    name = records.read(path, records.SchedulerConfig, AGAIN, infinite=True)["_class_name"]
     try:
         return class_of("scheduler", "diffusers", name).from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, TypeError, ArithmeticError, LookupError) as error:

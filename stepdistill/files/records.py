@@ -186,21 +186,22 @@ class SchedulerConfig(TypedDict):
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
-def read(path: Path, schema: Any, right: str) -> Any:
-    """What a JSON file holds. right: what to do about a file that is damaged.
+def read(path: Path, schema: Any, right: str, infinite: bool = False) -> Any:
+    """What a JSON file holds. right: what to do about a file that is damaged. infinite: diffusers wrote it, whose configs may
+    hold infinities as Python spells them.
 
     RequestError: "{path} is damaged: {what and where}. {right}".
     """
     try:
-        return checked(path.read_bytes(), schema)
+        return checked(path.read_bytes(), schema, infinite)
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} is damaged: {error.strerror if isinstance(error, OSError) else error}. {right}") from error
 
 
-def checked(text: str | bytes, schema: Any) -> Any:
-    """What JSON text holds. ValueError where it is none, or not what the schema says."""
+def checked(text: str | bytes, schema: Any, infinite: bool = False) -> Any:
+    """What JSON text holds. ValueError where it is none, or not what the schema says. infinite: it may hold infinities."""
     try:
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_number if infinite else _no_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if fault := _fault(value, schema, ""):
@@ -217,6 +218,10 @@ def lines(text: bytes, schema: Any) -> Iterator[tuple[int, bytes, Any]]:
         except ValueError as error:
             if line.endswith(b"\n"):
                 yield number, line, error
+
+
+def _number(text: str) -> float:
+    return float(text) if text != "NaN" else _no_number(text)
 
 
 def _no_number(text: str) -> float:

@@ -46,6 +46,13 @@ def test_what_does_not_fit_is_named(change, message):
         records.checked(json.dumps(GOOD | change), Outer)
 
 
+def test_configs_of_diffusers_may_hold_infinities():
+    """DPMSolverMultistepScheduler's lambda_min_clipped is one."""
+    assert records.checked('{"_class_name": "A", "x": -Infinity}', records.SchedulerConfig, infinite=True)["x"] == -float("inf")
+    with pytest.raises(ValueError, match="holds NaN"):
+        records.checked('{"_class_name": "A", "x": NaN}', records.SchedulerConfig, infinite=True)
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"x": NaN}', b'{"x": -Infinity}', b'{"x": ' + b"9" * 5000 + b"}",
                                   b'{"x": 1e999}', b"null", b'{"x": "1"}'])
 def test_no_damage_raises_anything_else(tmp_path, text):
