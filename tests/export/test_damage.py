@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, open_export, read_settings
 from stepdistill.export.card import _code, _plain
-from stepdistill.export.write import _aside
+from stepdistill.export.write import aside
 from stepdistill.files.whole import aside_of, checksum
 
 LORA, SETTINGS, SCHEDULER = "pytorch_lora_weights.safetensors", "stepdistill.json", "scheduler/scheduler_config.json"
@@ -73,14 +73,14 @@ def test_what_killed_exports_left_is_cleared_and_what_they_replaced_put_back(tmp
     (work / "old").mkdir()
     (work / "old/file").write_text("the export before")
     (work / "new/half").write_text("")
-    with pytest.raises(RequestError), _aside(out) as folder:
+    with pytest.raises(RequestError), aside(out) as folder:
         assert (out / "file").read_text() == "the export before" and not list(folder.iterdir())
         raise RequestError("refuted")
     assert [path.name for path in tmp_path.iterdir()] == ["lora"] and (out / "file").exists()
-    with _aside(out) as folder:
+    with aside(out) as folder:
         (folder / "file").write_text("the new one")
     assert [path.name for path in tmp_path.iterdir()] == ["lora"] and (out / "file").read_text() == "the new one"
-    with _aside(out), pytest.raises(RequestError, match="lora is in use by process"), _aside(out):
+    with aside(out), pytest.raises(RequestError, match="lora is in use by process"), aside(out):
         pass
 
 
