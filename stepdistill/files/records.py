@@ -164,6 +164,7 @@ class Export(_Export, total=False):
     schema: int
     denoiser: str
     reads: str
+    quantization: str
     sha256: dict[str, str]
     run: str
     role: str
