@@ -1,11 +1,15 @@
 """Where a teacher lies, and what it is: a folder, one .safetensors file, or a Hub id. No weights are read."""
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from diffusers import DiffusionPipeline
@@ -233,11 +237,27 @@ def _index_on_hub(source: str, revision: str | None) -> Index:
         raise RequestError(f"there is no folder or file {source} (looked in {Path.cwd()}): a teacher is a pipeline "
                            "folder, "
                            "a Hub id such as owner/name, or one .safetensors file")
+    away = _unreachable()
+    if away is not None and cached_file(source, "model_index.json", revision) is None:
+        raise RequestError(f"there is no folder {source} here, and the Hub cannot be asked for such a pipeline ({away}): check the network, or "
+                           "download it where there is one and name its folder")
     try:
-        return DiffusionPipeline.load_config(source, revision=revision)
+        return DiffusionPipeline.load_config(source, revision=revision, local_files_only=away is not None)
     except (OSError, ValueError) as error:
         reason = first_lines(error)
         raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
+
+
+def _unreachable() -> str | None:
+    """Why the Hub has no address from here; None where it has one, or a proxy knows. Asked first: its library tries again for half a
+    minute."""
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        if not getproxies():
+            socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"{host}: {error.strerror}"
+    return None
 
 
 def check_safetensors(file: Path) -> list[str]:

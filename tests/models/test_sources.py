@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from tiny import save_tiny, save_tiny_sd3, tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
 from stepdistill.models.fused import Trace
-from stepdistill.models.sources import FusedLora, Source
+from stepdistill.models.sources import FusedLora, Source, index_at
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run.plan import plan
@@ -272,3 +273,23 @@ def test_config_must_be_of_the_file_s_kind(file, base, tmp_path):
 def test_a_source_is_a_value(base):
     assert Source.of(base) == Source(str(base)) and hash(Source("a", loras=(FusedLora("b"),))) == hash(Source("a", loras=(FusedLora("b"),)))
     assert json.dumps(vars(FusedLora("b", 0.5))) == '{"path": "b", "weight": 0.5}'
+
+
+def unresolved(host, *rest):
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+def test_a_dead_network_and_a_typo_read_differently(monkeypatch):
+    """And neither takes longer than a name's look-up: the Hub's library would try again for half a minute."""
+    monkeypatch.setattr("stepdistill.models.sources.getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    with pytest.raises(RequestError, match=r"no folder owner/name here, and the Hub cannot be asked .*huggingface.co: Name or service not known.: check the network"):
+        index_at(Source("owner/name"))
+
+    def absent(source, **options):
+        raise OSError(f"{source} is not a valid model identifier")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: [host])
+    monkeypatch.setattr(DiffusionPipeline, "load_config", absent)
+    with pytest.raises(RequestError, match="the Hub did not supply such a pipeline: owner/name is not a valid model identifier"):
+        index_at(Source("owner/name"))
