@@ -34,6 +34,7 @@ from ..files.lock import LOCK, locked
 from ..files.whole import sweep, write_whole
 
 ABOUT = "about.json"
+ROWS = "rows"                     # the one entry of a file's metadata: of several the order is left to chance
 FORMAT = 1                        # raise it when the files of old can no longer be read
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ class Cache:
             for i, (path, rows) in enumerate(own):
                 tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
                 to_come = len(missing) - i * parallel.world_size()
-                _write(path, save(tensors, {"texts": json.dumps(texts), DIGEST: digest(tensors, texts)}), files_to_come=to_come)
+                _write(path, save(tensors, {ROWS: json.dumps({"texts": texts, DIGEST: digest(tensors, texts)})}), files_to_come=to_come)
             parallel.barrier()
         files |= {path: _open(path, len(rows), spec.names) for path, rows in missing}
         return Store(tuple(tensors for tensors, _ in files.values()),
@@ -241,8 +242,9 @@ def _open(path: Path, rows: int, names: frozenset[str]) -> tuple[dict[str, Tenso
         with safe_open(path, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             metadata = opened.metadata() or {}
-        texts: list[str] = records.checked(metadata.get("texts", "null"), list[str])
-        problem = _problem(tensors, texts, rows, names, metadata.get(DIGEST))
+        said: records.CacheRows = records.checked(metadata[ROWS] if ROWS in metadata else f'{{"texts": {metadata.get("texts", "null")}}}', records.CacheRows)
+        texts = said["texts"]
+        problem = _problem(tensors, texts, rows, names, said.get(DIGEST))
     except (SafetensorError, OSError, ValueError) as error:
         problem = str(error)
     if problem is None:

@@ -114,6 +114,16 @@ class NetworkConfig(TypedDict, total=False):
     quantization_config: dict[str, Any] | None
 
 
+class _CacheRows(TypedDict):
+    texts: list[str]
+
+
+class CacheRows(_CacheRows, total=False):
+    """Of a cache's file, beside its tensors. Earlier versions wrote no digest."""
+
+    digest: str
+
+
 class Toy(TypedDict):
     """toy.json: a mixture of the plane."""
 
@@ -164,6 +174,7 @@ class Export(_Export, total=False):
     schema: int
     denoiser: str
     reads: str
+    quantization: str
     sha256: dict[str, str]
     run: str
     role: str

@@ -67,6 +67,7 @@ class RoleOptimizer:
         if not parameters:
             raise ValueError("a role without parameters cannot be trained")
         self.parameters, self.clip = parameters, inf if config.clip is None else config.clip
+        self.whole = config.optimizer == "adamw"          # moments in float32, three tensors a parameter
         common = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
         if config.optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit  # an extra, looked for when the recipe was checked
@@ -115,11 +116,11 @@ class RoleOptimizer:
             shape = self.parameters[int(i)].shape
             if name in MOMENTS and tensor.shape != shape:
                 raise ValueError(f"its optimizer's {key} is of shape {tuple(tensor.shape)}, and its parameter of {tuple(shape)}")
-            if isinstance(self.adamw, torch.optim.AdamW) and name not in (*MOMENTS[:2], "step"):
+            if self.whole and name not in (*MOMENTS[:2], "step"):
                 raise ValueError(f"its optimizer's {key} is nothing that AdamW keeps")
         for i in {key.rpartition(".")[2] for key in tensors}:
             held = {key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] == i}
-            if isinstance(self.adamw, torch.optim.AdamW) and len(held) < 3:
+            if self.whole and len(held) < 3:
                 raise ValueError(f"its optimizer holds only {', '.join(sorted(held))} of parameter {i}")
 
 

@@ -220,12 +220,12 @@ def rewritten(path, change):
 CHANGES = {
     "a number": (lambda tensors, metadata: tensors["x"][3].zero_(), "not those that were written"),
     "a NaN": (lambda tensors, metadata: tensors["x"][3].fill_(float("nan")), "not those that were written"),
-    "a text": (lambda tensors, metadata: metadata.update(texts=metadata["texts"].replace("row 13", "row 31")), "not those that were written"),
+    "a text": (lambda tensors, metadata: metadata.update(rows=metadata["rows"].replace("row 13", "row 31")), "not those that were written"),
     "another dtype": (lambda tensors, metadata: tensors.update(n=tensors["n"].int()), "not those that were written"),
     "a tensor less": (lambda tensors, metadata: tensors.pop("n"), "it holds x, and should hold n, x"),
     "a tensor more": (lambda tensors, metadata: tensors.update(y=tensors["x"].clone()), "it holds n, x, y, and should hold n, x"),
-    "no texts": (lambda tensors, metadata: metadata.pop("texts"), "should be a list"),
-    "texts of another kind": (lambda tensors, metadata: metadata.update(texts="[1]"), "should be a text"),
+    "no texts": (lambda tensors, metadata: metadata.pop("rows"), "should be a list"),
+    "texts of another kind": (lambda tensors, metadata: metadata.update(rows='{"texts": [1]}'), "should be a text"),
 }
 
 
@@ -241,7 +241,7 @@ def test_what_changed_on_disk_is_named_and_made_again(tmp_path, caplog, name):
 
 def test_files_of_earlier_versions_are_taken_as_they_are(tmp_path):
     make(tmp_path)
-    rewritten(files(tmp_path)[1], lambda tensors, metadata: metadata.pop("digest"))
+    rewritten(files(tmp_path)[1], lambda tensors, metadata: metadata.update(texts=json.dumps(json.loads(metadata.pop("rows"))["texts"])))
     again = Maker()
     check(make(tmp_path, again))
     assert not again.asked
