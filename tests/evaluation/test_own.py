@@ -15,6 +15,8 @@ from stepdistill.errors import RequestError
 from stepdistill.evaluation.own import STEPS, bench_own
 from stepdistill.evaluation.page import SORT
 from stepdistill.evaluation.plans import Target, plans
+from stepdistill.evaluation.report import read_results
+from stepdistill.export.card import _table
 
 PROMPTS = ["a red ring", "a blue cross", "a green square"]
 
@@ -36,7 +38,8 @@ def test_figures_are_those_of_the_pictures(targets, tmp_path):
     student, teacher = targets
     results = bench(targets, tmp_path, made={"date": "today"})
     rows = results["rows"]
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads((tmp_path / "results.json").read_text()) == read_results(tmp_path / "results.json") == results
+    assert "Features none, reference the teacher's own pictures" in _table(results) and "to teacher" in _table(results)
     assert (rows[0]["target"], rows[0]["steps"], rows[0]["nfe"], rows[0]["guidance"]) == ("teacher:dpmpp_2m", STEPS, 2 * STEPS, 2.0)
     assert rows[0]["metrics"]["to_teacher"] is None and all(row["metrics"]["clip_score"] is None for row in rows)
     assert [row["nfe"] for row in rows if row["target"] == "student"] == [1, 4] and rows[1]["made"] == {"date": "today", "weights": "mine"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, EDMEulerScheduler
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -10,6 +11,7 @@ from test_export import images, stock
 
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load
+from stepdistill.export.folder import _parted
 from stepdistill.export.formats import component
 
 
@@ -110,5 +112,6 @@ def test_another_noise_is_said(make, teachers, tmp_path, caplog):
         load(stock(teachers["epsilon"]), tmp_path)
         assert not [r for r in caplog.records if r.name == "stepdistill"]
         load(stock(teachers["v_prediction"]), tmp_path)
+    assert not _parted(EDMEulerScheduler(), CMStochasticIterativeScheduler(num_train_timesteps=100_001))      # of one clock
     said = [r.getMessage() for r in caplog.records if r.name == "stepdistill"]
     assert len(said) == 1 and "prediction_type is v_prediction here and epsilon there" in said[0]

@@ -167,7 +167,7 @@ def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
         assert preview.height == 4 * (3 * 16 + 4) + 4
     drawn = api.sample(exported, PROMPTS, out=tmp_path / "sample.png")
     assert [len(frames) for frames in drawn] == [5, 5] and drawn[0][0].size == (32, 16)
-    with pytest.raises(RequestError, match="made for; found 2"):
+    with pytest.raises(RequestError, match="made for 4 steps, whose times its scheduler was made to give: it cannot be sampled in 2"):
         api.sample(exported, PROMPTS, steps=2)
     with pytest.raises(RequestError, match="figures are of pictures"):
         api.bench(exported, nfe=[4], samples=100, out=tmp_path / "bench")

@@ -132,6 +132,18 @@ def test_a_student_is_sampled_in_the_steps_asked_for_or_says_what_it_was_made_fo
         call_as_asked(Target("one", tiny_pipeline(), "dmd2", {"num_inference_steps": 1, "timesteps": [399]}), 2, None, say)
 
 
+def test_a_flow_student_whose_call_takes_no_sigmas_has_its_own_steps_alone():
+    """Its scheduler was made to give the times of that many; a few-step pipeline of others has a scheduler of its own."""
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    ours, theirs = Target("ours", tiny_sd3(), "lcm", call), Target("theirs", tiny_sd3(), call=call)
+    assert call_as_asked(ours, 2, None, pytest.fail) == call
+    with pytest.raises(RequestError, match="ours was made for 2 steps, whose times its scheduler was made to give: it cannot be sampled in 4"):
+        call_as_asked(ours, 4, None, pytest.fail)
+    assert call_as_asked(theirs, 4, None, pytest.fail) == call | {"num_inference_steps": 4}
+    said = []
+    assert [row.nfe for row in plans(ours, [1, 2, 4], [], [], said.append)] == [2] and len(said) == 2
+
+
 def test_a_bench_runs_a_flow_student_at_each_count():
     said = []
     rows = plans(Target("even", tiny_sd3(), "dmd2", FLOW, given={"max_sequence_length": 0}), [1, 2, 4], [], [], said.append)
