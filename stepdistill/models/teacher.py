@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.guidance import with_scale
-from ..diffusion.prediction import PARAMETERISATIONS, rescaled
+from ..diffusion.prediction import PARAMETERISATIONS, Combine, rescaled
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving, like, moved
 from ..diffusion.times import LEVELS
@@ -39,7 +39,7 @@ class Teacher:
     name; scheduler: its own. network: the one that is distilled. schedule, kind: its noise, and what it predicts.
     without: the components that from_pretrained of its class must be told to do without; dropped: those that it has and
     this loads without, such as a safety checker. loaded: the stock pipeline, None for Toy and on the meta device; cls:
-    its class, None for Toy. guidance: how a call of its pipeline speaks of it; combine: how it mixes raw outputs.
+    its class, None for Toy. guidance: how a call of its pipeline speaks of it.
     resolution: of its samples, height and width in pixels; None for its network's own. frames: of its videos; None for
     pictures. scale: what a network that reads its guidance scale by itself is given where a condition says none; None
     for others. read: the stock pipeline again, with these components; None where there is none.
@@ -58,8 +58,6 @@ class Teacher:
         self.resolution, self.frames = size and size[:2], None if family.video is None else size[2]
         self.scheduler, self.network = parts["scheduler"], parts[family.denoiser].eval().requires_grad_(False)
         self.guidance = family.guidance(self.network).beside_too(source.guided)
-        share = source.guidance_rescale
-        self.combine = family.combine if share is None else rescaled(family.combine, share)
         self.scale = scale if self.guidance.within else None
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
         self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, size)
@@ -72,6 +70,12 @@ class Teacher:
     @property
     def name(self) -> str:
         return self.family.name
+
+    @property
+    def combine(self) -> Combine:
+        """How guidance mixes its raw outputs, combine(given, without, w)."""
+        share = self.source.guidance_rescale
+        return self.family.combine if share is None else rescaled(self.family.combine, share)
 
     @property
     def null_prompt(self) -> str:

@@ -11,6 +11,7 @@ from stepdistill.methods.distribution.dmd2 import DMD2, Settings
 from stepdistill.models.discriminator import tap
 from stepdistill.models.families.unet2d_condition import FAMILY
 from stepdistill.models.roles import Lora, Places, build_roles
+from stepdistill.models.sources import Source
 from stepdistill.models.teacher import Teacher
 
 CONFIGS = {                                            # as published, with the parameters that the published weights have
@@ -34,7 +35,7 @@ def network(name: str) -> UNet2DConditionModel:
 def family(name: str) -> Teacher:
     """With this network in bfloat16; all else is tiny, and of no matter here."""
     parts = {**tiny_pipeline().components, "unet": network(name).bfloat16()}
-    return Teacher(FAMILY, parts, name)
+    return Teacher(FAMILY, parts, Source(name))
 
 
 def size(parameters) -> int:
