@@ -154,7 +154,7 @@ def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = Fals
 # `regression.distance`.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "nodes": (lambda s: s.nodes >= 1, "at least 1"),
-    "skip": (lambda s: 1 <= s.skip <= s.nodes, "from 1 to the number of nodes"),
+    "skip": (lambda s: 1 <= s.skip <= s.nodes, "from 1 to nodes = {s.nodes}"),
     "shift": (lambda s: s.shift > 0, "above 0, where 1 leaves the nodes uniform"),
     "loss": (lambda s: s.loss in DISTANCES, f"one of {', '.join(DISTANCES)}"),
     "huber_c": (lambda s: s.huber_c > 0, "above 0"),
@@ -166,7 +166,7 @@ def check(settings: Any) -> None:
     """ValueError for settings with an entry of RULES that breaks its rule."""
     for name, (holds, what) in RULES.items():
         if name in vars(settings) and not holds(settings):
-            raise ValueError(f"{name} must be {what}; found {vars(settings)[name]!r}")
+            raise ValueError(f"{name} must be {what.format(s=settings)}; found {vars(settings)[name]!r}")
 
 
 def check_fit(method: str, settings: Any, steps: int, schedule: Schedule) -> None:

@@ -96,7 +96,7 @@ def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, message):
 
 @pytest.mark.parametrize(("method", "changes", "message"), [
     ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1; found 0"),
-    ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: huber_c must be above 0 and target_decay"),
+    ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: target_decay must be in [0, 1); found 1.5"),
     ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a finite number"),
     ("sid", {"settings": {"t_range": [0.1, float("nan")]}}, "settings.t_range.1 is nan; it should be a finite number"),
     ("sid", {"settings": {"alpha": -1.0}}, "settings: alpha must not be negative; found -1.0"),
