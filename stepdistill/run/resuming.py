@@ -31,8 +31,8 @@ def resumed(run: Path, recipe: Recipe) -> Recipe:
     if fixed := [f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items() if not _is_free(key)]:
         raise RequestError(f"{run} was begun with another recipe: {'; '.join(fixed)}. Resume with {run / RECIPE}, or begin a new run "
                            f"with another --out. What may change on the way is {', '.join(FREE)}")
-    if "train.updates" in changed or any(key.endswith(".train.updates") for key in changed):
-        _check_updates(run, begun, recipe)
+    if counts := {key: values for key, values in changed.items() if key.endswith("train.updates")}:
+        _check_updates(run, begun, recipe, counts)
     return recipe
 
 
@@ -53,11 +53,11 @@ def write_down(run: Path, recipe: Recipe) -> None:
     write_whole(run / RECIPE, recipe.dump().encode())
 
 
-def _check_updates(run: Path, begun: Recipe, recipe: Recipe) -> None:
+def _check_updates(run: Path, begun: Recipe, recipe: Recipe, changed: dict[str, tuple[Any, Any]]) -> None:
     was, now = begun.train.updates, recipe.train.updates
     if recipe.previous is not None:
-        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: a stage that is done is not gone on with, so in "
-                            "stages they are fixed")
+        said = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in changed.items())
+        raise RequestError(f"{run} was begun with other updates: {said}. A stage that is done is not gone on with, so in stages they are fixed")
     if now < was:
         raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: they can be raised, and a run that is to end "
                             "earlier is stopped with Ctrl-C")
