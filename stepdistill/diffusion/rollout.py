@@ -11,7 +11,7 @@ from .contracts import Condition, Role
 from .draws import Step
 from .guidance import with_scale
 from .prediction import Prediction
-from .sampler import Sampler
+from .sampler import Draw, Sampler
 
 
 def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...]) -> Tensor:
@@ -21,8 +21,7 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     micro-batches, so that all take as long; student, critic and discriminator draw it by this same law. Gradients flow
     through the last evaluation alone. shape: of one sample.
     """
-    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond,
-                            lambda i: step.normal(f"renoise {i}", shape))
+    return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond, renoising(step, shape))
 
 
 def stopped(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...],
@@ -35,11 +34,15 @@ def stopped(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     on to the last evaluation, so that all ranks take as long. shape: of one sample.
     """
     with torch.no_grad():
-        on_the_way = sampler.states(role, step.normal("start", shape), cond,
-                                    lambda i: step.normal(f"renoise {i}", shape))
+        on_the_way = sampler.states(role, step.normal("start", shape), cond, renoising(step, shape))
         states = torch.stack(list(islice(on_the_way, sampler.nfe)))
     x = states[exit.to(states.device), torch.arange(len(exit), device=states.device)]
     return sampler.predict(role, x, exit, cond), sampler.landings[exit]
+
+
+def renoising(step: Step, shape: tuple[int, ...]) -> Draw:
+    """The noise that a rollout of this step adds after each of its evaluations."""
+    return lambda i: step.normal(f"renoise {i}", shape)
 
 
 def left_by(sampler: Sampler, step: Step) -> int:

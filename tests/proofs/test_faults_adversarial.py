@@ -100,7 +100,7 @@ FAULTS = (
     of(LIGHT, "one large step of the teacher", "for t, r in pairwise(times):", "for t, r in [(times[0], times[-1])]:"),
     of(LIGHT, "discriminator_times unread", "if not self.settings.discriminator_times:", "if True:"),
     of(LIGHT, "discriminator_times's first level alone", '(step.uniform("judged s"))', '(0 * step.uniform("judged s"))'),
-    of(LIGHT, "all landings noised", "torch.where(like(r > 0, x_r).bool(), x_r, noised)", "noised"),
+    of(LIGHT, "all landings noised", "return where(r > 0, x_r, noised)", "return noised"),
     of(LIGHT, "the level of the noise not told", "torch.where(r > 0, r, s)", "r.clamp_min(1 / LEVELS)"),
     of(LIGHT, "told time 0 on the data", "r.clamp_min(1 / LEVELS)", "r"),
     of(LIGHT, "real and fake under noises of their own", 'step.normal("judged noise", x_r.shape[1:])',

@@ -173,7 +173,7 @@ FAULTS = [
     ),
     *of(
         "progressive", "diffusion.readers",
-        ("return _start(scheduler), [Evaluation(*row, _ddim)", "return 1.01, [Evaluation(*row, _ddim)"),
+        ("_sigma_levels(scheduler, schedule)\n    return _start(scheduler), [", "_sigma_levels(scheduler, schedule)\n    return 1.01, ["),
     ),
     *of(
         "reflow", "methods.trajectory.reflow",
