@@ -14,6 +14,7 @@ from tiny import save_tiny
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.schedule import VariancePreserving
 from stepdistill.errors import RequestError
+from stepdistill.models import sources
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.extra_embedding import embedding
 from stepdistill.models.families import FAMILIES
@@ -196,7 +197,8 @@ def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, co
     asked = []
     real, real_config = StableDiffusionPipeline.from_pretrained, StableDiffusionPipeline.load_config
 
-    def load_config(source, revision):
+    def load_config(source, revision, local_files_only):
+        assert not local_files_only
         asked.append((source, revision))
         return real_config(copy)
 
@@ -204,6 +206,7 @@ def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, co
         asked.append((source, revision))
         return real(copy, **parts)
 
+    monkeypatch.setattr(sources, "_unreachable", lambda: None)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", real_config)
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
@@ -214,9 +217,10 @@ def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, co
 
 
 def test_what_the_hub_does_not_supply_is_a_bad_request(monkeypatch):
-    def load_config(source, revision):
+    def load_config(source, **options):
         raise OSError("owner/name is not a local folder and is not a valid model identifier\nmore")
 
+    monkeypatch.setattr(sources, "_unreachable", lambda: None)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
     refused("owner/name", "owner/name", "not a valid model identifier")
 
