@@ -150,6 +150,7 @@ def test_damaged_teachers_are_refused(stepdistill, recipe, tmp_path, tiny_teache
     assert done.returncode == 2 and "diffusion_pytorch_model.safetensors" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_pairs_are_made_once_and_others_are_refused_with_the_command_that_makes_the_right_ones(stepdistill, tmp_path, recipe):
     text = recipe.read_text().replace("images: shapes", "pairs: {prompts: [a red ring], solver: ddim, steps: 2}, count: 4")
     recipe.write_text(text)
@@ -228,6 +229,7 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
     assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
 
 
+@pytest.mark.long
 def test_plan_says_whether_it_fits_a_card_and_what_makes_it_fit(recipe):
     import stepdistill
     whole = stepdistill.plan(recipe, **{"data.batch": 256})

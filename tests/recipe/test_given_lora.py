@@ -97,6 +97,7 @@ def test_training_goes_on_from_there_and_one_lora_leaves(root, tmp_path):
     assert found.keys() == given.keys() and 0 < (found[down] - given[down]).abs().max() < 1e-2       # one update of at most lr a weight
 
 
+@pytest.mark.long
 def test_stages_begin_with_it_and_go_on(root, tmp_path):
     recipe = Recipe.load(written(root, root / "even", train={"updates": 1, "lr": 1e-3}, stages=[{"steps": 4}, {"steps": 2}]))
     run = api.train(recipe, out=tmp_path / "run")

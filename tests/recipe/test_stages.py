@@ -138,6 +138,7 @@ def test_a_critic_begins_as_the_teacher(write):
         check(Recipe.load(path).stages[1])
 
 
+@pytest.mark.long
 def test_a_plan_counts_stages(write):
     found = plan(Recipe.load(write()))
     first, second, last = found["stages"]
