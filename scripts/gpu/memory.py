@@ -35,7 +35,7 @@ def main() -> None:
     cases = [("tiny", "lcm", "lora"), ("tiny", "dmd2", "lora")] if args.tiny else CASES
     left = [case for case in cases if not record.has(" ".join(case))]
     with tempfile.TemporaryDirectory() as folder:
-        recipes = {case: recipe(case, Path(folder), write_once(case[0], Path(folder))) for case in left}
+        recipes = {case: recipe(case, Path(folder), write_pipeline(case[0], Path(folder) / case[0])) for case in left}
         forecasts = forecasts_of(recipes, args.tiny)
         for case in left:
             if clock.left < 5:
@@ -45,10 +45,6 @@ def main() -> None:
             record.add(" ".join(case), measured | {"forecast_gb": forecast(forecasts[case], clock)})
             print(line(case, record.figures[" ".join(case)]))
     record.close()
-
-
-def write_once(name: str, folder: Path) -> Path:
-    return folder / name if (folder / name).is_dir() else write_pipeline(name, folder / name)
 
 
 def recipe(case: tuple[str, str, str], folder: Path, teacher: Path) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def denoiser_of(name: str) -> tuple[str, type, dict[str, Any]]:
 
 
 def write_pipeline(name: str, folder: Path) -> Path:
-    """A pipeline folder that lacks the denoiser's weights: `random_weights` makes them."""
+    """A pipeline folder that lacks the denoiser's weights: `random_weights` makes them. One that is there stays as it is."""
+    if folder.is_dir():
+        return folder
     config, (denoiser, cls, network) = config_of(name), denoiser_of(name)
     with torch.device("meta"):
         parts = {denoiser: cls.from_config(network)}

@@ -39,7 +39,8 @@ def run(outcomes: Path, passed: list[str], tiny: bool, clock: Clock) -> int:
     skipped = [f"--deselect=tests/gpu/test_card.py::{name}" for name in passed]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", *workers, *skipped,
                *(["-k", FEW] if tiny else [])]
-    env = {**os.environ, "STEPDISTILL_GPU_OUTCOMES": str(outcomes), **({"STEPDISTILL_GPU_TINY": "1"} if tiny else {})}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}       # and not those of a pytest around it
+    env = {**own, "STEPDISTILL_GPU_OUTCOMES": str(outcomes), **({"STEPDISTILL_GPU_TINY": "1"} if tiny else {})}
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     try:
         return process.wait(timeout=max(1.0, clock.left))

@@ -67,7 +67,7 @@ def measure(name: str, method: str, compiled: bool, device: torch.device, folder
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    teacher = folder / name if (folder / name).is_dir() else write_pipeline(name, folder / name)
+    teacher = write_pipeline(name, folder / name)
     asked = recipe(name, method, teacher)
     with random_weights(name, device):
         trainer = internals.open_trainer(asked, device, folder / f"{name}-{method}")

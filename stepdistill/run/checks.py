@@ -65,8 +65,8 @@ def check(recipe: Recipe) -> Checked:
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
         vision_features(recipe)
-    if quantization(recipe) is not None:
-        check_quantization(recipe, settings, roles)
+    if (kind := quantization(recipe)) is not None:
+        check_quantization(recipe, kind, settings, roles)
     check_guided(recipe, settings)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)

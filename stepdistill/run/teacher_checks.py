@@ -86,9 +86,9 @@ def quantization(recipe: Recipe) -> str | None:
         return settled(source, index_at(source)).quantization
 
 
-def check_quantization(recipe: Recipe, settings: Any, roles: Mapping[str, Setting]) -> None:
-    """RequestError for what a base of few bits cannot carry, and where its library is missing."""
-    asked, kind = recipe.teacher.quantization is not None, quantization(recipe)
+def check_quantization(recipe: Recipe, kind: str, settings: Any, roles: Mapping[str, Setting]) -> None:
+    """RequestError for what a base of few bits cannot carry, and where its library is missing. kind: as `quantization` found it."""
+    asked = recipe.teacher.quantization is not None
     base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
     path = "teacher.quantization" if asked else "teacher"
     with recipe.blaming(path, base):

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from stepdistill.run.first_call import whole_float32
+
 TINY = os.environ.get("STEPDISTILL_GPU_TINY") == "1"
 
 
@@ -49,9 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def exact() -> None:
     """float32 products as they are, and kernels that always add in the same order."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with whole_float32():
+        yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
