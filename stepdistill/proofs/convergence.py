@@ -104,6 +104,7 @@ def sampler(work: Run, steps: int) -> Sampler:
 def states(work: Run, found: Sampler, distance: Distance) -> list[Tensor]:
     """Of every evaluation and, the last, the samples: (COUNT, 2, 1, 1) each."""
     cond, role = distance.cond(work), work.roles[work.sampling_role]
+    role = found.telling(role) if "r" in role.reads else role
     draw = lambda i: distance.moment.normal(f"renoise {i}", SHAPE)
     return [found.rollout(role, distance.moment.normal("start", SHAPE), i, cond, draw) for i in range(found.nfe + 1)]
 

@@ -56,6 +56,21 @@ SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3
          of("an averaged target", full=True))
 PATHS: dict[str, tuple[Path, ...]] = {
     "cd": (*CONSISTENCY, ONE),
+    "flow_map": (*GUIDED, AFTER, ONE,
+                 of("exact", derivative="exact"),
+                 of("one difference", derivative="difference"),
+                 of("mean and deviation", mean=0.9, std=1.1),
+                 of("half alike", alike=0.5),
+                 of("width", width=0.01),
+                 of("no warm-up", warmup=0.0),
+                 of("long warm-up", warmup=0.8),
+                 of("damping 1", 2, damping=1.0),
+                 of("lagrangian", form="lagrangian"),
+                 of("lagrangian, exact, a range of scales", 2, RANGE, form="lagrangian", derivative="exact"),
+                 of("lagrangian, one difference", form="lagrangian", derivative="difference"),
+                 of("trajectory", form="trajectory"),
+                 of("trajectory, 2 solver steps", form="trajectory", solver_steps=2),
+                 of("trajectory, other weights", 1, form="trajectory", output_weight=0.3, velocity_weight=0.1)),
     "lcm": (*CONSISTENCY, *SKIPS,
             of("the data's path", w=1.0, bridge="data"),
             of("the data's path, guidance embedding, skip 2", w=RANGE, bridge="data", skip=2, guidance_embedding=True),
@@ -108,6 +123,7 @@ ELSEWHERE = {"target_decay"}                # settings that no loss reads: follo
 # What the papers and the released training choose, and with it the methods' own defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
+    "flow_map": {"mean": -0.8, "std": 1.0, "damping": 0.1},
     "lcm": {"nodes": 50, "skip": 1, "bridge": "ddim", "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
     "mcm": {"first_nodes": 64, "last_nodes": 1280, "grown": 0.5, "bridge": "addim", "eta": 0.75, "loss": "norm",
             "weight": "v"},

@@ -267,6 +267,7 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
     _check_guidance_embedding(recipe, needs)
     _check_kept_form(recipe, needs, roles)
     before = recipe.previous
+    _check_landings(recipe, needs)
     if not recipe.taught_by_previous:
         return
     embeds = "w" in needs_of(before)["student"].reads
@@ -286,6 +287,14 @@ def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None
         raise recipe.refuse("method", f"is {recipe.method}, whose student {has[embeds]}, and that of the stage before "
                             f"{has[embedded]}: let both have one by their settings (guidance_embedding: true), or "
                             "neither")
+
+
+def _check_landings(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """A student that reads where to land is no teacher, which nobody tells it, and no start of one that does not."""
+    before = recipe.previous
+    if "r" in needs_of(before)["student"].reads and (recipe.taught_by_previous or "r" not in needs["student"].reads):
+        raise recipe.refuse("method", f"is {recipe.method} after {before.method}, whose student reads where its steps land: "
+                            f"only {before.method} can go on with it, taught by the base")
 
 
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:
