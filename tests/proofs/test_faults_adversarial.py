@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-ADD, LADD, LIGHT, PCM = "add", "ladd", "lightning", "pcm"
-METHODS = (ADD, LADD, LIGHT, PCM)
+ADD, LADD, LIGHT, PCM, SCFLOW = "add", "ladd", "lightning", "pcm", "scflow"
+METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW)
 
 FAULTS = (
     # ADD
@@ -161,6 +161,32 @@ FAULTS = (
     of(PCM, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
     of(PCM, "heads of the student", 'Heads("teacher")', 'Heads("student")'),
     of(PCM, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
+    # SCFlow
+    of(SCFLOW, "reach unread", "beside(t, self.settings.reach,", "beside(t, 0.1,"),
+    of(SCFLOW, "anchor unread", "low >= self.settings.anchor", "low >= 0.1"),
+    of(SCFLOW, "no anchor", "where(inside, below, batch.x0)", "below"),
+    of(SCFLOW, "always Huber", "distance(settings.loss, settings.huber_c)", 'distance("huber", settings.huber_c)'),
+    of(SCFLOW, "huber_c unread", "distance(settings.loss, settings.huber_c)", "distance(settings.loss, 0.01)"),
+    of(SCFLOW, "high_weight unread", "self.settings.high_weight *", "0.1 *"),
+    of(SCFLOW, "self_weight unread", "self.settings.self_weight *", "0.1 *"),
+    of(SCFLOW, "gan_weight unread", "self.settings.gan_weight *", "0.1 *"),
+    of(SCFLOW, "warmup_updates unread", "step.index >= self.settings.warmup_updates", "step.index >= 1000"),
+    of(SCFLOW, "an update too late", "step.index >= self.settings.warmup_updates", "step.index > self.settings.warmup_updates"),
+    of(SCFLOW, "target_decay unread", 'Follows("student", settings.target_decay)', 'Follows("student", 0.9)'),
+    of(SCFLOW, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(SCFLOW, "the neighbour above made below", "ddim_step(here, high), high", "ddim_step(here, low), low"),
+    of(SCFLOW, "the student itself as target", "self.target(ddim_step(here, low)", "self.student(ddim_step(here, low)"),
+    of(SCFLOW, "the line to other noise", "self.schedule.add_noise(z_1.detach(), e, t)",
+       'self.schedule.add_noise(z_1.detach(), step.normal("other", batch.shape), t)'),
+    of(SCFLOW, "the line with its gradient", "self.schedule.add_noise(z_1.detach(), e, t)", "self.schedule.add_noise(z_1, e, t)"),
+    of(SCFLOW, "corrected towards the data", "squared(again, z_1.detach())", "squared(again, batch.x0)"),
+    of(SCFLOW, "the one step drawn along", "squared(again, z_1.detach())", "squared(again, z_1)"),
+    of(SCFLOW, "judged at t", "t=low.clamp(min=1 / LEVELS)", "t=t"),
+    of(SCFLOW, "real and fake swapped", "discriminator_loss(real, fake)", "discriminator_loss(fake, real)"),
+    of(SCFLOW, "judged without the prompt", 'step.kept["t"], batch.cond)', 'step.kept["t"], batch.cond.null)'),
+    of(SCFLOW, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
+    of(SCFLOW, "heads of the student", 'Heads("teacher")', 'Heads("student")'),
+    of(SCFLOW, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
     # what they share
     Fault("the wrong sign of fooling", "losses.adversarial", "return softplus(-fake)", "return softplus(fake)",
           (LIGHT,)),
