@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from .estimate import share_of
+
 Row = Mapping[str, Any]
 
 INK, FAINT, REAL = "#1f2933", "#9aa5b1", "#2f9e62"
@@ -43,11 +45,17 @@ def solver_of(row: Row) -> str | None:
     return row["target"].partition(":")[2] or None
 
 
+def figure_of(rows: Sequence[Row]) -> str:
+    """What the rows are compared by: the Fréchet distance where each has one, else KID."""
+    return "fd" if all(row["metrics"]["fd"] is not None for row in rows) else "kid"
+
+
 def best_per_nfe(rows: Sequence[Row]) -> list[Row]:
     """Among rows of equal evaluations the one of least distance, in the order of evaluations."""
     best: dict[int, Row] = {}
+    by = figure_of(rows)
     for row in rows:
-        if row["nfe"] not in best or row["metrics"]["fd"] < best[row["nfe"]]["metrics"]["fd"]:
+        if row["nfe"] not in best or row["metrics"][by] < best[row["nfe"]]["metrics"][by]:
             best[row["nfe"]] = row
     return [best[nfe] for nfe in sorted(best)]
 
@@ -64,20 +72,21 @@ def lines(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], list[Row], dict[st
 
 def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
     solvers, best, students = lines(rows)
-    metric = lambda row: tuple(row["metrics"][key] for key in ("fd", "fd_low", "fd_high"))
+    name = figure_of(rows)
+    metric = lambda row: tuple(row["metrics"][key] for key in (name, f"{name}_low", f"{name}_high"))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in rows if row["target"] == "real"):
         axes.axhspan(*metric(real)[1:], color=REAL, alpha=0.18, lw=0, label=f"fresh real pictures: {metric(real)[0]:.3f}")
-    _distance_axis(axes, rows)
+    _distance_axis(axes, [metric(row) for row in rows if row["target"] != "real"])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.set_ylabel(f"Fréchet distance, {dim} features")
+    axes.set_ylabel(f"{'Fréchet' if name == 'fd' else 'Kernel Inception'} distance, {dim} features")
     axes.set_title("Distance to real pictures", loc="left", fontsize=11, color=INK, fontweight="bold")
 
 
-def _distance_axis(axes: Axes, rows: Sequence[Row]) -> None:
+def _distance_axis(axes: Axes, figures: Sequence[tuple[float, ...]]) -> None:
     """Logarithmic; where an estimate or the end of its interval is 0 or less, linear below the least distance that is not."""
-    shown = [row["metrics"][key] for row in rows if row["target"] != "real" for key in ("fd", "fd_low", "fd_high")]
-    least = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0], default=1.0)
+    shown = [number for figure in figures for number in figure]
+    least = min([value for value, _, _ in figures if value > 0], default=1.0)
     if shown and min(shown) <= 0:
         axes.set_yscale("symlog", linthresh=least, subs=(2, 5))
         axes.set_ylim(bottom=min(shown) - least / 4)
@@ -92,8 +101,8 @@ def _distance_axis(axes: Axes, rows: Sequence[Row]) -> None:
 def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
     measured = [row for row in rows if row["metrics"]["all_attributes"] is not None]
     solvers, best, students = lines(measured)
-    metric = lambda row: (100 * row["metrics"]["all_attributes"],) + tuple(100 * edge for edge in share_interval(
-        row["metrics"]["all_attributes"], row["samples"]))
+    share = lambda row: share_of(row["metrics"]["all_attributes"], row["samples"])
+    metric = lambda row: tuple(100 * edge for edge in (share(row).value, share(row).low, share(row).high))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in measured if row["target"] == "real"):
         _, low, high = metric(real)
@@ -102,13 +111,6 @@ def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("pictures with all attributes right, %")
     real = "".join(f" (real pictures: {metric(row)[0]:.1f} %)" for row in measured if row["target"] == "real")
     axes.set_title(f"Doing what the prompt says{real}", loc="left", fontsize=11, color=INK, fontweight="bold")
-
-
-def share_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in n independent cases."""
-    z = 1.96
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
 def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], students: Mapping[str, list[Row]],

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,8 +17,9 @@ from .protocol import demand_same
 Row = dict[str, Any]
 Results = dict[str, Any]               # {"protocol": {…}, "rows": [Row, …]}
 
-METRICS = {"fd": "FD", "kid": "KID", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
-           "diversity": "diversity", "all_attributes": "all attributes"}
+METRICS = {"fd": "FD", "kid": "KID", "cmmd": "CMMD", "precision": "precision", "recall": "recall", "density": "density",
+           "coverage": "coverage", "clip_score": "CLIP score", "diversity": "diversity", "all_attributes": "all attributes"}
+DIGITS = {"kid": ".4f", "clip_score": ".2f", "all_attributes": ".1%"}          # of the others three
 
 
 def read_results(file: Path) -> Results:
@@ -63,11 +64,15 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     m = row["metrics"]
     number = lambda value, spec: "–" if value is None else format(value, spec)
     return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
-            number(row["guidance"], "g"),
-            f"{distance(m['fd'])} [{distance(m['fd_low'])}, {distance(m['fd_high'])}]", number(m["kid"], ".4f"),
-            number(m["precision"], ".3f"),
-            number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
-            number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+            number(row["guidance"], "g"), fd_of(m), *(number(m.get(name), DIGITS.get(name, ".3f")) for name in list(METRICS)[1:]),
+            number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+
+
+def fd_of(metrics: Mapping[str, float | None]) -> str:
+    """With its interval; – where there were too few samples for one."""
+    if metrics["fd"] is None:
+        return "–"
+    return f"{distance(metrics['fd'])} [{distance(metrics['fd_low'])}, {distance(metrics['fd_high'])}]"
 
 
 def distance(value: float) -> str:
@@ -77,14 +82,18 @@ def distance(value: float) -> str:
 
 def in_words(row: Mapping[str, Any]) -> str:
     """A row of results.json in one line."""
-    fd, latency = f"FD {cells(row)[4]}", row["latency_ms"]
-    return f"{_label(row)}: {fd}" + ("" if latency is None else f", {latency:.4g} ms")
+    m, latency = row["metrics"], row["latency_ms"]
+    figure = f"FD {fd_of(m)}" if m["fd"] is not None else f"KID {m['kid']:.4f} [{m['kid_low']:.4f}, {m['kid_high']:.4f}]"
+    return f"{_label(row)}: {figure}" + ("" if latency is None else f", {latency:.4g} ms")
 
 
 HEADINGS = ("target", "NFE", "steps", "w", "FD [95 %]", *list(METRICS.values())[1:], "ms", "images/s")
 
 
-IN_BRIEF = ("target", "NFE", "w", "FD [95 %]", "all attributes", "ms")      # what fits into 80 columns
+def in_brief(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns that fit into 80 characters."""
+    distance_name = "FD [95 %]" if any(row["metrics"]["fd"] is not None for row in rows) else "KID"
+    return ("target", "NFE", "w", distance_name, "all attributes", "ms")
 
 
 def table(results: Results) -> Table:
@@ -92,7 +101,7 @@ def table(results: Results) -> Table:
     protocol = results["protocol"]
     made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
                  title_justify="left", title_style="bold", header_style="bold", box=None)
-    shown = [HEADINGS.index(heading) for heading in IN_BRIEF]
+    shown = [HEADINGS.index(heading) for heading in in_brief(results["rows"])]
     for i in shown:
         made.add_column(HEADINGS[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for row in results["rows"]:
@@ -103,16 +112,23 @@ def table(results: Results) -> Table:
 
 
 NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes two network evaluations. "
-        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions. Diversity is the mean distance "
-        "in features between samples of one prompt: compare it with that of real pictures.")
+        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions, and results.json has one for "
+        "every figure. Diversity is the mean distance in features between samples of one prompt: compare it with that of real pictures.")
 
 
 def _page(results: Results, drawn: bytes, out: Path) -> str:
     rows = results["rows"]
     shown = [(row, out / "samples" / picture_name(row)) for row in rows]
-    return page("Quality against network evaluations", NOTE, ("Fréchet distance against network evaluations", drawn), HEADINGS,
+    note = NOTE + "".join(f" Distances in {name} too: {_also(rows, name)}." for name in results["protocol"].get("also", ()))
+    return page("Quality against network evaluations", note, ("Distance to real pictures against network evaluations", drawn), HEADINGS,
                 [(_kind(row), cells(row)) for row in rows], [(_label(row), file.read_bytes()) for row, file in shown if file.is_file()],
                 results["protocol"] | made_of(rows))
+
+
+def _also(rows: Sequence[Row], name: str) -> str:
+    """The distances of rows in a further feature space, in the order of the table."""
+    return "; ".join(f"{_label(row)} {fd_of(row['also'][name]) if row['also'][name]['fd'] is not None else format(row['also'][name]['kid'], '.4f')}"
+                     for row in rows)
 
 
 def _label(row: Row) -> str:

@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from stepdistill.errors import RequestError
-from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, lines, share_interval
+from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, lines
+from stepdistill.evaluation.estimate import share_of
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report import join, read_results, table
 from stepdistill.evaluation.sheets import sheet
@@ -56,8 +57,9 @@ def test_a_distance_of_0_or_less_is_drawn_where_it_is(least, scale):
 
 
 def test_share_interval_is_wilsons():
-    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert share_interval(1.0, 10)[1] == pytest.approx(1.0)
+    found = share_of(0.5, 100)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+    assert share_of(1.0, 10).high == pytest.approx(1.0)
 
 
 def test_the_table_holds_every_row():
@@ -70,8 +72,10 @@ def test_the_table_holds_every_row():
 def test_the_protocols_id_forgets_the_folder_and_nothing_else():
     assert replace(PROTOCOL, features="c/d@123").id == PROTOCOL.id
     others = {"features": "a/b@124", "dim": 65, "judge": "j", "reference": "r", "resize": "z", "dtype": "d", "prompts": "q",
-              "samples": 1, "seed": 1, "estimator": "e"}
+              "samples": 1, "seed": 1, "estimator": "e", "also": ("x@1",)}
     assert set(others) == {field.name for field in fields(Protocol)}
+    assert "also" not in PROTOCOL.record() and replace(PROTOCOL, also=("c/x@1",)).id == replace(PROTOCOL, also=("d/x@1",)).id
+    assert PROTOCOL.id == "e06cfeb4668bdfab", "figures of before stay comparable"
     for name, other in others.items():
         assert replace(PROTOCOL, **{name: other}).id != PROTOCOL.id, name
 
