@@ -10,7 +10,6 @@
 At the teacher's flow map g is 0: u is the average velocity of its trajectory from t to r. `eulerian` is MeanFlow's identity
 (Geng et al. 2025, arXiv:2505.13447) with the teacher's v. It is sampled by Euler or DDIM in any number of steps, whose
 landings are folded into the weights at export.
-
 `trajectory` is TraFlow's sum (Wu et al. 2025, arXiv:2502.16972), without derivatives; x_s, x_0 by steps of the teacher:
 
     | G(x_t -> r) - G(x_s -> r) |^2 + | G(x_t -> 0) - x_0 |^2 + | u - v |^2
@@ -66,8 +65,8 @@ class Settings:
         for name, choices in (("form", get_args(Form)), ("derivative", get_args(Derivative))):
             if vars(self)[name] not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; found {vars(self)[name]!r}")
-        weights = self.output_weight, self.velocity_weight
-        if min(self.std, self.damping, self.width - LEAST) <= 0 or self.solver_steps < 1 or min(weights) < 0:
+        least = min(self.output_weight, self.velocity_weight, self.solver_steps - 1)
+        if min(self.std, self.damping, self.width - LEAST) <= 0 or least < 0:
             raise ValueError(f"std and damping must be above 0, width above {LEAST:g}, solver_steps at least 1, output_weight "
                              f"and velocity_weight not negative; found {vars(self)}")
         if not 0 <= self.warmup <= 1 or not 0 <= self.alike < 1:
