@@ -90,6 +90,8 @@ def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: moved(inner) for key, inner in value.items()}
+        if isinstance(value, list):                                  # of stages
+            return [moved(inner) for inner in value]
         return str(teacher) if value == whole else value
     return Recipe.load({**moved(plain), "train": {**plain["train"], "seed": seed}, **changes})
 
