@@ -40,6 +40,44 @@ def curve(rows: Sequence[Row], dim: int) -> bytes:
     return buffer.getvalue()
 
 
+def front(rows: Sequence[Row]) -> bytes:
+    """PNG. Distance against the milliseconds of one picture, at batch 1; the rows that none beats in both are joined."""
+    name = figure_of(rows)
+    timed = [row for row in rows if row["latency_ms"] is not None]
+    figure = Figure(figsize=(6.4, 4.6), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    at = lambda row: (row["latency_ms"], row["metrics"][name])
+    ahead = sorted((row for row in timed if not any(at(other) != at(row) and other["latency_ms"] <= row["latency_ms"]
+                                                    and other["metrics"][name] <= row["metrics"][name] for other in timed)), key=at)
+    axes.plot(*zip(*map(at, ahead), strict=True), color=FAINT, lw=1.4, zorder=1, label="none is better in both")
+    name_of = lambda row: row["target"].replace(f":{solver_of(row)}", ", all solvers")
+    targets = list(dict.fromkeys(map(name_of, timed)))
+    colours = dict(zip(dict.fromkeys(row["target"] for row in timed if not solver_of(row)), cycle(STUDENTS)))
+    for target in targets:
+        own = [row for row in timed if name_of(row) == target]
+        axes.scatter(*zip(*map(at, own), strict=True), s=34, color=colours.get(target, INK), marker="D" if target in colours else "o",
+                     zorder=3, label=target)
+        for row in own:
+            axes.annotate(f"{row['nfe']}", at(row), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+    axes.set_xscale("log")
+    _distance_axis(axes, [(row["metrics"][name],) * 3 for row in timed])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("milliseconds of a picture (numbers: network evaluations)")
+    axes.set_ylabel("Fréchet distance" if name == "fd" else "Kernel Inception distance")
+    axes.grid(True, which="major", color="#e4e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def solver_of(row: Row) -> str | None:
     """dpmpp_2m of teacher:dpmpp_2m; None for a student and for real pictures."""
     return row["target"].partition(":")[2] or None

@@ -12,10 +12,10 @@ from PIL import Image
 from rich.console import Console
 
 from stepdistill.errors import RequestError
-from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, lines
+from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, front, lines
 from stepdistill.evaluation.estimate import share_of
 from stepdistill.evaluation.protocol import Protocol
-from stepdistill.evaluation.report import join, read_results, table
+from stepdistill.evaluation.report import as_csv, as_markdown, at_its_ease, join, ratio, read_results, table, write_report
 from stepdistill.evaluation.sheets import sheet
 
 
@@ -67,6 +67,44 @@ def test_the_table_holds_every_row():
     console.print(table({"protocol": PROTOCOL.record(), "rows": ROWS}))
     text = console.export_text()
     assert text.count("teacher:ddim") == 2 and "2.500 [2.400, 2.600]" in text and "50.0%" in text
+
+
+def test_the_ratio_is_to_the_teacher_at_its_ease():
+    teacher = at_its_ease(ROWS)
+    assert (teacher["target"], teacher["nfe"]) == ("teacher:heun", 50)
+    found = ratio(row("lcm", 4, 1.0), row("teacher:ddim", 50, 2.0))
+    spread = np.hypot(0.1 / 1.0, 0.1 / 2.0)                                       # half widths over values
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 * np.exp(-spread), 0.5 * np.exp(spread)))
+    assert ratio(row("lcm", 4, -0.1), teacher) is None and at_its_ease(ROWS[5:]) is None
+
+
+def test_the_ratios_interval_holds_what_it_says():
+    """Two independent distances of 1 and 2, each known to 5 %."""
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        one, other = draw.normal(1, 0.05), draw.normal(2, 0.1)
+        rows = [row("a", 4, one), row("b", 4, other)]
+        for made, half in zip(rows, (1.96 * 0.05, 1.96 * 0.1), strict=True):
+            made["metrics"] |= {"fd_low": made["metrics"]["fd"] - half, "fd_high": made["metrics"]["fd"] + half}
+        held += ratio(*rows).low <= 0.5 <= ratio(*rows).high
+    assert 0.93 < held / 400 < 0.97
+
+
+def test_tables_for_others(tmp_path):
+    lines = as_csv(ROWS).splitlines()
+    assert lines[0].startswith("target,method,nfe,steps,guidance,samples,seed,latency_ms,images_per_s,fd,fd_low,fd_high,kid")
+    assert len(lines) == 1 + len(ROWS) and lines[-1].startswith("lcm,,4,4,2.0,2000,0,1.0,,1.0,0.9,1.1,0.0,")
+    made = as_markdown(ROWS).splitlines()
+    assert made[0] == "| target | NFE | w | FD [95 %] | all attributes | ms |" and made[-1] == "| lcm | 4 | 2 | 1.000 [0.900, 1.100] | 50.0% | 1.0 |"
+    write_report({"protocol": PROTOCOL.record(), "rows": ROWS}, tmp_path)
+    assert (tmp_path / "table.csv").read_text() == as_csv(ROWS) and (tmp_path / "table.md").read_text() == as_markdown(ROWS)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img class=\"figure\"") == 2 and "× teacher is FD over that of teacher:heun, 50 NFE" in page and "20.00 [" in page
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[5:], [row("lcm", 1, -0.2), row("lcm", 4, -0.3)]])
+def test_the_front_can_be_drawn(rows):
+    assert np.asarray(Image.open(io.BytesIO(front(rows))).convert("L")).std() > 5
 
 
 def test_the_protocols_id_forgets_the_folder_and_nothing_else():
