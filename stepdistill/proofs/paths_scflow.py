@@ -18,7 +18,7 @@ from .problem import Check, Problem
 JOINED = {"warmup_updates": 0}
 PATHS = (
     Path("the defaults, before and after the warm-up", steps=4, moments=(0, 999, 1000), elsewhere=True),
-    Path("toy/scflow", {"anchor": 0.02, "gan_weight": 0.0, **JOINED}, steps=4, guidance=1.0, elsewhere=True),
+    Path("toy/scflow", {"anchor": 0.02, "gan_weight": 0.0, **JOINED}, steps=4, guidance=1.0, elsewhere=True, within=True),
     Path("1 step", JOINED, steps=1),
     Path("2 steps", JOINED, steps=2),
     Path("reach 0.3", {"reach": 0.3, **JOINED}, steps=2),

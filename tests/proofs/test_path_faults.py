@@ -169,7 +169,8 @@ FAULTS = [
         ("cond.replace(r=self.own.time_at(FLOW.angle(r)))", "cond.replace(r=0 * r)"),
         ("torch.where(r < self.first, 0.0,", "torch.where(r < self.first, r,"),
         ("return Inference(steps)", "return Inference(steps, noise=1.0)"),
-        (DRAWN, "1.0"),
+        ("drawn(self.guidance, step))\n        x =", "1.0)\n        x ="),
+        ("drawn(self.guidance, step))\n        s, early", "1.0)\n        s, early"),
     ),
     *of(
         "flow_map", "losses.tangent",
