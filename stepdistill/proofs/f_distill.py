@@ -64,9 +64,9 @@ def weighted(problem: Problem, student: Affine, logits: Logits) -> Iterator[Chec
         t = method.matched(step.uniform("t"))
         x_t = problem.schedule.add_noise(x.detach(), step.normal("noise", batch.shape).to(x), t)
         real = problem.teacher(x_t, t, problem.guided_cond(COUNT, w)).x0
-        h = lambda r: r**2 * curvature(f, r)
         r = logits(x_t, t)[:, 0].clamp(-10, 10).exp().clamp(0.1, 20)
-        pull = like(h(r) / h(torch.ones(1, dtype=torch.float64)), x) * (critic(x_t, t, batch.cond).x0 - real)
+        h = r**2 * curvature(f, r) / curvature(f, torch.ones(1))
+        pull = like(h, x) * (critic(x_t, t, batch.cond).x0 - real)
         known = gradient((pull / (x.detach() - real).abs().mean(1, keepdim=True) * x).mean(), student)
         worst = largest(worst, difference(found, known))
     yield Check("gradient of every divergence against r^2 f''(r) times the difference of the scores; relative", worst, 1e-5)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..methods.base import Frozen, Heads, Trained
 from ..methods.distribution.f_distill import FDistill
 from .affine import Net, QuadraticHeads, softplus
 from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, noise_level, output_scale, rolled, rows
+from .paths_ladd import QuadraticDiscriminator
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
@@ -35,19 +35,9 @@ PATHS = (
 )
 
 
-@dataclass
-class OnTeacher:
-    """A discriminator on the teacher's features, here the state itself: quadratic heads, told the level and the condition."""
-
-    numbers: dict[str, Tensor]
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return QuadraticHeads(self.numbers)(x_t.flatten(1), t[:, None], cond)
-
-
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: Net.of(problem) for name in ("teacher", "student", "critic")}
-    return found | {"discriminator": OnTeacher(QuadraticHeads.of(problem, problem.dim).numbers)}
+    return found | {"discriminator": QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)}
 
 
 def known(turn: Turn) -> Known:
