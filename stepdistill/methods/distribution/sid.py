@@ -12,8 +12,7 @@ value is no monitor: with a good critic it is about 0 at alpha = 1 and below 0 a
 A critic that is asked as it was trained says E[x | x_t], whatever its scale: the student comes to draw as the teacher
 guided at w. Where all conditions share a covariance that is w kappa_1 / kappa_2 in general: kappa_1 = 1 and kappa_2 = w
 undo guidance. Sources of the defaults: (p) the paper, (l) the released training of long and short guidance. (l) weighs
-a v-network's critic as if it predicted eps, begins at time 625 of 1000, and sums over pixels; here all these are as for
-the other methods.
+a v-network's critic as if it predicted eps, and sums over pixels; here both are as for the other methods.
 """
 from __future__ import annotations
 
@@ -29,7 +28,21 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, score_identity
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, middle, noise_levels
+from ..base import (
+    Frozen,
+    Guidance,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check,
+    check_noise,
+    middle,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,8 @@ class Settings:
                                        # all steps (p)
     drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided
                                        # (l)
+    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (l: timestep
+                                       # 625, which is 0.626; p: a sigma of 2.5)
     noise_law: NoiseLaw = "uniform"    # of the levels at which student and critic are trained: uniform, lognormal,
                                        # shifted, mixture (l)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those of both (l)
@@ -54,6 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
+        check(self)
         if not 0 <= self.drop < 1 or self.critic_steps < 1:
             raise ValueError(f"drop must be in [0, 1) and critic_steps at least 1; found {self.drop}, "
                              f"{self.critic_steps}")
@@ -84,7 +100,7 @@ class SiD(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps),
