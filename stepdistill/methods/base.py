@@ -4,6 +4,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -140,7 +141,7 @@ class NoiseSettings(Protocol):
 
 
 def check_noise(settings: NoiseSettings) -> None:
-    """ValueError for noise settings that no law has."""
+    """ValueError for noise settings that no law has, and for an entry of RULES that breaks its rule."""
     low, high = settings.t_range
     if not 0 <= low < high <= 1:
         raise ValueError(f"t_range must be an interval in [0, 1]; found {settings.t_range}")
@@ -148,6 +149,7 @@ def check_noise(settings: NoiseSettings) -> None:
         raise ValueError(f"noise_law is one of {', '.join(NOISE_LAWS)}; found {settings.noise_law!r}")
     if settings.std <= 0 or settings.shift <= 0:
         raise ValueError(f"std and shift must be above 0; found {settings.std}, {settings.shift}")
+    check(settings)
 
 
 def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = False) -> Law:
@@ -180,6 +182,7 @@ def renoising(settings: StartSettings, steps: int) -> Inference:
     return Inference(steps, noise=1.0, times=(settings.start_time,))
 
 
+SCALE = "a number, where 1 is no guidance and 0 no prompt"
 # Entries that the settings of several methods share: what must hold of them, and how it is said. nodes, skip and shift
 # are of the teacher's grid, `triples.grid(nodes, shift)`, with skip nodes from t to s; loss and huber_c those of
 # `regression.distance`; start_time is `renoising`'s.
@@ -190,6 +193,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss": (lambda s: s.loss in DISTANCES, f"one of {', '.join(DISTANCES)}"),
     "huber_c": (lambda s: s.huber_c > 0, "above 0"),
     "target_decay": (lambda s: 0 <= s.target_decay < 1, "in [0, 1)"),
+    "critic_steps": (lambda s: s.critic_steps >= 1, "at least 1"),
+    "drop": (lambda s: 0 <= s.drop < 1, "in [0, 1)"),
+    "gan_weight": (lambda s: s.gan_weight >= 0, "at least 0, which leaves the discriminator out"),
+    "critic_gan_weight": (lambda s: s.critic_gan_weight >= 0, "at least 0"),
+    "critic_training_guidance": (lambda s: isfinite(s.critic_training_guidance or 0), SCALE),
+    "critic_guidance": (lambda s: isfinite(s.critic_guidance or 0), SCALE),
     "start_time": (lambda s: s.start_time is None or 1 / LEVELS <= s.start_time <= 1,
                    f"a time from {1 / LEVELS}, the least that a network is told, to 1"),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.adversarial.ladd import LADD
 from ..methods.base import Frozen, Heads, Trained
-from .affine import Net, QuadraticHeads
+from .affine import TOKENS, Net, QuadraticHeads, mean_of_tokens, token_shares
 from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
 
@@ -33,9 +33,6 @@ PATHS = (
 )
 
 
-TOKENS = (2, 3)                         # logits of each of two heads
-
-
 @dataclass
 class QuadraticDiscriminator:
     """Two quadratic heads of a logit at each of their positions, called as a discriminator on a network's features
@@ -45,16 +42,6 @@ class QuadraticDiscriminator:
 
     def __call__(self, x_s: Tensor, s: Tensor, cond: Condition) -> list[Tensor]:
         return list(QuadraticHeads(self.numbers)(x_s.flatten(1), s[:, None], cond).split(TOKENS, 1))
-
-
-def each_mean(losses: Tensor) -> Tensor:
-    """Of losses at all positions (B, 5): the mean over those of each head, and then over heads and samples."""
-    return torch.stack([of_head.mean() for of_head in losses.split(TOKENS, 1)]).mean()
-
-
-def shares(count: int) -> Tensor:
-    """What a position's loss has in `each_mean`, (5,)."""
-    return torch.cat([torch.full((tokens,), 1 / (tokens * len(TOKENS) * count), dtype=torch.float64) for tokens in TOKENS])
 
 
 def drawn_from(u: Tensor, shares: Sequence[float]) -> Tensor:
@@ -94,15 +81,15 @@ def known(turn: Turn) -> Known:
     if turn.trains == ("student",):
         x, x_t, t = sample(turn)
         x_s, s, logits = seen(turn, x, "fake")
-        pull = heads.back(-shares(len(x)).expand_as(logits), x_s) * turn.problem.schedule.alpha(s)[:, None]
-        return Known({"gan": -each_mean(logits)}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
+        pull = heads.back(-token_shares(len(x)).expand_as(logits), x_s) * turn.problem.schedule.alpha(s)[:, None]
+        return Known({"gan": -mean_of_tokens(logits)}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
                      unchecked=("discriminator",))
     value, slope = torch.zeros(()), 0
     for x, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         x_s, s, logits = seen(turn, x, name)
         short = 1 - sign * logits                                 # of the margin
-        value = value + each_mean(torch.where(short > 0, short, 0))
-        slope = slope + heads.slopes(-sign * (short > 0).double() * shares(len(x)), x_s, s[:, None], turn.text)
+        value = value + mean_of_tokens(torch.where(short > 0, short, 0))
+        slope = slope + heads.slopes(-sign * (short > 0).double() * token_shares(len(x)), x_s, s[:, None], turn.text)
     return Known({"discriminator": value}, {"discriminator": slope})
 
 

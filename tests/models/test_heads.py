@@ -11,6 +11,7 @@ from stepdistill.diffusion.contracts import Condition
 from stepdistill.methods.base import Frozen, Heads, Trained
 from stepdistill.models.heads import TokenHead, channel_means, time_vector, told_of
 from stepdistill.models.roles import Lora, Places, build_roles
+from stepdistill.models.teacher import load_teacher
 
 BLOCKS = ("down_blocks.0", "mid_block")
 
@@ -20,7 +21,7 @@ def needs(kind: str) -> dict:
 
 
 def made(family, kind: str):
-    return build_roles(family, needs(kind), {"student": Lora(4), "discriminator": Places(BLOCKS)})
+    return build_roles(load_teacher(family.source), needs(kind), {"student": Lora(4), "discriminator": Places(BLOCKS)})
 
 
 def test_a_token_head_is_one_tap_nine_taps_beside_a_skip_and_a_projection():
@@ -69,7 +70,8 @@ def test_heads_without_weights_are_means_over_channels(family, inputs):
     prediction, logits = roles["discriminator"].with_prediction(*inputs)
     assert torch.equal(prediction.raw, roles["teacher"](*inputs).raw)
     shown = {}
-    handle = family.network.get_submodule("mid_block").register_forward_hook(lambda module, args, out: shown.update(mid=out))
+    mid = roles.teacher.network.get_submodule("mid_block")
+    handle = mid.register_forward_hook(lambda module, args, out: shown.update(mid=out))
     roles["teacher"](*inputs)
     handle.remove()
     torch.testing.assert_close(logits[1], shown["mid"].float().mean(1).flatten(1))
@@ -80,6 +82,6 @@ def test_heads_of_another_form_are_named(family):
     before, now = made(family, "pooled"), made(family, "tokens")
     with pytest.raises(ValueError, match="role 'discriminator'.*before they judged every position.*begun anew"):
         now.load_state_dict("discriminator", before.state_dict("discriminator"))
-    with pytest.raises(ValueError, match=r"role 'student'.*lora") as other:
+    with pytest.raises(ValueError, match="weights of adapter 'student'") as other:
         now.load_state_dict("student", {"lora": torch.zeros(1)})
     assert "position" not in str(other.value)

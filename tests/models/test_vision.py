@@ -10,9 +10,9 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model, ViTConfig
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Codec, Features, Frozen, Heads, Trained
+from stepdistill.models.heads import prompt_vector
 from stepdistill.models.roles import Lora, Places, build_roles
 from stepdistill.models.teacher import load_teacher
-from stepdistill.models.heads import prompt_vector
 from stepdistill.models.vision import PictureHeads, VisionConfig
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "decode": Codec(), "features": Features(), "discriminator": Heads("features")}

@@ -22,7 +22,7 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import edm
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_noise, noise_levels, renoising
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        check(self)
         if self.sigma_data <= 0:
             raise ValueError(f"sigma_data must be above 0; found {self.sigma_data}")
 

@@ -28,7 +28,7 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_noise, noise_levels, renoising
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        check(self)
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight must not be negative; found {self.regression_weight}")
         if self.regression_end is not None and not 0 < self.regression_end <= 1:

@@ -27,21 +27,7 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.matching import denoising, distribution_matching
-from ..base import (
-    Frozen,
-    Guidance,
-    Heads,
-    Inference,
-    Losses,
-    Method,
-    Need,
-    Trained,
-    Update,
-    check,
-    check_noise,
-    noise_levels,
-    renoising,
-)
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +49,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        check(self)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1; found {self.critic_steps}")
-        if self.gan_weight < 0 or self.critic_gan_weight < 0:
-            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, "
-                             f"{self.critic_gan_weight}")
 
 
 class DMD2(Method):

@@ -22,7 +22,7 @@ from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import NoiseLaw
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_noise, noise_levels, renoising
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        check(self)
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must be in [0, 1); found {self.drop}")
 
 
 class SwiftBrush(Method):
