@@ -148,7 +148,7 @@ def test_images_are_wanted_where_they_weigh():
 
 def test_a_discriminator_without_weights_trains_with_the_critic_and_is_not_saved(tiny_teacher, tmp_path):
     made = {"method": "sid", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "critic": {"lora": {"rank": 2}, "lr": 1e-4},
-            "steps": 1, "settings": {"gan_weight": 0.01, "gan_start": 0, "critic_training_guidance": 0},
+            "steps": 1, "settings": {"gan_weight": 0.01, "gan_start": 0, "critic_training_guidance": 0, "start_time": 0.626},
             "data": {"images": "shapes", "count": 4, "batch": 2}, "train": {"updates": 2, "checkpoint_every": 1}}
     run = train(Recipe.load(made), out=tmp_path / "run")
     files = {path.name for path in (run / "checkpoints/step-000002").iterdir()}
