@@ -78,7 +78,7 @@ def test_every_position_has_a_margin_of_its_own_and_r1_is_of_their_mean():
     problem = Problem(0, "vp")
     method, batch, step = made(problem, decode=lambda x: x[:, :1] * 0 + 1, r1_weight=1.0), problem.batch(2), problem.step(2)
     scale = torch.tensor([5.0, 5.0, 5.0, -1.0], dtype=torch.float64, requires_grad=True)
-    method.discriminator = lambda maps, cond: [maps[0] * scale]
+    method.features, method.discriminator = lambda pixels: [pixels], lambda maps, cond: [maps[0] * scale]
     method.student_loss(batch, step)
     losses = method.critic_loss(batch, problem.step(2, "discriminator", kept=step.kept))
     # real: 0, 0, 0, 2 below the margin; fake: 6, 6, 6, 0
