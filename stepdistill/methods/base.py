@@ -4,7 +4,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -182,7 +181,6 @@ def renoising(settings: StartSettings, steps: int) -> Inference:
     return Inference(steps, noise=1.0, times=(settings.start_time,))
 
 
-SCALE = "a number, where 1 is no guidance and 0 no prompt"
 # Entries that the settings of several methods share: what must hold of them, and how it is said. nodes, skip and shift
 # are of the teacher's grid, `triples.grid(nodes, shift)`, with skip nodes from t to s; loss and huber_c those of
 # `regression.distance`; start_time is `renoising`'s.
@@ -197,8 +195,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "drop": (lambda s: 0 <= s.drop < 1, "in [0, 1)"),
     "gan_weight": (lambda s: s.gan_weight >= 0, "at least 0, which leaves the discriminator out"),
     "critic_gan_weight": (lambda s: s.critic_gan_weight >= 0, "at least 0"),
-    "critic_training_guidance": (lambda s: isfinite(s.critic_training_guidance or 0), SCALE),
-    "critic_guidance": (lambda s: isfinite(s.critic_guidance or 0), SCALE),
+    "gan_start": (lambda s: s.gan_start >= 0, "at least 0"),
     "start_time": (lambda s: s.start_time is None or 1 / LEVELS <= s.start_time <= 1,
                    f"a time from {1 / LEVELS}, the least that a network is told, to 1"),
 }

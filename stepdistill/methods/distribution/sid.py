@@ -75,8 +75,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        if self.alpha < 0 or self.gan_start < 0:
-            raise ValueError(f"alpha and gan_start must not be negative; found {self.alpha}, {self.gan_start}")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must not be negative; found {self.alpha}")
 
 
 class SiD(Method):
