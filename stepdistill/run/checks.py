@@ -99,7 +99,16 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
         roles["critic"] = role_setting(recipe.critic)
     if recipe.discriminator is not None:
         roles["discriminator"] = _places(recipe, needs)
+        if recipe.discriminator.lr is not None and _weightless(needs):
+            raise recipe.refuse("discriminator.lr", f"is {recipe.discriminator.lr:g}, but the discriminator of "
+                                f"{recipe.method} is the mean of its critic's features, and has no weights: leave it out")
     return roles
+
+
+def _weightless(needs: Mapping[str, Need]) -> bool:
+    """Whether the discriminator has none to train."""
+    heads = needs["discriminator"]
+    return isinstance(heads, Heads) and heads.kind == "channels"
 
 
 def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
@@ -181,7 +190,8 @@ def learning_rates(recipe: Recipe) -> dict[str, float]:
     training."""
     own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
     found = {name: choice.lr for name, choice in own.items() if choice is not None and choice.lr is not None}
-    if "critic" in found and "discriminator" in needs_of(recipe):
+    needs = needs_of(recipe)
+    if "critic" in found and "discriminator" in needs and not _weightless(needs):
         found.setdefault("discriminator", found["critic"])
     return found
 
@@ -235,7 +245,13 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
 
 def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) -> None:
     """RequestError for a role with an embedding of a scale or an exit on a network that reads its guidance scale by itself, `within`."""
-    named = [name for name, need in needs.items() if within and isinstance(need, Trained) and "w" in need.reads]
+    if not within:
+        return
+    for name, scale in vars(recipe.method_settings()).items():
+        if name in ("critic_training_guidance", "critic_guidance") and scale is not None and scale < 1:
+            raise recipe.refuse(f"settings.{name}", f"is {scale:g}, but the teacher's network reads its guidance scale by "
+                                "itself, and so does a critic on it, which reads the prompt at any: let it be at least 1")
+    named = [name for name, need in needs.items() if isinstance(need, Trained) and "w" in need.reads]
     if named:
         raise recipe.refuse("settings", f"give {' and '.join(named)} an embedding, but the teacher's network reads its guidance scale by "
                             "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")

@@ -14,7 +14,7 @@ from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
 from ..models.schedulers import stock_call
 from ..models.sources import index_at
-from ..models.teacher import family_at
+from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
 from .sources import source_of
@@ -120,7 +120,9 @@ def check_guided(recipe: Recipe, settings: Any) -> None:
 
 
 def check_times(recipe: Recipe, settings: Any) -> None:
-    """RequestError for times of a flow that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    """RequestError for times that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    if vars(settings).get("start_time") is not None:
+        return _check_start(recipe, settings)
     if family(recipe).sigmas:
         return
     try:
@@ -128,3 +130,15 @@ def check_times(recipe: Recipe, settings: Any) -> None:
         stock_call(inference, RectifiedFlow(), sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
+
+
+def _check_start(recipe: Recipe, settings: Any) -> None:
+    """As `check_times`, where the settings name the first time: by the teacher's configs alone."""
+    with recipe.blaming("teacher", "cannot be loaded"):
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution, frames=recipe.frames)
+    try:
+        inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.schedule, recipe.guidance)
+        teacher.sampler(teacher.stock_call(inference))
+    except ValueError as error:
+        raise recipe.refuse("settings.start_time", f"is {settings.start_time:g}, where no sampling can begin: "
+                            f"{error}") from error
