@@ -30,6 +30,8 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "cd": Entry("consistency.cd", "CD", "Consistency Models", "2303.01469", "consistency",
                 needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
+    "ict": Entry("consistency.ict", "ICT", "Improved Techniques for Training Consistency Models", "2310.14189", "consistency",
+                 needs=("student",), data=("images", "samples", "pairs"), steps=(1, 4)),
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
     "mcm": Entry("consistency.mcm", "MCM", "Multistep Consistency Models", "2403.06807", "consistency",

@@ -56,6 +56,14 @@ SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3
          of("an averaged target", full=True))
 PATHS: dict[str, tuple[Path, ...]] = {
     "cd": (*CONSISTENCY, ONE),
+    "ict": (ONE,
+            of("few nodes, 2 steps", 2, first_nodes=6, last_nodes=9),
+            Path("nodes doubled once", {"first_nodes": 8, "last_nodes": 30}, progress=0.4),
+            Path("nodes doubled thrice", progress=0.45),
+            Path("nodes doubled to the end", {"last_nodes": 70}, progress=0.9),
+            of("mean", mean=0.4),
+            of("deviation", std=0.7),
+            of("Huber, c = 0.3", huber_c=0.3)),
     "lcm": (*CONSISTENCY, *SKIPS,
             of("the data's path", w=1.0, bridge="data"),
             of("the data's path, guidance embedding, skip 2", w=RANGE, bridge="data", skip=2, guidance_embedding=True),
@@ -108,6 +116,7 @@ ELSEWHERE = {"target_decay"}                # settings that no loss reads: follo
 # What the papers and the released training choose, and with it the methods' own defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
+    "ict": {"first_nodes": 10, "last_nodes": 1280, "mean": -1.1, "std": 2.0, "huber_c": 0.00054},
     "lcm": {"nodes": 50, "skip": 1, "bridge": "ddim", "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
     "mcm": {"first_nodes": 64, "last_nodes": 1280, "grown": 0.5, "bridge": "addim", "eta": 0.75, "loss": "norm",
             "weight": "v"},
