@@ -12,7 +12,7 @@ from ..diffusion.contracts import Condition, Role
 from ..methods.consistency.ict import ICT, Settings, grid
 from .paths_ict import ict as paths
 from .problem import Check, FunctionRole, Problem, difference, off_zero
-from .trajectory import Trajectory, ddim_factor
+from .trajectory import Trajectory, bent, ddim_factor
 
 COUNT, MANY, NODES, STEPS = 256, 40_000, 12, 2
 
@@ -20,13 +20,6 @@ COUNT, MANY, NODES, STEPS = 256, 40_000, 12, 2
 def made(problem: Problem, student: Role, steps: int = STEPS, **settings) -> ICT:
     chosen = Settings(**{"first_nodes": NODES, "last_nodes": NODES, **settings})
     return ICT(chosen, {"student": student}, 1.0, problem.sampler(ICT.inference(chosen, steps, problem.schedule)))
-
-
-def bent(student: Role, add: Tensor, times: Tensor) -> FunctionRole:
-    """A student whose x_0 is that of another, + add + times x_t, by numbers (B, D) of each sample."""
-    def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return student(x, t, cond).x0 + add + times * x
-    return FunctionRole(student.schedule, x0, student.kind)
 
 
 def pulls(problem: Problem, student: Role) -> Tensor:

@@ -121,6 +121,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "mcm": {"first_nodes": 64, "last_nodes": 1280, "grown": 0.5, "bridge": "addim", "eta": 0.75, "loss": "norm",
             "weight": "v"},
     "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
+    "scott": {"nodes": 1000, "skip": 24, "substeps": 3, "eta": 0.1, "loss": "squared", "gan_weight": 0.4, "target_decay": 0.95,
+              "guidance_embedding": False},
     "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
             "shift": 1.0},
     "guided": {"weight": "truncated", "guidance_embedding": True},
