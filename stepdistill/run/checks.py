@@ -29,6 +29,7 @@ from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 from .sources import source_of
 from .teacher_checks import (
+    check_asked,
     check_family,
     check_guided,
     check_quantization,
@@ -67,6 +68,7 @@ def check(recipe: Recipe) -> Checked:
         vision_features(recipe)
     if (kind := quantization(recipe)) is not None:
         check_quantization(recipe, kind, settings, roles)
+    check_asked(recipe, needs)
     check_guided(recipe, settings)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)

@@ -8,7 +8,7 @@ from .. import resources
 from ..diffusion.schedule import RectifiedFlow
 from ..diffusion.toy import is_toy
 from ..methods import load_method
-from ..methods.base import Features, Need
+from ..methods.base import Features, Frozen, Need
 from ..models.families import Family
 from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
@@ -107,6 +107,21 @@ def check_quantization(recipe: Recipe, kind: str, settings: Any, roles: Mapping[
     if vars(settings).get("derivative") == "exact":
         raise recipe.refuse("settings.derivative", f"is exact, but the base is quantised ({kind}), whose layers have "
                             f"no derivative forward: take pair")
+
+
+def check_asked(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for what only a teacher's calls read, where the method asks no teacher."""
+    if any(isinstance(need, Frozen) for need in needs.values()):
+        return
+    made, free = recipe.data.made, f"{recipe.method} asks no teacher"
+    if recipe.guidance != 1:
+        raise recipe.refuse("guidance", f"is {recipe.guidance}, but {free} that could be guided: let it be 1, or train on pictures that a "
+                            "guided teacher made, such as data: {samples: {prompts: shapes, guidance: 3.0}, count: 4096}")
+    if recipe.taught_by_previous:
+        raise recipe.refuse("method", f"is {free.replace(' asks', ', which asks')}, but that of this stage is previous: leave teacher: "
+                            "previous out; the student begins with that of the stage before all the same")
+    if (made is None or made.guidance in (None, 1)) and (guided := source_of(recipe).guided):
+        raise recipe.refuse([*guided][0], f"is given, but {free} that could read it: leave it out")
 
 
 def check_guided(recipe: Recipe, settings: Any) -> None:

@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-ADD, LADD, LIGHT, PCM, SCFLOW = "add", "ladd", "lightning", "pcm", "scflow"
-METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW)
+ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT = "add", "ladd", "lightning", "pcm", "scflow", "scott"
+METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT)
 
 FAULTS = (
     # ADD
@@ -194,6 +194,34 @@ FAULTS = (
     of(SCFLOW, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
     of(SCFLOW, "heads of the student", 'Heads("teacher")', 'Heads("student")'),
     of(SCFLOW, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
+    # SCott
+    of(SCOTT, "a bridge one node too long", "self.settings.skip)", "self.settings.skip + 1)"),
+    of(SCOTT, "skip unread", "self.settings.skip)", "1)"),
+    of(SCOTT, "substeps unread", "self.settings.substeps,\n", "3,\n"),
+    of(SCOTT, "eta unread", "eta=settings.eta", "eta=0.1"),
+    of(SCOTT, "twice eta", "eta=settings.eta", "eta=min(2 * settings.eta, 1.0)"),
+    of(SCOTT, "one noise for all sub-steps", 'f"fresh {i}"', '"fresh 0"'),
+    of(SCOTT, "the noise of x_t again", 'f"fresh {i}"', '"noise"'),
+    of(SCOTT, "an unguided bridge", "guided(self.teacher, w)", "guided(self.teacher, 1.0)"),
+    of(SCOTT, "a target that follows the gradient", "with torch.no_grad():", "if True:"),
+    of(SCOTT, "the student for the target", "consistency(self.target(x, u, cond))", "consistency(self.student(x, u, cond))"),
+    of(SCOTT, "a target without the scale", "self.target(x, u, cond)", "self.target(x, u, batch.cond)"),
+    of(SCOTT, "the target's word for the data", "s, t, s > 0)", "s, t, s >= 0)"),
+    of(SCOTT, "loss unread", "distance(settings.loss,", 'distance("squared",'),
+    of(SCOTT, "huber_c unread", "settings.huber_c)", "0.001)"),
+    of(SCOTT, "gan_weight unread", "self.settings.gan_weight * hinge", "0.4 * hinge"),
+    of(SCOTT, "heads at weight 0", "if settings.gan_weight else {}", "if True else {}"),
+    of(SCOTT, "heads on the frozen teacher", 'Heads("critic")', 'Heads("teacher")'),
+    of(SCOTT, "a critic that stands still", 'Update(("critic", "discriminator")', 'Update(("discriminator",)'),
+    of(SCOTT, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
+    of(SCOTT, "told another time", 'self.discriminator(x, step.kept["t"]', 'self.discriminator(x, 0 * step.kept["t"]'),
+    of(SCOTT, "real and fake swapped", "(batch.x0, step.kept[\"fake\"])", "(step.kept[\"fake\"], batch.x0)"),
+    of(SCOTT, "fake kept with its gradient", "fake=x.detach()", "fake=x"),
+    of(SCOTT, "target_decay unread", "settings.target_decay)", "0.5)"),
+    of(SCOTT, "a student that reads no scale", 'reads=("w",) * settings.guidance_embedding', "reads=()"),
+    of(SCOTT, "an embedding that is never told", "if self.settings.guidance_embedding else batch.cond", "if False else batch.cond"),
+    of(SCOTT, "nodes unread", "grid(settings.nodes,", "grid(50,"),
+    of(SCOTT, "a sampler without fresh noise", "Inference(steps, noise=1.0", "Inference(steps, noise=0.0"),
     # what they share
     Fault("the wrong sign of fooling", "losses.adversarial", "return softplus(-fake)", "return softplus(fake)",
           (LIGHT,)),
