@@ -34,6 +34,7 @@ from .models.sharded import shard
 from .models.sources import Source
 from .models.stock import as_pil, pictures, say_cut
 from .recipe import Recipe
+from .recipe.plugins import Folder
 from .run import folder
 from .run.cards import advice, check_card, fit_stage
 from .run.checks import check, needs_of
@@ -43,7 +44,7 @@ from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
-from .run.sources import base_of, located
+from .run.sources import base_of, located, marked
 from .run.targets import asking, call_as_asked, open_target, ships, teachers
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
@@ -202,17 +203,19 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
 
 @spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
-           guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+           guidance: float | None = None, out: str | Path | None = None,
+           plugins: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline of
     videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
+    plugins: a folder with the family of a pipeline.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if out is not None and Path(out).suffix.lower() not in PICTURES:
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
-    opened = open_target(target, "target", say=log.info)
+    opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins))
     pipeline = opened.target.pipeline.to(launched())
     call = call_as_asked(opened.target, steps, guidance, log.info)
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
@@ -245,7 +248,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
           features: str | Path | None = None, reference: str | Path | None = None,
           prompts: Sequence[str] | None = None,
-          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = ()) -> dict[str, Any]:
+          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (), metrics: Sequence[str] = (),
+          plugins: str | Path | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
     reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000 `samples` in `features`,
@@ -253,14 +257,17 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table too, at
     `guidance`, or without guidance and at the scale that the student was trained for: of the two the better one at each
     count is what a student should be held against. few_step: further targets, few-step pipelines that others made: they
-    keep their scheduler and are called without guidance.
+    keep their scheduler and are called without guidance. metrics: figures of plugins, by name; plugins: a folder with them, or with
+    the families of pipelines.
     """
+    outside = None if plugins is None else Folder.open(plugins)
+    marks = marked(metrics, outside)
     place = CLIP if features is None else features
     place = resources.locate(place) or place
     if reference not in (None, "teacher"):
         known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
         sweep.admitted(samples or 2000, known, place, reference)
-    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info) for target in (*targets, *few_step)]
+    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside) for target in (*targets, *few_step)]
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
         raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of "
                            "its frames")
@@ -272,7 +279,7 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     if reference is None:
         reference = "shapes" if all(map(ships, opened)) else "teacher"
         log.info(f"measuring against {'real pictures of Shapes' if reference == 'shapes' else REFERENCE_OF_OWN}")
-    told = {"device": device, "say": log.info, "made": folder.moment(device)}
+    told = {"device": device, "say": log.info, "made": folder.moment(device), "metrics": marks}
     if reference == "teacher":
         if len(beside) != 1:
             raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ ESTIMATOR = "FD at infinity: parabola in 1/n over n, n/2, n/3; reference by halv
 
 @dataclass(frozen=True)
 class Protocol:
-    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed."""
+    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed; metrics those
+    of plugins, each with what changes with its code."""
 
     features: str
     dim: int
@@ -27,14 +29,19 @@ class Protocol:
     samples: int
     seed: int
     estimator: str = ESTIMATOR
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def id(self) -> str:
-        return fingerprint(asdict(self) | {"features": self.features.rpartition("@")[2]})
+        return fingerprint(self._entries() | {"features": self.features.rpartition("@")[2]})
 
     def record(self) -> dict[str, Any]:
         """As results.json has it. The id does not depend on where the features' folder lies."""
-        return {"id": self.id, **asdict(self)}
+        return {"id": self.id, **self._entries()}
+
+    def _entries(self) -> dict[str, Any]:
+        """Metrics of plugins stand there only where there are such."""
+        return {name: value for name, value in asdict(self).items() if name != "metrics" or value}
 
 
 def fingerprint(value: Any) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.table import Table
 from ..errors import printable
 from ..files import records
 from ..files.whole import write_whole
+from .metrics import more_metrics
 from .page import made_of, page
 from .protocol import demand_same
 
@@ -58,8 +59,8 @@ def picture_name(row: Mapping[str, Any]) -> str:
     return f"{row['target'].replace(':', '-').replace('/', '-')}-nfe{row['nfe']}-w{row['guidance'] or 0:g}.png"
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row of the table, as text: target, NFE, steps, guidance, the metrics, latency, images per second."""
+def cells(row: Mapping[str, Any], more: Sequence[str] = ()) -> list[str]:
+    """A row of the table, as text: target, NFE, steps, guidance, the metrics, latency, images per second, and `more` metrics."""
     m = row["metrics"]
     number = lambda value, spec: "–" if value is None else format(value, spec)
     return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
@@ -67,7 +68,8 @@ def cells(row: Mapping[str, Any]) -> list[str]:
             f"{distance(m['fd'])} [{distance(m['fd_low'])}, {distance(m['fd_high'])}]", number(m["kid"], ".4f"),
             number(m["precision"], ".3f"),
             number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
-            number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+            number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f"),
+            *(number(m.get(name), ".4g") for name in more)]
 
 
 def distance(value: float) -> str:
@@ -92,11 +94,13 @@ def table(results: Results) -> Table:
     protocol = results["protocol"]
     made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
                  title_justify="left", title_style="bold", header_style="bold", box=None)
-    shown = [HEADINGS.index(heading) for heading in IN_BRIEF]
+    more = more_metrics(results["rows"])
+    headings = (*HEADINGS, *more)
+    shown = [headings.index(heading) for heading in (*IN_BRIEF, *more)]
     for i in shown:
-        made.add_column(HEADINGS[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
+        made.add_column(headings[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for row in results["rows"]:
-        texts = [escape(printable(text)) for text in cells(row)]
+        texts = [escape(printable(text)) for text in cells(row, more)]
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
                      if ":" in row["target"] else "bold")
     return made
@@ -108,10 +112,10 @@ NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise 
 
 
 def _page(results: Results, drawn: bytes, out: Path) -> str:
-    rows = results["rows"]
+    rows, more = results["rows"], more_metrics(results["rows"])
     shown = [(row, out / "samples" / picture_name(row)) for row in rows]
-    return page("Quality against network evaluations", NOTE, ("Fréchet distance against network evaluations", drawn), HEADINGS,
-                [(_kind(row), cells(row)) for row in rows], [(_label(row), file.read_bytes()) for row, file in shown if file.is_file()],
+    return page("Quality against network evaluations", NOTE, ("Fréchet distance against network evaluations", drawn), (*HEADINGS, *more),
+                [(_kind(row), cells(row, more)) for row in rows], [(_label(row), file.read_bytes()) for row, file in shown if file.is_file()],
                 results["protocol"] | made_of(rows))
 
 

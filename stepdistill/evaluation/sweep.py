@@ -15,6 +15,7 @@ from ..files.whole import sweep as sweep_leftovers
 from ..models.stock import say_cut
 from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
 from .features import clip_score, dimensions, load_features, resized
+from .metrics import Means
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans
 from .progress import meter
 from .protocol import Protocol, fingerprint
@@ -48,9 +49,9 @@ class Evaluation:
     def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
                  features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
                  device: str | torch.device = "cpu", say: Callable[[str], None] = print,
-                 made: Mapping[str, Any] | None = None) -> None:
-        """made: what every row says of the machine and the moment."""
-        self.made = dict(made or {})
+                 made: Mapping[str, Any] | None = None, metrics: Mapping[str, str] | None = None) -> None:
+        """made: what every row says of the machine and the moment. metrics: those of plugins, name -> what changes with its code."""
+        self.made, self.metrics = dict(made or {}), dict(metrics or {})
         self.source = admitted(samples, prompts, features, reference)
         self.features = load_features(features, device)
         asked = self.source.prompts(samples) if prompts is None else list(prompts)
@@ -64,7 +65,7 @@ class Evaluation:
         classifier = self.features.attribute_classifier
         self.protocol = Protocol(self.features.name, self.features.dim, classifier and classifier.id[:12],
                                  self.source.name,
-                                 self.features.resize, "float32", fingerprint(self.prompts), samples, seed)
+                                 self.features.resize, "float32", fingerprint(self.prompts), samples, seed, metrics=self.metrics)
 
     @property
     def groups(self) -> int:
@@ -90,8 +91,9 @@ class Evaluation:
 
     def real(self) -> tuple[dict[str, Any], Tensor]:
         """The row of fresh real pictures against the reference, and some of them."""
-        found, shown = [], torch.empty(0)
+        found, shown, means, captioned = [], torch.empty(0), Means(self.metrics), not self.own_prompts
         for block in self.source.real(self.samples):     # features are kept, and of the pictures the first ones
+            means.add(block, self.prompts[means.count:means.count + len(block)] if captioned else None)
             found.append(self.features.images(block))
             if len(shown) < SHOWN:                       # pictures of a folder differ in size
                 block = resized(block, min((shown if len(shown) else block).shape[-2:]))
@@ -102,14 +104,14 @@ class Evaluation:
         images = torch.cat(found)
         row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples,
                "seed": self.seed,
-               "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
+               "metrics": self.measure(images, alike, captioned) | means.figures(captioned), "latency_ms": None,
                "images_per_s": None, "made": self.made}
         return row, shown
 
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
         """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so far."""
-        features, shown, seconds = [], None, 0.0
+        features, shown, seconds, means = [], None, 0.0, Means(self.metrics)
         network = denoiser_of(plan.target.pipeline)
         with counted(network) as evaluations:
             for ids, prompts in self._calls(batch):
@@ -118,6 +120,8 @@ class Evaluation:
                 seconds += time.perf_counter() - begin
                 shown = pixels[:SHOWN] if shown is None else shown
                 features.append(self.features.images(pixels))
+                own = self.samples - means.count                          # of the prompts once over
+                means.add(pixels[:own], prompts[:own] if plan.target.prompted else None)
                 on_images(sum(map(len, features)))
         found = torch.cat(features)
         if evaluations[0] != plan.nfe * len(found):
@@ -127,7 +131,8 @@ class Evaluation:
         alike = torch.cat([images[: self.groups, None], others], 1)
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
-                "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=plan.target.prompted),
+                "samples": self.samples, "seed": self.seed,
+                "metrics": self.measure(images, alike, captioned=plan.target.prompted) | means.figures(plan.target.prompted),
                 "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": len(found) / seconds,
                 "made": {**self.made, **plan.target.made}}, shown
 
@@ -148,12 +153,13 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
           features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
           reuse: Sequence[Path | str] = (),
           batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print,
-          made: Mapping[str, Any] | None = None) -> Results:
+          made: Mapping[str, Any] | None = None, metrics: Mapping[str, str] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
     timings, which belong to another machine. An `out` that holds results of the same protocol is added to; a bench that was
-    stopped goes on there with the rows that it lacks. RequestError where another process writes there.
+    stopped goes on there with the rows that it lacks. metrics: of plugins, as of `Evaluation`. RequestError where another process
+    writes there.
     """
     out = Path(out)
     if not nfe or min(nfe) < 1:
@@ -165,7 +171,7 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
         rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
-        context = Evaluation(samples, seed, prompts, features, reference, device, say, made)
+        context = Evaluation(samples, seed, prompts, features, reference, device, say, made, metrics)
         for target in targets:
             say_cut(type(target.pipeline), target.pipeline.components, context.prompts, {**target.given, **(target.call or {})}, say)
         results: Results = {"protocol": context.protocol.record(), "rows": []}

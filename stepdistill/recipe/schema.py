@@ -26,12 +26,14 @@ from ruamel.yaml import YAML
 
 from .. import resources
 from ..errors import RequestError
-from ..methods import METHODS, load_method
+from ..methods import KINDS, METHODS, load_method
+from . import plugins as outside
 from .catalogue import find
 from .messages import complaint, current, unknown
-from .stages import KINDS, staged
+from .resolved import resolved
+from .stages import staged
 from .values import read_guidance, read_prompts, read_resolution, under
-from .yaml import EntryPath, Source, unwrapped
+from .yaml import EntryPath, Source
 
 
 def _full_or_lora(value: Any) -> Any:
@@ -181,6 +183,13 @@ class Evaluate(Strict):
     features: str = "assets/shapes-clip"         # their feature space: a CLIPModel's folder, or inception
 
 
+class Plugins(Strict):
+    """Methods, families, metrics and data from outside (plugins.md). A plain text is their folder."""
+
+    folder: str                                  # a file for each name lies in its methods/, families/, metrics/ or data/
+    sha256: str | None = None                    # of its .py files, which then must be these; none: whatever they are
+
+
 class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
@@ -199,10 +208,12 @@ class Recipe(Strict):
     data: Data
     train: Train
     evaluate: Evaluate = Evaluate()
+    plugins: Annotated[Plugins, BeforeValidator(under("folder"))] | None = None     # a folder of one's own; a run's recipe.yaml has its hash
     _source: Source = PrivateAttr()              # of this stage
     _given: Source = PrivateAttr()               # of the whole recipe
     _previous: Recipe | None = PrivateAttr(None)
     _taught_by: str = PrivateAttr("base")
+    _plugged: outside.Folder | None = PrivateAttr(None)
 
     @classmethod
     def load(cls, recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -210,8 +221,9 @@ class Recipe(Strict):
 
         RequestError names file and line, what was found, and the nearest valid name.
         """
-        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
-        source = current(source, overrides or {}).bounded()
+        overrides = overrides or {}
+        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe, overrides.get("plugins")))
+        source = current(source, overrides).bounded()
         made: Recipe | None = None
         complaints: list[str] = []
         for taught_by, own in staged(source):
@@ -237,6 +249,11 @@ class Recipe(Strict):
     def previous(self) -> Recipe | None:
         """The stage before, whose student this one begins with; None for the first, and without stages."""
         return self._previous
+
+    @property
+    def plugged(self) -> outside.Folder | None:
+        """The folder of plugins, as it was when the recipe was read."""
+        return self._plugged
 
     @property
     def taught_by_previous(self) -> bool:
@@ -286,30 +303,7 @@ class Recipe(Strict):
 
         In stages, the last one's, and what each changes in them.
         """
-        plain = self._resolved()
-        if self.previous is None:
-            return plain
-        return plain | {"stages": [{"teacher": stage._taught_by} | _changes(plain, stage._resolved()) for stage in self.stages]}
-
-    def _resolved(self) -> dict[str, Any]:
-        plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
-        for role in ("student", "critic"):
-            if plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
-                plain[role] = "full"
-        plain["teacher"] = self.teacher.plain
-        if self.student.begins_with is not None:
-            given = unwrapped(self.student.lora.model_dump(exclude_unset=True))        # the rest is the LoRA's own
-            plain["student"] = {"from": resources.portable(self.student.begins_with), "lora": given}
-        elif plain["student"] != "full":
-            del plain["student"]["begins_with"]
-        paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
-        paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
-        paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
-                  for name in ("prompts", "path") if name in table]
-        for table, name in paths:
-            if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):
-                table[name] = resources.portable(table[name])
-        return plain
+        return resolved(self)
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""
@@ -324,9 +318,13 @@ class Recipe(Strict):
         return Recipe.load(self.resolved(), {"teacher.revision": revision})
 
     def _check(self) -> None:
-        """What can be known to fail without loading anything."""
+        """What can be known to fail without loading anything but the method of a plugin."""
+        self._plugged = self._open_plugins()
+        with self.blaming("method", f"is {self.method}, of a plugin"):
+            outside.load("methods", self.method, METHODS, self._plugged)
         if self.method not in METHODS:
-            raise self.refuse("method", f"is {self.method!r}, which " + unknown(self.method, METHODS, "method"))
+            known = [*METHODS, *outside.names("methods", self._plugged)]
+            raise self.refuse("method", f"is {self.method!r}, which " + unknown(self.method, known, "method"))
         with self.blaming("teacher", "cannot be loaded"):
             resources.pipeline(self.teacher.base)
         given = [name for name in KINDS if getattr(self.data, name) is not None]
@@ -341,6 +339,16 @@ class Recipe(Strict):
                                               "trains all weights: leave one out")
         self._check_counts()
 
+    def _open_plugins(self) -> outside.Folder | None:
+        if self.plugins is None:
+            return None
+        with self.blaming("plugins", "cannot be used"):
+            folder = outside.Folder.open(self.plugins.folder)
+        if self.plugins.sha256 not in (None, folder.sha256):
+            raise self.refuse("plugins.sha256", f"is {self.plugins.sha256[:12]}..., but the .py files of {folder.path} are {folder.sha256[:12]}...: they "
+                              "have changed. Put them back as they were; without sha256 they are taken as they are")
+        return folder
+
     def _check_counts(self) -> None:
         data = self.data
         if data.kind == "prompts" and (data.count or data.cache):
@@ -353,13 +361,6 @@ class Recipe(Strict):
             raise self.refuse("data.cache", "is on, but Shapes are endless: say how many to keep, such as count: 20000")
         if data.batch % self.train.accumulate:
             raise self.refuse("train.accumulate", f"is {self.train.accumulate}, which does not divide the batch of {data.batch}")
-
-
-def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes `own` of `common`, a table's entries one by one; all settings where they are another method's."""
-    changed = {key: _changes(common[key], value) if isinstance(value, dict) and isinstance(common[key], dict) else value
-               for key, value in own.items() if key not in common or value != common[key]}
-    return changed | ({"settings": own["settings"]} if "method" in changed else {})
 
 
 def _fields(path: EntryPath) -> list[str]:
