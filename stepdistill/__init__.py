@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RequestError
 
@@ -29,8 +29,10 @@ class _Export(ModuleType):
     """The package `stepdistill.export`, which can be called: stepdistill.export(run, to="lora")."""
 
     def __call__(self, run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
-                 dtype: str | None = None) -> Path:
-        return import_module(".api", "stepdistill").export(run, to, guidance, out, dtype)
+                 dtype: str | None = None, *, checkpoint: int | None = None, weights: Literal["ema", "student"] | None = None,
+                 push: str | None = None, public: bool = False) -> Path:
+        return import_module(".api", "stepdistill").export(run, to, guidance, out, dtype, checkpoint=checkpoint, weights=weights, push=push,
+                                                           public=public)
 
 
 class _Methods(ModuleType):

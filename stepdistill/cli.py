@@ -19,16 +19,18 @@ from . import __version__
 from .errors import RequestError, Stopped, of_the_system, printable
 from .printing import complain, emit, show, show_extracted, show_plan, show_progress, show_proofs, show_results, table, tell
 
-app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
                        "evaluations.")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", autocompletion=lambda incomplete: _names("recipes", incomplete),
                                            help="A YAML file, or a built-in name such as shapes/lcm.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
                                                 help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Checkpoint = Annotated[int | None, typer.Option(metavar="STEP", min=1, help="Of a run: another checkpoint than the last.")]
+Weights = Annotated[str | None, typer.Option(metavar="ema|student", help="Of a run that has both; ema unless given.")]
 Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and data of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
@@ -78,10 +80,11 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            seed: Seed = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
                                              help="The picture, or a sheet of them.")] = Path("sample.png"),
-           plugins: Plugins = None, as_json: Json = False) -> None:
+           checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None, as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
-    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, plugins=plugins)
+    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint, weights=weights,
+                       plugins=plugins)
     first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
     emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json, lambda: tell(f"wrote {out}"))
 
@@ -121,10 +124,13 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            guidance: Guidance = None, out: Out = None,
            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
                                                           "given, float32 of a pipeline.")] = None,
+           checkpoint: Checkpoint = None, weights: Weights = None,
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hub, private if it is new.")] = None,
+           public: Annotated[bool, typer.Option("--public", help="A new repository is for all to see.")] = False,
            as_json: Json = False) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
-    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
+    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype, checkpoint=checkpoint, weights=weights, push=push, public=public)
     from .export import read_settings
     settings = read_settings(folder)
     left = f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline" and settings["dropped"] else ""
@@ -167,7 +173,7 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None,
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue
@@ -182,9 +188,15 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None,
-            plugins: Plugins = None, as_json: Json = False) -> None:
+            plugins: Plugins = None,
+            schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+            as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
     from .recipe import catalogue
+    if schema:
+        from .recipe import editors
+        emit(editors.schema(), True, None)
+        return
     rows = catalogue.recipes(name, plugins)
     if name is None or as_json:
         emit(rows, as_json, lambda: show(table(rows, ("name", "method", "teacher"))))
@@ -250,6 +262,13 @@ def working() -> Any:
     from . import api
     api.quiet()
     return api
+
+
+def _names(kind: str, incomplete: str) -> list[str]:
+    """What a shell completes: the methods or recipes that begin so."""
+    from .recipe import catalogue
+    rows = {"methods": catalogue.methods, "recipes": catalogue.recipes}[kind]()
+    return [row["name"] for row in rows if row["name"].startswith(incomplete)]
 
 
 def _chosen(recipe: str, set_: list[str] | None, plugins: str | None) -> Any:

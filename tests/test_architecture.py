@@ -25,7 +25,7 @@ MAY = {
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard rich psutil"),
     "evaluation": ("models data diffusion parallel.py",
                    "torchmetrics torch_fidelity matplotlib diffusers transformers safetensors numpy PIL rich"),
-    "export": ("models data diffusion parallel.py", "diffusers transformers peft safetensors numpy PIL"),
+    "export": ("models data diffusion parallel.py", "diffusers transformers peft safetensors numpy PIL huggingface_hub"),
     "recipe": ("methods/__init__.py", "pydantic ruamel"),
     "run": ("__init__.py recipe training evaluation export methods models data losses diffusion parallel.py", "diffusers safetensors"),
     "api.py": (EVERYTHING, "diffusers transformers rich PIL"),

@@ -47,7 +47,7 @@ class Folder:
         """RequestError for what is no folder of plugins."""
         path = resources.locate(name)
         if path is None or not path.is_dir():
-            raise RequestError(f"there is no folder of plugins {name} (looked in {Path.cwd()})")
+            raise RequestError(f"there is no folder of plugins {name} (looked in {Path.cwd()}): put it back, or name where it lies now")
         files = sorted(file for file in path.rglob("*.py") if not any(part.startswith(".") for part in file.relative_to(path).parts))
         if not any(file.parent == path / kind for file in files for kind in REGISTERS):
             raise RequestError(f"{name} holds no plugins: expected a file for each name, such as {name}/methods/mine.py, in "
@@ -88,7 +88,7 @@ def load(kind: str, name: str, table: Mapping[str, object], folder: Folder | Non
     file = None if folder is None else folder.file(kind, name)
     known = BROUGHT.get((kind, name))
     if file is not None:
-        _must_be_free(name, file, table, known)
+        _must_be_free(name, file, table, known, folder.sha256)
         if known is None or known.mark != folder.sha256:
             _import(lambda: folder.module(kind, name), str(file), folder.path)
             BROUGHT[kind, name] = Brought(str(file), folder.sha256)
@@ -120,10 +120,10 @@ def mark_of(kind: str, name: str) -> str | None:
     return None if found is None else found.mark
 
 
-def _must_be_free(name: str, file: Path, table: Mapping[str, object], known: Brought | None) -> None:
+def _must_be_free(name: str, file: Path, table: Mapping[str, object], known: Brought | None, mark: str) -> None:
     if known is None and name in table:
         raise RequestError(f"{file}: {name} is there already, and is not replaced: give the file, and what it registers, another name")
-    if known is not None and known.place != str(file):
+    if known is not None and known.place != str(file) and known.mark != mark:
         raise RequestError(f"{file}: {name} was read from {known.place} in this process already: give it another name, or begin anew")
 
 

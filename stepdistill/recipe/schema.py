@@ -44,6 +44,9 @@ def _full_or_lora(value: Any) -> Any:
     raise ValueError("should be full, or {lora: {rank: 32}}")
 
 
+Trackers = list[Literal["tensorboard", "wandb"]]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -57,7 +60,7 @@ class Teacher(Strict):
     """A pipeline, and what of it comes from elsewhere. A plain text is its base."""
 
     base: str                                    # a folder, a Hub id, a single .safetensors file
-    loras: list[Annotated[TeacherLora, BeforeValidator(under("path"))]] = []    # fused into its weights before anything lies on them
+    loras: list[Annotated[TeacherLora, BeforeValidator(under("path"), json_schema_input_type=str | TeacherLora)]] = []    # fused into its weights before anything lies on them
     revision: str | None = None                  # branch, tag or commit of a Hub id
     variant: str | None = None                   # of its weights' files, such as fp16; none: the plain ones, else the only one in its folder
     subfolder: str | None = None                 # of a local base, where the pipeline lies
@@ -107,8 +110,10 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0)         # none: train.lr
 
 
-Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts)]
-Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
+Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], Field(min_length=2, max_length=2)])]
+Guidance = Annotated[float | tuple[float, float], PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], Field(min_length=2, max_length=2)])]
+Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
+Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
 
 
 class Samples(Strict):
@@ -141,6 +146,8 @@ class Data(Strict):
     count: int | None = Field(None, ge=1)        # of images, samples or pairs; none: all of a folder, endless Shapes
     cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
     batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
+    caption_dropout: float = Field(0.0, ge=0, lt=1)      # share of captions that give way to the one that guidance subtracts
+    flip: bool = False                           # of a folder's images the mirror images too; not where captions tell left from right
 
     @property
     def kind(self) -> str:
@@ -168,6 +175,7 @@ class Train(Strict):
     checkpoint_every: int | None = Field(None, ge=1)     # updates; none: at the end only
     keep: int | None = Field(None, ge=1)         # checkpoints that are kept, the newest ones; none: all
     log_every: int = Field(10, ge=1)             # updates
+    trackers: Trackers = ["tensorboard"]         # losses and pictures are shown there too; wandb: pip install stepdistill[wandb]
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
     compile: bool = False                        # torch.compile, by repeated block
@@ -194,13 +202,13 @@ class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
     method: str                                  # a name of `stepdistill methods`
-    teacher: Annotated[Teacher, BeforeValidator(under("base"))]                 # a folder, a Hub id, a file; or a table
-    resolution: Annotated[int | tuple[int, int], PlainValidator(read_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
+    teacher: Annotated[Teacher, BeforeValidator(under("base"), json_schema_input_type=str | Teacher)]      # a folder, a Hub id, a file; or a table
+    resolution: Resolution | None = None         # pixels: 768, or [height, width]; none: the teacher's own
     frames: int | None = Field(None, ge=1)       # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
-    critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
+    critic: Annotated[Critic, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | Critic)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
-    guidance: Annotated[float | tuple[float, float], PlainValidator(read_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
+    guidance: Guidance = 1.0                     # scale, or a range [low, high]; 1 is none
     negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own, mostly an empty text
     guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
     steps: int = Field(4, ge=1)                  # network evaluations of the student
@@ -208,7 +216,7 @@ class Recipe(Strict):
     data: Data
     train: Train
     evaluate: Evaluate = Evaluate()
-    plugins: Annotated[Plugins, BeforeValidator(under("folder"))] | None = None     # a folder of one's own; a run's recipe.yaml has its hash
+    plugins: Annotated[Plugins, BeforeValidator(under("folder"), json_schema_input_type=str | Plugins)] | None = None     # a folder of one's own; a run's recipe.yaml has its hash
     _source: Source = PrivateAttr()              # of this stage
     _given: Source = PrivateAttr()               # of the whole recipe
     _previous: Recipe | None = PrivateAttr(None)
@@ -221,8 +229,9 @@ class Recipe(Strict):
 
         RequestError names file and line, what was found, and the nearest valid name.
         """
-        overrides = overrides or {}
-        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe, overrides.get("plugins")))
+        overrides = {name: str(value) if isinstance(value, Path) else value for name, value in (overrides or {}).items()}
+        folder = overrides["plugins"] if isinstance(overrides.get("plugins"), str) else overrides.get("plugins.folder")
+        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe, folder))
         source = current(source, overrides).bounded()
         made: Recipe | None = None
         complaints: list[str] = []
@@ -353,6 +362,11 @@ class Recipe(Strict):
         data = self.data
         if data.kind == "prompts" and (data.count or data.cache):
             raise self.refuse("data", "has count or cache, but prompts alone hold no images to count or keep")
+        if data.flip and (data.images is None or data.images == "shapes"):
+            raise self.refuse("data.flip", "is on, but the captions of Shapes tell left from right: leave it off" if data.images else
+                              f"is on, but data.{data.kind} have no images of yours to mirror: leave it off")
+        if data.caption_dropout and data.pairs is not None:
+            raise self.refuse("data.caption_dropout", f"is {data.caption_dropout:g}, but pairs are ways that the teacher took by their captions: leave it out")
         if data.made is not None and data.count is None:
             raise self.refuse("data", f"gives {data.kind} without a count: say how many the teacher shall make, such as count: 4096")
         if data.pairs is not None and data.pairs.steps % data.pairs.nodes:

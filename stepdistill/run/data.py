@@ -21,7 +21,7 @@ from ..data.datasets import (
     teacher_pairs,
     teacher_samples,
 )
-from ..data.images import Uncaptioned, open_images
+from ..data.images import BothWays, Uncaptioned, open_images
 from ..data.prompts import Captions, open_prompts
 from ..data.sources import open_source
 from ..diffusion.draws import key
@@ -62,7 +62,8 @@ def dataset(run: Run, report: Report = silent) -> Dataset:
     """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
     if data.kind == "images":
-        return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
+        images = captions(run)
+        return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images, encoders, cache)
     if data.kind == "prompts":
         return prompts_only(captions(run), encoders, cache)
     if data.kind == "pairs":

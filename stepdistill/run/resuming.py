@@ -10,10 +10,11 @@ from ..data.cache import flat
 from ..errors import RequestError
 from ..files.whole import write_whole
 from ..recipe import Recipe
+from ..recipe.yaml import Source
 from ..training import checkpoints
 
 RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
-FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every",
+FREE = ("plugins.folder", "train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers",
         "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate")
 """Entries that hold from the next step on, and of which nothing that is saved depends."""
 
@@ -21,9 +22,11 @@ FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.che
 def resumed(run: Path, recipe: Recipe) -> Recipe:
     """The recipe to go on with: as asked, on the teacher's commit that the run was begun on.
 
-    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have.
+    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have. A folder of plugins may lie
+    elsewhere now, with the same files.
     """
-    begun = Recipe.load(run / RECIPE)
+    moved = {} if recipe.plugins is None or not Source.of_file(run / RECIPE).values.get("plugins") else {"plugins.folder": recipe.plugins.folder}
+    begun = Recipe.load(run / RECIPE, moved)
     revision = begun.teacher.revision
     if revision is not None and recipe.teacher.revision is None and recipe.teacher.base == begun.teacher.base:
         recipe = recipe.pinned(revision)

@@ -26,7 +26,6 @@ from ..models.sources import Source, cached_file, call_of, class_at, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from ..recipe.plugins import Folder
-from ..training import checkpoints
 from .folder import is_run
 from .setup import Run, open_run
 from .sources import bring_family, located
@@ -46,19 +45,21 @@ class Opened:
 
 
 def open_target(name: str | Path | Source, called: str, few_step: bool = False, say: Callable[[str], None] = print,
-                plugins: Folder | None = None) -> Opened:
+                plugins: Folder | None = None, checkpoint: int | None = None, weights: str | None = None) -> Opened:
     """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables.
 
     few_step: the pipeline is a few-step generator, whoever made it. One whose scheduler is made for such is taken for one with a word.
-    plugins: where the family of a pipeline may lie; a run has its own.
+    plugins: where the family of a pipeline may lie; a run has its own. checkpoint, weights: of a run, as of `open_run`.
     """
     found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
-        run = open_run(found)
+        run = open_run(found, checkpoint, weights)
         target = student_target(run, called)
         made = made_of(Source(str(found))) | dict(target.made) | {"teacher": made_of(run.teacher.source)}
-        target = replace(target, made=made, identity=fingerprint(checkpoints.latest(found)))
+        target = replace(target, made=made, identity=fingerprint(run.checkpoint))
         return Opened(target, Source(str(found)), run.teacher.source, run.guidance)
+    if checkpoint is not None or weights is not None:
+        raise RequestError(f"{name} is no run folder, and checkpoints and a choice of ema or student are a run's: leave --checkpoint and --weights out")
     if found is not None and is_export(found):
         return _open_export(found, called, plugins)
     source = located(Source.of(name))

@@ -32,7 +32,8 @@ def test_the_page_has_a_file_of_each_kind():
 
 def test_only_what_a_recipe_asks_for_is_imported(mine):
     (mine / "methods/broken.py").write_text("1 / 0\n")
-    recipe = Recipe.load("toy/one_leap", {"plugins": str(mine)})
+    recipe = Recipe.load("toy/one_leap", {"plugins": mine})
+    assert Recipe.load("toy/one_leap", {"plugins.folder": str(mine)}).resolved() == recipe.resolved()
     package = f"{plugins.PACKAGE}{Folder.open(mine).sha256[:16]}"
     assert {name for name in sys.modules if name.startswith(f"{package}.")} == {f"{package}.methods", f"{package}.methods.one_leap"}
     assert recipe.method_settings().power == 2.0 and load_method("one_leap").data == ("pairs",)
@@ -49,10 +50,13 @@ def test_a_method_of_a_folder_learns_and_goes_on_as_it_began(mine, tmp_path, mon
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     whole = stepdistill.train("toy/one_leap", plugins="mine", out="whole", **SHORT)
     half = stepdistill.train("toy/one_leap", plugins="mine", out="half", **SHORT | {"train.updates": 1})
-    stepdistill.train("toy/one_leap", plugins="mine", out="half", resume=True, **SHORT)
+    shutil.move(mine, tmp_path / "moved")
+    stepdistill.train("toy/one_leap", plugins="moved", out="half", resume=True, **SHORT)
+    shutil.move(tmp_path / "moved", mine)
     assert (whole / "metrics.jsonl").read_bytes() == (half / "metrics.jsonl").read_bytes()
     said = Recipe.load(whole / "recipe.yaml").plugins
     assert said.folder == str(mine) and said.sha256 == Folder.open(mine).sha256
+    assert json.loads((whole / "environment.json").read_text())["plugins"] == {"methods/one_leap": said.sha256}
     first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     kd = stepdistill.train("toy/kd", out="kd", **SHORT | {"data.pairs.nodes": 4})
     known = json.loads((kd / "metrics.jsonl").read_text().splitlines()[0])
@@ -111,6 +115,7 @@ def test_names_that_are_there_are_not_replaced(mine, tmp_path):
     (mine / "methods/lcm.py").unlink()
     Recipe.load("toy/one_leap", {"plugins": str(mine)})
     other = shutil.copytree(mine, tmp_path / "other")
+    (other / "shared.py").write_text("X = 1\n")
     with pytest.raises(RequestError, match=r"one_leap was read from .*mine/methods/one_leap.py in this process already"):
         Recipe.load("toy/one_leap", {"plugins": str(other)})
     for wrong, message in ((tmp_path / "nowhere", "there is no folder of plugins"), (tmp_path, "holds no plugins: expected a file for each name")):
