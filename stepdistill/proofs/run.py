@@ -46,19 +46,20 @@ class Row:
 
 def verify(*methods: str, seed: int = 0, out: str | Path = "verify",
            done: Callable[[list[Row]], None] = lambda rows: None, plugins: str | Path | None = None) -> dict[str, Any]:
-    """Proves methods, all unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check,
+    """Proves methods, all of ours unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check,
     figure, tolerance, passed}]}.
 
     Writes verify.json, a picture METHOD.png and logs to `out`. done: called with the rows of a method and a kind once
-    they are measured. plugins: a folder with methods from outside, whose proofs/NAME.py and recipes/toy/NAME.yaml are read where
+    they are measured. plugins: a folder with methods from outside, its own unless named, whose proofs/NAME.py and recipes/toy/NAME.yaml are read where
     they are; what of a method nothing proves is listed: {..., unproved: [{method, kind, why}]}. RequestError for an unknown
     method. A failing row is a row, not an error.
     """
     start, out = time.perf_counter(), Path(out)
     folder = None if plugins is None else outside.Folder.open(plugins)
-    for name in methods:
+    every = [name for name in METHODS if name not in REGISTERED] if folder is None else folder.names("methods")
+    names = list(dict.fromkeys(methods)) or every
+    for name in names:
         _found(name, folder)
-    names = list(dict.fromkeys(methods)) or [name for name in METHODS if name not in REGISTERED]
     lacking = [one for name in names if name in REGISTERED for one in unproved(name, folder)]
     (out / "logs").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="work-", dir=out) as work:

@@ -58,8 +58,9 @@ class Folder:
         return cls(path, digest.hexdigest())
 
     def file(self, kind: str, name: str) -> Path | None:
+        """That of a name, which may come from a file of others: what is no name of a module has none."""
         path = self.path / kind / f"{name}.py"
-        return path if path.is_file() else None
+        return path if name.isidentifier() and path.is_file() else None
 
     def names(self, kind: str) -> list[str]:
         return sorted(path.stem for path in (self.path / kind).glob("*.py") if not path.stem.startswith("_"))

@@ -20,7 +20,7 @@ def test_what_nothing_proves_is_said(mine, tmp_path, monkeypatch):
     assert len(found["rows"]) == 2 and all(row["passed"] for row in found["rows"]) and "unproved" not in found
     shutil.rmtree(mine / "proofs")
     shutil.rmtree(mine / "recipes")
-    bare = verify("one_leap", seed=3, out=tmp_path / "out", plugins=mine)
+    bare = verify(seed=3, out=tmp_path / "out", plugins=mine)
     assert bare["rows"] == [] and [(one["kind"], one["why"].split()[-1]) for one in bare["unproved"]] == [
         ("identity", "proofs/one_leap.py"), ("convergence", "recipes/toy/one_leap.yaml")]
 

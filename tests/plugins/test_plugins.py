@@ -125,6 +125,14 @@ def test_names_that_are_there_are_not_replaced(mine, tmp_path):
         Recipe.load("toy/one_leap", {"plugins": str(mine), "method": "one_leep"})
 
 
+def test_a_name_from_a_file_of_others_leads_nowhere(mine):
+    """A teacher's index names its pipeline's class."""
+    (mine / "elsewhere.py").write_text("1 / 0\n")
+    folder = Folder.open(mine)
+    assert folder.file("families", "../elsewhere") is None and folder.file("families", "StableDiffusionPAGPipeline") is not None
+    plugins.load("families", "../elsewhere", FAMILIES, folder)
+
+
 def test_a_file_that_changed_is_read_anew(mine):
     Recipe.load("toy/one_leap", {"plugins": str(mine)})
     file = mine / "methods/one_leap.py"
