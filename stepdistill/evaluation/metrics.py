@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RequestError
 
 METRICS: dict[str, Metric] = {}
-OWN = ("fd", "fd_low", "fd_high", "kid", "precision", "recall", "clip_score", "diversity", "all_attributes", "to_teacher")
+OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes", "to_teacher")
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ def register_metric(name: str, metric: Callable[..., Tensor], prompts: bool = Fa
     pictures is the figure. prompts: it is called metric(pixels, prompts), with a text for each; rows of pictures that were
     made for no prompt have no figure then. RequestError for a name of ours.
     """
-    if name in OWN or not re.fullmatch("[a-z][a-z0-9_]*", name):
+    if name.removesuffix("_low").removesuffix("_high") in OWN or not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise RequestError(f"a metric is named by small letters, digits and _, and by none of {', '.join(OWN)}; found {name!r}")
     METRICS[name] = Metric(metric, prompts)
 
 
-def more_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def more_metrics(protocol: Mapping[str, Any]) -> list[str]:
     """The metrics of plugins that rows of results.json have."""
-    return list(dict.fromkeys(name for row in rows for name in row["metrics"] if name not in OWN))
+    return list(protocol.get("metrics", {}))
 
 
 class Means:

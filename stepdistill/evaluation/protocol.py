@@ -16,8 +16,9 @@ ESTIMATOR = "FD at infinity: parabola in 1/n over n, n/2, n/3; reference by halv
 
 @dataclass(frozen=True)
 class Protocol:
-    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed; metrics those
-    of plugins, each with what changes with its code."""
+    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed. also: further features
+    in which distances are taken; metrics: those of plugins, each with what changes with its code. Without any of these the id is what it
+    was before there were some."""
 
     features: str
     dim: int
@@ -29,19 +30,18 @@ class Protocol:
     samples: int
     seed: int
     estimator: str = ESTIMATOR
+    also: tuple[str, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def id(self) -> str:
-        return fingerprint(self._entries() | {"features": self.features.rpartition("@")[2]})
+        without_place = {"features": self.features.rpartition("@")[2], "also": [name.rpartition("@")[2] for name in self.also]}
+        return fingerprint({name: value for name, value in (asdict(self) | without_place).items() if name not in ("also", "metrics") or value})
 
     def record(self) -> dict[str, Any]:
         """As results.json has it. The id does not depend on where the features' folder lies."""
-        return {"id": self.id, **self._entries()}
-
-    def _entries(self) -> dict[str, Any]:
-        """Metrics of plugins stand there only where there are such."""
-        return {name: value for name, value in asdict(self).items() if name != "metrics" or value}
+        entries = {"id": self.id, **asdict(self), "also": list(self.also)}
+        return {name: value for name, value in entries.items() if name not in ("also", "metrics") or value}
 
 
 def fingerprint(value: Any) -> str:

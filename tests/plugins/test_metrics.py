@@ -38,7 +38,7 @@ def marks(mine):
 
 def test_each_row_has_the_figures_of_its_own_pictures(student, marks, mine, clip_folder, tmp_path):  # noqa: F811
     assert marks == {"contrast": Folder.open(mine).sha256, "letters": "registered in this process"}
-    asked = {"features": clip_folder, "reference": "shapes:400", "say": lambda text: None}
+    asked = {"features": (clip_folder,), "reference": "shapes:400", "say": lambda text: None}
     results = bench([student], [1], SAMPLES, tmp_path / "out", metrics=marks, **asked)
     real, row = results["rows"]
     ids, prompts = torch.arange(SAMPLES), ShapesSource().prompts(SAMPLES)
