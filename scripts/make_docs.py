@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from stepdistill.methods import METHODS
-from stepdistill.recipe import catalogue, schema
+from stepdistill.recipe import catalogue, editors, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -25,17 +25,21 @@ TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.
           "student": schema.RoleChoice,
           "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
-          "evaluate": schema.Evaluate}
+          "evaluate": schema.Evaluate, "plugins": schema.Plugins}
 WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
+         "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table", "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
 
 A recipe is a YAML file of choices. This page is written by `scripts/make_docs.py` from the schema that reads recipes. A run's
 `recipe.yaml` shows every value that was used. Each entry can be changed on the command line: `--set train.lr=1e-4`.
+
+An editor with a YAML language server completes and checks recipes by their schema: `stepdistill recipes --schema > recipe.schema.json`,
+and `# yaml-language-server: $schema=recipe.schema.json` as a recipe's first line.
 
 `settings` are the method's own: see [methods](methods.md). `stages` is a list of small tables, each of which changes entries
 for its stage; see [concepts](concepts.md#stages).
@@ -103,13 +107,13 @@ GPU_RECORDS = ("smoke", "memory", "throughput", "world", "cifar")
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """(name, what it takes, default, what it means) of a table's entries; the meaning is the comment beside it in the
     schema."""
-    lines, first = inspect.getsourcelines(model)
-    tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
+    said = editors.meanings(model)
+    tree = ast.parse(inspect.cleandoc("\n" + "".join(inspect.getsourcelines(model)[0])))
     for node in tree.body[0].body:
         if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
-            comment = lines[node.end_lineno - 1].partition("  #")[2].strip()
             field = model.model_fields[node.target.id]
-            yield field.alias or node.target.id, _takes(node.annotation, field.metadata), _default(field), comment
+            name = field.alias or node.target.id
+            yield name, _takes(node.annotation, field.metadata), _default(field), said[name]
 
 
 def _takes(annotation: ast.expr, bounds: list[Any]) -> str:

@@ -5,33 +5,41 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RequestError
 
 if TYPE_CHECKING:
     from .api import bench, export, extract, load, pairs, plan, sample, train
+    from .data.sources import register_data
+    from .evaluation.metrics import register_metric
+    from .methods import register_method
+    from .models.families import register_family
     from .proofs.run import verify
     from .recipe.catalogue import methods, recipes
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "extract", "load", "methods", "pairs", "plan", "recipes", "sample", "train", "verify"]
-ELSEWHERE = {"verify": ".proofs.run", "methods": ".recipe.catalogue", "recipes": ".recipe.catalogue"}      # others are api's
+__all__ = ["RequestError", "bench", "export", "extract", "load", "methods", "pairs", "plan", "recipes", "register_data", "register_family",
+           "register_method", "register_metric", "sample", "train", "verify"]
+ELSEWHERE = {"verify": ".proofs.run", "methods": ".recipe.catalogue", "recipes": ".recipe.catalogue", "register_data": ".data.sources",
+             "register_family": ".models.families", "register_method": ".methods", "register_metric": ".evaluation.metrics"}      # others are api's
 
 
 class _Export(ModuleType):
     """The package `stepdistill.export`, which can be called: stepdistill.export(run, to="lora")."""
 
     def __call__(self, run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
-                 dtype: str | None = None) -> Path:
-        return import_module(".api", "stepdistill").export(run, to, guidance, out, dtype)
+                 dtype: str | None = None, *, checkpoint: int | None = None, weights: Literal["ema", "student"] | None = None,
+                 push: str | None = None, public: bool = False) -> Path:
+        return import_module(".api", "stepdistill").export(run, to, guidance, out, dtype, checkpoint=checkpoint, weights=weights, push=push,
+                                                           public=public)
 
 
 class _Methods(ModuleType):
     """The package `stepdistill.methods`, which can be called: stepdistill.methods(), stepdistill.methods("lcm")."""
 
-    def __call__(self, name: str | None = None) -> list[dict[str, Any]]:
-        return import_module(".recipe.catalogue", "stepdistill").methods(name)
+    def __call__(self, name: str | None = None, plugins: str | Path | None = None) -> list[dict[str, Any]]:
+        return import_module(".recipe.catalogue", "stepdistill").methods(name, plugins)
 
 
 CALLED: dict[str, type[ModuleType]] = {"export": _Export, "methods": _Methods}

@@ -26,7 +26,7 @@ from .evaluation.plans import SOLVERS
 from .evaluation.progress import meter
 from .evaluation.sheets import sheet
 from .evaluation.space import FeatureName, FeatureNames
-from .export import Extracted, Student, export_student, load
+from .export import Extracted, Student, export_student, hub, load
 from .export import check as check_export
 from .export import extract as extract_lora
 from .models.compiled import compile_blocks
@@ -35,6 +35,7 @@ from .models.sharded import shard
 from .models.sources import Source
 from .models.stock import as_pil, pictures, say_cut
 from .recipe import Recipe
+from .recipe.plugins import Folder
 from .run import folder
 from .run.cards import advice, check_card, fit_stage
 from .run.checks import check, needs_of
@@ -44,7 +45,7 @@ from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
-from .run.sources import base_of, located
+from .run.sources import base_of, located, marked
 from .run.targets import asking, call_as_asked, open_target, ships, teachers
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
@@ -102,14 +103,15 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
             compile_blocks(stage.roles)
     log.info("preparing the data")
     with meter(parallel.rank() == 0) as report:
-        stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape)
+        stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape,
+                        recipe.data.caption_dropout)
         say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:                              # the data are made by now: whole networks made them
         shard(stage.roles)
     log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
-                      [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start])
+                      [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start], preview.picture)
     going_on, recipes = place in begun, {run: whole, place: recipe}
     for new in [new for new in recipes if new not in begun]:
         folder.begin(new, folder.pinned(recipes[new]), device)
@@ -173,21 +175,30 @@ def pairs(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
 
 @spoken()
 def export(run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
-           dtype: str | None = None) -> Path:
+           dtype: str | None = None, *, checkpoint: int | None = None, weights: Literal["ema", "student"] | None = None,
+           push: str | None = None, public: bool = False) -> Path:
     """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder.
 
-    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
+    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline. checkpoint,
+    weights: as of `sample`. push: the Hub repository OWNER/NAME that the folder is uploaded to, which is made where there is
+    none, private unless `public`. RequestError, before anything is written, where the Hub cannot be asked.
     """
+    if push is not None:
+        hub.check(push)
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
     recipe = folder.recipe_of(run)
     check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None,
                  recipe.guidance, quantization(recipe))
-    opened = open_run(run)
+    opened = open_run(run, checkpoint, weights)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
-                         guidance=opened.recipe.guidance, base_model=base_of(opened),
-                         results=folder.results_of(run), prompts=tuple(preview_prompts(opened)))
-    export_student(student, to, out, guidance, dtype)
+                         guidance=opened.recipe.guidance, base_model=(base := base_of(opened)),
+                         results=folder.results_of(run), prompts=tuple(preview_prompts(opened)), step=opened.step)
+    export_student(student, to, out, guidance, dtype, push)
+    if push is not None:
+        if Path(base.base).is_absolute():
+            log.warning(f"the card names the teacher by its folder here, {base.base}: who reads it elsewhere has none")
+        log.info(f"uploaded to {hub.push(out, push, public)}")
     return out
 
 
@@ -203,17 +214,21 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
 
 @spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
-           guidance: float | None = None, out: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+           guidance: float | None = None, out: str | Path | None = None, checkpoint: int | None = None,
+           weights: Literal["ema", "student"] | None = None, plugins: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline of
     videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
+    checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has both. plugins: a
+    folder with the family of a pipeline.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if out is not None and Path(out).suffix.lower() not in PICTURES:
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
-    opened = open_target(target, "target", say=log.info)
+    opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins), checkpoint=checkpoint,
+                         weights=weights)
     pipeline = opened.target.pipeline.to(launched())
     call = call_as_asked(opened.target, steps, guidance, log.info)
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
@@ -241,12 +256,11 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
 
 
 @spoken()
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
-          out: str | Path = "bench", seed: int = 0,
-          guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
+def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None, out: str | Path = "bench",
+          seed: int = 0, guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
           features: FeatureName | FeatureNames | None = None, reference: str | Path | None = None,
-          prompts: Sequence[str] | None = None,
-          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = ()) -> dict[str, Any]:
+          prompts: Sequence[str] | None = None, reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (),
+          metrics: Sequence[str] = (), plugins: str | Path | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
     features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in [-1, 1] ->
@@ -256,16 +270,17 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table too, at
     `guidance`, or without guidance and at the scale that the student was trained for: of the two the better one at each
     count is what a student should be held against. few_step: further targets, few-step pipelines that others made: they
-    keep their scheduler and are called without guidance.
+    keep their scheduler and are called without guidance. metrics: figures of plugins, by name; plugins: a folder with them, or with
+    the families of pipelines.
     """
-    spaces = _feature_spaces(features)
+    outside, spaces = None if plugins is None else Folder.open(plugins), _feature_spaces(features)
+    marks = marked(metrics, outside)
     if reference not in (None, "teacher"):
         known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
         sweep.admitted(samples or 2000, known, spaces, reference)
-    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info) for target in (*targets, *few_step)]
+    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside) for target in (*targets, *few_step)]
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of "
-                           "its frames")
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
     own = tuple(dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
     scales, device, beside = tuple(guidance or own), launched(), teachers(opened, log.info)
     every = [*(o.target for o in opened if o.target.call is not None), *beside]
@@ -274,7 +289,7 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     if reference is None:
         reference = "shapes" if all(map(ships, opened)) else "teacher"
         log.info(f"measuring against {'real pictures of Shapes' if reference == 'shapes' else REFERENCE_OF_OWN}")
-    told = {"device": device, "say": log.info, "made": folder.moment(device)}
+    told = {"device": device, "say": log.info, "made": folder.moment(device), "metrics": marks}
     if reference == "teacher":
         if len(beside) != 1:
             raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -14,26 +13,25 @@ from shlex import quote
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from . import __version__
 from .errors import RequestError, Stopped, of_the_system, printable
+from .printing import complain, emit, show, show_extracted, show_plan, show_progress, show_proofs, show_results, table, tell
 
-app = typer.Typer(name="stepdistill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
                        "evaluations.")
-say = Console()
-complain = Console(stderr=True)
-WIDE = 1000                         # columns of a pipe
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", autocompletion=lambda incomplete: _names("recipes", incomplete),
                                            help="A YAML file, or a built-in name such as shapes/lcm.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
                                                 help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Checkpoint = Annotated[int | None, typer.Option(metavar="STEP", min=1, help="Of a run: another checkpoint than the last.")]
+Weights = Annotated[str | None, typer.Option(metavar="ema|student", help="Of a run that has both; ema unless given.")]
+Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and data of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _scale("--guidance", scale))]
@@ -48,11 +46,10 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume",
                                                help="Go on from the last checkpoint in --out; `--resume auto`: begin where "
                                                     "there is none.")] = False,
-          resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, as_json: Json = False) -> None:
+          resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, plugins: Plugins = None,
+          as_json: Json = False) -> None:
     """Distil a student as a recipe says."""
-    from .recipe import Recipe
-    from .recipe.yaml import parse_set
-    chosen = Recipe.load(recipe, parse_set(set_ or []))
+    chosen = _chosen(recipe, set_, plugins)
     api = working()
     run = api.train(chosen, out=out, resume="auto" if resume_auto else resume)
     from .parallel import rank
@@ -60,16 +57,14 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
         from .run.teacher_checks import family
         to = None if family(chosen).no_pipeline else "pipeline" if chosen.student.lora is None else "lora"
         after = None if to is None else f"stepdistill export {quote(str(run))} --to {to}"
-        _emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
+        emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
               lambda: tell(f"trained: {run}\n" + (f"its pictures: {run / 'samples'}" if after is None else f"next: {after}")))
 
 
 @app.command()
-def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None) -> None:
+def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None, plugins: Plugins = None) -> None:
     """Make and keep the teacher's pairs of noise and picture that a recipe trains on."""
-    from .recipe import Recipe
-    from .recipe.yaml import parse_set
-    chosen = Recipe.load(recipe, parse_set(set_ or []))
+    chosen = _chosen(recipe, set_, plugins)
     found = working().pairs(chosen, out=out)
     from .parallel import rank
     if rank() == 0:
@@ -85,12 +80,13 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            seed: Seed = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
                                              help="The picture, or a sheet of them.")] = Path("sample.png"),
-           as_json: Json = False) -> None:
+           checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None, as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
-    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out)
+    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint, weights=weights,
+                       plugins=plugins)
     first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
-    _emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json, lambda: tell(f"wrote {out}"))
+    emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json, lambda: tell(f"wrote {out}"))
 
 
 @app.command()
@@ -109,7 +105,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
           few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
-          seed: Seed = 0, as_json: Json = False) -> None:
+          metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A figure of a plugin; may be given several times.")] = None,
+          plugins: Plugins = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     api = working()
@@ -117,8 +114,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
-                          features=features or None, reference=reference, prompts=texts, few_step=few_step or ())
-    _emit(results, as_json, lambda: _show_results(results, out))
+                        features=features or None, reference=reference, prompts=texts, few_step=few_step or (), metrics=metric or (), plugins=plugins)
+    emit(results, as_json, lambda: show_results(results, out))
 
 
 @app.command()
@@ -127,14 +124,17 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            guidance: Guidance = None, out: Out = None,
            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
                                                           "given, float32 of a pipeline.")] = None,
+           checkpoint: Checkpoint = None, weights: Weights = None,
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hub, private if it is new.")] = None,
+           public: Annotated[bool, typer.Option("--public", help="A new repository is for all to see.")] = False,
            as_json: Json = False) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
-    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype)
+    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype, checkpoint=checkpoint, weights=weights, push=push, public=public)
     from .export import read_settings
     settings = read_settings(folder)
     left = f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline" and settings["dropped"] else ""
-    _emit({"folder": str(folder), **settings}, as_json, lambda: tell(f"proved and written: {folder}{left}"))
+    emit({"folder": str(folder), **settings}, as_json, lambda: tell(f"proved and written: {folder}{left}"))
 
 
 @app.command()
@@ -151,62 +151,66 @@ def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
     plain = {"folder": str(out), "rank": rank, "kept": found.kept, "reached": found.reached,
              "beyond": {kind: {"tensors": count, "norm": norm} for kind, (count, norm) in found.beyond.items()},
              "layers": [vars(layer) for layer in found.layers]}
-    _emit(plain, as_json, lambda: _show_extracted(found))
+    emit(plain, as_json, lambda: show_extracted(found))
 
 
 @app.command()
 def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]",
                                                                help="All of them unless named.")] = None,
-           seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
+           seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0, plugins: Plugins = None,
            out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
            as_json: Json = False) -> None:
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
     from .proofs.run import verify as prove
     try:
-        found = prove(*methods or (), seed=seed, out=out, done=_show_progress)
+        found = prove(*methods or (), seed=seed, out=out, done=show_progress, plugins=plugins)
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written but logs", 1)
-    _emit(found, as_json, lambda: _show_proofs(found, out))
+    emit(found, as_json, lambda: show_proofs(found, out))
     if not all(row["passed"] for row in found["rows"]):
         raise typer.Exit(1)
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None,
-            as_json: Json = False) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
+            plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue
-    rows = catalogue.methods(name)
+    rows = catalogue.methods(name, plugins)
     if name is None or as_json:
-        _emit(rows, as_json, lambda: show(_table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
+        emit(rows, as_json, lambda: show(table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
         return
     row = rows[0]
-    tell(f"{name}  {row['title']}, https://arxiv.org/abs/{row['arxiv']}\n\n{catalogue.algorithm(name)}")
+    paper = row["title"] + (f", https://arxiv.org/abs/{row['arxiv']}" if row["arxiv"] else "")
+    tell(f"{name}  {paper}\n\n{catalogue.algorithm(name)}")
 
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None,
+            plugins: Plugins = None,
+            schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
             as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
     from .recipe import catalogue
-    rows = catalogue.recipes(name)
+    if schema:
+        from .recipe import editors
+        emit(editors.schema(), True, None)
+        return
+    rows = catalogue.recipes(name, plugins)
     if name is None or as_json:
-        _emit(rows, as_json, lambda: show(_table(rows, ("name", "method", "teacher"))))
+        emit(rows, as_json, lambda: show(table(rows, ("name", "method", "teacher"))))
         return
     print(Path(rows[0]["path"]).read_text(encoding="utf-8"), end="")
 
 
 @app.command()
-def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False,
+def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False, plugins: Plugins = None,
          gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a card, such as 16GB: does it fit, and what makes it fit?")] = None) -> None:
     """Say what a run will cost, before anything is loaded."""
     memory = None if gpu_memory is None else _bytes("--gpu-memory", gpu_memory)
-    api = working()
-    from .recipe import Recipe
-    from .recipe.yaml import parse_set
-    found = api.plan(Recipe.load(recipe, parse_set(set_ or [])), memory)
-    _emit(found, as_json, lambda: _show_plan(found))
+    found = working().plan(_chosen(recipe, set_, plugins), memory)
+    emit(found, as_json, lambda: show_plan(found))
 
 
 @app.callback(invoke_without_command=True)
@@ -260,14 +264,18 @@ def working() -> Any:
     return api
 
 
-def tell(text: str, console: Console = say) -> None:
-    """As it stands: no markup is read in it, and no line is broken, so that paths and commands can be pasted."""
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+def _names(kind: str, incomplete: str) -> list[str]:
+    """What a shell completes: the methods or recipes that begin so."""
+    from .recipe import catalogue
+    rows = {"methods": catalogue.methods, "recipes": catalogue.recipes}[kind]()
+    return [row["name"] for row in rows if row["name"].startswith(incomplete)]
 
 
-def show(table: Table) -> None:
-    """In a terminal as wide as it is, with cells on several lines where need be; in a pipe as wide as the table is."""
-    (say if say.is_terminal else Console(width=WIDE)).print(table)
+def _chosen(recipe: str, set_: list[str] | None, plugins: str | None) -> Any:
+    """The recipe with what was --set, and its plugins."""
+    from .recipe import Recipe
+    from .recipe.yaml import parse_set
+    return Recipe.load(recipe, parse_set(set_ or []) | ({} if plugins is None else {"plugins": plugins}))
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -293,102 +301,9 @@ def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
     return found
 
 
-def _emit(data: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        print(json.dumps(data, indent=2))
-    else:
-        show()
-
-
-def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(printable(_cell(row[column]))) for column in columns))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def _show_results(results: dict[str, Any], out: Path) -> None:
-    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
-        show(_table([row | row["metrics"] for row in results["rows"]],
-                         ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", "latency_ms")))
-        tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
-        return
-    from .evaluation.report import table
-    show(table(results))
-    tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
-
-
-def _show_extracted(found: Any) -> None:
-    rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"}
-            for layer in found.worst()]
-    tell(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
-    show(_table(rows, ("layer", "kept", "norm")))
-    tell(f"kept in all: {found.kept:.2%} of the squared difference of these layers")
-    if found.beyond:
-        tell(f"out of its reach: {', '.join(f'{count} {kind}' for kind, (count, _) in found.beyond.items())}, "
-             f"{1 - found.reached:.2%} of the whole squared difference")
-    tell(f"wrote {found.folder}; a student begins with it by student: {{from: {found.folder}}}")
-
-
-def _show_progress(rows: list[Any]) -> None:
-    passed = sum(row.passed for row in rows)
-    tell(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", complain)
-
-
-def _show_proofs(found: dict[str, Any], out: Path) -> None:
-    rows = [row | {"passed": "yes" if row["passed"] else "NO"} for row in found["rows"]]
-    show(_table(rows, ("method", "kind", "check", "figure", "tolerance", "passed")))
-    passed = sum(row["passed"] for row in found["rows"])
-    tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
-              f"wrote {out / 'verify.json'} and a picture of each method beside it")
-
-
-def _show_plan(found: dict[str, Any]) -> None:
-    rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}",
-             "size": _size(row["bytes"])}
-            for role, row in found["roles"].items()]
-    show(_table(rows, ("role", "parameters", "trained", "size")))
-    passes = found["passes"]
-    if "stages" in found:
-        rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"],
-                 "updates": f"{row['passes']['updates']:,}",
-                 "forward": row["passes"]["forward"], "backward": row["passes"]["backward"],
-                 "batch": row["passes"]["batch"],
-                 "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
-        show(_table(rows, tuple(rows[0])))
-        tell("in all:")
-    tell(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
-    tell(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
-              f"of {passes['batch']} samples each; {passes['updates']:,} steps")
-    tell("downloads: " + (", ".join(found["downloads"]) or "none"))
-    if "fit" in found:
-        fit = found["fit"]
-        changed = " ".join(f"--set '{name}={value}'" for name, value in fit["switches"].items())
-        verdict = f"fits with {changed}: then roughly {_size(fit['peak'])}" if changed else "fits"
-        if not fit["fits"]:
-            verdict = f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed else "does not fit, and no switch is left"
-        tell(f"on a card of {_size(fit['memory'])} it {verdict}")
-
-
 def _bytes(option: str, text: str) -> float:
     """A size such as 16GB or 24 GiB, in bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise RequestError(f"{option} is {text}; expected a size such as 16GB or 24GiB")
     return float(found[1]) * {"mb": 1e6, "mib": 2**20, "gb": 1e9, "gib": 2**30}[found[2].lower()]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -11,7 +11,8 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from . import resources
-from .cli import answer, show, tell, working
+from .cli import answer, working
+from .printing import show, tell
 from .recipe import Recipe
 from .recipe.yaml import parse_set
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..diffusion.draws import fractions, key
 from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
@@ -121,6 +122,36 @@ class Uncaptioned:
 
     def pixels(self, indices: Tensor) -> Tensor:
         return self.images.pixels(indices)
+
+
+@dataclass(frozen=True)
+class BothWays:
+    """Pictures and their mirror images: sample 2 i is picture i, and 2 i + 1 its mirror image. Of endless ones sample i is picture i, every
+    other one mirrored by chance."""
+
+    images: Images
+
+    @property
+    def count(self) -> int | None:
+        return None if self.images.count is None else 2 * self.images.count
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return self.images.identity | {"flip": True}
+
+    def captions(self, indices: Tensor) -> list[str]:
+        return self.images.captions(self._own(indices)[0])
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        own, mirrored = self._own(indices)
+        pixels = self.images.pixels(own)
+        return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+
+    def _own(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The pictures' numbers, and which of them are mirrored."""
+        if self.images.count is None:
+            return indices, fractions(key("flip"), indices, 1)[:, 0] < 0.5
+        return indices // 2, indices % 2 == 1
 
 
 def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None, reads: Reads = "texts") -> Images:

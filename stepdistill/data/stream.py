@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.contracts import Batch
-from ..diffusion.draws import key
+from ..diffusion.draws import fractions, key
 from ..errors import RequestError
 from .datasets import Dataset
 from .shapes import scatter
@@ -51,13 +51,15 @@ class Stream:
 
     Every (update, repeat) walks through the data by itself, so that a critic and a student do not see the same samples.
     A finite dataset is walked epoch by epoch, each a new permutation; an endless one through consecutive indices.
-    shape: of one sample, for data that are prompts only.
+    shape: of one sample, for data that are prompts only. caption_dropout: the share of samples that are shown without their captions,
+    drawn anew for each visit.
     """
 
     dataset: Dataset
     global_batch: int
     seed: int
     shape: tuple[int, ...] | None = None
+    caption_dropout: float = 0.0
 
     def batch(self, step: int, update: str, repeat: int = 0, rank: int = 0, world: int = 1, micro: int = 0,
               micros: int = 1) -> Batch:
@@ -76,4 +78,6 @@ class Stream:
         count = self.dataset.count
         indices = ids + (walk >> 2) if count is None else permuted(ids, count, walk)
         x0, cond = self.dataset[indices]
+        if self.caption_dropout:
+            cond = cond.dropped(fractions(key(walk, "caption dropout"), ids, 1)[:, 0] < self.caption_dropout)
         return Batch(ids, cond, x0, self.shape, self.dataset.pairs(indices))

@@ -18,6 +18,7 @@ from ..files.whole import sweep as sweep_leftovers
 from .estimate import Estimate, mean_of
 from .features import Features, load_features
 from .means import clip_score, diversity
+from .metrics import Means
 from .page import write_own_report
 from .plans import Plan, Target, latency, plans
 from .progress import meter
@@ -35,13 +36,14 @@ PROMPTS = ("a portrait of an old fisherman, natural light", "a red bicycle leani
 def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], out: Path, *, guidance: Sequence[float],
               solvers: Sequence[str], seed: int = 0, prompts: Sequence[str] | None = None, samples: int = 16,
               features: FeatureNames | None = None, device: str | torch.device = "cpu",
-              say: Callable[[str], None] = print, made: Mapping[str, Any] | None = None) -> Results:
+              say: Callable[[str], None] = print, made: Mapping[str, Any] | None = None,
+              metrics: Mapping[str, str] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, report.html and samples/.
 
     samples: pictures a row, those of one prompt after another's. features: those of `load_features`, a single one; None: no CLIP score, and
     diversity in pixels. The teacher's own picture is drawn in 25 steps at the last of `guidance`. A distance to it says how far a student follows
     the teacher from noise to picture, as trajectory and consistency methods teach it; those that match distributions need not.
-    RequestError where none of `nfe` can be met, and where another process writes there.
+    metrics: of plugins, name -> what changes with its code. RequestError where none of `nfe` can be met, and where another process writes there.
     """
     texts = list(PROMPTS if prompts is None else prompts)
     if samples < 2 or not texts:
@@ -54,17 +56,21 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
         best = _at_its_ease(teacher, guidance[-1], solvers, say)
         rows = [best, *(plan for target in targets for plan in plans(target, nfe, guidance, solvers, say))]
         space = None if features is None else load_features(*features, device)
-        return _measured(rows, texts, samples, seed, space, out, made or {})
+        return _measured(rows, texts, samples, seed, space, out, made or {}, metrics or {})
 
 
-def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: int, space: Features | None, out: Path, made: Mapping[str, Any]) -> Results:
+def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: int, space: Features | None, out: Path, made: Mapping[str, Any],
+              metrics: Mapping[str, str]) -> Results:
     """The results of these rows, of which the first is the teacher at its ease, once they are on the disk."""
     best, asked = rows[0], [texts[i % len(texts)] for i in range(samples)]
-    seen = _drawn(rows, asked, seed, space)
+    means = [Means(metrics) for _ in rows]
+    seen = _drawn(rows, asked, seed, space, means)
     measured = [_row(plan, found, asked, texts, seed, space) | {"made": {**made, **plan.target.made}} for plan, found in zip(rows, seen, strict=True)]
+    for row, plan, own in zip(measured, rows, means, strict=True):
+        row["metrics"] |= own.figures(plan.target.prompted)
     in_space = f"pixels of {COARSE} x {COARSE}" if space is None else space.name
     protocol = {"reference": f"the teacher's own pictures, {best.name}, {best.steps} steps, w = {best.guidance:g}", "samples": samples, "seed": seed,
-                "prompts": list(texts), "features": None if space is None else space.name, "diversity": f"mean distance in {in_space}"}
+                "prompts": list(texts), "features": None if space is None else space.name, "diversity": f"mean distance in {in_space}"} | ({"metrics": dict(metrics)} if metrics else {})
     results: Results = {"protocol": {"id": fingerprint(protocol), **protocol}, "rows": measured}
     shown = [found["shown"] for found in seen]
     for row, pictures in zip(measured, shown, strict=True):
@@ -84,7 +90,7 @@ def _at_its_ease(teacher: Target, w: float, solvers: Sequence[str], say: Callabl
     return min(found, key=lambda plan: order.index(plan.name.partition(":")[2]))
 
 
-def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features | None) -> list[dict[str, Tensor]]:
+def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features | None, means: Sequence[Means]) -> list[dict[str, Tensor]]:
     """What is kept of each row's pictures: squared distances to those of the first row (n,), the pictures coarse (n, D) or their
     features, and the first ones whole. Batches go through all rows, so that no more than a batch is held."""
     kept: list[dict[str, list[Tensor]]] = [{"apart": [], "seen": [], "shown": []} for _ in rows]
@@ -93,7 +99,8 @@ def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Feature
             drawn = [plan.images([asked[i] for i in ids.tolist()], ids, seed) for plan in rows]
             for plan, pixels in zip(rows, drawn, strict=True):
                 plan.check_finite(int((~pixels.isfinite().flatten(1).all(1)).sum()), len(pixels))
-            for own, pixels in zip(kept, drawn, strict=True):
+            for own, mean, plan, pixels in zip(kept, means, rows, drawn, strict=True):
+                mean.add(pixels, [asked[i] for i in ids.tolist()] if plan.target.prompted else None)
                 own["apart"].append(((pixels - drawn[0]) / 2).square().flatten(1).mean(1))
                 own["seen"].append(F.adaptive_avg_pool2d(pixels / 2, COARSE).flatten(1) / (3 * COARSE**2) ** 0.5 if space is None else space.images(pixels))
                 own["shown"] += [pixels] if ids[0] < SHOWN else []

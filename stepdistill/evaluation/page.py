@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.whole import write_whole
+from .metrics import more_metrics
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --faint: #52606d; --ground: #fff; --line: #d3dae2; --real: #1a7343 }
@@ -100,16 +101,17 @@ def embedded(png: bytes) -> str:
 def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> None:
     """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of results.json."""
     number = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
+    more = more_metrics(results["protocol"])
     rows = [("teacher" if ":" in row["target"] else "student",
              [row["target"], str(row["nfe"]), str(row["steps"]), f"{row['guidance']:g}", number(row["metrics"]["to_teacher"], 4),
-              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4), number(row["latency_ms"], 1)])
+              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4), number(row["latency_ms"], 1), *(number(row["metrics"].get(name), 4) for name in more)])
             for row in results["rows"]]
     note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided step takes two network "
             "evaluations. The distance to the teacher is the root mean square over pixels in [0, 1] to the teacher's own pictures, the first row. "
             "Students that are taught the teacher's law rather than its way from noise to picture may lie far from them and be good.")
     write_whole(out / "report.html", page(
         "Teacher and student from the same noise", note, [("Pictures of each row, from the same noise", together)],
-        ("target", "NFE", "steps", "w", "to teacher", "CLIP score", "diversity", "ms"), rows, [],
+        ("target", "NFE", "steps", "w", "to teacher", "CLIP score", "diversity", "ms", *more), rows, [],
         results["protocol"] | made_of(results["rows"])).encode())
 
 

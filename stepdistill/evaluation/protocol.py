@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ ESTIMATOR = "FD at infinity: parabola in 1/n over n, n/2, n/3; reference by halv
 @dataclass(frozen=True)
 class Protocol:
     """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed. also: further features
-    in which distances are taken; without any the id is what it was before there were some."""
+    in which distances are taken; metrics: those of plugins, each with what changes with its code. Without any of these the id is what it
+    was before there were some."""
 
     features: str
     dim: int
@@ -29,16 +31,17 @@ class Protocol:
     seed: int
     estimator: str = ESTIMATOR
     also: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def id(self) -> str:
         without_place = {"features": self.features.rpartition("@")[2], "also": [name.rpartition("@")[2] for name in self.also]}
-        return fingerprint({name: value for name, value in (asdict(self) | without_place).items() if name != "also" or value})
+        return fingerprint({name: value for name, value in (asdict(self) | without_place).items() if name not in ("also", "metrics") or value})
 
     def record(self) -> dict[str, Any]:
         """As results.json has it. The id does not depend on where the features' folder lies."""
-        return {"id": self.id, **{name: value for name, value in asdict(self).items() if name != "also"},
-                **({"also": list(self.also)} if self.also else {})}
+        entries = {"id": self.id, **asdict(self), "also": list(self.also)}
+        return {name: value for name, value in entries.items() if name not in ("also", "metrics") or value}
 
 
 def fingerprint(value: Any) -> str:

@@ -15,6 +15,7 @@ from ..errors import printable
 from ..files import records
 from ..files.whole import write_whole
 from .estimate import Estimate
+from .metrics import more_metrics
 from .page import Strip, made_of, page
 from .protocol import demand_same
 
@@ -88,14 +89,14 @@ def picture_name(row: Mapping[str, Any]) -> str:
     return f"{row['target'].replace(':', '-').replace('/', '-')}-nfe{row['nfe']}-w{row['guidance'] or 0:g}.png"
 
 
-def cells(row: Mapping[str, Any], teacher: Mapping[str, Any] | None = None) -> list[str]:
-    """A row of the table, as text, under HEADINGS. teacher: the row that the distance is held against."""
+def cells(row: Mapping[str, Any], teacher: Mapping[str, Any] | None = None, more: Sequence[str] = ()) -> list[str]:
+    """A row of the table, as text, under HEADINGS and those of `more` metrics. teacher: the row that the distance is held against."""
     m = row["metrics"]
     number = lambda value, spec: "–" if value is None else format(value, spec)
     return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"), number(row["guidance"], "g"),
             _interval(None if teacher is None or row["target"] == "real" else ratio(row, teacher), lambda value: f"{value:.2f}"), fd_of(m),
             *(number(m.get(name), DIGITS.get(name, ".3f")) for name in list(METRICS)[1:]),
-            number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+            number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f"), *(number(m[name], ".4g") for name in more)]
 
 
 def fd_of(metrics: Mapping[str, float | None]) -> str:
@@ -150,11 +151,13 @@ def table(results: Results) -> Table:
     protocol = results["protocol"]
     made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
                  title_justify="left", title_style="bold", header_style="bold", box=None)
-    shown = [HEADINGS.index(heading) for heading in in_brief(results["rows"])]
+    more = more_metrics(protocol)
+    headings = (*HEADINGS, *more)
+    shown = [headings.index(heading) for heading in (*in_brief(results["rows"]), *more)]
     for i in shown:
-        made.add_column(HEADINGS[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
+        made.add_column(headings[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for row in results["rows"]:
-        texts = [escape(printable(text)) for text in cells(row)]
+        texts = [escape(printable(text)) for text in cells(row, more=more)]
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
                      if ":" in row["target"] else "bold")
     return made
@@ -168,12 +171,13 @@ NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise 
 def _page(results: Results, figures: Sequence[tuple[str, bytes]], out: Path) -> str:
     rows = results["rows"]
     note = NOTE + "".join(f" Distances in {name} too: {_also(rows, name)}." for name in results["protocol"].get("also", ()))
+    more = more_metrics(results["protocol"])
     teacher, shown = at_its_ease(rows), [(row, out / "samples" / picture_name(row)) for row in rows]
     if teacher is not None:
         note += f" × teacher is FD over that of {_label(teacher)}."
     strips = [Strip(_label(row), row["nfe"], file.read_bytes()) for row, file in shown if file.is_file()]
-    return page("Quality against network evaluations", note, figures, HEADINGS,
-                [(_kind(row), cells(row, teacher)) for row in rows], strips, results["protocol"] | made_of(rows))
+    return page("Quality against network evaluations", note, figures, (*HEADINGS, *more),
+                [(_kind(row), cells(row, teacher, more)) for row in rows], strips, results["protocol"] | made_of(rows))
 
 
 def _also(rows: Sequence[Row], name: str) -> str:

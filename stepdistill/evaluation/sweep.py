@@ -17,6 +17,7 @@ from .estimate import share_of
 from .fd import too_few
 from .features import dimensions, resized
 from .means import clip_score, diversity
+from .metrics import Means
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans
 from .progress import meter
 from .protocol import Protocol, fingerprint
@@ -52,10 +53,10 @@ class Evaluation:
     def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
                  features: FeatureNames = ("assets/shapes-clip",), reference: Path | str = "shapes",
                  device: str | torch.device = "cpu", say: Callable[[str], None] = print,
-                 made: Mapping[str, Any] | None = None) -> None:
+                 made: Mapping[str, Any] | None = None, metrics: Mapping[str, str] | None = None) -> None:
         """features: of the first one all figures are taken, of the others distances. made: what every row says of the machine and the
-        moment."""
-        self.made = dict(made or {})
+        moment. metrics: those of plugins, name -> what changes with its code."""
+        self.made, self.metrics = dict(made or {}), dict(metrics or {})
         self.source = admitted(samples, prompts, features, reference)
         self.spaces = [Space.load(name, self.source, device, say) for name in features]
         self.features, self.reference = self.spaces[0].features, self.spaces[0].reference
@@ -72,18 +73,18 @@ class Evaluation:
         self.protocol = Protocol(self.features.name, self.features.dim, classifier and classifier.id[:12],
                                  self.source.name,
                                  self.features.resize, "float32", fingerprint(self.prompts), samples, seed,
-                                 also=tuple(space.features.name for space in self.spaces[1:]))
+                                 also=tuple(space.features.name for space in self.spaces[1:]), metrics=self.metrics)
 
     @property
     def groups(self) -> int:
         """Prompts that are sampled EACH times."""
         return max(1, self.samples // 40)
 
-    def measure(self, images: Sequence[Tensor], alike: Tensor | None, captioned: bool) -> dict[str, Any]:
+    def measure(self, images: Sequence[Tensor], alike: Tensor | None, captioned: bool, means: Means) -> dict[str, Any]:
         """`metrics` of a row of results.json, and `also`, those in further features, where there are some.
 
         images: features (n, D) of each space, in the order of the prompts; alike: (groups, EACH, D) of the first one. captioned: whether
-        the pictures were made for the prompts; without it nothing is said about text.
+        the pictures were made for the prompts; without it nothing is said about text. means: of the metrics of plugins.
         """
         metrics = self.spaces[0].distances(images[0], self.seed)
         score = clip_score(images[0], self.texts) if captioned and self.texts is not None else None
@@ -93,12 +94,13 @@ class Evaluation:
             seen = self.features.attribute_classifier(images[0])
             right = share_of((seen == self.attributes).all(1).double().mean().item(), len(seen))
         also = {space.features.name: space.distances(own, self.seed) for space, own in zip(self.spaces[1:], images[1:], strict=True)}
-        return {"metrics": metrics | figures("all_attributes", right)} | ({"also": also} if also else {})
+        return {"metrics": metrics | figures("all_attributes", right) | means.figures(captioned)} | ({"also": also} if also else {})
 
     def real(self) -> tuple[dict[str, Any], Tensor]:
         """The row of fresh real pictures against the reference, and some of them."""
-        found, shown = [], torch.empty(0)
+        found, shown, means, captioned = [], torch.empty(0), Means(self.metrics), not self.own_prompts
         for block in self.source.real(self.samples):     # features are kept, and of the pictures the first ones
+            means.add(block, self.prompts[means.count:means.count + len(block)] if captioned else None)
             found.append(self.seen(block))
             if len(shown) < SHOWN:                       # pictures of a folder differ in size
                 block = resized(block, min((shown if len(shown) else block).shape[-2:]))
@@ -109,7 +111,7 @@ class Evaluation:
         images = list(map(torch.cat, zip(*found, strict=True)))
         row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples,
                "seed": self.seed,
-               **self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
+               **self.measure(images, alike, captioned, means), "latency_ms": None,
                "images_per_s": None, "made": self.made}
         return row, shown
 
@@ -120,7 +122,7 @@ class Evaluation:
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
         """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so far."""
-        features, shown, seconds, broken = [], None, 0.0, 0
+        features, shown, seconds, broken, means = [], None, 0.0, 0, Means(self.metrics)
         network = denoiser_of(plan.target.pipeline)
         with counted(network) as evaluations:
             for ids, prompts in self._calls(batch):
@@ -130,6 +132,8 @@ class Evaluation:
                 shown = pixels[:SHOWN] if shown is None else shown
                 broken += int((~pixels.isfinite().flatten(1).all(1)).sum())
                 features.append(self.seen(pixels))
+                own = 0 if broken else self.samples - means.count         # of the prompts once over; broken pictures end in an error
+                means.add(pixels[:own], prompts[:own] if plan.target.prompted else None)
                 on_images(int(ids[-1]) + 1)
         found = list(map(torch.cat, zip(*features, strict=True)))
         drawn = len(found[0])
@@ -142,7 +146,7 @@ class Evaluation:
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
                 "samples": self.samples, "seed": self.seed,
-                **self.measure(images, alike, captioned=plan.target.prompted),
+                **self.measure(images, alike, plan.target.prompted, means),
                 "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": drawn / seconds,
                 "made": {**self.made, **plan.target.made}}, shown
 
@@ -163,12 +167,13 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
           features: FeatureNames = ("assets/shapes-clip",), reference: Path | str = "shapes",
           reuse: Sequence[Path | str] = (),
           batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print,
-          made: Mapping[str, Any] | None = None) -> Results:
+          made: Mapping[str, Any] | None = None, metrics: Mapping[str, str] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
     timings, which belong to another machine. An `out` that holds results of the same protocol is added to; a bench that was
-    stopped goes on there with the rows that it lacks. RequestError where another process writes there.
+    stopped goes on there with the rows that it lacks. metrics: of plugins, as of `Evaluation`. RequestError where another process
+    writes there.
     """
     out = Path(out)
     if not nfe or min(nfe) < 1:
@@ -180,7 +185,7 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
         rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
-        context = Evaluation(samples, seed, prompts, features, reference, device, say, made)
+        context = Evaluation(samples, seed, prompts, features, reference, device, say, made, metrics)
         for target in targets:
             say_cut(type(target.pipeline), target.pipeline.components, context.prompts, {**target.given, **(target.call or {})}, say)
         results: Results = {"protocol": context.protocol.record(), "rows": []}

@@ -90,7 +90,7 @@ class Student:
     time; layers: the weights that read them. scheduler: the stock scheduler of its inference; call: the literal keyword
     arguments of its pipeline call, num_inference_steps and guidance_scale among them. run names the run: an export may
     be replaced by the same run's alone. guidance: what it was trained at, a scale or a range. base_model: what users
-    call the teacher, its source unless given. results: results.json as read, or None.
+    call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint.
     """
 
     teacher: Teacher
@@ -108,6 +108,7 @@ class Student:
     base_model: Source | None = None
     results: Mapping[str, Any] | None = None
     prompts: tuple[str, ...] = ("",)
+    step: int | None = None
 
     @classmethod
     def of(cls, roles: Roles, name: str, stock: StockCall, method: str, run: str, **more: Any) -> Student:

@@ -24,6 +24,7 @@ from .comfyui import write_workflow
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings, weights_of
 from .formats import WRITERS, check, keeps
+from .metadata import described, stamp
 from .prepare import prepare
 from .proof import Proof, prove, samples, tolerance
 from .student import Student
@@ -31,12 +32,13 @@ from .student import Student
 SCHEMA = 2                        # of stepdistill.json: raise it when readers must know of a change
 
 def export_student(student: Student, to: str, out: str | Path, guidance: float | None = None,
-                   dtype: str | None = None) -> Proof:
+                   dtype: str | None = None, called: str | None = None) -> Proof:
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
     guidance: the scale of a student with a guidance embedding; a LoRA is folded at it, a pipeline takes it as its
     default call.
     dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
+    called: what the card calls the folder, such as the Hub repository that it goes to; its path unless given.
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
     out = Path(out)
@@ -51,6 +53,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     with aside(out) as folder:
         _may_write(out, student)                                   # now that nobody else does
         weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
+        if to != "pipeline":
+            stamp(folder / weights, described(prepared.student, type(prepared.pipe), weights, scale))
         student.scheduler.save_pretrained(folder / "scheduler")
         settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights)
         settings |= {"dtype": dtype, "schema": SCHEMA, "sha256": weights_of(folder)}
@@ -61,7 +65,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
-        (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, asked), encoding="utf-8")
+        (folder / "README.md").write_text(card(settings, called or out.as_posix(), student.results, asked), encoding="utf-8")
         if to == "comfyui":
             times, schedule = student.sampler(call).times, student.teacher.schedule
             write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0], tuple(proof.images.shape[-2:]), folder)
@@ -88,7 +92,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "reads": student.teacher.family.reads(student.teacher.network), "call": call, "steps": student.steps, "method": student.method,
             "teacher": base.base, "revision": base.revision,
             **_beside(base, student.teacher.traces, student.teacher.source.quantization),
-            "role": student.role_name, "run": student.run,
+            "role": student.role_name, "run": student.run, "step": student.step,
             "scheduler": type(student.scheduler).__name__, "prediction": student.scheduler.config.get("prediction_type"), "weights": weights, "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
             "within": student.teacher.guidance.within, "fixed_steps": "r" in student.reads, "guidance": scale,

@@ -180,6 +180,7 @@ class Export(_Export, total=False):
     sha256: dict[str, str]
     run: str
     role: str
+    step: int | None
     dtype: str
     guidance: float | None
     teacher_call: dict[str, Any]

@@ -1,7 +1,9 @@
 """The table of contents: one row a paper. Reading it imports no torch."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import re
+from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -11,11 +13,13 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     from .base import Method
 
+KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each in place of the others
+
 
 @dataclass(frozen=True)
 class Entry:
-    """module is relative to this package; steps: the fewest and the most evaluations at which the method is at its
-    best."""
+    """module is relative to this package, and of a plugin's method absolute; steps: the fewest and the most evaluations at
+    which the method is at its best."""
 
     module: str
     cls: str
@@ -91,6 +95,44 @@ METHODS: dict[str, Entry] = {
 }
 
 
+REGISTERED: dict[str, type[Method]] = {}      # methods from outside, which have rows in METHODS too
+
+
+def register_method(name: str, method: type[Method], *, title: str, arxiv: str = "", family: str = "plugin",
+                    steps: tuple[int, int] = (1, 4)) -> None:
+    """Makes a method from outside known by its name, in this process: recipes, `verify` and exports take it as one of ours.
+
+    title, arxiv, steps: of its row in `stepdistill methods`. Registered again, it takes the place of what was registered
+    before. RequestError for a name of ours, and for a class that is no whole method.
+    """
+    if name in METHODS and name not in REGISTERED:
+        raise RequestError(f"{name} is a method of stepdistill's own, which is not replaced: choose another name")
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise RequestError(f"a method is named by small letters, digits and _, such as my_method; found {name!r}")
+    _check(name, method)
+    needs = tuple(method.needs(method.Settings(), full=True))
+    METHODS[name] = Entry(method.__module__, method.__name__, title, arxiv, family, needs, tuple(method.data), steps)
+    REGISTERED[name] = method
+
+
+def _check(name: str, method: type[Method]) -> None:
+    from .base import Method
+    if not isinstance(method, type) or not issubclass(method, Method):
+        raise RequestError(f"the method {name} should be a subclass of stepdistill.methods.base.Method; found {method!r}")
+    if inspect.isabstract(method):
+        raise RequestError(f"the method {name} lacks {', '.join(sorted(method.__abstractmethods__))}")
+    if missing := sorted({"Settings", "data"} - {entry for cls in method.__mro__ for entry in vars(cls)}):
+        raise RequestError(f"the method {name} lacks {', '.join(missing)}")
+    if not is_dataclass(method.Settings) or not method.Settings.__dataclass_params__.frozen:
+        raise RequestError(f"the Settings of {name} should be a frozen dataclass: @dataclass(frozen=True, kw_only=True)")
+    try:
+        method.Settings()
+    except TypeError as error:
+        raise RequestError(f"the Settings of {name} need a default each: {error}") from error
+    if not method.data or not {*method.data} <= {*KINDS}:
+        raise RequestError(f"the data of {name} should be some of {', '.join(KINDS)}; found {method.data!r}")
+
+
 def load_method(name: str) -> type[Method]:
     """The class of a method by its name in METHODS. RequestError for any other name, with the nearest one."""
     if name not in METHODS:
@@ -98,4 +140,6 @@ def load_method(name: str) -> type[Method]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RequestError(f"there is no method {name!r}: {hint}methods are {', '.join(METHODS)}")
     entry = METHODS[name]
+    if name in REGISTERED:
+        return REGISTERED[name]
     return getattr(import_module(f".{entry.module}", __package__), entry.cls)

@@ -237,7 +237,7 @@ def _index_on_hub(source: str, revision: str | None) -> Index:
         raise RequestError(f"there is no folder or file {source} (looked in {Path.cwd()}): a teacher is a pipeline "
                            "folder, "
                            "a Hub id such as owner/name, or one .safetensors file")
-    away = _unreachable()
+    away = unreachable()
     if away is not None and cached_file(source, "model_index.json", revision) is None:
         raise RequestError(f"there is no folder {source} here, and the Hub cannot be asked for such a pipeline ({away}): check the network, or "
                            "download it where there is one and name its folder")
@@ -248,7 +248,7 @@ def _index_on_hub(source: str, revision: str | None) -> Index:
         raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
 
 
-def _unreachable() -> str | None:
+def unreachable() -> str | None:
     """Why the Hub has no address from here; None where it has one, or a proxy knows. Asked first: its library tries again for half a
     minute."""
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname

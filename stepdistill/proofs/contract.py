@@ -12,9 +12,11 @@ from torch import Tensor
 from ..api import export, train
 from ..data.stream import Stream
 from ..errors import RequestError
+from ..methods import METHODS
 from ..methods.base import Follows, Frozen, middle
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
+from ..recipe.plugins import Folder
 from ..run.data import dataset
 from ..run.setup import Run, setup, train_config
 from ..training import Trainer, checkpoints
@@ -24,11 +26,22 @@ from .problem import Check
 STEPS, BATCH, COUNT = 2, 2, 4
 
 
-def recipe(method: str) -> Recipe:
+def first(method: str, plugins: Folder | None = None) -> str | dict[str, Any]:
+    """Its first recipe for a shipped pipeline; of a plugin's method that has none, a plain one."""
+    known = builtin(None if plugins is None else plugins.path)
+    names = [name for name, path in known.items() if name.startswith("shapes/") and path.stem.split("-")[0] == method]
+    entry = METHODS[method]
+    kind = entry.data[0]
+    made = {"prompts": "shapes", "steps": 4, "nodes": 4} if kind == "pairs" else {"prompts": "shapes", "steps": 4}
+    data = {kind: "shapes" if kind in ("images", "prompts") else made} | ({} if kind == "prompts" else {"count": COUNT})
+    return names[0] if names else {"method": method, "teacher": "assets/shapes-sd", "steps": entry.steps[0], "student": {"lora": {"rank": 4}},
+                                   "data": data | {"batch": BATCH}, "train": {"updates": STEPS}}
+
+
+def recipe(method: str, plugins: Folder | None = None) -> Recipe:
     """The method's first recipe for a shipped pipeline, cut down to two steps of training on two samples."""
-    name = next(name for name, path in builtin().items() if name.startswith("shapes/")
-                and path.stem.split("-")[0] == method)
-    plain = Recipe.load(name).resolved()
+    name, own = first(method, plugins), {} if plugins is None else {"plugins": str(plugins.path)}
+    plain = Recipe.load(name, own).resolved()
     data: dict[str, Any] = {"data.batch": BATCH, "data.cache": False}
     if plain["data"]["count"] is not None or plain["data"]["images"] == "shapes":
         data["data.count"] = COUNT
@@ -37,11 +50,12 @@ def recipe(method: str) -> Recipe:
             data[f"data.{made}.steps"] = data.get(f"data.{made}.steps", plain["data"][made].get("nodes", 1))
     short = {"train.updates": STEPS, "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1,
              "train.log_every": 1}
-    return Recipe.load(name, data | short)
+    return Recipe.load(name, data | short | own)
 
 
-def contract(method: str, seed: int, out: Path) -> Iterator[Check]:
-    seeded = Recipe.load(recipe(method).resolved() | {"train": recipe(method).resolved()["train"] | {"seed": seed}})
+def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -> Iterator[Check]:
+    plain = recipe(method, plugins).resolved()
+    seeded = Recipe.load(plain | {"train": plain["train"] | {"seed": seed}})
     work = setup(seeded, torch.device("cpu"))
     yield from stock_teachers(method, seed)
     yield from kept_pairs(seeded)

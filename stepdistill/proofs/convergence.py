@@ -23,6 +23,7 @@ from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
+from ..recipe.plugins import Folder
 from ..run.setup import Run, open_run
 from .problem import NAMES, Check, Problem
 
@@ -33,9 +34,15 @@ SHOWN_AT = (1, 2, 4)
 DRAWN = "drawn.pt"
 
 
-def recipes(method: str) -> list[str]:
-    """The built-in names of its Toy recipes."""
-    return [name for name, path in builtin().items() if name.startswith("toy/") and path.stem.split("-")[0] == method]
+def recipes(method: str, plugins: Folder | None = None) -> list[str]:
+    """The names of its Toy recipes, of those that ship and of a folder of plugins."""
+    known = builtin(None if plugins is None else plugins.path)
+    return [name for name, path in known.items() if name.startswith("toy/") and path.stem.split("-")[0] == method]
+
+
+def loaded(name: str, plugins: Folder | None = None) -> Recipe:
+    """A recipe by one of these names."""
+    return Recipe.load(name, {} if plugins is None else {"plugins": str(plugins.path)})
 
 
 class Distance:
@@ -69,11 +76,11 @@ class Distance:
         return self.of(ddim(work.roles.base, self.moment.normal("start", SHAPE), times, cond))
 
 
-def problem(seed: int, method: str, folder: Path) -> Path:
-    """The drawn mixture's folder, under the seed's own kind of noise if the method serves it."""
+def problem(seed: int, method: str, folder: Path, recipe: Recipe) -> Path:
+    """The drawn mixture's folder, under the seed's own kind of noise if the method serves it. recipe: one of its Toy recipes."""
     kind, first = load_method(method), Problem(seed, NAMES[0]).uniform() < 0.5
     for noise in NAMES if first else reversed(NAMES):
-        drawn, recipe = Problem(seed, noise), Recipe.load(recipes(method)[0])
+        drawn = Problem(seed, noise)
         try:
             drawn.sampler(kind.inference(recipe.method_settings(), recipe.steps, drawn.schedule))
         except ValueError:
@@ -82,9 +89,9 @@ def problem(seed: int, method: str, folder: Path) -> Path:
     raise ValueError(f"{method} serves none of {', '.join(NAMES)}")
 
 
-def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
+def on(name: str, teacher: Path, seed: int, plugins: Folder | None = None, **changes: Any) -> Recipe:
     """A Toy recipe on another mixture than the one it names."""
-    plain = Recipe.load(name).resolved()
+    plain = loaded(name, plugins).resolved()
     whole = plain["teacher"]
 
     def moved(value: Any) -> Any:
@@ -111,12 +118,12 @@ def states(work: Run, found: Sampler, distance: Distance) -> list[Tensor]:
     return [found.rollout(role, distance.moment.normal("start", SHAPE), i, cond, draw) for i in range(found.nfe + 1)]
 
 
-def convergence(name: str, seed: int, out: Path) -> Iterator[Check]:
+def convergence(name: str, seed: int, out: Path, plugins: Folder | None = None) -> Iterator[Check]:
     """Trains a Toy recipe, and leaves in `out` what `draw` shows of it."""
-    method = Recipe.load(name).method
-    teacher = problem(seed, method, out / "toy")
+    method = loaded(name, plugins).method
+    teacher = problem(seed, method, out / "toy", loaded(recipes(method, plugins)[0], plugins))
     distance, shown = Distance(Toy(teacher)), {}
-    work = open_run(train(on(name, teacher, seed), out=out / "run"))
+    work = open_run(train(on(name, teacher, seed, plugins), out=out / "run"))
     unit = distance.of_teacher(work, 1)
     for steps in sorted({*SHOWN_AT, *work.recipe.evaluate.nfe}):
         measured = steps in work.recipe.evaluate.nfe

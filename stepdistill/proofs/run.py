@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from .. import api
-from ..methods import METHODS, load_method
+from ..errors import RequestError
+from ..methods import METHODS, REGISTERED, load_method
+from ..recipe import plugins as outside
 from .contract import contract
 from .convergence import convergence, draw, recipes
 from .problem import NAMES, Check, Problem
@@ -43,34 +45,40 @@ class Row:
 
 
 def verify(*methods: str, seed: int = 0, out: str | Path = "verify",
-           done: Callable[[list[Row]], None] = lambda rows: None) -> dict[str, Any]:
-    """Proves methods, all unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check,
+           done: Callable[[list[Row]], None] = lambda rows: None, plugins: str | Path | None = None) -> dict[str, Any]:
+    """Proves methods, all of ours unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check,
     figure, tolerance, passed}]}.
 
     Writes verify.json, a picture METHOD.png and logs to `out`. done: called with the rows of a method and a kind once
-    they are measured. RequestError for an unknown method. A failing row is a row, not an error.
+    they are measured. plugins: a folder with methods from outside, its own unless named, whose proofs/NAME.py and recipes/toy/NAME.yaml are read where
+    they are; what of a method nothing proves is listed: {..., unproved: [{method, kind, why}]}. RequestError for an unknown
+    method. A failing row is a row, not an error.
     """
     start, out = time.perf_counter(), Path(out)
-    for name in methods:
-        load_method(name)
-    names = list(dict.fromkeys(methods)) or list(METHODS)
+    folder = None if plugins is None else outside.Folder.open(plugins)
+    every = [name for name in METHODS if name not in REGISTERED] if folder is None else folder.names("methods")
+    names = list(dict.fromkeys(methods)) or every
+    for name in names:
+        _found(name, folder)
+    lacking = [one for name in names if name in REGISTERED for one in unproved(name, folder)]
     (out / "logs").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="work-", dir=out) as work:
-        tasks = [Task(name, kind, part, seed, out, Path(work)) for kind in KINDS for name in names
-                 for part in _parts(name, kind)]
+        tasks = [Task(name, kind, part, seed, out, Path(work), folder) for kind in KINDS for name in names
+                 for part in _parts(name, kind, folder)]
         rows = _measured(tasks, done)
         for name in names:
             draw([task.folder for task in tasks if (task.method, task.kind) == (name, "convergence")],
                  out / f"{name}.png")
     rows.sort(key=lambda row: (names.index(row.method), KINDS[::-1].index(row.kind)))
-    found = {"seed": seed, "seconds": time.perf_counter() - start, "rows": [asdict(row) for row in rows]}
+    found = {"seed": seed, "seconds": time.perf_counter() - start, "rows": [asdict(row) for row in rows]} | (
+        {"unproved": lacking} if lacking else {})
     (out / RESULTS).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return found
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures. part: of a convergence the Toy recipe, else the method."""
+    """What one process measures. part: of a convergence the Toy recipe, else the method. plugins: where its method may lie."""
 
     method: str
     kind: str
@@ -78,6 +86,7 @@ class Task:
     seed: int
     out: Path
     work: Path
+    plugins: outside.Folder | None = None
 
     @property
     def name(self) -> str:
@@ -105,9 +114,32 @@ def _measured(tasks: list[Task], done: Callable[[list[Row]], None]) -> list[Row]
     return rows
 
 
-def _parts(method: str, kind: str) -> list[str]:
+def _found(method: str, folder: outside.Folder | None) -> None:
+    """RequestError for a method that is unknown, and for one that other processes could not find."""
+    outside.load("methods", method, METHODS, folder)
+    load_method(method)
+    if method in REGISTERED and outside.mark_of("methods", method) is None:
+        raise RequestError(f"{method} was registered in this process, and others measure it: put it into a folder as methods/{method}.py, "
+                           "and give that as plugins")
+
+
+def unproved(method: str, folder: outside.Folder | None) -> list[dict[str, str]]:
+    """What nothing proves of a method from outside: [{method, kind, why}]."""
+    place = "its package" if folder is None else str(folder.path)
+    missing = {"identity": None if _proofs(method, folder) else f"{place} has no proofs/{method}.py",
+               "convergence": None if recipes(method, folder) else f"{place} has no recipes/toy/{method}.yaml"}
+    return [{"method": method, "kind": kind, "why": why} for kind, why in missing.items() if why]
+
+
+def _proofs(method: str, folder: outside.Folder | None) -> Path | None:
+    return None if folder is None else folder.file("proofs", method)
+
+
+def _parts(method: str, kind: str, folder: outside.Folder | None) -> list[str]:
     """What of a kind is measured by itself: each Toy recipe, else all at once."""
-    return recipes(method) if kind == "convergence" else [method]
+    if kind == "convergence":
+        return recipes(method, folder)
+    return [] if kind == "identity" and method in REGISTERED and not _proofs(method, folder) else [method]
 
 
 def measure(task: Task) -> list[Row]:
@@ -119,6 +151,7 @@ def measure(task: Task) -> list[Row]:
                                                        encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         api.quiet()
         try:
+            outside.load("methods", task.method, METHODS, task.plugins)
             for check in _checks(task):
                 figure = check.figure if isfinite(check.figure) else None
                 rows.append(Row(task.method, task.kind, check.name, figure, check.tolerance, check.passed))
@@ -131,12 +164,14 @@ def measure(task: Task) -> list[Row]:
 
 
 def _checks(task: Task) -> Iterator[Check]:
+    folder = task.plugins
     if task.kind == "convergence":
-        yield from convergence(task.part, task.seed, task.folder)
+        yield from convergence(task.part, task.seed, task.folder, folder)
     elif task.kind == "contract":
-        yield from contract(task.method, task.seed, task.folder)
+        yield from contract(task.method, task.seed, task.folder, folder)
     else:
-        identities = import_module(f"{__package__}.{task.method}").identities
+        proofs = folder.module("proofs", task.method) if task.method in REGISTERED else import_module(f"{__package__}.{task.method}")
+        identities = proofs.identities
         for noise in NAMES:
             for check in identities(Problem(task.seed, noise)):
                 yield replace(check, name=f"{check.name} ({noise})")

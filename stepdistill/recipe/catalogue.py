@@ -11,16 +11,22 @@ from typing import Any
 
 from .. import resources
 from ..errors import RequestError
-from ..methods import METHODS
+from ..methods import METHODS, REGISTERED
+from . import plugins as outside
 from .yaml import Source
 
 
-def methods(name: str | None = None) -> list[dict[str, Any]]:
-    """[{name, title, arxiv, family, needs, data, steps}], of one method where a name is given."""
+def methods(name: str | None = None, plugins: str | Path | None = None) -> list[dict[str, Any]]:
+    """[{name, title, arxiv, family, needs, data, steps}], of one method where a name is given. plugins: a folder, whose
+    methods are listed too; one of an installed package is found by its name."""
+    folder = None if plugins is None else outside.Folder.open(plugins)
+    for asked in ([] if folder is None else folder.names("methods")) if name is None else [name]:
+        outside.load("methods", asked, METHODS, folder)
     if name is not None and name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+        known = [*METHODS, *outside.names("methods", folder)]
+        near = difflib.get_close_matches(name, known, n=1)
         raise RequestError(f"there is no method '{name}'; "
-                           + (f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"))
+                           + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
     keys = ("title", "arxiv", "family", "needs", "data", "steps")
     return [{"name": key, **{k: v if isinstance(v, str) else list(v)
                              for k, v in dataclasses.asdict(entry).items() if k in keys}}
@@ -29,7 +35,8 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
 
 def algorithm(name: str) -> str:
     """A method's own words: its file's docstring, and its settings with their comments, as they stand in the source."""
-    spec = find_spec(f"stepdistill.methods.{METHODS[name].module}")
+    module = METHODS[name].module
+    spec = find_spec(module if name in REGISTERED else f"stepdistill.methods.{module}")
     source = Path(spec.origin).read_text(encoding="utf-8")
     tree = ast.parse(source)
     settings = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
@@ -40,9 +47,9 @@ def algorithm(name: str) -> str:
     return "\n".join([ast.get_docstring(tree), "", "settings:", *lines[first:last], *more])
 
 
-def recipes(name: str | None = None) -> list[dict[str, str]]:
-    """[{name, path, method, teacher}] of the recipes that ship, or of the one that `name` finds."""
-    found = builtin() if name is None else {name: find(name)}
+def recipes(name: str | None = None, plugins: str | Path | None = None) -> list[dict[str, str]]:
+    """[{name, path, method, teacher}] of the recipes that ship and those of a folder of plugins, or of the one that `name` finds."""
+    found = builtin(plugins) if name is None else {name: find(name, plugins)}
     rows = []
     for key, path in found.items():
         values = Source.of_file(path).values
@@ -52,18 +59,18 @@ def recipes(name: str | None = None) -> list[dict[str, str]]:
     return rows
 
 
-def find(name: str | Path) -> Path:
-    """A recipe by its path, or by its built-in name."""
-    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}"):
+def find(name: str | Path, plugins: str | Path | None = None) -> Path:
+    """A recipe by its path, by its built-in name, or by its name in a folder of plugins, whose recipes/ is as that which ships."""
+    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}", *(() if plugins is None else (Path(plugins) / f"recipes/{name}.yaml",))):
         path = resources.locate(candidate)
         if path is not None and path.is_file():
             return path
-    near = difflib.get_close_matches(str(name), list(builtin()), n=1)
+    near = difflib.get_close_matches(str(name), list(builtin(plugins)), n=1)
     raise RequestError(f"there is no recipe '{name}': expected a YAML file or a built-in name; "
                        + (f"did you mean {near[0]}?" if near else f"built in are {', '.join(builtin())}"))
 
 
-def builtin() -> dict[str, Path]:
-    """Name -> file of the recipes that ship."""
-    root = resources.SHARE / "recipes"
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
+def builtin(plugins: str | Path | None = None) -> dict[str, Path]:
+    """Name -> file of the recipes that ship, which go before those of a folder of plugins."""
+    roots = [*(() if plugins is None else (Path(plugins).resolve() / "recipes",)), resources.SHARE / "recipes"]
+    return {path.relative_to(root).with_suffix("").as_posix(): path for root in roots for path in sorted(root.glob("*/*.yaml"))}

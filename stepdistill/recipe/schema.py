@@ -26,12 +26,14 @@ from ruamel.yaml import YAML
 
 from .. import resources
 from ..errors import RequestError
-from ..methods import METHODS, load_method
+from ..methods import KINDS, METHODS, load_method
+from . import plugins as outside
 from .catalogue import find
 from .messages import complaint, current, unknown
-from .stages import KINDS, staged
+from .resolved import resolved
+from .stages import staged
 from .values import read_guidance, read_prompts, read_resolution, under
-from .yaml import EntryPath, Source, unwrapped
+from .yaml import EntryPath, Source
 
 
 def _full_or_lora(value: Any) -> Any:
@@ -40,6 +42,9 @@ def _full_or_lora(value: Any) -> Any:
     if isinstance(value, RoleChoice | Critic) or isinstance(value, Mapping) and value:
         return value
     raise ValueError("should be full, or {lora: {rank: 32}}")
+
+
+Trackers = list[Literal["tensorboard", "wandb"]]
 
 
 class Strict(BaseModel):
@@ -55,7 +60,7 @@ class Teacher(Strict):
     """A pipeline, and what of it comes from elsewhere. A plain text is its base."""
 
     base: str                                    # a folder, a Hub id, a single .safetensors file
-    loras: list[Annotated[TeacherLora, BeforeValidator(under("path"))]] = []    # fused into its weights before anything lies on them
+    loras: list[Annotated[TeacherLora, BeforeValidator(under("path"), json_schema_input_type=str | TeacherLora)]] = []    # fused into its weights before anything lies on them
     revision: str | None = None                  # branch, tag or commit of a Hub id
     variant: str | None = None                   # of its weights' files, such as fp16; none: the plain ones, else the only one in its folder
     subfolder: str | None = None                 # of a local base, where the pipeline lies
@@ -105,8 +110,10 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0)         # none: train.lr
 
 
-Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts)]
-Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora)]
+Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], Field(min_length=2, max_length=2)])]
+Guidance = Annotated[float | tuple[float, float], PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], Field(min_length=2, max_length=2)])]
+Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
+Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
 
 
 class Samples(Strict):
@@ -139,6 +146,8 @@ class Data(Strict):
     count: int | None = Field(None, ge=1)        # of images, samples or pairs; none: all of a folder, endless Shapes
     cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
     batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
+    caption_dropout: float = Field(0.0, ge=0, lt=1)      # share of captions that give way to the one that guidance subtracts
+    flip: bool = False                           # of a folder's images the mirror images too; not where captions tell left from right
 
     @property
     def kind(self) -> str:
@@ -166,6 +175,7 @@ class Train(Strict):
     checkpoint_every: int | None = Field(None, ge=1)     # updates; none: at the end only
     keep: int | None = Field(None, ge=1)         # checkpoints that are kept, the newest ones; none: all
     log_every: int = Field(10, ge=1)             # updates
+    trackers: Trackers = ["tensorboard"]         # losses and pictures are shown there too; wandb: pip install stepdistill[wandb]
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
     compile: bool = False                        # torch.compile, by repeated block
@@ -181,17 +191,24 @@ class Evaluate(Strict):
     features: str = "assets/shapes-clip"         # their feature space: a CLIPModel's folder, or inception
 
 
+class Plugins(Strict):
+    """Methods, families, metrics and data from outside (plugins.md). A plain text is their folder."""
+
+    folder: str                                  # a file for each name lies in its methods/, families/, metrics/ or data/
+    sha256: str | None = None                    # of its .py files, which then must be these; none: whatever they are
+
+
 class Recipe(Strict):
     """One run. Of a recipe in stages (see stages.py) it is the last one's, and knows those before it."""
 
     method: str                                  # a name of `stepdistill methods`
-    teacher: Annotated[Teacher, BeforeValidator(under("base"))]                 # a folder, a Hub id, a file; or a table
-    resolution: Annotated[int | tuple[int, int], PlainValidator(read_resolution)] | None = None    # pixels: 768, or [height, width]; none: the teacher's own
+    teacher: Annotated[Teacher, BeforeValidator(under("base"), json_schema_input_type=str | Teacher)]      # a folder, a Hub id, a file; or a table
+    resolution: Resolution | None = None         # pixels: 768, or [height, width]; none: the teacher's own
     frames: int | None = Field(None, ge=1)       # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
-    critic: Annotated[Critic, BeforeValidator(_full_or_lora)] | None = None     # none: as the student
+    critic: Annotated[Critic, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | Critic)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
-    guidance: Annotated[float | tuple[float, float], PlainValidator(read_guidance)] = 1.0    # scale, or a range [low, high]; 1 is none
+    guidance: Guidance = 1.0                     # scale, or a range [low, high]; 1 is none
     negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own, mostly an empty text
     guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
     steps: int = Field(4, ge=1)                  # network evaluations of the student
@@ -199,10 +216,12 @@ class Recipe(Strict):
     data: Data
     train: Train
     evaluate: Evaluate = Evaluate()
+    plugins: Annotated[Plugins, BeforeValidator(under("folder"), json_schema_input_type=str | Plugins)] | None = None     # a folder of one's own; a run's recipe.yaml has its hash
     _source: Source = PrivateAttr()              # of this stage
     _given: Source = PrivateAttr()               # of the whole recipe
     _previous: Recipe | None = PrivateAttr(None)
     _taught_by: str = PrivateAttr("base")
+    _plugged: outside.Folder | None = PrivateAttr(None)
 
     @classmethod
     def load(cls, recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -210,8 +229,10 @@ class Recipe(Strict):
 
         RequestError names file and line, what was found, and the nearest valid name.
         """
-        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe))
-        source = current(source, overrides or {}).bounded()
+        overrides = {name: str(value) if isinstance(value, Path) else value for name, value in (overrides or {}).items()}
+        folder = overrides["plugins"] if isinstance(overrides.get("plugins"), str) else overrides.get("plugins.folder")
+        source = Source.of_mapping(recipe) if isinstance(recipe, Mapping) else Source.of_file(find(recipe, folder))
+        source = current(source, overrides).bounded()
         made: Recipe | None = None
         complaints: list[str] = []
         for taught_by, own in staged(source):
@@ -237,6 +258,11 @@ class Recipe(Strict):
     def previous(self) -> Recipe | None:
         """The stage before, whose student this one begins with; None for the first, and without stages."""
         return self._previous
+
+    @property
+    def plugged(self) -> outside.Folder | None:
+        """The folder of plugins, as it was when the recipe was read."""
+        return self._plugged
 
     @property
     def taught_by_previous(self) -> bool:
@@ -286,30 +312,7 @@ class Recipe(Strict):
 
         In stages, the last one's, and what each changes in them.
         """
-        plain = self._resolved()
-        if self.previous is None:
-            return plain
-        return plain | {"stages": [{"teacher": stage._taught_by} | _changes(plain, stage._resolved()) for stage in self.stages]}
-
-    def _resolved(self) -> dict[str, Any]:
-        plain = unwrapped(self.model_dump()) | {"settings": unwrapped(dataclasses.asdict(self.method_settings()))}
-        for role in ("student", "critic"):
-            if plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
-                plain[role] = "full"
-        plain["teacher"] = self.teacher.plain
-        if self.student.begins_with is not None:
-            given = unwrapped(self.student.lora.model_dump(exclude_unset=True))        # the rest is the LoRA's own
-            plain["student"] = {"from": resources.portable(self.student.begins_with), "lora": given}
-        elif plain["student"] != "full":
-            del plain["student"]["begins_with"]
-        paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
-        paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
-        paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
-                  for name in ("prompts", "path") if name in table]
-        for table, name in paths:
-            if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):
-                table[name] = resources.portable(table[name])
-        return plain
+        return resolved(self)
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""
@@ -324,9 +327,13 @@ class Recipe(Strict):
         return Recipe.load(self.resolved(), {"teacher.revision": revision})
 
     def _check(self) -> None:
-        """What can be known to fail without loading anything."""
+        """What can be known to fail without loading anything but the method of a plugin."""
+        self._plugged = self._open_plugins()
+        with self.blaming("method", f"is {self.method}, of a plugin"):
+            outside.load("methods", self.method, METHODS, self._plugged)
         if self.method not in METHODS:
-            raise self.refuse("method", f"is {self.method!r}, which " + unknown(self.method, METHODS, "method"))
+            known = [*METHODS, *outside.names("methods", self._plugged)]
+            raise self.refuse("method", f"is {self.method!r}, which " + unknown(self.method, known, "method"))
         with self.blaming("teacher", "cannot be loaded"):
             resources.pipeline(self.teacher.base)
         given = [name for name in KINDS if getattr(self.data, name) is not None]
@@ -341,10 +348,25 @@ class Recipe(Strict):
                                               "trains all weights: leave one out")
         self._check_counts()
 
+    def _open_plugins(self) -> outside.Folder | None:
+        if self.plugins is None:
+            return None
+        with self.blaming("plugins", "cannot be used"):
+            folder = outside.Folder.open(self.plugins.folder)
+        if self.plugins.sha256 not in (None, folder.sha256):
+            raise self.refuse("plugins.sha256", f"is {self.plugins.sha256[:12]}..., but the .py files of {folder.path} are {folder.sha256[:12]}...: they "
+                              "have changed. Put them back as they were; without sha256 they are taken as they are")
+        return folder
+
     def _check_counts(self) -> None:
         data = self.data
         if data.kind == "prompts" and (data.count or data.cache):
             raise self.refuse("data", "has count or cache, but prompts alone hold no images to count or keep")
+        if data.flip and (data.images is None or data.images == "shapes"):
+            raise self.refuse("data.flip", "is on, but the captions of Shapes tell left from right: leave it off" if data.images else
+                              f"is on, but data.{data.kind} have no images of yours to mirror: leave it off")
+        if data.caption_dropout and data.pairs is not None:
+            raise self.refuse("data.caption_dropout", f"is {data.caption_dropout:g}, but pairs are ways that the teacher took by their captions: leave it out")
         if data.made is not None and data.count is None:
             raise self.refuse("data", f"gives {data.kind} without a count: say how many the teacher shall make, such as count: 4096")
         if data.pairs is not None and data.pairs.steps % data.pairs.nodes:
@@ -353,13 +375,6 @@ class Recipe(Strict):
             raise self.refuse("data.cache", "is on, but Shapes are endless: say how many to keep, such as count: 20000")
         if data.batch % self.train.accumulate:
             raise self.refuse("train.accumulate", f"is {self.train.accumulate}, which does not divide the batch of {data.batch}")
-
-
-def _changes(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes `own` of `common`, a table's entries one by one; all settings where they are another method's."""
-    changed = {key: _changes(common[key], value) if isinstance(value, dict) and isinstance(common[key], dict) else value
-               for key, value in own.items() if key not in common or value != common[key]}
-    return changed | ({"settings": own["settings"]} if "method" in changed else {})
 
 
 def _fields(path: EntryPath) -> list[str]:

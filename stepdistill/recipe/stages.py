@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import RequestError
+from ..methods import KINDS
 from .yaml import EntryPath, Source, leaves
 
-KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each in place of the others
 TEACHERS = ("base", "previous")
-# What no stage can change: there is one teacher's pipeline.
-FIXED = ("stages", "revision", "teacher", "negative_prompt", "guidance_rescale")
+# What no stage can change: there is one teacher's pipeline, and one folder of plugins.
+FIXED = ("stages", "revision", "teacher", "negative_prompt", "guidance_rescale", "plugins")
 
 
 def staged(source: Source) -> list[tuple[str, Source]]:

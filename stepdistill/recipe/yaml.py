@@ -17,7 +17,7 @@ from ..errors import RequestError
 
 EntryPath = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
 SET = "--set "
-SHORT: dict[EntryPath, str] = {("teacher",): "base"}      # tables that may be written as a text -> the entry that the text is
+SHORT: dict[EntryPath, str] = {("teacher",): "base", ("plugins",): "folder"}      # tables that may be written as a text -> the entry that the text is
 
 
 @dataclass(frozen=True)

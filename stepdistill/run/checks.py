@@ -77,6 +77,8 @@ def check(recipe: Recipe) -> Checked:
     if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise recipe.refuse("train.optimizer", "is adamw8bit, which wants bitsandbytes, and that is not installed: "
                             "pip install stepdistill[bitsandbytes], or take adamw")
+    if "wandb" in recipe.train.trackers and find_spec("wandb") is None:
+        raise recipe.refuse("train.trackers", "names wandb, which is not installed: pip install stepdistill[wandb], or take tensorboard")
     if recipe.previous is not None:
         _check_succession(recipe, needs, roles)
     return Checked(settings, needs, roles)

@@ -21,8 +21,9 @@ from ..data.datasets import (
     teacher_pairs,
     teacher_samples,
 )
-from ..data.images import open_images
+from ..data.images import BothWays, Uncaptioned, open_images
 from ..data.prompts import Captions, open_prompts
+from ..data.sources import open_source
 from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
@@ -30,8 +31,11 @@ from ..diffusion.times import even
 from ..methods.base import due
 from ..models.stock import say_cut
 from ..models.teacher import Teacher
+from ..recipe import plugins
 from .checks import found
 from .setup import Run
+from .sources import is_outside
+from .teacher_checks import data_entry
 
 LOOKED_AT = 20_000                                    # prompts whose length is looked at
 SAMPLE = "teacher sample"                             # what the noises of the teacher's own samples are for
@@ -40,9 +44,14 @@ SAMPLE = "teacher sample"                             # what the noises of the t
 def captions(run: Run) -> Captions:
     """The pictures or prompts that the recipe names."""
     data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
+    if data.kind == "images" and is_outside(run.recipe, "data.images", data.images):
+        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher), seed, data.count)
+        return Uncaptioned(source) if reads == "nothing" else source
     if data.kind == "images":
         return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
     named = data.prompts if data.made is None else data.made.prompts
+    if is_outside(run.recipe, data_entry(run.recipe), named):
+        return open_source(named, plugins.mark_of("data", named), None, seed, None)
     if (named == "none") != (reads == "nothing"):
         right = f"reads {reads}: name some" if named == "none" else "reads neither texts nor classes: let it be none"
         raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None), f"is {named}, but the teacher {right}")
@@ -53,7 +62,8 @@ def dataset(run: Run, report: Report = silent) -> Dataset:
     """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
     if data.kind == "images":
-        return (cached_images if data.cache else live_images)(captions(run), encoders, cache)
+        images = captions(run)
+        return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images, encoders, cache)
     if data.kind == "prompts":
         return prompts_only(captions(run), encoders, cache)
     if data.kind == "pairs":

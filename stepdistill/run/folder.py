@@ -25,12 +25,13 @@ from ..files.lock import LOCK, locked
 from ..files.whole import PARTIAL, sweep, write_whole
 from ..models.sources import cached_file
 from ..recipe import Recipe
+from ..recipe.plugins import BROUGHT
 from ..training import checkpoints
 from .resuming import CHANGES, RECIPE, STAGES, resumed
 from .telling import FILE as LOG
 
 ENVIRONMENT, RESULTS, SAMPLES = "environment.json", "results.json", "samples"
-BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", SAMPLES, "checkpoints", STAGES, CHANGES,
+BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", "wandb", "wandb.id", SAMPLES, "checkpoints", STAGES, CHANGES,
          LOG, LOCK)
 """What a run writes before its first checkpoint."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -148,7 +149,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv,
             "python": platform.python_version(), "platform": platform.platform(), "device": f"{device.type}: {name}",
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": parallel.world_size(),
-            "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}}
+            "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}} | (
+        {"plugins": {"/".join(named): found.mark for named, found in BROUGHT.items()}} if BROUGHT else {})
 
 
 def moment(device: torch.device) -> dict[str, Any]:
@@ -179,11 +181,18 @@ def results_of(run: Path) -> dict[str, Any] | None:
     return read_results(path) if path.is_file() else None
 
 
-def state_of(run: Path, role: str) -> tuple[Path, dict[str, Tensor]]:
+def state_of(run: Path, role: str, step: int | None = None) -> tuple[Path, dict[str, Tensor]]:
     """(the newest checkpoint whose file of a role is whole, that role's state). Those that are damaged are named in a warning.
+    step: that of a checkpoint that is asked for.
 
     RequestError where there is none.
     """
+    if step is not None:
+        kept = {checkpoints.step_of(place): place for place in checkpoints.found(run)}
+        if step not in kept:
+            raise RequestError(f"{run} has no checkpoint of step {step}; it has those of {', '.join(map(str, sorted(kept))) or 'none'} "
+                               "(train.checkpoint_every and train.keep say which are kept)")
+        return kept[step], checkpoints.load_role(kept[step], role)
     found = checkpoints.newest(run, lambda folder: checkpoints.load_role(folder, role))
     if found is None:
         raise RequestError(f"{run} has no checkpoint yet: train on with `{resumption(run)}`")

@@ -113,7 +113,7 @@ def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
     latents = prod(run.teacher.latent_shape) * (1 if data.pairs is None else 1 + data.pairs.nodes)
     sample = FLOAT * (latents + sum(tensor.numel() for tensor in tensors_in(vars(cond).values())))
     same = any(stage.data.model_dump(exclude={"batch"}) == data.model_dump(exclude={"batch"}) for stage in earlier)
-    cached = data.count if data.count and (data.cache or data.made is not None) and not same else 0
+    cached = data.count * (1 + data.flip) if data.count and (data.cache or data.made is not None) and not same else 0
     return checkpoints * each + rows["student"]["bytes"] + cached * sample
 
 

@@ -10,20 +10,22 @@ from ..data.cache import flat
 from ..errors import RequestError
 from ..files.whole import write_whole
 from ..recipe import Recipe
+from ..recipe.yaml import Source
 from ..training import checkpoints
 
 RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
-FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every",
-        "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate")
+FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers",
+        "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate", "plugins.folder")
 """Entries that hold from the next step on, and of which nothing that is saved depends."""
 
 
 def resumed(run: Path, recipe: Recipe) -> Recipe:
     """The recipe to go on with: as asked, on the teacher's commit that the run was begun on.
 
-    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have.
+    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have. A folder of plugins may lie
+    elsewhere now, with the same files.
     """
-    begun = Recipe.load(run / RECIPE)
+    begun = _begun(run, recipe)
     revision = begun.teacher.revision
     if revision is not None and recipe.teacher.revision is None and recipe.teacher.base == begun.teacher.base:
         recipe = recipe.pinned(revision)
@@ -44,13 +46,19 @@ def changes(begun: Recipe, asked: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def write_down(run: Path, recipe: Recipe) -> None:
     """The recipe that a run goes on with, in place of the one before, and a line a change in changes.jsonl."""
-    if parallel.rank() or not (changed := changes(Recipe.load(run / RECIPE), recipe)):
+    if parallel.rank() or not (changed := changes(_begun(run, recipe), recipe)):
         return
     path, saved = run / CHANGES, checkpoints.latest(run)
     step = 0 if saved is None else checkpoints.step_of(saved)
     lines = "".join(json.dumps({"step": step, "entry": key, "was": was, "now": now}) + "\n" for key, (was, now) in changed.items())
     write_whole(path, (path.read_bytes() if path.is_file() else b"") + lines.encode())
     write_whole(run / RECIPE, recipe.dump().encode())
+
+
+def _begun(run: Path, recipe: Recipe) -> Recipe:
+    """The recipe that a run was begun with, with its plugins where they lie now."""
+    had = Source.of_file(run / RECIPE).values.get("plugins") is not None
+    return Recipe.load(run / RECIPE, {"plugins.folder": recipe.plugins.folder} if had and recipe.plugins is not None else {})
 
 
 def _check_updates(run: Path, begun: Recipe, recipe: Recipe, changed: dict[str, tuple[Any, Any]]) -> None:

@@ -3,7 +3,7 @@ device."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Previous:
 @dataclass(frozen=True)
 class Run:
     """A recipe with everything that it names. stock: how a stock pipeline samples the student. previous: the checksum
-    of the student that it began with."""
+    of the student that it began with. role: what samples, where that was chosen; checkpoint: where its weights were read from."""
 
     recipe: Recipe
     teacher: Teacher
@@ -56,10 +56,17 @@ class Run:
     stock: StockCall
     device: torch.device
     previous: str | None = None
+    role: str | None = None
+    checkpoint: Path | None = None
 
     @property
     def sampling_role(self) -> str:
-        return sampling_role(self.recipe)
+        return self.role or sampling_role(self.recipe)
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint."""
+        return None if self.checkpoint is None else checkpoints.step_of(self.checkpoint)
 
     @property
     def guidance(self) -> float:
@@ -132,15 +139,27 @@ def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
     return Weights(student_setting(recipe), state, needs_of(recipe)["student"].reads)
 
 
-def open_run(run: str | Path) -> Run:
-    """A run with its sampling role as the last checkpoint left it, in float32 on the CPU."""
-    opened = setup(folder.recipe_of(Path(run)), torch.device("cpu"), torch.float32, attention="auto")
-    checkpoint, state = folder.state_of(Path(run), opened.sampling_role)
+def open_run(run: str | Path, step: int | None = None, weights: str | None = None) -> Run:
+    """A run with its sampling role as a checkpoint left it, in float32 on the CPU. step: of the checkpoint, the last one's
+    unless given; weights: "ema" or "student", where a run has both."""
+    recipe = folder.recipe_of(Path(run))
+    check_weights(recipe, weights)
+    opened = setup(recipe, torch.device("cpu"), torch.float32, attention="auto")
+    role = weights or opened.sampling_role
+    checkpoint, state = folder.state_of(Path(run), role, step)
     try:
-        opened.roles.load_state_dict(opened.sampling_role, state)
+        opened.roles.load_state_dict(role, state)
     except ValueError as error:
         raise RequestError(f"{checkpoint} does not fit the recipe beside it: {error}") from error
-    return opened
+    return replace(opened, role=role, checkpoint=checkpoint)
+
+
+def check_weights(recipe: Recipe, weights: str | None) -> None:
+    """RequestError for weights that a run has not."""
+    if weights not in (None, "ema", "student"):
+        raise RequestError(f"--weights {weights}: there are ema and student")
+    if weights == "ema" and recipe.train.ema is None:
+        raise RequestError(f"--weights ema: {recipe.name} keeps no average (train.ema is none): take student, or leave it out")
 
 
 def train_config(recipe: Recipe) -> TrainConfig:

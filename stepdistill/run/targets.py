@@ -22,13 +22,13 @@ from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_guidance, stock_prompts, text_to_image
 from ..models.loading import caller
-from ..models.sources import Source, cached_file, call_of, index_at
+from ..models.sources import Source, cached_file, call_of, class_at, index_at
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
-from ..training import checkpoints
+from ..recipe.plugins import Folder
 from .folder import is_run
 from .setup import Run, open_run
-from .sources import located
+from .sources import bring_family, located
 
 FEW = 4                                            # steps of a few-step generator of others that does not say its own
 FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
@@ -44,21 +44,26 @@ class Opened:
     guidance: float | None = None
 
 
-def open_target(name: str | Path | Source, called: str, few_step: bool = False, say: Callable[[str], None] = print) -> Opened:
+def open_target(name: str | Path | Source, called: str, few_step: bool = False, say: Callable[[str], None] = print,
+                plugins: Folder | None = None, checkpoint: int | None = None, weights: str | None = None) -> Opened:
     """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables.
 
     few_step: the pipeline is a few-step generator, whoever made it. One whose scheduler is made for such is taken for one with a word.
+    plugins: where the family of a pipeline may lie; a run has its own. checkpoint, weights: of a run, as of `open_run`.
     """
     found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
-        run = open_run(found)
+        run = open_run(found, checkpoint, weights)
         target = student_target(run, called)
         made = made_of(Source(str(found))) | dict(target.made) | {"teacher": made_of(run.teacher.source)}
-        target = replace(target, made=made, identity=fingerprint(checkpoints.latest(found)))
+        target = replace(target, made=made, identity=fingerprint(run.checkpoint))
         return Opened(target, Source(str(found)), run.teacher.source, run.guidance)
+    if checkpoint is not None or weights is not None:
+        raise RequestError(f"{name} is no run folder, and checkpoints and a choice of ema or student are a run's: leave --checkpoint and --weights out")
     if found is not None and is_export(found):
-        return _open_export(found, called)
+        return _open_export(found, called, plugins)
     source = located(Source.of(name))
+    bring_family(class_at(source), plugins)
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
     given = _given(pipeline, source)
@@ -163,8 +168,9 @@ def asking(pipeline: DiffusionPipeline) -> Iterator[None]:
         raise RequestError(f"a {type(pipeline).__name__} draws nothing of a prompt alone, as `sample` and `bench` ask it to: {first_lines(error)}") from error
 
 
-def _open_export(folder: Path, called: str) -> Opened:
+def _open_export(folder: Path, called: str, plugins: Folder | None) -> Opened:
     settings = read_settings(folder)
+    bring_family(settings["pipeline"], plugins)
     teacher = located(base_of(settings))
     pipeline, call = open_export(folder, teacher)
     trained = settings["trained_guidance"]

@@ -13,17 +13,19 @@ from ..models.families import Family
 from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
 from ..models.schedulers import stock_call
-from ..models.sources import index_at
+from ..models.sources import class_at, index_at
 from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
-from .sources import source_of
+from .sources import bring_family, is_outside, source_of
 
 
 def family(recipe: Recipe) -> Family:
     """The family of the recipe's teacher, before any weights are read."""
     with recipe.blaming("teacher", "cannot be loaded"):
-        return family_at(source_of(recipe))
+        source = source_of(recipe)
+        bring_family(class_at(source), recipe.plugged)
+        return family_at(source)
 
 
 def check_family(recipe: Recipe) -> None:
@@ -31,6 +33,7 @@ def check_family(recipe: Recipe) -> None:
     samples."""
     served = family(recipe)
     points, (path, data) = served.samples == "points", _data(recipe)
+    is_outside(recipe, path, data)
     if points and not _are_points(data):
         raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
                             f"folder, {recipe.teacher.base}")
@@ -65,12 +68,15 @@ def _entry(recipe: Recipe, path: str) -> object:
     return found
 
 
+def data_entry(recipe: Recipe) -> str:
+    """Where the recipe names its images or prompts."""
+    return f"data.{recipe.data.kind}" + ".prompts" * (recipe.data.made is not None)
+
+
 def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
     """Where the recipe names its images or prompts, and which."""
     data = recipe.data
-    if data.made is not None:
-        return f"data.{data.kind}.prompts", data.made.prompts
-    return f"data.{data.kind}", data.images or data.prompts
+    return data_entry(recipe), data.images or data.prompts if data.made is None else data.made.prompts
 
 
 def _are_points(data: str | tuple[str, ...]) -> bool:

@@ -61,11 +61,13 @@ class Trainer:
 
     on_step: called after every training step with its number, from 1: pictures, evaluation, benchmarks. They may use
     the global random generators as they like: training draws from none. on_start: called before the first step with
-    the steps that are done: a run that was killed after it saved may owe pictures of that step.
+    the steps that are done: a run that was killed after it saved may owe pictures of that step. picture: where the picture of a step
+    lies, if on_step made one.
     """
 
     def __init__(self, method: Method, roles: Roles, stream: Stream, config: TrainConfig, run_dir: Path,
-                 on_step: Sequence[Callable[[int], None]] = (), on_start: Sequence[Callable[[int], None]] = ()) -> None:
+                 on_step: Sequence[Callable[[int], None]] = (), on_start: Sequence[Callable[[int], None]] = (),
+                 picture: Callable[[int], Path] | None = None) -> None:
         self.device, self.roles, self.stream, self.config = launched(), roles, stream, config
         self.run_dir, self.on_step, self.on_start, self.updates = Path(run_dir), on_step, on_start, method.updates()
         trained = dict.fromkeys(role for update in self.updates for role in update.trains)
@@ -79,7 +81,7 @@ class Trainer:
         frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, FIXED)}
         self.saved = [role for role in roles.names if role not in frozen and roles.state_dict(role)]
         self.enabled: tuple[str, ...] = ()
-        self.images, self.done = 0, 0
+        self.images, self.done, self.picture = 0, 0, picture
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -97,8 +99,7 @@ class Trainer:
             if self.config.compile:
                 self.warm_up()
             self.tell(self.on_start, self.done)
-            with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config.updates,
-                                                         self.done) as tracker:
+            with interruptions() as interrupted, Tracker(self.run_dir, self.device, self.config, self.done) as tracker:
                 for index in range(self.done, self.config.updates):
                     self.finish(index + 1, self.step(index), tracker, interrupted)
         except KeyboardInterrupt:                       # Ctrl-C for the second time
@@ -219,6 +220,8 @@ class Trainer:
                 tracker.sync()
                 self.save(step)
             self.tell(self.on_step, step)
+            if self.picture is not None:
+                tracker.picture(step, self.picture(step))
             if stopping:
                 raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
 

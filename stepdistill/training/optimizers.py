@@ -4,7 +4,7 @@ Its moments are float32, or 8 bits by bitsandbytes (Dettmers et al. 2022, arXiv:
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import cos, inf, pi
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class TrainConfig:
     checkpoint_every: int | None = None     # steps; the last step is always saved
     keep: int | None = None                 # checkpoints that are kept, the newest ones; None: all
     log_every: int = 10                     # steps between transfers of losses from the device
+    trackers: Sequence[str] = ("tensorboard",)      # that losses and pictures are shown to
 
     def __post_init__(self) -> None:
         for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep"):

@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, timings.jsonl, TensorBoard, a progress bar, and lines where there is none."""
+"""What a run says about itself: metrics.jsonl, timings.jsonl, trackers, a progress bar, and lines where there is none."""
 from __future__ import annotations
 
 import json
@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
@@ -19,11 +20,13 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from .. import parallel
+from ..data.images import read_picture
 from ..files import records
 from ..files.whole import put_aside, write_whole
+from .launch import trackers
+from .optimizers import TrainConfig
 
 REFRESH = 0.5                     # seconds between redraws of the progress bar
 log = logging.getLogger("stepdistill")
@@ -74,8 +77,8 @@ class Tracker:
     step.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device, total: int, done: int) -> None:
-        self.run_dir, self.device = run_dir, device
+    def __init__(self, run_dir: Path, device: torch.device, config: TrainConfig, done: int) -> None:
+        self.run_dir, self.device, total = run_dir, device, config.updates
         self.pending: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
         self.main = parallel.rank() == 0
         self.images, self.paused, self.seconds, self.drawn = 0, 0.0, 0.0, 0.0
@@ -89,7 +92,7 @@ class Tracker:
             truncate(run_dir / "metrics.jsonl", done)
             before = truncate(run_dir / "timings.jsonl", done, records.Timing)
             self.seconds = before[-1]["seconds"] if before else 0.0
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+            self.boards = trackers(config.trackers, run_dir, done, asdict(config))
         self.since = time.perf_counter()
 
     def __enter__(self) -> Tracker:
@@ -99,8 +102,8 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-        if self.main:
-            self.board.close()
+        for board in self.boards if self.main else ():
+            board.finish()
 
     def add(self, step: int, rates: dict[str, float], values: dict[str, Tensor], images: int) -> None:
         """After step number `step`, from 1: its learning rates, its losses and norms, () each, and the images that it
@@ -143,6 +146,14 @@ class Tracker:
             with (self.run_dir / name).open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
+    def picture(self, step: int, file: Path) -> None:
+        """Shows a picture of this step to the trackers, if there is one."""
+        if not self.main or not self.boards or not file.is_file():
+            return
+        pixels = ((read_picture(file) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)[None].numpy()
+        for board in self.boards:
+            board.log_images({"samples": pixels}, step=step, **({"dataformats": "NHWC"} if board.name == "tensorboard" else {}))
+
     def _write(self, rows: list[dict[str, float]], seconds: float) -> None:
         last, held = rows[-1], memory(self.device)
         rate = self.images / seconds
@@ -151,9 +162,9 @@ class Tracker:
         for name, lines in (("metrics.jsonl", rows), ("timings.jsonl", [timing])):
             with (self.run_dir / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-        for name, value in (last | timing).items():
-            if name != "step":
-                self.board.add_scalar(name, value, last["step"])
+        shown = {name: value for name, value in (last | timing).items() if name != "step"}
+        for board in self.boards:
+            board.log(shown, step=last["step"])
         self.bar.figures = ", ".join([*(f"{name.split('/')[1]} {value:.4g}" for name, value in last.items()
                                         if "/" in name and not name.startswith(("grad_norm/", "lr/"))),
                                       f"{rate:.3g} images/s", f"{held / 2**30:.2f} GiB"])

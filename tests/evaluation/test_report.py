@@ -110,9 +110,9 @@ def test_the_front_can_be_drawn(rows):
 def test_the_protocols_id_forgets_the_folder_and_nothing_else():
     assert replace(PROTOCOL, features="c/d@123").id == PROTOCOL.id
     others = {"features": "a/b@124", "dim": 65, "judge": "j", "reference": "r", "resize": "z", "dtype": "d", "prompts": "q",
-              "samples": 1, "seed": 1, "estimator": "e", "also": ("x@1",)}
+              "samples": 1, "seed": 1, "estimator": "e", "also": ("x@1",), "metrics": {"contrast": "1"}}
     assert set(others) == {field.name for field in fields(Protocol)}
-    assert "also" not in PROTOCOL.record() and replace(PROTOCOL, also=("c/x@1",)).id == replace(PROTOCOL, also=("d/x@1",)).id
+    assert not {"also", "metrics"} & PROTOCOL.record().keys() and replace(PROTOCOL, also=("c/x@1",)).id == replace(PROTOCOL, also=("d/x@1",)).id
     assert PROTOCOL.id == "e06cfeb4668bdfab", "figures of before stay comparable"
     for name, other in others.items():
         assert replace(PROTOCOL, **{name: other}).id != PROTOCOL.id, name

@@ -206,7 +206,7 @@ def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, co
         asked.append((source, revision))
         return real(copy, **parts)
 
-    monkeypatch.setattr(sources, "_unreachable", lambda: None)
+    monkeypatch.setattr(sources, "unreachable", lambda: None)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", real_config)
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
@@ -220,7 +220,7 @@ def test_what_the_hub_does_not_supply_is_a_bad_request(monkeypatch):
     def load_config(source, **options):
         raise OSError("owner/name is not a local folder and is not a valid model identifier\nmore")
 
-    monkeypatch.setattr(sources, "_unreachable", lambda: None)
+    monkeypatch.setattr(sources, "unreachable", lambda: None)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
     refused("owner/name", "owner/name", "not a valid model identifier")
 

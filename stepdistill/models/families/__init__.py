@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ..vision import VisionConfig, published
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-FAMILIES = {                                       # pipeline class -> module of this package
+FAMILIES: dict[str, str | Family] = {              # pipeline class -> module of this package, or a family from outside
     "StableDiffusionPipeline": "unet2d_condition",
     "StableDiffusionXLPipeline": "unet2d_condition",
     "StableDiffusion3Pipeline": "sd3",
@@ -49,7 +50,20 @@ Size = tuple[int, ...] | None                      # height, width in pixels, of
 
 def family_of(class_name: str) -> Family:
     """The row of a pipeline class, a key of FAMILIES."""
-    return import_module(f".{FAMILIES[class_name]}", __package__).FAMILY
+    row = FAMILIES[class_name]
+    return row if isinstance(row, Family) else import_module(f".{row}", __package__).FAMILY
+
+
+def register_family(pipeline: str, family: Family) -> None:
+    """Makes the family of a pipeline class of diffusers known in this process. RequestError for a class that one of ours is for, and
+    for one that diffusers has not."""
+    if isinstance(FAMILIES.get(pipeline), str):
+        raise RequestError(f"{pipeline} has a family of stepdistill's own, which is not replaced")
+    if not isinstance(family, Family):
+        raise RequestError(f"the family of {pipeline} should be a stepdistill.models.families.Family; found {family!r}")
+    if pipeline not in dir(diffusers):
+        raise RequestError(f"diffusers {diffusers.__version__} has no {pipeline}: a family is registered for a class of its pipelines")
+    FAMILIES[pipeline] = family
 
 
 def text_to_image(class_name: str) -> str:

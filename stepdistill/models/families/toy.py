@@ -76,6 +76,7 @@ FAMILY = Family(
     unserved={
         "negative_prompt": f"the teacher is Toy, {NO_TEXT}",
         "guidance_rescale": f"the teacher is Toy, {NO_TEXT}",
+        "data.flip": f"{POINTS}, which have no mirror image: leave it off",
         "teacher.quantization": "the teacher is Toy, whose network is small: leave it out",
         "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
         "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",

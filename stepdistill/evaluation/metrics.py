@@ -1,0 +1,67 @@
+"""Metrics from outside: a figure of one's own in each row of a bench."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+
+METRICS: dict[str, Metric] = {}
+OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes", "to_teacher")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """of: pictures, and where it reads prompts those, -> a number for each picture."""
+
+    of: Callable[..., Tensor]
+    prompts: bool
+
+
+def register_metric(name: str, metric: Callable[..., Tensor], prompts: bool = False) -> None:
+    """Makes a metric known by its name, in this process: `stepdistill bench ... --metric NAME`.
+
+    metric(pixels): (B, 3, H, W) float32 in [-1, 1] on the CPU -> (B,), a number for each picture; its mean over a row's
+    pictures is the figure. prompts: it is called metric(pixels, prompts), with a text for each; rows of pictures that were
+    made for no prompt have no figure then. RequestError for a name of ours.
+    """
+    if name.removesuffix("_low").removesuffix("_high") in OWN or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise RequestError(f"a metric is named by small letters, digits and _, and by none of {', '.join(OWN)}; found {name!r}")
+    METRICS[name] = Metric(metric, prompts)
+
+
+def more_metrics(protocol: Mapping[str, Any]) -> list[str]:
+    """The metrics of plugins that rows of results.json have."""
+    return list(protocol.get("metrics", {}))
+
+
+class Means:
+    """Running means of metrics over the pictures of a row. marks: name -> what changes with its code."""
+
+    def __init__(self, marks: Mapping[str, str]) -> None:
+        self.names, self.sums, self.count = tuple(marks), dict.fromkeys(marks, 0.0), 0
+
+    def add(self, pixels: Tensor, prompts: Sequence[str] | None) -> None:
+        """pixels (B, 3, H, W), perhaps none. prompts: those that they were made for, None for none."""
+        self.count += len(pixels)
+        for name in self.names if len(pixels) else ():
+            metric = METRICS[name]
+            if not metric.prompts or prompts is not None:
+                self.sums[name] += _values(name, metric, pixels, prompts).double().sum().item()
+
+    def figures(self, prompted: bool) -> dict[str, float | None]:
+        """prompted: whether the pictures were made for prompts."""
+        return {name: None if METRICS[name].prompts and not prompted else self.sums[name] / self.count for name in self.names}
+
+
+def _values(name: str, metric: Metric, pixels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    with torch.inference_mode():
+        found = metric.of(pixels, list(prompts)) if metric.prompts else metric.of(pixels)
+    if not isinstance(found, Tensor) or found.shape != (len(pixels),) or not found.isfinite().all():
+        raise RequestError(f"the metric {name} should give a tensor of {len(pixels)} finite numbers, one a picture; found {found!r:.200}")
+    return found
