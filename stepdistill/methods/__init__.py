@@ -66,6 +66,8 @@ METHODS: dict[str, Entry] = {
                  needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 4)),
     "swiftbrush": Entry("distribution.swiftbrush", "SwiftBrush", "SwiftBrush", "2312.05239", "distribution",
                         needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(1, 1)),
+    "tdm": Entry("distribution.tdm", "TDM", "Trajectory Distribution Matching", "2503.06674", "distribution",
+                 needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(2, 8)),
     "add": Entry("adversarial.add", "ADD", "Adversarial Diffusion Distillation", "2311.17042", "adversarial",
                  needs=("teacher", "student", "decode", "features", "discriminator"),
                  data=("images", "samples"), steps=(1, 4)),

@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
-METHODS = (DI, DMD, DMD2, SID, SWIFT)
+DI, DMD, DMD2, SID, SWIFT, TDM = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush", "tdm"
+METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM)
 
 FAULTS = (
     # Diff-Instruct
@@ -133,6 +133,48 @@ FAULTS = (
     of(SWIFT, "critic on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
     of(SWIFT, "sample kept with its gradient", 'step.kept["sample"] = x.detach()', 'step.kept["sample"] = x'),
     of(SWIFT, "the critic's error in x_0", "t), t, cond).eps, eps)", "t), t, cond).x0, x)"),
+    # TDM
+    of(TDM, "critic_steps unread", "n = self.settings.critic_steps", "n = 1"),
+    of(TDM, "critic_target unread", 'if self.settings.critic_target == "x0"', "if True"),
+    of(TDM, "temperature unread", "self.settings.temperature or eps[0].numel()", "eps[0].numel()"),
+    of(TDM, "the exact importance", "self.settings.temperature or eps[0].numel()", "self.settings.temperature or 1.0"),
+    of(TDM, "no importance", "like(weight, error) * error).mean()", "error).mean()"),
+    of(TDM, "levels unread", 'if self.settings.levels == "segment"', "if True"),
+    of(TDM, "random_end unread", "if self.settings.random_end:", "if False:"),
+    of(TDM, "loss unread", "distance(settings.loss,", 'distance("huber",'),
+    of(TDM, "huber_c unread", "settings.huber_c)", "0.001)"),
+    of(TDM, "no bound on the SNR", "min_snr(self.schedule, t)", "min_snr(self.schedule, t, 1e9)"),
+    of(TDM, "the rollout's noise again", 'eps = step.normal("noise", batch.shape)', 'eps = step.normal("start", batch.shape)'),
+    of(TDM, "the student's noise the rollout's again", 'x_s, step.normal("noise", batch.shape), s, t)',
+       'x_s, step.normal("start", batch.shape), s, t)'),
+    of(TDM, "x_0 noised, not the state", "x_t = self.schedule.renoise(x_s, eps, s, t)", "x_t = self.schedule.add_noise(x0, eps, t)"),
+    of(TDM, "x_0 noised for the student", 'self.schedule.renoise(x_s, step.normal("noise", batch.shape), s, t)',
+       'self.schedule.add_noise(x0, step.normal("noise", batch.shape), t)'),
+    of(TDM, "a rollout of its own for the student", "x0, x_s, s, t = self.state(batch, step)\n        with",
+       'step.kept["states"] = way(self.sampler, self.student, batch.cond, step, batch.shape)\n'
+       "        x0, x_s, s, t = self.state(batch, step)\n        with"),
+    of(TDM, "the critic's state keeps its gradient", "with torch.no_grad():\n            x0, x_s", "with torch.enable_grad():\n            x0, x_s"),
+    of(TDM, "the aim keeps its gradient", "        with torch.no_grad():\n            x_t = self.schedule.renoise(x_s, step",
+       "        with torch.enable_grad():\n            x_t = self.schedule.renoise(x_s, step"),
+    of(TDM, "one exit for all", 'step.integers("exit", self.sampler.nfe)',
+       'step.integers("exit", self.sampler.nfe) * 0 + int(step.shared("exit") * self.sampler.nfe)'),
+    of(TDM, "the last segment alone", 'step.integers("exit", self.sampler.nfe)', 'step.integers("exit", 1) + self.sampler.nfe - 1'),
+    of(TDM, "levels of the next segment", "(s + MARGIN).clamp(min=LOWEST), end - MARGIN",
+       "(s + MARGIN).clamp(min=LOWEST), 2 * end - s - MARGIN"),
+    of(TDM, "all noise counts as fresh", "return 1 - (kept / self.schedule.sigma(t)) ** 2", "return 1 - 0 * kept"),
+    of(TDM, "real and fake swapped", "x0 + real - fake, dmd", "x0 + fake - real, dmd"),
+    of(TDM, "normalised by the critic", "dmd(x0, real)", "dmd(x0, fake)"),
+    of(TDM, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(TDM, "critic guided too", "fake = self.critic(", "fake = guided(self.critic, drawn(self.guidance, step))("),
+    of(TDM, "student first", "return [Update((\"critic\",), self.critic_loss, repeat=n, shares=n),\n"
+       "                Update((\"student\",), self.student_loss, shares=1)]",
+       "return [Update((\"student\",), self.student_loss, shares=1), Update((\"critic\",), self.critic_loss, repeat=n, shares=n)]"),
+    Fault("the importance the other way", "losses.matching", "(eps.square() - e.square())", "(e.square() - eps.square())", (TDM,)),
+    Fault("the importance's exponent doubled", "losses.matching", "/ (2 * temperature)", "/ temperature", (TDM,)),
+    Fault("states taken for clean data", "losses.matching", "x0 = like(1 / schedule.alpha(s), x_s) * (x_s - like(lacking, x_s) * eps)",
+          "x0 = like(1 / schedule.alpha(s), x_s) * x_s", (TDM,)),
+    Fault("gradients through the whole rollout", "diffusion.rollout", "    on_the_way = sampler.states(role, step",
+          "    torch.set_grad_enabled(True)\n    on_the_way = sampler.states(role, step", (TDM,)),
     # what they share
     Fault("the sign of the match", "losses.matching", "x - like(weight, x) * (fake - real)",
           "x + like(weight, x) * (fake - real)", (DI, DMD, DMD2, SWIFT)),
