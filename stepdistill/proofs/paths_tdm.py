@@ -14,14 +14,14 @@ from .problem import Check, Problem
 
 STATE = {"critic_target": "state", "critic_steps": 2}
 PATHS = (
-    Path("the defaults, shapes/tdm, shapes-sd3/tdm", steps=4, elsewhere=True),
+    Path("the defaults", steps=4, elsewhere=True),
+    Path("shapes/tdm, shapes-sd3/tdm", {"critic_target": "state"}, steps=4, moments=(0, 1), elsewhere=True),
     Path("toy/tdm, not guided", STATE, steps=4, guidance=1.0, elsewhere=True),
     Path("one segment", steps=1, moments=(0, 1)),
     Path("two segments", steps=2),
     Path("a range of guidance", steps=4, guidance=(1.5, 4.0)),
     Path("a teacher with its guidance within", steps=2, within=True),
     Path("critic_steps 3", {"critic_steps": 3}, steps=2),
-    Path("the law of the states", {"critic_target": "state"}, steps=4, moments=(0, 1)),
     Path("the exact importance", {"temperature": 1.0}, steps=4),
     Path("temperature 5", {"temperature": 5.0}, steps=4),
     Path("levels up to 1", {"levels": "above"}, steps=4, moments=(0, 1)),

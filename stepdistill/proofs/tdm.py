@@ -61,7 +61,8 @@ def on_trajectory(problem: Problem, steps: int, off: Tensor) -> FunctionRole:
 def at_rest(problem: Problem) -> Iterator[Check]:
     """The states of `on_trajectory` have the guided teacher's laws."""
     off = torch.zeros(problem.dim, dtype=torch.float64, requires_grad=True)
-    guided, student = problem.law(problem.covariance, problem.guided_cond(1, problem.w).text[0]), on_trajectory(problem, STEPS, off)
+    guided = problem.law(problem.covariance, problem.guided_cond(1, problem.w).text[0])
+    student = on_trajectory(problem, STEPS, off)
     batch, pupil = problem.batch(MANY, data=False), OffsetRole(guided, MANY, problem.dim)
     step = problem.step(MANY, "critic")
     loss = made(problem, student, pupil, critic_target="state").critic_loss(batch, step)["denoising"]
@@ -75,8 +76,9 @@ def at_rest(problem: Problem) -> Iterator[Check]:
 def unbiased(problem: Problem) -> Check:
     """All laws of an affine student are normal: at each state of its way its x_0 has a mean and a covariance. Samples
     whose noise is mostly fresh have a weight of small variance."""
-    student, schedule, mean, one = problem.affine(), problem.schedule, torch.zeros(problem.dim).double(), torch.eye(problem.dim).double()
-    (m, S), covariance, laws = (student.m.detach(), student.S.detach()), one, []
+    student, schedule, one = problem.affine(), problem.schedule, torch.eye(problem.dim).double()
+    (m, S), laws = (student.m.detach(), student.S.detach()), []
+    mean, covariance = torch.zeros_like(m), one
     for i in range(STEPS):
         t, s = (torch.tensor([1 - n / STEPS], dtype=torch.float64) for n in (i, i + 1))
         laws.append(problem.law(S @ covariance @ S.T, m + S @ mean))
@@ -100,7 +102,8 @@ def unbiased(problem: Problem) -> Check:
 def levels(problem: Problem) -> Check:
     """Of the noisiest segment."""
     student = FunctionRole(problem.schedule, lambda x, t, cond: x / 2)
-    method, batch, step = made(problem, student, problem.teacher), problem.batch(MANY, data=False), problem.step(MANY, "critic")
+    method, step = made(problem, student, problem.teacher), problem.step(MANY, "critic")
+    batch = problem.batch(MANY, data=False)
     method.critic_loss(batch, step)
     *_, s, t = method.state(batch, step)
     law = torch.arange(760, 991, dtype=torch.float64) / 1000

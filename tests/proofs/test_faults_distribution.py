@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-DI, DMD, DMD2, SID, SWIFT, TDM = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush", "tdm"
-METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM)
+DI, DMD, DMD2, SID, SWIFT, TDM, BACK = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush", "tdm", "disback"
+METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM, BACK)
 
 FAULTS = (
     # Diff-Instruct
@@ -175,6 +175,28 @@ FAULTS = (
           "x0 = like(1 / schedule.alpha(s), x_s) * x_s", (TDM,)),
     Fault("gradients through the whole rollout", "diffusion.rollout", "    on_the_way = sampler.states(role, step",
           "    torch.set_grad_enabled(True)\n    on_the_way = sampler.states(role, step", (TDM,)),
+    # DisBack
+    of(BACK, "the student does not wait", "since=self.settings.recording", "since=0"),
+    of(BACK, "no critic step after the last record", "(self.records + 1) * self.record_every", "self.records * self.record_every"),
+    of(BACK, "records never stop", "until=(i + 1) * settings.record_every", "until=None"),
+    of(BACK, "records a step early", "until=(i + 1) * settings.record_every", "until=i * settings.record_every"),
+    of(BACK, "records are averages", 'Follows("critic", 0.0,', 'Follows("critic", 0.5,'),
+    of(BACK, "records of the student", 'Follows("critic", 0.0,', 'Follows("student", 0.0,'),
+    of(BACK, "the first record first", "self.records[-1 - passed]", "self.records[passed]"),
+    of(BACK, "the first record is skipped", "if passed >= len(self.records):", "if passed >= len(self.records) - 1:"),
+    of(BACK, "never back at the teacher", "if passed >= len(self.records):", "passed = min(passed, len(self.records) - 1)\n        if False:"),
+    of(BACK, "always the teacher", "if passed >= len(self.records):", "if True:"),
+    of(BACK, "interval unread", "// self.settings.interval", "// 1000"),
+    of(BACK, "intervals count from the first step", "max(step.index - self.settings.recording, 0)", "step.index"),
+    of(BACK, "record_guidance unread", "own = self.settings.record_guidance", "own = None"),
+    of(BACK, "records not guided", "w if own is None else own", "1.0 if own is None else own"),
+    of(BACK, "critic_steps unread", "repeat=self.settings.critic_steps", "repeat=5"),
+    of(BACK, "the critic on fresh samples alone", "repeat=self.settings.critic_steps, shares=1)", "repeat=self.settings.critic_steps)"),
+    of(BACK, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
+    of(BACK, "real and fake swapped", "(x, real, fake, dmd", "(x, fake, real, dmd"),
+    of(BACK, "the critic's noise the rollout's again", 'step.uniform("t")), step.normal("noise", batch.shape)',
+       'step.uniform("t")), step.normal("start", batch.shape)'),
+    of(BACK, "sample kept with its gradient", 'step.kept["sample"] = x.detach()', 'step.kept["sample"] = x'),
     # what they share
     Fault("the sign of the match", "losses.matching", "x - like(weight, x) * (fake - real)",
           "x + like(weight, x) * (fake - real)", (DI, DMD, DMD2, SWIFT)),
