@@ -11,9 +11,10 @@ way between both laws, so each is sound where the student then is. They are copi
 their moment on, as light as it is where it is an adapter, and are saved with it.
 
 Source of the defaults: (c) the authors' released training of SDXL, which has DMD2's discriminator beside, begins with a
-student of DMD2, and records every 100 of 1000 steps. Its loop moves to the next record but once; the paper's does at
-every interval. A record has seen prompts alone, and its guidance is a guess: `record_guidance: 1` leaves it out, as it
-must be where the teacher is the student of a stage before, whose guidance the records have within.
+student of DMD2, and records every 100 of 1000 steps. As released, its loop takes one record and stays with it; the
+paper's moves on at every interval. A record was never trained without its prompt, so its guidance is a guess:
+`record_guidance: 1` leaves it out, as it must be where the teacher is the student of a stage before, whose guidance the
+records have within.
 """
 from __future__ import annotations
 
