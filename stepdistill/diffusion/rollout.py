@@ -24,18 +24,24 @@ def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tu
     return sampler.simulate(role, step.normal("start", shape), left_by(sampler, step), cond, renoising(step, shape))
 
 
-def stopped(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...],
-            exit: Tensor) -> tuple[Prediction, Tensor]:
-    """What `role` predicts at an evaluation of its own sampler, exit (B,) int64 on the CPU, from 0, and where the step
+@torch.no_grad()
+def way(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...]) -> Tensor:
+    """The states that the evaluations of `role`'s own sampler are given, (nfe, B, *shape).
+
+    It begins in noise and sees no data. All samples go on to the last evaluation, so that all ranks take as long.
+    shape: of one sample.
+    """
+    on_the_way = sampler.states(role, step.normal("start", shape), cond, renoising(step, shape))
+    return torch.stack(list(islice(on_the_way, sampler.nfe)))
+
+
+def stopped(sampler: Sampler, role: Role, cond: Condition, states: Tensor, exit: Tensor) -> tuple[Prediction, Tensor]:
+    """What `role` predicts at an evaluation of its own `way`, exit (B,) int64 on the CPU, from 0, and where the step
     from there lands, r (B,) float64.
 
     `ddim_step(prediction, s)` is the student's own state at any s from r up to prediction.t, made of the x_0 and the
-    eps of this prediction, through which alone gradients flow. It begins in noise and sees no data, and all samples go
-    on to the last evaluation, so that all ranks take as long. shape: of one sample.
+    eps of this prediction, through which alone gradients flow.
     """
-    with torch.no_grad():
-        on_the_way = sampler.states(role, step.normal("start", shape), cond, renoising(step, shape))
-        states = torch.stack(list(islice(on_the_way, sampler.nfe)))
     x = states[exit.to(states.device), torch.arange(len(exit), device=states.device)]
     return sampler.predict(role, x, exit, cond), sampler.landings[exit]
 

@@ -43,10 +43,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Follows:
-    """The running average of another role after each of its updates: x <- decay x + (1 - decay) leader."""
+    """The running average of another role after each of its updates: x <- decay x + (1 - decay) leader.
+
+    until: the training step from which on it stays as it is; at decay 0 it is then a record of its leader. None: it
+    follows to the end.
+    """
 
     leader: str
     decay: float
+    until: int | None = None
 
 
 HeadKind = Literal["pooled", "tokens", "channels"]
@@ -94,13 +99,14 @@ class Update:
     every: int = 1                # run on steps divisible by `every`
     repeat: int = 1               # optimizer steps per run, each on a fresh batch
     shares: int = 0               # of these the first so many see the batch of the run before them, and its `step.kept`
+    since: int = 0                # the first training step at which it runs
 
     @property
     def name(self) -> str:
         return "+".join(self.trains)
 
     def due(self, step: int) -> bool:
-        return due(step, self.every)
+        return step >= self.since and due(step, self.every)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Roles(Mapping[str, Role]):
         within = {name: self._within(role) for name, role in self._denoisers.items()}
         self._roles: dict[str, Role] = within | self._discriminators | self.visions | pixels | taught
         self._modules = self.networks | self._discriminators
-        self._averages = [(need.leader, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
+        self._averages = [(need, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
 
     def _denoiser(self, name: str) -> Denoiser:
@@ -170,12 +170,13 @@ class Roles(Mapping[str, Role]):
         if name in self._modules:
             self._modules[name].load_state_dict(state)
 
-    def follow(self, leader: str) -> None:
-        """After an update of `leader`: steps the roles that follow it, and those that follow them."""
-        for led_by, name, average in self._averages:
-            if led_by == leader:
+    def follow(self, leader: str, step: int = 0) -> None:
+        """After an update of `leader` in a training step, counted from 0: steps the roles that still follow it, and
+        those that follow them."""
+        for need, name, average in self._averages:
+            if need.leader == leader and (need.until is None or step < need.until):
                 average.update()
-                self.follow(name)
+                self.follow(name, step)
 
     def to(self, device: torch.device | str) -> Roles:
         """Moves the teacher and every role; parameters stay the same objects."""

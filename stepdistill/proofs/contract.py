@@ -39,7 +39,7 @@ def first(method: str, plugins: Folder | None = None) -> str | dict[str, Any]:
 
 
 def recipe(method: str, plugins: Folder | None = None) -> Recipe:
-    """The method's first recipe for a shipped pipeline, cut down to two steps of training on two samples."""
+    """The method's first recipe for a shipped pipeline, cut down to two steps of its student on two samples."""
     name, own = first(method, plugins), {} if plugins is None else {"plugins": str(plugins.path)}
     plain = Recipe.load(name, own).resolved()
     data: dict[str, Any] = {"data.batch": BATCH, "data.cache": False}
@@ -48,9 +48,11 @@ def recipe(method: str, plugins: Folder | None = None) -> Recipe:
     for made in ("samples", "pairs"):
         if plain["data"][made] is not None:
             data[f"data.{made}.steps"] = data.get(f"data.{made}.steps", plain["data"][made].get("nodes", 1))
-    short = {"train.updates": STEPS, "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1,
+    # where the student waits for records, that is cut down to one of each
+    waits = {f"settings.{name}": 1 for name in ("records", "record_every", "interval") if name in plain["settings"]}
+    short = {"train.updates": STEPS + 2 * bool(waits), "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1,
              "train.log_every": 1}
-    return Recipe.load(name, data | short | own)
+    return Recipe.load(name, data | waits | short | own)
 
 
 def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -> Iterator[Check]:
@@ -74,7 +76,7 @@ def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -
 
 
 def moves(work: Run, run: Path) -> Iterator[Check]:
-    """Trains two steps and looks at every tensor of every role, and at the teacher's own network."""
+    """Trains it and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
     stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape)
     trainer = Trainer(work.method, roles, stream, train_config(recipe), run)
@@ -83,7 +85,7 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
     base = {name: tensor for name, tensor in work.teacher.network.state_dict(keep_vars=True).items()
             if id(tensor) not in own}
     before, base_before = {name: _copy(roles.state_dict(name)) for name in roles.names}, _copy(base)
-    for index in range(STEPS):
+    for index in range(recipe.train.updates):
         trainer.step(index)
     moved = {name for name in roles.names if _apart(before[name], roles.state_dict(name))}
     trained = {role for update in trainer.updates for role in update.trains}

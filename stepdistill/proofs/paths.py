@@ -138,6 +138,7 @@ class Order:
     trains: tuple[str, ...]
     repeat: int = 1
     shares: int = 0
+    since: int = 0
 
 
 def turns(problem: Problem, path: Path, settings: Any, roles: Mapping[str, Any], orders: Sequence[Order],
@@ -145,7 +146,7 @@ def turns(problem: Problem, path: Path, settings: Any, roles: Mapping[str, Any],
     """A step of training, in order: repeats that share see the batch, and what was kept, of the run before them."""
     before: Turn | None = None
     for order in orders:
-        for repeat in range(order.repeat):
+        for repeat in range(order.repeat if index >= order.since else 0):
             shared = before if repeat < order.shares else None
             batch = shared.batch if shared else batch_of(problem, int(problem.uniform(0, 1e6)))
             kept = shared.step.kept if shared else {}
@@ -201,7 +202,7 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     method = algorithm.method(settings, given, w,
                               problem.sampler(algorithm.method.inference(settings, path.steps, problem.schedule, w)))
     updates = method.updates()
-    made = [Order(update.trains, update.repeat, update.shares) for update in updates if update.every == 1]
+    made = [Order(update.trains, update.repeat, update.shares, update.since) for update in updates if update.every == 1]
     needs = [algorithm.method.needs(settings, full) for full in (False, True)]
     if made != orders or needs != [algorithm.needs(settings)] * 2:
         return float("inf")

@@ -44,7 +44,7 @@ class Roles(Protocol):
     def parameters(self, name: str) -> list[torch.nn.Parameter]: ...
     def state_dict(self, name: str) -> Mapping[str, Tensor]: ...
     def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> Any: ...
-    def follow(self, leader: str) -> None: ...
+    def follow(self, leader: str, step: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Trainer:
                 _mean(logs, f"skipped/{role}", 1 - norm.isfinite().float(), update.repeat)
                 norm = norm.nan_to_num(0, 0, 0)
             _mean(logs, f"grad_norm/{role}", norm, update.repeat)
-            self.roles.follow(role)
+            self.roles.follow(role, index)
         scaler.update()
 
     def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int,

@@ -8,7 +8,7 @@ from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.exact import Gaussian
 from stepdistill.diffusion.flow_map import ddim_step
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.rollout import rollout, stopped
+from stepdistill.diffusion.rollout import rollout, stopped, way
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow, VariancePreserving
 from stepdistill.methods.base import Inference
@@ -42,7 +42,8 @@ def factor(schedule, t, r):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_states_are_the_product_of_the_steps_and_the_landing_one_more(name):
     role, sampler, step, exit = setting(name)
-    prediction, r = stopped(sampler, role, Condition(), step, (2,), exit)
+    states = way(sampler, role, Condition(), step, (2,))
+    prediction, r = stopped(sampler, role, Condition(), states, exit)
     times = torch.linspace(1, 0, STEPS + 1, dtype=F64)
     factors = factor(role.schedule, times[:-1], times[1:])
     products = torch.cat([torch.ones(1, dtype=F64), factors.cumprod(0)])
@@ -61,7 +62,7 @@ def test_the_states_are_the_product_of_the_steps_and_the_landing_one_more(name):
 def test_one_exit_for_all_is_backward_simulation(name, noise):
     role, sampler, step, _ = setting(name, noise)
     exit = torch.full((COUNT,), int(step.shared("exit") * STEPS))
-    prediction, _ = stopped(sampler, role, Condition(), step, (2,), exit)
+    prediction, _ = stopped(sampler, role, Condition(), way(sampler, role, Condition(), step, (2,)), exit)
     assert torch.equal(prediction.x0, rollout(sampler, role, Condition(), step, (2,)))
 
 
@@ -77,7 +78,8 @@ def test_the_gradient_is_that_of_the_last_prediction_alone(name):
             calls.append(torch.is_grad_enabled())
             return Prediction(b * x_t, x_t, t, schedule, "x0")
 
-    prediction, r = stopped(sampler, Student(), Condition(), step, (2,), exit)
+    states = way(sampler, Student(), Condition(), step, (2,))
+    prediction, r = stopped(sampler, Student(), Condition(), states, exit)
     assert calls == [False] * (STEPS - 1) + [True] and not prediction.x_t.requires_grad
     x_s = ddim_step(prediction, r)
     q = schedule.sigma(r) / schedule.sigma(prediction.t)

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import METHODS, load_method
-from stepdistill.methods.base import Inference, middle
+from stepdistill.methods.base import Inference, Update, middle
 from stepdistill.models.schedulers import DIVISORS, StockCall, sampler_of, stock_call, stock_scheduler
 from stepdistill.models.stock import Guidance
 
@@ -158,3 +158,8 @@ def test_more_steps_begin_at_the_end_of_noise(name):
 def test_a_pipeline_without_a_guidance_embedding_is_called_without_guidance():
     found = stock_call(Inference(4, guidance=5.0), SCHEDULES["flow"][0], Guidance("cfg", 1, off={"other": 1}))
     assert found.call == {"num_inference_steps": 4, "cfg": 0, "other": 1, "sigmas": [1.0, 0.75, 0.5, 0.25]}
+
+
+def test_an_update_is_due_since_its_first_step_and_every_so_many():
+    due = lambda **when: [step for step in range(8) if Update(("student",), None, **when).due(step)]
+    assert due() == [*range(8)] and due(since=3) == [3, 4, 5, 6, 7] and due(every=2, since=3) == [4, 6]

@@ -43,7 +43,7 @@ class Roles(dict):
     def state_dict(self, name): return dict(self[name].net.state_dict())
 
     @torch.no_grad()
-    def follow(self, leader):
+    def follow(self, leader, step):
         if "target" in self:
             torch._foreach_lerp_(self.parameters("target"), self.parameters(leader), 1 - self.decay)
 

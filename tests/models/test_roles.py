@@ -61,6 +61,20 @@ def test_followers_step_in_float32_and_others_stay(family, perturb, setting):
 
 
 @SETTINGS
+def test_a_record_is_its_leader_of_the_step_before_it_stood_still(family, perturb, setting):
+    needs = {"teacher": Frozen(), "student": Trained(), "record": Follows("student", 0.0, until=2), "slow": Follows("record", 0.0)}
+    roles, passed = build_roles(family, needs, {"student": setting}), []
+    for step in range(4):
+        perturb(roles.parameters("student"))
+        passed.append(clones(roles, "student"))
+        roles.follow("student", step)
+        for name in ("record", "slow"):
+            pairs = zip(passed[min(step, 1)], roles.parameters(name), strict=True)
+            assert all(torch.equal(known, found) and not found.requires_grad for known, found in pairs)
+    assert not torch.equal(passed[1][0], passed[3][0])
+
+
+@SETTINGS
 def test_only_the_student_gets_gradients(family, inputs, perturb, setting):
     roles = build_roles(family, reading(NEEDS, "student"), {"student": setting}, gradient_checkpointing=True)
     perturb(roles.parameters("student"))

@@ -5,8 +5,9 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-DI, DMD, DMD2, SID, SWIFT, FD = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush", "f_distill"
-METHODS = (DI, DMD, DMD2, SID, SWIFT, FD)
+DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
+TDM, BACK, FD = "tdm", "disback", "f_distill"
+METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM, BACK, FD)
 
 FAULTS = (
     # Diff-Instruct
@@ -167,6 +168,70 @@ FAULTS = (
     of(SWIFT, "critic on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
     of(SWIFT, "sample kept with its gradient", 'step.kept["sample"] = x.detach()', 'step.kept["sample"] = x'),
     of(SWIFT, "the critic's error in x_0", "t), t, cond).eps, eps)", "t), t, cond).x0, x)"),
+    # TDM
+    of(TDM, "critic_steps unread", "n = self.settings.critic_steps", "n = 1"),
+    of(TDM, "critic_target unread", 'if self.settings.critic_target == "x0"', "if True"),
+    of(TDM, "temperature unread", "self.settings.temperature or eps[0].numel()", "eps[0].numel()"),
+    of(TDM, "the exact importance", "self.settings.temperature or eps[0].numel()", "self.settings.temperature or 1.0"),
+    of(TDM, "no importance", "like(weight, error) * error).mean()", "error).mean()"),
+    of(TDM, "levels unread", 'if self.settings.levels == "segment"', "if True"),
+    of(TDM, "random_end unread", "if self.settings.random_end:", "if False:"),
+    of(TDM, "loss unread", "distance(settings.loss,", 'distance("huber",'),
+    of(TDM, "huber_c unread", "settings.huber_c)", "0.001)"),
+    of(TDM, "no bound on the SNR", "min_snr(self.schedule, t)", "min_snr(self.schedule, t, 1e9)"),
+    of(TDM, "the rollout's noise again", 'eps = step.normal("noise", batch.shape)', 'eps = step.normal("start", batch.shape)'),
+    of(TDM, "the student's noise the rollout's again", 'x_s, step.normal("noise", batch.shape), s, t)',
+       'x_s, step.normal("start", batch.shape), s, t)'),
+    of(TDM, "x_0 noised, not the state", "x_t = self.schedule.renoise(x_s, eps, s, t)", "x_t = self.schedule.add_noise(x0, eps, t)"),
+    of(TDM, "x_0 noised for the student", 'self.schedule.renoise(x_s, step.normal("noise", batch.shape), s, t)',
+       'self.schedule.add_noise(x0, step.normal("noise", batch.shape), t)'),
+    of(TDM, "a rollout of its own for the student", "x0, x_s, s, t = self.state(batch, step)\n        with",
+       'step.kept["states"] = way(self.sampler, self.student, batch.cond, step, batch.shape)\n'
+       "        x0, x_s, s, t = self.state(batch, step)\n        with"),
+    of(TDM, "the critic's state keeps its gradient", "with torch.no_grad():\n            x0, x_s", "with torch.enable_grad():\n            x0, x_s"),
+    of(TDM, "the aim keeps its gradient", "        with torch.no_grad():\n            x_t = self.schedule.renoise(x_s, step",
+       "        with torch.enable_grad():\n            x_t = self.schedule.renoise(x_s, step"),
+    of(TDM, "one exit for all", 'step.integers("exit", self.sampler.nfe)',
+       'step.integers("exit", self.sampler.nfe) * 0 + int(step.shared("exit") * self.sampler.nfe)'),
+    of(TDM, "the last segment alone", 'step.integers("exit", self.sampler.nfe)', 'step.integers("exit", 1) + self.sampler.nfe - 1'),
+    of(TDM, "levels of the next segment", "(s + MARGIN).clamp(min=LOWEST), end - MARGIN",
+       "(s + MARGIN).clamp(min=LOWEST), 2 * end - s - MARGIN"),
+    of(TDM, "all noise counts as fresh", "return 1 - (kept / self.schedule.sigma(t)) ** 2", "return 1 - 0 * kept"),
+    of(TDM, "real and fake swapped", "x0 + real - fake, dmd", "x0 + fake - real, dmd"),
+    of(TDM, "normalised by the critic", "dmd(x0, real)", "dmd(x0, fake)"),
+    of(TDM, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(TDM, "critic guided too", "fake = self.critic(", "fake = guided(self.critic, drawn(self.guidance, step))("),
+    of(TDM, "student first", "return [Update((\"critic\",), self.critic_loss, repeat=n, shares=n),\n"
+       "                Update((\"student\",), self.student_loss, shares=1)]",
+       "return [Update((\"student\",), self.student_loss, shares=1), Update((\"critic\",), self.critic_loss, repeat=n, shares=n)]"),
+    Fault("the importance the other way", "losses.matching", "(eps.square() - e.square())", "(e.square() - eps.square())", (TDM,)),
+    Fault("the importance's exponent doubled", "losses.matching", "/ (2 * temperature)", "/ temperature", (TDM,)),
+    Fault("states taken for clean data", "losses.matching", "x0 = like(1 / schedule.alpha(s), x_s) * (x_s - like(lacking, x_s) * eps)",
+          "x0 = like(1 / schedule.alpha(s), x_s) * x_s", (TDM,)),
+    Fault("gradients through the whole rollout", "diffusion.rollout", "    on_the_way = sampler.states(role, step",
+          "    torch.set_grad_enabled(True)\n    on_the_way = sampler.states(role, step", (TDM,)),
+    # DisBack
+    of(BACK, "the student does not wait", "since=self.settings.recording", "since=0"),
+    of(BACK, "no critic step after the last record", "(self.records + 1) * self.record_every", "self.records * self.record_every"),
+    of(BACK, "records never stop", "until=(i + 1) * settings.record_every", "until=None"),
+    of(BACK, "records a step early", "until=(i + 1) * settings.record_every", "until=i * settings.record_every"),
+    of(BACK, "records are averages", 'Follows("critic", 0.0,', 'Follows("critic", 0.5,'),
+    of(BACK, "records of the student", 'Follows("critic", 0.0,', 'Follows("student", 0.0,'),
+    of(BACK, "the first record first", "self.records[-1 - passed]", "self.records[passed]"),
+    of(BACK, "the first record is skipped", "if passed >= len(self.records):", "if passed >= len(self.records) - 1:"),
+    of(BACK, "never back at the teacher", "if passed >= len(self.records):", "passed = min(passed, len(self.records) - 1)\n        if False:"),
+    of(BACK, "always the teacher", "if passed >= len(self.records):", "if True:"),
+    of(BACK, "interval unread", "// self.settings.interval", "// 1000"),
+    of(BACK, "intervals count from the first step", "max(step.index - self.settings.recording, 0)", "step.index"),
+    of(BACK, "record_guidance unread", "own = self.settings.record_guidance", "own = None"),
+    of(BACK, "records not guided", "w if own is None else own", "1.0 if own is None else own"),
+    of(BACK, "critic_steps unread", "repeat=self.settings.critic_steps", "repeat=5"),
+    of(BACK, "the critic on fresh samples alone", "repeat=self.settings.critic_steps, shares=1)", "repeat=self.settings.critic_steps)"),
+    of(BACK, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
+    of(BACK, "real and fake swapped", "(x, real, fake, dmd", "(x, fake, real, dmd"),
+    of(BACK, "the critic's noise the rollout's again", 'step.uniform("t")), step.normal("noise", batch.shape)',
+       'step.uniform("t")), step.normal("start", batch.shape)'),
+    of(BACK, "sample kept with its gradient", 'step.kept["sample"] = x.detach()', 'step.kept["sample"] = x'),
     # what they share
     Fault("the sign of the match", "losses.matching", "x - like(weight, x) * (fake - real)",
           "x + like(weight, x) * (fake - real)", (DI, DMD, DMD2, SWIFT)),

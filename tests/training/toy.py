@@ -29,7 +29,7 @@ class ToyRoles(dict):
     def load_state_dict(self, name, state): self[name].load_state_dict(state)
 
     @torch.no_grad()
-    def follow(self, leader):
+    def follow(self, leader, step):
         self.followed.append(leader)
         for name, need in self.follows.items():
             if need.leader == leader:
