@@ -34,6 +34,8 @@ METHODS: dict[str, Entry] = {
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
     "mcm": Entry("consistency.mcm", "MCM", "Multistep Consistency Models", "2403.06807", "consistency",
                  needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 16)),
+    "mlcm": Entry("consistency.mlcm", "MLCM", "Multistep Consistency Distillation of Latent Diffusion Model",
+                  "2406.05768", "consistency", needs=("teacher", "student"), data=("prompts",), steps=(2, 8)),
     "pcm": Entry("consistency.pcm", "PCM", "Phased Consistency Model", "2405.18407", "consistency",
                  needs=("teacher", "student", "discriminator"), data=("images", "samples", "pairs"), steps=(2, 16)),
     "scm": Entry("consistency.scm", "SCM", "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
