@@ -132,7 +132,7 @@ FAULTS = [
         ("self.student_state, settings.bridge_steps", "self.student_state, 3"),
         ("even(self.settings.state_steps)", "even(20)"),
         ("[:, None], t)", "[:, None], t - 0.01)"),
-        ("s, t, s > r)", "s, t, s >= r)"),
+        ("s, t, s > r)", "s, t, s < r)"),
         ("with torch.no_grad():", "with torch.enable_grad():"),
         ('step.normal("noise", batch.shape), t)', 'step.normal("start", batch.shape), t)'),
         ("self.sampler(self.student", "self.sampler(self.teacher"),
