@@ -114,7 +114,7 @@ def test_what_is_served():
 @pytest.mark.parametrize("steps, settings, says", [
     (3, {"nodes": 40}, "3 steps want a multiple of 3 as nodes, and 40 nodes one of 1, 2, 4, 5, 8, 10, 20, 40 as steps"),
     (8, {"nodes": 50}, "8 steps want a multiple of 8 as nodes"),
-    (9, {"stage": "whole"}, "ends = 8 serves 1 to 8 steps; found 9")])
+    (9, {"stage": "whole", "ends": 8}, "ends = 8 serves 1 to 8 steps; found 9")])
 def test_steps_that_do_not_fit_are_refused_before_a_teacher_is_loaded(steps, settings, says, monkeypatch):
     monkeypatch.setattr("stepdistill.run.setup.load_teacher", None)
     recipe = Recipe.load("toy/mlcm", {"stages": [{"steps": steps, "settings": settings}]})
