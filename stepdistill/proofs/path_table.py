@@ -83,7 +83,7 @@ PATHS: dict[str, tuple[Path, ...]] = {
              of("the whole", stage="whole"),
              of("the whole, 1 step", 1, stage="whole"),
              of("the whole, 3 of 8 ends", 3, stage="whole"),
-             of("the whole, 3 of 5 ends", 3, stage="whole", ends=5),
+             of("the whole, 3 of 4 ends", 3, stage="whole", ends=4),
              of("the whole, bridges of 1 step", 2, stage="whole", bridge_steps=1),
              of("the whole, a range of scales", 2, w=RANGE, stage="whole"),
              Path("the whole, of the stage before", {"stage": "whole"}, previous=True)),
