@@ -23,6 +23,7 @@ from ..models.schedulers import StockCall, sampler_of, stock_call, stock_schedul
 from ..models.stock import Guidance
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
 from .path_table import PUBLISHED, Path, all_paths, refused, served
+from .paths import Exact
 from .problem import Check, FunctionRole, Problem, difference, largest
 
 COUNT, SAMPLES = 64, 16
@@ -90,7 +91,8 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
     method = kind(settings, {role: roles[role] for role in needs}, scale, sampler)
-    batch, step = _batch(problem, path), problem.step(COUNT, **{"progress": path.progress, **moment})
+    batch = _batch(problem, path)
+    step = Exact(**vars(problem.step(COUNT, **{"progress": path.progress, **moment})))
     return Cast(problem, path, settings, exported, method, learner, target, batch, step, Hand(problem))
 
 

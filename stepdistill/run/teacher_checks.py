@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import resources
-from ..diffusion.schedule import RectifiedFlow
+from ..diffusion.schedule import RectifiedFlow, VariancePreserving
 from ..diffusion.toy import is_toy
 from ..methods import load_method
 from ..methods.base import Features, Frozen, Need
@@ -140,15 +140,26 @@ def check_guided(recipe: Recipe, settings: Any) -> None:
                                           "it: give a scale above 1, such as guidance: 5.0")
 
 
+ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range(1, 1001)]))       # one of each kind
+
+
 def check_times(recipe: Recipe, settings: Any) -> None:
-    """RequestError for times that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    """RequestError for a number of steps that the method serves under no noise, and for times that no call of the teacher's
+    pipeline takes, and no scheduler makes of their number."""
     if vars(settings).get("start_time") is not None:
         return _check_start(recipe, settings)
+    method, refusals = load_method(recipe.method), []
+    for schedule in ANY_NOISE:
+        try:
+            method.inference(settings, recipe.steps, schedule, recipe.guidance)
+        except ValueError as error:
+            refusals.append(error)
+    if len(refusals) == len(ANY_NOISE):
+        raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {refusals[-1]}") from refusals[-1]
     if family(recipe).sigmas:
         return
     try:
-        inference = load_method(recipe.method).inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance)
-        stock_call(inference, RectifiedFlow(), sigmas=False)
+        stock_call(method.inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(), sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 

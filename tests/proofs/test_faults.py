@@ -23,7 +23,7 @@ from .test_identities import PROVED
 MATCHING = ("diff_instruct", "dmd", "dmd2", "swiftbrush")
 CRITICS = (*MATCHING, "sid")
 TARGETS = ("cd", "lcm", "tcd", "tract")
-SEGMENTS = ("mcm", "pcm")
+SEGMENTS = ("mcm", "pcm", "tscd")
 
 
 def everywhere(monkeypatch, original, broken) -> None:
@@ -145,7 +145,7 @@ FAULTS = {
     told_time_off_by_one: (*CRITICS, *SEGMENTS, "cd", "ict", "lcm", "tcd", "kd", "reflow", "tract"),
     noise_reused: CRITICS,
     half_a_loss: ("kd", "reflow", "dmd"),
-    real_for_fake: ("pcm", "dmd2", "ladd", "lightning"),
+    real_for_fake: ("pcm", "tscd", "dmd2", "ladd", "lightning"),
     early_times: (*CRITICS, *SEGMENTS, "cd", "ict", "tcd", "scm", "add", "ladd", "reflow", "lightning"),
     prompt_dropped: CRITICS,
     target_is_the_student: TARGETS,

@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT = "add", "ladd", "lightning", "pcm", "scflow", "scott"
-METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT)
+ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD = "add", "ladd", "lightning", "pcm", "scflow", "scott", "tscd"
+METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD)
 
 FAULTS = (
     # ADD
@@ -222,6 +222,39 @@ FAULTS = (
     of(SCOTT, "an embedding that is never told", "if self.settings.guidance_embedding else batch.cond", "if False else batch.cond"),
     of(SCOTT, "nodes unread", "grid(settings.nodes,", "grid(50,"),
     of(SCOTT, "a sampler without fresh noise", "Inference(steps, noise=1.0", "Inference(steps, noise=0.0"),
+    # TSCD
+    of(TSCD, "nodes unread", "grid(settings.nodes)", "grid(40)"),
+    of(TSCD, "one segment", "grid(sampler.nfe)", "grid(1)"),
+    of(TSCD, "segments of the stage before", "grid(sampler.nfe)", "grid(2 * sampler.nfe)"),
+    of(TSCD, "the bridge two nodes long", "s, start = below(t, self.grid)", "s, start = below(t, self.grid, 2)"),
+    of(TSCD, "to the segment before", "below(t, self.edges)", "below(t, self.edges, 2)"),
+    of(TSCD, "landing at the start always", 'if self.settings.landing == "start"', "if True"),
+    of(TSCD, "landing anywhere always", 'if self.settings.landing == "start"', "if False"),
+    of(TSCD, "landing anywhere below s", "among(self.grid, start, s,", "among(self.grid, 0 * start, s,"),
+    of(TSCD, "landing never where the bridge does", "among(self.grid, start, s,",
+       "among(self.grid, start, below(s, self.grid),"),
+    of(TSCD, "one draw for node and landing", 'step.uniform("landing")', 'step.uniform("node")'),
+    of(TSCD, "mse_weight unread", "self.settings.mse_weight * squared", "1.0 * squared"),
+    of(TSCD, "gan_weight unread", "self.settings.gan_weight * generator_loss", "0.1 * generator_loss"),
+    of(TSCD, "a game at weight 0", "(game if settings.gan_weight else {})", "game"),
+    of(TSCD, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(TSCD, "asked where the bridge has landed too", "s, t, s > r)", "s, t, s >= r)"),
+    of(TSCD, "the target not held fixed", "with torch.no_grad():", "with torch.enable_grad():"),
+    of(TSCD, "the target without the prompt", "flow_map(self.student, x, u, r, batch.cond)",
+       "flow_map(self.student, x, u, r, batch.cond.null)"),
+    of(TSCD, "the heads judge the landing itself", "discriminator(noised, judged", "discriminator(x_r, judged"),
+    of(TSCD, "told the landing", "discriminator(noised, judged", "discriminator(noised, r.clamp(min=0.001)"),
+    of(TSCD, "judged over all time", "above(r, self.edges)", "(1 + 0 * r)"),
+    of(TSCD, "judged to the segment's end", "above(r, self.edges) - 1 / LEVELS", "above(r, self.edges)"),
+    of(TSCD, "the noise that made x_t again", 'step.normal("judged noise", batch.shape)',
+       'step.normal("noise", batch.shape)'),
+    of(TSCD, "real and fake swapped in the game", "discriminator_loss(real, fake)", "discriminator_loss(fake, real)"),
+    of(TSCD, "landing kept with its gradient", "fake=x_r.detach()", "fake=x_r"),
+    of(TSCD, "the game on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
+    of(TSCD, "the critic stays", 'Update(("critic", "discriminator"), self.critic_loss',
+       'Update(("discriminator",), self.critic_loss'),
+    of(TSCD, "heads of the teacher", 'Heads("critic")', 'Heads("teacher")'),
+    of(TSCD, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
     # what they share
     Fault("the wrong sign of fooling", "losses.adversarial", "return softplus(-fake)", "return softplus(fake)",
           (LIGHT,)),
