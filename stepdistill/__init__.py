@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import RequestError
 
 if TYPE_CHECKING:
-    from .api import bench, export, extract, load, pairs, plan, sample, train
+    from .api import bench, doctor, export, extract, load, pairs, plan, sample, train
     from .proofs.run import verify
     from .recipe.catalogue import methods, recipes
 
 __version__ = "0.1.0"
-__all__ = ["RequestError", "bench", "export", "extract", "load", "methods", "pairs", "plan", "recipes", "sample", "train", "verify"]
+__all__ = ["RequestError", "bench", "doctor", "export", "extract", "load", "methods", "pairs", "plan", "recipes", "sample", "train", "verify"]
 ELSEWHERE = {"verify": ".proofs.run", "methods": ".recipe.catalogue", "recipes": ".recipe.catalogue"}      # others are api's
 
 

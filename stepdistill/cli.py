@@ -116,8 +116,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     from .data.prompts import all_captions, open_prompts
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
-                        solvers=solvers.split(","),
-                          features=features, reference=reference, prompts=texts, few_step=few_step or ())
+                        solvers=solvers.split(","), features=features, reference=reference, prompts=texts, few_step=few_step or ())
     _emit(results, as_json, lambda: _show_results(results, out))
 
 
@@ -207,6 +206,16 @@ def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False,
     from .recipe.yaml import parse_set
     found = api.plan(Recipe.load(recipe, parse_set(set_ or [])), memory)
     _emit(found, as_json, lambda: _show_plan(found))
+
+
+@app.command()
+def doctor(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, of a training that is over or goes on.")],
+           as_json: Json = False) -> None:
+    """Say in words how a run is doing, and what helps. Exit status 1 where something ails it."""
+    found = working().doctor(run)
+    _emit([one.plain for one in found], as_json, lambda: tell("\n".join(one.words for one in found)))
+    if any(one.now for one in found):
+        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -327,8 +336,7 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
 
 
 def _show_extracted(found: Any) -> None:
-    rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"}
-            for layer in found.worst()]
+    rows = [{"layer": layer.name, "kept": f"{layer.kept:.1%}", "norm": f"{layer.norm ** 0.5:.3g}"} for layer in found.worst()]
     tell(f"the {len(rows)} layers of {len(found.layers)} of which the least is kept:")
     show(_table(rows, ("layer", "kept", "norm")))
     tell(f"kept in all: {found.kept:.2%} of the squared difference of these layers")
@@ -352,16 +360,14 @@ def _show_proofs(found: dict[str, Any], out: Path) -> None:
 
 
 def _show_plan(found: dict[str, Any]) -> None:
-    rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}",
-             "size": _size(row["bytes"])}
+    rows = [{"role": role, "parameters": f"{row['parameters']:,}", "trained": f"{row['trained']:,}", "size": _size(row["bytes"])}
             for role, row in found["roles"].items()]
     show(_table(rows, ("role", "parameters", "trained", "size")))
     passes = found["passes"]
     if "stages" in found:
         rows = [{"stage": str(i + 1), "method": row["method"], "steps": row["steps"],
-                 "updates": f"{row['passes']['updates']:,}",
-                 "forward": row["passes"]["forward"], "backward": row["passes"]["backward"],
-                 "batch": row["passes"]["batch"],
+                 "updates": f"{row['passes']['updates']:,}", "forward": row["passes"]["forward"],
+                 "backward": row["passes"]["backward"], "batch": row["passes"]["batch"],
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
         show(_table(rows, tuple(rows[0])))
         tell("in all:")

@@ -117,12 +117,12 @@ def figure_prompts(run: Run) -> list[str] | None:
     return known.captions(torch.arange(samples if known.count is None else min(known.count, samples)))
 
 
-def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
-    """Latents of the student as it will be sampled."""
-    sampler, role = run.method.sampler, run.roles[run.sampling_role]
-    if "w" in run.roles.reads[run.sampling_role]:
+def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, role: str | None = None) -> Tensor:
+    """Latents of the student as it will be sampled; role: of its average, unless given."""
+    sampler, name = run.method.sampler, role or run.sampling_role
+    if "w" in run.roles.reads[name]:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
-    return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
+    return sampler(run.roles[name], noise("start"), cond, lambda i: noise(f"step {i}"))
 
 
 def base_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, scale: float) -> Tensor:

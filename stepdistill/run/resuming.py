@@ -14,7 +14,7 @@ from ..training import checkpoints
 
 RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
 FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every",
-        "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate")
+        "train.doctor", "train.doctor_every", "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate")
 """Entries that hold from the next step on, and of which nothing that is saved depends."""
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...diffusion.contracts import Batch, Condition
+from ...diffusion.contracts import Batch, Condition, Role
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout, with_exit
@@ -86,6 +86,10 @@ class SiD(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         return Inference(steps, noise=1.0)
 
+    @property
+    def denoiser(self) -> Role:
+        return guided(self.critic, self.critic_training_guidance)
+
     def updates(self) -> list[Update]:
         return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps),
                 Update(("student",), self.student_loss)]
@@ -96,8 +100,7 @@ class SiD(Method):
             x = rollout(self.sampler, self.student, cond, step, batch.shape)
         t, eps = self.level(step.uniform("t")), step.normal("noise", batch.shape)
         x_t = self.schedule.add_noise(x, eps, t)
-        critic = guided(self.critic, self.critic_training_guidance)
-        return {"denoising": denoising(critic(x_t, t, self.critic_condition(cond, step)), x, eps).mean()}
+        return {"denoising": denoising(self.denoiser(x_t, t, self.critic_condition(cond, step)), x, eps).mean()}
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
