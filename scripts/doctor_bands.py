@@ -45,7 +45,7 @@ def main() -> None:
             updates = max(60, round(share * recipe.train.updates))
             train(recipe, args.out / f"{recipe.name}-{share}", args.methods, {"train.updates": updates, "train.seed": seed})
     for name, updates in PICTURES.items():
-        train(Recipe.load(name), args.out / name.replace("/", "-"), args.methods, {"train.updates": updates, "data.batch": 4})
+        train(Recipe.load(name), args.out / name.replace("/", "-"), args.methods, {"train.updates": updates, "data.batch": 4, "data.count": 64})
     rows: dict[str, list[list[dict[str, float]]]] = {}
     for method, run in recorded(args.out):
         rows.setdefault(method, []).append(run)

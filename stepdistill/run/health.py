@@ -28,7 +28,7 @@ from .setup import Run
 from .telling import log
 
 PICTURE = "signals.png"
-SLOWER = 3                                             # what rates are divided by on the way back
+SLOWER = 10                                            # what rates are divided by on the way back
 PROMPTS, LEAST, MOST, NUMBERS = 4, 8, 128, 4096        # of a probe: prompts, samples at least and at most, and numbers in all
 
 
@@ -72,12 +72,11 @@ def note(place: Path, step: int, recipe: Recipe, says: str) -> None:
 
 def go_back(whole: Recipe, place: Path, run: Path, finding: Finding, left: int) -> Recipe:
     """Puts the checkpoints of a stage aside that its sickness may have reached, and lowers the rates of the recipe, whose training can
-    then go on. left: how often that may be done yet. Stopped where it may not, and where no healthy checkpoint is left."""
+    then go on from the last one before, or from the beginning. left: how often that may be done yet. Stopped where it may not."""
+    if not left:
+        raise Stopped(f"stopped, as train.doctor asks: {finding.words} It has gone back often enough, each time to smaller rates.")
     sick = [saved for saved in checkpoints.found(place) if checkpoints.step_of(saved) >= finding.since]
     healthy = next((saved for saved in checkpoints.found(place) if checkpoints.step_of(saved) < finding.since), None)
-    if healthy is None or not left:
-        why = "no checkpoint is older" if healthy is None else "the doctor has sent it back often enough"
-        raise Stopped(f"stopped, as train.doctor asks: {finding.words} It cannot go back: {why}.")
     parallel.barrier()
     for saved in sick if parallel.rank() == 0 else ():
         put_aside(saved, "sick")
@@ -85,7 +84,7 @@ def go_back(whole: Recipe, place: Path, run: Path, finding: Finding, left: int) 
     rates = {"train.lr": whole.train.lr} | {f"{name}.lr": choice.lr for name, choice in (("critic", whole.critic), ("discriminator", whole.discriminator))
                                             if choice is not None and choice.lr is not None}
     lowered = {entry: rate / SLOWER for entry, rate in rates.items()}
-    log.warning(f"back to {healthy}, with {', '.join(f'{entry} {rate:g}' for entry, rate in lowered.items())}: {finding.words}")
+    log.warning(f"back to {healthy or 'the beginning'}, with {', '.join(f'{entry} {rate:g}' for entry, rate in lowered.items())}: {finding.words}")
     recipe = Recipe.load(whole.resolved(), lowered)
     write_down(run, recipe)
     return recipe

@@ -97,18 +97,17 @@ def _ruled(rows: Sequence[Row], bands: Bands, facts: Facts) -> Iterator[Finding]
             seen = [row for row in rows if signal in row and (rule.limit is not None or _step(row) > young)]
             if edge is None or len(seen) < PATIENCE or not all(rule.broken(row[signal], edge) for row in seen[-PATIENCE:]):
                 continue
-            out = len(seen)
-            while out and rule.broken(seen[out - 1][signal], edge):
-                out -= 1
+            out = next((row for row in reversed(rows) if signal in row and not rule.broken(row[signal], edge)), None)
+            since = next(_step(row) for row in rows if signal in row and (out is None or _step(row) > _step(out)))
             role = signal.partition("/")[2]
             says = rule.says.format(value=seen[-1][signal], edge=edge, role=role)
-            yield Finding(rule.name, _step(rows[-1]), _step(seen[out]), says, rule.helps(facts, role), rule.grave)
+            yield Finding(rule.name, _step(rows[-1]), since, says, rule.helps(facts, role), rule.grave)
 
 
 def _falling(rows: Sequence[Row], facts: Facts) -> Iterator[Finding]:
     """A diversity that falls from look to look, far from its best: before it has left its band."""
     seen = [row for row in rows if "diversity/student" in row and _step(row) > YOUNG * facts["updates"]]
-    values = [row["diversity/student"] for row in seen]
+    values = [min(1.0, row["diversity/student"]) for row in seen]
     if len(values) < 2 * PATIENCE:
         return
     best = max(sorted(values[i:i + PATIENCE])[PATIENCE // 2] for i in range(len(values) - PATIENCE + 1))
@@ -190,6 +189,8 @@ RULES = (
     Rule("critic lags", "unfit/critic", "high", "a scale and a shift would take away {value:.0%} of its error at the student's samples, where at most {edge:.0%} "
          "is healthy", quicker),
     Rule("critic lags", "lag/critic", "high", "its error at fresh samples of the student is {value:.2f} times that at earlier ones, where at most {edge:.2f} is "
+         "healthy", quicker),
+    Rule("critic lags", "pace/critic", "low", "a step moves its weights by {value:.2g} of what it moves the student's, where {edge:.2g} is the least that is "
          "healthy", quicker),
     Rule("discriminator wins", "accuracy/discriminator", "high", "it tells {value:.0%} of the samples apart, where at most {edge:.0%} is healthy, and so teaches "
          "little", lambda facts, role: lower(facts, "discriminator")),

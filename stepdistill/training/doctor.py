@@ -163,6 +163,8 @@ class Doctor:
         for role, before in self.weights.items():
             now = self._some(role)
             found[f"moved/{role}"] = (size([p - q for p, q in zip(now, before, strict=True)]) / size(now).clamp_min(1e-12)).item()
+        if "moved/critic" in found and found["moved/student"]:
+            found["pace/critic"] = found["moved/critic"] / found["moved/student"]
         return found
 
     @torch.no_grad()

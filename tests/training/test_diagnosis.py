@@ -9,7 +9,7 @@ from stepdistill.training.diagnosis import PATIENCE, RULES, Rule, bands_of, hist
 FACTS = {"updates": 100, "guidance": 30.0, "train.lr": 1e-3, "critic.lr": 1e-5, "settings.critic_steps": 1, "settings.gan_weight": 0.1}
 BANDS = {"diversity/student": [0.4, 2.0], "unfit/critic": [0.0, 0.5], "moved/student": [0.0, 0.05], "accuracy/discriminator": [0.3, 0.9],
          "following/student": [0.3, 1.0], "detail/student": [0.4, 2.0], "saturation/student": [0.0, 0.1], "spread/student": [0.4, 2.0],
-         "offset/student": [0.0, 0.5], "lag/critic": [0.0, 3.0], "angle/student": [-0.9, 1.0], "share/student/gan": [0.0, 0.9], "clipped/student": [0.0, 0.9]}
+         "offset/student": [0.0, 0.5], "lag/critic": [0.0, 3.0], "pace/critic": [0.1, 50.0], "angle/student": [-0.9, 1.0], "share/student/gan": [0.0, 0.9], "clipped/student": [0.0, 0.9]}
 WELL = {"diversity/student": 0.9, "unfit/critic": 0.1, "moved/student": 0.01, "accuracy/discriminator": 0.7, "drift/teacher": 0.0, "leak/teacher": 0.0,
         "following/student": 0.9, "detail/student": 1.0, "unheard/student": 0.0, "variation/discriminator": 1.0, "moved/discriminator": 0.01}
 
@@ -25,6 +25,7 @@ def names(found):
 
 
 SICK = [("unfit__critic", 0.9, "critic lags", "raise critic_steps from 1 to 5, or raise critic.lr from 1e-05"),
+        ("pace__critic", 1e-4, "critic lags", "raise critic_steps from 1 to 5"),
         ("lag__critic", 9.0, "critic lags", "raise critic_steps from 1 to 5"),
         ("moved__student", 0.4, "rate too high", "lower train.lr from 0.001 to 0.0001"),
         ("saturation__teacher", 0.5, "guidance too high", "lower guidance from 30 to 7.5"),
