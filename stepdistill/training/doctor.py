@@ -106,7 +106,7 @@ class Doctor:
             if self.patient.plain is not None:
                 self.constant = signals.of_samples(self.teacher, self.patient.plain(), self.patient.prompts, "teacher")
             self.answer = self._answer()
-        if not done:
+        if not done and not self.rows:
             self.look(0)
         self._watch(done)
 
