@@ -1,4 +1,4 @@
-"""The functions that commands and notebooks call: train, pairs, export, sample, bench, plan, load."""
+"""The functions that commands and notebooks call: train, doctor, pairs, export, sample, bench, plan, load."""
 from __future__ import annotations
 
 import logging
@@ -41,6 +41,7 @@ from .run.cards import advice, check_card, fit_stage
 from .run.checks import check, needs_of
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
+from .run.health import Health, attend, go_back, health, note
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
@@ -50,12 +51,14 @@ from .run.targets import asking, call_as_asked, open_target, ships, teachers
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
 from .training import Trainer, launched
+from .training.doctor import Relapse
 
+RELAPSES = 3                                       # how often a doctor may send a stage back
 CLIP = "assets/shapes-clip"
 REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a folder of real "
                     "pictures of what it was trained on, and `features`")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "export", "extract", "load", "pairs", "plan", "sample", "train"]
+__all__ = ["bench", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -80,11 +83,23 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         check_card(recipe, device)
         if going_on:
             write_down(run, recipe)
-        for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True):
-            if place == run or not folder.finished(place, stage):
-                _train(stage, recipe, before, place, run, device, begun, record, on_step)
+        for i, place in enumerate(folder.stage_folders(recipe, run)):
+            if place == run or not folder.finished(place, recipe.stages[i]):
+                recipe = _treated(recipe, i, before, place, run, device, begun, record, on_step)
             before = place
     return run
+
+
+def _treated(whole: Recipe, number: int, *rest: Any) -> Recipe:
+    """Trains a stage of the whole recipe, and again with smaller rates where its doctor sends it back. Returns the recipe as it was
+    at the end."""
+    left = RELAPSES
+    while True:
+        try:
+            _train(whole.stages[number], whole, *rest)
+            return whole
+        except Relapse as relapse:
+            whole, left = go_back(whole, rest[1], rest[2], relapse.finding, left), left - 1
 
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
@@ -112,6 +127,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
                       [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start], preview.picture)
+    attend(stage, trainer)
     going_on, recipes = place in begun, {run: whole, place: recipe}
     for new in [new for new in recipes if new not in begun]:
         folder.begin(new, folder.pinned(recipes[new]), device)
@@ -122,8 +138,10 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     try:
         trainer.train(going_on)
     except Stopped as error:
+        if error.not_finite is not None:
+            note(place, trainer.done, recipe, error.not_finite)
         helps = f" {advice(recipe)}" if isinstance(error.__cause__, torch.OutOfMemoryError) else ""
-        raise Stopped(f"{error}{helps}\nto go on: {folder.resumption(run)}") from error.__cause__
+        raise Stopped(f"{error}{helps}\nto go on: {folder.resumption(run)}", error.not_finite) from error.__cause__
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,15 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
             log.warning(f"the card names the teacher by its folder here, {base.base}: who reads it elsewhere has none")
         log.info(f"uploaded to {hub.push(out, push, public)}")
     return out
+
+
+def doctor(run: str | Path) -> list[Health]:
+    """How a finished or a running run is doing, a record a stage: what ails it now, what did before, and what helps.
+
+    Its signals are drawn into signals.png of the run's folder. RequestError for what is no run, and for one that was trained
+    without the doctor.
+    """
+    return health(Path(run))
 
 
 def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dtype: str | None = None) -> Extracted:

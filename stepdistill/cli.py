@@ -213,6 +213,16 @@ def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False, plugins: 
     emit(found, as_json, lambda: show_plan(found))
 
 
+@app.command()
+def doctor(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, of a training that is over or goes on.")],
+           as_json: Json = False) -> None:
+    """Say in words how a run is doing, and what helps. Exit status 1 where something ails it."""
+    found = working().doctor(run)
+    emit([one.plain for one in found], as_json, lambda: tell("\n".join(one.words for one in found)))
+    if any(one.now for one in found):
+        raise typer.Exit(1)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

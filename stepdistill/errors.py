@@ -31,7 +31,13 @@ class RequestError(ValueError):
 class Stopped(RuntimeError):
     """Training had to stop: Ctrl-C, a full disk, a loss that is not finite, a GPU that is too small. The message says
     where, why, what is kept and how to go on. Commands print it without a traceback and exit with status 1.
+
+    not_finite: the part of the message that says what was NaN or infinite, and in which module it arose; None of another end.
     """
+
+    def __init__(self, message: str, not_finite: str | None = None) -> None:
+        super().__init__(message)
+        self.not_finite = not_finite
 
 
 def first_lines(error: Exception) -> str:

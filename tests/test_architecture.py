@@ -46,7 +46,7 @@ ONLY = {                                         # module -> the one place that 
     "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py", "proofs/convergence.py"),
     "pydantic": ("recipe/schema.py",),
     "typer": ("cli.py",),
-    "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "proofs/convergence.py"),
+    "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "evaluation/vitals.py", "proofs/convergence.py"),
 }
 BUILDS = {"setup": ("run/setup.py", "run/plan.py", "api.py", "proofs")}      # who calls the one place that builds a run
 LOOSE = 9                                        # files at the package's top, at most

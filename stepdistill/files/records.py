@@ -20,6 +20,7 @@ WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "
 # -- the files that are read back ------------------------------------------------------------------------------------
 
 Metrics = dict[str, float]                     # a line of metrics.jsonl: the step, its losses, norms and rates
+Signals = dict[str, float | str]               # a line of signals.jsonl: the step and its signals, or what was not finite
 
 
 class Timing(TypedDict):

@@ -38,10 +38,11 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def put_aside(path: Path) -> Path:
-    """Renames a damaged file or folder, so that nothing takes it for what it was, and nothing of it is lost. Its new name."""
+def put_aside(path: Path, word: str = "damaged") -> Path:
+    """Renames a file or folder that is damaged, or whatever the word says, so that nothing takes it for what it was, and nothing of
+    it is lost. Its new name."""
     count = 1
-    while (new := path.with_name(f"damaged-{count}-{path.name}")).exists():
+    while (new := path.with_name(f"{word}-{count}-{path.name}")).exists():
         count += 1
     return path.rename(new)
 

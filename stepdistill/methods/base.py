@@ -275,5 +275,11 @@ class Method(ABC):
         guidance: the recipe's. Only a student with a guidance embedding reads it.
         """
 
+    @property
+    def denoiser(self) -> Role | None:
+        """The critic as its loss asks it to denoise the student's samples; None where no role does. Whoever looks how far
+        it lags behind them asks this one."""
+        return self.roles.get("critic")
+
     @abstractmethod
     def updates(self) -> list[Update]: ...

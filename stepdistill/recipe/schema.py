@@ -176,6 +176,8 @@ class Train(Strict):
     keep: int | None = Field(None, ge=1)         # checkpoints that are kept, the newest ones; none: all
     log_every: int = Field(10, ge=1)             # updates
     trackers: Trackers = ["tensorboard"]         # losses and pictures are shown there too; wandb: pip install stepdistill[wandb]
+    doctor: Literal["warn", "rollback", "stop", "off"] = "warn"    # what follows where a signal leaves its band for long
+    doctor_every: int = Field(100, ge=1)         # updates between its looks
     gradient_checkpointing: bool = False         # activations are computed again in backward: less memory, more time
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"    # its kernel; auto: what diffusers chose
     compile: bool = False                        # torch.compile, by repeated block

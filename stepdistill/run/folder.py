@@ -31,7 +31,8 @@ from .resuming import CHANGES, RECIPE, STAGES, resumed
 from .telling import FILE as LOG
 
 ENVIRONMENT, RESULTS, SAMPLES = "environment.json", "results.json", "samples"
-BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "tensorboard", "wandb", "wandb.id", SAMPLES, "checkpoints", STAGES, CHANGES,
+BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "signals.jsonl", "signals.png", "tensorboard", "wandb", "wandb.id",
+         SAMPLES, "checkpoints", STAGES, CHANGES,
          LOG, LOCK)
 """What a run writes before its first checkpoint."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")

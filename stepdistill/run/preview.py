@@ -117,14 +117,15 @@ def figure_prompts(run: Run) -> list[str] | None:
     return known.captions(torch.arange(samples if known.count is None else min(known.count, samples)))
 
 
-def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
-    """Latents of the student as it will be sampled."""
-    sampler, role, reads = run.method.sampler, run.roles[run.sampling_role], run.roles.reads[run.sampling_role]
+def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, role: str | None = None) -> Tensor:
+    """Latents of the student as it will be sampled; role: of its average, unless given."""
+    name = role or run.sampling_role
+    sampler, student, reads = run.method.sampler, run.roles[name], run.roles.reads[name]
     if "r" in reads:
-        role = sampler.telling(role)
+        student = sampler.telling(student)
     if "w" in reads:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
-    return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
+    return sampler(student, noise("start"), cond, lambda i: noise(f"step {i}"))
 
 
 def base_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from ..training import checkpoints
 
 RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
 FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers",
-        "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate", "plugins.folder")
+        "train.doctor", "train.doctor_every", "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate", "plugins.folder")
 """Entries that hold from the next step on, and of which nothing that is saved depends."""
 
 

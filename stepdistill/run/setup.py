@@ -164,7 +164,7 @@ def check_weights(recipe: Recipe, weights: str | None) -> None:
 
 def train_config(recipe: Recipe) -> TrainConfig:
     """What of the recipe's `train` is the loop's; the rest is the networks'."""
-    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention", "fsdp"})
+    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention", "fsdp", "doctor", "doctor_every"})
     return TrainConfig(**entries, rates=learning_rates(recipe))
 
 

@@ -69,7 +69,8 @@ class Trainer:
                  on_step: Sequence[Callable[[int], None]] = (), on_start: Sequence[Callable[[int], None]] = (),
                  picture: Callable[[int], Path] | None = None) -> None:
         self.device, self.roles, self.stream, self.config = launched(), roles, stream, config
-        self.run_dir, self.on_step, self.on_start, self.updates = Path(run_dir), on_step, on_start, method.updates()
+        self.run_dir, self.updates = Path(run_dir), method.updates()
+        self.on_step, self.on_start = list(on_step), list(on_start)
         trained = dict.fromkeys(role for update in self.updates for role in update.trains)
         if unknown := trained.keys() - set(roles.names):
             raise ValueError(f"updates train {sorted(unknown)}, but the roles are {sorted(roles.names)}")
@@ -82,6 +83,11 @@ class Trainer:
         self.saved = [role for role in roles.names if role not in frozen and roles.state_dict(role)]
         self.enabled: tuple[str, ...] = ()
         self.images, self.done, self.picture = 0, 0, picture
+
+    def hear(self, on_step: Callable[[int], None], on_start: Callable[[int], None]) -> None:
+        """One more to be told of steps."""
+        self.on_step.append(on_step)
+        self.on_start.append(on_start)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -103,11 +109,11 @@ class Trainer:
                 for index in range(self.done, self.config.updates):
                     self.finish(index + 1, self.step(index), tracker, interrupted)
         except KeyboardInterrupt:                       # Ctrl-C for the second time
-            raise Stopped(f"interrupted within step {self.done + 1}. {self._kept()}") from None
+            raise Stopped(f"interrupted within step {self.done + 1}. {self.kept()}") from None
         except torch.OutOfMemoryError as error:
-            raise Stopped(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self._kept()}") from error
+            raise Stopped(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self.kept()}") from error
         except OSError as error:
-            raise Stopped(f"stopped after step {self.done}: {error}. {self._kept()}") from error
+            raise Stopped(f"stopped after step {self.done}: {error}. {self.kept()}") from error
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One training step: every update that is due. Returns losses and gradient norms by name, () each."""
@@ -174,11 +180,7 @@ class Trainer:
     def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int,
                  kept: dict[str, Any]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the
-        run. torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to come.
-
-        Autocast keeps no copies of weights: one made by a pass without gradients would serve the student's pass too,
-        which then had none.
-        """
+        run. torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to come."""
         step = Step(self.config.seed, index, index / self.config.updates, update.name, repeat, batch.ids, self.device,
                     kept)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -186,11 +188,16 @@ class Trainer:
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
-            dtype = DTYPES.get(self.config.precision)
-            with torch.autocast(self.device.type, dtype, dtype is not None, cache_enabled=False):
+            with self.autocast():
                 losses = update.loss(batch, step)
             self.scalers[update.name].scale(sum(losses.values()) / self.config.accumulate).backward()
         return losses
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """As the recipe's precision says. It keeps no copies of weights: one made by a pass without gradients would serve the
+        student's pass too, which then had none."""
+        dtype = DTYPES.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype, dtype is not None, cache_enabled=False)
 
     def enable(self, trains: tuple[str, ...]) -> None:
         """Only these roles take gradients."""
@@ -214,7 +221,8 @@ class Trainer:
         logging, saving = last or due(step, config.log_every), last or due(step, config.checkpoint_every)
         stopping = not last and self._agreed(interrupted(), logging)
         if (logging or saving or stopping) and (found := tracker.flush()):
-            raise Stopped(f"{found[1]}. {self._explained(found[0])} {self._kept()} {nonfinite.advice(config)}")
+            says = f"{found[1]}. {self._explained(found[0])}"
+            raise Stopped(f"{says} {self.kept()} {nonfinite.advice(config)}", says)
         with tracker.pause():
             if saving or stopping:
                 tracker.sync()
@@ -223,7 +231,7 @@ class Trainer:
             if self.picture is not None:
                 tracker.picture(step, self.picture(step))
             if stopping:
-                raise Stopped(f"interrupted after step {step} of {config.updates}. {self._kept()}")
+                raise Stopped(f"interrupted after step {step} of {config.updates}. {self.kept()}")
 
     def tell(self, hearers: Sequence[Callable[[int], None]], step: int) -> None:
         with self.eager():
@@ -234,8 +242,8 @@ class Trainer:
         """Every role that changes and every optimizer, written by rank 0. Stopped where a weight is not finite."""
         for role in self.saved:
             if (name := nonfinite.first(self.roles.state_dict(role))) is not None:
-                raise Stopped(f"{name} of the {role} is not finite after step {step}, which is not saved. {self._kept()} "
-                              f"{nonfinite.advice(self.config)}")
+                says = f"{name} of the {role} is not finite after step {step}, which is not saved."
+                raise Stopped(f"{says} {self.kept()} {nonfinite.advice(self.config)}", says)
         if parallel.rank() == 0:
             kept = checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
                              | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()}
@@ -291,7 +299,8 @@ class Trainer:
         parallel.all_reduce_mean_([flag])
         return flag.item() > 0
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """A sentence on what is saved."""
         folder = checkpoints.latest(self.run_dir)
         return f"{folder} is kept: resume to go on from there." if folder else "No checkpoint was written yet."
 

@@ -81,6 +81,10 @@ class Lightning(Method):
                              f"all of the student's times; found {steps} steps and starts = {settings.starts}")
         return Inference(steps)
 
+    @property
+    def denoiser(self) -> None:
+        """The critic only carries heads."""
+
     def updates(self) -> list[Update]:
         if self.logits is None:
             return [Update(("student",), self.regression)]

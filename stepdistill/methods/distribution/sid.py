@@ -16,8 +16,7 @@ guided at w. Where all conditions share a covariance that is w kappa_1 / kappa_2
 undo guidance. kappa = 0 is a critic that reads no prompt, with an unguided teacher Zero-CFG, and below 0 it is
 Anti-CFG; the few-step paper has both for training with images, whose term keeps text and picture together.
 Sources of the defaults: (p) the paper, (l) the released training of long and short guidance, (d) that of diffusion
-transformers. (l) weighs a v-network's critic as if it predicted eps, and sums over pixels; here both are as for the
-other methods. (d) holds the student still for its first 20,000 images.
+transformers, which holds the student still for its first 20,000 images.
 """
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...diffusion.contracts import Batch, Condition
+from ...diffusion.contracts import Batch, Condition, Role
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout, with_exit
@@ -54,8 +53,7 @@ from ..base import (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    alpha: float = 1.0                 # (l); above 1 the gradient turns round where a student is much too wide (p: 1.2,
-                                       # unguided)
+    alpha: float = 1.0                 # (l); above 1 the gradient turns round where a student is much too wide (p: 1.2)
     critic_training_guidance: float | None = None     # kappa_1, guidance scale of the critic's own loss, 0 without the
                                                       # prompt; None: the teacher's, of a range its middle (l)
     critic_guidance: float | None = None    # kappa_2, the same in the student's loss; None: kappa_1 (l)
@@ -95,9 +93,8 @@ class SiD(Method):
 
     @classmethod
     def refusal(cls, settings: Settings, data: str) -> str | None:
-        lacking = (f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give "
-                   "data.images, or set gan_weight: 0 to train on prompts alone")
-        return lacking if settings.gan_weight and data == "prompts" else None
+        return None if not settings.gan_weight or data != "prompts" else (
+            f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give data.images, or set gan_weight: 0")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -109,6 +106,10 @@ class SiD(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         return renoising(settings, steps)
 
+    @property
+    def denoiser(self) -> Role:
+        return guided(self.critic, self.critic_training_guidance)
+
     def updates(self) -> list[Update]:
         return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps),
                 Update(("student",), self.student_loss)]
@@ -119,8 +120,7 @@ class SiD(Method):
             x = rollout(self.sampler, self.student, cond, step, batch.shape)
         t, eps = self.level(step.uniform("t")), step.normal("noise", batch.shape)
         x_t, told = self.schedule.add_noise(x, eps, t), self.critic_condition(cond, step)
-        critic = guided(self.critic, self.critic_training_guidance)
-        losses = {"denoising": denoising(critic(x_t, t, told), x, eps).mean()}
+        losses = {"denoising": denoising(self.denoiser(x_t, t, told), x, eps).mean()}
         if self.discriminator is None:
             return losses
         real, fake = (self.logits(noised, t, told) for noised in (self.schedule.add_noise(batch.x0, eps, t), x_t))

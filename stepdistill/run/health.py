@@ -1,0 +1,152 @@
+"""A run as its doctor sees it, and what a run folder says of its health."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import parallel
+from ..diffusion.guidance import guided, with_scale
+from ..errors import RequestError, Stopped
+from ..evaluation.vitals import vitals
+from ..files import records
+from ..files.whole import put_aside, write_whole
+from ..recipe import Recipe
+from ..training import Trainer, checkpoints
+from ..training.diagnosis import Finding, bands_of, history, judge
+from ..training.doctor import SIGNALS, Doctor, Orders, Patient, written
+from . import folder
+from .data import noises, preview_prompts
+from .preview import base_samples, student_samples
+from .resuming import write_down
+from .setup import Run
+from .telling import log
+
+PICTURE = "signals.png"
+SLOWER = 10                                            # what rates are divided by on the way back
+PROMPTS, LEAST, MOST, NUMBERS = 4, 8, 128, 4096        # of a probe: prompts, samples at least and at most, and numbers in all
+
+
+def attend(run: Run, trainer: Trainer) -> None:
+    """Gives a training its doctor, if the recipe wants one."""
+    train = run.recipe.train
+    if train.doctor != "off":
+        doctor = Doctor(trainer, patient(run), Orders(train.doctor_every, train.doctor, bands_of(run.recipe.method), facts(run.recipe), not train.fsdp))
+        trainer.hear(doctor, doctor.start)
+
+
+def patient(run: Run) -> Patient:
+    """The student's samples are of its weights as they are trained, not of their average."""
+    texts = list(dict.fromkeys(preview_prompts(run, 4 * PROMPTS)))[:PROMPTS]
+    each = max(LEAST, min(MOST, NUMBERS // torch.Size(run.teacher.latent_shape).numel())) // len(texts)
+    cond = run.teacher.encode([text for text in texts for _ in range(each)])
+    noise = _noise(run, each, len(texts))
+    teacher: Callable[[float], Tensor] = torch.no_grad()(partial(base_samples, run, noise, cond))
+    critic, critic_cond = run.method.denoiser, cond
+    if critic is not None and "w" in run.roles.reads["critic"]:
+        critic_cond = with_scale(cond, float(run.method.sampler.nfe))            # the last exit, which is the sample
+    trained = {id(p) for role in run.roles.names for p in run.roles.parameters(role)}
+    return Patient(
+        prompts=len(texts), noise=noise("start"), cond=cond, sample=torch.no_grad()(partial(student_samples, run, noise, cond, "student")),
+        teacher=partial(teacher, run.guidance), plain=partial(teacher, 1.0) if run.guidance > 1 else None,
+        base=guided(run.roles.base, run.guidance), frozen=[p for p in run.teacher.network.parameters() if id(p) not in trained],
+        critic=critic, critic_cond=critic_cond,
+        heads=list(run.roles["discriminator"].heads.values()) if "discriminator" in run.roles else [])
+
+
+def _noise(run: Run, each: int, prompts: int) -> Callable[[str], Tensor]:
+    """The same noises for every prompt."""
+    return lambda name: noises(run, "doctor", name, torch.arange(each)).repeat(prompts, *[1] * len(run.teacher.latent_shape))
+
+
+def note(place: Path, step: int, recipe: Recipe, says: str) -> None:
+    """A row of signals.jsonl on what was not finite."""
+    if recipe.train.doctor != "off" and parallel.rank() == 0:
+        written(place / SIGNALS, {"step": step, "not_finite": says})
+
+
+def go_back(whole: Recipe, place: Path, run: Path, finding: Finding, left: int) -> Recipe:
+    """Puts the checkpoints of a stage aside that its sickness may have reached, and lowers the rates of the recipe, whose training can
+    then go on from the last one before, or from the beginning. left: how often that may be done yet. Stopped where it may not."""
+    if not left:
+        raise Stopped(f"stopped, as train.doctor asks: {finding.words} It has gone back often enough, each time to smaller rates.")
+    sick = [saved for saved in checkpoints.found(place) if checkpoints.step_of(saved) >= finding.since]
+    healthy = next((saved for saved in checkpoints.found(place) if checkpoints.step_of(saved) < finding.since), None)
+    parallel.barrier()
+    for saved in sick if parallel.rank() == 0 else ():
+        put_aside(saved, "sick")
+    parallel.barrier()
+    rates = {"train.lr": whole.train.lr} | {f"{name}.lr": choice.lr for name, choice in (("critic", whole.critic), ("discriminator", whole.discriminator))
+                                            if choice is not None and choice.lr is not None}
+    lowered = {entry: rate / SLOWER for entry, rate in rates.items()}
+    log.warning(f"back to {healthy or 'the beginning'}, with {', '.join(f'{entry} {rate:g}' for entry, rate in lowered.items())}: {finding.words}")
+    recipe = Recipe.load(whole.resolved(), lowered)
+    write_down(run, recipe)
+    return recipe
+
+
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """What an advice names."""
+    low = recipe.guidance if isinstance(recipe.guidance, int | float) else max(recipe.guidance)
+    known = {"updates": recipe.train.updates, "guidance": float(low), "train.lr": recipe.train.lr}
+    own = {f"{name}.lr": choice.lr for name, choice in (("critic", recipe.critic), ("discriminator", recipe.discriminator))
+           if choice is not None and choice.lr is not None}
+    settings = asdict(recipe.method_settings())
+    return known | own | {f"settings.{name}": settings[name] for name in ("critic_steps", "gan_weight") if name in settings}
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the signals of a run say. now: what holds at its last look; was: what held before and does not now."""
+
+    folder: Path
+    step: int
+    now: list[Finding]
+    was: list[Finding]
+    signals: Mapping[str, float | str]
+    picture: Path | None
+
+    @property
+    def words(self) -> str:
+        verdict = [finding.words for finding in self.now] or ["healthy: every signal is in its band"]
+        before = [f"before, until step {finding.found:,}: {finding.name} (since step {finding.since:,}): {finding.says}" for finding in self.was]
+        seen = [] if self.picture is None else [f"its signals: {self.picture}"]
+        return "\n".join([f"{self.folder}, step {self.step:,}", *verdict, *before, *seen])
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"folder": str(self.folder), "step": self.step, "healthy": not self.now, "now": [asdict(finding) for finding in self.now],
+                "was": [asdict(finding) for finding in self.was], "signals": dict(self.signals),
+                "picture": None if self.picture is None else str(self.picture)}
+
+
+def health(run: Path) -> list[Health]:
+    """Of a finished or a running run, stage by stage; signals.png is written beside the signals.
+
+    RequestError for what is no run, and for one that no doctor has looked at.
+    """
+    recipe = folder.recipe_of(run)
+    pairs = [(stage, place) for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True) if (place / SIGNALS).is_file()]
+    if not pairs:
+        raise RequestError(f"{run} holds no {SIGNALS}: its training has not begun, or train.doctor is off; with "
+                           "--set train.doctor=warn a run is looked at from its next step on")
+    return [_health(stage, place) for stage, place in pairs]
+
+
+def _health(recipe: Recipe, place: Path) -> Health:
+    rows = [row for _, _, row in records.lines((place / SIGNALS).read_bytes(), records.Signals)
+            if not isinstance(row, ValueError) and isinstance(row.get("step"), int)]
+    bands, known = bands_of(recipe.method), facts(recipe)
+    now, picture = judge(rows, bands, known), None
+    names = {finding.name for finding in now}
+    was = [finding for finding in history(rows, bands, known) if finding.name not in names]
+    if rows:
+        picture = place / PICTURE
+        write_whole(picture, vitals(rows, bands, [(finding.since, finding.name) for finding in now]))
+    return Health(place, int(rows[-1]["step"]) if rows else 0, now, was, rows[-1] if rows else {}, picture)

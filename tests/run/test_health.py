@@ -1,0 +1,109 @@
+"""A run of a recipe and its doctor: sicknesses of roles, guidance and rates, the way back, and what a run folder says."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from stepdistill import api
+from stepdistill.errors import RequestError, Stopped
+from stepdistill.models.adapters import AdapterBank
+from stepdistill.run.health import health
+from stepdistill.training import checkpoints
+
+SHORT = {"train.updates": 24, "train.warmup": 0, "train.decay": "constant", "train.log_every": 2, "train.doctor_every": 2, "data.batch": 16}
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "signals.jsonl").read_text().splitlines()]
+
+
+def names(run):
+    return {finding.name for one in health(run) for finding in (*one.now, *one.was)}
+
+
+def trained(folder, name, **changes):
+    return api.train(name, out=folder / "run", **SHORT | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_a_critic_that_is_starved(tmp_path):
+    run = trained(tmp_path, "toy/dmd2-1step", critic__lr=1e-8, settings__critic_steps=1)
+    found = {finding.name: finding for finding in health(run)[0].now}
+    assert "raise critic_steps from 1 to 5, or raise critic.lr from 1e-08" in found["critic lags"].helps
+    assert "critic lags: " in (run / "train.log").read_text()
+
+
+def test_a_rate_a_hundred_times_too_high(tmp_path):
+    run = trained(tmp_path, "toy/lcm", train__lr=0.2)
+    assert "rate too high" in names(run) and "lower train.lr from 0.2 to 0.02" in (run / "train.log").read_text()
+
+
+def test_guidance_that_is_ten_times_too_high(tmp_path):
+    run = trained(tmp_path, "toy/lcm", guidance=30.0)
+    assert "guidance too high" in names(run) and "lower guidance from 30 to 7.5" in (run / "train.log").read_text()
+    assert rows(run)[0]["saturation/teacher"] > 0.2
+
+
+def test_a_discriminator_that_is_dead(tmp_path):
+    run = trained(tmp_path, "toy/ladd", discriminator__lr=1e-14)
+    assert "dead discriminator" in names(run)
+
+
+def test_an_overflow_is_named_with_the_place_where_it_arose(tmp_path):
+    with pytest.raises(Stopped, match="not finite|is nan|is inf"):
+        trained(tmp_path, "toy/lcm", train__lr=1e30, train__checkpoint_every=1)
+    now = health(tmp_path / "run")[0].now
+    assert [finding.name for finding in now] == ["overflow"] and "It arises in the loss student/consistency itself: every module's output is finite" in now[0].says
+    assert "train.precision: fp32" in now[0].helps
+
+
+def test_an_adapter_that_is_trained_and_not_sampled(tmp_path, tiny_teacher, monkeypatch):
+    """As where peft's active adapter is another one outside training."""
+    use = AdapterBank.use
+    monkeypatch.setattr(AdapterBank, "use", lambda bank, name: use(bank, name if torch.is_grad_enabled() else None))
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    run = api.train({"method": "lcm", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1, "data": {"images": "shapes", "batch": 2},
+                     "train": {"updates": 4, "lr": 1e-3, "log_every": 1, "doctor_every": 1}}, out=tmp_path / "run")
+    assert "wrong adapter" in names(run) and "frozen student" not in names(run)
+
+
+def test_training_is_the_same_to_the_bit_with_it_and_without(tmp_path):
+    changes = {"train.updates": 3, "data.batch": 8, "train.doctor_every": 2, "settings.exit_embedding": True}
+    runs = [api.train("toy/dmd2", out=tmp_path / then, **SHORT | changes | {"train.doctor": then}) for then in ("warn", "off")]
+    assert (runs[0] / "metrics.jsonl").read_bytes() == (runs[1] / "metrics.jsonl").read_bytes()
+    one, two = (checkpoints.load(checkpoints.latest(run)) for run in runs)
+    assert all(torch.equal(one[group][name], two[group][name]) for group in one for name in one[group])
+    with pytest.raises(RequestError, match=r"holds no signals.jsonl.* --set train.doctor=warn"):
+        health(runs[1])
+
+
+def test_rollback_goes_on_from_before_the_sickness_with_smaller_rates(tmp_path):
+    run = trained(tmp_path, "toy/lcm", train__lr=0.2, train__doctor="rollback", train__checkpoint_every=2, train__updates=16)
+    changed = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
+    assert changed[0] == {"step": 0, "entry": "train.lr", "was": 0.2, "now": 0.02}
+    assert f"lr: {changed[-1]['now']}" in (run / "recipe.yaml").read_text() and len(changed) < 4
+    said = (run / "train.log").read_text()
+    assert "back to " in said and "rate too high" in said and list((run / "checkpoints").glob("sick-*"))
+    assert [row["step"] for row in rows(run)] == list(range(0, 17, 2)) and checkpoints.latest(run).name == "step-000016"
+
+
+def test_rollback_ends_where_smaller_rates_do_not_help(tmp_path):
+    with pytest.raises(Stopped, match=r"stopped, as train.doctor asks: (rate too high|overflow): .* It has gone back often enough, each time to smaller rates"):
+        trained(tmp_path, "toy/lcm", train__lr=2e4, train__doctor="rollback")
+
+
+def test_the_command_says_what_ails_a_run(stepdistill, tmp_path):
+    run = trained(tmp_path, "toy/lcm", train__lr=0.2)
+    done = stepdistill("doctor", run)
+    assert done.returncode == 1 and "rate too high" in done.stdout and "What helps: lower train.lr from 0.2 to 0.02" in done.stdout
+    assert (run / "signals.png").stat().st_size > 10_000
+    assert stepdistill("doctor", tmp_path).returncode == 2
+
+
+def test_a_record_holds_it_all(tmp_path):
+    run = trained(tmp_path, "toy/lcm", train__updates=4)
+    [one] = api.doctor(run)
+    assert one.plain["healthy"] and one.plain["now"] == [] and one.plain["step"] == 4 and one.picture == run / "signals.png"
+    assert json.loads(json.dumps(one.plain))["signals"]["diversity/student"] > 0
+    assert "healthy: every signal is in its band" in one.words

@@ -1,0 +1,22 @@
+"""Healthy runs of every method, their toy recipes shortened, with a seed that no band was recorded of: the doctor says nothing."""
+from __future__ import annotations
+
+import pytest
+
+from stepdistill import api
+from stepdistill.recipe import Recipe
+from stepdistill.recipe.catalogue import builtin
+from stepdistill.run.health import health
+
+SHARE, LOOKS = 0.1, 14            # of a recipe's updates
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in builtin() if name.startswith("toy/")])
+def test_a_healthy_run_raises_nothing(tmp_path, name):
+    recipe = Recipe.load(name)
+    updates = max(60, round(SHARE * recipe.train.updates))
+    every = updates // LOOKS
+    run = api.train(name, out=tmp_path / "run", **{"train.updates": updates, "train.warmup": min(recipe.train.warmup, updates // 5), "train.seed": 7,
+                                                   "train.log_every": every, "train.doctor_every": every})
+    assert [finding.words for one in health(run) for finding in (*one.now, *one.was)] == []
