@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,17 @@ import torch
 from torch import Tensor
 
 from .. import parallel
+from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import guided, with_scale
+from ..diffusion.prediction import Prediction
+from ..diffusion.schedule import Schedule
 from ..errors import RequestError, Stopped
 from ..evaluation.vitals import vitals
 from ..files import records
 from ..files.whole import put_aside, write_whole
 from ..recipe import Recipe
 from ..training import Trainer, checkpoints
-from ..training.diagnosis import Finding, bands_of, history, judge
+from ..training.diagnosis import PATIENCE, Finding, bands_of, history, judge
 from ..training.doctor import SIGNALS, Doctor, Orders, Patient, written
 from . import folder
 from .data import noises, preview_prompts
@@ -33,9 +35,9 @@ PROMPTS, LEAST, MOST, NUMBERS = 4, 8, 128, 4096        # of a probe: prompts, sa
 
 
 def attend(run: Run, trainer: Trainer) -> None:
-    """Gives a training its doctor, if the recipe wants one."""
+    """Gives a training its doctor, if the recipe wants one, and if it is long enough for what takes several looks to find."""
     train = run.recipe.train
-    if train.doctor != "off":
+    if train.doctor != "off" and train.updates >= PATIENCE * train.doctor_every:
         doctor = Doctor(trainer, patient(run), Orders(train.doctor_every, train.doctor, bands_of(run.recipe.method), facts(run.recipe), not train.fsdp))
         trainer.hear(doctor, doctor.start)
 
@@ -44,19 +46,45 @@ def patient(run: Run) -> Patient:
     """The student's samples are of its weights as they are trained, not of their average."""
     texts = list(dict.fromkeys(preview_prompts(run, 4 * PROMPTS)))[:PROMPTS]
     each = max(LEAST, min(MOST, NUMBERS // torch.Size(run.teacher.latent_shape).numel())) // len(texts)
+    size = max(1, run.recipe.data.batch // run.recipe.train.accumulate)
     cond = run.teacher.encode([text for text in texts for _ in range(each)])
     noise = _noise(run, each, len(texts))
-    teacher: Callable[[float], Tensor] = torch.no_grad()(partial(base_samples, run, noise, cond))
+    student = lambda noise, cond: student_samples(run, noise, cond, "student")
+    teacher: Callable[[float], Callable[[], Tensor]] = lambda w: _in_pieces(lambda noise, cond: base_samples(run, noise, cond, w), noise, cond, size)
     critic, critic_cond = run.method.denoiser, cond
     if critic is not None and "w" in run.roles.reads["critic"]:
         critic_cond = with_scale(cond, float(run.method.sampler.nfe))            # the last exit, which is the sample
     trained = {id(p) for role in run.roles.names for p in run.roles.parameters(role)}
     return Patient(
-        prompts=len(texts), noise=noise("start"), cond=cond, sample=torch.no_grad()(partial(student_samples, run, noise, cond, "student")),
-        teacher=partial(teacher, run.guidance), plain=partial(teacher, 1.0) if run.guidance > 1 else None,
-        base=guided(run.roles.base, run.guidance), frozen=[p for p in run.teacher.network.parameters() if id(p) not in trained],
-        critic=critic, critic_cond=critic_cond,
+        prompts=len(texts), noise=noise("start"), cond=cond, sample=_in_pieces(student, noise, cond, size),
+        teacher=teacher(run.guidance), plain=teacher(1.0) if run.guidance > 1 else None,
+        base=Pieces(guided(run.roles.base, run.guidance), size), frozen=[p for p in run.teacher.network.parameters() if id(p) not in trained],
+        critic=None if critic is None else Pieces(critic, size), critic_cond=critic_cond,
         heads=list(run.roles["discriminator"].heads.values()) if "discriminator" in run.roles else [])
+
+
+def _in_pieces(draw: Callable[[Callable[[str], Tensor], Condition], Tensor], noise: Callable[[str], Tensor], cond: Condition,
+               size: int) -> Callable[[], Tensor]:
+    """All samples of a probe, no more at a time than a micro-batch of the training holds: the doctor needs no memory that it does not."""
+    parts = [slice(first, first + size) for first in range(0, len(cond), size)]
+    return torch.no_grad()(lambda: torch.cat([draw(lambda name, part=part: noise(name)[part], cond[part]) for part in parts]))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A role that is asked for no more samples at a time than `size`."""
+
+    role: Role
+    size: int
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.role.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        parts = [slice(first, first + self.size) for first in range(0, len(t), self.size)]
+        found = [self.role(x_t[part], t[part], None if cond is None else cond[part]) for part in parts]
+        return replace(found[0], raw=torch.cat([one.raw for one in found]), x_t=x_t, t=t)
 
 
 def _noise(run: Run, each: int, prompts: int) -> Callable[[str], Tensor]:
@@ -134,8 +162,8 @@ def health(run: Path) -> list[Health]:
     recipe = folder.recipe_of(run)
     pairs = [(stage, place) for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True) if (place / SIGNALS).is_file()]
     if not pairs:
-        raise RequestError(f"{run} holds no {SIGNALS}: its training has not begun, or train.doctor is off; with "
-                           "--set train.doctor=warn a run is looked at from its next step on")
+        raise RequestError(f"{run} holds no {SIGNALS}: its training has not begun, train.doctor is off, or the run is shorter than {PATIENCE} looks; "
+                           "--set train.doctor=warn and train.doctor_every have it looked at from its next step on")
     return [_health(stage, place) for stage, place in pairs]
 
 

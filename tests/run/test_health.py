@@ -9,7 +9,7 @@ import torch
 from stepdistill import api
 from stepdistill.errors import RequestError, Stopped
 from stepdistill.models.adapters import AdapterBank
-from stepdistill.run.health import health
+from stepdistill.run.health import Pieces, health
 from stepdistill.training import checkpoints
 
 SHORT = {"train.updates": 24, "train.warmup": 0, "train.decay": "constant", "train.log_every": 2, "train.doctor_every": 2, "data.batch": 16}
@@ -102,8 +102,28 @@ def test_the_command_says_what_ails_a_run(stepdistill, tmp_path):
 
 
 def test_a_record_holds_it_all(tmp_path):
-    run = trained(tmp_path, "toy/lcm", train__updates=4)
+    run = trained(tmp_path, "toy/lcm", train__updates=6)
     [one] = api.doctor(run)
-    assert one.plain["healthy"] and one.plain["now"] == [] and one.plain["step"] == 4 and one.picture == run / "signals.png"
+    assert one.plain["healthy"] and one.plain["now"] == [] and one.plain["step"] == 6 and one.picture == run / "signals.png"
     assert json.loads(json.dumps(one.plain))["signals"]["diversity/student"] > 0
     assert "healthy: every signal is in its band" in one.words
+
+
+def test_a_run_of_less_than_three_looks_has_no_doctor(tmp_path):
+    run = trained(tmp_path, "toy/lcm", train__updates=5)
+    with pytest.raises(RequestError, match="shorter than 3 looks"):
+        api.doctor(run)
+
+
+def test_the_doctor_asks_no_more_samples_at_a_time_than_a_micro_batch_holds(tmp_path, monkeypatch):
+    """So it needs no memory that the training does not; its signals are the same."""
+    asked, signals = [], []
+    whole = Pieces.__call__
+    monkeypatch.setattr(Pieces, "__call__", lambda self, x_t, t, cond=None: (asked.append(self.size), whole(self, x_t, t, cond))[1])
+    for number, accumulate in enumerate((1, 4)):
+        run = api.train("toy/lcm", out=tmp_path / str(number), **SHORT | {"train.updates": 6, "train.accumulate": accumulate})
+        signals.append(rows(run)[0])
+    assert set(asked) == {16, 4}
+    assert signals[0].keys() == signals[1].keys()
+    for name in ("offset/student", "diversity/student", "saturation/teacher", "drift/teacher"):
+        assert signals[0][name] == pytest.approx(signals[1][name], abs=1e-4), name
