@@ -31,7 +31,7 @@ MAY = {
     "api.py": (EVERYTHING, "diffusers transformers rich PIL"),
     "cli.py": (f"proofs {EVERYTHING} __init__.py", "typer rich"),
     "demo.py": (f"cli.py {EVERYTHING}", "typer rich"),
-    "proofs": (EVERYTHING, "diffusers matplotlib numpy"),
+    "proofs": (EVERYTHING, "diffusers matplotlib numpy safetensors"),
     "__init__.py": ("api.py proofs", ""),
     "__main__.py": ("cli.py", ""),
     "files": ("", ""),

@@ -20,6 +20,7 @@ from . import shapes
 from .prompts import Captions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")    # whatever a file is called: PIL hands some others to programs of the system
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
 
 
@@ -152,7 +153,7 @@ def picture_files(folder: Path) -> list[Path]:
 def check_headers(files: Sequence[Path]) -> None:
     """RequestError that names the first file that is no picture. Nothing is decoded."""
     for path in files:
-        with _named(path), Image.open(path):
+        with _named(path), Image.open(path, formats=FORMATS):
             pass
 
 
@@ -168,7 +169,7 @@ def captions_of(folder: Path, files: list[Path], reads: Reads = "texts") -> list
 def read_picture(path: Path, size: Size | None = None) -> Tensor:
     """(3, H, W) float32 in [-1, 1], of its own size unless given. It is turned as its camera says; of 16 bits a channel
     the upper 8 count, rounded; what is transparent becomes white. RequestError where it cannot be read."""
-    with _named(path), Image.open(path) as opened:
+    with _named(path), Image.open(path, formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "I" or image.mode.startswith("I;16"):
             image = Image.fromarray(np.rint(np.array(image).clip(0, 65_535) / 257).astype(np.uint8))
@@ -223,7 +224,7 @@ def _row(line: str, table: Path, number: int) -> tuple[Path, str]:
     except (ValueError, KeyError, TypeError):
         raise RequestError(f"images: line {number} of '{table}' should read {{\"file_name\": ..., \"text\": ...}}; "
                            f"found {line[:80]}") from None
-    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+    if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts or not path.is_file() or path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"images: line {number} of '{table}' names '{row['file_name']}', which is not a png, jpg, webp "
                            "or bmp "
                            "file of that folder.")

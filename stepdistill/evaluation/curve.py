@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from ..errors import printable
+
 Row = Mapping[str, Any]
 
 INK, FAINT, REAL = "#1f2933", "#9aa5b1", "#2f9e62"
@@ -36,6 +38,11 @@ def curve(rows: Sequence[Row], dim: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _written(name: str) -> str:
+    """A name as it is: between two $ matplotlib reads formulas."""
+    return printable(name).replace("$", r"\$")
 
 
 def solver_of(row: Row) -> str | None:
@@ -115,13 +122,13 @@ def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], student
           metric) -> None:
     """Teacher solvers thin, the best of them at each count of evaluations bold, students bold in colour."""
     for colour, (name, line) in zip(cycle(STUDENTS), students.items()):
-        _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=name, zorder=5)
+        _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=_written(name), zorder=5)
     if best:
         teacher = best[0]["target"].partition(":")[0]
-        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=f"{teacher}, best solver", zorder=4)
+        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=_written(f"{teacher}, best solver"), zorder=4)
     for name, line in solvers.items():
         axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".",
-                  ms=4, label=name)
+                  ms=4, label=_written(name))
     axes.set_xscale("log")
     ticks = sorted({row["nfe"] for line in (*solvers.values(), *students.values()) for row in line})
     axes.xaxis.set_major_locator(FixedLocator(ticks))

@@ -90,7 +90,7 @@ IN_BRIEF = ("target", "NFE", "w", "FD [95 %]", "all attributes", "ms")      # wh
 def table(results: Results) -> Table:
     """For a rich console: the columns that a curve is read by; results.json and report.html hold them all."""
     protocol = results["protocol"]
-    made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
+    made = Table(title=escape(printable(f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}")),
                  title_justify="left", title_style="bold", header_style="bold", box=None)
     shown = [HEADINGS.index(heading) for heading in IN_BRIEF]
     for i in shown:

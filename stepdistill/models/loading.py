@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
+from ..files import foreign
 from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .quantized import quantization_of, quantize_, read_saved, saved_as
-from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
-from .weights import check_components, class_of, weight_files
+from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at, listed
+from .weights import check_components, class_of, scheduler_class, weight_files
 
 UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, SafetensorError)
 """What the libraries raise on configs and weights that do not fit each other."""
@@ -92,9 +93,8 @@ class Loading:
         with _configs_at_hand(self.source):
             index = index_at(configs) if self.source.is_file else self.index
         dropped = self.family.arguments(self.kind.__name__)
-        listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
         own = replaced_on_meta(self.source)
-        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed.items() if name not in own} | own
+        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed(index).items() if name not in (*dropped, *own)} | own
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
@@ -144,7 +144,7 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
                 pipe = kind.from_single_file(source.place, **options)
         else:
             options |= {} if source.variant is None else {"variant": source.variant}
-            pipe = kind.from_pretrained(source.place, revision=source.revision, **options)
+            pipe = kind.from_pretrained(_supplied(kind, source, options), use_safetensors=True, **options)
     except UNLOADABLE as error:
         if isinstance(error, RequestError):
             raise
@@ -157,6 +157,15 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
     if fresh and family.denoiser not in parts:
         quantize_(pipe.components[family.denoiser], source.quantization, family.time.first)
     return pipe, traces
+
+
+def _supplied(kind: type[DiffusionPipeline], source: Source, options: Mapping[str, Any]) -> str:
+    """The folder of a pipeline; of a Hub id that of the cache, once its files are there and have been looked at."""
+    if Path(source.place).is_dir():
+        return source.place
+    folder = kind.download(source.place, revision=source.revision, use_safetensors=True, **options)
+    index_at(Source(folder))
+    return folder
 
 
 def _saved_quantized(source: Source, family: Family, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -190,7 +199,7 @@ def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
     if source.vae is not None and "vae" not in parts:
         _check_vae(source, _config_of_vae(source.vae))
         with _blaming("vae", source.vae):
-            found["vae"] = AutoencoderKL.from_pretrained(source.vae, **_within(source.vae, "vae"))
+            found["vae"] = AutoencoderKL.from_pretrained(source.vae, use_safetensors=True, **_within(source.vae, "vae"))
     if source.scheduler is not None and "scheduler" not in parts:
         found["scheduler"] = _scheduler(source.scheduler)
     return found
@@ -234,12 +243,16 @@ def _scheduler(place: str) -> SchedulerMixin:
     with _blaming("scheduler", place):
         where = _within(place, "scheduler")
         name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
-        return class_of("scheduler", "diffusers", name).from_pretrained(place, **where)
+        return scheduler_class(name).from_pretrained(place, **where)
 
 
 def _within(place: str, component: str) -> dict[str, str]:
-    """Where a component lies in a folder that may be its own or a whole pipeline's."""
-    return {"subfolder": component} if (Path(place) / component).is_dir() else {}
+    """Where a component lies in a folder that may be its own or a whole pipeline's. RequestError for a folder of pickles or with code."""
+    folder, whole = Path(place), (Path(place) / component).is_dir()
+    if folder.is_dir():
+        foreign.check_folder(folder, [component] if whole else [])
+        foreign.check_pickles(folder / component if whole else folder)
+    return {"subfolder": component} if whole else {}
 
 
 @contextmanager

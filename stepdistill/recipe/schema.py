@@ -76,6 +76,7 @@ class Teacher(Strict):
         return given["base"] if given.keys() == {"base"} else given
 
 
+SAID = 8                                         # complaints about one recipe
 PLACES = {"base", "config", "vae", "scheduler"}  # entries of a teacher that may be a folder or a Hub id
 
 
@@ -218,7 +219,8 @@ class Recipe(Strict):
             try:
                 stage = cls.model_validate(own.values)
             except ValidationError as error:
-                complaints += [complaint(own, (*e["loc"],), e, _fields) for e in error.errors()]
+                complaints += [complaint(own, (*e["loc"],), e, _fields) for e in error.errors()[:SAID]]
+                complaints += [f"and {more} more entries are wrong"] if (more := error.error_count() - SAID) > 0 else []
                 continue
             stage._source, stage._given, stage._previous, stage._taught_by = own, source, made, taught_by
             made = stage
