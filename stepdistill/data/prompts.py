@@ -1,6 +1,7 @@
 """Where prompts come from: Shapes' endless captions, a text file, or a list in the recipe."""
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Sequence
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
+
+MANY = 100_000                    # prompts beyond which a cache says their digest rather than all of them
 
 
 class Captions(Protocol):
@@ -60,7 +63,9 @@ class ListedPrompts:
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"prompts": list(self.prompts)}
+        if self.count <= MANY:
+            return {"prompts": list(self.prompts)}
+        return {"prompts": hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=16).hexdigest(), "count": self.count}
 
     def captions(self, indices: Tensor) -> list[str]:
         return [self.prompts[i] for i in indices.tolist()]
