@@ -25,6 +25,7 @@ from .evaluation.own import bench_own
 from .evaluation.plans import SOLVERS
 from .evaluation.progress import meter
 from .evaluation.sheets import sheet
+from .evaluation.space import FeatureName, FeatureNames
 from .export import Extracted, Student, export_student, load
 from .export import check as check_export
 from .export import extract as extract_lora
@@ -243,11 +244,13 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
           out: str | Path = "bench", seed: int = 0,
           guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: str | Path | None = None, reference: str | Path | None = None,
+          features: FeatureName | FeatureNames | None = None, reference: str | Path | None = None,
           prompts: Sequence[str] | None = None,
           reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
+    features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in [-1, 1] ->
+    (B, dim)), or several of them, since one alone misranks: all figures are of the first, distances are in the others too.
     reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000 `samples` in `features`,
     those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the same noise, of 16 samples:
     shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table too, at
@@ -255,11 +258,10 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     count is what a student should be held against. few_step: further targets, few-step pipelines that others made: they
     keep their scheduler and are called without guidance.
     """
-    place = CLIP if features is None else features
-    place = resources.locate(place) or place
+    spaces = _feature_spaces(features)
     if reference not in (None, "teacher"):
         known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
-        sweep.admitted(samples or 2000, known, place, reference)
+        sweep.admitted(samples or 2000, known, spaces, reference)
     opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info) for target in (*targets, *few_step)]
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
         raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of "
@@ -277,8 +279,13 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
         if len(beside) != 1:
             raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")
         return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
-                         samples=samples or 16, features=None if features is None else place, **told)
-    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, place, reference, reuse, **told)
+                         samples=samples or 16, features=None if features is None else spaces, **told)
+    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference, reuse, **told)
+
+
+def _feature_spaces(features: FeatureName | FeatureNames | None) -> list[FeatureName]:
+    asked = [CLIP] if features is None else [features] if isinstance(features, FeatureName) else features
+    return [name if isinstance(name, torch.nn.Module) else resources.locate(name) or name for name in asked]
 
 
 def quiet() -> None:

@@ -102,8 +102,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
                                                help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
-          features: Annotated[str | None, typer.Option(help="A CLIPModel's folder, or inception; that of Shapes unless "
-                                                            "given, and none against the teacher.")] = None,
+          features: Annotated[list[str] | None, typer.Option(help="A CLIPModel's or Dinov2Model's folder, or inception; several times for "
+                                                                  "distances in several. That of Shapes unless given, and none against the teacher.")] = None,
           reference: Annotated[str | None, typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
                                                              "given, shapes for what ships and teacher for your own.")] = None,
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
@@ -117,7 +117,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
-                          features=features, reference=reference, prompts=texts, few_step=few_step or ())
+                          features=features or None, reference=reference, prompts=texts, few_step=few_step or ())
     _emit(results, as_json, lambda: _show_results(results, out))
 
 

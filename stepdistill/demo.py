@@ -57,12 +57,12 @@ def measure(student: Target, teacher: Target, scale: float, out: Path, samples: 
     shipped = None if file is None or source != file.parent else read_results(file)
     samples = samples or (shipped["protocol"]["samples"] if shipped else 2000)
     features = resources.locate("assets/shapes-clip")
-    bench([student], NFE, samples, out, features=features, say=tell)
+    bench([student], NFE, samples, out, features=[features], say=tell)
     # unguided: twice the steps
-    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=features, say=tell)
+    results = bench([teacher], (FEW,), samples, out, (1.0, scale), features=[features], say=tell)
     if shipped is None or shipped["protocol"]["id"] != results["protocol"]["id"]:
         tell(f"the shipped figures of the teacher do not apply here: measuring it at {MANY} evaluations too")
-        return bench([teacher], (MANY,), samples, out, (scale,), features=features, say=tell)
+        return bench([teacher], (MANY,), samples, out, (scale,), features=[features], say=tell)
     results = join(shipped, results)
     write_results(results, out)
     write_report(results, out)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ..errors import printable
+from .estimate import share_of
 
 Row = Mapping[str, Any]
 
@@ -45,16 +46,60 @@ def _written(name: str) -> str:
     return printable(name).replace("$", r"\$")
 
 
+def front(rows: Sequence[Row]) -> bytes:
+    """PNG. Distance against the milliseconds of one picture, at batch 1; the rows that none beats in both are joined."""
+    name = figure_of(rows)
+    timed = [row for row in rows if row["latency_ms"] is not None]
+    figure = Figure(figsize=(6.4, 4.6), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    at = lambda row: (row["latency_ms"], row["metrics"][name])
+    ahead = sorted((row for row in timed if not any(at(other) != at(row) and other["latency_ms"] <= row["latency_ms"]
+                                                    and other["metrics"][name] <= row["metrics"][name] for other in timed)), key=at)
+    axes.plot(*zip(*map(at, ahead), strict=True), color=FAINT, lw=1.4, zorder=1, label="none is better in both")
+    name_of = lambda row: row["target"].replace(f":{solver_of(row)}", ", all solvers")
+    targets = list(dict.fromkeys(map(name_of, timed)))
+    colours = dict(zip(dict.fromkeys(row["target"] for row in timed if not solver_of(row)), cycle(STUDENTS)))
+    for target in targets:
+        own = [row for row in timed if name_of(row) == target]
+        axes.scatter(*zip(*map(at, own), strict=True), s=34, color=colours.get(target, INK), marker="D" if target in colours else "o",
+                     zorder=3, label=_written(target))
+        for row in own:
+            axes.annotate(f"{row['nfe']}", at(row), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+    axes.set_xscale("log")
+    _distance_axis(axes, [(row["metrics"][name],) * 3 for row in timed])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("milliseconds of a picture (numbers: network evaluations)")
+    axes.set_ylabel("Fréchet distance" if name == "fd" else "Kernel Inception distance")
+    axes.grid(True, which="major", color="#e4e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def solver_of(row: Row) -> str | None:
     """dpmpp_2m of teacher:dpmpp_2m; None for a student and for real pictures."""
     return row["target"].partition(":")[2] or None
 
 
+def figure_of(rows: Sequence[Row]) -> str:
+    """What the rows are compared by: the Fréchet distance where each has one, else KID."""
+    return "fd" if all(row["metrics"]["fd"] is not None for row in rows) else "kid"
+
+
 def best_per_nfe(rows: Sequence[Row]) -> list[Row]:
     """Among rows of equal evaluations the one of least distance, in the order of evaluations."""
     best: dict[int, Row] = {}
+    by = figure_of(rows)
     for row in rows:
-        if row["nfe"] not in best or row["metrics"]["fd"] < best[row["nfe"]]["metrics"]["fd"]:
+        if row["nfe"] not in best or row["metrics"][by] < best[row["nfe"]]["metrics"][by]:
             best[row["nfe"]] = row
     return [best[nfe] for nfe in sorted(best)]
 
@@ -71,20 +116,21 @@ def lines(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], list[Row], dict[st
 
 def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
     solvers, best, students = lines(rows)
-    metric = lambda row: tuple(row["metrics"][key] for key in ("fd", "fd_low", "fd_high"))
+    name = figure_of(rows)
+    metric = lambda row: tuple(row["metrics"][key] for key in (name, f"{name}_low", f"{name}_high"))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in rows if row["target"] == "real"):
         axes.axhspan(*metric(real)[1:], color=REAL, alpha=0.18, lw=0, label=f"fresh real pictures: {metric(real)[0]:.3f}")
-    _distance_axis(axes, rows)
+    _distance_axis(axes, [metric(row) for row in rows if row["target"] != "real"])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.set_ylabel(f"Fréchet distance, {dim} features")
+    axes.set_ylabel(f"{'Fréchet' if name == 'fd' else 'Kernel Inception'} distance, {dim} features")
     axes.set_title("Distance to real pictures", loc="left", fontsize=11, color=INK, fontweight="bold")
 
 
-def _distance_axis(axes: Axes, rows: Sequence[Row]) -> None:
+def _distance_axis(axes: Axes, figures: Sequence[tuple[float, ...]]) -> None:
     """Logarithmic; where an estimate or the end of its interval is 0 or less, linear below the least distance that is not."""
-    shown = [row["metrics"][key] for row in rows if row["target"] != "real" for key in ("fd", "fd_low", "fd_high")]
-    least = min([row["metrics"]["fd"] for row in rows if row["target"] != "real" and row["metrics"]["fd"] > 0], default=1.0)
+    shown = [number for figure in figures for number in figure]
+    least = min([value for value, _, _ in figures if value > 0], default=1.0)
     if shown and min(shown) <= 0:
         axes.set_yscale("symlog", linthresh=least, subs=(2, 5))
         axes.set_ylim(bottom=min(shown) - least / 4)
@@ -99,8 +145,8 @@ def _distance_axis(axes: Axes, rows: Sequence[Row]) -> None:
 def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
     measured = [row for row in rows if row["metrics"]["all_attributes"] is not None]
     solvers, best, students = lines(measured)
-    metric = lambda row: (100 * row["metrics"]["all_attributes"],) + tuple(100 * edge for edge in share_interval(
-        row["metrics"]["all_attributes"], row["samples"]))
+    share = lambda row: share_of(row["metrics"]["all_attributes"], row["samples"])
+    metric = lambda row: tuple(100 * edge for edge in (share(row).value, share(row).low, share(row).high))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in measured if row["target"] == "real"):
         _, low, high = metric(real)
@@ -109,13 +155,6 @@ def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("pictures with all attributes right, %")
     real = "".join(f" (real pictures: {metric(row)[0]:.1f} %)" for row in measured if row["target"] == "real")
     axes.set_title(f"Doing what the prompt says{real}", loc="left", fontsize=11, color=INK, fontweight="bold")
-
-
-def share_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in n independent cases."""
-    z = 1.96
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
 def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], students: Mapping[str, list[Row]],

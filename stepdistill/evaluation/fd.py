@@ -12,11 +12,13 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from .estimate import Estimate, Z
+
+CHUNK = 1024              # samples worked on at a time
 SPLITS = 48               # random partitions behind each point of the extrapolation
 RESAMPLES = 200
 BLOCKS, LEFT_OUT, ORDERS = 10, (1, 2, 3), 4      # of a small reference: tenths, of which one to three are left out, in
                                                  # random orders
-KID_BLOCK = 1000
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,8 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """features: (n, D)."""
-        x = features.double().cpu()
-        centred = x - x.mean(0)
-        return cls(len(x), x.mean(0), centred.T @ centred / (len(x) - 1))
+        x = features.cpu()
+        return cls(len(x), *_moments(x, len(x) - 1))
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets together."""
@@ -46,6 +47,20 @@ class Moments:
         """The symmetric square root of the covariance."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _moments(x: Tensor, over: int, rows: Tensor | None = None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D), float64, of these rows of x (n, D), each counted `weight` times (len(rows),); the
+    scatter is divided by `over`. In chunks: fifty thousand samples take little more memory than they lie in."""
+    rows = torch.arange(len(x)) if rows is None else rows
+    weight = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight
+    chunks = list(zip(rows.split(CHUNK), weight.split(CHUNK), strict=True))
+    mean = sum((w @ x[some].double() for some, w in chunks), torch.zeros((), dtype=torch.float64)) / weight.sum()
+    scatter = torch.zeros((), dtype=torch.float64)
+    for some, w in chunks:
+        centred = x[some].double() - mean
+        scatter = scatter + (centred * w[:, None]).T @ centred
+    return mean, scatter / over
 
 
 def frechet(mean: Tensor, covariance: Tensor, reference: Moments) -> Tensor:
@@ -75,16 +90,19 @@ class Reference:
         return len(self.subset) == self.whole.count
 
 
-@dataclass(frozen=True)
-class Estimate:
-    value: float
-    low: float
-    high: float
-
-
 def least_samples(dim: int) -> int:
     """Fewer leave the thirds, whose covariances enter the extrapolation, without full rank."""
     return 3 * (dim + 1)
+
+
+def too_few(samples: int, pictures: int, dim: int) -> str | None:
+    """Why no Fréchet distance in `dim` dimensions is taken of so many samples against so many pictures; None where it is."""
+    if samples < least_samples(dim):
+        return (f"{samples:,} samples are too few for a Fréchet distance in {dim:,} dimensions, which takes at least {least_samples(dim):,}")
+    if pictures < 2 * (dim + 1):             # the covariances of the reference's halves
+        return (f"{pictures:,} pictures of the reference are too few for a Fréchet distance in {dim:,} dimensions, which takes at least "
+                f"{2 * (dim + 1):,}, better 10,000")
+    return None
 
 
 def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> Estimate:
@@ -106,7 +124,7 @@ def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> E
     130 to 2,000 pictures: 56 to 60 (scripts/check_interval.py).
     features: (n, D) with n >= least_samples(D).
     """
-    x = features.double().cpu()
+    x = features.cpu()
     if len(x) < least_samples(x.shape[1]):
         raise ValueError(f"{len(x)} samples are too few for {x.shape[1]} dimensions: it takes "
                          f"{least_samples(x.shape[1])}")
@@ -115,9 +133,9 @@ def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> E
     plug_in = frechet(here.mean, here.covariance, reference.whole)
     halves, thirds = (_partitioned(x, parts, reference.whole, generator) for parts in (2, 3))
     value = (3 * plug_in - 3 * halves + thirds - _surplus(reference, here, plug_in, generator)).item()
-    y = reference.subset.double().cpu()
+    y = reference.subset.cpu()
     by_reference = _influence_variance(y, reference.whole, here).item() / reference.whole.count
-    margin = 1.96 * (_variance(x, here, reference.whole, generator) + by_reference) ** 0.5
+    margin = Z * (_variance(x, here, reference.whole, generator) + by_reference) ** 0.5
     return Estimate(value, value - margin, value + margin)
 
 
@@ -169,10 +187,9 @@ def _partitioned(x: Tensor, parts: int, reference: Moments, generator: torch.Gen
     size, distances = len(x) // parts, []
     for _ in range(SPLITS):
         order = torch.randperm(len(x), generator=generator)[: size * parts]
-        piece = x[order].reshape(parts, size, -1)
-        mean = piece.mean(1)
-        centred = piece - mean[:, None]
-        distances.append(frechet(mean, centred.mT @ centred / (size - 1), reference).mean())
+        pieces = [_moments(x, size - 1, piece) for piece in order.split(size)]
+        means, covariances = map(torch.stack, zip(*pieces, strict=True))
+        distances.append(frechet(means, covariances, reference).mean())
     return torch.stack(distances).mean()
 
 
@@ -187,9 +204,7 @@ def _variance(x: Tensor, here: Moments, reference: Moments, generator: torch.Gen
     for _ in range(RESAMPLES):
         drawn = torch.randint(len(x), (len(x),), generator=generator)
         weight = torch.bincount(drawn, minlength=len(x)).double()
-        mean = weight @ x / len(x)
-        centred = x - mean
-        distances.append(frechet(mean, (centred * weight[:, None]).T @ centred / (len(x) - 1), reference))
+        distances.append(frechet(*_moments(x, len(x) - 1, weight=weight), reference))
     bootstrap = torch.stack(distances).var()
     return torch.maximum(2 * _influence_variance(x, here, reference) / len(x) - bootstrap, bootstrap / 3).item()
 
@@ -203,46 +218,9 @@ def _influence_variance(x: Tensor, here: Moments, reference: Moments) -> Tensor:
     values, vectors = torch.linalg.eigh(reference.root @ here.covariance @ reference.root)
     inverse = torch.where(values > 1e-12 * values[-1], values, torch.inf).rsqrt()
     transport = reference.root @ (vectors * inverse) @ vectors.T @ reference.root
-    centred = x - here.mean
-    slope = centred - centred @ transport
-    return (2 * centred @ (here.mean - reference.mean) + (slope * centred).sum(1)).var()
-
-
-def kid(features: Tensor, subset: Tensor) -> float:
-    """Unbiased squared MMD under the kernel (x . y / D + 1)^3, Bińkowski et al. 2018, arXiv:1801.01401, by
-    torchmetrics.
-
-    features (n, D), subset (m, D): of generated pictures, and of the reference's. The mean over disjoint blocks of one
-    size, at most 1,000: each is taken at least once, so that nothing is drawn and equal features give an equal figure.
-    """
-    from torchmetrics.image.kid import poly_mmd  # here, because torchmetrics brings matplotlib's pyplot with it
-
-    both = [side.double().cpu() for side in (subset, features)]
-    size = min(len(side) // -(-len(side) // KID_BLOCK) for side in both)
-    real, fake = ([block for block in side.split(size) if len(block) == size] for side in both)
-    pairs = [(real[i % len(real)], fake[i % len(fake)]) for i in range(max(len(real), len(fake)))]
-    return sum(poly_mmd(*pair).item() for pair in pairs) / len(pairs)
-
-
-def precision_recall(features: Tensor, subset: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of generated features inside the reference's manifold, and the reverse; Kynkäänniemi et al. 2019,
-    arXiv:1904.06991.
-
-    A manifold is the union of balls around its members, each reaching to the k-th nearest other. Both sides are cut
-    to the same count, since the figures depend on it.
-    """
-    m = min(len(features), len(subset))
-    x, y = features[:m].double().cpu(), subset[:m].double().cpu()
-    return _inside(x, y, k), _inside(y, x, k)
-
-
-def _inside(x: Tensor, manifold: Tensor, k: int) -> float:
-    radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values        # the nearest is the member itself
-    return (torch.cdist(x, manifold) <= radius).any(1).double().mean().item()
-
-
-def diversity(groups: Tensor) -> float:
-    """Mean distance between two samples of the same prompt. groups: (prompts, samples of each, D)."""
-    x = groups.double().cpu()
-    k = x.shape[1]
-    return (torch.cdist(x, x).sum() / (len(x) * k * (k - 1))).item()
+    slopes = []
+    for rows in x.split(CHUNK):
+        centred = rows.double() - here.mean
+        slope = centred - centred @ transport
+        slopes.append(2 * centred @ (here.mean - reference.mean) + (slope * centred).sum(1))
+    return torch.cat(slopes).var()

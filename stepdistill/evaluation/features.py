@@ -1,4 +1,4 @@
-"""Features of pictures: a CLIP model's projections with the attribute classifier on top, or InceptionV3's."""
+"""Features of pictures: of CLIP with the attribute classifier on top, of DINOv2, of InceptionV3, or of a module of one's own."""
 from __future__ import annotations
 
 import hashlib
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer, PretrainedConfig
 
 from ..data.shapes import SLOTS
 from ..errors import RequestError, first_lines
@@ -23,15 +23,17 @@ from ..models.loading import UNLOADABLE
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"   # named by its sha256
 HALVES = [0.5] * 3, [0.5] * 3
+TEXTS = 250                       # prompts read at a time
 
 
 class Features(Protocol):
-    """A feature space. name tells users what it is, id (a hash of its weights) and resize enter the protocol."""
+    """A feature space. name tells users what it is, id (a hash of its weights) and resize enter the protocol. clip: whether it is CLIP's."""
 
     name: str
     id: str
     dim: int
     resize: str
+    clip: bool
     attribute_classifier: AttributeClassifier | None
 
     def images(self, pixels: Tensor) -> Tensor:
@@ -76,6 +78,8 @@ def _readable(place: Path) -> Iterator[None]:
 class ClipFeatures:
     """The unnormalised projections of a CLIPModel's folder, computed in float32."""
 
+    clip = True
+
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
         self.device = device
@@ -86,29 +90,83 @@ class ClipFeatures:
         self.name = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}"
         self.dim = self.model.config.projection_dim
         self.size = self.model.config.vision_config.image_size
-        self.resize = f"none at {self.size} px, else antialiased bicubic of the short side and a centre crop"
-        mean, deviation = _normalisation(folder)
-        if (mean, deviation) != HALVES:
-            self.resize += f"; normalised by {mean} and {deviation}"
-        self.mean, self.deviation = (torch.tensor(numbers, device=device)[:, None, None] for numbers in
-                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))       # of pixels in [-1, 1]
+        self.read = _Reading(folder, self.size, device)
+        self.resize = self.read.name
         self.attribute_classifier = AttributeClassifier.load(folder / "judge.safetensors") if (folder / "judge.safetensors").is_file() else None
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
-        pixels = (resized(pixels.to(self.device, torch.float32), self.size) - self.mean) / self.deviation
-        return self.model.get_image_features(pixel_values=pixels).pooler_output.cpu()
+        return self.model.get_image_features(pixel_values=self.read(pixels)).pooler_output.cpu()
 
     @torch.inference_mode()
     def texts(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
-        return self.model.get_text_features(**tokens).pooler_output.cpu()
+        found = []
+        for first in range(0, len(prompts), TEXTS):
+            tokens = self.tokenizer(prompts[first: first + TEXTS], padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+            found.append(self.model.get_text_features(**tokens).pooler_output.cpu())
+        return torch.cat(found)
+
+
+class DinoFeatures:
+    """The class token of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), of the folder of a Dinov2Model, in float32.
+
+    Stein et al. 2023, arXiv:2306.04675, find that distances in it agree best with people's judgement.
+    """
+
+    clip, attribute_classifier = False, None
+
+    def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
+        folder = _checked(Path(folder))
+        with _readable(folder):
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(device).eval().requires_grad_(False)
+        self.id = digest([folder / name for name in ("config.json", "model.safetensors")])
+        self.name, self.dim = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}", self.model.config.hidden_size
+        self.read = _Reading(folder, _crop(folder, self.model.config.image_size), device)
+        self.resize = self.read.name
+
+    @torch.inference_mode()
+    def images(self, pixels: Tensor) -> Tensor:
+        return self.model(pixel_values=self.read(pixels)).pooler_output.cpu()
+
+    def texts(self, prompts: list[str]) -> None:
+        return None
+
+
+class ModuleFeatures:
+    """Of any module that turns pixels (B, 3, H, W) in [-1, 1] into (B, dim), in its own dtype and on its own device.
+
+    name: what tables call it. Its id is a hash of its class and weights; it resizes by itself.
+    """
+
+    clip, attribute_classifier, resize = False, None, "the module's own"
+
+    def __init__(self, module: torch.nn.Module, name: str | None = None) -> None:
+        self.module = module.eval()
+        weights = sorted(module.state_dict().items())
+        hashed = hashlib.sha256(type(module).__qualname__.encode())
+        for key, tensor in weights:
+            hashed.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self.id = hashed.hexdigest()
+        self.name = f"{name or type(module).__name__}@{self.id[:12]}"
+        self.dim = self.images(torch.zeros(2, 3, 32, 32)).shape[1]
+
+    @torch.inference_mode()
+    def images(self, pixels: Tensor) -> Tensor:
+        like = next(self.module.parameters(), pixels)
+        found = self.module(pixels.to(like.device, like.dtype))
+        if found.ndim != 2 or len(found) != len(pixels):
+            raise RequestError(f"the features {type(self.module).__name__} gave {tuple(found.shape)} for {len(pixels)} pictures: wanted "
+                               f"({len(pixels)}, dim)")
+        return found.float().cpu()
+
+    def texts(self, prompts: list[str]) -> None:
+        return None
 
 
 class InceptionFeatures:
     """The 2048 pool features of the FID's InceptionV3, as torch-fidelity holds them: it resizes by itself."""
 
-    name, dim, attribute_classifier = "inception", 2048, None
+    name, dim, clip, attribute_classifier = "inception", 2048, False, None
     id = "torch-fidelity inception-v3-compat 2048"
     resize = "bilinear to 299 px as TensorFlow 1 did it"
 
@@ -126,29 +184,67 @@ class InceptionFeatures:
         return None
 
 
-def dimensions(name: Path | str) -> int:
+DINO = ("dinov2", "dinov2_with_registers")
+
+
+def dimensions(name: Path | str | torch.nn.Module) -> int:
     """The width of the features that `load_features` would give, without their weights. RequestError as there."""
+    if isinstance(name, torch.nn.Module):
+        return ModuleFeatures(name).dim
     if str(name) == "inception":
         _torch_fidelity()
         return InceptionFeatures.dim
-    return CLIPConfig.from_pretrained(_checked(Path(name))).projection_dim
+    config = _config(Path(name))
+    return config.projection_dim if config.model_type == "clip" else config.hidden_size
 
 
-def load_features(name: Path | str, device: str | torch.device = "cpu") -> Features:
-    """name: "inception", or the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified."""
-    return InceptionFeatures(device) if str(name) == "inception" else ClipFeatures(name, device)
+def load_features(name: Path | str | torch.nn.Module, device: str | torch.device = "cpu") -> Features:
+    """name: "inception"; the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified; the folder of a
+    Dinov2Model; or a module of one's own, see ModuleFeatures."""
+    if isinstance(name, torch.nn.Module):
+        return ModuleFeatures(name)
+    if str(name) == "inception":
+        return InceptionFeatures(device)
+    return (ClipFeatures if _config(Path(name)).model_type == "clip" else DinoFeatures)(name, device)
 
 
-def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and deviation, a channel each, of the pixels in [0, 1] that a CLIPModel reads; halves without its processor's file."""
+class _Reading:
+    """Pixels (B, 3, H, W) in [-1, 1] as a vision model of transformers reads them: its size, its mean and deviation a channel."""
+
+    def __init__(self, folder: Path, size: int, device: str | torch.device) -> None:
+        mean, deviation = (_preprocessor(folder).get(f"image_{name}", halves) for name, halves in zip(("mean", "std"), HALVES, strict=True))
+        self.size, self.device = size, device
+        self.name = f"none at {size} px, else antialiased bicubic of the short side and a centre crop"
+        if (mean, deviation) != HALVES:
+            self.name += f"; normalised by {mean} and {deviation}"
+        self.mean, self.deviation = (torch.tensor(numbers, device=device)[:, None, None] for numbers in
+                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))       # of pixels in [-1, 1]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (resized(pixels.to(self.device, torch.float32), self.size) - self.mean) / self.deviation
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
     file = folder / "preprocessor_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return said.get("image_mean", HALVES[0]), said.get("image_std", HALVES[1])
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _crop(folder: Path, size: int) -> int:
+    """The side of the square that a model's processor cuts out; `size`, that of its own grid, without the processor's file."""
+    return _preprocessor(folder).get("crop_size", {}).get("height", size)
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    with _readable(_checked(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in ("clip", *DINO):
+        raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or `inception`")
+    return config
 
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise RequestError(f"{folder} is no folder of a CLIPModel: it needs config.json and model.safetensors")
+        raise RequestError(f"{folder} is no folder of a CLIPModel or a Dinov2Model: it needs config.json and model.safetensors")
     foreign.check_folder(folder, [])
     return folder
 
@@ -183,11 +279,6 @@ def resized(pixels: Tensor, size: int) -> Tensor:
     pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return pixels[..., top: top + size, left: left + size]
-
-
-def clip_score(images: Tensor, texts: Tensor) -> float:
-    """Mean of 100 max(cos, 0) over pairs, Hessel et al. 2021, arXiv:2104.08718. (n, D), (n, D)."""
-    return (100 * F.cosine_similarity(images, texts).clamp(min=0)).mean().item()
 
 
 def digest(files: list[Path]) -> str:

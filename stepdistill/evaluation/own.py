@@ -15,14 +15,16 @@ from torch import Tensor
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
-from .fd import diversity
-from .features import Features, clip_score, load_features
+from .estimate import Estimate, mean_of
+from .features import Features, load_features
+from .means import clip_score, diversity
 from .page import write_own_report
 from .plans import Plan, Target, latency, plans
 from .progress import meter
 from .protocol import fingerprint
 from .report import Results, picture_name, write_results
 from .sheets import sheet
+from .space import FeatureNames, figures
 
 STEPS, COARSE, SHOWN, BATCH, CALLS = 25, 32, 6, 4, 2
 PROMPTS = ("a portrait of an old fisherman, natural light", "a red bicycle leaning on a white wall", "a bowl of ramen, studio photo",
@@ -32,23 +34,26 @@ PROMPTS = ("a portrait of an old fisherman, natural light", "a red bicycle leani
 
 def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], out: Path, *, guidance: Sequence[float],
               solvers: Sequence[str], seed: int = 0, prompts: Sequence[str] | None = None, samples: int = 16,
-              features: Path | str | None = None, device: str | torch.device = "cpu",
+              features: FeatureNames | None = None, device: str | torch.device = "cpu",
               say: Callable[[str], None] = print, made: Mapping[str, Any] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, report.html and samples/.
 
-    samples: pictures a row, those of one prompt after another's. features: a CLIPModel's folder; None: no CLIP score, and diversity
-    in pixels. The teacher's own picture is drawn in 25 steps at the last of `guidance`. A distance to it says how far a student follows
+    samples: pictures a row, those of one prompt after another's. features: those of `load_features`, a single one; None: no CLIP score, and
+    diversity in pixels. The teacher's own picture is drawn in 25 steps at the last of `guidance`. A distance to it says how far a student follows
     the teacher from noise to picture, as trajectory and consistency methods teach it; those that match distributions need not.
     RequestError where none of `nfe` can be met, and where another process writes there.
     """
     texts = list(PROMPTS if prompts is None else prompts)
     if samples < 2 or not texts:
         raise RequestError(f"a bench against the teacher's own pictures takes a prompt and at least 2 samples; found {len(texts)} and {samples}")
+    if features is not None and len(features) != 1:
+        raise RequestError(f"a bench against the teacher's own pictures reads one kind of features; found {len(features)}: name one, or a "
+                           "`reference` of real pictures")
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
         best = _at_its_ease(teacher, guidance[-1], solvers, say)
         rows = [best, *(plan for target in targets for plan in plans(target, nfe, guidance, solvers, say))]
-        space = None if features is None else load_features(features, device)
+        space = None if features is None else load_features(*features, device)
         return _measured(rows, texts, samples, seed, space, out, made or {})
 
 
@@ -86,6 +91,8 @@ def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Feature
     with meter() as report:
         for ids in torch.arange(len(asked)).split(BATCH):
             drawn = [plan.images([asked[i] for i in ids.tolist()], ids, seed) for plan in rows]
+            for plan, pixels in zip(rows, drawn, strict=True):
+                plan.check_finite(int((~pixels.isfinite().flatten(1).all(1)).sum()), len(pixels))
             for own, pixels in zip(kept, drawn, strict=True):
                 own["apart"].append(((pixels - drawn[0]) / 2).square().flatten(1).mean(1))
                 own["seen"].append(F.adaptive_avg_pool2d(pixels / 2, COARSE).flatten(1) / (3 * COARSE**2) ** 0.5 if space is None else space.images(pixels))
@@ -97,11 +104,12 @@ def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Feature
 def _row(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: Sequence[str], seed: int, space: Features | None) -> dict[str, Any]:
     """A row of results.json. to_teacher: root mean square over pixels in [0, 1]; None of the teacher's own pictures."""
     groups = [found["seen"][i::len(texts)] for i in range(min(len(texts), len(asked)))]
-    spread = [diversity(group[None]) for group in groups if len(group) > 1]
+    several = [group for group in groups if len(group) > 1]
     text = None if space is None or not plan.target.prompted else space.texts(list(asked))
-    apart = found["apart"].mean().sqrt().item()
-    metrics = {"to_teacher": apart or None, "clip_score": None if text is None else clip_score(found["seen"], text),
-               "diversity": sum(spread) / len(spread) if spread else None}
+    squared = mean_of(found["apart"])
+    apart = Estimate(*(max(end, 0.0) ** 0.5 for end in (squared.value, squared.low, squared.high))) if squared.value else None
+    metrics = figures("to_teacher", apart) | figures("clip_score", None if text is None else clip_score(found["seen"], text))
+    metrics |= figures("diversity", diversity(several) if several else None)
     taken = latency(plan, asked, seed, CALLS)
     return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps, "guidance": plan.guidance,
             "samples": len(asked), "seed": seed, "metrics": metrics, "latency_ms": taken, "images_per_s": 1000 / taken}

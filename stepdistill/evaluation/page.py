@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2p
 th button { font: inherit; font-weight: 700; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
 th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
 tr.real td { color: var(--real) } tr.student td { font-weight: 600 }
+label.slide { display: flex; gap: .8rem; align-items: center; flex-wrap: wrap; margin-bottom: .8rem }
+label.slide input { flex: 0 1 20rem; min-width: 12rem } tr[hidden] { display: none }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem }
 dt { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
 """
@@ -38,16 +41,35 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
   body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
 };
 """
+SLIDE = """
+for (const slider of document.querySelectorAll("input[type=range]")) slider.oninput = () => {
+  const counts = slider.dataset.counts.split(","), count = counts[slider.value - 1];
+  slider.nextElementSibling.textContent = count ? `${count} network evaluations` : "all";
+  slider.setAttribute("aria-valuetext", slider.nextElementSibling.textContent);
+  for (const row of document.querySelectorAll("tr[data-nfe]"))
+    row.hidden = Boolean(count) && row.dataset.nfe !== "0" && row.dataset.nfe !== count;
+};
+"""
 
 
-def page(title: str, note: str, figure: tuple[str, bytes], headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]],
-         strips: Sequence[tuple[str, bytes]], facts: Mapping[str, Any]) -> str:
-    """figure: what it shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: (label, PNG). facts: what
-    the figures depend on."""
+@dataclass(frozen=True)
+class Strip:
+    """Pictures of a row of the table, PNG. nfe: its network evaluations; 0 of real pictures."""
+
+    label: str
+    nfe: int
+    png: bytes
+
+
+def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]],
+         strips: Sequence[Strip], facts: Mapping[str, Any]) -> str:
+    """figures: what each shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: from the same noise; a slider
+    shows those of one count of evaluations. facts: what the figures depend on."""
     body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for kind, cells in rows)
     heads = "".join(f"<th scope='col'><button type='button'>{html.escape(heading)}</button></th>" for heading in headings)
-    shown = "".join(f"<tr><th scope='row'>{html.escape(label)}</th><td><img class='strip' alt='Samples of {html.escape(label)}' "
-                    f"src='{embedded(png)}'></td></tr>" for label, png in strips)
+    shown = "".join(f"<tr data-nfe='{strip.nfe}'><th scope='row'>{html.escape(strip.label)}</th><td><img class='strip' "
+                    f"alt='Samples of {html.escape(strip.label)}' src='{embedded(strip.png)}'></td></tr>" for strip in strips)
+    drawn = "".join(f'<img class="figure" alt="{html.escape(what)}" src="{embedded(png)}">' for what, png in figures)
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     wide = lambda name, inner: f"<div class='wide' role='region' tabindex='0' aria-label='{name}'><table>{inner}</table></div>"
     return f"""<!doctype html>
@@ -55,12 +77,20 @@ def page(title: str, note: str, figure: tuple[str, bytes], headings: Sequence[st
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>
 <h1>{html.escape(title)}</h1>
 <p class="note">{html.escape(note)}</p>
-<img class="figure" alt="{html.escape(figure[0])}" src="{embedded(figure[1])}">
+{drawn}
 <h2>Figures</h2>{wide("Figures", f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>")}
-{f"<h2>Samples</h2>{wide('Samples', f'<tbody>{shown}</tbody>')}" if shown else ""}
+{f"<h2>Samples</h2>{_slider(strips)}{wide('Samples', f'<tbody>{shown}</tbody>')}" if shown else ""}
 <h2>How they were made</h2><dl>{listed}</dl>
-</main><script>{SORT}</script></body></html>
+</main><script>{SORT}{SLIDE}</script></body></html>
 """
+
+
+def _slider(strips: Sequence[Strip]) -> str:
+    counts = sorted({strip.nfe for strip in strips if strip.nfe})
+    if len(counts) < 2:
+        return ""
+    return (f"<label class='slide'>From the same noise at <input type='range' min='0' max='{len(counts)}' value='0' "
+            f"aria-valuetext='all' data-counts='{','.join(map(str, counts))}'><output>all</output></label>")
 
 
 def embedded(png: bytes) -> str:
@@ -78,7 +108,7 @@ def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> 
             "evaluations. The distance to the teacher is the root mean square over pixels in [0, 1] to the teacher's own pictures, the first row. "
             "Students that are taught the teacher's law rather than its way from noise to picture may lie far from them and be good.")
     write_whole(out / "report.html", page(
-        "Teacher and student from the same noise", note, ("Pictures of each row, from the same noise", together),
+        "Teacher and student from the same noise", note, [("Pictures of each row, from the same noise", together)],
         ("target", "NFE", "steps", "w", "to teacher", "CLIP score", "diversity", "ms"), rows, [],
         results["protocol"] | made_of(results["rows"])).encode())
 

@@ -116,6 +116,12 @@ class Plan:
             torch.manual_seed(key(seed, "pipeline", ids[0].item()))       # for pipelines that keep the generator to themselves
             return pictures(pipeline, spelled, asked, generator=generators, **self.call) * 2 - 1
 
+    def check_finite(self, broken: int, drawn: int) -> None:
+        """RequestError where some of the pictures drawn have pixels that are no finite number."""
+        if broken:
+            raise RequestError(f"{broken:,} of {drawn:,} pictures of {self.name} at {self.nfe} NFE have pixels that are no finite number: the "
+                               "pipeline overflows. Look at its dtype (an autoencoder in float16 is the usual place) and at the student's weights")
+
 
 def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
           say: Callable[[str], None]) -> list[Plan]:

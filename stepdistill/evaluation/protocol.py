@@ -15,7 +15,8 @@ ESTIMATOR = "FD at infinity: parabola in 1/n over n, n/2, n/3; reference by halv
 
 @dataclass(frozen=True)
 class Protocol:
-    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed."""
+    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed. also: further features
+    in which distances are taken; without any the id is what it was before there were some."""
 
     features: str
     dim: int
@@ -27,14 +28,17 @@ class Protocol:
     samples: int
     seed: int
     estimator: str = ESTIMATOR
+    also: tuple[str, ...] = ()
 
     @cached_property
     def id(self) -> str:
-        return fingerprint(asdict(self) | {"features": self.features.rpartition("@")[2]})
+        without_place = {"features": self.features.rpartition("@")[2], "also": [name.rpartition("@")[2] for name in self.also]}
+        return fingerprint({name: value for name, value in (asdict(self) | without_place).items() if name != "also" or value})
 
     def record(self) -> dict[str, Any]:
         """As results.json has it. The id does not depend on where the features' folder lies."""
-        return {"id": self.id, **asdict(self)}
+        return {"id": self.id, **{name: value for name, value in asdict(self).items() if name != "also"},
+                **({"also": list(self.also)} if self.also else {})}
 
 
 def fingerprint(value: Any) -> str:

@@ -166,16 +166,8 @@ def reference_key(features: Features, source: Source) -> str:
 
 def compute_reference(features: Features, source: Source) -> Reference:
     found = torch.cat([features.images(block) for block in source.pictures()])
-    check_count(source, features.dim)
     halves = Moments.of(found[0::2]), Moments.of(found[1::2])
     return Reference(halves, found[:: max(1, len(found) // SUBSET)][:SUBSET].clone())
-
-
-def check_count(source: Source, dim: int) -> None:
-    """RequestError for fewer pictures than the covariances of its halves take."""
-    if source.count < 2 * (dim + 1):
-        raise RequestError(f"the reference {source.name} holds {source.count} pictures, too few for features of {dim} "
-                           f"dimensions: at least {2 * (dim + 1)}, better 10,000")
 
 
 def save_reference(reference: Reference, file: Path, key: str) -> None:

@@ -1,9 +1,12 @@
 """What a bench leaves behind: results.json, curve.png, report.html and a table."""
 from __future__ import annotations
 
+import csv
+import io
 import json
+from math import exp
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -11,14 +14,16 @@ from rich.table import Table
 from ..errors import printable
 from ..files import records
 from ..files.whole import write_whole
-from .page import made_of, page
+from .estimate import Estimate
+from .page import Strip, made_of, page
 from .protocol import demand_same
 
 Row = dict[str, Any]
 Results = dict[str, Any]               # {"protocol": {…}, "rows": [Row, …]}
 
-METRICS = {"fd": "FD", "kid": "KID", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
-           "diversity": "diversity", "all_attributes": "all attributes"}
+METRICS = {"fd": "FD", "kid": "KID", "cmmd": "CMMD", "precision": "precision", "recall": "recall", "density": "density",
+           "coverage": "coverage", "clip_score": "CLIP score", "diversity": "diversity", "all_attributes": "all attributes"}
+DIGITS = {"kid": ".4f", "clip_score": ".2f", "all_attributes": ".1%"}          # of the others three
 
 
 def read_results(file: Path) -> Results:
@@ -45,12 +50,37 @@ def write_results(results: Results, out: Path) -> None:
 
 
 def write_report(results: Results, out: Path) -> None:
-    """curve.png and report.html beside results.json; the sample grid is made of the strips under out/samples."""
-    from .curve import curve  # here, because matplotlib takes a quarter of a second
+    """curve.png, report.html, table.csv and table.md beside results.json; the sample grid is made of the strips under out/samples."""
+    from .curve import curve, front  # here, because matplotlib takes a quarter of a second
 
-    drawn = curve(results["rows"], results["protocol"]["dim"])
+    rows = results["rows"]
+    drawn = curve(rows, results["protocol"]["dim"])
     write_whole(out / "curve.png", drawn)
-    write_whole(out / "report.html", _page(results, drawn, out).encode())
+    figures = [("Distance to real pictures against network evaluations", drawn)]
+    if any(row["latency_ms"] is not None for row in rows):
+        figures.append(("Distance to real pictures against the time of a picture", front(rows)))
+    write_whole(out / "report.html", _page(results, figures, out).encode())
+    write_whole(out / "table.csv", as_csv(rows).encode())
+    write_whole(out / "table.md", as_markdown(rows).encode())
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """All figures with their intervals, a line a row, under names as results.json has them."""
+    plain = ("target", "method", "nfe", "steps", "guidance", "samples", "seed", "latency_ms", "images_per_s")
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    written = io.StringIO()
+    lines = csv.writer(written, lineterminator="\n")
+    lines.writerow([*plain, *names])
+    lines.writerows([[row[name] for name in plain] + [row["metrics"].get(name) for name in names] for row in rows])
+    return written.getvalue()
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The columns in brief, for a model card."""
+    teacher, shown = at_its_ease(rows), [HEADINGS.index(heading) for heading in in_brief(rows)]
+    line = lambda texts: "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+    head = [line([HEADINGS[i] for i in shown]), "|" + "---|" * len(shown)]
+    return "\n".join(head + [line([cells(row, teacher)[i] for i in shown]) for row in rows]) + "\n"
 
 
 def picture_name(row: Mapping[str, Any]) -> str:
@@ -58,16 +88,40 @@ def picture_name(row: Mapping[str, Any]) -> str:
     return f"{row['target'].replace(':', '-').replace('/', '-')}-nfe{row['nfe']}-w{row['guidance'] or 0:g}.png"
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row of the table, as text: target, NFE, steps, guidance, the metrics, latency, images per second."""
+def cells(row: Mapping[str, Any], teacher: Mapping[str, Any] | None = None) -> list[str]:
+    """A row of the table, as text, under HEADINGS. teacher: the row that the distance is held against."""
     m = row["metrics"]
     number = lambda value, spec: "–" if value is None else format(value, spec)
-    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
-            number(row["guidance"], "g"),
-            f"{distance(m['fd'])} [{distance(m['fd_low'])}, {distance(m['fd_high'])}]", number(m["kid"], ".4f"),
-            number(m["precision"], ".3f"),
-            number(m["recall"], ".3f"), number(m["clip_score"], ".2f"), number(m["diversity"], ".3f"),
-            number(m["all_attributes"], ".1%"), number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"), number(row["guidance"], "g"),
+            _interval(None if teacher is None or row["target"] == "real" else ratio(row, teacher), lambda value: f"{value:.2f}"), fd_of(m),
+            *(number(m.get(name), DIGITS.get(name, ".3f")) for name in list(METRICS)[1:]),
+            number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f")]
+
+
+def fd_of(metrics: Mapping[str, float | None]) -> str:
+    """With its interval; – where there were too few samples for one."""
+    found = None if metrics["fd"] is None else Estimate(metrics["fd"], metrics["fd_low"], metrics["fd_high"])
+    return _interval(found, distance)
+
+
+def _interval(found: Estimate | None, spelled: Callable[[float], str]) -> str:
+    return "–" if found is None else f"{spelled(found.value)} [{spelled(found.low)}, {spelled(found.high)}]"
+
+
+def at_its_ease(rows: Sequence[Row]) -> Row | None:
+    """The teacher's row of most evaluations, of several the one of least distance; None without a teacher or its distance."""
+    teachers = [row for row in rows if ":" in row["target"] and row["metrics"]["fd"] is not None]
+    return min(teachers, key=lambda row: (-row["nfe"], row["metrics"]["fd"]), default=None)
+
+
+def ratio(row: Row, teacher: Row) -> Estimate | None:
+    """FD over the teacher's FD. The interval adds the relative variances of both, on a logarithmic scale; None where a distance is not
+    above 0, or is not known to be."""
+    parts = [(one["metrics"]["fd"], one["metrics"]["fd_high"] - one["metrics"]["fd_low"]) for one in (row, teacher) if one["metrics"]["fd"] is not None]
+    if len(parts) < 2 or min(value for value, _ in parts) <= 0:
+        return None
+    value, spread = parts[0][0] / parts[1][0], sum((width / 2 / value) ** 2 for value, width in parts) ** 0.5
+    return Estimate(value, value * exp(-spread), value * exp(spread))
 
 
 def distance(value: float) -> str:
@@ -77,14 +131,18 @@ def distance(value: float) -> str:
 
 def in_words(row: Mapping[str, Any]) -> str:
     """A row of results.json in one line."""
-    fd, latency = f"FD {cells(row)[4]}", row["latency_ms"]
-    return f"{_label(row)}: {fd}" + ("" if latency is None else f", {latency:.4g} ms")
+    m, latency = row["metrics"], row["latency_ms"]
+    figure = f"FD {fd_of(m)}" if m["fd"] is not None else f"KID {m['kid']:.4f} [{m['kid_low']:.4f}, {m['kid_high']:.4f}]"
+    return f"{_label(row)}: {figure}" + ("" if latency is None else f", {latency:.4g} ms")
 
 
-HEADINGS = ("target", "NFE", "steps", "w", "FD [95 %]", *list(METRICS.values())[1:], "ms", "images/s")
+HEADINGS = ("target", "NFE", "steps", "w", "× teacher", "FD [95 %]", *list(METRICS.values())[1:], "ms", "images/s")
 
 
-IN_BRIEF = ("target", "NFE", "w", "FD [95 %]", "all attributes", "ms")      # what fits into 80 columns
+def in_brief(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns that fit into 80 characters."""
+    distance_name = "FD [95 %]" if any(row["metrics"]["fd"] is not None for row in rows) else "KID"
+    return ("target", "NFE", "w", distance_name, "all attributes", "ms")
 
 
 def table(results: Results) -> Table:
@@ -92,7 +150,7 @@ def table(results: Results) -> Table:
     protocol = results["protocol"]
     made = Table(title=escape(printable(f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}")),
                  title_justify="left", title_style="bold", header_style="bold", box=None)
-    shown = [HEADINGS.index(heading) for heading in IN_BRIEF]
+    shown = [HEADINGS.index(heading) for heading in in_brief(results["rows"])]
     for i in shown:
         made.add_column(HEADINGS[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for row in results["rows"]:
@@ -103,16 +161,25 @@ def table(results: Results) -> Table:
 
 
 NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes two network evaluations. "
-        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions. Diversity is the mean distance "
-        "in features between samples of one prompt: compare it with that of real pictures.")
+        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions, and results.json has one for "
+        "every figure. Diversity is the mean distance in features between samples of one prompt: compare it with that of real pictures.")
 
 
-def _page(results: Results, drawn: bytes, out: Path) -> str:
+def _page(results: Results, figures: Sequence[tuple[str, bytes]], out: Path) -> str:
     rows = results["rows"]
-    shown = [(row, out / "samples" / picture_name(row)) for row in rows]
-    return page("Quality against network evaluations", NOTE, ("Fréchet distance against network evaluations", drawn), HEADINGS,
-                [(_kind(row), cells(row)) for row in rows], [(_label(row), file.read_bytes()) for row, file in shown if file.is_file()],
-                results["protocol"] | made_of(rows))
+    note = NOTE + "".join(f" Distances in {name} too: {_also(rows, name)}." for name in results["protocol"].get("also", ()))
+    teacher, shown = at_its_ease(rows), [(row, out / "samples" / picture_name(row)) for row in rows]
+    if teacher is not None:
+        note += f" × teacher is FD over that of {_label(teacher)}."
+    strips = [Strip(_label(row), row["nfe"], file.read_bytes()) for row, file in shown if file.is_file()]
+    return page("Quality against network evaluations", note, figures, HEADINGS,
+                [(_kind(row), cells(row, teacher)) for row in rows], strips, results["protocol"] | made_of(rows))
+
+
+def _also(rows: Sequence[Row], name: str) -> str:
+    """The distances of rows in a further feature space, in the order of the table."""
+    return "; ".join(f"{_label(row)} {fd_of(row['also'][name]) if row['also'][name]['fd'] is not None else format(row['also'][name]['kid'], '.4f')}"
+                     for row in rows)
 
 
 def _label(row: Row) -> str:

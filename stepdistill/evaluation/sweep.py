@@ -13,30 +13,34 @@ from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
 from ..models.stock import say_cut
-from .fd import diversity, frechet_infinity, kid, least_samples, precision_recall
-from .features import clip_score, dimensions, load_features, resized
+from .estimate import share_of
+from .fd import too_few
+from .features import dimensions, resized
+from .means import clip_score, diversity
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans
 from .progress import meter
 from .protocol import Protocol, fingerprint
-from .reference import Source, check_count, load_reference, load_source
+from .reference import Source, load_source
 from .report import Results, in_words, join, picture_name, read_results, row_key, write_report, write_results
 from .sheets import sheet
+from .space import FeatureNames, Space, figures
 from .unfinished import Unfinished
 
 EACH = 4                  # samples of a prompt behind the figure `diversity`
 SHOWN = 10                # samples of a row in the report
+LEAST = 10                # samples and pictures behind any figure
 
 
-def admitted(samples: int, prompts: Sequence[str] | None, features: Path | str, reference: Path | str) -> Source:
+def admitted(samples: int, prompts: Sequence[str] | None, features: FeatureNames, reference: Path | str) -> Source:
     """The reference. RequestError for what could not be measured, known before anything is loaded or drawn."""
-    dim = dimensions(features)
-    if samples < least_samples(dim):
-        raise RequestError(f"{samples} samples are too few: the Fréchet distance in {dim} dimensions takes at least "
-                           f"{least_samples(dim)}, and 2,000 for a narrow interval")
+    for name in features:
+        dimensions(name)
+    source = load_source(reference, samples)
+    if min(samples, source.count) < LEAST:
+        raise RequestError(f"{samples} samples against {source.count} pictures of {source.name} are too few for any figure: at least "
+                           f"{LEAST} of each, and 2,000 samples for narrow intervals")
     if prompts is not None and not prompts:
         raise RequestError("the list of prompts is empty")
-    source = load_source(reference, samples)
-    check_count(source, dim)
     if prompts is None:
         source.prompts(1)
     return source
@@ -46,70 +50,77 @@ class Evaluation:
     """All that rows have in common: features, reference, prompts and seed. Made once, used for many rows."""
 
     def __init__(self, samples: int, seed: int = 0, prompts: Sequence[str] | None = None,
-                 features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
+                 features: FeatureNames = ("assets/shapes-clip",), reference: Path | str = "shapes",
                  device: str | torch.device = "cpu", say: Callable[[str], None] = print,
                  made: Mapping[str, Any] | None = None) -> None:
-        """made: what every row says of the machine and the moment."""
+        """features: of the first one all figures are taken, of the others distances. made: what every row says of the machine and the
+        moment."""
         self.made = dict(made or {})
         self.source = admitted(samples, prompts, features, reference)
-        self.features = load_features(features, device)
+        self.spaces = [Space.load(name, self.source, device, say) for name in features]
+        self.features, self.reference = self.spaces[0].features, self.spaces[0].reference
+        for space in self.spaces:
+            if reason := too_few(samples, space.reference.whole.count, space.features.dim):
+                say(f"{reason}: in {space.features.name} there is none, and KID, which is right at any count, stands for it")
         asked = self.source.prompts(samples) if prompts is None else list(prompts)
         self.prompts = [asked[i % len(asked)] for i in range(samples)]
         self.own_prompts = prompts is not None
         self.seed, self.samples = seed, samples
-        shipped = None if str(features) == "inception" else Path(features) / "reference.safetensors"
-        self.reference = load_reference(self.features, self.source, shipped, say)
         self.texts = self.features.texts(self.prompts)
         self.attributes = _attributes(self.prompts) if self.features.attribute_classifier else None
         classifier = self.features.attribute_classifier
         self.protocol = Protocol(self.features.name, self.features.dim, classifier and classifier.id[:12],
                                  self.source.name,
-                                 self.features.resize, "float32", fingerprint(self.prompts), samples, seed)
+                                 self.features.resize, "float32", fingerprint(self.prompts), samples, seed,
+                                 also=tuple(space.features.name for space in self.spaces[1:]))
 
     @property
     def groups(self) -> int:
         """Prompts that are sampled EACH times."""
         return max(1, self.samples // 40)
 
-    def measure(self, images: Tensor, alike: Tensor | None, captioned: bool) -> dict[str, float | None]:
-        """The metrics of results.json. images: features (n, D) in the order of the prompts; alike: (groups, EACH, D).
+    def measure(self, images: Sequence[Tensor], alike: Tensor | None, captioned: bool) -> dict[str, Any]:
+        """`metrics` of a row of results.json, and `also`, those in further features, where there are some.
 
-        captioned: whether the pictures were made for the prompts; without it nothing is said about text.
+        images: features (n, D) of each space, in the order of the prompts; alike: (groups, EACH, D) of the first one. captioned: whether
+        the pictures were made for the prompts; without it nothing is said about text.
         """
-        fd = frechet_infinity(images, self.reference, self.seed)
-        precision, recall = precision_recall(images, self.reference.subset)
-        with_texts = captioned and self.texts is not None
-        with_attributes = captioned and self.attributes is not None
-        return {
-            "fd": fd.value, "fd_low": fd.low, "fd_high": fd.high, "kid": kid(images, self.reference.subset),
-            "precision": precision, "recall": recall,
-            "clip_score": clip_score(images, self.texts) if with_texts else None,
-            "diversity": None if alike is None else diversity(alike),
-            "all_attributes": (self.features.attribute_classifier(images) == self.attributes).all(1).double().mean().item() if with_attributes else None,
-        }
+        metrics = self.spaces[0].distances(images[0], self.seed)
+        score = clip_score(images[0], self.texts) if captioned and self.texts is not None else None
+        metrics |= figures("clip_score", score) | figures("diversity", None if alike is None else diversity(alike))
+        right = None
+        if captioned and self.attributes is not None:
+            seen = self.features.attribute_classifier(images[0])
+            right = share_of((seen == self.attributes).all(1).double().mean().item(), len(seen))
+        also = {space.features.name: space.distances(own, self.seed) for space, own in zip(self.spaces[1:], images[1:], strict=True)}
+        return {"metrics": metrics | figures("all_attributes", right)} | ({"also": also} if also else {})
 
     def real(self) -> tuple[dict[str, Any], Tensor]:
         """The row of fresh real pictures against the reference, and some of them."""
         found, shown = [], torch.empty(0)
         for block in self.source.real(self.samples):     # features are kept, and of the pictures the first ones
-            found.append(self.features.images(block))
+            found.append(self.seen(block))
             if len(shown) < SHOWN:                       # pictures of a folder differ in size
                 block = resized(block, min((shown if len(shown) else block).shape[-2:]))
                 shown = torch.cat([shown, block])[:SHOWN].clone() if len(shown) else block[:SHOWN].clone()
         again = None if self.own_prompts else self.source.alike(self.groups, EACH)
         alike = None if again is None else torch.cat([self.features.images(block)
                                                       for block in again]).unflatten(0, (-1, EACH))
-        images = torch.cat(found)
+        images = list(map(torch.cat, zip(*found, strict=True)))
         row = {"target": "real", "method": None, "nfe": 0, "steps": 0, "guidance": None, "samples": self.samples,
                "seed": self.seed,
-               "metrics": self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
+               **self.measure(images, alike, captioned=not self.own_prompts), "latency_ms": None,
                "images_per_s": None, "made": self.made}
         return row, shown
+
+    def seen(self, pixels: Tensor) -> list[Tensor]:
+        """Features of a batch in each space."""
+        return [space.features.images(pixels) for space in self.spaces]
 
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
         """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so far."""
-        features, shown, seconds = [], None, 0.0
+        features, shown, seconds, broken = [], None, 0.0, 0
         network = denoiser_of(plan.target.pipeline)
         with counted(network) as evaluations:
             for ids, prompts in self._calls(batch):
@@ -117,18 +128,22 @@ class Evaluation:
                 pixels = plan.images(prompts, ids, self.seed)
                 seconds += time.perf_counter() - begin
                 shown = pixels[:SHOWN] if shown is None else shown
-                features.append(self.features.images(pixels))
-                on_images(sum(map(len, features)))
-        found = torch.cat(features)
-        if evaluations[0] != plan.nfe * len(found):
+                broken += int((~pixels.isfinite().flatten(1).all(1)).sum())
+                features.append(self.seen(pixels))
+                on_images(int(ids[-1]) + 1)
+        found = list(map(torch.cat, zip(*features, strict=True)))
+        drawn = len(found[0])
+        plan.check_finite(broken, drawn)
+        if evaluations[0] != plan.nfe * drawn:
             raise RuntimeError(f"{plan.name} was planned with {plan.nfe} network evaluations per image but took "
-                               f"{evaluations[0] / len(found):g}")
-        images, others = found[: self.samples], found[self.samples:].unflatten(0, (self.groups, EACH - 1))
-        alike = torch.cat([images[: self.groups, None], others], 1)
+                               f"{evaluations[0] / drawn:g}")
+        images, others = [own[: self.samples] for own in found], found[0][self.samples:].unflatten(0, (self.groups, EACH - 1))
+        alike = torch.cat([images[0][: self.groups, None], others], 1)
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
-                "samples": self.samples, "seed": self.seed, "metrics": self.measure(images, alike, captioned=plan.target.prompted),
-                "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": len(found) / seconds,
+                "samples": self.samples, "seed": self.seed,
+                **self.measure(images, alike, captioned=plan.target.prompted),
+                "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": drawn / seconds,
                 "made": {**self.made, **plan.target.made}}, shown
 
     @property
@@ -145,7 +160,7 @@ class Evaluation:
 def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path | str,
           guidance: Sequence[float] = (2.0,),
           solvers: Sequence[str] = tuple(SOLVERS), seed: int = 0, prompts: Sequence[str] | None = None,
-          features: Path | str = "assets/shapes-clip", reference: Path | str = "shapes",
+          features: FeatureNames = ("assets/shapes-clip",), reference: Path | str = "shapes",
           reuse: Sequence[Path | str] = (),
           batch: int = 100, device: str | torch.device = "cpu", say: Callable[[str], None] = print,
           made: Mapping[str, Any] | None = None) -> Results:

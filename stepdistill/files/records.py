@@ -52,9 +52,10 @@ class _Row(TypedDict):
 
 
 class Row(_Row, total=False):
-    """A row of results.json. made: where and when it was measured, and of which weights."""
+    """A row of results.json. made: where and when it was measured, and of which weights; also: distances in further features."""
 
     made: dict[str, Any]
+    also: dict[str, dict[str, float | None]]
 
 
 class _Protocol(TypedDict):
@@ -68,6 +69,7 @@ class Protocol(_Protocol, total=False):
     """Of results.json: its entries that are read. A bench against the teacher's own pictures has no dim, and need not have features."""
 
     dim: int
+    also: list[str]
 
 
 class Results(TypedDict):

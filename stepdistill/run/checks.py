@@ -122,7 +122,7 @@ def reference_source(recipe: Recipe) -> ReferenceSource:
     choices = recipe.evaluate
     with recipe.blaming("evaluate.reference", f"is {choices.reference}, which nothing can be measured against"):
         source = load_source(found(choices.reference), choices.samples)
-        return admitted(choices.samples, None if source.captioned else ["of the data"], found(choices.features), found(choices.reference))
+        return admitted(choices.samples, None if source.captioned else ["of the data"], [found(choices.features)], found(choices.reference))
 
 
 def role_setting(choice: RoleChoice | Critic) -> Lora | Full:

@@ -46,7 +46,7 @@ class Preview:
         self.figures: Evaluation | None = None
         if choices.reference is not None and parallel.rank() == 0:
             self.figures = Evaluation(choices.samples, run.recipe.train.seed,
-                                      prompts=figure_prompts(run), features=found(choices.features),
+                                      prompts=figure_prompts(run), features=[found(choices.features)],
                                       reference=found(choices.reference), device=run.device, say=log.debug)
 
     def __call__(self, step: int) -> None:

@@ -1,18 +1,19 @@
 """The distances against closed forms; the extrapolated one against Gaussians of known distance."""
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from stepdistill.evaluation.fd import (
     Moments,
     Reference,
-    diversity,
     frechet,
     frechet_infinity,
-    kid,
     least_samples,
-    precision_recall,
+    too_few,
 )
 
 DIM = 64
@@ -129,36 +130,36 @@ def test_same_features_give_the_same_figure():
     assert frechet_infinity(x, reference) == frechet_infinity(x, reference)
 
 
-def test_kid_is_unbiased_and_equals_the_double_sum():
-    x, y = gaussian(40, 8, seed=0), 0.5 + gaussian(40, 8, seed=1)
-    k = lambda a, b: (a @ b / 8 + 1) ** 3
-    pairs = lambda s: sum(k(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j) / (len(s) * (len(s) - 1))
-    cross = sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
-    assert kid(x, y) == pytest.approx((pairs(x) + pairs(y) - 2 * cross).item(), rel=1e-9)
-    same = torch.tensor([kid(gaussian(200, 8, seed=10 + i), gaussian(200, 8, seed=90 + i)) for i in range(40)])
-    assert abs(same.mean()) < 3 * same.std() / 40**0.5
+def test_fifty_thousand_samples_are_worked_on_in_chunks(monkeypatch):
+    """The chunks change nothing but the order of sums."""
+    x, reference = gaussian(300, 8, seed=0), known(Moments.of(0.5 + gaussian(500, 8, seed=1)))
+    whole = frechet_infinity(x, reference)
+    monkeypatch.setattr("stepdistill.evaluation.fd.CHUNK", 37)
+    parts = frechet_infinity(x, reference)
+    assert (parts.value, parts.low, parts.high) == pytest.approx((whole.value, whole.low, whole.high), rel=1e-9)
 
 
-@pytest.mark.parametrize(("n", "m", "size", "rounds"), [(30, 40, 30, 1), (20, 45, 20, 2), (1500, 700, 700, 2)])
-def test_kid_takes_blocks_of_one_size(n, m, size, rounds):
-    x, y = gaussian(n, 4, seed=0), gaussian(m, 4, seed=1)
-    block = lambda side, i: side[i % (len(side) // size) * size:][:size]
-    assert kid(x, y) == pytest.approx(sum(kid(block(x, i), block(y, i)) for i in range(rounds)) / rounds)
+def test_too_few_samples_or_pictures_are_said_with_what_it_takes():
+    assert too_few(51, 34, 16) is None
+    assert "50 samples are too few for a Fréchet distance in 16 dimensions, which takes at least 51" in too_few(50, 34, 16)
+    assert "33 pictures of the reference are too few" in too_few(51, 33, 16) and "at least 34" in too_few(51, 33, 16)
 
 
-def test_kid_averages_over_blocks():
-    x, y = gaussian(2000, 8, seed=0), gaussian(2000, 8, seed=1)
-    assert kid(x, y) == pytest.approx((kid(x[:1000], y[:1000]) + kid(x[1000:], y[1000:])) / 2)
-
-
-def test_precision_and_recall_at_their_ends():
-    x = gaussian(300, 8, seed=0)
-    assert precision_recall(x, x) == (1.0, 1.0)
-    assert precision_recall(x + 100, x) == (0.0, 0.0)
-    precision, recall = precision_recall(0.1 * gaussian(300, 8, seed=1), x)        # collapsed onto the middle
-    assert precision > 0.9 and recall < 0.2
-
-
-def test_diversity_is_the_mean_distance_within_a_prompt():
-    groups = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 2.0]]])
-    assert diversity(groups) == pytest.approx((5 + 1) / 2)
+@pytest.mark.long
+def test_fifty_thousand_samples_take_little_more_memory_than_two_thousand(tmp_path):
+    """Peak resident memory of all distances of a row, each count in a process of its own."""
+    script = """
+import resource, sys, torch
+from stepdistill.evaluation.fd import Moments, Reference
+from stepdistill.evaluation.space import Space
+from types import SimpleNamespace
+draw = torch.Generator().manual_seed(0)
+y = torch.randn(4000, 64, generator=draw)
+reference = Reference((Moments.of(y[0::2]), Moments.of(y[1::2])), y[:2000])
+x = torch.cat([torch.randn(1000, 64, generator=draw) for _ in range(int(sys.argv[1]) // 1000)])
+Space(SimpleNamespace(dim=64, clip=True), reference).distances(x, 0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    few, many = (float(subprocess.run([sys.executable, "-c", script, count], capture_output=True, text=True, check=True).stdout)
+                 for count in ("2000", "50000"))
+    assert many - few <= 50, f"{few:.0f} and {many:.0f} MiB"

@@ -1,6 +1,7 @@
 """The feature space, the judge, and the reference computed in it."""
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
-from transformers import CLIPModel
+from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 from stepdistill.data.shapes import SLOTS, captions, render, scenes
 from stepdistill.errors import RequestError
-from stepdistill.evaluation.fd import Moments, frechet, kid
-from stepdistill.evaluation.features import clip_score, load_features, resized
+from stepdistill.evaluation.fd import Moments, frechet
+from stepdistill.evaluation.features import dimensions, load_features, resized
+from stepdistill.evaluation.kernels import kid
+from stepdistill.evaluation.means import clip_score
 from stepdistill.evaluation.reference import (
     ShapesSource,
     compute_reference,
@@ -69,11 +72,52 @@ def test_pictures_of_the_right_size_pass_and_others_are_cut_to_it():
 
 def test_clip_score_clips_at_zero():
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    assert clip_score(x, torch.tensor([[3.0, 0.0], [0.0, -1.0]])) == pytest.approx(50)
+    assert clip_score(x, torch.tensor([[3.0, 0.0], [0.0, -1.0]])).value == pytest.approx(50)
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dino") / "tiny-dino"
+    torch.manual_seed(1)
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}, "image_mean": mean, "image_std": std}))
+    return folder
+
+
+def test_dinos_class_token_of_pictures_as_its_processor_reads_them(dino_folder):
+    features, pixels = load_features(dino_folder), render(scenes(torch.arange(3)))[..., :28, :28]
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    model = Dinov2Model.from_pretrained(dino_folder).eval()
+    with torch.no_grad():
+        expected = model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state[:, 0]
+    torch.testing.assert_close(features.images(pixels), expected, atol=1e-5, rtol=1e-5)
+    assert features.dim == dimensions(dino_folder) == 24 and features.texts(["a"]) is None and "28 px" in features.resize
+
+
+def test_a_module_of_ones_own_is_a_feature_space():
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 5, dtype=torch.float32))
+    features, pixels = load_features(module), render(scenes(torch.arange(3)))
+    torch.testing.assert_close(features.images(pixels), module(pixels).detach())
+    assert features.dim == dimensions(module) == 5 and features.name == f"Sequential@{features.id[:12]}"
+    with torch.no_grad():
+        module[2].weight[0, 0] += 1
+    assert load_features(module).id != features.id
+    with pytest.raises(RequestError, match=r"gave \(2, 3, 2, 2\) for 2 pictures: wanted \(2, dim\)"):
+        load_features(torch.nn.AdaptiveAvgPool2d(2))
+
+
+def test_other_models_are_no_features(tmp_path, dino_folder):
+    from shutil import copytree
+    folder = copytree(dino_folder, tmp_path / "bert")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(RequestError, match="is a bert; features are of a CLIPModel or a Dinov2Model, or `inception`"):
+        dimensions(folder)
 
 
 def test_wrong_requests_teach(tmp_path, monkeypatch):
-    with pytest.raises(RequestError, match="no folder of a CLIPModel"):
+    with pytest.raises(RequestError, match="no folder of a CLIPModel or a Dinov2Model"):
         load_features(tmp_path)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(RequestError, match=r"pip install 'stepdistill\[fidelity\]'"):
@@ -150,7 +194,7 @@ def test_torchmetrics_finds_the_same_distances_with_our_extractor(clip_folder):
     real, made = (extractor(side) for side in pictures)
     here = Moments.of(made)
     assert frechet(here.mean, here.covariance, Moments.of(real)).item() == pytest.approx(fid.compute().item(), rel=1e-6)
-    assert kid(made, real) == pytest.approx(kernel.compute()[0].item(), rel=1e-9)
+    assert kid(made, real).value == pytest.approx(kernel.compute()[0].item(), rel=1e-9)
 
 
 def test_figures_need_no_torchvision_and_matplotlib_comes_with_a_picture(tmp_path):
@@ -160,7 +204,7 @@ sys.modules["torchvision"] = None
 import stepdistill.api
 assert "matplotlib" not in sys.modules, "imported before anything is drawn"
 import torch
-from stepdistill.evaluation.fd import kid
-print(kid(torch.eye(8), torch.eye(8)))
+from stepdistill.evaluation.kernels import kid
+print(kid(torch.eye(8), torch.eye(8)).value)
 """], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and float(done.stdout) < 0, done.stderr

@@ -60,7 +60,7 @@ def test_figures_are_those_of_the_pictures(targets, tmp_path):
 
 
 def test_a_clip_model_gives_a_score(targets, clip_folder, tmp_path):
-    rows = bench(targets[:1] * 1 + targets[1:], tmp_path, features=clip_folder)["rows"]
+    rows = bench(targets[:1] * 1 + targets[1:], tmp_path, features=[clip_folder])["rows"]
     assert all(isinstance(row["metrics"]["clip_score"], float) for row in rows)
 
 

@@ -11,8 +11,6 @@ from stepdistill.errors import RequestError
 from stepdistill.evaluation.reference import FolderSource, compute_reference, load_source
 from stepdistill.evaluation.sweep import Evaluation, admitted
 
-from .conftest import DIM
-
 
 @pytest.fixture
 def odd(tmp_path):
@@ -55,7 +53,7 @@ def save_pictures(folder, count):
 
 def test_pictures_of_mixed_sizes_are_measured_and_shown(clip_folder, tmp_path):
     save_pictures(tmp_path, 110)
-    context = Evaluation(51, prompts=["a cat"], features=clip_folder, reference=tmp_path, say=lambda text: None)
+    context = Evaluation(51, prompts=["a cat"], features=[clip_folder], reference=tmp_path, say=lambda text: None)
     row, shown = context.real()
     assert shown.shape[:2] == (10, 3) and row["metrics"]["clip_score"] is None
     assert compute_reference(context.features, context.source).whole.count == 59
@@ -65,11 +63,11 @@ def test_what_cannot_be_measured_is_refused_from_configs_alone(clip_folder, tmp_
     save_pictures(tmp_path, 110)
     monkeypatch.setattr("stepdistill.evaluation.features.CLIPModel", None)
     with pytest.raises(RequestError, match="its images have no captions: give a list of prompts"):
-        admitted(51, None, clip_folder, tmp_path)
-    with pytest.raises(RequestError, match="50 samples are too few: the Fréchet distance in 16 dimensions takes at least 51"):
-        admitted(50, None, clip_folder, "shapes")
+        admitted(51, None, [clip_folder], tmp_path)
+    with pytest.raises(RequestError, match="9 samples against 50000 pictures of shapes:50000@7 are too few for any figure: at least 10 of each"):
+        admitted(9, None, [clip_folder], "shapes")
     with pytest.raises(RequestError, match="holds 110 images; 56 samples need at least 112"):
-        admitted(56, ["a cat"], clip_folder, tmp_path)
-    with pytest.raises(RequestError, match=f"holds 33 pictures, too few for features of {DIM} dimensions: at least 34"):
-        admitted(51, None, clip_folder, "shapes:33")
-    assert admitted(51, ["a cat"], clip_folder, tmp_path).count == 59
+        admitted(56, ["a cat"], [clip_folder], tmp_path)
+    with pytest.raises(RequestError, match="against 9 pictures of shapes:9@7 are too few"):
+        admitted(51, None, [clip_folder], "shapes:9")
+    assert admitted(51, ["a cat"], [clip_folder], tmp_path).count == 59

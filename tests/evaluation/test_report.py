@@ -12,9 +12,10 @@ from PIL import Image
 from rich.console import Console
 
 from stepdistill.errors import RequestError
-from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, lines, share_interval
+from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, front, lines
+from stepdistill.evaluation.estimate import share_of
 from stepdistill.evaluation.protocol import Protocol
-from stepdistill.evaluation.report import join, read_results, table
+from stepdistill.evaluation.report import as_csv, as_markdown, at_its_ease, join, ratio, read_results, table, write_report
 from stepdistill.evaluation.sheets import sheet
 
 
@@ -56,8 +57,9 @@ def test_a_distance_of_0_or_less_is_drawn_where_it_is(least, scale):
 
 
 def test_share_interval_is_wilsons():
-    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert share_interval(1.0, 10)[1] == pytest.approx(1.0)
+    found = share_of(0.5, 100)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+    assert share_of(1.0, 10).high == pytest.approx(1.0)
 
 
 def test_the_table_holds_every_row():
@@ -67,11 +69,51 @@ def test_the_table_holds_every_row():
     assert text.count("teacher:ddim") == 2 and "2.500 [2.400, 2.600]" in text and "50.0%" in text
 
 
+def test_the_ratio_is_to_the_teacher_at_its_ease():
+    teacher = at_its_ease(ROWS)
+    assert (teacher["target"], teacher["nfe"]) == ("teacher:heun", 50)
+    found = ratio(row("lcm", 4, 1.0), row("teacher:ddim", 50, 2.0))
+    spread = np.hypot(0.1 / 1.0, 0.1 / 2.0)                                       # half widths over values
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 * np.exp(-spread), 0.5 * np.exp(spread)))
+    assert ratio(row("lcm", 4, -0.1), teacher) is None and at_its_ease(ROWS[5:]) is None
+
+
+def test_the_ratios_interval_holds_what_it_says():
+    """Two independent distances of 1 and 2, each known to 5 %."""
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        one, other = draw.normal(1, 0.05), draw.normal(2, 0.1)
+        rows = [row("a", 4, one), row("b", 4, other)]
+        for made, half in zip(rows, (1.96 * 0.05, 1.96 * 0.1), strict=True):
+            made["metrics"] |= {"fd_low": made["metrics"]["fd"] - half, "fd_high": made["metrics"]["fd"] + half}
+        held += ratio(*rows).low <= 0.5 <= ratio(*rows).high
+    assert 0.93 < held / 400 < 0.97
+
+
+def test_tables_for_others(tmp_path):
+    lines = as_csv(ROWS).splitlines()
+    assert lines[0].startswith("target,method,nfe,steps,guidance,samples,seed,latency_ms,images_per_s,fd,fd_low,fd_high,kid")
+    assert len(lines) == 1 + len(ROWS) and lines[-1].startswith("lcm,,4,4,2.0,2000,0,1.0,,1.0,0.9,1.1,0.0,")
+    made = as_markdown(ROWS).splitlines()
+    assert made[0] == "| target | NFE | w | FD [95 %] | all attributes | ms |" and made[-1] == "| lcm | 4 | 2 | 1.000 [0.900, 1.100] | 50.0% | 1.0 |"
+    write_report({"protocol": PROTOCOL.record(), "rows": ROWS}, tmp_path)
+    assert (tmp_path / "table.csv").read_text() == as_csv(ROWS) and (tmp_path / "table.md").read_text() == as_markdown(ROWS)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img class=\"figure\"") == 2 and "× teacher is FD over that of teacher:heun, 50 NFE" in page and "20.00 [" in page
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[5:], [row("lcm", 1, -0.2), row("lcm", 4, -0.3)]])
+def test_the_front_can_be_drawn(rows):
+    assert np.asarray(Image.open(io.BytesIO(front(rows))).convert("L")).std() > 5
+
+
 def test_the_protocols_id_forgets_the_folder_and_nothing_else():
     assert replace(PROTOCOL, features="c/d@123").id == PROTOCOL.id
     others = {"features": "a/b@124", "dim": 65, "judge": "j", "reference": "r", "resize": "z", "dtype": "d", "prompts": "q",
-              "samples": 1, "seed": 1, "estimator": "e"}
+              "samples": 1, "seed": 1, "estimator": "e", "also": ("x@1",)}
     assert set(others) == {field.name for field in fields(Protocol)}
+    assert "also" not in PROTOCOL.record() and replace(PROTOCOL, also=("c/x@1",)).id == replace(PROTOCOL, also=("d/x@1",)).id
+    assert PROTOCOL.id == "e06cfeb4668bdfab", "figures of before stay comparable"
     for name, other in others.items():
         assert replace(PROTOCOL, **{name: other}).id != PROTOCOL.id, name
 

@@ -15,7 +15,7 @@ from tiny import tiny_pipeline, tiny_sd3
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.fd import least_samples
 from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, solver_scheduler
-from stepdistill.evaluation.report import read_results
+from stepdistill.evaluation.report import METRICS, read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
 from stepdistill.files.lock import locked
 
@@ -42,7 +42,7 @@ def student() -> Target:
 
 
 def run(targets, clip_folder, out, nfe=(1, 2), **more):
-    return bench(targets, nfe, more.pop("samples", SAMPLES), out, features=clip_folder, reference="shapes:200", say=quiet, **more)
+    return bench(targets, nfe, more.pop("samples", SAMPLES), out, features=[clip_folder], reference="shapes:200", say=quiet, **more)
 
 
 def test_every_teacher_row_takes_the_evaluations_it_claims(teacher):
@@ -126,7 +126,7 @@ def test_a_companion_that_nobody_asked_for_never_refuses_a_request(teacher, stud
 
 def test_real_pictures_are_not_held(clip_folder, monkeypatch):
     """Of the 24 blocks that are given out, the one at work, the one before and the last of the row's first part may be alive."""
-    context = Evaluation(SAMPLES, features=clip_folder, reference="shapes:200", say=quiet)
+    context = Evaluation(SAMPLES, features=[clip_folder], reference="shapes:200", say=quiet)
     alive, blocks = [], torch.rand(12, 3, 3, 32, 32) * 2 - 1
 
     def stream(count, each=None):
@@ -137,7 +137,7 @@ def test_real_pictures_are_not_held(clip_folder, monkeypatch):
             yield fresh
     monkeypatch.setattr(context.source, "real", stream)
     monkeypatch.setattr(context.source, "alike", lambda prompts, each: stream(prompts))
-    monkeypatch.setattr(context, "measure", lambda images, alike, captioned: {"images": images, "alike": alike})
+    monkeypatch.setattr(context, "measure", lambda images, alike, captioned: {"metrics": {"images": images[0], "alike": alike}})
     row, shown = context.real()
     assert torch.equal(shown, blocks.flatten(0, 1)[:10])
     torch.testing.assert_close(row["metrics"]["images"], context.features.images(blocks.flatten(0, 1)))
@@ -179,8 +179,8 @@ def test_wrong_requests_teach(teacher, student, clip_folder, tmp_path):
     other.scheduler = EDMEulerScheduler()
     with pytest.raises(RequestError, match="EDMEulerScheduler, which holds neither betas nor a flow"):
         solver_scheduler(Target("other", other), "ddim")
-    with pytest.raises(RequestError, match=f"at least {SAMPLES}"):
-        run([student], clip_folder, tmp_path, samples=SAMPLES - 1)
+    with pytest.raises(RequestError, match="9 samples .* are too few for any figure: at least 10"):
+        run([student], clip_folder, tmp_path, samples=9)
     with pytest.raises(RequestError, match="1 or more"):
         run([student], clip_folder, tmp_path, nfe=[0])
     with pytest.raises(RequestError, match="different names"):
@@ -199,16 +199,58 @@ def test_bench_writes_the_contract(teacher, student, clip_folder, tmp_path):
     for row in results["rows"]:
         assert list(row) == ["target", "method", "nfe", "steps", "guidance", "samples", "seed", "metrics", "latency_ms",
                              "images_per_s", "made"]
-        assert list(row["metrics"]) == ["fd", "fd_low", "fd_high", "kid", "precision", "recall", "clip_score", "diversity",
-                                        "all_attributes"]
-        assert all(isinstance(value, float) for value in row["metrics"].values())
-        assert row["metrics"]["fd_low"] < row["metrics"]["fd"] < row["metrics"]["fd_high"]
+        assert list(row["metrics"]) == [name + end for name in METRICS for end in ("", "_low", "_high")]
+        assert all(isinstance(row["metrics"][name], float) for name in METRICS)
+        assert row["metrics"]["diversity_low"] is None, "of one prompt"
+        for name in [name for name in METRICS if name != "diversity"]:
+            low, value, high = (row["metrics"][name + end] for end in ("_low", "", "_high"))
+            assert low <= value <= high and (low < high or value in (0, 1)), name
     assert results["rows"][-1]["method"] == "lcm" and results["rows"][1]["method"] is None
     assert results["rows"][1]["latency_ms"] > 0 and results["rows"][1]["images_per_s"] > 0
     assert results["rows"][0]["made"] == results["rows"][-1]["made"] == {"date": "today"}
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + len(results["rows"]) and "http" not in page
+    assert page.count("data:image/png;base64,") == 2 + len(results["rows"]) and "http" not in page
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_frechet_distance_of_too_few_samples_is_not_taken_and_kid_stands_for_it(student, clip_folder, tmp_path):
+    said = []
+    results = bench([student], (1, 2), SAMPLES - 1, tmp_path, features=[clip_folder], reference="shapes:200", say=said.append)
+    assert any(f"{SAMPLES - 1} samples are too few for a Fréchet distance in {DIM} dimensions, which takes at least {SAMPLES}: in" in line
+               for line in said)
+    for row in results["rows"]:
+        assert row["metrics"]["fd"] is row["metrics"]["fd_low"] is None and row["metrics"]["kid_low"] < row["metrics"]["kid"]
+    assert any("student, 1 NFE, w = 1: KID 0." in line or "student, 1 NFE, w = 1: KID -0." in line for line in said)
+    assert "Kernel" not in (tmp_path / "report.html").read_text() and (tmp_path / "curve.png").is_file()
+    assert read_results(tmp_path / "results.json") == results
+
+
+def test_distances_in_several_feature_spaces(student, clip_folder, tmp_path):
+    """One alone misranks. The others' figures stand beside, and enter the protocol."""
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    alone = run([student], clip_folder, tmp_path / "alone")
+    results = bench([student], (1, 2), SAMPLES, tmp_path / "both", features=[clip_folder, module], reference="shapes:200", say=quiet)
+    (name,) = results["protocol"]["also"]
+    assert name.startswith("Sequential@") and results["protocol"]["id"] != alone["protocol"]["id"]
+    for row, before in zip(results["rows"], alone["rows"], strict=True):
+        assert row["metrics"] == before["metrics"] and row["also"][name]["fd_low"] < row["also"][name]["fd_high"]
+        assert row["also"][name]["cmmd"] is None and "also" not in before
+    assert f"Distances in {name} too: real" in (tmp_path / "both/report.html").read_text()
+    assert read_results(tmp_path / "both/results.json") == results
+    only = bench([student], (1, 2), SAMPLES, tmp_path / "module", features=[module], reference="shapes:200", say=quiet)
+    assert [row["metrics"]["fd"] for row in only["rows"]] == [row["also"][name]["fd"] for row in results["rows"]]
+
+
+def test_pictures_that_are_no_numbers_are_counted(student, clip_folder, tmp_path, monkeypatch):
+    drawn = Plan.images
+
+    def broken(self, prompts, ids, seed):
+        pixels = drawn(self, prompts, ids, seed)
+        pixels[ids == 3] = torch.nan
+        return pixels
+    monkeypatch.setattr(Plan, "images", broken)
+    with pytest.raises(RequestError, match=f"1 of {SAMPLES + 3} pictures of student at 1 NFE have pixels that are no finite number"):
+        run([student], clip_folder, tmp_path)
 
 
 def test_rows_of_one_protocol_join_and_others_are_refused(teacher, student, clip_folder, tmp_path):
@@ -292,7 +334,7 @@ def test_own_prompts_that_are_no_captions_are_not_judged(student, clip_folder, t
 
 
 def test_a_network_that_evaluates_more_than_planned_is_caught(student, clip_folder, tmp_path):
-    context = Evaluation(SAMPLES, features=clip_folder, reference="shapes:200", say=quiet)
+    context = Evaluation(SAMPLES, features=[clip_folder], reference="shapes:200", say=quiet)
     plan = Plan(student, "student", student.pipeline.scheduler, CALL | {"num_inference_steps": 2}, 1, 1, 1.0)
     with pytest.raises(RuntimeError, match="planned with 1 network evaluations per image but took 2"):
         context.row(plan)

@@ -25,7 +25,7 @@ def script(name: str, *args: str, **environment: str) -> subprocess.CompletedPro
 @pytest.mark.long
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_tiny_run_writes_a_record(name, tmp_path):
-    done = script(name, "--tiny", OUT=str(tmp_path), STEPDISTILL_CACHE=str(tmp_path / "cache"))
+    done = script(name, "--tiny", "--seconds", "280", OUT=str(tmp_path), STEPDISTILL_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert set(found["figures"]) == FIGURES[name] and {"device", "driver", "versions", "command", "date"} <= set(found)
