@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 from .. import resources
-from ..errors import printable, redacted
+from ..errors import printable, redacted, unmarked
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
 from ..models.sources import Source
@@ -129,11 +129,6 @@ def _block(code: str) -> str:
     return f"{fence}python\n{code}{fence}"
 
 
-def _plain(text: str) -> str:
-    """A name in Markdown as it is written, in one line: no markup of Markdown or HTML is made of it."""
-    return re.sub(r"([\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split()))
-
-
 def _code(text: str) -> str:
     """A name as code in Markdown, between more backticks than it holds in a row."""
     text = " ".join(printable(text).split())
@@ -230,11 +225,11 @@ def _table(results: Mapping[str, Any]) -> str:
     for row in rows:
         values = [row["metrics"].get(key) for key in columns]
         cells = ["" if value is None else f"{value:.3g}" for value in values]
-        lines.append(f"| {_plain(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
+        lines.append(f"| {unmarked(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
                      + " | ".join(cells) + " |")
     features = results["protocol"]["features"]
-    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {'none' if features is None else _plain(features)}, reference "
-            f"{_plain(results['protocol']['reference'])}, protocol {_plain(results['protocol']['id'])}. NFE counts network "
+    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {'none' if features is None else unmarked(features)}, reference "
+            f"{unmarked(results['protocol']['reference'])}, protocol {unmarked(results['protocol']['id'])}. NFE counts network "
             "evaluations: a guided "
             "step is two.")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from stepdistill import cli
+from stepdistill.training.stopping import SIGNALS
 
 SECONDS = 20                                        # of this process; on the clock, where others compute too, ten times as long
 MOST = 16 << 30                                     # bytes of addresses beyond those of the moment: what takes more must say so, and not take the machine
@@ -68,6 +69,7 @@ def _bounded() -> Iterator[None]:
     """With an alarm, and where the system has such a limit with no more memory than a small machine has."""
     def ring(*_: object) -> None:
         raise Hang(f"a command ran for {10 * SECONDS} s")
+    given = {one: signal.getsignal(one) for one in SIGNALS}            # a command sets its own
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
     if sys.platform == "linux":
@@ -78,7 +80,8 @@ def _bounded() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for one, handler in (given | {signal.SIGALRM: before}).items():
+            signal.signal(one, handler)
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_AS, limits)
 

@@ -9,6 +9,7 @@ import random
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -56,8 +57,7 @@ def inside(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of what is read, so that the words of a recipe name something; the cache lies where is written."""
     monkeypatch.chdir(world / "in")
     monkeypatch.setenv("STEPDISTILL_CACHE", str(world / "out/cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def checked(world: Path, *arguments: object):

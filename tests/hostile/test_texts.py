@@ -13,11 +13,11 @@ import stepdistill
 from stepdistill import cli
 from stepdistill.data.images import FolderImages
 from stepdistill.data.prompts import open_prompts
-from stepdistill.errors import HIDDEN, RequestError, printable, redacted
+from stepdistill.errors import HIDDEN, RequestError, printable, redacted, unmarked
 from stepdistill.evaluation.curve import curve
-from stepdistill.evaluation.page import page
-from stepdistill.evaluation.report import table
-from stepdistill.export.card import _block, _code, _plain, card
+from stepdistill.evaluation.page import Strip, page
+from stepdistill.evaluation.report import as_csv, as_markdown, table
+from stepdistill.export.card import _block, _code, card
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.yaml import LENGTH, MARKS, Source, parse_set
 from stepdistill.run.telling import spoken
@@ -172,10 +172,11 @@ ROW = {"target": "<script>alert(1)</script>$\\frac{$|`x`", "method": None, "nfe"
 
 
 def test_pages_tables_and_curves_take_names_as_they_are(capsys):
-    text = page("<b>", "</p><script>", ("\"><script>", b""), ("<i>",), [("student", [ROW["target"]])], [("'><script>", b"")], {"<a>": "</dd><script>"})
+    text = page("<b>", "</p><script>", [("\"><script>", b"")], ("<i>",), [("student", [ROW["target"]])], [Strip("'><script>", 2, b"")], {"<a>": "</dd><script>"})
     assert text.count("<script>") == 1 and "alert(1)</script>" not in text
     assert curve([ROW], 4)[:4] == b"\x89PNG"
     cli.show(table({"protocol": {"samples": 4, "reference": "[bold]x[/nothing]", "features": "\x1b[31m[link=http://evil]y"}, "rows": [ROW]}))
+    assert r"\<script\>" in as_markdown([ROW]) and ",'=cmd" in "," + as_csv([ROW | {"target": "=cmd|' /C calc'!A0"}]).splitlines()[1]
     assert "[bold]x[/nothing]" in (out := capsys.readouterr().out) and "\x1b" not in out and "[link=http://evil]y" in out
 
 
@@ -191,7 +192,7 @@ def test_cards_are_no_markup_but_their_own(world):
     outside = text.split("## Use")[0] + text.split("## Settings")[1]
     plain = [part for i, part in enumerate(outside.split("`")) if i % 2 == 0]
     assert TOKEN not in text and r"\<script\>" in outside and not any("\n# heading" in part for part in plain)
-    assert _plain("<b>") == r"\<b\>" and _code("a`b") == "``a`b``" and _block("x\n") == "```python\nx\n```"
+    assert unmarked("<b>") == r"\<b\>" and _code("a`b") == "``a`b``" and _block("x\n") == "```python\nx\n```"
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------------
