@@ -19,7 +19,7 @@ from ..data.shapes import SLOTS
 from ..errors import RequestError, first_lines
 from ..files import foreign
 from ..files.whole import checksum
-from ..models.loading import UNLOADABLE
+from ..models.sources import UNLOADABLE
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"   # named by its sha256
 HALVES = [0.5] * 3, [0.5] * 3

@@ -13,7 +13,6 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.models.modeling_utils import LegacyModelMixin
-from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
@@ -21,11 +20,8 @@ from ..files import foreign
 from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .quantized import quantization_of, quantize_, read_saved, saved_as
-from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at, listed
+from .sources import UNLOADABLE, Index, Source, absent_parts, blaming, cached_file, configs_of, index_at, listed
 from .weights import check_components, class_of, scheduler_class, weight_files
-
-UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, SafetensorError)
-"""What the libraries raise on configs and weights that do not fit each other."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def caller(source: Source, index: Index) -> str:
     if family.called_by is None:
         return text_to_image(index["_class_name"])
     network = class_of(family.denoiser, *index[family.denoiser])
-    with _blaming(f"the config of {family.denoiser}", source.place):
+    with blaming(f"the config of {family.denoiser}", source.place):
         config = network.load_config(source.place, subfolder=family.denoiser, revision=source.revision)
     return text_to_image(family.called_by(index, config))
 
@@ -198,7 +194,7 @@ def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if source.vae is not None and "vae" not in parts:
         _check_vae(source, _config_of_vae(source.vae))
-        with _blaming("vae", source.vae):
+        with blaming("vae", source.vae):
             found["vae"] = AutoencoderKL.from_pretrained(source.vae, use_safetensors=True, **_within(source.vae, "vae"))
     if source.scheduler is not None and "scheduler" not in parts:
         found["scheduler"] = _scheduler(source.scheduler)
@@ -221,7 +217,7 @@ def replaced_on_meta(source: Source) -> dict[str, Any]:
 def _check_vae(source: Source, config: Mapping[str, Any]) -> None:
     """RequestError for an autoencoder that does not know the latents of the source's own."""
     configs = Source(configs_of(source), source.revision)
-    with _blaming("the base's own vae", source.place):
+    with blaming("the base's own vae", source.place):
         own = AutoencoderKL.load_config(configs.place, subfolder="vae", revision=configs.revision)
     for name, found, known in (("class", config["_class_name"], "AutoencoderKL"), ("base's class", own["_class_name"], "AutoencoderKL"),
                                ("latent_channels", config.get("latent_channels"), own.get("latent_channels")),
@@ -235,12 +231,12 @@ def _pixels(config: Mapping[str, Any]) -> int:
 
 
 def _config_of_vae(place: str) -> dict[str, Any]:
-    with _blaming("vae", place):
+    with blaming("vae", place):
         return dict(AutoencoderKL.load_config(place, **_within(place, "vae")))
 
 
 def _scheduler(place: str) -> SchedulerMixin:
-    with _blaming("scheduler", place):
+    with blaming("scheduler", place):
         where = _within(place, "scheduler")
         name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
         return scheduler_class(name).from_pretrained(place, **where)
@@ -255,23 +251,13 @@ def _within(place: str, component: str) -> dict[str, str]:
     return {"subfolder": component} if whole else {}
 
 
-@contextmanager
-def _blaming(component: str, place: str) -> Iterator[None]:
-    try:
-        yield
-    except UNLOADABLE as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
-
-
 # -- the meta device -----------------------------------------------------------------------------------------------------
 
 def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Module | SchedulerMixin | None:
     """A network made from its config, or the scheduler; None for what is neither, such as a tokenizer."""
     made_by = class_of(name, library, class_name)
     where = {"subfolder": name, "revision": configs.revision}
-    with _blaming(f"the config of {name}", configs.place):
+    with blaming(f"the config of {name}", configs.place):
         if issubclass(made_by, SchedulerMixin):
             return made_by.from_pretrained(configs.place, **where)
         if not issubclass(made_by, nn.Module):

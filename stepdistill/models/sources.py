@@ -4,7 +4,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file as hub_file
 
-from ..errors import RequestError, first_lines
+from ..errors import RequestError, first_lines, of_the_system
 from ..files import foreign, records
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
@@ -36,6 +37,20 @@ _ELSEWHERE = {                                     # others -> where they belong
     "guidance_rescale": "the recipe's guidance_rescale says it"}
 LIBRARIES = ("diffusers", "transformers")
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
+
+UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError, SafetensorError)
+"""What the libraries raise on configs and weights that do not fit each other."""
+
+
+@contextmanager
+def blaming(component: str, place: str | Path) -> Iterator[None]:
+    """RequestError with the words of a library that cannot make a component of its files."""
+    try:
+        yield
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError) or isinstance(error, RuntimeError) and of_the_system(error) is not None:     # no memory
+            raise
+        raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
 
 
 @dataclass(frozen=True)

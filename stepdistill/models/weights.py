@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import RequestError, first_lines
 from .families import FAMILIES, text_to_image
 from .quantized import saved_as
-from .sources import LIBRARIES, Index, Source, check_safetensors, listed
+from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safetensors, listed
 
 _FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _LAID = re.compile(r"\.base_layer\.|\.lora_[AB]\.")
@@ -142,7 +142,7 @@ def scheduler_class(class_name: str) -> type[SchedulerMixin]:
 
 def _compared(kind: type[ModelMixin], folder: Path, found: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Names that its class has and the files have not, and the other way round. RequestError for another shape."""
-    with torch.device("meta"):
+    with blaming(f"the config of {folder.name}", folder), torch.device("meta"):
         network = kind.from_config(kind.load_config(folder))
     known = network.state_dict()
     found = dict(network._fix_state_dict_keys_on_load(found))         # as files of early versions name them
@@ -158,7 +158,7 @@ def _reported(source: Source, kind: type[PreTrainedModel], folder: Path, variant
     is read but headers."""
     try:
         _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta", use_safetensors=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except UNLOADABLE as error:
         raise RequestError(f"the {folder.name} of {source} does not fit its config: {first_lines(error)}") from error
     return sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
 
