@@ -56,7 +56,7 @@ class Run:
     stock: StockCall
     device: torch.device
     previous: str | None = None
-    opened: dict[str, Captions] = field(default_factory=dict, compare=False, repr=False)     # its data, looked through once
+    opened: dict[str, Captions] = field(default_factory=dict, init=False, compare=False, repr=False)    # its data, looked through once
 
     @property
     def sampling_role(self) -> str:
