@@ -21,6 +21,6 @@ if [ ! -e "$stamp" ]; then
     pip="$PYTHON -m pip --disable-pip-version-check --quiet"
     rm -f .venv/stepdistill-*
     $pip install "$(tr -d '\r' < constraints.txt | grep '^torch==')"       # first and alone: an index of CPU or CUDA builds decides which
-    $pip install -c constraints.txt -e ".[dev]"
+    $pip install -c constraints.txt -e ".[dev,data]"
     touch "$stamp"
 fi

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Sequence
+from typing import Mapping, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
+from .folders import CAPTIONS, caption_in, read_rows, read_text
+from .tables import is_table, prompts_in
+
+LISTS = (".txt", ".csv", ".jsonl")
 
 MANY = 100_000                    # prompts beyond which a cache says their digest rather than all of them
 
@@ -79,7 +83,8 @@ def all_captions(source: Captions) -> list[str]:
 
 
 def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | None = None) -> Captions:
-    """spec: "shapes", "none", a .txt file with one prompt a line, or a list of prompts. seed and count are those of Shapes."""
+    """spec: "shapes", "none", a .txt file with one prompt a line, a .csv, .jsonl or .parquet file with a column text, caption or prompt, a dataset
+    of the Hub, or a list of prompts. seed and count are those of Shapes."""
     if spec == "shapes":
         return ShapesPrompts(seed, count)
     if spec == "none":
@@ -87,22 +92,29 @@ def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | N
     if isinstance(spec, (str, Path)) and is_toy(spec):
         return Toy(Path(spec), seed, count)
     if isinstance(spec, (str, Path)):
-        return ListedPrompts(_read_lines(Path(spec)))
+        return ListedPrompts(_read(Path(spec)))
     if not spec or not all(isinstance(prompt, str) and prompt.strip() for prompt in spec):
         raise RequestError(f"prompts must be a list of one or more texts, none of them empty; found {list(spec)!r}")
     return ListedPrompts(tuple(spec))
 
 
-def _read_lines(path: Path) -> tuple[str, ...]:
-    if path.suffix != ".txt" or not path.is_file():
-        raise RequestError(f"prompts: '{path}' is not a .txt file that exists. Give `shapes`, the path of a .txt file "
-                           "with one "
-                           "prompt a line, or a list of prompts in brackets.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise RequestError(f"prompts: '{path}' is not UTF-8 text ({error}). Save it as UTF-8, one prompt a line.") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
+def _read(path: Path) -> tuple[str, ...]:
+    if is_table(path):
+        return prompts_in(path)
+    if path.suffix not in LISTS or not path.is_file():
+        raise RequestError(f"prompts: '{path}' is no {', '.join(LISTS)} or .parquet file that exists. Give `shapes`, such a file, a dataset of the Hub, "
+                           "or a list of prompts in brackets.")
+    if path.suffix == ".txt":
+        prompts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    else:
+        prompts = tuple(_prompt(row, number, path) for number, row in read_rows(path))
     if not prompts:
         raise RequestError(f"prompts: '{path}' has no prompt in it. Write one prompt a line.")
     return prompts
+
+
+def _prompt(row: Mapping[str, object], number: int, path: Path) -> str:
+    text = caption_in(row)
+    if not isinstance(text, str) or not text.strip():
+        raise RequestError(f"prompts: line {number} of '{path}' has no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} that is a text")
+    return text.strip()

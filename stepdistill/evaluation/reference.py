@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Callable, Iterator, Protocol
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..data.cache import default_root
-from ..data.images import captions_of, check_headers, picture_files, read_picture
+from ..data.folders import captioned, captions_of, picture_files
+from ..data.picture import named, read_picture
 from ..data.shapes import Scenes, captions, render, scenes
 from ..errors import RequestError
 from ..files.digests import DIGEST, digest
@@ -82,7 +84,9 @@ class FolderSource:
         if len(files) < 2 * held_out:
             raise RequestError(f"the reference {folder} holds {len(files)} images; {held_out} samples need at least "
                                f"{2 * held_out}, half of them kept apart as the row `real`")
-        check_headers(files)
+        for file in files:                       # of a damaged one its name, before anything is loaded
+            with named(file), Image.open(file):
+                pass
         self.held_out, self.count = held_out, len(files) - held_out
         listed = fingerprint([READER, *([str(file.relative_to(folder)), file.stat().st_size] for file in files)])
         self.name = f"{folder.name}:{self.count}@{listed}"
@@ -99,7 +103,7 @@ class FolderSource:
     @property
     def captioned(self) -> bool:
         """Whether its images have captions."""
-        return (self.folder / "metadata.jsonl").is_file() or self.files[0].with_suffix(".txt").is_file()
+        return captioned(self.folder, self.files)
 
     def real(self, count: int) -> Iterator[Tensor]:
         return (read_picture(file)[None] for file in self.files[:count])

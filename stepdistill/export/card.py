@@ -15,6 +15,7 @@ from ..errors import printable, redacted, unmarked
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
 from ..models.sources import Source
+from .comfyui import FILE, sampler_of
 from .folder import base_of
 
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
@@ -40,7 +41,7 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
     """What to set there, by the names that its nodes have. Its scheduler `simple` takes every (1000 / k)-th of 1000 times from the
     last one, its sampler `lcm` draws fresh noise after each step as LCMScheduler does, and `euler` none, as DDIM and Euler do."""
     steps, times = settings["steps"], settings["told_times"]
-    sampler = {"LCMScheduler": "lcm", "DDIMScheduler": "euler", "EulerDiscreteScheduler": "euler"}.get(settings["scheduler"])
+    sampler = sampler_of(settings)
     simple = all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
     lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) at strength 1, or by "
              "*LoraLoaderModelOnly*." + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
@@ -50,6 +51,8 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
              "scheduler `simple`, whose time steps are those this student was made for:" if simple else
              "and none of its schedulers: they make their own lists of time steps, and this student was made for",
              f"{', '.join(f'{t:g}' for t in times)}."]
+    if sampler:
+        lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, and choose your checkpoint.")
     if settings["prediction"] == "v_prediction":
         lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with `v_prediction` before the sampler.")
     return "## ComfyUI\n\n" + " ".join(lines)

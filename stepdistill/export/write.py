@@ -20,6 +20,7 @@ from ..models.fused import Trace
 from ..models.sources import Source
 from ..models.stock import as_pil, some_frames
 from .card import card
+from .comfyui import write_workflow
 from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings, weights_of
 from .formats import WRITERS, check, keeps
@@ -61,6 +62,9 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
         (folder / "README.md").write_text(card(settings, out.as_posix(), student.results, asked), encoding="utf-8")
+        if to == "comfyui":
+            times, schedule = student.sampler(call).times, student.teacher.schedule
+            write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0], tuple(proof.images.shape[-2:]), folder)
         _picture(proof).save(folder / "samples.png")
     return proof
 

@@ -133,8 +133,8 @@ class Pairs(Strict):
 class Data(Strict):
     """Exactly one of images, prompts, samples and pairs."""
 
-    images: str | None = None                    # shapes, or a folder of images, with captions, or what stands for them (concepts.md)
-    prompts: Prompts | None = None               # prompts alone: shapes, a .txt file of one a line, a list, or none
+    images: str | None = None                    # shapes; with captions (concepts.md) a folder, .tar shards, .parquet files or a dataset of the Hub
+    prompts: Prompts | None = None               # prompts alone: shapes, a .txt, .csv, .jsonl or .parquet file, a list, or none
     samples: Samples | None = None               # pictures that the teacher makes
     pairs: Pairs | None = None                   # noises, and the pictures that the teacher makes of them
     count: int | None = Field(None, ge=1, le=10**9)      # of images, samples or pairs; none: all of a folder, endless Shapes

@@ -8,11 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.data import shapes
+from stepdistill.data import notices, shapes
 from stepdistill.data.images import open_images
 from stepdistill.errors import RequestError
 
 ALL = torch.arange
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def save(path, colour=(255, 0, 0), size=(20, 12), mode="RGB"):
@@ -124,10 +129,56 @@ def test_a_count_takes_the_first_of_a_folder(folder):
 
 
 @pytest.mark.parametrize("name", ["b.txt", "metadata.jsonl"])
-def test_captions_that_are_not_utf8_are_named(folder, name):
-    (folder / name).write_bytes("Bär".encode("latin-1"))
+def test_captions_of_older_programs_are_read_and_said(folder, name, caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    text = "Bär" if name == "b.txt" else "\n".join(json.dumps({"file_name": each, "text": "Bär"}, ensure_ascii=False)
+                                                   for each in ("a.jpg", "b.png", "deep/c.webp"))
+    (folder / name).write_bytes(text.encode("latin-1"))
+    with caplog.at_level("INFO", "stepdistill"):
+        assert open_images(folder, 8).captions(torch.tensor([1])) == ["Bär"]
+    assert f"{name}' is not UTF-8, and read as Windows-1252" in caplog.text
+    (folder / name).write_bytes(text.encode("utf-16"))
+    assert open_images(folder, 8).captions(torch.tensor([1])) == ["Bär"]
+    (folder / name).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RequestError, match=f"{name}' cannot be read as UTF-8 text"):
         open_images(folder, 8)
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "deep/metadata.csv"])
+def test_tables_as_datasets_reads_them(folder, name, column):
+    """A folder's own table names its pictures from there; the nearest one holds."""
+    rows = {"c.webp": "one, and two"} if "/" in name else {"a.jpg": "a", "b.png": "b", "deep/c.webp": "one, and two"}
+    if name.endswith("jsonl"):
+        (folder / name).write_text("\n".join(json.dumps({"file_name": each, column: [text, "another"]}) for each, text in rows.items()))
+    else:
+        (folder / name).write_text(f"file_name,{column}\n" + "".join(f'{each},"{text}"\n' for each, text in rows.items()))
+        if "/" in name:
+            table(folder, [{"file_name": each, "text": each[0]} for each in ("a.jpg", "b.png", "deep/c.webp")])
+    assert open_images(folder, 8).captions(ALL(3)) == ["a", "b", "one, and two"]
+
+
+def test_linked_folders_are_read_once(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere / "e.png").with_suffix(".txt").write_text("linked")
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert open_images(folder, 8).captions(ALL(4)) == ["picture a", "picture b", "picture c", "linked"]
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tiff", ".gif"])
+def test_other_kinds_of_pictures(tmp_path, suffix):
+    save(tmp_path / f"a{suffix}").with_suffix(".txt").write_text("red")
+    assert open_images(tmp_path, 8).pixels(ALL(1)).mean((0, 2, 3)).tolist() == [1, -1, -1]
+
+
+def test_what_is_no_picture_is_counted(folder, caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    for name in ("x.mp4", "deep/y.heic", "z.heic"):
+        (folder / name).write_bytes(b"film")
+    with caplog.at_level("INFO", "stepdistill"):
+        assert open_images(folder, 8).count == open_images(folder, 16).count == 3
+    assert caplog.text.count("3 files under") == 1 and "2 .heic, 1 .mp4" in caplog.text
 
 
 def test_no_folder_and_no_images(tmp_path):
@@ -164,12 +215,32 @@ def test_damaged_images_are_named_before_anything_is_trained(folder):
         open_images(folder, 8)
 
 
-def test_truncated_images_are_named_when_they_are_decoded(folder):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "b.png")
-    whole = (folder / "b.png").read_bytes()
-    (folder / "b.png").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(RequestError, match="b.png' cannot be read"):
-        open_images(folder, 8).pixels(ALL(3))
+def cut_short(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+
+
+def test_pictures_that_were_cut_short_are_refused_before_training(folder):
+    cut_short(folder / "b.png")
+    with pytest.raises(RequestError, match="1 of 3 pictures of .* cannot be read, more than 2%: .*b.png"):
+        open_images(folder, 8)
+
+
+def test_a_small_share_is_skipped_with_a_count_and_remembered(tmp_path, caplog, monkeypatch):
+    for i in range(60):
+        save(tmp_path / f"{i:02}.png").with_suffix(".txt").write_text(str(i))
+    cut_short(tmp_path / "07.png")
+    monkeypatch.setattr(notices, "_said", set())
+    with caplog.at_level("INFO", "stepdistill"):
+        images = open_images(tmp_path, 8)
+    assert images.count == 59 and images.captions(torch.tensor([6, 7])) == ["6", "8"]
+    assert "1 of 60 pictures" in caplog.text and "07.png" in caplog.text
+    monkeypatch.setattr("stepdistill.data.images.read_picture", None)                # nothing is decoded again
+    assert open_images(tmp_path, 8).identity == images.identity
+    save(tmp_path / "07.png")
+    monkeypatch.undo()
+    assert open_images(tmp_path, 8).count == 60                                      # mended, it is there
 
 
 def test_sixteen_bits_are_rounded_rather_than_clipped(tmp_path):

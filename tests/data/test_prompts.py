@@ -24,6 +24,22 @@ def test_a_file_has_one_prompt_a_line(tmp_path):
     assert prompts.count == 3 and all_captions(prompts) == ["a cat", "a dog", "a cat"]
 
 
+@pytest.mark.parametrize("name, held", [("p.csv", 'prompt,seed\n"a cat, red",1\na dog,2\n'),
+                                        ("p.jsonl", '{"caption": "a cat, red"}\n\n{"caption": ["a dog", "a hound"]}\n')])
+def test_tables_of_prompts(tmp_path, name, held):
+    (tmp_path / name).write_text(held)
+    assert all_captions(open_prompts(tmp_path / name)) == ["a cat, red", "a dog"]
+
+
+@pytest.mark.parametrize("name, held, what", [("p.csv", "words\na cat\n", "line 2 of .*p.csv' has no text, caption or prompt"),
+                                              ("p.csv", "text\n", "has no prompt in it"), ("p.jsonl", "a cat\n", "line 1 of .*should be a table in JSON"),
+                                              ("p.jsonl", '{"text": 3}\n', "line 1")])
+def test_bad_tables_of_prompts(tmp_path, name, held, what):
+    (tmp_path / name).write_text(held)
+    with pytest.raises(RequestError, match=what):
+        open_prompts(tmp_path / name)
+
+
 def test_a_list_is_taken_as_it_stands():
     prompts = open_prompts(["a cat", "a dog"])
     assert prompts.captions(torch.tensor([1, 0, 1])) == ["a dog", "a cat", "a dog"]
@@ -36,7 +52,7 @@ def test_what_is_no_source_of_prompts_is_refused(spec):
         open_prompts(spec)
 
 
-@pytest.mark.parametrize("content, what", [(b"\n \n", "no prompt"), (b"\xff\xfe\x00d", "UTF-8")])
+@pytest.mark.parametrize("content, what", [(b"\n \n", "no prompt"), (b"\xff\xfe\x00", "UTF-8")])
 def test_bad_files_are_named(tmp_path, content, what):
     path = tmp_path / "bad.txt"
     path.write_bytes(content)

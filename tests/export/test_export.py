@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from stepdistill.errors import RequestError
 from stepdistill.export import export_student, load, open_export, read_settings
+from stepdistill.export.comfyui import workflow
 from stepdistill.export.folder import is_export
 from stepdistill.export.formats import component
 from stepdistill.models.roles import Full, Lora
@@ -222,6 +223,45 @@ def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):
     assert {key.split(".", 1)[1] for key in state} == {"lora_down.weight", "lora_up.weight", "alpha"}
     assert {key.split(".")[0] for key in state} == {"lora_unet_" + m.replace(".", "_") for m in student.lora.modules}
     assert state["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha"] == 6.0
+
+
+NODES = {                          # of ComfyUI's core: the inputs that each asks for, and what it gives
+    "CheckpointLoaderSimple": ({"ckpt_name": str}, ("MODEL", "CLIP", "VAE")), "LoraLoaderModelOnly": ({"model": "MODEL", "lora_name": str,
+     "strength_model": float}, ("MODEL",)), "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool}, ("MODEL",)),
+    "CLIPTextEncode": ({"clip": "CLIP", "text": str}, ("CONDITIONING",)), "KSamplerSelect": ({"sampler_name": str}, ("SAMPLER",)),
+    "ManualSigmas": ({"sigmas": str}, ("SIGMAS",)), "EmptyLatentImage": ({"width": int, "height": int, "batch_size": int}, ("LATENT",)),
+    "SamplerCustom": ({"model": "MODEL", "add_noise": bool, "noise_seed": int, "cfg": float, "positive": "CONDITIONING", "negative": "CONDITIONING",
+                       "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"}, ("LATENT", "LATENT")),
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)), "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, ())}
+
+
+@pytest.mark.parametrize("kind,inference,sampler", [("epsilon", LCM, "lcm"), ("v_prediction", DDIM, "euler"), ("epsilon", TCD, None)])
+def test_the_workflow_is_the_students_own_call(make, tmp_path, kind, inference, sampler):
+    """Every link is of the kind that its end asks for; the sigmas are sqrt(1 / alphas_cumprod - 1) at the student's timesteps."""
+    student = make(kind, stock=inference)
+    export_student(student, "comfyui", tmp_path)
+    if sampler is None:
+        assert not (tmp_path / "workflow.json").exists() and "workflow.json" not in (tmp_path / "README.md").read_text()
+        return
+    nodes, settings = json.loads((tmp_path / "workflow.json").read_text()), read_settings(tmp_path)
+    for node in nodes.values():
+        asked, _ = NODES[node["class_type"]]
+        assert set(asked) == set(node["inputs"])
+        for name, kind_of in asked.items():
+            given = node["inputs"][name]
+            assert NODES[nodes[given[0]]["class_type"]][1][given[1]] == kind_of if isinstance(kind_of, str) else type(given) is kind_of
+    by_kind = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    assert by_kind["KSamplerSelect"]["sampler_name"] == sampler and by_kind["LoraLoaderModelOnly"]["lora_name"] == settings["weights"]
+    assert by_kind["SamplerCustom"]["cfg"] == settings["scale"] and ("ModelSamplingDiscrete" in by_kind) == (kind == "v_prediction")
+    kept = student.teacher.scheduler.alphas_cumprod.double()[torch.tensor(settings["told_times"]).long()]
+    sigmas = [float(number) for number in by_kind["ManualSigmas"]["sigmas"].split(", ")]
+    assert sigmas == pytest.approx([*(1 / kept - 1).sqrt().tolist(), 0.0], rel=1e-5)
+
+
+def test_a_schedule_that_ends_in_pure_noise_begins_at_comfyuis_last_sigma():
+    settings = {"scheduler": "DDIMScheduler", "teacher": "base", "weights": "x.safetensors", "prediction": "v_prediction", "scale": 1}
+    nodes = {node["class_type"]: node["inputs"] for node in workflow(settings, [float("inf"), 1.0], "a", (8, 16)).values()}
+    assert nodes["ManualSigmas"]["sigmas"] == "4518.760000, 1.000000, 0.000000" and nodes["ModelSamplingDiscrete"]["zsnr"] is True
 
 
 def test_a_refuted_export_leaves_nothing(make, tmp_path):

@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, unseen, whole
 
-DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
-METHODS = (DI, DMD, DMD2, SID, SWIFT)
+DI, DMD, DMD2, SID, SWIFT, FD = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush", "f_distill"
+METHODS = (DI, DMD, DMD2, SID, SWIFT, FD)
 
 FAULTS = (
     # Diff-Instruct
@@ -40,6 +40,21 @@ FAULTS = (
     of(DMD, "critic learns from the data", 'x, eps, t = step.kept["sample"]', "x, eps, t = batch.x0"),
     of(DMD, "teacher guided at the middle of a range", "drawn(self.guidance, step)",
        "(self.guidance if isinstance(self.guidance, float) else sum(self.guidance) / 2)"),
+    # f-distill
+    of(FD, "weight left out", "* relative_weight(self.settings.divergence, ratio(logits.detach()))", "* 1.0"),
+    of(FD, "always the reverse KL", "relative_weight(self.settings.divergence,", "relative_weight('reverse_kl',"),
+    of(FD, "always its default", "relative_weight(self.settings.divergence,", "relative_weight('js',"),
+    of(FD, "the ratio upside down", "ratio(logits.detach())", "ratio(-logits.detach())"),
+    of(FD, "the discriminator at another level", "self.discriminator(x_t, t, batch.cond)\n        weight",
+       "self.discriminator(x_t, t / 2, batch.cond)\n        weight"),
+    of(FD, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(FD, "gan_weight fixed", "self.settings.gan_weight * generator_loss", "3e-3 * generator_loss"),
+    of(FD, "the sample seen by the heads without its gradient", "add_noise(x, step.normal", "add_noise(x.detach(), step.normal"),
+    of(FD, "real and fake swapped in the game", "discriminator_loss(self.discriminator(real, real_t, batch.cond), self.discriminator(x_t, t, batch.cond))",
+       "discriminator_loss(self.discriminator(x_t, t, batch.cond), self.discriminator(real, real_t, batch.cond))"),
+    of(FD, "share_rollout unread", "shares=steps if self.settings.share_rollout else 1", "shares=1"),
+    Fault("h not over h(1)", "losses.divergence", "h(r) / h(r.new_ones(()))", "h(r)", (FD,)),
+    Fault("the ratio not clipped", "losses.divergence", ".clamp(low, high)", "", (FD,)),
     # DMD2
     of(DMD2, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
     of(DMD2, "critic_steps unread", "repeat=s.critic_steps", "repeat=5"),
