@@ -7,7 +7,8 @@ the sample's id and j (Salmon et al. 2011, "Parallel random numbers: as easy as 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -97,6 +98,18 @@ class Step:
     def shared(self, name: str) -> float:
         """Uniform in (0, 1), one number for the whole joined batch: equal on all ranks and micro-batches."""
         return fractions(self._key(name, "shared"), torch.zeros(1, dtype=torch.int64), 1).item()
+
+    @contextmanager
+    def same_dropout(self, name: str) -> Iterator[None]:
+        """Passes under one name drop the same units: the global generators, of which dropout draws, begin at one place for
+        each, and stand afterwards where they stood before."""
+        cuda = torch.device(self.device).type == "cuda"
+        with torch.random.fork_rng([self.device] if cuda else []):
+            seed = key(self._key(name, "dropout"), self.ids[0].item())      # micro-batches have masks of their own
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                torch.cuda.manual_seed(seed)
+            yield
 
     def _key(self, *name: str) -> int:
         return key(self.seed, self.index, self.update, self.repeat, *name)

@@ -66,10 +66,21 @@ class Guided(Wrapper):
         return replace(both, raw=both.combine(given, without, like(w, given)), x_t=x_t, t=t)
 
 
+@dataclass(frozen=True)
+class Unprompted(Wrapper):
+    """A role that reads what stands in for no prompt, whatever the prompt."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        if cond is None or cond.null is None:
+            raise ValueError("guidance at 0 reads the unconditional counterpart of the condition alone: set cond.null")
+        return self.role(x_t, t, cond.null)
+
+
 def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null).
 
-    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided. Outside the interval
+    w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided; 0 is unconditional,
+    and the float 0 asks for nothing else. Outside the interval
     of t (Kynkäänniemi et al. 2024, arXiv:2404.07724) w counts as 1. One call of the network on a doubled batch. Mixing
     raw outputs mixes every view alike, since views are linear at one x_t and t; a pipeline that mixes otherwise says so
     in the prediction's `combine`.
@@ -84,12 +95,15 @@ def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None =
         return replace(role, w=w)
     if isinstance(w, (int, float)) and w == 1 and not isinstance(role, Wrapper):
         return role
-    if isinstance(role, Guided):
-        raise ValueError(f"this role is guided already, at w = {role.w}: guide the role that it was made of, once")
+    if isinstance(role, Guided | Unprompted):
+        w = role.w if isinstance(role, Guided) else 0
+        raise ValueError(f"this role is guided already, at w = {w}: guide the role that it was made of, once")
     if isinstance(role, Wrapper):
         ends = None if interval is None else torch.tensor(interval, dtype=torch.float64)
         inner = None if ends is None else tuple(role.inner_time(ends).tolist())
         return role.over(lambda wrapped: guided(wrapped, w, inner))
+    if isinstance(w, (int, float)) and w == 0 and interval is None:
+        return Unprompted(role)
     return Guided(role, w, interval)
 
 

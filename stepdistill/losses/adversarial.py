@@ -29,6 +29,15 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return relu(1 - real) + relu(1 + fake)
 
 
+def over_tokens(losses: Sequence[Tensor]) -> Tensor:
+    """Of K maps of losses, (B, N) each, the mean over every map's positions, (B, K).
+
+    A hinge is taken before the mean and not after it: each position has a margin of its own, and what is right
+    elsewhere does not outvote what is wrong here.
+    """
+    return torch.stack([loss.mean(1) for loss in losses], dim=1)
+
+
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """|d sum_k logits_k / d inputs|^2, (B,): Mescheder et al. 2018, arXiv:1801.04406, eq. 9, at real `inputs` (B, ...)
     each.

@@ -32,10 +32,19 @@ def absolute(x: Tensor, y: Tensor) -> Tensor:
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     """Mean over elements of sqrt(d^2 + c^2) - c: d^2 / 2c where |d| is far below c, |d| - c where far above.
 
-    The per-element form of the scripts that train LCMs, with c = 0.001; iCT (arXiv:2310.14189, eq. 5) takes the root
-    of the whole sample instead, with a c that grows as the square root of its dimension.
+    The per-element form of the scripts that train LCMs, with c = 0.001. `whole_huber` is the paper's that had it first.
     """
     return ((x - y).square().add(c * c).sqrt() - c).flatten(1).mean(1)
+
+
+def whole_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """sqrt(m + c^2) - c, m the mean squared difference of a sample: m / 2c where sqrt(m) is far below c, `norm` where far
+    above.
+
+    Song & Dhariwal 2023, arXiv:2310.14189, section 3.3: sqrt(|x - y|^2 + k^2) - k of a whole sample of d numbers, whose k
+    they let grow as sqrt(d). Over sqrt(d) that is this one, with c = k / sqrt(d).
+    """
+    return (squared(x, y) + c * c).sqrt() - c
 
 
 def distance(name: DistanceName, huber_c: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -49,15 +49,22 @@ class Follows:
     decay: float
 
 
+HeadKind = Literal["pooled", "tokens", "channels"]
+
+
 @dataclass(frozen=True)
 class Heads:
     """A discriminator: small trained heads that judge the features of another role's network, `of`.
 
     pair: they judge two noisy states at once, discriminator.pair(x_r, r, x_t, t, cond).
+    kind: "pooled" gives one logit a feature, (B, K); "tokens" K maps of logits, (B, N) each, one at every position of a
+    feature, of heads that are told the prompt and, beside a network of noise levels, t; "channels" the same, but of the
+    mean over a feature's channels, which has no weights to train.
     """
 
     of: str
     pair: bool = False
+    kind: HeadKind = "pooled"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Codec:
 class Features:
     """A frozen vision network: pixels -> a list of feature maps, with gradients to the pixels.
 
-    Heads of it are called discriminator(maps, cond).
+    Heads of it are of the kind "tokens", and called discriminator(maps, cond).
     """
 
 
@@ -133,7 +140,7 @@ class NoiseSettings(Protocol):
 
 
 def check_noise(settings: NoiseSettings) -> None:
-    """ValueError for noise settings that no law has."""
+    """ValueError for noise settings that no law has, and for an entry of RULES that breaks its rule."""
     low, high = settings.t_range
     if not 0 <= low < high <= 1:
         raise ValueError(f"t_range must be an interval in [0, 1]; found {settings.t_range}")
@@ -141,6 +148,7 @@ def check_noise(settings: NoiseSettings) -> None:
         raise ValueError(f"noise_law is one of {', '.join(NOISE_LAWS)}; found {settings.noise_law!r}")
     if settings.std <= 0 or settings.shift <= 0:
         raise ValueError(f"std and shift must be above 0; found {settings.std}, {settings.shift}")
+    check(settings)
 
 
 def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = False) -> Law:
@@ -149,16 +157,47 @@ def noise_levels(settings: NoiseSettings, schedule: Schedule, whole: bool = Fals
     return noise_law(settings.noise_law, schedule, t_range, settings.mean, settings.std, settings.shift)
 
 
+class StartSettings(Protocol):
+    """The entry of the settings of a method whose students begin in pure noise.
+
+    start_time: as which noise level the network is told its first, unit noise, in (0, 1]; None: t = 1.
+    """
+
+    start_time: float | None
+
+
+def renoising(settings: StartSettings, steps: int) -> Inference:
+    """x_0 noised anew at even times from t = 1, or x_0 of unit noise that is told to be of `start_time`.
+
+    At t = 1 a teacher says little more than the mean of its data, of any noise; below, its x_0 differ from noise to
+    noise as pictures do, so that a one-step student begins nearer to its end. ValueError for more than one step from
+    another time than 1.
+    """
+    if settings.start_time is None:
+        return Inference(steps, noise=1.0)
+    if steps != 1:
+        raise ValueError("start_time is where a student of one step begins, and one of more steps begins at t = 1: leave "
+                         f"it out; found start_time = {settings.start_time:g} and {steps} steps")
+    return Inference(steps, noise=1.0, times=(settings.start_time,))
+
+
 # Entries that the settings of several methods share: what must hold of them, and how it is said. nodes, skip and shift
 # are of the teacher's grid, `triples.grid(nodes, shift)`, with skip nodes from t to s; loss and huber_c those of
-# `regression.distance`.
+# `regression.distance`; start_time is `renoising`'s.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "nodes": (lambda s: s.nodes >= 1, "at least 1"),
     "skip": (lambda s: 1 <= s.skip <= s.nodes, "from 1 to nodes = {s.nodes}"),
-    "shift": (lambda s: s.shift > 0, "above 0, where 1 leaves the nodes uniform"),
+    "shift": (lambda s: s.shift > 0, "above 0, where 1 leaves all uniform"),
     "loss": (lambda s: s.loss in DISTANCES, f"one of {', '.join(DISTANCES)}"),
     "huber_c": (lambda s: s.huber_c > 0, "above 0"),
     "target_decay": (lambda s: 0 <= s.target_decay < 1, "in [0, 1)"),
+    "critic_steps": (lambda s: s.critic_steps >= 1, "at least 1"),
+    "drop": (lambda s: 0 <= s.drop < 1, "in [0, 1)"),
+    "gan_weight": (lambda s: s.gan_weight >= 0, "at least 0, which leaves the discriminator out"),
+    "critic_gan_weight": (lambda s: s.critic_gan_weight >= 0, "at least 0"),
+    "gan_start": (lambda s: s.gan_start >= 0, "at least 0"),
+    "start_time": (lambda s: s.start_time is None or 1 / LEVELS <= s.start_time <= 1,
+                   f"a time from {1 / LEVELS}, the least that a network is told, to 1"),
 }
 
 

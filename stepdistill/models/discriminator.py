@@ -3,23 +3,19 @@ package."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import sqrt
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
-from ..diffusion.draws import key
 from ..diffusion.prediction import Prediction
 from ..errors import RequestError
+from ..methods.base import HeadKind
 from .denoiser import Denoiser
+from .heads import Shape, channel_means, head, initialise, prompt_vector, slug, time_vector, token_heads, told_of, uncast
 from .recompute import StopForward
-
-WIDTH, GROUPS, LEAST = 128, 32, 4        # of a head: channels, groups of a normalisation, the side down to which it
-                                         # pools
-Shape = tuple[int, ...]                  # channels, height, width; of videos channels, frames, height, width
 
 
 @contextmanager
@@ -81,24 +77,12 @@ def paired(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     return {name: (2 * channels, *sides) for name, (channels, *sides) in shapes.items()}
 
 
-def head(shape: Shape) -> nn.Sequential:
-    """Feature map (B, C, H, W) -> one logit a position, (B, 1, h, w) with h and w about LEAST for a map of this
-    `shape`; of videos (B, C, F, H, W) -> (B, 1, f, h, w).
-
-    At this width those on every block of SDXL together have 5 million parameters. Frames are an axis like height and
-    width: laid beside each other in a map of two, those of one place would be far apart, and a head blind to motion.
-    """
-    channels, *sides = shape
-    conv = nn.Conv2d if len(sides) == 2 else nn.Conv3d
-    layers, side = [conv(channels, WIDTH, 1)], max(sides)
-    while side > LEAST:
-        layers += [nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, WIDTH, 3, stride=2, padding=1)]
-        side = (side + 1) // 2
-    return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, 1, 1))
-
-
 class Discriminator(nn.Module):
-    """discriminator(x_t, t, cond) -> logits (B, K), one for each of K features; higher is more real.
+    """discriminator(x_t, t, cond) -> logits, higher is more real; of K features, by the kind of heads:
+
+    "pooled": (B, K), one for each, the mean over its positions.
+    "tokens": K of them, (B, N) each, one at every position, of heads that are told the prompt and t.
+    "channels": the same, of the mean over channels, which has no weights.
 
     role: whose network is read, as far as the last feature, under the role's own adapter; gradients flow to x_t and
     into that adapter as they do through the role. Its weights are no part of this module. The heads are float32 on any
@@ -106,65 +90,57 @@ class Discriminator(nn.Module):
     at zero.
     """
 
-    def __init__(self, role: Denoiser, shapes: Mapping[str, Shape], seed: int = 0) -> None:
+    def __init__(self, role: Denoiser, shapes: Mapping[str, Shape], seed: int = 0, kind: HeadKind = "pooled") -> None:
         super().__init__()
-        self.role, self.features = role, tuple(shapes)
-        with torch.random.fork_rng(devices=[]):
-            self.heads = nn.ModuleDict({slug(name): head(shape) for name, shape in shapes.items()})
-        initialise(self.heads, seed)
+        self.role, self.features, self.kind = role, tuple(shapes), kind
+        self.heads = self._heads(shapes, seed)
         self.to(next(role.network.parameters()).device)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+    def _heads(self, shapes: Mapping[str, Shape], seed: int) -> nn.ModuleDict:
+        if self.kind == "tokens":
+            teacher = self.role.teacher
+            width = prompt_vector(teacher.encode([teacher.null_prompt])).shape[-1]
+            return token_heads(shapes, width + time_vector(torch.ones(1)).shape[-1], seed)
+        with torch.random.fork_rng(devices=[]):
+            made = {slug(name): head(shape) for name, shape in shapes.items()} if self.kind == "pooled" else {}
+        heads = nn.ModuleDict(made)
+        initialise(heads, seed)
+        return heads
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor | list[Tensor]:
         """x_t (B, C, H, W), of videos (B, C, F, H, W); t (B,) float64 in [0, 1]."""
         with tap(self.role.network, self.features, leave=True) as found:
             self.role(x_t, t, cond)
-        return self._logits(found, x_t)
+        return self._read(self._maps(found, x_t), t, cond)
 
-    def with_prediction(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Prediction, Tensor]:
-        """What the role predicts and the logits (B, K), of one whole pass."""
+    def with_prediction(self, x_t: Tensor, t: Tensor,
+                        cond: Condition | None = None) -> tuple[Prediction, Tensor | list[Tensor]]:
+        """What the role predicts and the logits, of one whole pass."""
         with tap(self.role.network, self.features) as found:
             prediction = self.role(x_t, t, cond)
-        return prediction, self._logits(found, x_t)
+        return prediction, self._read(self._maps(found, x_t), t, cond)
 
     def pair(self, x_r: Tensor, r: Tensor, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """Logits (B, K) of two states of one trajectory, of heads made for `paired` shapes, in one pass of a doubled
-        batch.
+        """Logits (B, K) of two states of one trajectory, of pooled heads made for `paired` shapes, in one pass of a
+        doubled batch.
 
         Lin et al. 2024, arXiv:2402.13929, eq. 22.
         """
         both = torch.cat([x_r, x_t])
         with tap(self.role.network, self.features, leave=True) as found:
             self.role(both, torch.cat([r, t]), None if cond is None else Condition.cat([cond, cond]))
-        return self._read({name: torch.cat(m.chunk(2), dim=1) for name, m in self._maps(found, both).items()})
-
-    def _logits(self, found: Mapping[str, Any], x_t: Tensor) -> Tensor:
-        return self._read(self._maps(found, x_t))
+        maps = {name: torch.cat(m.chunk(2), dim=1) for name, m in self._maps(found, both).items()}
+        return self._read(maps, t, cond)
 
     def _maps(self, found: Mapping[str, Any], x_t: Tensor) -> dict[str, Tensor]:
         return {name: self.role.teacher.feature_map(output, x_t).float() for name, output in found.items()}
 
-    def _read(self, maps: Mapping[str, Tensor]) -> Tensor:
-        with uncast(maps[self.features[0]]):
-            return torch.stack([self.heads[slug(name)](maps[name]).flatten(1).mean(1) for name in self.features], dim=1)
-
-
-@torch.no_grad()
-def initialise(heads: nn.ModuleDict, seed: int) -> None:
-    """First values: a function of (seed, feature), and no layer at zero, which would pass no gradient on."""
-    for path, parameter in heads.named_parameters():
-        if parameter.ndim > 1:
-            generator = torch.Generator().manual_seed(key(seed, "head", path))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu")
-                            / sqrt(parameter[0].numel()))
-        elif path.endswith("bias"):
-            parameter.zero_()
-
-
-def uncast(x: Tensor) -> AbstractContextManager:
-    """Within, nothing is cast to 16 bits. Tensors without values are never cast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def slug(name: str) -> str:
-    """A module's name in a ModuleDict, which allows no dots."""
-    return name.replace(".", "_")
+    def _read(self, found: Mapping[str, Tensor], t: Tensor, cond: Condition | None) -> Tensor | list[Tensor]:
+        maps = {slug(name): found[name] for name in self.features}
+        with uncast(found[self.features[0]]):
+            if self.kind == "channels":
+                return [channel_means(m) for m in maps.values()]
+            if self.kind == "pooled":
+                return torch.stack([self.heads[name](m).flatten(1).mean(1) for name, m in maps.items()], dim=1)
+            told = told_of(cond, t)
+            return [self.heads[name](m, told) for name, m in maps.items()]

@@ -17,12 +17,13 @@ from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need,
 from .adapters import AdapterBank, LoraConfig, lora_config
 from .attention import set_attention
 from .denoiser import Denoiser
-from .discriminator import Discriminator, Shape, chosen, paired
+from .discriminator import Discriminator, chosen, paired
 from .ema import Ema
 from .extra_embedding import install
+from .heads import Shape, prompt_vector
 from .recompute import recomputed
 from .teacher import Teacher
-from .vision import PictureHeads, PlaneFeatures, Vision, prompt_vector
+from .vision import PictureHeads, PlaneFeatures, Vision
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Roles(Mapping[str, Role]):
         pixels = {name: teacher.pixels for name, need in needs.items() if isinstance(need, Codec)}
         self._denoisers = {name: self._denoiser(name) for name, need in needs.items()
                            if not isinstance(need, Heads | Codec | Features)}
-        self._discriminators = {name: self._discriminator(needs[name].of, shapes, seed)
+        self._discriminators = {name: self._discriminator(needs[name], shapes, seed)
                                 for name, shapes in features.items()}
         taught = {name: self_guided(self._denoisers[name], "w" in reads[name] or teacher.scale is not None)
                   for name, need in needs.items()
@@ -104,9 +105,9 @@ class Roles(Mapping[str, Role]):
             return Denoiser(self.teacher, self.networks[name], reads=self.reads[name])
         return self._on_base(name if self.is_lora(name) else None, self.reads.get(name, ()))
 
-    def _discriminator(self, of: str, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
-        if of not in self.visions:
-            return Discriminator(self._denoisers[of], shapes, seed)
+    def _discriminator(self, need: Heads, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
+        if need.of not in self.visions:
+            return Discriminator(self._denoisers[need.of], shapes, seed, need.kind)
         width = prompt_vector(self.teacher.encode([self.teacher.null_prompt])).shape[-1]
         return PictureHeads(shapes, width, seed)
 
@@ -160,9 +161,12 @@ class Roles(Mapping[str, Role]):
         own = self.state_dict(name)
         wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
         if wrong:
+            earlier = "" if not isinstance(self.needs[name], Heads) else (
+                ". Heads of ladd and add that were trained before they judged every position are of another form, and "
+                "no run goes on with them: its student can be sampled and exported as it is, and training be begun anew, "
+                "from it with student: {from: EXPORT}")
             raise ValueError(f"these are not the weights of role {name!r}: {len(wrong)} of {len(own)} tensors are "
-                             "missing, "
-                             f"unknown or of another shape, the first is {wrong[0]}")
+                             f"missing, unknown or of another shape, the first is {wrong[0]}{earlier}")
         if name in self._modules:
             self._modules[name].load_state_dict(state)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -19,10 +18,11 @@ from ..diffusion.contracts import Condition
 from ..diffusion.draws import key
 from ..errors import RequestError, first_lines
 from ..files import foreign
-from .discriminator import WIDTH, Shape, chosen, head, initialise, slug, uncast
+from .discriminator import chosen
+from .heads import Shape, prompt_vector, token_heads, uncast
 
 PUBLISHED = "facebook/dinov2-small"      # Sauer et al. 2023, arXiv:2311.17042, table 1: the best of four
-CLASS_WAVES, PLANE_WIDTH = 4, 128
+PLANE_WIDTH = 128
 CLASSES: dict[str, tuple[type[nn.Module], str]] = {    # model type -> its class, and where in it the vision transformer
                                                        # lies
     "dinov2": (Dinov2Model, ""),
@@ -168,42 +168,19 @@ def published(source: str | None) -> VisionConfig:
     return VisionConfig.of(source or PUBLISHED)
 
 
-class PromptHead(nn.Module):
-    """Feature map (B, C, H, W), vector (B, D) -> logit (B,): Miyato & Koyama 2018, arXiv:1802.05637, eq. 4."""
-
-    def __init__(self, shape: Shape, width: int) -> None:
-        super().__init__()
-        *body, last = head(shape)
-        self.body, self.last, self.told = nn.Sequential(*body), last, nn.Linear(width, WIDTH, bias=False)
-
-    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        seen = self.body(x)
-        return self.last(seen).mean((1, 2, 3)) + (seen.mean((2, 3)) * self.told(vector)).sum(1) / sqrt(WIDTH)
-
-
 class PictureHeads(nn.Module):
-    """discriminator(maps, cond) -> logits (B, K) of the K maps that a `Vision` gives; higher is more real.
+    """discriminator(maps, cond) -> a logit at each position of the K maps that a `Vision` gives, K of (B, N); higher is
+    more real.
 
-    float32, also under autocast; first values are a function of (seed, feature). width: of `prompt_vector(cond)`.
+    float32, also under autocast; first values are a function of (seed, feature). width: of `prompt_vector(cond)`, which
+    they are told.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], width: int, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            self.heads = nn.ModuleDict({slug(name): PromptHead(shape, width) for name, shape in shapes.items()})
-        initialise(self.heads, seed)
+        self.heads = token_heads(shapes, width, seed)
 
-    def forward(self, maps: Sequence[Tensor], cond: Condition) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], cond: Condition) -> list[Tensor]:
         with uncast(maps[0]):
-            vector = prompt_vector(cond).float()
-            return torch.stack([told(x, vector) for told, x in zip(self.heads.values(), maps, strict=True)], dim=1)
-
-
-def prompt_vector(cond: Condition) -> Tensor:
-    """A prompt as one vector, (B, D): its pooled embedding, else the mean over its tokens, else waves of its class."""
-    if cond.pooled is not None:
-        return cond.pooled
-    if cond.text is not None:
-        return cond.text.mean(1)
-    angles = cond.label[:, None] * torch.arange(1, CLASS_WAVES + 1, device=cond.label.device)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+            told = prompt_vector(cond).float()
+            return [head(x, told) for head, x in zip(self.heads.values(), maps, strict=True)]

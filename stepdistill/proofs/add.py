@@ -32,7 +32,7 @@ class Pictures:
         return [pixels @ self.first.to(pixels).T, pixels @ self.second.to(pixels).T]
 
     def made(self, problem: Problem, student, w: Tensor) -> ADD:
-        heads = lambda maps, cond: torch.stack([m @ head for m, head in zip(maps, w)], 1)
+        heads = lambda maps, cond: [(m @ head)[:, None] for m, head in zip(maps, w)]
         roles = {"teacher": problem.teacher, "student": student, "decode": self.decode, "features": self.features,
                  "discriminator": heads}
         return ADD(Settings(), roles, problem.w, problem.sampler(ADD.inference(Settings(), STEPS, problem.schedule)))

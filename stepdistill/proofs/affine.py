@@ -88,3 +88,18 @@ class QuadraticHeads:
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x)."""
     return torch.logaddexp(x, torch.zeros_like(x))
+
+
+# Logits of two heads at each of their positions, which lie beside each other, (B, 5).
+TOKENS = (2, 3)
+
+
+def mean_of_tokens(values: Tensor) -> Tensor:
+    """Of values at all positions: the mean over those of each head, and then over heads and samples."""
+    return torch.stack([of_head.mean() for of_head in values.split(TOKENS, 1)]).mean()
+
+
+def token_shares(count: int) -> Tensor:
+    """What a position's value has in `mean_of_tokens` of `count` samples, (5,)."""
+    return torch.cat([torch.full((tokens,), 1 / (tokens * len(TOKENS) * count), dtype=torch.float64)
+                      for tokens in TOKENS])

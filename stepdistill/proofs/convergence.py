@@ -91,6 +91,8 @@ def on(name: str, teacher: Path, seed: int, **changes: Any) -> Recipe:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: moved(inner) for key, inner in value.items()}
+        if isinstance(value, list):                                  # of stages
+            return [moved(inner) for inner in value]
         return str(teacher) if value == whole else value
     return Recipe.load({**moved(plain), "train": {**plain["train"], "seed": seed}, **changes})
 
@@ -105,6 +107,7 @@ def sampler(work: Run, steps: int) -> Sampler:
 def states(work: Run, found: Sampler, distance: Distance) -> list[Tensor]:
     """Of every evaluation and, the last, the samples: (COUNT, 2, 1, 1) each."""
     cond, role = distance.cond(work), work.roles[work.sampling_role]
+    role = found.telling(role) if "r" in role.reads else role
     draw = lambda i: distance.moment.normal(f"renoise {i}", SHAPE)
     return [found.rollout(role, distance.moment.normal("start", SHAPE), i, cond, draw) for i in range(found.nfe + 1)]
 

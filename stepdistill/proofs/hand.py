@@ -153,20 +153,27 @@ class Hand:
 
 @dataclass
 class Learner:
-    """x_0 = m + S x_t + T text + n t, and + u (w - 1) where it reads a guidance scale; all five take gradients."""
+    """x_0 = m + S x_t + T text + n t, and + u (w - 1), + k r where it reads a guidance scale, or where to land; all take
+    gradients."""
 
     problem: Problem
-    reads_w: bool = False
+    reads: tuple[str, ...] = ()
     parts: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         d = self.problem.dim
-        shapes = [(d,), (d, d), (d, d), (d,), (d,)]
+        shapes = [(d,), (d, d), (d, d), (d,), (d,), *[(d,)] * ("r" in self.reads)]
         self.parts = [(0.5 * self.problem.normal(*shape)).requires_grad_() for shape in shapes]
 
+    @property
+    def reads_w(self) -> bool:
+        return "w" in self.reads
+
     def x0(self, x: Tensor, t: Tensor, cond: Condition, w: Tensor | float | None = None) -> Tensor:
-        m, S, T, n, u = self.parts
+        """Where it is to land, it finds in cond.r."""
+        m, S, T, n, u, *k = self.parts
         x0 = m + x @ S.T + cond.text @ T.T + t[:, None] * n
+        x0 = x0 + cond.r.to(x)[:, None] * k[0] if k else x0
         return x0 + (column(w, x) - 1) * u if self.reads_w else x0
 
     def network(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:

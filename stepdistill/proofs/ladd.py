@@ -52,13 +52,13 @@ def game(problem: Problem) -> Iterator[Check]:
     student = FunctionRole(problem.schedule, lambda x_t, t, cond: like(1 + t, x_t) * affine(x_t, t, cond).x0)
     batch, step = problem.batch(COUNT), problem.step(COUNT)
 
-    blind = made(problem, student, lambda x, t, cond: 0 * x[:, :2])
+    blind = made(problem, student, lambda x, t, cond: [0 * x[:, :2]])
     losses = blind.student_loss(batch, step), blind.critic_loss(batch, step)
     yield Check("losses where the heads cannot tell, from 0 and 2", largest(abs(losses[0]["gan"].item()),
                                                                        abs(losses[1]["discriminator"].item() - 2)),
                 1e-9)
 
-    method = made(problem, student, lambda x, t, cond: x @ heads.T)
+    method = made(problem, student, lambda x, t, cond: [x @ heads.T])
     t = method.law(step.uniform("t"))
     noise = step.normal("start", (problem.dim,))
     x_t = torch.where(t[:, None] == 1, noise, problem.schedule.add_noise(batch.x0, noise, t))
@@ -70,7 +70,7 @@ def game(problem: Problem) -> Iterator[Check]:
                 difference(found, known), 1e-5)
 
     theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
-    method = made(problem, student, lambda x, s, cond: (like(1 + s, x) * cond.text * x) @ theta.T)
+    method = made(problem, student, lambda x, s, cond: [(like(1 + s, x) * cond.text * x) @ theta.T])
     method.student_loss(batch, step)
     critic = problem.step(COUNT, "discriminator", kept=step.kept)
     found, = torch.autograd.grad(method.critic_loss(batch, critic)["discriminator"], theta)
@@ -99,7 +99,7 @@ def times(problem: Problem) -> Iterator[Check]:
     batch, grid, found, s = problem.batch(FEW), 1 - torch.arange(4).double() / 4, [], Settings()
     for index, shares, label in ((6, s.warmup_shares, "while it warms up"), (7, s.shares, "once it has")):
         student = FunctionRole(problem.schedule, lambda x, t, cond: x)
-        method = made(problem, student, lambda x, t, cond: found.append(t) or x[:, :1], warmup_updates=7)
+        method = made(problem, student, lambda x, t, cond: found.append(t) or [x[:, :1]], warmup_updates=7)
         step = problem.step(FEW, index=index)
         method.student_loss(batch, step)
         method.critic_loss(batch, problem.step(FEW, "discriminator", index=index, kept=step.kept))
@@ -114,7 +114,7 @@ def times(problem: Problem) -> Iterator[Check]:
 def apart(problem: Problem, student, **settings) -> float:
     """How far quadratic heads at logit 0 are from rest, in standard errors."""
     seen: list[Tensor] = []
-    method = made(problem, student, lambda x, t, cond: seen.append(moments(x)) or 0 * x[:, :1], **settings)
+    method = made(problem, student, lambda x, t, cond: seen.append(moments(x)) or [0 * x[:, :1]], **settings)
     batch, step = problem.batch(MANY), problem.step(MANY)
     method.student_loss(batch, step)
     method.critic_loss(batch, problem.step(MANY, "discriminator", kept=step.kept))

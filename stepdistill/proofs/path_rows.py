@@ -83,7 +83,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     inference = kind.inference(settings, path.steps, problem.schedule, scale)
     exported = stock_call(inference, problem.schedule, Guidance(embedded="guidance_scale"))
     needs = kind.needs(settings, path.full)
-    learner, average = (Learner(problem, "w" in needs["student"].reads) for _ in range(2))
+    learner, average = (Learner(problem, needs["student"].reads) for _ in range(2))
     target = average if path.full or name in AVERAGED else learner
     network, averaged = (FunctionRole(problem.schedule, each.network, problem.kind) for each in (learner, average))
     teacher = _teacher(problem, path, learner.reads_w)
@@ -141,8 +141,10 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
     w = scale_at_export(found.stock)
     cond = cond.replace(w=torch.full((SAMPLES,), w).double()) if found.learner.reads_w else cond
     x = noise if problem.name == "flow" else noise * scheduler.init_noise_sigma
-    for time in scheduler.timesteps:
-        t = torch.full((SAMPLES,), (time.item() + (problem.name == "vp")) / LEVELS, dtype=torch.float64)
+    times = [(time.item() + (problem.name == "vp")) / LEVELS for time in scheduler.timesteps]
+    for time, t, r in zip(scheduler.timesteps, times, [*times[1:], 0.0]):
+        t, r = (torch.full((SAMPLES,), each, dtype=torch.float64) for each in (t, r))
+        cond = cond.replace(r=r) if "r" in found.learner.reads else cond
         seen = x if problem.name == "flow" else scheduler.scale_model_input(x, time)
         raw = network(seen.double(), t, cond).raw
         if w > 1 and not found.learner.reads_w:
@@ -181,7 +183,9 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
     cond, network = cond.replace(w=w) if found.learner.reads_w else cond, found.learner.network
     with torch.no_grad():
         right = known(found, noise, draws[0])
-        ours = found.method.sampler(FunctionRole(problem.schedule, network, problem.kind), noise, cond, draws[1])
+        role = FunctionRole(problem.schedule, network, problem.kind)
+        role = found.method.sampler.telling(role) if "r" in found.learner.reads else role
+        ours = found.method.sampler(role, noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 
 

@@ -206,7 +206,7 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     if made != orders or needs != [algorithm.needs(settings)] * 2:
         return float("inf")
     losses = {update.trains: update.loss for update in updates}
-    sample = off_sample(problem, method.sampler, roles["student"], path.steps, algorithm.renoised)
+    sample = off_sample(problem, method.sampler, roles["student"], path.steps, algorithm.renoised, first(settings))
     return largest(sample, *(of_turn(losses[turn.trains](turn.batch, turn.step), algorithm.known(turn), turn)
                      for turn in turns(problem, path, settings, roles, orders, index)))
 
@@ -265,12 +265,14 @@ def noise_level(turn: Turn, u: Tensor, whole: bool = False) -> Tensor:
 
 
 # defaults of most
-NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0}
+NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1.2, "shift": 3.0, "start_time": None}
 
 
 def laws(**settings: Any) -> tuple[Path, ...]:
-    """A path for each law of noise levels, and for each of its numbers."""
-    return (Path("log-normal levels", {"noise_law": "lognormal"} | settings),
+    """A path for each law of noise levels, and for each of its numbers, and for a first time below 1."""
+    return (Path("begun at 0.4, in one step", {"start_time": 0.4} | settings, elsewhere=True),
+            Path("begun at 0.626, in one step, a range of guidance", {"start_time": 0.626} | settings, guidance=(1.5, 4.0)),
+            Path("log-normal levels", {"noise_law": "lognormal"} | settings),
             Path("log-normal levels, mean 0.4", {"noise_law": "lognormal", "mean": 0.4} | settings),
             Path("log-normal levels, std 0.6", {"noise_law": "lognormal", "std": 0.6} | settings),
             Path("shifted levels", {"noise_law": "shifted", "shift": 2.0} | settings),
@@ -292,13 +294,22 @@ def stepped(problem: Problem, x0: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> 
     return share[:, None] * x0 + kept[:, None] * x_t, share
 
 
-def off_sample(problem: Problem, sampler: Sampler, student: Net, steps: int, fresh: bool) -> float:
-    """How far the method's sampler ends from even steps by hand, of x_0 that is noised anew or of DDIM; relative."""
+def first(settings: Any) -> float:
+    """The time of unit noise."""
+    found = vars(settings).get("start_time")
+    return 1.0 if found is None else found
+
+
+def off_sample(problem: Problem, sampler: Sampler, student: Net, steps: int, fresh: bool, begun: float) -> float:
+    """How far the method's sampler ends from even steps by hand, of x_0 that is noised anew or of DDIM; relative.
+
+    begun: the time of unit noise.
+    """
     start, cond = problem.normal(COUNT, problem.dim), problem.prompts(COUNT)
     noises = problem.normal(steps, COUNT, problem.dim)
     x = start
     for i in range(steps):
-        t, r = (torch.full((COUNT,), 1 - n / steps, dtype=torch.float64) for n in (i, i + 1))
+        t, r = (torch.full((COUNT,), begun * (1 - n / steps), dtype=torch.float64) for n in (i, i + 1))
         x0 = student.x0(x, t, cond.text)
         x = renoised(problem, x0, x, t, r, noises[i]) if fresh else stepped(problem, x0, x, t, r)[0]
     shape = (COUNT, 1, problem.dim, 1)
@@ -320,7 +331,8 @@ def rolled(turn: Turn, text: Tensor | None = None) -> Sample:
     """The student's own sample, by this turn's draws: x_0, noised anew to the next of even times, up to the exit."""
     student, steps = turn.roles["student"], turn.path.steps
     text = turn.text if text is None else text
-    x, t, exit = turn.noise("start"), torch.ones(len(text), dtype=torch.float64), int(turn.step.shared("exit") * steps)
+    x, exit = turn.noise("start"), int(turn.step.shared("exit") * steps)
+    t = torch.full((len(text),), first(turn.settings), dtype=torch.float64)
     for i in range(exit):
         r = t - 1 / steps
         x, t = renoised(turn.problem, student.x0(x, t, text), x, t, r, turn.noise(f"renoise {i}")), r

@@ -17,6 +17,7 @@ from .problem import Check, Problem
 
 TOY = {"nodes": 1, "distillation_weight": 0.2, "noise": 1.0}
 PIXELS, MAPS = 5, (3, 2)                # numbers of a picture, and of each feature map
+TOKENS = (2, 3)                         # positions of each map that have a logit
 PATHS = (
     Path("the defaults, shapes/add", steps=4, moments=(0, 1), elsewhere=True),
     Path("toy/add, under noise, not guided", TOY, guidance=1.0, elsewhere=True),
@@ -58,7 +59,7 @@ class Curved:
 
 @dataclass
 class MapHeads:
-    """One quadratic logit of each map, told the prompt."""
+    """Quadratic logits of each map, one for each of its positions, told the prompt."""
 
     heads: list[QuadraticHeads]
     numbers: dict[str, Tensor] = field(init=False)
@@ -67,30 +68,31 @@ class MapHeads:
         self.numbers = {f"{i} {name}": value for i, head in enumerate(self.heads)
                         for name, value in head.numbers.items()}
 
-    def __call__(self, maps: list[Tensor], cond: Condition) -> Tensor:
+    def __call__(self, maps: list[Tensor], cond: Condition) -> list[Tensor]:
         none = torch.zeros(len(cond.text), 1, dtype=torch.float64)
-        return torch.cat([head(m.flatten(1), none, cond) for head, m in zip(self.heads, maps)], 1)
+        return [head(m.flatten(1), none, cond) for head, m in zip(self.heads, maps)]
 
-    def slopes(self, pull: Tensor, maps: list[Tensor], text: Tensor) -> Tensor:
+    def slopes(self, pulls: list[Tensor], maps: list[Tensor], text: Tensor) -> Tensor:
         none = torch.zeros(len(text), 1, dtype=torch.float64)
-        pulls = pull.split(1, 1)
         return torch.cat([head.slopes(each, m, none, text) for each, head, m in zip(pulls, self.heads, maps)])
 
     def r1(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(B,) the squared slope of the logits' sum in all maps, and the flat gradient of its mean."""
+        """(B,) the squared slopes of the logits' mean in each map, and the flat gradient of their mean."""
         total, flat = torch.zeros(len(maps[0]), dtype=torch.float64), []
         for head, m in zip(self.heads, maps):
-            slope = head.back(torch.ones(len(m), 1, dtype=torch.float64), m)                # (Q + Q') m + u
+            count = len(head.numbers["o"])
+            # of the mean over positions: the mean Q + Q', applied to m, and the mean u
+            slope = head.back(torch.full((len(m), count), 1 / count, dtype=torch.float64), m)
             total = total + slope.square().sum(1)
-            of_Q = 2 * (slope.T @ m + m.T @ slope) / len(m)
+            of_Q = 2 * (slope.T @ m + m.T @ slope) / len(m) / count
             others = torch.zeros(sum(head.numbers[name].numel() for name in "ceo"), dtype=torch.float64)
-            flat += [of_Q.flatten(), 2 * slope.mean(0), others]
+            flat += [of_Q.repeat(count, 1, 1).flatten(), (2 * slope.mean(0) / count).repeat(count), others]
         return total, torch.cat(flat)
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
     first, second = (Curved.of(problem, PIXELS, size) for size in MAPS)
-    heads = MapHeads([QuadraticHeads.of(problem, size, count=1) for size in MAPS])
+    heads = MapHeads([QuadraticHeads.of(problem, size, count=count) for size, count in zip(MAPS, TOKENS)])
     return {"teacher": Net.of(problem), "student": Net.of(problem), "decode": Curved.of(problem, problem.dim, PIXELS),
             "features": Features2(first, second), "discriminator": heads}
 
@@ -133,9 +135,9 @@ def of_student(turn: Turn) -> Known:
     s, (x, x_s, t), (decode, features, heads) = turn.settings, sample(turn), players(turn)
     seen = shown(turn, decode(x), "fake")
     maps = features(seen)
-    one = torch.full((len(x), 1), -1 / len(x), dtype=torch.float64)
-    pull = decode.back(features.back([head.back(one, m) for head, m in zip(heads.heads, maps)], seen), x)
-    values = {"gan": -heads(maps, turn.batch.cond).sum(1).mean()}
+    ones = [torch.full((len(x), count), -1 / len(x) / count, dtype=torch.float64) for count in TOKENS]
+    pull = decode.back(features.back([head.back(one, m) for head, m, one in zip(heads.heads, maps, ones)], seen), x)
+    values = {"gan": -sum(logits.mean() for logits in heads(maps, turn.batch.cond))}
     if s.distillation_weight:
         level = stock_time(turn.step.uniform("t"))
         alpha = turn.problem.schedule.alpha(level)
@@ -155,9 +157,9 @@ def of_heads(turn: Turn) -> Known:
     values, slope = {"discriminator": torch.zeros(())}, 0
     for latents, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         maps = features(shown(turn, decode(latents), name))
-        short = 1 - sign * heads(maps, turn.batch.cond)           # of the margin
-        values["discriminator"] = values["discriminator"] + torch.where(short > 0, short, 0).sum(1).mean()
-        slope = slope + heads.slopes(-sign * (short > 0).double() / len(short), maps, turn.text)
+        shorts = [1 - sign * logits for logits in heads(maps, turn.batch.cond)]           # of the margin
+        values["discriminator"] = values["discriminator"] + sum(short.clamp(min=0).mean() for short in shorts)
+        slope = slope + heads.slopes([-sign * (short > 0).double() / short.numel() for short in shorts], maps, turn.text)
         if name == "real" and s.r1_weight:
             penalty, of_penalty = heads.r1(maps)
             values["r1"], slope = s.r1_weight * penalty.mean(), slope + s.r1_weight * of_penalty
@@ -174,7 +176,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("student",)),
                              Order(("discriminator",), settings.critic_steps, shares=settings.critic_steps)],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "decode": Codec(),
-                            "features": Features(), "discriminator": Heads("features")},
+                            "features": Features(), "discriminator": Heads("features", kind="tokens")},
     known=known,
     defaults={"nodes": 4, "distillation_weight": 2.5, "distance": "pixels", "r1_weight": 1e-5, "noise": 0.0,
               "critic_steps": 1},

@@ -11,15 +11,16 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.adversarial.ladd import LADD
 from ..methods.base import Frozen, Heads, Trained
-from .affine import Net, QuadraticHeads
+from .affine import TOKENS, Net, QuadraticHeads, mean_of_tokens, token_shares
 from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
 
-ENDS = (0, 60, 499, 500)                # moments: of the warm-up's end at its default, and at that of shapes/ladd
+ENDS = (0, 60, 499, 500)                # moments: of the warm-up's end at its default
 TOY = {"warmup_updates": 0, "mean": -1.0, "shares": (1.0,), "warmup_shares": (1.0,)}
 PATHS = (
     Path("the defaults, before and after the warm-up", moments=ENDS, steps=4, elsewhere=True),
-    Path("shapes/ladd", {"warmup_updates": 50, "mean": -1.0}, moments=ENDS, steps=4, elsewhere=True),
+    Path("shapes/ladd", {"warmup_updates": 150, "mean": -1.0, "shares": (0.25,) * 4, "critic_steps": 2}, moments=(0, 149, 150),
+         steps=4, elsewhere=True),
     Path("toy/ladd, one node", TOY, moments=ENDS, guidance=1.0, elsewhere=True),
     Path("no warm-up", {"warmup_updates": 0}, moments=ENDS, steps=2),
     Path("a warm-up of 1", {"warmup_updates": 1}, moments=(0, 1), steps=4),
@@ -34,12 +35,13 @@ PATHS = (
 
 @dataclass
 class QuadraticDiscriminator:
-    """Quadratic heads, called as a discriminator on a network's features is."""
+    """Two quadratic heads of a logit at each of their positions, called as a discriminator on a network's features
+    is."""
 
     numbers: dict[str, Tensor]
 
-    def __call__(self, x_s: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        return QuadraticHeads(self.numbers)(x_s.flatten(1), s[:, None], cond)
+    def __call__(self, x_s: Tensor, s: Tensor, cond: Condition) -> list[Tensor]:
+        return list(QuadraticHeads(self.numbers)(x_s.flatten(1), s[:, None], cond).split(TOKENS, 1))
 
 
 def drawn_from(u: Tensor, shares: Sequence[float]) -> Tensor:
@@ -71,7 +73,7 @@ def seen(turn: Turn, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     s = level(turn, name)
     x_s = turn.noised(x, s, f"{name} noise")
     with torch.no_grad():
-        return x_s, s, turn.roles["discriminator"](x_s, s, Condition(text=turn.text))
+        return x_s, s, torch.cat(turn.roles["discriminator"](x_s, s, Condition(text=turn.text)), 1)
 
 
 def known(turn: Turn) -> Known:
@@ -79,20 +81,20 @@ def known(turn: Turn) -> Known:
     if turn.trains == ("student",):
         x, x_t, t = sample(turn)
         x_s, s, logits = seen(turn, x, "fake")
-        pull = heads.back(torch.full_like(logits, -1 / logits.numel()), x_s) * turn.problem.schedule.alpha(s)[:, None]
-        return Known({"gan": -logits.mean()}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
+        pull = heads.back(-token_shares(len(x)).expand_as(logits), x_s) * turn.problem.schedule.alpha(s)[:, None]
+        return Known({"gan": -mean_of_tokens(logits)}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
                      unchecked=("discriminator",))
     value, slope = torch.zeros(()), 0
     for x, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):
         x_s, s, logits = seen(turn, x, name)
         short = 1 - sign * logits                                 # of the margin
-        value = value + torch.where(short > 0, short, 0).mean()
-        slope = slope + heads.slopes(-sign * (short > 0).double() / logits.numel(), x_s, s[:, None], turn.text)
+        value = value + mean_of_tokens(torch.where(short > 0, short, 0))
+        slope = slope + heads.slopes(-sign * (short > 0).double() * token_shares(len(x)), x_s, s[:, None], turn.text)
     return Known({"discriminator": value}, {"discriminator": slope})
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    discriminator = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)
+    discriminator = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim, count=sum(TOKENS)).numbers)
     return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": discriminator}
 
 
@@ -101,7 +103,8 @@ ALGORITHM = Algorithm(
     roles,
     orders=lambda settings: [Order(("student",)),
                              Order(("discriminator",), settings.critic_steps, shares=settings.critic_steps)],
-    needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "discriminator": Heads("teacher")},
+    needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"),
+                            "discriminator": Heads("teacher", kind="tokens")},
     known=known,
     defaults={"shares": (0.7, 0.1, 0.1, 0.1), "warmup_shares": (0.0, 0.0, 0.5, 0.5), "warmup_updates": 500, "mean": 1.0,
               "std": 1.0},

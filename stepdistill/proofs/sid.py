@@ -147,15 +147,16 @@ def guidances(problem: Problem) -> Iterator[Check]:
     drawing = FunctionRole(problem.schedule, lambda x_t, t, cond: cond.text + own(x_t, t, cond).x0)
     fitted = lambda scale, kappa_1: (Stretched(drawing, null, scale), Stretched(problem.teacher, null, scale / kappa_1))
     worst = 0.0
-    for kappa_1, kappa_2 in ((problem.w, problem.w), (1.0, problem.w),
+    for kappa_1, kappa_2 in ((problem.w, problem.w), (1.0, problem.w), (-1.0, -1.0),
                              (problem.uniform(1.2, 4.0), problem.uniform(1.2, 4.0))):
         scale, kappas = problem.w * kappa_1 / kappa_2, {"critic_training_guidance": kappa_1, "critic_guidance": kappa_2}
         rest, usual = (gradient(made(problem, *fitted(at, kappa_1), **kappas).student_loss(batch, step)["identity"],
                                 own).norm()
                        for at in (scale, scale + 0.5))
         worst = largest(worst, (rest / usual).item())
-    yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at another; over that "
-                "0.5 higher", worst, 1e-9)
+    yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at w with -1, at another; "
+                "over that 0.5 higher", worst, 1e-9)
+    yield text_free(problem)
     student, critic = fitted(scale, kappa_1)
     pupil, batch = OffsetRole(critic, MANY, problem.dim), problem.batch(MANY, data=False)
     method, step = made(problem, student, pupil, **kappas), problem.step(MANY, "critic")
@@ -165,3 +166,26 @@ def guidances(problem: Problem) -> Iterator[Check]:
                    cond).x0.detach(), method.level(step.uniform("t"))
     known = error(guided(pupil, kappa_1), x, step.normal("noise", batch.shape), t, cond, problem.kind).mean()
     yield from pupil.checks(loss, known)
+
+
+def text_free(problem: Problem) -> Check:
+    """Zero-CFG: a critic that knows the student's samples and no prompt, beside an unguided teacher. Of samples of one
+    prompt it is their law."""
+    batch, step = problem.batch(COUNT, data=False), problem.step(COUNT)
+    chosen = Settings(critic_training_guidance=0.0)
+
+    def slope(away: float) -> tuple[float, float]:
+        """Its norm where the student's mean is `away`, and how far from no prompt the critic was told."""
+        mean = problem.means[0] + away
+        deviation = torch.linalg.cholesky(problem.covariance).requires_grad_()
+        student = Affine(problem.schedule, mean.clone().requires_grad_(), deviation)
+        law = problem.law(problem.covariance, mean)
+        critic = FunctionRole(problem.schedule, lambda x, t, cond: law(x, t, cond).x0, problem.kind)
+        roles = {"teacher": problem.teacher, "student": student, "critic": critic}
+        method = SiD(chosen, roles, 1.0, problem.sampler(SiD.inference(chosen, 1, problem.schedule)))
+        norm = gradient(method.student_loss(batch, step)["identity"], student).norm().item()
+        return norm, largest(*((cond.text - problem.means[1]).abs().max().item() for *_, cond in critic.calls))
+
+    (rest, told), (usual, _) = slope(0.0), slope(0.5)
+    return Check("Zero-CFG: gradient at the unguided teacher's law over that 0.5 beside, and the critic's prompts from none",
+                 largest(rest / usual, told), 1e-5)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.consistency import scalings
-from ..diffusion.contracts import Batch, Condition
+from ..diffusion.contracts import Batch, Condition, Role
 from ..diffusion.draws import Step
 from ..diffusion.flow_map import secant_target
 from ..diffusion.schedule import RectifiedFlow, Schedule, like
@@ -26,6 +26,15 @@ Factor = Callable[[Schedule, Tensor, Tensor, Tensor], Tensor]       # (schedule,
 def ddim_factor(schedule: Schedule, variances: Tensor, t: Tensor, r: Tensor) -> Tensor:
     (a_t, s_t), (a_r, s_r) = ((schedule.alpha(u), schedule.sigma(u)) for u in (t, r))
     return (a_r * a_t * variances + s_r * s_t) / (a_t**2 * variances + s_t**2)
+
+
+def sde_factor(eta: float) -> Factor:
+    """Of the mean of DDIM's steps of which a share of the noise is fresh: what of x_t's own noise is left is less."""
+    def factor(schedule: Schedule, variances: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        (a_t, s_t), (a_r, s_r) = ((schedule.alpha(u), schedule.sigma(u)) for u in (t, r))
+        fresh = eta * s_r / s_t * (s_t**2 - (a_t * s_r / a_r) ** 2).sqrt()
+        return (a_r * a_t * variances + (s_r**2 - fresh**2).sqrt() * s_t) / (a_t**2 * variances + s_t**2)
+    return factor
 
 
 def heun_factor(schedule: Schedule, variances: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -109,3 +118,10 @@ class Trajectory:
 def start(t: Tensor, steps: int) -> Tensor:
     """Of the segment that holds t, of `steps` even ones; an edge is the end of the one below."""
     return ((steps * t - 1e-9).floor() / steps).clamp(min=0)
+
+
+def bent(student: Role, add: Tensor, times: Tensor) -> FunctionRole:
+    """A student whose x_0 is that of another, + add + times x_t, by numbers (B, D) of each sample."""
+    def x0(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return student(x, t, cond).x0 + add + times * x
+    return FunctionRole(student.schedule, x0, student.kind)

@@ -29,6 +29,7 @@ from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
 from .sources import source_of
 from .teacher_checks import (
+    check_asked,
     check_family,
     check_guided,
     check_quantization,
@@ -67,6 +68,7 @@ def check(recipe: Recipe) -> Checked:
         vision_features(recipe)
     if (kind := quantization(recipe)) is not None:
         check_quantization(recipe, kind, settings, roles)
+    check_asked(recipe, needs)
     check_guided(recipe, settings)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
@@ -99,7 +101,16 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
         roles["critic"] = role_setting(recipe.critic)
     if recipe.discriminator is not None:
         roles["discriminator"] = _places(recipe, needs)
+        if recipe.discriminator.lr is not None and _weightless(needs):
+            raise recipe.refuse("discriminator.lr", f"is {recipe.discriminator.lr:g}, but the discriminator of "
+                                f"{recipe.method} is the mean of its critic's features, and has no weights: leave it out")
     return roles
+
+
+def _weightless(needs: Mapping[str, Need]) -> bool:
+    """Whether the discriminator has none to train."""
+    heads = needs["discriminator"]
+    return isinstance(heads, Heads) and heads.kind == "channels"
 
 
 def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
@@ -181,7 +192,8 @@ def learning_rates(recipe: Recipe) -> dict[str, float]:
     training."""
     own = {"critic": recipe.critic, "discriminator": recipe.discriminator}
     found = {name: choice.lr for name, choice in own.items() if choice is not None and choice.lr is not None}
-    if "critic" in found and "discriminator" in needs_of(recipe):
+    needs = needs_of(recipe)
+    if "critic" in found and "discriminator" in needs and not _weightless(needs):
         found.setdefault("discriminator", found["critic"])
     return found
 
@@ -235,7 +247,13 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
 
 def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) -> None:
     """RequestError for a role with an embedding of a scale or an exit on a network that reads its guidance scale by itself, `within`."""
-    named = [name for name, need in needs.items() if within and isinstance(need, Trained) and "w" in need.reads]
+    if not within:
+        return
+    for name, scale in vars(recipe.method_settings()).items():
+        if name in ("critic_training_guidance", "critic_guidance") and scale is not None and scale < 1:
+            raise recipe.refuse(f"settings.{name}", f"is {scale:g}, but the teacher's network reads its guidance scale by "
+                                "itself, and so does a critic on it, which reads the prompt at any: let it be at least 1")
+    named = [name for name, need in needs.items() if isinstance(need, Trained) and "w" in need.reads]
     if named:
         raise recipe.refuse("settings", f"give {' and '.join(named)} an embedding, but the teacher's network reads its guidance scale by "
                             "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")
@@ -267,6 +285,7 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
     _check_guidance_embedding(recipe, needs)
     _check_kept_form(recipe, needs, roles)
     before = recipe.previous
+    _check_landings(recipe, needs)
     if not recipe.taught_by_previous:
         return
     embeds = "w" in needs_of(before)["student"].reads
@@ -286,6 +305,14 @@ def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None
         raise recipe.refuse("method", f"is {recipe.method}, whose student {has[embeds]}, and that of the stage before "
                             f"{has[embedded]}: let both have one by their settings (guidance_embedding: true), or "
                             "neither")
+
+
+def _check_landings(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """A student that reads where to land is no teacher, which nobody tells it, and no start of one that does not."""
+    before = recipe.previous
+    if "r" in needs_of(before)["student"].reads and (recipe.taught_by_previous or "r" not in needs["student"].reads):
+        raise recipe.refuse("method", f"is {recipe.method} after {before.method}, whose student reads where its steps land: "
+                            f"only {before.method} can go on with it, taught by the base")
 
 
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:

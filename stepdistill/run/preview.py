@@ -119,8 +119,10 @@ def figure_prompts(run: Run) -> list[str] | None:
 
 def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition) -> Tensor:
     """Latents of the student as it will be sampled."""
-    sampler, role = run.method.sampler, run.roles[run.sampling_role]
-    if "w" in run.roles.reads[run.sampling_role]:
+    sampler, role, reads = run.method.sampler, run.roles[run.sampling_role], run.roles.reads[run.sampling_role]
+    if "r" in reads:
+        role = sampler.telling(role)
+    if "w" in reads:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
     return sampler(role, noise("start"), cond, lambda i: noise(f"step {i}"))
 

@@ -15,6 +15,7 @@ from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
 from ..methods.base import Features, Follows, Heads, Method, middle
+from ..models.extra_embedding import selectors
 from ..models.quantized import half_
 from ..models.roles import Roles, Weights, build_roles
 from ..models.schedulers import StockCall, stock_scheduler
@@ -87,6 +88,8 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
         half_(teacher.network)                         # alone: codecs overflow in float16
     stock, sampler = sampling(recipe, teacher)
+    if "r" in checked.needs["student"].reads and teacher.family.no_pipeline is None and device.type != "meta":
+        _check_landings(recipe, teacher, sampler)
     begun = None if previous is None else previous.weights
     if recipe.previous is None and recipe.student.begins_with is not None:
         begun = begun_with(recipe, teacher)
@@ -104,6 +107,13 @@ def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
         return stock, teacher.sampler(stock)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
+
+
+def _check_landings(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> None:
+    """RequestError for so many steps that their landings could not be folded into a stock network's weights."""
+    with recipe.blaming("steps", f"is {recipe.steps}, but the student of {recipe.method} reads where each lands, which no stock "
+                                 "pipeline says"):
+        selectors(teacher.sinusoids(teacher.timestep(sampler.times)))
 
 
 def sampling_role(recipe: Recipe) -> str:

@@ -8,13 +8,13 @@ from .. import resources
 from ..diffusion.schedule import RectifiedFlow
 from ..diffusion.toy import is_toy
 from ..methods import load_method
-from ..methods.base import Features, Need
+from ..methods.base import Features, Frozen, Need
 from ..models.families import Family
 from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
 from ..models.schedulers import stock_call
 from ..models.sources import index_at
-from ..models.teacher import family_at
+from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
 from .sources import source_of
@@ -109,6 +109,21 @@ def check_quantization(recipe: Recipe, kind: str, settings: Any, roles: Mapping[
                             f"no derivative forward: take pair")
 
 
+def check_asked(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """RequestError for what only a teacher's calls read, where the method asks no teacher."""
+    if any(isinstance(need, Frozen) for need in needs.values()):
+        return
+    made, free = recipe.data.made, f"{recipe.method} asks no teacher"
+    if recipe.guidance != 1:
+        raise recipe.refuse("guidance", f"is {recipe.guidance}, but {free} that could be guided: let it be 1, or train on pictures that a "
+                            "guided teacher made, such as data: {samples: {prompts: shapes, guidance: 3.0}, count: 4096}")
+    if recipe.taught_by_previous:
+        raise recipe.refuse("method", f"is {free.replace(' asks', ', which asks')}, but that of this stage is previous: leave teacher: "
+                            "previous out; the student begins with that of the stage before all the same")
+    if (made is None or made.guidance in (None, 1)) and (guided := source_of(recipe).guided):
+        raise recipe.refuse([*guided][0], f"is given, but {free} that could read it: leave it out")
+
+
 def check_guided(recipe: Recipe, settings: Any) -> None:
     """RequestError for what only guided calls of the teacher read, where none is guided."""
     made = recipe.data.made
@@ -120,7 +135,9 @@ def check_guided(recipe: Recipe, settings: Any) -> None:
 
 
 def check_times(recipe: Recipe, settings: Any) -> None:
-    """RequestError for times of a flow that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    """RequestError for times that no call of the teacher's pipeline takes, and no scheduler makes of their number."""
+    if vars(settings).get("start_time") is not None:
+        return _check_start(recipe, settings)
     if family(recipe).sigmas:
         return
     try:
@@ -128,3 +145,15 @@ def check_times(recipe: Recipe, settings: Any) -> None:
         stock_call(inference, RectifiedFlow(), sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
+
+
+def _check_start(recipe: Recipe, settings: Any) -> None:
+    """As `check_times`, where the settings name the first time: by the teacher's configs alone."""
+    with recipe.blaming("teacher", "cannot be loaded"):
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution, frames=recipe.frames)
+    try:
+        inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.schedule, recipe.guidance)
+        teacher.sampler(teacher.stock_call(inference))
+    except ValueError as error:
+        raise recipe.refuse("settings.start_time", f"is {settings.start_time:g}, where no sampling can begin: "
+                            f"{error}") from error

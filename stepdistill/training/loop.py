@@ -77,7 +77,7 @@ class Trainer:
         self.scalers = {update.name: GradScaler(self.device.type, enabled=config.precision == "fp16")
                         for update in self.updates}
         frozen = {role for role, need in method.needs(method.settings, full=True).items() if isinstance(need, FIXED)}
-        self.saved = [role for role in roles.names if role not in frozen]
+        self.saved = [role for role in roles.names if role not in frozen and roles.state_dict(role)]
         self.enabled: tuple[str, ...] = ()
         self.images, self.done = 0, 0
 

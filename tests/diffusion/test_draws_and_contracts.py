@@ -52,6 +52,23 @@ def test_keys_do_not_run_together():
     assert key(5, 17, "student") == 9172374944138130150
 
 
+def test_passes_under_one_name_share_their_dropout_and_leave_the_generator_where_it_stood():
+    torch.manual_seed(3)
+    before, masks = torch.get_rng_state(), {}
+    for label, step, name in (("one", STEP, "pair"), ("two", STEP, "pair"), ("name", STEP, "other"),
+                              ("step", replace(STEP, index=18), "pair"), ("slice", replace(STEP, ids=STEP.ids[1:]), "pair")):
+        torch.rand(len(masks))                                      # whatever was drawn before
+        with step.same_dropout(name):
+            masks[label] = torch.nn.functional.dropout(torch.ones(400), 0.5)
+    assert torch.equal(masks["one"], masks["two"])
+    for other in ("name", "step", "slice"):
+        assert (masks[other] == masks["one"]).double().mean().item() == pytest.approx(0.5, abs=0.1)
+    torch.set_rng_state(before)
+    with STEP.same_dropout("pair"):
+        torch.rand(5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def splitmix(word: int) -> int:
     """The finaliser of Java's SplittableRandom, in integers without an end."""
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64

@@ -41,6 +41,8 @@ DDIM = StockCall("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to
 TCD = StockCall("TCDScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.3})
 
 
+BEGUN = StockCall("LCMScheduler", {"original_inference_steps": 1}, {"num_inference_steps": 1, "guidance_scale": 1.0, "timesteps": [625]})
+FLOW_BEGUN = StockCall("FlowMatchLCMScheduler", {"shift": 1.0}, {"num_inference_steps": 1, "guidance_scale": 1.0, "sigmas": [0.626]})
 FLOW_EULER = StockCall("FlowMatchEulerDiscreteScheduler", {},
                        {"num_inference_steps": 2, "guidance_scale": 3.0, "sigmas": [1.0, 0.5]})
 
@@ -68,6 +70,8 @@ def images(pipe, **settings) -> torch.Tensor:
     ("v_prediction", "comfyui", Lora(4, 6.0), False, None, LCM), ("epsilon", "comfyui", Lora(4, 6.0), True, 3.3, LCM),
     ("v_prediction", "pipeline", Full(), False, None, LCM), ("epsilon", "pipeline", Full(), True, 4.0, LCM),
     ("v_prediction", "pipeline", Lora(4, 6.0), True, 2.0, DDIM),
+    ("v_prediction", "lora", Lora(4, 6.0), False, None, BEGUN), ("epsilon", "pipeline", Full(), False, None, BEGUN),
+    ("sd3", "lora", Lora(4, 6.0), False, None, FLOW_BEGUN),
     ("sd3", "lora", Lora(4, 6.0), False, None, None), ("sd3-t5", "lora", Lora(4, 6.0), False, None, FLOW_EULER),
     ("sd3", "pipeline", Full(), False, None, None), ("sd3", "pipeline", Lora(4, 6.0), False, None, FLOW_EULER)])
 def test_every_form_is_proved(make, tmp_path, kind, to, setting, guidance_embedding, guidance, inference):

@@ -17,7 +17,7 @@ from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Inference
-from stepdistill.models.discriminator import head
+from stepdistill.models.heads import TokenHead, head
 from stepdistill.models.schedulers import own_grid, stock_call, stock_scheduler
 from stepdistill.models.stock import pictures, some_frames
 from stepdistill.models.teacher import load_teacher
@@ -123,6 +123,7 @@ def test_one_time_a_sample_is_one_time_a_token():
 def test_heads_of_videos_see_frames_as_an_axis():
     logits = head((16, 3, 8, 12))(torch.randn(2, 16, 3, 8, 12))
     assert logits.shape == (2, 1, 1, 2, 3)
+    assert TokenHead((16, 3, 8, 12), 5)(torch.randn(2, 16, 3, 8, 12), torch.randn(2, 5)).shape == (2, 3 * 8 * 12)
 
 
 def test_frames_to_look_at():

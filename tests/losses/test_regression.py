@@ -1,8 +1,9 @@
 import math
 
+import pytest
 import torch
 
-from stepdistill.losses.regression import absolute, distance, norm, pseudo_huber, squared
+from stepdistill.losses.regression import absolute, distance, norm, pseudo_huber, squared, whole_huber
 
 
 def test_per_sample_means():
@@ -38,3 +39,13 @@ def test_distances_by_name():
     x, y = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     assert torch.equal(distance("squared", 0.1)(x, y), squared(x, y))
     assert torch.equal(distance("huber", 0.1)(x, y), pseudo_huber(x, y, 0.1))
+
+
+def test_whole_huber_is_the_root_of_a_whole_sample_with_a_c_that_grows_with_it():
+    """|d| = 5 in two numbers, c = 1: sqrt(25 + 2) - sqrt(2), over sqrt(2)."""
+    d = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    found = whole_huber(d, torch.zeros_like(d), 1.0)
+    assert found.tolist() == pytest.approx([(math.sqrt(27) - math.sqrt(2)) / math.sqrt(2), 0.0])
+    torch.testing.assert_close(whole_huber(d, 0 * d, 1e4) * 2e4, squared(d, 0 * d), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whole_huber(d, 0 * d, 1e-9), norm(d, 0 * d), rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(torch.autograd.grad(found.sum(), d)[0]).all()

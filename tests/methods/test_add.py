@@ -16,7 +16,7 @@ from .players import spelled
 
 
 def made(problem, student=None, w=1.0, decode=lambda x: x, **settings) -> ADD:
-    heads = lambda maps, cond: torch.stack([m.sum(1) for m in maps], 1)
+    heads = lambda maps, cond: [m.sum(1, keepdim=True) for m in maps]
     roles = {"teacher": problem.teacher, "student": student or problem.affine(), "decode": decode,
              "features": lambda pixels: [pixels, pixels**2], "discriminator": heads}
     return ADD(Settings(**settings), roles, w, problem.sampler(ADD.inference(Settings(), 4, problem.schedule)))
@@ -71,6 +71,21 @@ def test_the_heads_see_the_student_s_picture_and_leave_the_student_alone():
     known = torch.relu(1 - x0.sum(1)) + torch.relu(1 + fake.sum(1)) + torch.relu(1 - (x0**2).sum(1)) + torch.relu(1 + (fake**2).sum(1))
     torch.testing.assert_close(losses["discriminator"], known.mean())
     torch.testing.assert_close(losses["r1"], 1e-5 * torch.tensor(2.0 * problem.dim, dtype=torch.float64))
+
+
+def test_every_position_has_a_margin_of_its_own_and_r1_is_of_their_mean():
+    """One position that is wrong teaches on beside three that are right beyond the margin, where their mean would not."""
+    problem = Problem(0, "vp")
+    method, batch, step = made(problem, decode=lambda x: x[:, :1] * 0 + 1, r1_weight=1.0), problem.batch(2), problem.step(2)
+    scale = torch.tensor([5.0, 5.0, 5.0, -1.0], dtype=torch.float64, requires_grad=True)
+    method.features, method.discriminator = lambda pixels: [pixels], lambda maps, cond: [maps[0] * scale]
+    method.student_loss(batch, step)
+    losses = method.critic_loss(batch, problem.step(2, "discriminator", kept=step.kept))
+    # real: 0, 0, 0, 2 below the margin; fake: 6, 6, 6, 0
+    torch.testing.assert_close(losses["discriminator"], torch.tensor(2 / 4 + 18 / 4, dtype=torch.float64))
+    slope, = torch.autograd.grad(losses["discriminator"], scale, retain_graph=True)
+    assert slope.tolist() == [0.25, 0.25, 0.25, -0.25]
+    torch.testing.assert_close(losses["r1"], torch.tensor((14 / 4) ** 2, dtype=torch.float64))
 
 
 def test_all_that_the_heads_see_may_be_noised_and_what_is_kept_is_not():

@@ -4,10 +4,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.times import trailing
+from stepdistill.methods import METHODS, load_method
 from stepdistill.methods.base import Inference, middle
 from stepdistill.models.schedulers import DIVISORS, StockCall, sampler_of, stock_call, stock_scheduler
 from stepdistill.models.stock import Guidance
 
+from .closed import predict
 from .players import SCHEDULES
 
 TEACHERS = {
@@ -96,6 +98,61 @@ def test_times_of_its_own_reach_the_call():
     assert sampler("vp", 1, noise=1.0, times=(0.626,)).times.tolist() == pytest.approx([0.626])
     assert stock("flow", 2, times=(0.9, 0.4)).call["sigmas"] == [0.9, 0.4]
     assert sampler("flow", 2, times=(0.9, 0.4)).times.tolist() == pytest.approx([0.9, 0.4])
+
+
+STARTED = [name for name in METHODS if "start_time" in vars(load_method(name).Settings())]
+
+
+def begun(name: str, schedule: str, time: float | None, steps: int = 1) -> StockCall:
+    kind, found = load_method(name), SCHEDULES[schedule][0]
+    return stock_call(kind.inference(kind.Settings(start_time=time), steps, found), found)
+
+
+def test_who_begins_in_pure_noise_may_begin_below_its_time():
+    assert STARTED == ["diff_instruct", "dmd", "dmd2", "f_distill", "sid", "swiftbrush"]
+
+
+@pytest.mark.parametrize("name", STARTED)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_step_begins_at_start_time_with_unit_noise_in_training_as_in_the_stock_scheduler(name, schedule):
+    found, s = begun(name, schedule, 0.626), SCHEDULES[schedule][0]
+    assert found.call == {"num_inference_steps": 1, "guidance_scale": 1.0} | ({"timesteps": [625]} if schedule == "vp" else {"sigmas": [0.626]})
+    ours = sampler_of(found, s, TEACHERS[schedule])
+    assert ours.start == 1 and ours.times.tolist() == pytest.approx([0.626]) and ours.landings.tolist() == [0]
+    asked, noise = [], torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def network(x: torch.Tensor, t: torch.Tensor, cond=None):
+        asked.append((x, t))
+        return predict((0.3 * x + 1).double(), x.double(), t, s, SCHEDULES[schedule][1])
+
+    sampled, simulated = ours(network, noise), ours.simulate(network, noise, 0)
+    scheduler = stock_scheduler(found.scheduler, found.config, TEACHERS[schedule])
+    scheduler.register_to_config(prediction_type="v_prediction") if schedule == "vp" else None
+    scheduler.set_timesteps(**{name: value for name, value in found.call.items() if name in ("timesteps", "sigmas")})
+    (time,) = scheduler.timesteps
+    assert time.item() == pytest.approx(625 if schedule == "vp" else 626)
+    stepped = scheduler.step(network(noise, torch.full((5,), 0.626, dtype=torch.float64)).raw, time, noise, return_dict=False)[0]
+    for made in (sampled, simulated, stepped):
+        torch.testing.assert_close(made.double(), 0.3 * noise.double() + 1, atol=1e-5, rtol=0)
+    assert all(torch.equal(x, noise) and t.tolist() == pytest.approx([0.626] * 5) for x, t in asked)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_without_a_start_time_the_first_time_is_the_grid_s(name):
+    assert begun(name, "vp", None).call == {"num_inference_steps": 1, "guidance_scale": 1.0}
+    assert begun(name, "flow", None).call["sigmas"] == [1.0]
+    for wrong in (0.0, 0.0005, 1.1, -0.4):
+        with pytest.raises(ValueError, match=f"start_time must be a time from 0.001.*to 1; found {wrong}"):
+            begun(name, "vp", wrong)
+    with pytest.raises(ValueError, match="takes no times.*asks for 0.4"):
+        stock_call(load_method(name).inference(load_method(name).Settings(start_time=0.4), 1, SCHEDULES["flow"][0]), SCHEDULES["flow"][0],
+                   sigmas=False)
+
+
+@pytest.mark.parametrize("name", ["dmd2", "sid"])
+def test_more_steps_begin_at_the_end_of_noise(name):
+    with pytest.raises(ValueError, match="begins at t = 1: leave it out; found start_time = 0.4 and 4 steps"):
+        begun(name, "vp", 0.4, 4)
 
 
 def test_a_pipeline_without_a_guidance_embedding_is_called_without_guidance():

@@ -64,6 +64,16 @@ def test_the_critic_denoises_the_sample_of_fresh_noise():
     assert [(u.trains, u.repeat, u.shares) for u in method.updates()] == [(("student",), 1, 0), (("critic",), 1, 1)]
 
 
+@pytest.mark.parametrize("end, shares", [(1.0, (1.0, 0.75, 0.5, 0.01)), (0.5, (1.0, 0.5, 0.0, 0.0)), (None, (1.0, 1.0, 1.0, 1.0))])
+def test_the_pairs_fade_and_the_scores_have_the_last_word(end, shares):
+    method = make(regression_weight=0.4, regression_end=end)
+    found = [method.student_loss(pairs(), replace(moment(COUNT), progress=at)) for at in (0.0, 0.25, 0.5, 0.99)]
+    first = found[0]["regression"].item()
+    assert first > 0 and [losses["regression"].item() / first for losses in found] == pytest.approx(shares, rel=1e-6)
+    assert len({losses["matching"].item() for losses in found}) == 1
+    assert Settings().regression_end == 1.0
+
+
 def test_a_weight_of_zero_leaves_the_scores_alone():
     losses = make(regression_weight=0.0).student_loss(pairs(), moment(COUNT))
     assert losses["regression"] == 0 and losses["matching"] > 0
@@ -79,7 +89,7 @@ def test_pairs_are_all_it_trains_on_and_one_step_all_it_makes(tiny_teacher):
     assert plan(Recipe.load(made))["passes"] == {"forward": 6, "backward": 3, "batch": 4, "updates": 2}
 
 
-@pytest.mark.parametrize("changes", [{"regression_weight": -0.1}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
+@pytest.mark.parametrize("changes", [{"regression_weight": -0.1}, {"regression_end": 0.0}, {"regression_end": 1.5}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):
         Settings(**changes)

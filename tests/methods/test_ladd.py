@@ -15,7 +15,7 @@ COUNT = 400
 def made(problem, student=None, discriminator=None, **settings) -> LADD:
     """A student that believes in what it is given."""
     student = student or FunctionRole(problem.schedule, lambda x_t, t, cond: x_t)
-    roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator or (lambda x, t, cond: x[:, :2])}
+    roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator or (lambda x, t, cond: [x[:, :2]])}
     return LADD(Settings(**settings), roles, 1.0, problem.sampler(LADD.inference(Settings(), 4, problem.schedule)))
 
 
@@ -64,7 +64,7 @@ def test_at_the_end_of_noise_the_student_sees_noise_alone():
 def test_what_is_judged_lies_at_the_levels_of_a_flow(noise):
     """logit s ~ N(1, 1), s = sigma / (alpha + sigma), real and fake each with times and noise of their own."""
     problem, seen = Problem(0, noise), []
-    method = made(problem, discriminator=lambda x, t, cond: seen.append(t) or x[:, :2])
+    method = made(problem, discriminator=lambda x, t, cond: seen.append(t) or [x[:, :2]])
     step = problem.step(COUNT)
     method.student_loss(problem.batch(COUNT), step)
     method.critic_loss(problem.batch(COUNT), problem.step(COUNT, "discriminator", kept=step.kept))
@@ -85,6 +85,18 @@ def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
     assert all(grad is not None and grad.any() for grad in torch.autograd.grad(loss, (student.m, student.S)))
     assert not step.kept["sample"].requires_grad
     assert not method.critic_loss(batch, problem.step(8, "discriminator", kept=step.kept))["discriminator"].requires_grad
+
+
+def test_every_position_has_a_margin_of_its_own():
+    """One position that is wrong teaches on beside three that are right beyond the margin; heads weigh alike, whatever their sizes."""
+    problem = Problem(0, "flow")
+    logits = [torch.tensor([[5.0, 5.0, 5.0, -1.0]]).double().requires_grad_(), torch.tensor([[0.5]]).double()]
+    method, batch, step = made(problem, discriminator=lambda x, t, cond: logits), problem.batch(1), problem.step(1)
+    assert method.student_loss(batch, step)["gan"].item() == pytest.approx(-(14 / 4 + 0.5) / 2)
+    loss = method.critic_loss(batch, problem.step(1, "discriminator", kept=step.kept))["discriminator"]
+    assert loss.item() == pytest.approx(((2 + 18) / 4 + 2) / 2)
+    torch.autograd.backward(loss)
+    assert logits[0].grad.tolist() == [[0.125, 0.125, 0.125, -0.125]], "as real and as fake; wrong where it is real and too low"
 
 
 @pytest.mark.parametrize("count, served", [(3, False), (7, False), (5, True)])

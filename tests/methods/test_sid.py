@@ -1,10 +1,14 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
+from stepdistill.api import train
 from stepdistill.diffusion.contracts import Batch, Condition
 from stepdistill.diffusion.schedule import like
+from stepdistill.errors import RequestError
 from stepdistill.methods.distribution.sid import Settings, SiD
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.roles import Lora, build_roles
@@ -70,6 +74,87 @@ def test_scales_left_out_are_the_teacher_s():
     assert scales(3.0) == (3.0, 3.0, 0.1) and scales((2.0, 5.0)) == (3.5, 3.5, 0.1)
     assert scales(3.0, critic_training_guidance=1.0) == (1.0, 1.0, 0.0)
     assert scales(3.0, critic_training_guidance=1.0, critic_guidance=1.5, drop=0.2) == (1.0, 1.5, 0.2)
+
+
+def test_a_scale_of_zero_asks_the_critic_without_the_prompt_in_one_pass():
+    """Zero-CFG, and what Anti-CFG asks: null + kappa (prompt - null)."""
+    student, critic, teacher = TwoLaws(), TwoLaws(), TwoLaws()
+    method = make(student, critic, teacher, guidance=1.0, critic_training_guidance=0.0)
+    assert method.drop == 0, "nothing is guided"
+    for loss, update in ((method.critic_loss, "critic"), (method.student_loss, "student")):
+        critic.critic_condition.clear()
+        loss(prompted(), moment(COUNT, update))
+        (told,) = critic.critic_condition
+        assert told.shape == (COUNT, 1) and not told.any()
+    assert all((text == 1).all() for text in teacher.critic_condition + student.critic_condition), "both are told the prompt"
+    anti = make(student, critic, teacher, guidance=1.0, critic_training_guidance=-1.0)
+    assert (anti.critic_guidance, anti.drop) == (-1.0, 0.1)
+    critic.critic_condition.clear()
+    anti.student_loss(prompted(), moment(COUNT))
+    assert critic.critic_condition[0].flatten().tolist() == [0.0] * COUNT + [1.0] * COUNT
+
+
+class Judge:
+    """A discriminator of the critic's features: here logits of two maps, and what it was shown."""
+
+    def __init__(self, *logits: float) -> None:
+        self.logits, self.shown = torch.tensor(logits, dtype=torch.float64).requires_grad_(), []
+
+    def __call__(self, x_t, t, cond):
+        self.shown.append((x_t, t, cond))
+        both = self.logits.expand(len(x_t), -1) + 0 * x_t
+        return [both[:, :3], both[:, 3:]]
+
+
+def judged(judge: Judge, **settings) -> SiD:
+    s, kind = SCHEDULES["vp"]
+    roles = {"teacher": gaussian(s, REAL_MEAN, REAL_VARIANCE, kind), "student": affine(s, -0.3, 1.2), "critic": gaussian(s, -0.3, 1.44, kind),
+             "discriminator": judge}
+    return SiD(Settings(gan_weight=0.01, **settings), roles, 1.0, few_steps(1))
+
+
+def test_images_and_samples_are_told_apart_under_one_noise_at_one_level():
+    judge, step = Judge(1.0, -2.0, 0.5, 30.0, -0.5), moment(COUNT, "critic")
+    method, images = judged(judge), torch.full((COUNT, 1), 5.0, dtype=torch.float64)
+    losses = method.critic_loss(replace(prompts(COUNT), x0=images), step)
+    (real, at, _), (fake, same, _) = judge.shown
+    x = -0.3 + 1.2 * step.normal("start", (1,)).double()
+    assert torch.equal(at, same)
+    torch.testing.assert_close(real - fake, like(method.schedule.alpha(at), x) * (images - x), rtol=1e-5, atol=1e-6)
+    both = softplus(-judge.logits.clamp(-10, 10)) + softplus(judge.logits.clamp(-10, 10))
+    known = (both[:3].mean() + both[3:].mean()) / 2
+    assert losses["discriminator"].item() == pytest.approx(0.5 * known.item())
+    slope, = torch.autograd.grad(losses["discriminator"], judge.logits)
+    assert slope[3] == 0 and slope[:3].all(), "no gradient beyond 10"
+
+
+def test_the_student_is_taken_for_an_image_from_its_start_on_at_the_weight_of_the_identity():
+    judge, method = Judge(1.0, -2.0, 0.5, 0.3, -0.5), judged(Judge(0.0), gan_start=3)
+    method.discriminator = judge
+    before, after = (method.student_loss(prompts(COUNT), moment(COUNT, index=index)) for index in (2, 3))
+    assert before["gan"] == 0 and after["gan"] > 0 and set(after) == {"identity", "gan"}
+    step, (x_t, t, _) = moment(COUNT, index=3), judge.shown[-1]
+    x = -0.3 + 1.2 * step.normal("start", (1,)).double()
+    real = method.teacher(x_t.detach(), t, None).x0
+    fooled = (softplus(-judge.logits[:3]).mean() + softplus(-judge.logits[3:]).mean()) / 2
+    assert after["gan"].item() == pytest.approx((0.01 * (1 / (x - real).abs().mean(1)).mean() * fooled).item(), rel=1e-5)
+
+
+def test_images_are_wanted_where_they_weigh():
+    assert SiD.refusal(Settings(), "prompts") is None and SiD.refusal(Settings(gan_weight=0.01), "images") is None
+    assert "give data.images, or set gan_weight: 0" in SiD.refusal(Settings(gan_weight=0.01), "prompts")
+    assert SiD.needs(Settings(gan_weight=0.01), False)["discriminator"].kind == "channels"
+
+
+def test_a_discriminator_without_weights_trains_with_the_critic_and_is_not_saved(tiny_teacher, tmp_path):
+    made = {"method": "sid", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "critic": {"lora": {"rank": 2}, "lr": 1e-4},
+            "steps": 1, "settings": {"gan_weight": 0.01, "gan_start": 0, "critic_training_guidance": 0, "start_time": 0.626},
+            "data": {"images": "shapes", "count": 4, "batch": 2}, "train": {"updates": 2, "checkpoint_every": 1}}
+    run = train(Recipe.load(made), out=tmp_path / "run")
+    files = {path.name for path in (run / "checkpoints/step-000002").iterdir()}
+    assert "role-critic.safetensors" in files and "role-discriminator.safetensors" not in files
+    with pytest.raises(RequestError, match="discriminator.lr is 0.001, but the discriminator of sid .* has no weights"):
+        plan(Recipe.load(made | {"discriminator": {"lr": 1e-3}}))
 
 
 def test_student_and_critic_miss_the_same_prompts():
@@ -176,7 +261,8 @@ def test_passes_of_a_step(tiny_teacher, guidance, forward, backward):
     assert plan(Recipe.load(made))["passes"] == {"forward": forward, "backward": backward, "batch": 4, "updates": 2}
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"drop": 1.0}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"drop": 1.0}, {"gan_weight": -1.0}, {"critic_gan_weight": -1.0}, {"gan_start": -1},
+                                     {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
-    with pytest.raises(ValueError, match="must be|at least 1"):
+    with pytest.raises(ValueError, match="must"):
         Settings(**changes)

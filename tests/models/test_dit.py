@@ -38,6 +38,7 @@ def test_its_calls_say_no_size(folder):
     ("scm", {}, 2, "asks its pipeline for timesteps, which a call of DiTPipeline does not take"),
     ("tcd", {}, 2, "asks its pipeline for eta, which a call of DiTPipeline does not take"),
     ("lcm", {"told": True}, 2, "student reads w beside its time, but this teacher's network has no one place"),
+    ("sid", {"start_time": 0.626}, 1, "settings.start_time is 0.626, where no sampling can begin: it asks its pipeline for timesteps"),
     ("dmd2", {}, 2, None)])
 def test_what_its_students_cannot_be(folder, tmp_path, name, settings, steps, reason):
     recipe = {"method": name, "teacher": str(folder), "settings": settings, "steps": steps, "train": {"updates": 1},
@@ -47,6 +48,14 @@ def test_what_its_students_cannot_be(folder, tmp_path, name, settings, steps, re
         return
     with pytest.raises(RequestError, match=reason):
         api.train(recipe, out=tmp_path)
+
+
+def test_a_start_time_that_no_call_takes_is_refused_before_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.models.teacher._with_weights", lambda *given: pytest.fail("weights were read"))
+    recipe = {"method": "sid", "teacher": str(folder), "settings": {"start_time": 0.626}, "steps": 1, "train": {"updates": 1},
+              "data": {"prompts": ["class 1"], "batch": 2}}
+    with pytest.raises(RequestError, match="settings.start_time is 0.626, where no sampling can begin"):
+        api.train(recipe, out=tmp_path / "run")
 
 
 def test_a_network_saved_under_the_name_of_old_versions(folder, tmp_path):

@@ -10,9 +10,10 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model, ViTConfig
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.errors import RequestError
 from stepdistill.methods.base import Codec, Features, Frozen, Heads, Trained
+from stepdistill.models.heads import prompt_vector
 from stepdistill.models.roles import Lora, Places, build_roles
 from stepdistill.models.teacher import load_teacher
-from stepdistill.models.vision import PictureHeads, VisionConfig, prompt_vector
+from stepdistill.models.vision import PictureHeads, VisionConfig
 
 NEEDS = {"teacher": Frozen(), "student": Trained(), "decode": Codec(), "features": Features(), "discriminator": Heads("features")}
 CPU = torch.device("cpu")
@@ -74,7 +75,9 @@ def test_heads_are_told_the_prompt(dino):
     shapes = VisionConfig.of(dino).read(None)
     heads, maps = PictureHeads(shapes, 6, seed=3), [torch.randn(2, *shape) for shape in shapes.values()]
     one, two = (Condition(text=torch.full((2, 4, 6), value)) for value in (0.0, 1.0))
-    assert heads(maps, one).shape == (2, 5) and ((heads(maps, one) - heads(maps, two)).abs() > 1e-4).all()
+    first, second = heads(maps, one), heads(maps, two)
+    assert [tuple(logits.shape) for logits in first] == [(2, 4)] * 5, "a logit at each of 2 x 2 positions"
+    assert all(((a - b).abs() > 1e-5).all() for a, b in zip(first, second))
     assert torch.equal(prompt_vector(two.replace(pooled=torch.zeros(2, 3))), torch.zeros(2, 3))
     again, other = PictureHeads(shapes, 6, seed=3).state_dict(), PictureHeads(shapes, 6, seed=4).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in heads.state_dict().items())
@@ -93,8 +96,8 @@ def test_roles_of_a_method_that_judges_pictures(folders, inputs, perturb):
     decoded = roles["decode"](x0)
     torch.testing.assert_close(decoded.clamp(-1, 1), family.decode(x0))
     logits = roles["discriminator"](roles["features"](decoded), cond)
-    assert logits.shape == (3, 2)
-    logits.sum().backward()
+    assert [tuple(each.shape) for each in logits] == [(3, 64)] * 2
+    sum(each.sum() for each in logits).backward()
     own = {id(p) for name in ("student", "discriminator") for p in roles.parameters(name)}
     assert all(p.grad is not None and p.grad.any() for name in ("student", "discriminator") for p in roles.parameters(name))
     frozen = (*family.network.parameters(), *family.codec.network.parameters(), *roles["features"].parameters())

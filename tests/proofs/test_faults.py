@@ -142,11 +142,11 @@ FAULTS = {
     no_stop_gradient: (*MATCHING, "lcm", "tcd"),
     guidance_off_by_one: (*CRITICS, *SEGMENTS, "cd", "lcm", "tcd", "scm", "tract"),
     time_off_by_one: (*SEGMENTS, "cd", "lcm", "tcd", "kd", "tract"),
-    told_time_off_by_one: (*CRITICS, *SEGMENTS, "cd", "lcm", "tcd", "kd", "reflow", "tract"),
+    told_time_off_by_one: (*CRITICS, *SEGMENTS, "cd", "ict", "lcm", "tcd", "kd", "reflow", "tract"),
     noise_reused: CRITICS,
     half_a_loss: ("kd", "reflow", "dmd"),
     real_for_fake: ("pcm", "dmd2", "ladd", "lightning"),
-    early_times: (*CRITICS, *SEGMENTS, "cd", "tcd", "scm", "add", "ladd", "reflow", "lightning"),
+    early_times: (*CRITICS, *SEGMENTS, "cd", "ict", "tcd", "scm", "add", "ladd", "reflow", "lightning"),
     prompt_dropped: CRITICS,
     target_is_the_student: TARGETS,
 }

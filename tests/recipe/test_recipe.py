@@ -100,8 +100,9 @@ def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, message):
     ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a finite number"),
     ("sid", {"settings": {"t_range": [0.1, float("nan")]}}, "settings.t_range.1 is nan; it should be a finite number"),
     ("sid", {"settings": {"alpha": -1.0}}, "settings: alpha must not be negative; found -1.0"),
-    ("sid", {"settings": {"critic_guidance": 0.5}}, "settings: critic_guidance is a scale of guidance, at least 1 (1 is none); found 0.5"),
-    ("sid", {"settings": {"critic_training_guidance": 0.0}}, "settings: critic_training_guidance is a scale of guidance, at least 1 (1 is none); found 0.0"),
+    ("sid", {"settings": {"critic_guidance": float("inf")}}, "settings.critic_guidance is inf; it should be a finite number"),
+    ("sid", {"settings": {"gan_weight": -0.01}}, "settings: gan_weight must be at least 0, which leaves the discriminator out; found -0.01"),
+    ("sid", {"settings": {"start_time": 625}}, "settings: start_time must be a time from 0.001, the least that a network is told, to 1; found 625"),
 ])
 def test_bad_settings_are_refused_at_their_place(method, changes, message):
     with pytest.raises(RequestError) as caught:

@@ -7,7 +7,8 @@
     discriminator  <- heads on a frozen vision network's features tell pictures from x, R1 at their inputs   (section
     3.2)
 
-The heads read the prompt, by projection. They do not read the picture that x_s was made of, which the paper finds to
+The heads give a logit at every position, each with a margin of its own, and read the prompt, by projection; R1 is of
+the mean over positions, h of a feature. They do not read the picture that x_s was made of, which the paper finds to
 help above one step. Pictures are not augmented, but may be noised (the instance noise of Sønderby et al. 2017,
 arXiv:1610.04490): heads that tell two clouds apart with certainty leave no way from one mode to another.
 
@@ -27,7 +28,7 @@ from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, discrete, levels, nodes
-from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, r1
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens, r1
 from ...losses.regression import squared
 from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
@@ -68,7 +69,7 @@ class ADD(Method):
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
         return {"teacher": Frozen(), "student": Trained("teacher"), "decode": Codec(), "features": Features(),
-                "discriminator": Heads("features")}
+                "discriminator": Heads("features", kind="tokens")}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -95,7 +96,7 @@ class ADD(Method):
         pixels = self.decode(x)
         step.kept["pixels"] = pixels.detach()
         logits = self.discriminator(self.seen(pixels, step, "fake"), batch.cond)
-        losses = {"gan": hinge_generator_loss(logits).sum(1).mean()}
+        losses = {"gan": over_tokens([hinge_generator_loss(each) for each in logits]).sum(1).mean()}
         if not self.settings.distillation_weight:
             return losses
         return losses | {
@@ -107,9 +108,10 @@ class ADD(Method):
             fake = self.seen(step.kept["pixels"], step, "fake")
         real = [maps.requires_grad_() for maps in real]
         logits = self.discriminator(real, batch.cond)
-        separation = hinge_discriminator_loss(logits, self.discriminator(fake, batch.cond)).sum(1).mean()
+        pairs = zip(logits, self.discriminator(fake, batch.cond), strict=True)
+        separation = over_tokens([hinge_discriminator_loss(*pair) for pair in pairs]).sum(1).mean()
         weight = self.settings.r1_weight
-        return {"discriminator": separation} | ({"r1": weight * r1(logits, real).mean()} if weight else {})
+        return {"discriminator": separation} | ({"r1": weight * r1(over_tokens(logits), real).mean()} if weight else {})
 
     # -- terms -------------------------------------------------------------------------------------------------------
 

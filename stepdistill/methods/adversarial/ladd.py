@@ -7,10 +7,12 @@
     discriminator  <- heads on the frozen teacher's features tell noised data from noised x, each at its own s ~
                       logit-normal
 
-No other loss: the teacher's own pictures carry its guidance. The heads read s and the prompt only through the features,
-which have seen both. On other noises than a flow's, s is the time of the same signal-to-noise ratio.
+No other loss: the teacher's own pictures carry its guidance. The heads give a logit at every position, each with a
+margin of its own, and are told s and the prompt. On other noises than a flow's, s is the time of the same
+signal-to-noise ratio.
 
-Sources of the defaults: (p) the paper. It says nothing of how often either side is updated.
+Sources of the defaults: (p) the paper. It says nothing of how often either side is updated; its shares are those of
+long runs, and a run of a thousand updates wants even ones.
 """
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
-from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
 
 
@@ -63,7 +65,8 @@ class LADD(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher"), "discriminator": Heads("teacher")}
+        return {"teacher": Frozen(), "student": Trained("teacher"),
+                "discriminator": Heads("teacher", kind="tokens")}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -89,16 +92,18 @@ class LADD(Method):
         t = law(step.uniform("t"))
         x = self.student(self.schedule.start(batch.x0, step.normal("start", batch.shape), t), t, batch.cond).x0
         step.kept["sample"] = x.detach()
-        return {"gan": hinge_generator_loss(self.logits(x, batch, step, "fake")).mean()}
+        logits = self.logits(x, batch, step, "fake")
+        return {"gan": over_tokens([hinge_generator_loss(each) for each in logits]).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         real, fake = self.logits(batch.x0, batch, step, "real"), self.logits(step.kept["sample"], batch, step, "fake")
-        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
+        losses = [hinge_discriminator_loss(*pair) for pair in zip(real, fake, strict=True)]
+        return {"discriminator": over_tokens(losses).mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
-    def logits(self, x: Tensor, batch: Batch, step: Step, name: str) -> Tensor:
-        """Logits (B, K) of x, noised to a level of its own."""
+    def logits(self, x: Tensor, batch: Batch, step: Step, name: str) -> list[Tensor]:
+        """K maps of logits, (B, N) each, of x, noised to a level of its own."""
         s = self.level(step.uniform(f"{name} s"))
         noised = self.schedule.add_noise(x, step.normal(f"{name} noise", batch.shape), s)
         return self.discriminator(noised, s, batch.cond)

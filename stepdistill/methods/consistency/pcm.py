@@ -46,8 +46,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.gan_weight < 0:
-            raise ValueError(f"gan_weight must not be negative; found {self.gan_weight}")
 
 
 class PCM(Method):

@@ -21,7 +21,6 @@ NVlabs/FastGen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import pi
 from typing import Literal
 
 import torch
@@ -33,11 +32,10 @@ from ...diffusion.guidance import drawn, guided
 from ...diffusion.schedule import RectifiedFlow, Schedule, TrigFlow, VariancePreserving
 from ...diffusion.times import LEVELS, log_normal, shifted, uniform
 from ...diffusion.views import viewed
-from ...losses.tangent import exact, normalised, pushed, trig_difference, trig_pair, trig_tangent
+from ...losses.tangent import RADIAN, exact, normalised, pushed, trig_difference, trig_pair, trig_tangent
 from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
 TRIG = TrigFlow()
-RADIAN = 2 / pi                   # in the times of TRIG
 NOISIEST = 80.0                   # sigma / alpha where sampling starts, or the schedule's end: g is 0 at pure noise,
                                   # and teaches nothing
 NOISIEST_FLOW = 999.0             # of a flow: at sigma = 0.999 unit noise, which samplers begin with, is 0.1 % too

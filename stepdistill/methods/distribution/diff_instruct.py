@@ -22,7 +22,7 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import edm
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Settings:
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture (r)
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture (r)
     shift: float = 3.0                 # of shifted: towards noise above 1
+    start_time: float | None = None    # at which the student begins, with unit noise; None: t = 1 (r: a sigma of 1)
     sigma_data: float = 1.0            # deviation of the data: 1 for scaled latents (r: 0.5, for pixels in [-1, 1])
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class DiffInstruct(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps != 1:
             raise ValueError(f"diff_instruct makes one-step students, found {steps} steps: dmd2 makes few-step ones")
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         return [Update(("critic",), self.critic_loss), Update(("student",), self.student_loss)]

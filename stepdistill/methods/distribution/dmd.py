@@ -6,10 +6,12 @@
     critic   <- denoise the same x
 
 The scores alone let modes go; the pairs, made with the same guidance, hold on to them. The paper measures their
-distance in pixels with LPIPS. Here it is the mean squared one of the latents, which needs neither decoder nor features
-(Kang et al. 2024, arXiv:2405.05967, regress in latents too): it pulls hardest where the layout is wrong, and leaves
-details to the scores. Sources of the defaults: (p) the paper. Its weight as printed, eq. 8, holds an alpha_t more than
-its algorithm 2, which is followed.
+distance in pixels with LPIPS, at a weight of 0.25 to the end. Here it is the mean squared one of the latents, which
+needs neither decoder nor features (Kang et al. 2024, arXiv:2405.05967, regress in latents too): it pulls hardest where
+the layout is wrong. Its own zero is a soft picture, the mean of all that the student cannot tell apart, so that its
+weight and its fading are ours: modes are held while the student finds them, and the scores alone have the last word.
+Sources of the defaults: (p) the paper. Its weight as printed, eq. 8, holds an alpha_t more than its algorithm 2, which
+is followed.
 """
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,9 @@ class Settings:
     # A latent that is wholly wrong, about sqrt(2) away, then pulls with 2 sqrt(2) / 4 = 0.7, and the scores with about
     # 1.
     regression_weight: float = 0.25    # of the pairs; the paper's 0.25 is one of LPIPS
+    regression_end: float | None = 1.0    # share of the training at which their weight has faded to 0, evenly; None: it
+                                          # stays (p)
+    start_time: float | None = None    # at which the student begins, with unit noise; None: t = 1 (p)
     noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform,
                                        # lognormal, shifted, mixture (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
@@ -45,6 +50,9 @@ class Settings:
         check_noise(self)
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight must not be negative; found {self.regression_weight}")
+        if self.regression_end is not None and not 0 < self.regression_end <= 1:
+            raise ValueError("regression_end must be a share of the training, above 0 and up to 1, or null; found "
+                             f"{self.regression_end}")
 
 
 class DMD(Method):
@@ -65,7 +73,7 @@ class DMD(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps != 1:
             raise ValueError(f"dmd makes one-step students, found {steps} steps: dmd2 makes few-step ones")
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, shares=1)]
@@ -80,8 +88,13 @@ class DMD(Method):
             fake = self.critic(x_t, t, batch.cond).x0
         again = self.sampler(self.student, batch.pairs.noise, batch.cond)
         return {"matching": distribution_matching(x, real, fake, dmd(x.detach(), real)).mean(),
-                "regression": self.settings.regression_weight * squared(again, batch.pairs.nodes[:, -1]).mean()}
+                "regression": self.weight(step) * squared(again, batch.pairs.nodes[:, -1]).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         x, eps, t = step.kept["sample"], step.normal("noise", batch.shape), self.trained(step.uniform("t"))
         return {"denoising": denoising(self.critic(self.schedule.add_noise(x, eps, t), t, batch.cond), x, eps).mean()}
+
+    def weight(self, step: Step) -> float:
+        """Of the pairs."""
+        end = self.settings.regression_end
+        return self.settings.regression_weight * (1.0 if end is None else max(0.0, 1 - step.progress / end))

@@ -27,7 +27,7 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.matching import denoising, distribution_matching
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,13 @@ class Settings:
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
     shift: float = 3.0                 # of shifted: towards noise above 1
+    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (x: timestep 399,
+                                       # which is 0.4)
     gan_weight: float = 5e-3           # of fooling the discriminator; 0 leaves it out, and real images with it (x)
     critic_gan_weight: float = 1e-2    # of telling real from fake, in the critic's update (x)
 
     def __post_init__(self) -> None:
         check_noise(self)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1; found {self.critic_steps}")
-        if self.gan_weight < 0 or self.critic_gan_weight < 0:
-            raise ValueError(f"the weights of the GAN must not be negative; found {self.gan_weight}, "
-                             f"{self.critic_gan_weight}")
 
 
 class DMD2(Method):
@@ -80,7 +77,7 @@ class DMD2(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         s, two = self.settings, ("critic", "discriminator")

@@ -30,7 +30,7 @@ from ...diffusion.weighting import dmd
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.divergence import DIVERGENCES, DivergenceName, ratio, relative_weight
 from ...losses.matching import denoising, distribution_matching
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,13 @@ class Settings:
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
     shift: float = 3.0                 # of shifted: towards noise above 1
+    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1
     gan_weight: float = 3e-3           # of fooling the discriminator; 0: it is asked for the ratio alone (c)
 
     def __post_init__(self) -> None:
         check_noise(self)
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; found {self.divergence!r}")
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1; found {self.critic_steps}")
-        if self.gan_weight < 0:
-            raise ValueError(f"gan_weight must not be negative; found {self.gan_weight}")
 
 
 class FDistill(Method):
@@ -72,7 +69,7 @@ class FDistill(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         steps = self.settings.critic_steps

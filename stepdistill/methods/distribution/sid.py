@@ -3,48 +3,69 @@ steps, all of whose outputs are matched as one mixture: arXiv:2505.12674.
 
     x        <- the student's own sample, at a random step of its sampler
     critic   <- denoise x, guided at kappa_1                                             f_psi
+                with images: tell them from x, noised alike, by the mean of its own features at every position
     x        <- another
     student  <- descend (1 - alpha) |d|^2 + <d, f_psi - x> at x_t, d = f_phi - f_psi     f_phi: the teacher guided at w
                 of one size at all noise levels, f_psi guided at kappa_2
+                with images: be taken for one
 
-Both networks are differentiated in x_t, so this costs three to five times the memory of a score difference. The loss's
-value is no monitor: with a good critic it is about 0 at alpha = 1 and below 0 above.
+Both networks are differentiated in x_t, at three to five times the memory of a score difference. The loss's value is no
+monitor: with a good critic it is about 0 at alpha = 1 and below 0 above.
 A critic that is asked as it was trained says E[x | x_t], whatever its scale: the student comes to draw as the teacher
 guided at w. Where all conditions share a covariance that is w kappa_1 / kappa_2 in general: kappa_1 = 1 and kappa_2 = w
-undo guidance. Sources of the defaults: (p) the paper, (l) the released training of long and short guidance. (l) weighs
-a v-network's critic as if it predicted eps, begins at time 625 of 1000, and sums over pixels; here all these are as for
-the other methods.
+undo guidance. kappa = 0 is a critic that reads no prompt, with an unguided teacher Zero-CFG, and below 0 it is
+Anti-CFG; the few-step paper has both for training with images, whose term keeps text and picture together.
+Sources of the defaults: (p) the paper, (l) the released training of long and short guidance, (d) that of diffusion
+transformers. (l) weighs a v-network's critic as if it predicted eps, and sums over pixels; here both are as for the
+other methods. (d) holds the student still for its first 20,000 images.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.rollout import rollout, with_exit
-from ...diffusion.schedule import Schedule
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
+from ...losses.adversarial import discriminator_loss, generator_loss, over_tokens
 from ...losses.matching import denoising, score_identity
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, middle, noise_levels
+from ..base import (
+    Frozen,
+    Guidance,
+    Heads,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_noise,
+    middle,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     alpha: float = 1.0                 # (l); above 1 the gradient turns round where a student is much too wide (p: 1.2,
                                        # unguided)
-    critic_training_guidance: float | None = None     # kappa_1, guidance scale of the critic's own loss; None: the
-                                                      # teacher's, of a range its middle (l)
-    critic_guidance: float | None = None    # kappa_2, guidance scale of the critic in the student's loss; None: kappa_1
-                                            # (l)
+    critic_training_guidance: float | None = None     # kappa_1, guidance scale of the critic's own loss, 0 without the
+                                                      # prompt; None: the teacher's, of a range its middle (l)
+    critic_guidance: float | None = None    # kappa_2, the same in the student's loss; None: kappa_1 (l)
     critic_steps: int = 1              # critic updates a step (p, l)
-    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of
-                                       # all steps (p)
-    drop: float = 0.1                  # share of prompts that student and critic do not see where the critic is guided
-                                       # (l)
+    exit_embedding: bool = False       # the critic reads by which step a sample left; else it learns their mixture (p)
+    drop: float = 0.1                  # share of prompts that student and critic do not see where it is guided (l)
+    gan_weight: float = 0.0            # of being taken for an image; 0 is without images (d, with them: 0.01)
+    critic_gan_weight: float = 0.5     # of telling images from samples, in the critic's update (d)
+    gan_start: int = 156               # updates of the student before it (d: 40,000 images, 256 a batch)
+    start_time: float | None = None    # of one-step students, with unit noise; None: t = 1 (l: 0.626, timestep 625)
     noise_law: NoiseLaw = "uniform"    # of the levels at which student and critic are trained: uniform, lognormal,
                                        # shifted, mixture (l)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those of both (l)
@@ -54,14 +75,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        if not 0 <= self.drop < 1 or self.critic_steps < 1:
-            raise ValueError(f"drop must be in [0, 1) and critic_steps at least 1; found {self.drop}, "
-                             f"{self.critic_steps}")
         if self.alpha < 0:
             raise ValueError(f"alpha must not be negative; found {self.alpha}")
-        for name in ("critic_training_guidance", "critic_guidance"):
-            if (scale := vars(self)[name]) is not None and scale < 1:
-                raise ValueError(f"{name} is a scale of guidance, at least 1 (1 is none); found {scale}")
 
 
 class SiD(Method):
@@ -72,19 +87,27 @@ class SiD(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student, self.critic = (roles[name] for name in ("teacher", "student", "critic"))
         self.schedule, self.level = self.teacher.schedule, noise_levels(settings, self.teacher.schedule)
-        w = middle(guidance)
-        self.critic_training_guidance = w if settings.critic_training_guidance is None else settings.critic_training_guidance
-        self.critic_guidance = self.critic_training_guidance if settings.critic_guidance is None else settings.critic_guidance
-        self.drop = 0.0 if self.critic_training_guidance == self.critic_guidance == 1 else settings.drop
+        trained, asked = settings.critic_training_guidance, settings.critic_guidance
+        self.critic_training_guidance = middle(guidance) if trained is None else trained
+        self.critic_guidance = self.critic_training_guidance if asked is None else asked
+        self.drop = 0.0 if {self.critic_training_guidance, self.critic_guidance} in ({0}, {1}) else settings.drop
+        self.discriminator = roles.get("discriminator")
+
+    @classmethod
+    def refusal(cls, settings: Settings, data: str) -> str | None:
+        lacking = (f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give "
+                   "data.images, or set gan_weight: 0 to train on prompts alone")
+        return lacking if settings.gan_weight and data == "prompts" else None
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher"),
-                "critic": Trained("teacher", reads=("w",) * settings.exit_embedding)}
+        critic = Trained("teacher", reads=("w",) * settings.exit_embedding)
+        needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher"), "critic": critic}
+        return needs | ({"discriminator": Heads("critic", kind="channels")} if settings.gan_weight else {})
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         return [Update(("critic",), self.critic_loss, repeat=self.settings.critic_steps),
@@ -95,18 +118,32 @@ class SiD(Method):
         with torch.no_grad():
             x = rollout(self.sampler, self.student, cond, step, batch.shape)
         t, eps = self.level(step.uniform("t")), step.normal("noise", batch.shape)
-        x_t = self.schedule.add_noise(x, eps, t)
+        x_t, told = self.schedule.add_noise(x, eps, t), self.critic_condition(cond, step)
         critic = guided(self.critic, self.critic_training_guidance)
-        return {"denoising": denoising(critic(x_t, t, self.critic_condition(cond, step)), x, eps).mean()}
+        losses = {"denoising": denoising(critic(x_t, t, told), x, eps).mean()}
+        if self.discriminator is None:
+            return losses
+        real, fake = (self.logits(noised, t, told) for noised in (self.schedule.add_noise(batch.x0, eps, t), x_t))
+        apart = over_tokens([discriminator_loss(*pair) for pair in zip(real, fake, strict=True)])
+        return losses | {"discriminator": self.settings.critic_gan_weight * apart.mean()}
 
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
-        t = self.level(step.uniform("t"))
+        t, told = self.level(step.uniform("t")), self.critic_condition(batch.cond, step)
         x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
         real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
-        fake = guided(self.critic, self.critic_guidance)(x_t, t, self.critic_condition(batch.cond, step)).x0
+        fake = guided(self.critic, self.critic_guidance)(x_t, t, told).x0
         weight = dmd(x.detach(), real.detach())
-        return {"identity": score_identity(x, real, fake, self.settings.alpha, weight).mean()}
+        losses = {"identity": score_identity(x, real, fake, self.settings.alpha, weight).mean()}
+        if self.discriminator is None:
+            return losses
+        fooled = over_tokens([generator_loss(each) for each in self.logits(x_t, t, told)])
+        begun = step.index >= self.settings.gan_start
+        return losses | {"gan": self.settings.gan_weight * begun * (like(weight, fooled) * fooled).mean()}
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+        """Of the critic's features, told the prompt whatever the scale."""
+        return [each.clamp(-10, 10) for each in self.discriminator(x_t, t, cond)]
 
     def critic_condition(self, cond: Condition, step: Step) -> Condition:
         """By the critic."""

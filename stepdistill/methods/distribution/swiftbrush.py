@@ -22,7 +22,7 @@ from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import NoiseLaw
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,11 @@ class Settings:
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
     shift: float = 3.0                 # of shifted: towards noise above 1
+    start_time: float | None = None    # at which the student begins, with unit noise; None: t = 1 (r)
     drop: float = 0.1                  # share of prompts that the critic does not see, so that it can be guided (r)
 
     def __post_init__(self) -> None:
         check_noise(self)
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must be in [0, 1); found {self.drop}")
 
 
 class SwiftBrush(Method):
@@ -59,7 +58,7 @@ class SwiftBrush(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps != 1:
             raise ValueError(f"swiftbrush makes one-step students, found {steps} steps: dmd2 makes few-step ones")
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.student_loss), Update(("critic",), self.critic_loss, shares=1)]
