@@ -2,10 +2,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 
 # Escape sequences of terminals, and all control characters but the end of a line and the tab.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Of services that models and code come from, and of what calls itself a secret.
+_TOKEN = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+                    r"|(?<=://)[^\s/@]+:[^\s/@]+(?=@)|(?<=Bearer )[\w.~+/=-]{8,}|(?i:(?<=token=)|(?<=secret=)|(?<=password=)|(?<=api_key=))[^\s'\"&,;]{6,}")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+HIDDEN = "[hidden]"
+_MARKUP = re.compile(r"([\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory|Unable to allocate|Invalid buffer size")
 _KINDS = {
     errno.EACCES: "no permission for {}: name a folder that may be written, or give the permission",
@@ -59,5 +66,18 @@ def of_the_system(error: Exception) -> str | None:
 
 
 def printable(text: str) -> str:
-    """With what a terminal would obey, such as escape sequences in the name of a file, spelled out."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    """With what a terminal would obey, such as escape sequences in the name of a file, spelled out, and without tokens."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], redacted(text))
+
+
+def unmarked(text: str) -> str:
+    """A name in Markdown as it is written, in one line: no markup of Markdown or HTML is made of it."""
+    return _MARKUP.sub(r"\\\1", " ".join(printable(text).split()))
+
+
+def redacted(text: str) -> str:
+    """Without what looks like a token, and without what the environment keeps under a name of secrets, such as HF_TOKEN."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and _SECRET.search(name):
+            text = text.replace(value, HIDDEN)
+    return _TOKEN.sub(HIDDEN, text)

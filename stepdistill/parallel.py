@@ -1,6 +1,7 @@
 """Ranks and what they exchange: the only use of torch.distributed. With one process every function is the identity."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+_GONE = re.compile(r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out waiting|Socket (Timeout|closed)|connectFullMesh")
 
 
 def _many() -> bool:
@@ -54,6 +57,11 @@ def shard_(network: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.P
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, ignored_params=ignored)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says that another of several processes is gone."""
+    return _many() and (isinstance(error, dist.DistError) or _GONE.search(str(error)) is not None)
 
 
 def barrier() -> None:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from stepdistill.training import checkpoints
 
@@ -66,6 +67,69 @@ def struck(arguments: Sequence[object], run: Path, moments: Sequence[Moment], se
     assert last.returncode == 0, said[-3000:]
     return began
 
+
+# -- at a call that writes --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Work:
+    """A command that is killed, and given again until it is done. arguments(folder): of the command, whose outcome lies in the folder;
+    processes: of torchrun; same(whole, other): what differs between the outcomes of two folders."""
+
+    name: str
+    arguments: Callable[[Path], Sequence[object]]
+    same: Callable[[Path, Path], list[str]]
+    processes: int = 1
+
+    def run(self, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess:
+        """Once, in a folder of its own with a cache of its own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        start = ["-m"] if self.processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), "-m"]
+        own = {"PYTHONPATH": f"{ROOT / 'tests/strikes'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "STEPDISTILL_CACHE": str(folder / "cache"),
+               "NO_COLOR": "1", "ACCELERATE_USE_CPU": "true"}
+        return subprocess.run([sys.executable, *start, "stepdistill", *map(str, self.arguments(folder))], env=os.environ | own | environment, cwd=folder,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=570)
+
+
+def counted(work: Work, folder: Path) -> dict[str, int]:
+    """Runs a work whole. How many calls of each kind there were that could be struck."""
+    done = work.run(folder, {"STRIKES": str(folder.with_suffix(".json"))})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(folder.with_suffix(".json").read_text())
+
+
+def strike(work: Work, whole: Path, counts: Mapping[str, int], folder: Path, draw: random.Random, most: int = 3) -> tuple[list[str], list[str]]:
+    """Up to `most` kills at calls drawn from those that there are, and then to the end: (where it was struck, what differs then)."""
+    struck = []
+    for _ in range(draw.randint(1, most)):
+        kind = draw.choices([*counts], [*counts.values()])[0]
+        at = f"{kind} {draw.randint(1, counts[kind])}"
+        if work.run(folder, {"STRIKE": at}).returncode != 0:
+            struck.append(at)
+    last = work.run(folder, {})
+    return struck, [last.stderr[-2000:]] if last.returncode else work.same(whole, folder)
+
+
+def of_runs(whole: Path, other: Path) -> list[str]:
+    return differences(whole / "run", other / "run")
+
+
+def of_tensors(whole: Path, other: Path) -> list[str]:
+    """Files of tensors under both folders, but for what is hidden: the same names, the same numbers."""
+    found = [{path.relative_to(folder).as_posix(): load_file(path) for path in folder.rglob("*.safetensors")} for folder in (whole / "made", other / "made")]
+    names = found[0].keys() ^ found[1].keys()
+    left = [f"left: {path}" for folder in (whole, other) for path in folder.rglob("*.partial")]
+    return sorted(names) + left + [f"{name}: {key}" for name in found[0].keys() & found[1].keys() for key in found[0][name].keys() | found[1][name].keys()
+                                   if not torch.equal(found[0][name].get(key, torch.empty(0)), found[1][name].get(key, torch.empty(0)))]
+
+
+def of_benches(whole: Path, other: Path) -> list[str]:
+    """Their rows, but for what is of the moment."""
+    rows = [[{key: value for key, value in row.items() if key not in (*TIMINGS, "made")} for row in json.loads((folder / "made/results.json").read_text())["rows"]]
+            for folder in (whole, other)]
+    return ["rows of results.json"] * (rows[0] != rows[1]) + [f"left: {path}" for path in other.rglob("*.partial")]
+
+
+# -- two runs ----------------------------------------------------------------------------------------------------------------
 
 def differences(one: Path, other: Path) -> list[str]:
     """What of two finished runs is not the same: weights, optimizers, metrics, pictures, evaluations, and what should not be there."""

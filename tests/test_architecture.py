@@ -32,7 +32,7 @@ MAY = {
     "cli.py": (f"proofs {EVERYTHING} __init__.py printing.py", "typer rich"),
     "demo.py": (f"cli.py {EVERYTHING} printing.py", "typer rich"),
     "printing.py": ("evaluation", "rich"),
-    "proofs": (EVERYTHING, "diffusers matplotlib numpy"),
+    "proofs": (EVERYTHING, "diffusers matplotlib numpy safetensors"),
     "__init__.py": ("api.py proofs", ""),
     "__main__.py": ("cli.py", ""),
     "files": ("", ""),

@@ -53,7 +53,7 @@ def _remembered(file: Path) -> dict[str, str] | None:
     """name -> why it cannot be read; None where nothing is remembered, or what is can't be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     well = isinstance(found, dict) and all(isinstance(why, str) for why in found.values())
     return found if well else None

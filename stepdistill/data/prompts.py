@@ -1,6 +1,7 @@
 """Where prompts come from: Shapes' endless captions, a text file, or a list in the recipe."""
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Mapping, Protocol, Sequence
@@ -15,6 +16,8 @@ from .folders import CAPTIONS, caption_in, read_rows, read_text
 from .tables import is_table, prompts_in
 
 LISTS = (".txt", ".csv", ".jsonl")
+
+MANY = 100_000                    # prompts beyond which a cache says their digest rather than all of them
 
 
 class Captions(Protocol):
@@ -64,7 +67,9 @@ class ListedPrompts:
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"prompts": list(self.prompts)}
+        if self.count <= MANY:
+            return {"prompts": list(self.prompts)}
+        return {"prompts": hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=16).hexdigest(), "count": self.count}
 
     def captions(self, indices: Tensor) -> list[str]:
         return [self.prompts[i] for i in indices.tolist()]

@@ -114,6 +114,8 @@ def _held(table: Dataset, column: str, i: int) -> bytes | Path:
     found: dict[str, Any] | None = table[i][column]
     if not found or (found["bytes"] is None and found["path"] is None):
         raise RequestError(f"images: row {i} has no picture in its column {column!r}")
+    if found["bytes"] is None and not Path(found["path"]).resolve().is_relative_to(default_root().resolve()):
+        raise RequestError(f"images: row {i} names the file {found['path']}, which is none that came with the table: a table holds its pictures themselves")
     return Path(found["path"]) if found["bytes"] is None else found["bytes"]
 
 

@@ -18,6 +18,7 @@ from .prompts import Captions, ListedPrompts
 PER_FILE = 500                    # one prompt of a large text encoder is a quarter of a megabyte
 LIMIT = 8 << 30                   # bytes of embeddings that may go on disk before prompts are rather encoded as they
                                   # come
+MANY = 40_000                     # different prompts beyond which a training would wait for minutes for the last of them
 log = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], Condition]                 # a family's text encoder; the condition has its null
@@ -66,9 +67,9 @@ def stored_text(captions: Sequence[str], encode: Encode, encoder: object, cache:
                          "subtracts")
     tensors = _tensors(first)
     size = len(unique) * sum(tensor.nbytes for tensor in tensors.values())
-    if size > limit:
-        log.warning("%d different prompts would take %.1f GiB as embeddings: they are encoded as they come",
-                    len(unique), size / 2**30)
+    if size > limit or len(unique) > MANY:
+        log.warning("%s different prompts would take %.1f GiB as embeddings: they are encoded as they come",
+                    f"{len(unique):,}", size / 2**30)
         return LiveText(ListedPrompts(tuple(captions)), encode)
 
     def make(indices: Tensor) -> tuple[Mapping[str, Tensor], list[str]]:

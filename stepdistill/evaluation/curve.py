@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from ..errors import printable
 from .estimate import share_of
 
 Row = Mapping[str, Any]
@@ -40,6 +41,11 @@ def curve(rows: Sequence[Row], dim: int) -> bytes:
     return buffer.getvalue()
 
 
+def _written(name: str) -> str:
+    """A name as it is: between two $ matplotlib reads formulas."""
+    return printable(name).replace("$", r"\$")
+
+
 def front(rows: Sequence[Row]) -> bytes:
     """PNG. Distance against the milliseconds of one picture, at batch 1; the rows that none beats in both are joined."""
     name = figure_of(rows)
@@ -57,7 +63,7 @@ def front(rows: Sequence[Row]) -> bytes:
     for target in targets:
         own = [row for row in timed if name_of(row) == target]
         axes.scatter(*zip(*map(at, own), strict=True), s=34, color=colours.get(target, INK), marker="D" if target in colours else "o",
-                     zorder=3, label=target)
+                     zorder=3, label=_written(target))
         for row in own:
             axes.annotate(f"{row['nfe']}", at(row), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
     axes.set_xscale("log")
@@ -155,13 +161,13 @@ def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], student
           metric) -> None:
     """Teacher solvers thin, the best of them at each count of evaluations bold, students bold in colour."""
     for colour, (name, line) in zip(cycle(STUDENTS), students.items()):
-        _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=name, zorder=5)
+        _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=_written(name), zorder=5)
     if best:
         teacher = best[0]["target"].partition(":")[0]
-        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=f"{teacher}, best solver", zorder=4)
+        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=_written(f"{teacher}, best solver"), zorder=4)
     for name, line in solvers.items():
         axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".",
-                  ms=4, label=name)
+                  ms=4, label=_written(name))
     axes.set_xscale("log")
     ticks = sorted({row["nfe"] for line in (*solvers.values(), *students.values()) for row in line})
     axes.xaxis.set_major_locator(FixedLocator(ticks))

@@ -17,8 +17,11 @@ from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer, Pretra
 
 from ..data.shapes import SLOTS
 from ..errors import RequestError, first_lines
-from ..models.loading import UNLOADABLE
+from ..files import foreign
+from ..files.whole import checksum
+from ..models.sources import UNLOADABLE
 
+INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"   # named by its sha256
 HALVES = [0.5] * 3, [0.5] * 3
 TEXTS = 250                       # prompts read at a time
 
@@ -81,7 +84,7 @@ class ClipFeatures:
         folder = _checked(Path(folder))
         self.device = device
         with _readable(folder):
-            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")])
         self.name = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}"
@@ -115,7 +118,7 @@ class DinoFeatures:
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
         with _readable(folder):
-            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(device).eval().requires_grad_(False)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors")])
         self.name, self.dim = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}", self.model.config.hidden_size
         self.read = _Reading(folder, _crop(folder, self.model.config.image_size), device)
@@ -169,7 +172,8 @@ class InceptionFeatures:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = device
-        self.model = _torch_fidelity()("inception-v3-compat", ["2048"]).to(device).eval()
+        kind = _torch_fidelity()                           # by itself it would unpickle what it downloads, whatever that is
+        self.model = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(_inception())).to(device).eval()
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -232,7 +236,7 @@ def _crop(folder: Path, size: int) -> int:
 
 def _config(folder: Path) -> PretrainedConfig:
     with _readable(_checked(folder)):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in ("clip", *DINO):
         raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or `inception`")
     return config
@@ -241,6 +245,7 @@ def _config(folder: Path) -> PretrainedConfig:
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise RequestError(f"{folder} is no folder of a CLIPModel or a Dinov2Model: it needs config.json and model.safetensors")
+    foreign.check_folder(folder, [])
     return folder
 
 
@@ -251,6 +256,16 @@ def _torch_fidelity() -> type[torch.nn.Module]:
         raise RequestError("features `inception` need torch-fidelity, which is not installed: "
                            "pip install 'stepdistill[fidelity]', or use a CLIPModel's folder") from error
     return FeatureExtractorInceptionV3
+
+
+def _inception() -> Path:
+    """The published weights in torch's cache, of the known sha256. They are the one file that is no safetensors; torch reads it with
+    weights_only, which makes tensors and runs nothing."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1]
+    if not file.is_file() or not checksum(file).startswith(file.stem.rsplit("-", 1)[1]):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(INCEPTION, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
+    return file
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:

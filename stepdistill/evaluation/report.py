@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import printable
+from ..errors import printable, unmarked
 from ..files import records
 from ..files.whole import write_whole
 from .estimate import Estimate
@@ -72,16 +72,22 @@ def as_csv(rows: Sequence[Row]) -> str:
     written = io.StringIO()
     lines = csv.writer(written, lineterminator="\n")
     lines.writerow([*plain, *names])
-    lines.writerows([[row[name] for name in plain] + [row["metrics"].get(name) for name in names] for row in rows])
+    lines.writerows([[_cell(row[name]) for name in plain] + [row["metrics"].get(name) for name in names] for row in rows])
     return written.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula begins with an apostrophe, by which it takes it for a text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The columns in brief, for a model card."""
     teacher, shown = at_its_ease(rows), [HEADINGS.index(heading) for heading in in_brief(rows)]
-    line = lambda texts: "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+    line = lambda texts: "| " + " | ".join(texts) + " |"
     head = [line([HEADINGS[i] for i in shown]), "|" + "---|" * len(shown)]
-    return "\n".join(head + [line([cells(row, teacher)[i] for i in shown]) for row in rows]) + "\n"
+    plain = lambda row: [unmarked(row["target"]), *cells(row, teacher)[1:]]
+    return "\n".join(head + [line([plain(row)[i] for i in shown]) for row in rows]) + "\n"
 
 
 def picture_name(row: Mapping[str, Any]) -> str:
@@ -149,7 +155,7 @@ def in_brief(rows: Sequence[Row]) -> tuple[str, ...]:
 def table(results: Results) -> Table:
     """For a rich console: the columns that a curve is read by; results.json and report.html hold them all."""
     protocol = results["protocol"]
-    made = Table(title=f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}",
+    made = Table(title=escape(printable(f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}")),
                  title_justify="left", title_style="bold", header_style="bold", box=None)
     more = more_metrics(protocol)
     headings = (*HEADINGS, *more)

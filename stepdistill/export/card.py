@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 from .. import resources
-from ..errors import printable
+from ..errors import printable, redacted, unmarked
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
 from ..models.sources import Source
@@ -29,12 +29,12 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
     None; asked: the argument of a call that asks for a picture."""
     parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
              "![samples](samples.png)",
-             f"## Use\n\n```python\n{snippet(settings, folder, asked)}```", _facts(settings)]
+             f"## Use\n\n{_block(snippet(settings, folder, asked))}", _facts(settings)]
     if settings["format"] == "comfyui":
         parts.append(_comfyui(settings))
     if results is not None:
         parts.append(_table(results))
-    return "\n\n".join(parts) + "\n"
+    return redacted("\n\n".join(parts)) + "\n"
 
 
 def _comfyui(settings: Mapping[str, Any]) -> str:
@@ -126,9 +126,10 @@ def _packs(base: Source) -> bool:
     return base.quantization is not None and not base.is_file
 
 
-def _plain(text: str) -> str:
-    """A name in Markdown as it is written, in one line: no markup of Markdown or HTML is made of it."""
-    return re.sub(r"([\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split()))
+def _block(code: str) -> str:
+    """Python in Markdown, between more backticks than it holds in a row."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", code))])
+    return f"{fence}python\n{code}{fence}"
 
 
 def _code(text: str) -> str:
@@ -166,7 +167,7 @@ def _what(settings: Mapping[str, Any]) -> str:
 
 def _facts(settings: Mapping[str, Any]) -> str:
     call = settings["call"]
-    arguments = ", ".join(f"`{key}={value!r}`" for key, value in call.items())
+    arguments = ", ".join(_code(f"{key}={value!r}") for key, value in call.items())
     proof = settings["proof"]
     return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
             f"{arguments}\n"
@@ -207,7 +208,7 @@ def _guidance(settings: Mapping[str, Any]) -> str:
         return f"classifier-free with scale {scale:g}: two evaluations a step"
     trained = settings["trained_guidance"]
     against = settings.get("teacher_parts", {}).get("negative_prompt")
-    away = "" if against is None else f", away from {_quoted(against)}"
+    away = "" if against is None else f", away from {_code(_quoted(against))}"
     return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in{away}")
 
 
@@ -227,11 +228,11 @@ def _table(results: Mapping[str, Any]) -> str:
     for row in rows:
         values = [row["metrics"].get(key) for key in columns]
         cells = ["" if value is None else f"{value:.3g}" for value in values]
-        lines.append(f"| {_plain(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
+        lines.append(f"| {unmarked(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
                      + " | ".join(cells) + " |")
     features = results["protocol"]["features"]
-    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {'none' if features is None else _plain(features)}, reference "
-            f"{_plain(results['protocol']['reference'])}, protocol {_plain(results['protocol']['id'])}. NFE counts network "
+    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {'none' if features is None else unmarked(features)}, reference "
+            f"{unmarked(results['protocol']['reference'])}, protocol {unmarked(results['protocol']['id'])}. NFE counts network "
             "evaluations: a guided "
             "step is two.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import RequestError, first_lines
-from ..files import records
+from ..files import foreign, records
 from ..files.whole import checksum
 from ..models.adapters import activate, active_adapters, adapter_names, adapter_state, drop_adapter, load_adapter, take_off
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
 from ..models.quantized import quantization_of
 from ..models.schedulers import LAW, is_flow
-from ..models.sources import SETTINGS, FusedLora, Source, absent_parts, check_safetensors, index_at
-from ..models.weights import class_of, settled
+from ..models.sources import SAMPLING, SETTINGS, SHAPING, UNLOADABLE, FusedLora, Source, absent_parts, check_safetensors, index_at
+from ..models.weights import pipeline_class, scheduler_class, settled
 from .formats import component, loads_loras
 
-AGAIN = "Export again with `stepdistill export RUN`"
+AGAIN, MOST = "Export again with `stepdistill export RUN`", 1000         # steps
+PARTS = tuple(f.name for f in fields(Source) if f.name not in ("base", "revision", "loras"))
 log = logging.getLogger("stepdistill")
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -38,7 +39,22 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if "method" not in records.read(path, dict[str, Any], AGAIN):
         raise RequestError(f"{folder} is no export folder: its {SETTINGS} names no method, so it is a teacher's; "
                            "`stepdistill export RUN --to lora` makes one")
-    return records.read(path, records.Export, AGAIN)
+    settings = records.read(path, records.Export, AGAIN)
+    foreign.check_folder(Path(folder))
+    foreign.plain(settings["weights"], Path(folder))
+    _check_call(path, settings)
+    return settings
+
+
+def _check_call(path: Path, settings: Mapping[str, Any]) -> None:
+    """RequestError for what no call of a student is given, such as a function by its name, and for parts that no teacher has."""
+    call, parts = settings["call"], settings.get("teacher_parts", {})
+    if wrong := [name for name in call if name not in (*SAMPLING, *SHAPING)]:
+        raise RequestError(f"{path} gives its pipeline's call {wrong[0][:80]!r}, which no student's is given: there may be {', '.join((*SAMPLING, *SHAPING))}. {AGAIN}")
+    if not 1 <= call.get("num_inference_steps", 1) <= MOST:
+        raise RequestError(f"{path} is damaged: num_inference_steps is {call['num_inference_steps']}, and should be from 1 to {MOST}. {AGAIN}")
+    if wrong := [name for name in parts if name not in PARTS]:
+        raise RequestError(f"{path} is damaged: teacher_parts has {wrong[0][:80]!r}; there may be {', '.join(PARTS)}. {AGAIN}")
 
 
 def is_export(folder: Path) -> bool:
@@ -114,7 +130,7 @@ def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
     them.
     """
     settings = read_settings(folder)
-    cls = class_of("pipeline", "diffusers", settings["pipeline"])
+    cls = pipeline_class(settings["pipeline"])
     if settings["format"] == "pipeline":
         check_weights(folder, settings)
         return fresh_pipeline(cls, Source(str(folder))), dict(settings["call"])
@@ -147,8 +163,10 @@ def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
     path = Path(folder) / "scheduler" / "scheduler_config.json"
     name = records.read(path, records.SchedulerConfig, AGAIN, infinite=True)["_class_name"]
     try:
-        return class_of("scheduler", "diffusers", name).from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        return scheduler_class(name).from_pretrained(folder, subfolder="scheduler")
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"{path} is damaged: no {name} can be made of it ({first_lines(error)}). {AGAIN}") from error
 
 
@@ -184,11 +202,12 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
     try:
         if loads_loras(pipe):
             with complaints():
-                pipe.load_lora_weights(folder, weight_name=settings["weights"], adapter_name=adapter_name)
+                pipe.load_lora_weights(folder, weight_name=FusedLora(str(Path(folder) / settings["weights"])).file().name,
+                                       adapter_name=adapter_name, use_safetensors=True)
             wrong = _astray(Path(folder) / settings["weights"], adapter_state(network, adapter_name))
         else:
             wrong = load_adapter(network, folder, adapter_name)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except UNLOADABLE as error:
         drop_adapter(network, adapter_name, active)
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
     if wrong:
@@ -212,7 +231,7 @@ def _astray(file: Path, landed: Mapping[str, Tensor]) -> list[str]:
 def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:
     name = component(pipe)
     old = pipe.components[name]
-    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype).to(old.device, old.dtype)
+    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype, use_safetensors=True).to(old.device, old.dtype)
     shapes = [{key: tuple(value.shape) for key, value in network.state_dict().items() if "cond_proj" not in key}
               for network in (old, new)]
     differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_typ
 
 from ..errors import RequestError
 
+MOST = 64 << 20                                # bytes of a file
 WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", NoneType: "null", list: "a list", dict: "a table"}
 
 # -- the files that are read back ------------------------------------------------------------------------------------
@@ -138,6 +139,33 @@ class Toy(TypedDict):
     covariances: list[list[list[float]]]
 
 
+class Call(TypedDict, total=False):
+    """The keyword arguments of a student's call, those of them that say how it samples."""
+
+    num_inference_steps: int
+    timesteps: list[float]
+    sigmas: list[float]
+    eta: float
+    guidance_scale: float
+    true_cfg_scale: float
+    guidance_rescale: float
+    negative_prompt: str
+
+
+class _Parts(TypedDict, total=False):
+    """What of a student's teacher is not its base's."""
+
+    variant: str
+    subfolder: str
+    config: str
+    vae: str
+    scheduler: str
+    clip_skip: int
+    quantization: Literal["nf4", "int8"]
+    negative_prompt: str
+    guidance_rescale: float
+
+
 class _Lora(TypedDict):
     path: str
     weight: float
@@ -161,7 +189,7 @@ class _Proof(TypedDict):
 class _Export(TypedDict):
     format: Literal["lora", "pipeline", "comfyui"]
     pipeline: str
-    call: dict[str, Any]
+    call: Call
     steps: int
     method: str
     teacher: str
@@ -187,7 +215,7 @@ class Export(_Export, total=False):
     teacher_call: dict[str, Any]
     teacher_loras: list[_Lora]
     teacher_traces: list[_Trace]
-    teacher_parts: dict[str, Any]
+    teacher_parts: _Parts
     without: list[str]
     dropped: list[str]
     fixed_steps: bool
@@ -208,6 +236,8 @@ def read(path: Path, schema: Any, right: str, infinite: bool = False) -> Any:
     RequestError: "{path} is damaged: {what and where}. {right}".
     """
     try:
+        if (size := path.stat().st_size) > MOST:
+            raise ValueError(f"it has {size:,} bytes, and such a file has at most {MOST:,}")
         return checked(path.read_bytes(), schema, infinite)
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} is damaged: {error.strerror if isinstance(error, OSError) else error}. {right}") from error

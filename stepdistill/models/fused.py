@@ -79,11 +79,13 @@ def try_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora]) -> None:
 def load_lora(pipe: DiffusionPipeline, lora: FusedLora) -> list[str]:
     """Lays a LoRA on a pipeline, and returns the names of the components that it is for. RequestError where it does not fit."""
     refusal = f"the LoRA {lora.path} does not fit this {type(pipe).__name__}"
-    place, file = lora.find()
     try:
+        file = lora.file()
         with complaints() as heard:
-            pipe.load_lora_weights(place, weight_name=file, adapter_name=ADAPTER)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:      # loaders fail in as many ways as there are files
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True)
+    except RequestError:
+        raise
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:      # loaders fail in as many ways as there are files
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
     found = [name for name, adapters in pipe.get_list_adapters().items() if ADAPTER in adapters]
     if not found:

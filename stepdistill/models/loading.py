@@ -13,18 +13,15 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.models.modeling_utils import LegacyModelMixin
-from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RequestError, first_lines
+from ..files import foreign
 from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .quantized import quantization_of, quantize_, read_saved, saved_as
-from .sources import Index, Source, absent_parts, cached_file, configs_of, index_at
-from .weights import check_components, class_of, weight_files
-
-UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, SafetensorError)
-"""What the libraries raise on configs and weights that do not fit each other."""
+from .sources import UNLOADABLE, Index, Source, absent_parts, blaming, cached_file, configs_of, index_at, listed
+from .weights import check_components, class_of, scheduler_class, weight_files
 
 
 @dataclass(frozen=True)
@@ -92,9 +89,8 @@ class Loading:
         with _configs_at_hand(self.source):
             index = index_at(configs) if self.source.is_file else self.index
         dropped = self.family.arguments(self.kind.__name__)
-        listed = {name: made_by for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] and name not in dropped}
         own = replaced_on_meta(self.source)
-        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed.items() if name not in own} | own
+        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed(index).items() if name not in (*dropped, *own)} | own
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
@@ -110,7 +106,7 @@ def caller(source: Source, index: Index) -> str:
     if family.called_by is None:
         return text_to_image(index["_class_name"])
     network = class_of(family.denoiser, *index[family.denoiser])
-    with _blaming(f"the config of {family.denoiser}", source.place):
+    with blaming(f"the config of {family.denoiser}", source.place):
         config = network.load_config(source.place, subfolder=family.denoiser, revision=source.revision)
     return text_to_image(family.called_by(index, config))
 
@@ -144,7 +140,7 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
                 pipe = kind.from_single_file(source.place, **options)
         else:
             options |= {} if source.variant is None else {"variant": source.variant}
-            pipe = kind.from_pretrained(source.place, revision=source.revision, **options)
+            pipe = kind.from_pretrained(_supplied(kind, source, options), use_safetensors=True, **options)
     except UNLOADABLE as error:
         if isinstance(error, RequestError):
             raise
@@ -157,6 +153,15 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
     if fresh and family.denoiser not in parts:
         quantize_(pipe.components[family.denoiser], source.quantization, family.time.first)
     return pipe, traces
+
+
+def _supplied(kind: type[DiffusionPipeline], source: Source, options: Mapping[str, Any]) -> str:
+    """The folder of a pipeline; of a Hub id that of the cache, once its files are there and have been looked at."""
+    if Path(source.place).is_dir():
+        return source.place
+    folder = kind.download(source.place, revision=source.revision, use_safetensors=True, **options)
+    index_at(Source(folder))
+    return folder
 
 
 def _saved_quantized(source: Source, family: Family, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -189,8 +194,8 @@ def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if source.vae is not None and "vae" not in parts:
         _check_vae(source, _config_of_vae(source.vae))
-        with _blaming("vae", source.vae):
-            found["vae"] = AutoencoderKL.from_pretrained(source.vae, **_within(source.vae, "vae"))
+        with blaming("vae", source.vae):
+            found["vae"] = AutoencoderKL.from_pretrained(source.vae, use_safetensors=True, **_within(source.vae, "vae"))
     if source.scheduler is not None and "scheduler" not in parts:
         found["scheduler"] = _scheduler(source.scheduler)
     return found
@@ -212,7 +217,7 @@ def replaced_on_meta(source: Source) -> dict[str, Any]:
 def _check_vae(source: Source, config: Mapping[str, Any]) -> None:
     """RequestError for an autoencoder that does not know the latents of the source's own."""
     configs = Source(configs_of(source), source.revision)
-    with _blaming("the base's own vae", source.place):
+    with blaming("the base's own vae", source.place):
         own = AutoencoderKL.load_config(configs.place, subfolder="vae", revision=configs.revision)
     for name, found, known in (("class", config["_class_name"], "AutoencoderKL"), ("base's class", own["_class_name"], "AutoencoderKL"),
                                ("latent_channels", config.get("latent_channels"), own.get("latent_channels")),
@@ -226,30 +231,24 @@ def _pixels(config: Mapping[str, Any]) -> int:
 
 
 def _config_of_vae(place: str) -> dict[str, Any]:
-    with _blaming("vae", place):
+    with blaming("vae", place):
         return dict(AutoencoderKL.load_config(place, **_within(place, "vae")))
 
 
 def _scheduler(place: str) -> SchedulerMixin:
-    with _blaming("scheduler", place):
+    with blaming("scheduler", place):
         where = _within(place, "scheduler")
         name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
-        return class_of("scheduler", "diffusers", name).from_pretrained(place, **where)
+        return scheduler_class(name).from_pretrained(place, **where)
 
 
 def _within(place: str, component: str) -> dict[str, str]:
-    """Where a component lies in a folder that may be its own or a whole pipeline's."""
-    return {"subfolder": component} if (Path(place) / component).is_dir() else {}
-
-
-@contextmanager
-def _blaming(component: str, place: str) -> Iterator[None]:
-    try:
-        yield
-    except UNLOADABLE as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
+    """Where a component lies in a folder that may be its own or a whole pipeline's. RequestError for a folder of pickles or with code."""
+    folder, whole = Path(place), (Path(place) / component).is_dir()
+    if folder.is_dir():
+        foreign.check_folder(folder, [component] if whole else [])
+        foreign.check_pickles(folder / component if whole else folder)
+    return {"subfolder": component} if whole else {}
 
 
 # -- the meta device -----------------------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Mo
     """A network made from its config, or the scheduler; None for what is neither, such as a tokenizer."""
     made_by = class_of(name, library, class_name)
     where = {"subfolder": name, "revision": configs.revision}
-    with _blaming(f"the config of {name}", configs.place):
+    with blaming(f"the config of {name}", configs.place):
         if issubclass(made_by, SchedulerMixin):
             return made_by.from_pretrained(configs.place, **where)
         if not issubclass(made_by, nn.Module):

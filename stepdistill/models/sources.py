@@ -4,34 +4,53 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file as hub_file
 
-from ..errors import RequestError, first_lines
-from ..files import records
+from ..errors import RequestError, first_lines, of_the_system
+from ..files import foreign, records
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
 SHAPING = (                                        # keyword arguments of a call that a teacher may set for all its calls
     "max_sequence_length", "height", "width", "num_frames", "clip_skip", "complex_human_instruction", "use_resolution_binning",
     "text_encoder_out_layers", "clean_caption", "system_prompt", "frame_rate")
+SAMPLING = (                                       # further ones that a student's call may be given
+    "num_inference_steps", "timesteps", "sigmas", "eta", "guidance_scale", "true_cfg_scale", "guidance_rescale", "negative_prompt")
 _ELSEWHERE = {                                     # others -> where they belong
     "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it", "num_inference_steps": "the recipe's steps "
     "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's steps say them",
     "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it",
     "negative_prompt": "the recipe's negative_prompt says it",
     "guidance_rescale": "the recipe's guidance_rescale says it"}
+LIBRARIES = ("diffusers", "transformers")
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
+
+UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError, SafetensorError)
+"""What the libraries raise on configs and weights that do not fit each other."""
+
+
+@contextmanager
+def blaming(component: str, place: str | Path) -> Iterator[None]:
+    """RequestError with the words of a library that cannot make a component of its files."""
+    try:
+        yield
+    except UNLOADABLE as error:
+        if isinstance(error, RequestError) or isinstance(error, RuntimeError) and of_the_system(error) is not None:     # no memory
+            raise
+        raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -49,15 +68,33 @@ class FusedLora:
             return str(path.parent), path.name
         if not path.is_dir():
             owner, *rest = self.path.split("/")
-            if not 1 <= len(rest) <= 2 or not re.fullmatch(r"[\w-][\w.-]*", owner) or self.path.endswith(".safetensors") and len(rest) < 2:
+            spelled = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (owner, *rest))
+            if not spelled or not 1 <= len(rest) <= 2 or self.path.endswith(".safetensors") and len(rest) < 2:
                 raise RequestError(f"there is no LoRA {self.path}: it should be a .safetensors file, a folder, or a Hub id such as owner/name "
                                    "or owner/name/file.safetensors")
             return "/".join((owner, rest[0])), rest[1] if len(rest) == 2 else None
         files = sorted(file.name for file in path.glob("*.safetensors"))
+        for file in files:
+            foreign.check_link(path / file, path)
         if LORA_FILE not in files and len(files) != 1:
             raise RequestError(f"the folder {path} should hold a {LORA_FILE} or one .safetensors file; found {', '.join(files) or 'none'}: "
                                "name the file")
         return str(path), LORA_FILE if LORA_FILE in files else files[0]
+
+
+    def file(self) -> Path:
+        """The file here, which was looked at; one of the Hub is fetched into its cache. RequestError for what is no safetensors file or
+        would make its loader import code, OSError where the Hub does not supply it."""
+        place, name = self.find()
+        name = name or LORA_FILE
+        if not name.endswith(".safetensors"):
+            raise RequestError(f"the LoRA {self.path} is no .safetensors file. Other files of weights are pickles or may hold one, which can run code, "
+                               "and are never read")
+        file = Path(place) / name if Path(place).is_dir() else Path(hub_file(place, name))
+        check_safetensors(file)
+        with safe_open(file, "pt") as opened:
+            foreign.check_header(opened.metadata(), file)
+        return file
 
 
 @dataclass(frozen=True)
@@ -112,11 +149,44 @@ class Source:
 def index_at(source: Source) -> Index:
     """What a pipeline is made of. RequestError for what is no pipeline. Of a single file without the configs of its pipeline at
     hand, the class alone."""
+    _check_spelling(source)
     index = _index_at(source)
     if not isinstance(index["_class_name"], str):
         raise RequestError(f"{source} is of the class {' of '.join(map(str, reversed(index['_class_name'])))}, which is code beside the pipeline and is never run: supported "
                            "are classes of diffusers")
+    if not index["_class_name"].isidentifier():
+        raise RequestError(f"{source} is of the class {index['_class_name'][:80]!r}, which is no name of a class of diffusers")
+    listed(index)
     return index
+
+
+def listed(index: Index) -> dict[str, tuple[str, str]]:
+    """The components that a pipeline has: name -> library and class. RequestError for what is neither, and for other libraries' code."""
+    found = {name: made_by for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and name != "_class_name"
+             and any(isinstance(word, str) for word in made_by[:1])}
+    for name, made_by in found.items():
+        if not name.isidentifier() or len(made_by) != 2 or not all(isinstance(word, str) and word.isidentifier() for word in made_by):
+            raise RequestError(f"model_index.json lists {name[:80]!r} as {list(made_by)!r}; a component is a name with a library and a class, such as "
+                               '"unet": ["diffusers", "UNet2DConditionModel"]')
+        _check_library(name, *made_by)
+    return {name: (made_by[0], made_by[1]) for name, made_by in found.items()}
+
+
+def _check_library(name: str, library: str, class_name: str) -> None:
+    """RequestError for a library that from_pretrained would import by its name. A module of diffusers.pipelines is code of diffusers."""
+    if library not in LIBRARIES and not (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
+        raise RequestError(f"its component {name} is a {class_name} of {library}, which is code beside the pipeline and is never "
+                           f"run: a component is of {' or '.join(LIBRARIES)}")
+
+
+def _check_spelling(source: Source) -> None:
+    """RequestError for entries that would lead out of the folder or the repository that they belong to."""
+    if source.subfolder is not None and (Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts):
+        raise RequestError(f"subfolder is {source.subfolder}, which leads out of {source.base}: it is a part of that folder, such as pipeline")
+    for name, pattern, right in (("variant", r"\w[\w-]*", "fp16"), ("revision", r"\w[\w./-]*", "main, a tag or a commit")):
+        value = vars(source)[name]
+        if value is not None and (not re.fullmatch(pattern, value) or ".." in value):
+            raise RequestError(f"{name} is {value[:80]!r}, which is no such name: it should be one such as {right}")
 
 
 def _index_at(source: Source) -> Index:
@@ -187,13 +257,14 @@ def _index_of_folder(folder: Path) -> Index:
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise RequestError(f"{folder} is no diffusers pipeline: it has no model_index.json (it holds {held}). "
                            "A teacher is a folder that `pipeline.save_pretrained` wrote")
+    foreign.check_config(index)
     parts = records.read(index, records.ModelIndex, "Save or download the teacher anew")
-    missing = [name for name, made_by in parts.items() if isinstance(made_by, list) and made_by and made_by[0] is not None
-               and name not in ("safety_checker", "_class_name") and not (folder / name).is_dir()]
+    missing = [name for name in listed(parts) if name != "safety_checker" and not (folder / name).is_dir()]
     if missing:
         raise RequestError(f"{folder} is not complete: its model_index.json lists {', '.join(missing)}, but there is "
                            "no such "
                            "folder beside it; save or download the teacher anew")
+    foreign.check_folder(folder, listed(parts))
     return parts
 
 
@@ -262,6 +333,7 @@ def unreachable() -> str | None:
 
 def check_safetensors(file: Path) -> list[str]:
     """The names of its tensors. Reads the header only, which also tells how long the file must be."""
+    foreign.check_weights(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())

@@ -24,7 +24,7 @@ from .families import Family, Size, family_of, served
 from .fused import Trace
 from .loading import Loading, settings_of
 from .schedulers import StockCall, sampler_of, stock_call
-from .sources import Source, call_of, class_at, index_at
+from .sources import Source, blaming, call_of, class_at, index_at
 from .stock import defaults, unknown
 from .weights import check_files, settled
 
@@ -300,14 +300,17 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
     family.size(None, frames)
     options = {"scale": scale, "resolution": resolution, "frames": frames}
     if family.open is not None:
-        teacher = Teacher(family, family.open(source.place, dtype), source, **options)
+        with blaming("a teacher", source.place):
+            teacher = Teacher(family, family.open(source.place, dtype), source, **options)
     else:
-        loading = Loading(source, index, family, dtype)
-        loading.check()
-        teacher = Teacher(family, loading.parts_on_meta(), source, cls=loading.kind, **options) if meta else _with_weights(loading, options)
+        with blaming("a teacher", source.place):        # configs are read field by field, and any of them may hold anything
+            loading = Loading(source, index, family, dtype)
+            loading.check()
+            teacher = Teacher(family, loading.parts_on_meta(), source, cls=loading.kind, **options) if meta else _with_weights(loading, options)
     teacher = teacher if device is None else teacher.to(device)
     if not meta:
-        _check_prompts(teacher)
+        with blaming("a text encoder", source.place):
+            _check_prompts(teacher)
     return teacher
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import key
 from ..errors import RequestError, first_lines
+from ..files import foreign
 from .discriminator import chosen
 from .heads import Shape, prompt_vector, token_heads, uncast
 
@@ -45,8 +47,11 @@ class VisionConfig:
     def of(cls, source: str) -> VisionConfig:
         """source: a folder or Hub id of a transformers model. RequestError for one that is missing or not of
         CLASSES."""
+        if Path(source).is_dir():
+            foreign.check_folder(Path(source), [])
+            foreign.check_pickles(Path(source))
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             processor, _ = BaseImageProcessor.get_image_processor_dict(source)
         except (OSError, ValueError) as error:
             raise RequestError(f"there is no vision network {source} with its preprocessor_config.json (a folder such "
@@ -93,7 +98,7 @@ class VisionConfig:
     def trained(self) -> nn.Module:
         cls, path = CLASSES[self.config.model_type]
         try:
-            return cls.from_pretrained(self.source, dtype=torch.float32).get_submodule(path)
+            return cls.from_pretrained(self.source, dtype=torch.float32, use_safetensors=True).get_submodule(path)
         except (OSError, SafetensorError) as error:
             raise RequestError(f"the weights of the vision network {self.source} cannot be loaded: {first_lines(error)}") from error
 

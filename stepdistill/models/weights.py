@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import RequestError, first_lines
 from .families import FAMILIES, text_to_image
 from .quantized import saved_as
-from .sources import Index, Source, check_safetensors
+from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safetensors, listed
 
 _FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _LAID = re.compile(r"\.base_layer\.|\.lora_[AB]\.")
 DENOISERS = ("unet", "transformer")
-LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+MODULES = dict(zip(LIBRARIES, (diffusers, transformers)))
 
 
 def settled(source: Source, index: Index) -> Source:
@@ -62,8 +62,7 @@ def _quantized(source: Source, index: Index) -> Source:
 
 def folders(place: Path, index: Index) -> Iterator[Path]:
     """Of the components that a local pipeline lists."""
-    listed = (name for name, made_by in index.items() if isinstance(made_by, list) and made_by[0] is not None)
-    return (folder for name in listed if (folder := place / name).is_dir())
+    return (folder for name in listed(index) if (folder := place / name).is_dir())
 
 
 def check_files(source: Source) -> None:
@@ -118,14 +117,32 @@ def class_of(component: str, library: str, class_name: str) -> type:
     if library not in LIBRARIES:
         raise RequestError(f"its component {component} is a {class_name} of {library}, which is code beside the pipeline and is never "
                            f"run: a component is of {' or '.join(LIBRARIES)}")
-    if class_name not in dir(LIBRARIES[library]):
-        raise RequestError(f"its component {component} is a {class_name}, which {library} {LIBRARIES[library].__version__} does not have")
-    return getattr(LIBRARIES[library], class_name)
+    found = getattr(MODULES[library], class_name) if class_name in dir(MODULES[library]) else None
+    if not isinstance(found, type) or "from_pretrained" not in dir(found):
+        raise RequestError(f"its component {component} is a {class_name}, which {library} {MODULES[library].__version__} does not have"
+                           + " as a class that is read from a folder" * (found is not None))
+    return found
+
+
+def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
+    """A pipeline of diffusers by its name. RequestError for another class."""
+    found = class_of("pipeline", "diffusers", class_name)
+    if not issubclass(found, DiffusionPipeline):
+        raise RequestError(f"its pipeline is a {class_name}, which is no pipeline of diffusers, such as StableDiffusionPipeline")
+    return found
+
+
+def scheduler_class(class_name: str) -> type[SchedulerMixin]:
+    """As `class_of`, of a config's scheduler. RequestError for a class that is none."""
+    found = class_of("scheduler", "diffusers", class_name)
+    if not issubclass(found, SchedulerMixin):
+        raise RequestError(f"its component scheduler is a {class_name}, which is no scheduler of diffusers, such as DDIMScheduler")
+    return found
 
 
 def _compared(kind: type[ModelMixin], folder: Path, found: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Names that its class has and the files have not, and the other way round. RequestError for another shape."""
-    with torch.device("meta"):
+    with blaming(f"the config of {folder.name}", folder), torch.device("meta"):
         network = kind.from_config(kind.load_config(folder))
     known = network.state_dict()
     found = dict(network._fix_state_dict_keys_on_load(found))         # as files of early versions name them
@@ -140,8 +157,8 @@ def _reported(source: Source, kind: type[PreTrainedModel], folder: Path, variant
     """As transformers itself reports them, which knows of tied weights, earlier names and what may be missing. On the meta device nothing
     is read but headers."""
     try:
-        _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta")
-    except (OSError, RuntimeError, ValueError) as error:
+        _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta", use_safetensors=True)
+    except UNLOADABLE as error:
         raise RequestError(f"the {folder.name} of {source} does not fit its config: {first_lines(error)}") from error
     return sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
 

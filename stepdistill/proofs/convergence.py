@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..api import train
@@ -31,7 +32,7 @@ COUNT, SHOWN, WAYS = 20_000, 3000, 24
 LIMITS = {1: 0.03, 2: 0.03, 4: 0.01}
 GAN_ONLY = {"ladd": 0.05, "lightning": 0.05, "add": 0.05}         # limits at one evaluation of those without a score to match
 SHOWN_AT = (1, 2, 4)
-DRAWN = "drawn.pt"
+DRAWN, IN = "drawn.safetensors", "shown "          # the file, and what the names of students' states in it begin with
 
 
 def recipes(method: str, plugins: Folder | None = None) -> list[str]:
@@ -139,16 +140,17 @@ def convergence(name: str, seed: int, out: Path, plugins: Folder | None = None) 
             limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
             yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher {distance.of_teacher(work, steps) / unit:.3f}",
                         distance.of(found[-1]) / unit, limit)
-    torch.save({"exact": (points_of(distance.exact)[:SHOWN], distance.labels[:SHOWN]), "classes": distance.classes[:SHOWN], "shown": shown},
-               out / DRAWN)
+    kept = {"exact": points_of(distance.exact)[:SHOWN], "labels": distance.labels[:SHOWN], "classes": distance.classes[:SHOWN]}
+    save_file({name: tensor.contiguous() for name, tensor in (kept | {f"{IN}{title}": ways for title, ways in shown.items()}).items()}, out / DRAWN)
 
 
 def draw(folders: Iterable[Path], picture: Path) -> None:
     """Exact samples, and the students' of these convergences with some of their ways. Nothing where none came to an end."""
     panels, ways = {}, {}
-    for kept in [torch.load(folder / DRAWN) for folder in folders if (folder / DRAWN).is_file()]:
-        panels["exact"] = kept["exact"]
-        panels |= {title: (states[-1], kept["classes"]) for title, states in kept["shown"].items()}
-        ways |= {title: states[:, :WAYS].transpose(0, 1) for title, states in kept["shown"].items()}
+    for kept in [load_file(folder / DRAWN) for folder in folders if (folder / DRAWN).is_file()]:
+        shown = {name.removeprefix(IN): states for name, states in kept.items() if name.startswith(IN)}
+        panels["exact"] = kept["exact"], kept["labels"]
+        panels |= {title: (states[-1], kept["classes"]) for title, states in shown.items()}
+        ways |= {title: states[:, :WAYS].transpose(0, 1) for title, states in shown.items()}
     if panels:
         cloud(panels, picture, ways, columns=4)

@@ -67,7 +67,7 @@ class Teacher(Strict):
     config: str | None = None                    # of a single file: a folder or Hub id with the configs of its pipeline
     vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id
     scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id
-    clip_skip: int | None = Field(None, ge=1)    # last layers of its CLIP encoders that are left out, as in a call of its pipeline
+    clip_skip: int | None = Field(None, ge=1, le=100)    # last layers of its CLIP encoders that are left out, as in a call of its pipeline
     quantization: Literal["nf4", "int8"] | None = None    # of its denoiser's linear layers (pip install stepdistill[bitsandbytes])
 
     @property
@@ -81,12 +81,13 @@ class Teacher(Strict):
         return given["base"] if given.keys() == {"base"} else given
 
 
+SAID = 8                                         # complaints about one recipe
 PLACES = {"base", "config", "vae", "scheduler"}  # entries of a teacher that may be a folder or a Hub id
 
 
 class Lora(Strict):
-    rank: int = Field(32, ge=1)                               # r of peft's LoraConfig
-    alpha: float | None = Field(None, gt=0)                  # lora_alpha; none: the rank, a scale of 1
+    rank: int = Field(32, ge=1, le=16_384)                    # r of peft's LoraConfig
+    alpha: float | None = Field(None, gt=0, le=1e6)          # lora_alpha; none: the rank, a scale of 1
     targets: list[str] | None = Field(None, min_length=1)    # ends of module names, such as to_q; none: the family's own list
 
 
@@ -101,13 +102,13 @@ class Critic(Strict):
     """As the student's; all weights with a rate of their own are {lora: null, lr: 1e-5}."""
 
     lora: Lora | None                            # a LoRA on the base; none: all weights
-    lr: float | None = Field(None, gt=0)         # none: train.lr
+    lr: float | None = Field(None, gt=0, le=100) # none: train.lr
 
 
 class Discriminator(Strict):
     features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; none: the family's own
     network: str | None = None                   # vision transformer that sees pictures, a folder or Hub id; none: DINOv2 small
-    lr: float | None = Field(None, gt=0)         # none: train.lr
+    lr: float | None = Field(None, gt=0, le=100) # none: train.lr
 
 
 Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], Field(min_length=2, max_length=2)])]
@@ -121,8 +122,8 @@ class Samples(Strict):
 
     prompts: Prompts                             # shapes, a .txt file of one prompt a line, a list, or none
     solver: str = "dpmpp_2m"                     # of diffusion/solvers.py
-    steps: int = Field(25, ge=1)                 # of the solver
-    guidance: float | None = Field(None, ge=1)   # guidance scale; none: the recipe's, of a range its middle
+    steps: int = Field(25, ge=1, le=10_000)      # of the solver
+    guidance: float | None = Field(None, ge=1, le=1000)  # guidance scale; none: the recipe's, of a range its middle
 
 
 class Pairs(Strict):
@@ -130,8 +131,8 @@ class Pairs(Strict):
 
     prompts: Prompts                             # shapes, a .txt file of one prompt a line, a list, or none
     solver: str = "dpmpp_2m"                     # a deterministic one of diffusion/solvers.py
-    steps: int = Field(25, ge=1)                 # of the solver
-    guidance: float | None = Field(None, ge=1)   # guidance scale; none: the recipe's, of a range its middle
+    steps: int = Field(25, ge=1, le=10_000)      # of the solver
+    guidance: float | None = Field(None, ge=1, le=1000)  # guidance scale; none: the recipe's, of a range its middle
     nodes: int = Field(1, ge=1)                  # states of a way that are kept beside its noise, evenly spaced, the last its end
     path: str | None = None                      # a folder that `stepdistill pairs --out` wrote; none: the cache
 
@@ -143,9 +144,9 @@ class Data(Strict):
     prompts: Prompts | None = None               # prompts alone: shapes, a .txt, .csv, .jsonl or .parquet file, a list, or none
     samples: Samples | None = None               # pictures that the teacher makes
     pairs: Pairs | None = None                   # noises, and the pictures that the teacher makes of them
-    count: int | None = Field(None, ge=1)        # of images, samples or pairs; none: all of a folder, endless Shapes
+    count: int | None = Field(None, ge=1, le=10**9)      # of images, samples or pairs; none: all of a folder, endless Shapes
     cache: bool = False                          # encode latents once, and keep them on disk ($STEPDISTILL_CACHE)
-    batch: int = Field(ge=1)                     # samples an optimizer step, over all ranks
+    batch: int = Field(ge=1, le=1_000_000)       # samples an optimizer step, over all ranks
     caption_dropout: float = Field(0.0, ge=0, lt=1)      # share of captions that give way to the one that guidance subtracts
     flip: bool = False                           # of a folder's images the mirror images too; not where captions tell left from right
 
@@ -160,12 +161,12 @@ class Data(Strict):
 
 
 class Train(Strict):
-    updates: int = Field(ge=1)                   # training steps, each of all updates that are due
-    lr: float = Field(1e-4, gt=0)                # of AdamW
+    updates: int = Field(ge=1, le=10**9)         # training steps, each of all updates that are due
+    lr: float = Field(1e-4, gt=0, le=100)        # of AdamW
     warmup: int = Field(0, ge=0)                 # updates of linear warm-up
     decay: Literal["constant", "cosine"] = "constant"    # of the learning rate after the warm-up
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; for adversaries [0, 0.99]
-    weight_decay: float = Field(0.01, ge=0)      # of AdamW
+    weight_decay: float = Field(0.01, ge=0, le=100)      # of AdamW
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"   # adamw8bit: moments of 8 bits (pip install stepdistill[bitsandbytes])
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the passes; trained weights stay float32
     ema: float | None = Field(None, gt=0, lt=1)  # decay an update of the averaged student; none: no average
@@ -186,8 +187,8 @@ class Train(Strict):
 
 class Evaluate(Strict):
     every: int | None = Field(None, ge=1)        # updates between previews; none: at the end only
-    nfe: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)      # network evaluations at which figures are taken
-    samples: int = Field(1000, ge=2)             # pictures a figure is taken of
+    nfe: list[Annotated[int, Field(ge=1, le=10_000)]] = Field([1, 2, 4], min_length=1)      # network evaluations at which figures are taken
+    samples: int = Field(1000, ge=2, le=10**7)   # pictures a figure is taken of
     prompts: list[str] = []                      # of the preview; none: the first of the data
     reference: str | None = None                 # figures are measured against it: shapes, a folder of images; none: no figures
     features: str = "assets/shapes-clip"         # their feature space: a CLIPModel's folder, or inception
@@ -206,14 +207,14 @@ class Recipe(Strict):
     method: str                                  # a name of `stepdistill methods`
     teacher: Annotated[Teacher, BeforeValidator(under("base"), json_schema_input_type=str | Teacher)]      # a folder, a Hub id, a file; or a table
     resolution: Resolution | None = None         # pixels: 768, or [height, width]; none: the teacher's own
-    frames: int | None = Field(None, ge=1)       # of a video; none: as many as the teacher's pipeline makes
+    frames: int | None = Field(None, ge=1, le=10_000)    # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | Critic)] | None = None     # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
     guidance: Guidance = 1.0                     # scale, or a range [low, high]; 1 is none
     negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own, mostly an empty text
     guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
-    steps: int = Field(4, ge=1)                  # network evaluations of the student
+    steps: int = Field(4, ge=1, le=1000)         # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass
     data: Data
     train: Train
@@ -241,7 +242,8 @@ class Recipe(Strict):
             try:
                 stage = cls.model_validate(own.values)
             except ValidationError as error:
-                complaints += [complaint(own, (*e["loc"],), e, _fields) for e in error.errors()]
+                complaints += [complaint(own, (*e["loc"],), e, _fields) for e in error.errors()[:SAID]]
+                complaints += [f"and {more} more entries are wrong"] if (more := error.error_count() - SAID) > 0 else []
                 continue
             stage._source, stage._given, stage._previous, stage._taught_by = own, source, made, taught_by
             made = stage

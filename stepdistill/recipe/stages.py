@@ -17,6 +17,7 @@ from ..methods import KINDS
 from .yaml import EntryPath, Source, leaves
 
 TEACHERS = ("base", "previous")
+MOST = 64                                              # stages
 # What no stage can change: there is one teacher's pipeline, and one folder of plugins.
 FIXED = ("stages", "revision", "teacher", "negative_prompt", "guidance_rescale", "plugins")
 
@@ -38,6 +39,8 @@ def staged(source: Source) -> list[tuple[str, Source]]:
         at = ("stages", i)
         for one in _each(source, at, table):
             found.append((_teacher(source, at, one, not found), _merged(source, at, one)))
+            if len(found) > MOST:
+                raise RequestError(f"{source.where(at)}: stages are more than {MOST}, a list of steps being one for each: halving 1,024 steps takes 10")
     return found
 
 

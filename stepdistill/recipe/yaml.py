@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from ..errors import RequestError
 
 EntryPath = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
 SET = "--set "
+LENGTH, MARKS, DEPTH, MERGES = 131_072, 5_000, 64, 100     # of a recipe at most: characters, marks of YAML, brackets within each other, <<
+ROOM = 0.9                                 # of those for what is given: the resolved recipe, with all defaults, is read again
+_MARKS, _BRACKETS, _MERGE = re.compile(r"[,:\[\]{}?&*!|>-]"), re.compile(r"[\[\]{}]"), re.compile(r"<<\s*:")
 SHORT: dict[EntryPath, str] = {("teacher",): "base", ("plugins",): "folder"}      # tables that may be written as a text -> the entry that the text is
 
 
@@ -31,7 +35,7 @@ class Source:
     @classmethod
     def of_file(cls, path: Path) -> Source:
         try:
-            tree = YAML().load(path.read_text(encoding="utf-8"))
+            tree = read(_text(path))
             lines, values = _lines(tree) if isinstance(tree, CommentedMap) else {}, unwrapped(tree)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -40,8 +44,6 @@ class Source:
             raise RequestError(f"{path}: no valid YAML: {error}") from None
         except OSError as error:
             raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
-        except RecursionError:
-            raise RequestError(f"{path}: is nested too deeply, or an entry stands within itself") from None
         if not isinstance(tree, CommentedMap):
             raise RequestError(f"{path}:1: a recipe is a table such as 'method: lcm'; found {_kind(tree)}")
         return cls(str(path), values, {key: f"{path}:{line + 1}" for key, line in lines.items()})
@@ -109,11 +111,15 @@ class Source:
         return found
 
     def bounded(self) -> Source:
-        """Itself. RequestError for whole numbers that nothing can count to."""
+        """Itself. RequestError for whole numbers that nothing can count to, and for more than could be read again."""
         for path, value in entries(self.values):
             if isinstance(value, int) and abs(value) >= 2**63:
-                raise RequestError(f"{self.where(path)}: {'.'.join(map(str, path))} is {str(value)[:20]}..., a number of {len(str(abs(value)))} digits; "
-                                   f"it should be below {2**63}")
+                found = f"{str(value)[:20]}..., a number of {len(str(abs(value)))} digits" if value.bit_length() < 10_000 else "a number of thousands of digits"
+                raise RequestError(f"{self.where(path)}: {'.'.join(map(str, path))} is {found}; it should be below {2**63}")
+        text = json.dumps(self.values, ensure_ascii=False, default=str)
+        if (marks := len(_MARKS.findall(text))) > ROOM * MARKS or len(text) > ROOM * LENGTH:
+            raise RequestError(f"{self.name}: the recipe has {len(text):,} characters with {marks:,} commas, dashes, colons and the like, and at most "
+                               f"{ROOM * LENGTH:,.0f} with {ROOM * MARKS:,.0f} can be: put long lists of prompts into a .txt file, one a line")
         return self
 
     def was_set(self, path: EntryPath) -> bool:
@@ -161,10 +167,63 @@ def parse_set(texts: Iterable[str]) -> dict[str, Any]:
         if not sign or not name.strip():
             raise RequestError(f"--set {text}: should be a name and a value such as train.lr=1e-4")
         try:
-            parsed[name.strip()] = unwrapped(YAML(typ="safe").load(value))
-        except (YAMLError, ValueError):
-            raise RequestError(f"--set {text}: '{value}' is no valid YAML value") from None
+            parsed[name.strip()] = unwrapped(read(value))
+        except (YAMLError, ValueError) as error:
+            why = "" if isinstance(error, YAMLError) else f": {error}"
+            raise RequestError(f"--set {text[:200]}: '{value[:200]}' is no valid YAML value{why}") from None
     return parsed
+
+
+def read(text: str) -> Any:
+    """YAML of plain values. YAMLError for what is none, ValueError for tags, for what is no plain value, and for more or deeper than a
+    recipe is: reading takes time for every mark, and for nested ones the square of it."""
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    if deepest > DEPTH:
+        raise ValueError(f"it is nested too deeply: {deepest:,} brackets stand within each other, and at most {DEPTH} may")
+    marks = len(_MARKS.findall(text))
+    if marks > MARKS or len(text) > LENGTH:
+        raise ValueError(f"it has {len(text):,} characters with {marks:,} commas, dashes, colons, brackets and the like, and a recipe has at most "
+                         f"{LENGTH:,} with {MARKS:,}: long lists of prompts belong into a .txt file, one a line")
+    if (merges := len(_MERGE.findall(text))) > MERGES:
+        raise ValueError(f"it takes tables into tables {merges} times (<<), and a recipe does so at most {MERGES} times")
+    try:
+        tree = YAML().load(text)
+        _count(tree, {})
+    except RecursionError:
+        raise ValueError("it is nested too deeply, or an entry stands within itself") from None
+    except (AttributeError, TypeError, KeyError, IndexError, AssertionError, NotImplementedError) as error:     # ruamel.yaml on odd marks
+        raise ValueError(f"its marks stand where none can be ({type(error).__name__})") from None
+    return tree
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """How many values a tree holds once anchors are written out. ValueError for too many, and for what is no plain value."""
+    if id(node) in known:
+        return known[id(node)]
+    if isinstance(node, CommentedMap | CommentedSeq):
+        if node.tag.value is not None:
+            raise ValueError(f"it has the tag {str(node.tag.value)[:80]}: a recipe is made of plain values, which have none")
+        inner = node.values() if isinstance(node, CommentedMap) else node
+        found = 1 + sum(_count(value, known) for value in inner)
+    elif node is None or isinstance(node, bool | int | float | str):
+        return 1
+    else:
+        raise ValueError(f"it has a {type(node).__name__} ({str(node)[:80]}): a recipe is made of tables, lists, texts and numbers; write "
+                         "a text in quotes")
+    if found > MARKS:
+        raise ValueError(f"its anchors stand for more than {MARKS:,} values: write out what is meant")
+    known[id(node)] = found
+    return found
+
+
+def _text(path: Path) -> str:
+    """ValueError for more than a recipe can be, before it is read."""
+    if (size := path.stat().st_size) > 4 * LENGTH:
+        raise ValueError(f"it has {size:,} bytes, and a recipe has at most {LENGTH:,} characters")
+    return path.read_text(encoding="utf-8")
 
 
 def _lines(node: CommentedMap | CommentedSeq, path: EntryPath = ()) -> dict[EntryPath, int]:

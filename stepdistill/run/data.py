@@ -42,7 +42,13 @@ SAMPLE = "teacher sample"                             # what the noises of the t
 
 
 def captions(run: Run) -> Captions:
-    """The pictures or prompts that the recipe names."""
+    """The pictures or prompts that the recipe names. They may be very many, and are looked through once."""
+    if "data" not in run.opened:
+        run.opened["data"] = _opened(run)
+    return run.opened["data"]
+
+
+def _opened(run: Run) -> Captions:
     data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
     if data.kind == "images" and is_outside(run.recipe, "data.images", data.images):
         source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher), seed, data.count)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, parallel, resources
-from ..errors import RequestError
+from ..errors import RequestError, redacted
 from ..evaluation.report import read_results
 from ..files.lock import LOCK, locked
 from ..files.whole import PARTIAL, sweep, write_whole
@@ -147,7 +147,7 @@ def pinned(recipe: Recipe) -> Recipe:
 
 def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv,
+    return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": [redacted(argument) for argument in sys.argv],
             "python": platform.python_version(), "platform": platform.platform(), "device": f"{device.type}: {name}",
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": parallel.world_size(),
             "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}} | (

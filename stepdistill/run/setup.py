@@ -3,13 +3,14 @@ device."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from ..data.prompts import Captions
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
@@ -58,6 +59,7 @@ class Run:
     previous: str | None = None
     role: str | None = None
     checkpoint: Path | None = None
+    opened: dict[str, Captions] = field(default_factory=dict, init=False, compare=False, repr=False)    # its data, looked through once
 
     @property
     def sampling_role(self) -> str:

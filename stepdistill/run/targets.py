@@ -159,12 +159,16 @@ def _must_draw(pipeline: DiffusionPipeline) -> None:
 
 @contextmanager
 def asking(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """A pipeline that no family describes may want what only its call can say: RequestError with its words."""
+    """A pipeline that no family describes may want what only its call can say, and any may have a scheduler's config that no call can
+    do with: RequestError with its words."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, RequestError) or type(pipeline).__name__ in FAMILIES:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        if isinstance(error, RequestError):
             raise
+        if type(pipeline).__name__ in FAMILIES:
+            raise RequestError(f"a call of this {type(pipeline).__name__} under its {type(pipeline.scheduler).__name__} fails: {first_lines(error)}. Save, download or "
+                               "export it anew") from error
         raise RequestError(f"a {type(pipeline).__name__} draws nothing of a prompt alone, as `sample` and `bench` ask it to: {first_lines(error)}") from error
 
 

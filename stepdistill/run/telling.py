@@ -13,9 +13,17 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from .. import parallel
+from ..errors import printable
 
 FILE = "train.log"
 log = logging.getLogger("stepdistill")
+
+
+class _Plain(logging.Formatter):
+    """With nothing that a terminal would obey, and without tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Lines(logging.Handler):
@@ -33,7 +41,7 @@ def spoken() -> Iterator[None]:
         return
     terminal = sys.stderr.isatty()
     lines = _Lines(logging.INFO if terminal else logging.DEBUG)
-    lines.setFormatter(logging.Formatter("%(message)s" if terminal else "%(asctime)s %(message)s", "%H:%M:%S"))
+    lines.setFormatter(_Plain("%(message)s" if terminal else "%(asctime)s %(message)s", "%H:%M:%S"))
     with _added(lines):
         yield
 
@@ -57,7 +65,7 @@ def write_in(run: Path, record: MemoryHandler) -> None:
     """From now on, and what was said before, in run / train.log. Rank 0 writes."""
     if parallel.rank() == 0 and record.target is None:
         file = logging.FileHandler(run / FILE, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        file.setFormatter(_Plain("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         record.setTarget(file)
         record.flush()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import parallel, resources
 from ..errors import RequestError, Stopped
 from ..files import records
+from ..files.foreign import check_link, check_weights
 from ..files.whole import aside_of, checksum, put_aside, sync
 
 CHECKSUMS = "checksums.json"
@@ -145,8 +146,10 @@ def _sums(folder: Path) -> dict[str, str]:
     said: records.Checksums = records.read(path, records.Checksums, "The checkpoint cannot be used")
     if said["step"] != step_of(folder):
         raise RequestError(f"the checkpoint {folder} is not what its name says: its {CHECKSUMS} is of step {said['step']}")
-    if wrong := [name for name in said["sha256"] if Path(name).name != name]:
-        raise _damaged(path, f"it lists {wrong[0]}, which is no file of its folder")
+    for name in said["sha256"]:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise _damaged(path, f"it lists {name}, which is no safetensors file of its folder")
+        check_link(folder / name, folder)
     return said["sha256"]
 
 
@@ -159,6 +162,7 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         if checksum(path) != sums[name]:
             raise _damaged(path, "its checksum differs from the one written when it was saved")
+        check_weights(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, f"it cannot be read ({error})") from error

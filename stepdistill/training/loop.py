@@ -114,6 +114,10 @@ class Trainer:
             raise Stopped(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self.kept()}") from error
         except OSError as error:
             raise Stopped(f"stopped after step {self.done}: {error}. {self.kept()}") from error
+        except RuntimeError as error:
+            if not parallel.lost(error):
+                raise
+            raise Stopped(f"another process of this training has ended, within step {self.done + 1}: what it said last says why. {self.kept()}") from error
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One training step: every update that is due. Returns losses and gradient norms by name, () each."""

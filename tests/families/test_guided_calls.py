@@ -119,7 +119,7 @@ def test_a_recipe_names_them_and_a_run_is_compared_with_that_teacher(tmp_path):
     folder = api.export(run)
     said = read_settings(folder)
     assert said["teacher_parts"] == {"negative_prompt": NEGATIVE, "guidance_rescale": 0.7} and not {"negative_prompt", "guidance_rescale"} & said["call"].keys()
-    assert f'the scale 3 was trained in, away from "{NEGATIVE}"' in (folder / "README.md").read_text()
+    assert f'the scale 3 was trained in, away from `"{NEGATIVE}"`' in (folder / "README.md").read_text()
     for opened in (open_target(run, "run"), open_target(folder, "lora")):
         teacher = teachers([opened])[0]
         call = teacher.guidance.call(3.0)

@@ -269,7 +269,7 @@ def test_an_error_in_a_merged_entry_is_placed_where_it_was_written(tmp_path, old
 
 @pytest.mark.parametrize(("text", "message"), [
     (f"method: lcm\nteacher: assets/toy\ntrain: {{updates: {'9' * 30}}}", r"mine.yaml:3: train.updates is 99999999999999999999..., a number of 30 digits; it should be below"),
-    (f"method: lcm\ntrain: {{updates: {'9' * 5000}}}", "mine.yaml: no valid YAML"), ("method: &m [*m]", "mine.yaml"), ("[" * 50_000, "mine.yaml: is nested too deeply")])
+    (f"method: lcm\ntrain: {{updates: {'9' * 5000}}}", "mine.yaml: no valid YAML"), ("method: &m [*m]", "mine.yaml"), ("[" * 50_000, "mine.yaml: no valid YAML: it is nested too deeply")])
 def test_what_cannot_be_read_is_one_message(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
