@@ -85,6 +85,16 @@ class QuadraticHeads:
         return torch.einsum("bk,kfg,bg->bf", pull, Q + Q.mT, z) + pull @ u
 
 
+@dataclass
+class QuadraticDiscriminator:
+    """Quadratic heads, called as a discriminator on a network's features is."""
+
+    numbers: dict[str, Tensor]
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return QuadraticHeads(self.numbers)(x_t.flatten(1), t[:, None], cond)
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x)."""
     return torch.logaddexp(x, torch.zeros_like(x))

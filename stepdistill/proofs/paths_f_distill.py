@@ -10,9 +10,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.distribution.f_distill import FDistill
-from .affine import Net, QuadraticHeads, softplus
+from .affine import Net, QuadraticDiscriminator, QuadraticHeads, softplus
 from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, noise_level, output_scale, rolled, rows
-from .paths_ladd import QuadraticDiscriminator
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ

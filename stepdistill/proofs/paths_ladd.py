@@ -34,7 +34,7 @@ PATHS = (
 
 
 @dataclass
-class QuadraticDiscriminator:
+class TokenDiscriminator:
     """Two quadratic heads of a logit at each of their positions, called as a discriminator on a network's features
     is."""
 
@@ -94,7 +94,7 @@ def known(turn: Turn) -> Known:
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    discriminator = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim, count=sum(TOKENS)).numbers)
+    discriminator = TokenDiscriminator(QuadraticHeads.of(problem, problem.dim, count=sum(TOKENS)).numbers)
     return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": discriminator}
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.consistency.pcm import PCM
-from .affine import Net, QuadraticHeads
+from .affine import Net, QuadraticDiscriminator, QuadraticHeads
 from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
-from .paths_ladd import QuadraticDiscriminator
 from .problem import Check, Problem
 
 PATHS = (

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Follows, Frozen, Heads, Trained
 from ..methods.consistency.scflow import SCFlow
-from .affine import Net, QuadraticHeads, softplus
+from .affine import Net, QuadraticDiscriminator, QuadraticHeads, softplus
 from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped, stock_time
-from .paths_ladd import QuadraticDiscriminator
 from .problem import Check, Problem
 
 JOINED = {"warmup_updates": 0}

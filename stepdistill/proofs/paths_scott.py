@@ -10,10 +10,9 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Follows, Frozen, Heads, Trained
 from ..methods.consistency.scott import SCott
-from .affine import Net, QuadraticHeads
+from .affine import Net, QuadraticDiscriminator, QuadraticHeads
 from .path_table import PUBLISHED
 from .paths import Algorithm, Known, Order, Path, Turn, rows
-from .paths_ladd import QuadraticDiscriminator
 from .problem import Check, Problem
 
 SMALL = {"nodes": 20, "skip": 1, "gan_weight": 0.0}

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Frozen, Heads, Need, Trained
 from ..methods.consistency.tscd import TSCD
-from .affine import Net, QuadraticHeads, softplus
+from .affine import Net, QuadraticDiscriminator, QuadraticHeads, softplus
 from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
-from .paths_ladd import QuadraticDiscriminator
 from .problem import Check, Problem
 
 ALONE = {"gan_weight": 0.0}
