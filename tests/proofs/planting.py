@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
+
+import pytest
 
 from stepdistill.methods import METHODS
 from stepdistill.proofs.paths import rows
@@ -58,6 +60,11 @@ def plant(monkeypatch, fault: Fault) -> None:
     assert different, f"{fault.name} changes no function"
     for function, part, changed_part in different:
         monkeypatch.setattr(function, part, changed_part)
+
+
+def shared_out(faults: Sequence[Fault]) -> list[Any]:
+    """For a test of each: one in three with every push, all of them with the long tests."""
+    return [fault if i % 3 == 0 else pytest.param(fault, marks=pytest.mark.long) for i, fault in enumerate(faults)]
 
 
 def functions(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from .planting import Fault, of, unseen, whole
+from .planting import Fault, of, shared_out, unseen, whole
 
 ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD = "add", "ladd", "lightning", "pcm", "scflow", "scott", "tscd"
 METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD)
@@ -303,7 +303,7 @@ def test_whole_methods_are_green(method, seed):
     assert whole(method, seed) == []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("fault", shared_out(FAULTS), ids=str)
 def test_a_fault_turns_a_row_red(fault, monkeypatch):
     left = unseen(fault, monkeypatch)
     assert not left, f"{fault.name} goes unseen in {', '.join(left)}"

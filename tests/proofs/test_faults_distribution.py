@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from .planting import Fault, of, unseen, whole
+from .planting import Fault, of, shared_out, unseen, whole
 
 DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
 TDM, BACK, FD = "tdm", "disback", "f_distill"
@@ -298,7 +298,7 @@ def test_whole_methods_are_green(method, seed):
     assert whole(method, seed) == []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("fault", shared_out(FAULTS), ids=str)
 def test_a_fault_turns_a_row_red(fault, monkeypatch):
     left = unseen(fault, monkeypatch)
     assert not left, f"{fault.name} goes unseen in {', '.join(left)}"

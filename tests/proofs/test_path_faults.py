@@ -14,7 +14,7 @@ from stepdistill.methods import load_method
 from stepdistill.models.teacher import load_teacher
 from stepdistill.proofs import pipelines
 
-from .planting import Fault, first_red, identities, plant
+from .planting import Fault, first_red, identities, plant, shared_out
 from .test_path_table import METHODS
 
 DISTANCE = "distance(settings.loss, settings.huber_c)"
@@ -318,7 +318,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.methods[0]}: {fault.name}")
+@pytest.mark.parametrize("fault", shared_out(FAULTS), ids=lambda fault: f"{fault.methods[0]}: {fault.name}")
 def test_a_planted_fault_turns_a_row_red(fault, monkeypatch):
     method, = fault.methods
     importlib.import_module(f"stepdistill.proofs.{method}")                 # whole, before its method is not
