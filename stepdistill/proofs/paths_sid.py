@@ -87,19 +87,20 @@ def known(turn: Turn) -> Known:
     pull = pull / d.numel()
     if s.gan_weight:
         w, begun = sample.exit if s.exit_embedding else None, float(turn.step.index >= s.gan_start)
-        logits, features = judged(turn, x_t, t, turn.text, w)
+        logits, features, within = judged(turn, x_t, t, turn.text, w)
         values["gan"] = s.gan_weight * begun * mean_of_tokens(weight * softplus(-logits))
-        fooled = -s.gan_weight * begun * weight * torch.sigmoid(-logits) * token_shares(len(x_t))
+        fooled = -s.gan_weight * begun * weight * torch.sigmoid(-logits) * within * token_shares(len(x_t))
         pull = pull + alpha * critic.back(turn.roles["discriminator"].heads.back(fooled, features), t)
     return Known(values, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
                  unchecked=("teacher", "critic", "discriminator"))
 
 
 @torch.no_grad()
-def judged(turn: Turn, x_t: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits at all positions, (B, 5), and the critic's features of which they are."""
+def judged(turn: Turn, x_t: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at all positions, (B, 5), cut off at -10 and 10; the critic's features of which they are; 1 where nothing was cut off,
+    beyond which no slope leads, else 0."""
     logits = torch.cat(turn.roles["discriminator"](x_t, t, Condition(text=text, w=w)), 1)
-    return logits, turn.roles["critic"].x0(x_t, t, text, w)
+    return logits.clamp(-10, 10), turn.roles["critic"].x0(x_t, t, text, w), (logits.abs() <= 10).double()
 
 
 def images_told(turn: Turn, known: Known, x: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> Known:
@@ -110,9 +111,9 @@ def images_told(turn: Turn, known: Known, x: Tensor, t: Tensor, text: Tensor, w:
     value, slope = torch.zeros(()), known.slopes["critic"]
     for clean, sign in ((turn.x0, -1), (x, 1)):
         x_t = turn.noised(clean, t)
-        logits, features = judged(turn, x_t, t, text, w)
+        logits, features, within = judged(turn, x_t, t, text, w)
         value = value + s.critic_gan_weight * mean_of_tokens(softplus(sign * logits))
-        pull = s.critic_gan_weight * sign * torch.sigmoid(sign * logits) * token_shares(len(x_t))
+        pull = s.critic_gan_weight * sign * torch.sigmoid(sign * logits) * within * token_shares(len(x_t))
         slope = slope + critic.slopes(turn.roles["discriminator"].heads.back(pull, features), x_t, t, text, w)
     return Known({**known.values, "discriminator": value}, {"critic": slope}, unchecked=("discriminator",))
 

@@ -42,6 +42,7 @@ from ..base import (
     Update,
     check_noise,
     noise_levels,
+    renoising,
 )
 
 
@@ -58,10 +59,11 @@ class Settings:
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
     shift: float = 3.0                 # of shifted: towards noise above 1
+    start_time: float | None = None    # at which the student begins, with unit noise; None: t = 1
 
     def __post_init__(self) -> None:
         check_noise(self)
-        for name in ("records", "record_every", "interval", "critic_steps"):
+        for name in ("records", "record_every", "interval"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1; found {vars(self)[name]}")
         if self.record_guidance is not None and self.record_guidance < 1:
@@ -99,7 +101,7 @@ class DisBack(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps != 1:
             raise ValueError(f"disback makes one-step students, found {steps} steps: dmd2 and tdm make few-step ones")
-        return Inference(steps, noise=1.0)
+        return renoising(settings, steps)
 
     def updates(self) -> list[Update]:
         return [Update(("student",), self.student_loss, since=self.settings.recording),
