@@ -41,7 +41,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
                            "`stepdistill export RUN --to lora` makes one")
     settings = records.read(path, records.Export, AGAIN)
     foreign.check_folder(Path(folder))
-    foreign.plain(settings["weights"], Path(folder))
+    for part in settings["weights"].split("/"):              # a whole pipeline's lie in a folder of its own
+        foreign.plain(part, Path(folder))
     _check_call(path, settings)
     return settings
 

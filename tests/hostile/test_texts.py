@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import stepdistill
-from stepdistill import cli
+from stepdistill import cli, printing
 from stepdistill.data.images import FolderImages
 from stepdistill.data.prompts import open_prompts
 from stepdistill.errors import HIDDEN, RequestError, printable, redacted, unmarked
@@ -62,7 +62,7 @@ YAMLS = {
     "a method by a path": (SOUND.replace("lcm", "../../evil"), "method is '../../evil', which is no method"),
     "a method by a module": (SOUND.replace("lcm", "os.system"), "method is 'os.system', which is no method"),
     "code in settings": (SOUND + "settings: {__class__: os.system}\n", "is no setting of lcm"),
-    "a plugin": (SOUND + "plugins: evil.py\n", "is no entry of a recipe"),
+    "a plugin": (SOUND + "plugins: evil.py\n", "there is no folder of plugins evil.py"),
     "trust": (SOUND + "trust_remote_code: true\n", "is no entry of a recipe"),
     "trust in the teacher": (SOUND.replace("teacher: assets/toy", "teacher: {base: assets/toy, trust_remote_code: true}"), "is no entry of teacher"),
     "a pickled teacher": (SOUND.replace("teacher: assets/toy", "teacher: model.ckpt"), "there is no pipeline at|cannot be loaded"),
@@ -164,8 +164,8 @@ def test_terminals_obey_nothing_of_a_name(capsys, monkeypatch):
     with spoken(), pytest.raises(RequestError):
         logging.getLogger("stepdistill").info("looking at %s", ESCAPES)
         raise RequestError(ESCAPES)
-    cli.tell(ESCAPES)
-    cli.show(cli._table([{"name": ESCAPES + "[bold]x[/]"}], ("name",)))
+    printing.tell(ESCAPES)
+    printing.show(printing.table([{"name": ESCAPES + "[bold]x[/]"}], ("name",)))
     with pytest.raises(SystemExit):
         cli._fail(ESCAPES + "[/]", 2)
     said = capsys.readouterr()
