@@ -70,7 +70,8 @@ def recorded(out: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
         recipe = Recipe.load(done.parent / "recipe.yaml")
         for stage, place in zip(recipe.stages, stage_folders(recipe, done.parent), strict=True):
             rows = [json.loads(line) for line in (place / SIGNALS).read_text(encoding="utf-8").splitlines()]
-            yield stage.method, [row for row in rows if row["step"] > YOUNG * stage.train.updates]
+            first = rows[0]["step"]
+            yield stage.method, [row for row in rows if row["step"] > first + YOUNG * (stage.train.updates - first)]
 
 
 def edges(runs: list[list[dict[str, float]]]) -> dict[str, list[float]]:

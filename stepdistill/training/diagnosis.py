@@ -90,7 +90,7 @@ def history(rows: Sequence[Row], bands: Bands, facts: Facts) -> list[Finding]:
 
 
 def _ruled(rows: Sequence[Row], bands: Bands, facts: Facts) -> Iterator[Finding]:
-    young = YOUNG * facts["updates"]
+    young = _young(rows, facts)
     for rule in RULES:
         for signal in [name for name in rows[-1] if name == rule.signal or rule.signal.endswith("/") and name.startswith(rule.signal)]:
             edge = rule.edge(bands, signal)
@@ -106,7 +106,7 @@ def _ruled(rows: Sequence[Row], bands: Bands, facts: Facts) -> Iterator[Finding]
 
 def _falling(rows: Sequence[Row], facts: Facts) -> Iterator[Finding]:
     """A diversity that falls from look to look, far from its best: before it has left its band."""
-    seen = [row for row in rows if "diversity/student" in row and _step(row) > YOUNG * facts["updates"]]
+    seen = [row for row in rows if "diversity/student" in row and _step(row) > _young(rows, facts)]
     values = [min(1.0, row["diversity/student"]) for row in seen]
     if len(values) < 2 * PATIENCE:
         return
@@ -116,6 +116,12 @@ def _falling(rows: Sequence[Row], facts: Facts) -> Iterator[Finding]:
         since = next(step for step, value in reversed([*zip(map(_step, seen), values)]) if value >= FALLEN * best)
         yield Finding("diversity falls", _step(rows[-1]), since, f"samples of one prompt are {values[-1]:.2f} as far apart as the teacher's, and were "
                       f"{best:.2f}", diverse(facts))
+
+
+def _young(rows: Sequence[Row], facts: Facts) -> float:
+    """The step until which a student is on its way into the bands; it begins with the first look, for which one that waits is not there."""
+    first = _step(rows[0])
+    return first + YOUNG * (facts["updates"] - first)
 
 
 def _step(row: Row) -> int:

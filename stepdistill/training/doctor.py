@@ -92,6 +92,7 @@ class Doctor:
         self.teacher = self.held = self.answer = None
         self.constant: Row = {}
         self.since = 0
+        self.begins = min((update.since for update in trainer.updates if "student" in update.trains), default=0)      # till then it waits
 
     def start(self, done: int) -> None:
         """Before the first step: forgets the signals after `done`, and draws what all later looks are held against."""
@@ -106,12 +107,12 @@ class Doctor:
             if self.patient.plain is not None:
                 self.constant = signals.of_samples(self.teacher, self.patient.plain(), self.patient.prompts, "teacher")
             self.answer = self._answer()
-        if not done and not self.rows:
-            self.look(0)
+        if done == self.begins and not self.rows:
+            self.look(done)
         self._watch(done)
 
     def __call__(self, step: int) -> None:
-        looked = due(step, self.orders.every) or step == self.trainer.config.updates
+        looked = step >= self.begins and (due(step, self.orders.every) or step in (self.begins, self.trainer.config.updates))
         if self._looks():
             if looked:
                 self.look(step)
