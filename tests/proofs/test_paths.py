@@ -86,10 +86,16 @@ class Deaf:
 
     def __init__(self, method: type, setting: str) -> None:
         self.method, self.setting, self.Settings = method, setting, method.Settings
-        self.inference, self.needs = method.inference, method.needs
+        self.needs = method.needs
+
+    def deaf(self, settings):
+        return replace(settings, **{self.setting: getattr(self.Settings(), self.setting)})
+
+    def inference(self, settings, *rest):
+        return self.method.inference(self.deaf(settings), *rest)
 
     def __call__(self, settings, *rest):
-        return self.method(replace(settings, **{self.setting: getattr(self.Settings(), self.setting)}), *rest)
+        return self.method(self.deaf(settings), *rest)
 
 
 @pytest.mark.parametrize("method", PROVED)

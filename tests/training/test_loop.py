@@ -395,8 +395,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     t = trainer(tmp_path, method=SameWeightsTwice32, checkpoint_every=2, lr=1e-2, log_every=20)
     follow = t.roles.follow
 
-    def driven(role):
-        follow(role)
+    def driven(role, step):
+        follow(role, step)
         if t.done == 3:                                    # within the fourth step, whose losses and gradients are finite
             t.roles["student"][0].weight.data[0, 0] = math.inf
     t.roles.follow = driven
