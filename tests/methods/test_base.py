@@ -109,7 +109,7 @@ def begun(name: str, schedule: str, time: float | None, steps: int = 1) -> Stock
 
 
 def test_who_begins_in_pure_noise_may_begin_below_its_time():
-    assert STARTED == ["diff_instruct", "dmd", "dmd2", "f_distill", "sid", "swiftbrush"]
+    assert STARTED == ["diff_instruct", "dmd", "dmd2", "f_distill", "sid", "swiftbrush", "disback"]
 
 
 @pytest.mark.parametrize("name", STARTED)

@@ -8,6 +8,7 @@ from .planting import Fault, of, shared_out, unseen, whole
 DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
 TDM, BACK, FD = "tdm", "disback", "f_distill"
 METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM, BACK, FD)
+STARTED = (DI, DMD, DMD2, SID, SWIFT, BACK, FD)                     # what may begin below t = 1
 
 FAULTS = (
     # Diff-Instruct
@@ -274,10 +275,10 @@ FAULTS = (
           METHODS),
     Fault("the null is the prompt", "diffusion.guidance", "Condition.cat([cond.null, cond.replace(null=None)])",
           "Condition.cat([cond.replace(null=None), cond.replace(null=None)])", METHODS),
-    Fault("start_time unread", "methods.base", "times=(settings.start_time,)", "times=(1.0,)", METHODS),
-    Fault("a start one time late", "models.schedulers", "[round(LEVELS * t) - 1 for t", "[round(LEVELS * t) for t", METHODS),
+    Fault("start_time unread", "methods.base", "times=(settings.start_time,)", "times=(1.0,)", STARTED),
+    Fault("a start one time late", "models.schedulers", "[round(LEVELS * t) - 1 for t", "[round(LEVELS * t) for t", STARTED),
     Fault("begun in noise of the start's own deviation", "diffusion.sampler", "self.start * noise, []",
-          "(torch.sin(self.levels[0] * 1.5707963) ** 0.5).to(noise) * noise, []", METHODS),
+          "(torch.sin(self.levels[0] * 1.5707963) ** 0.5).to(noise) * noise, []", STARTED),
     Fault("t_range unread", "methods.base", "else settings.t_range", "else (0.02, 0.98)", (DMD, DMD2, SID, SWIFT)),
     Fault("levels without their last", "diffusion.times", "min(int(high * LEVELS), LEVELS - 1) + 1",
           "min(int(high * LEVELS), LEVELS - 1)", (DMD, DMD2, SID, SWIFT)),
