@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file as hub_file
 
@@ -38,7 +39,8 @@ _ELSEWHERE = {                                     # others -> where they belong
 LIBRARIES = ("diffusers", "transformers")
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
-UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError, SafetensorError)
+UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError, SafetensorError,
+              StrictDataclassError)
 """What the libraries raise on configs and weights that do not fit each other."""
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import parallel
 from ..data.images import read_picture
+from ..errors import RequestError
 from ..files import records
 from ..files.whole import put_aside, write_whole
 from .launch import trackers
@@ -39,6 +40,8 @@ def truncate(path: Path, step: int, schema: Any = records.Metrics) -> list[dict[
     """
     if not path.exists():
         return []
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder, where a run keeps a file of that name: move it elsewhere")
     kept, stay, damaged = [], [], []
     for number, line, row in records.lines(path.read_bytes(), schema):
         if isinstance(row, ValueError) or not isinstance(row.get("step"), int):
