@@ -19,7 +19,7 @@ MAY = {
     "diffusion": ("diffusion", ""),
     "losses": ("diffusion", ""),
     "parallel.py": ("diffusion", ""),
-    "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors"),    # base: the needs it supplies
+    "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors huggingface_hub"),    # base: the needs it supplies
     "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
     "methods": ("methods/base.py diffusion losses", ""),
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard rich psutil"),
