@@ -69,6 +69,8 @@ def recorded(out: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
     for done in sorted(out.glob("*/done")):
         recipe = Recipe.load(done.parent / "recipe.yaml")
         for stage, place in zip(recipe.stages, stage_folders(recipe, done.parent), strict=True):
+            if not (place / SIGNALS).is_file():                  # a student that waits longer than the run is
+                continue
             rows = [json.loads(line) for line in (place / SIGNALS).read_text(encoding="utf-8").splitlines()]
             first = rows[0]["step"]
             yield stage.method, [row for row in rows if row["step"] > first + YOUNG * (stage.train.updates - first)]
