@@ -31,6 +31,8 @@ BOUNDED = {"following": (0.0, 1.0), "angle": (-1.0, 1.0), "unfit": (0.0, 1.0), "
 WIDER = 1.5                                     # factor of a signal that has no bounds
 LEAST = {"offset": 0.3, "saturation": 0.1, "lag": 2.0, "spread": 1.5, "diversity": 1.5, "moved": 0.05, "clipped": 0.95, "share": 0.99}
 """Upper edges that are no lower, whatever a short run reached."""
+MOST = {"angle": -0.96}
+"""Lower edges that are no higher: terms that all but undo each other are what is looked for."""
 PICTURES = {"shapes/lcm": 24, "shapes/dmd2-1step": 24}       # updates of those that show what the plane has not: detail within a sample
 
 
@@ -92,7 +94,7 @@ def edges(runs: list[list[dict[str, float]]]) -> dict[str, list[float]]:
 def wider(kind: str, low: float, high: float) -> tuple[float, float]:
     if kind in BOUNDED:
         least, most = BOUNDED[kind]
-        low, high = low - (low - least) / 2, high + (most - high) / 2 if kind != "saturation" else 1.5 * high
+        low, high = min(low - (low - least) / 2, MOST.get(kind, low)), high + (most - high) / 2 if kind != "saturation" else 1.5 * high
     else:
         low, high = low / WIDER, high * WIDER
     return low, max(high, LEAST.get(kind, high))
