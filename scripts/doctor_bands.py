@@ -4,7 +4,7 @@
     python scripts/doctor_bands.py --out /tmp/bands lcm dmd2         # of these methods; the bands of all that lies there
 
 A band's edge is the farthest that a signal stayed for as many looks in a row as a finding takes, over all runs of a method, past
-the first part of each, and half as far again to the side that a rule looks at. A recipe is trained at three lengths, since a short run
+the first part of each, and as far again to the side that a rule looks at (half of what is left of a signal with bounds). A recipe is trained at three lengths, since a short run
 ends where a long one is on its way.
 """
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHARES = {0.05: 1, 0.1: 0, 0.25: 2}             # of a recipe's updates that are
 LOOKS = 14                                      # of a run
 BOUNDED = {"following": (0.0, 1.0), "angle": (-1.0, 1.0), "unfit": (0.0, 1.0), "accuracy": (0.0, 1.0), "share": (0.0, 1.0),
            "clipped": (0.0, 1.0), "saturation": (0.0, 1.0)}
-WIDER = 1.5                                     # factor of a signal that has no bounds
+WIDER = 2.0                                     # factor of a signal that has no bounds
 LEAST = {"offset": 0.3, "saturation": 0.1, "lag": 2.0, "spread": 1.5, "diversity": 1.5, "moved": 0.05, "clipped": 0.95, "share": 0.99}
 """Upper edges that are no lower, whatever a short run reached."""
 MOST = {"angle": -0.96}
@@ -94,7 +94,7 @@ def edges(runs: list[list[dict[str, float]]]) -> dict[str, list[float]]:
 def wider(kind: str, low: float, high: float) -> tuple[float, float]:
     if kind in BOUNDED:
         least, most = BOUNDED[kind]
-        low, high = min(low - (low - least) / 2, MOST.get(kind, low)), high + (most - high) / 2 if kind != "saturation" else 1.5 * high
+        low, high = min(low - (low - least) / 2, MOST.get(kind, low)), high + (most - high) / 2 if kind != "saturation" else WIDER * high
     else:
         low, high = low / WIDER, high * WIDER
     return low, max(high, LEAST.get(kind, high))

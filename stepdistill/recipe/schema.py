@@ -102,13 +102,13 @@ class Critic(Strict):
     """As the student's; all weights with a rate of their own are {lora: null, lr: 1e-5}."""
 
     lora: Lora | None                            # a LoRA on the base; none: all weights
-    lr: float | None = Field(None, gt=0, le=100) # none: train.lr
+    lr: float | None = Field(None, gt=0, le=1e30) # none: train.lr
 
 
 class Discriminator(Strict):
     features: list[str] | None = Field(None, min_length=1)   # modules that its heads read; none: the family's own
     network: str | None = None                   # vision transformer that sees pictures, a folder or Hub id; none: DINOv2 small
-    lr: float | None = Field(None, gt=0, le=100) # none: train.lr
+    lr: float | None = Field(None, gt=0, le=1e30) # none: train.lr
 
 
 Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], Field(min_length=2, max_length=2)])]
@@ -162,7 +162,7 @@ class Data(Strict):
 
 class Train(Strict):
     updates: int = Field(ge=1, le=10**9)         # training steps, each of all updates that are due
-    lr: float = Field(1e-4, gt=0, le=100)        # of AdamW
+    lr: float = Field(1e-4, gt=0, le=1e30)        # of AdamW
     warmup: int = Field(0, ge=0)                 # updates of linear warm-up
     decay: Literal["constant", "cosine"] = "constant"    # of the learning rate after the warm-up
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)   # of AdamW; for adversaries [0, 0.99]
