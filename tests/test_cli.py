@@ -273,7 +273,7 @@ def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
         assert with_discriminator["roles"][name] == {"parameters": parameters, "trained": parameters, "bytes": 4 * parameters}
     prompts = plan(Recipe.load(made | {"settings": {"gan_weight": 0.0}, "data": {"prompts": ["a red ring"], "batch": 4}}))
     assert prompts["passes"]["forward"] == plain["forward"]
-    with pytest.raises(RequestError, match="steps is 1001, which cannot be sampled"):
+    with pytest.raises(RequestError, match="steps is 1001; it should be at most 1000"):
         plan(Recipe.load(made | {"steps": 1001}))
 
 

@@ -137,7 +137,7 @@ def test_real_pictures_are_not_held(clip_folder, monkeypatch):
             yield fresh
     monkeypatch.setattr(context.source, "real", stream)
     monkeypatch.setattr(context.source, "alike", lambda prompts, each: stream(prompts))
-    monkeypatch.setattr(context, "measure", lambda images, alike, captioned: {"metrics": {"images": images[0], "alike": alike}})
+    monkeypatch.setattr(context, "measure", lambda images, alike, captioned, means: {"metrics": {"images": images[0], "alike": alike}})
     row, shown = context.real()
     assert torch.equal(shown, blocks.flatten(0, 1)[:10])
     torch.testing.assert_close(row["metrics"]["images"], context.features.images(blocks.flatten(0, 1)))
