@@ -154,5 +154,5 @@ def test_the_shipped_students_draw_it_in_their_few_steps(features, student):
 def test_shipped_figures_belong_to_these_assets(folder):
     """Whatever changes the features, the judge or the pictures of reference makes the shipped figures void."""
     shipped = read_results(ASSETS / folder / "results.json")
-    protocol = Evaluation(shipped["protocol"]["samples"], features=ASSETS / "shapes-clip").protocol
+    protocol = Evaluation(shipped["protocol"]["samples"], features=[ASSETS / "shapes-clip"]).protocol
     assert protocol.id == shipped["protocol"]["id"], json.dumps(shipped["protocol"])

@@ -195,21 +195,22 @@ def test_unsupported_dtypes(copy):
 
 def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, copy):
     asked = []
-    real, real_config = StableDiffusionPipeline.from_pretrained, StableDiffusionPipeline.load_config
+    real_config = StableDiffusionPipeline.load_config
 
-    def load_config(source, revision, local_files_only):
-        assert not local_files_only
-        asked.append((source, revision))
+    def load_config(source, revision=None, **options):
+        if source == "owner/name":
+            asked.append((source, revision))
         return real_config(copy)
 
-    def from_pretrained(source, revision, **parts):
+    def download(source, revision, **options):
         asked.append((source, revision))
-        return real(copy, **parts)
+        assert options["use_safetensors"]
+        return str(copy)
 
     monkeypatch.setattr(sources, "unreachable", lambda: None)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", real_config)
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
     family = load_teacher(Source("owner/name", "v1"))
     assert asked == [("owner/name", "v1")] * 2 and family.source == Source("owner/name", "v1")
     family.pipeline()
