@@ -50,8 +50,9 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 def _check_call(path: Path, settings: Mapping[str, Any]) -> None:
     """RequestError for what no call of a student is given, such as a function by its name, and for parts that no teacher has."""
     call, parts = settings["call"], settings.get("teacher_parts", {})
-    if wrong := [name for name in call if name not in (*SAMPLING, *SHAPING)]:
-        raise RequestError(f"{path} gives its pipeline's call {wrong[0][:80]!r}, which no student's is given: there may be {', '.join((*SAMPLING, *SHAPING))}. {AGAIN}")
+    if wrong := [name for name, value in call.items() if name not in (*SAMPLING, *SHAPING) and not isinstance(value, int | float)]:
+        raise RequestError(f"{path} gives its pipeline's call {wrong[0][:80]!r}, which no student's is given: there may be {', '.join((*SAMPLING, *SHAPING))}, and "
+                           f"numbers of a pipeline's own. {AGAIN}")
     if not 1 <= call.get("num_inference_steps", 1) <= MOST:
         raise RequestError(f"{path} is damaged: num_inference_steps is {call['num_inference_steps']}, and should be from 1 to {MOST}. {AGAIN}")
     if wrong := [name for name in parts if name not in PARTS]:

@@ -15,7 +15,6 @@ from ..diffusion.guidance import guided, with_scale
 from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import Schedule
 from ..errors import RequestError, Stopped
-from ..evaluation.vitals import vitals
 from ..files import records
 from ..files.whole import put_aside, write_whole
 from ..recipe import Recipe
@@ -168,6 +167,8 @@ def health(run: Path) -> list[Health]:
 
 
 def _health(recipe: Recipe, place: Path) -> Health:
+    from ..evaluation.vitals import vitals  # here, because matplotlib takes a quarter of a second
+
     rows = [row for _, _, row in records.lines((place / SIGNALS).read_bytes(), records.Signals)
             if not isinstance(row, ValueError) and isinstance(row.get("step"), int)]
     bands, known = bands_of(recipe.method), facts(recipe)

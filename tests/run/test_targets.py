@@ -191,7 +191,7 @@ def test_the_teacher_of_a_student_stands_at_its_best(monkeypatch):
     """At few evaluations an unguided teacher has twice the steps: at the student's scale alone it would be a strawman."""
     asked = []
     opened = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"), Source("there"), 2.0)
-    monkeypatch.setattr(api, "open_target", lambda target, called, few_step, say: opened)
+    monkeypatch.setattr(api, "open_target", lambda target, called, few_step, say, plugins: opened)
     monkeypatch.setattr(api, "teachers", lambda opened, say: [])
     monkeypatch.setattr(api.sweep, "bench", lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
     api.bench("here", reference="shapes")

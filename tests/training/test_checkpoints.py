@@ -55,7 +55,7 @@ def test_an_absent_role_is_named(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ('{"step": 20, "sha256": null}', "sha256 is None, and should be a table"), ("[]", "should be a table"),
     ('{"step": 20}', "has no sha256"), ('{"step": "20", "sha256": {}}', "step is '20', and should be a whole number"),
-    ('{"step": 20, "sha256": {"../role-student.safetensors": "0"}}', "is no file of its folder"),
+    ('{"step": 20, "sha256": {"../role-student.safetensors": "0"}}', "is no safetensors file of its folder"),
     ('{"step": 19, "sha256": {}}', "is not what its name says: its checksums.json is of step 19")])
 def test_a_list_of_checksums_has_a_schema(tmp_path, text, message):
     folder = checkpoints.save(tmp_path, 20, TENSORS)
