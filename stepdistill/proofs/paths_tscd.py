@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.contracts import Condition
 from ..methods.base import Frozen, Heads, Need, Trained
 from ..methods.consistency.tscd import TSCD
 from .affine import Net, QuadraticDiscriminator, QuadraticHeads, softplus
-from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
+from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
+from .segments import judged, landings
 
 ALONE = {"gan_weight": 0.0}
 PATHS = (
@@ -43,37 +43,9 @@ def times(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
     return i / n, (i - 1) / n, (start if turn.settings.landing == "start" else j) / n
 
 
-def landings(turn: Turn) -> tuple[Tensor, ...]:
-    """The student's x_r and the target's, r, what the student was given, at which time, and how much of x_0 x_r
-    holds."""
-    t, s, r = times(turn)
-    student, problem = turn.roles["student"], turn.problem
-    x_t = turn.noised(turn.x0, t)
-    x_s = stepped(problem, turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale)), x_t, t, s)[0]
-    inside = s > r
-    begin = torch.where(inside, s, t)
-    target = torch.where(inside[:, None], stepped(problem, student.x0(x_s, begin, turn.text), x_s, begin, r)[0], x_s)
-    x_r, share = stepped(problem, student.x0(x_t, t, turn.text), x_t, t, r)
-    return x_r, target, r, x_t, t, share
-
-
-def judged(turn: Turn, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_r noised to one of the times i / 1000 from r to the end of its segment, which is not among them, the time, how
-    much of x_r that holds, and the logits."""
-    schedule, k = turn.problem.schedule, turn.path.steps
-    first = torch.ceil(1000 * r - 1e-6).clamp(min=1)
-    last = torch.floor(1000 * ((r * k + 1e-6).floor() + 1) / k - 1 + 1e-6)
-    time = (first + (turn.step.uniform("judged t") * (last - first + 1)).floor()) / 1000
-    kept = schedule.alpha(time) / schedule.alpha(r)
-    fresh = (schedule.sigma(time) ** 2 - (kept * schedule.sigma(r)) ** 2).clamp(min=0).sqrt()
-    x = kept[:, None] * x_r + fresh[:, None] * turn.noise("judged noise")
-    with torch.no_grad():
-        return x, time, kept, turn.roles["discriminator"](x, time, Condition(text=turn.text))
-
-
 def of_student(turn: Turn) -> Known:
     s, unchecked = turn.settings, ()
-    x_r, target, r, x_t, t, share = landings(turn)
+    x_r, target, r, x_t, t, share = landings(turn, *times(turn))
     off = x_r - target
     values, pull = {"consistency": s.mse_weight * off.square().mean()}, s.mse_weight * 2 * off / off.numel()
     if s.gan_weight:
@@ -86,7 +58,7 @@ def of_student(turn: Turn) -> Known:
 
 
 def of_heads(turn: Turn) -> Known:
-    fake, real, r, *_ = landings(turn.before)
+    fake, real, r, *_ = landings(turn.before, *times(turn.before))
     value, slope = torch.zeros(()), 0
     for x_r, sign in ((real, -1), (fake, 1)):
         x, time, _, logits = judged(turn, x_r, r)
