@@ -54,9 +54,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.substeps < 1 or self.gan_weight < 0:
-            raise ValueError("substeps must be at least 1 and gan_weight not negative; found "
-                             f"{self.substeps}, {self.gan_weight}")
+        if self.substeps < 1:
+            raise ValueError(f"substeps must be at least 1; found {self.substeps}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be from 0, no fresh noise, to 1, all of it; found {self.eta}")
 

@@ -54,9 +54,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.critic_steps < 1 or self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"critic_steps must be at least 1 and temperature above 0; found {self.critic_steps}, "
-                             f"{self.temperature}")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0; found {self.temperature}")
         if self.critic_target not in ("x0", "state") or self.levels not in ("segment", "above"):
             raise ValueError("critic_target must be 'x0' or 'state' and levels 'segment' or 'above'; found "
                              f"{self.critic_target!r}, {self.levels!r}")
