@@ -17,6 +17,12 @@ SHARE = 0.02                      # of pictures that may be unreadable
 NAMED = 3
 
 
+def check_count(count: int | None, found: int, where: object) -> None:
+    """RequestError for a data.count beyond what is there."""
+    if count is not None and count > found:
+        raise RequestError(f"images: '{where}' holds {found} images, fewer than data.count, which is {count}: leave it out for all of them.")
+
+
 def readable(key: str, names: Sequence[str], decode: Callable[[int], object], where: str) -> list[int]:
     """The numbers of the pictures that can be read, of those with these names.
 

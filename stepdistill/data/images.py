@@ -14,7 +14,7 @@ from ..diffusion.draws import fractions, key
 from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
-from .decoding import readable
+from .decoding import check_count, readable
 from .folders import Reads, captions_of, picture_files
 from .picture import KINDS, Size, read_picture
 from .prompts import Captions
@@ -73,9 +73,7 @@ class FolderImages:
         if not files:
             raise RequestError(f"images: '{folder}' holds no image. Put {KINDS} files there, each with a caption.")
         captions = [""] * len(files) if reads == "nothing" else captions_of(folder, files, reads)
-        if count is not None and count > len(files):
-            raise RequestError(f"images: '{folder}' holds {len(files)} images, fewer than data.count, which is {count}: leave it out for all "
-                               "of them.")
+        check_count(count, len(files), folder)
         files, captions = files[:count], captions[:count]
         names = [path.relative_to(folder).as_posix() for path in files]
         kept = readable(_digest(files, names), names, lambda i: read_picture(files[i]), str(folder))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .decoding import readable
+from .decoding import check_count, readable
 from .folders import Reads, caption_in, checked, class_named, decoded
 from .picture import KINDS, SUFFIXES, Size, read_picture
 
@@ -51,8 +51,7 @@ class ShardImages:
         found = [sample for shard in stats for sample in _samples(*shard)]
         if not found:
             raise RequestError(f"images: '{spec}' holds no picture: shards hold {KINDS} files, each with its caption in a .txt or .json file of the same name")
-        if count is not None and count > len(found):
-            raise RequestError(f"images: '{spec}' holds {len(found)} images, fewer than data.count, which is {count}: leave it out for all of them.")
+        check_count(count, len(found), spec)
         key = hashlib.blake2b(json.dumps([[shard.name, *rest] for shard, *rest in stats] + [count]).encode(), digest_size=16).hexdigest()
         found = found[:count]
         kept = readable(key, [place.name for place, _ in found], lambda i: read_picture(found[i][0].read(), name=found[i][0].name), str(spec))

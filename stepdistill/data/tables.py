@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import RequestError, first_lines
 from .cache import default_root
-from .decoding import readable
+from .decoding import check_count, readable
 from .folders import CAPTIONS, Reads, caption_in, checked, class_named
 from .picture import Size, read_picture
 
@@ -54,8 +54,7 @@ class TableImages:
         column = next((name for name in PICTURES if name in table.column_names), None)
         if column is None:
             raise RequestError(f"images: '{spec}' has no column of pictures ({', '.join(PICTURES)}); found {', '.join(table.column_names)}")
-        if count is not None and count > len(table):
-            raise RequestError(f"images: '{spec}' holds {len(table)} images, fewer than data.count, which is {count}: leave it out for all of them.")
+        check_count(count, len(table), spec)
         texts = _texts(table.select(range(count or len(table))), str(spec), reads, column)
         table = table.cast_column(column, Image(decode=False))
         key = f"{table._fingerprint}-{len(texts)}"                       # of datasets: it changes with the files and with every step
