@@ -17,7 +17,19 @@ from rich.markup import escape
 
 from . import __version__
 from .errors import RequestError, Stopped, of_the_system, printable
-from .printing import complain, emit, show, show_extracted, show_plan, show_progress, show_proofs, show_results, table, tell
+from .printing import (
+    complain,
+    emit,
+    show,
+    show_checked,
+    show_extracted,
+    show_plan,
+    show_progress,
+    show_proofs,
+    show_results,
+    table,
+    tell,
+)
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -110,8 +122,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     api = working()
-    from .data.prompts import all_captions, open_prompts
-    texts = None if prompts is None else all_captions(open_prompts(prompts))
+    from .data.prompts import texts_of
+    texts = texts_of(prompts)
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
                         features=features or None, reference=reference, prompts=texts, few_step=few_step or (), metrics=metric or (), plugins=plugins)
@@ -152,6 +164,20 @@ def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
              "beyond": {kind: {"tensors": count, "norm": norm} for kind, (count, norm) in found.beyond.items()},
              "layers": [vars(layer) for layer in found.layers]}
     emit(plain, as_json, lambda: show_extracted(found))
+
+
+@app.command()
+def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetensors file, or an export folder.")],
+          base: Annotated[str, typer.Option(help="The pipeline that it is for: a folder or Hub id.")],
+          out: Out = None, prompts: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
+          samples: Annotated[int, typer.Option(min=10, max=MANY, help="Pictures of the best calls.")] = 1000, seed: Seed = 0,
+          guidance: Guidance = None, features: Annotated[str | None, typer.Option(help="A CLIPModel's folder; that of Shapes unless given.")] = None,
+          as_json: Json = False) -> None:
+    """Find how a few-step LoRA of anybody's is called best."""
+    api = working()
+    from .data.prompts import texts_of
+    found = api.check(lora, base, out=out, prompts=texts_of(prompts), samples=samples, seed=seed, guidance=guidance, features=features)
+    emit(found.plain, as_json, lambda: show_checked(found))
 
 
 @app.command()

@@ -1,0 +1,185 @@
+"""How a LoRA of anybody's is called best on a base: what it says, what is measured, and which of these is believed."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import resources
+from ..data.cache import fingerprint
+from ..errors import RequestError
+from ..evaluation.features import Features, load_features
+from ..evaluation.own import PROMPTS, teacher_plan
+from ..evaluation.plans import Target, plans
+from ..evaluation.reference import ShapesSource, load_reference
+from ..evaluation.report import at_its_ease, read_results
+from ..evaluation.space import FeatureName
+from ..export.student import UNKNOWN, Student
+from ..export.write import may_write_new, write_found
+from ..methods.base import Frozen, Trained
+from ..models.given_lora import given_lora, wearing
+from ..models.quantized import quantization_of
+from ..models.roles import Weights, build_roles
+from ..models.schedulers import StockCall
+from ..models.sources import Source
+from ..models.stock import defaults
+from ..models.teacher import Teacher, load_teacher
+from .few_step import FIRST, SCALES, SECOND, STEPS, Found, Judge, Judged, Way, find_call, first_ways, gains, near_ways
+from .foreign_lora import Claim, ForeignLora
+from .reference import OwnPictures
+
+SOLVERS = ("dpmpp_2m", "euler", "ddim")            # of the base
+LEAST = 10                                         # pictures behind any figure
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found of a LoRA. base: what the base itself does in few evaluations; gains: the numbers of evaluations at which the LoRA
+    is better; folder: where its contract was written."""
+
+    lora: str
+    base: str
+    claim: Claim | None
+    found: Found
+    alone: tuple[Judged, ...]
+    gains: tuple[int, ...]
+    alpha_kept: bool
+    reference: str
+    folder: Path | None
+
+    @property
+    def way(self) -> Way:
+        return self.found.believed.way
+
+    @property
+    def believed(self) -> str:
+        """contract, metadata or measurement."""
+        return "measurement" if self.claim is None or self.found.believed is not self.found.claimed else self.claim.source
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        found = self.found
+        return {"lora": self.lora, "base": self.base, "believed": self.believed, "best": found.believed.plain,
+                "claimed": None if found.claimed is None else {"source": self.claim.source, **found.claimed.plain},
+                "alpha": "in the file" if self.alpha_kept else "lost", "gains": list(self.gains), "reference": self.reference,
+                "measured": [one.plain for one in found.last], "coarsely": [one.plain for one in found.second],
+                "alone": [one.plain for one in self.alone], "folder": None if self.folder is None else str(self.folder)}
+
+    @property
+    def words(self) -> str:
+        best, claimed = self.found.believed, self.found.claimed
+        lines = [f"call it by {best.way}", f"believed: the {self.believed}. {_distance(best)} to {self.reference}"]
+        if claimed is not None and claimed is not best:
+            lines += [f"its {self.claim.source} and its tensors disagree: the {self.claim.source} says {claimed.way}, which is at {_distance(claimed)}, "
+                      "worse beyond the intervals"]
+        if not self.alpha_kept and best.way.scale != 1:
+            lines += [f"its alpha was lost: it counts {best.way.scale:g} times"]
+        return "\n".join(lines + ([] if self.folder is None else [f"wrote {self.folder}"]))
+
+
+def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None, prompts: Sequence[str] | None = None, samples: int = 1000,
+               seed: int = 0, guidance: float | None = None, features: FeatureName | None = None, device: str | torch.device = "cpu",
+               say: Callable[[str], None] = print) -> Checked:
+    """See `api.check`. base: located."""
+    lora = ForeignLora.open(path)
+    if samples < LEAST:
+        raise RequestError(f"{samples} samples are too few for any figure: at least {LEAST}, and 1,000 for narrow intervals")
+    if out is not None:
+        may_write_new(Path(out))
+    ships = Path(base.place).is_relative_to(resources.SHARE / "assets")
+    if features is None and not ships:
+        raise RequestError(f"{base} does not draw Shapes, whose features are the only ones that ship: name the folder of a CLIPModel by --features")
+    teacher, weights = _worn(lora, base, guidance)
+    w = good_guidance(teacher) if guidance is None else guidance
+    asked = _prompts(ships, prompts, samples)
+    seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
+    target = Target(Path(base.place).name, teacher.loaded, given=teacher.call, guided=base.guided, identity=fingerprint(base.place))
+    claim = lora.claim(teacher)
+    found, alone, reference = _measured(teacher, target, weights, lora, claim, asked, seen, w, samples, seed, FIRST if ships else 4, say)
+    better = tuple(gains(found.second, alone))
+    if not better:
+        raise RequestError(_none_found(lora, base, found, alone))
+    folder = None if out is None else Path(out)
+    checked = Checked(lora.path, str(base), claim, found, tuple(alone), better, lora.has_alpha, reference, folder)
+    if folder is not None:
+        method = claim.method if claim is not None and checked.believed == "contract" else UNKNOWN
+        write_found(student_of(teacher, weights, checked.way, method, asked[0]), folder, "float16" if lora.half else "float32")
+    return checked
+
+
+def _worn(lora: ForeignLora, base: Source, guidance: float | None) -> tuple[Teacher, Weights]:
+    """The base, and the LoRA as an adapter of its network. RequestError where it does not fit, with the base that would."""
+    teacher = load_teacher(base, scale=guidance or 1.0)
+    if teacher.loaded is None:
+        raise RequestError(f"{base} is no pipeline of diffusers, and LoRAs are laid on the networks of these")
+    if (kind := quantization_of(teacher.network)) is not None:
+        raise RequestError(f"the network of {base} is quantised ({kind}), and a LoRA's weight is sought by adding it to plain weights: name the "
+                           "plain pipeline")
+    teacher.loaded.set_progress_bar_config(disable=True)
+    try:
+        return teacher, given_lora(teacher, str(lora.file))
+    except RequestError as error:
+        raise RequestError(f"{error}. {lora.made_for[0].upper()}{lora.made_for[1:]}") from error
+
+
+def good_guidance(teacher: Teacher) -> float:
+    """The scale at which a base draws well: that of its best row in the results.json beside it, else its pipeline's default."""
+    results = Path(teacher.source.place) / "results.json"
+    row = at_its_ease(read_results(results)["rows"]) if results.is_file() else None
+    if row is not None:
+        return row["guidance"]
+    return teacher.guidance.scale({name: value for name, value in defaults(teacher.cls).items() if value is not None})
+
+
+def _prompts(ships: bool, prompts: Sequence[str] | None, samples: int) -> list[str]:
+    """Those of the LoRA's pictures, and after them those of the reference's."""
+    if prompts is not None and not prompts:
+        raise RequestError("the list of prompts is empty")
+    texts = list(prompts or PROMPTS) if prompts is not None or not ships else ShapesSource().prompts(2 * samples)
+    return [texts[i % len(texts)] for i in range(2 * samples)]
+
+
+def _measured(teacher: Teacher, target: Target, weights: Weights, lora: ForeignLora, claim: Claim | None, asked: Sequence[str],
+              features: Features, w: float, samples: int, seed: int, batch: int,
+              say: Callable[[str], None]) -> tuple[Found, list[Judged], str]:
+    """What the race found, what the base does alone, and what they are measured against."""
+    dress = wearing(teacher.network, weights)
+    ease = teacher_plan(target, w, SOLVERS, say)
+    own = OwnPictures(ease, tuple(asked[samples:]), samples, seed + 1, batch)
+    reference = load_reference(features, own, None, say)
+    judge = Judge(target, features, reference, asked[:samples], seed, samples, batch, dress)
+    scales = sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
+    found = find_call(first_ways(teacher, scales), judge, lambda way: near_ways(teacher, way, w), samples, claim and claim.way, say)
+    say("the base itself in as many evaluations")
+    rows = plans(target, STEPS, tuple(dict.fromkeys((1.0, w))), SOLVERS[:1], say)
+    alone = [judge(Way(row.scheduler, row.call, row.nfe, row.steps, row.guidance, 0.0), min(SECOND, samples)) for row in rows]
+    dress(0.0)
+    return found, alone, f"{samples:,} of the base's own pictures, {ease.steps} steps at guidance {w:g}"
+
+
+def _none_found(lora: ForeignLora, base: Source, found: Found, alone: Sequence[Judged]) -> str:
+    best = min(found.second, key=lambda one: one.figure.value)
+    same = min((one for one in alone if one.way.nfe == best.way.nfe), key=lambda one: one.figure.value, default=min(alone, key=lambda one: one.figure.value))
+    return (f"no few-step LoRA: at its best, {best.way}, {lora.path} is at {_distance(best)}, and {base} itself at {_distance(same)} in {same.way.nfe} "
+            "network evaluations; it is better than that, beyond the intervals, at no number of them. It may be of a style, or for another base: "
+            f"{lora.made_for}")
+
+
+def _distance(one: Judged) -> str:
+    name = {"fd": "a Fréchet distance", "kid": "a kernel distance (KID)"}[one.distance]
+    return f"{name} of {one.figure.value:.4g} [{one.figure.low:.4g}, {one.figure.high:.4g}]"
+
+
+def student_of(teacher: Teacher, weights: Weights, way: Way, method: str, prompt: str) -> Student:
+    """The LoRA at its weight as a student that leaves by `export`."""
+    setting = replace(weights.setting, alpha=weights.setting.alpha * way.scale)
+    roles = build_roles(teacher, {"teacher": Frozen(), "student": Trained("teacher")}, {"student": setting},
+                        begin={"student": Weights(setting, weights.state)})
+    stock = StockCall(type(way.scheduler).__name__, {}, way.call)
+    source = replace(teacher.source, base=resources.portable(teacher.source.base))
+    student = Student.of(roles, "student", stock, method, run="check", base_model=source, prompts=(prompt,))
+    return replace(student, scheduler=way.scheduler)
