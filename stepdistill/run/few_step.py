@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..diffusion.schedule import RectifiedFlow
 from ..diffusion.times import LEVELS
-from ..evaluation.estimate import Estimate
-from ..evaluation.fd import Reference, frechet_infinity, too_few
+from ..evaluation.estimate import Estimate, around
+from ..evaluation.fd import Moments, Reference, frechet_infinity, slopes, too_few
 from ..evaluation.features import Features
-from ..evaluation.kernels import kid
+from ..evaluation.kernels import kid, kid_slopes
 from ..evaluation.means import clip_score
 from ..evaluation.plans import Plan, Target
 from ..methods.base import Inference
@@ -30,8 +30,9 @@ STEPS = (1, 2, 4, 8)
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)     # of a LoRA whose alpha may be lost
 STARTS = (0.4, 0.625)       # of one step from unit noise: Yin et al. 2024, arXiv:2405.14867; Zhou et al. 2024, arXiv:2404.04057
 COARSE_NODES, TCD_NOISE, SHIFT = 50, 0.3, 3.0     # of LCM-LoRAs; of TCD's (arXiv:2402.19159); of flows of large pictures
-FIRST, SECOND = 40, 160                           # pictures of a call in the first rounds
-KEPT, LAST = 3, 5                                 # calls of a number of steps in the second round; of all in the last
+FIRST, SECOND = 32, 120                           # pictures of a call in the first rounds
+KEPT, LAST = 4, 5                                 # calls of a number of steps in the second round; of all in the last
+GAIN = 0.2                                        # share of its distance by which a base is to be beaten
 SLACK = 0.05                                      # by how much of the best figure a call of fewer evaluations may be worse
 
 
@@ -59,17 +60,29 @@ class Way:
 
 @dataclass(frozen=True)
 class Judged:
-    """A way with its figures over so many samples. distance: "fd", or "kid" where these are too few for that; nearer is better."""
+    """A way with its figures over so many samples. distance: "fd", or "kid" where these are too few for that; nearer is better.
+
+    slopes: the derivatives of the figure towards each of its samples (n,) and towards each picture of the reference (m,).
+    """
 
     way: Way
     samples: int
     distance: str
     figure: Estimate
+    slopes: tuple[Tensor, Tensor]
     clip_score: float | None = None
 
     def beats(self, other: Judged) -> bool:
-        """Whether it is nearer to the reference beyond the intervals."""
-        return self.figure.high < other.figure.low
+        """Whether it is nearer to the reference beyond chance, as `apart` counts that. other: measured by the same figure."""
+        return self.apart(other).high < 0
+
+    def apart(self, other: Judged) -> Estimate:
+        """The difference of the figures. Both drew for the same prompts from the same noise, and share the reference: what is common to
+        them cancels, which their own intervals do not show."""
+        if (self.distance, self.samples) != (other.distance, other.samples):
+            raise ValueError(f"{self.distance} of {self.samples} samples is not held against {other.distance} of {other.samples}")
+        variance = sum((mine - theirs).var().item() / len(mine) for mine, theirs in zip(self.slopes, other.slopes, strict=True))
+        return around(self.figure.value - other.figure.value, variance)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -91,7 +104,7 @@ class Found:
 
     @property
     def believed(self) -> Judged:
-        """The claim, unless its call is worse than the best beyond the intervals."""
+        """The claim, unless its call is worse than the best beyond chance."""
         return self.best if self.claimed is None or self.best.beats(self.claimed) else self.claimed
 
 
@@ -121,15 +134,22 @@ def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Seque
     return Found(_cheapest(last), tuple(last), tuple(sorted(finer, key=_order)), said)
 
 
+def leaders(second: Iterable[Judged], nfe: Iterable[int] = STEPS) -> list[Judged]:
+    """The nearest of each of these numbers of network evaluations, as far as there are some."""
+    second = list(second)
+    groups = ([one for one in second if one.way.nfe == count] for count in nfe)
+    return [min(group, key=_order) for group in groups if group]
+
+
 def gains(second: Iterable[Judged], base: Iterable[Judged]) -> list[int]:
-    """The numbers of network evaluations at which a way is better, beyond the intervals, than everything that the base does with
-    them: none for what is no few-step generator. base: measured as the ways were."""
-    second, base = list(second), list(base)
+    """The numbers of network evaluations at which the nearest way is better than everything that the base does with as many, by GAIN
+    of its distance and beyond chance: none for what is no few-step generator. base: measured as the ways were."""
+    base = list(base)
     found = []
-    for nfe in sorted({one.way.nfe for one in base}):
-        plain = [one for one in base if one.way.nfe == nfe]
-        if any(all(one.beats(other) for other in plain) for one in second if one.way.nfe == nfe):
-            found.append(nfe)
+    for one in leaders(second, sorted({other.way.nfe for other in base})):
+        plain = [other for other in base if other.way.nfe == one.way.nfe]
+        if all(one.apart(other).high < -GAIN * max(other.figure.value, 0.0) for other in plain):
+            found.append(one.way.nfe)
     return found
 
 
@@ -167,29 +187,31 @@ def _cheapest(last: Sequence[Judged]) -> Judged:
 
 # -- ways ------------------------------------------------------------------------------------------------------------
 
-def first_ways(teacher: Teacher, scales: Sequence[float] = (1.0,), steps: Sequence[int] = STEPS) -> list[Way]:
-    """The calls that few-step generators on this teacher's noise are made for, without guidance: fresh noise in each step, or none.
+def first_ways(teacher: Teacher, scales: Sequence[float] = (1.0,), steps: Sequence[int] = STEPS, guidance: float = 1.0) -> list[Way]:
+    """The calls that few-step generators on this teacher's noise are made for: fresh noise in each step, or none.
 
-    One step is the same of both; on a discrete schedule it may begin below pure noise too.
+    One step is the same of both; on a discrete schedule it may begin below pure noise too. guidance: the base's scale, which only a
+    network that reads it is given at first.
     """
+    w = guidance if teacher.guidance.within else 1.0
     starts = () if isinstance(teacher.schedule, RectifiedFlow) else STARTS
     told = [Inference(1, noise=1.0, times=times) for times in (None, *((start,) for start in starts))] if 1 in steps else []
     told += [Inference(k, noise=noise) for k in steps if k > 1 for noise in (1.0, 0.0)]
-    return [way for scale in scales for inference in told if (way := way_of(teacher, inference, 1.0, scale)) is not None]
+    return [way for scale in scales for inference in told if (way := way_of(teacher, inference, w, scale)) is not None]
 
 
 def near_ways(teacher: Teacher, way: Way, guidance: float) -> list[Way]:
-    """What is worth a try beside a good call: the base's guidance, and another grid or share of noise."""
+    """What is worth a try beside a good call: the base's guidance or none, and another grid or share of noise."""
     told = way.inference
     if told is None:
         return []
-    found = [(told, guidance)] if guidance > 1 and way.guidance == 1 else []
+    found = [(told, guidance if way.guidance == 1 else 1.0)] if guidance > 1 else []
     if told.steps > 1 and isinstance(teacher.schedule, RectifiedFlow):
         own = teacher.scheduler.config["shift"] if is_flow(teacher.scheduler) and "shift" in teacher.scheduler.config else SHIFT
-        found += [(Inference(told.steps, told.noise, shift=shift), 1.0) for shift in sorted({own, SHIFT} - {1.0})]
+        found += [(Inference(told.steps, told.noise, shift=shift), way.guidance) for shift in sorted({own, SHIFT} - {1.0})]
     elif told.steps > 1:
-        found += [(Inference(told.steps, TCD_NOISE, end=1 / LEVELS), 1.0)]
-        found += [(Inference(told.steps, 1.0, nodes=COARSE_NODES), 1.0)] if told.noise == 1 else []
+        found += [(Inference(told.steps, TCD_NOISE, end=1 / LEVELS), way.guidance)]
+        found += [(Inference(told.steps, 1.0, nodes=COARSE_NODES), way.guidance)] if told.noise == 1 else []
     ways = (way_of(teacher, inference, w, way.scale) for inference, w in found)
     return [one for one in ways if one is not None]
 
@@ -229,9 +251,12 @@ class Judge:
     def __call__(self, way: Way, samples: int) -> Judged:
         seen = self._seen(way, samples)
         fits = None if self.texts is None else clip_score(seen, self.texts[:samples]).value
-        if samples < self.samples or too_few(samples, self.reference.whole.count, self.features.dim):
-            return Judged(way, samples, "kid", kid(seen, self.reference.subset), fits)
-        return Judged(way, samples, "fd", frechet_infinity(seen, self.reference, self.seed), fits)
+        other, whole = self.reference.subset, self.reference.whole
+        if samples < self.samples or too_few(samples, whole.count, self.features.dim):
+            return Judged(way, samples, "kid", kid(seen, other), kid_slopes(seen, other), fits)
+        here = Moments.of(seen)
+        both = slopes(seen, here, whole), slopes(other, whole, here)
+        return Judged(way, samples, "fd", frechet_infinity(seen, self.reference, self.seed), both, fits)
 
     def _seen(self, way: Way, samples: int) -> Tensor:
         """Features (samples, D)."""

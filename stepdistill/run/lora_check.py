@@ -27,11 +27,12 @@ from ..models.schedulers import StockCall
 from ..models.sources import Source
 from ..models.stock import defaults
 from ..models.teacher import Teacher, load_teacher
-from .few_step import FIRST, SCALES, SECOND, STEPS, Found, Judge, Judged, Way, find_call, first_ways, gains, near_ways
+from .few_step import FIRST, SCALES, STEPS, Found, Judge, Judged, Way, find_call, first_ways, gains, leaders, near_ways
 from .foreign_lora import Claim, ForeignLora
 from .reference import OwnPictures
 
 SOLVERS = ("dpmpp_2m", "euler", "ddim")            # of the base
+REFERENCE = 1000                                   # pictures of the base
 LEAST = 10                                         # pictures behind any figure
 
 
@@ -75,7 +76,7 @@ class Checked:
         lines = [f"call it by {best.way}", f"believed: the {self.believed}. {_distance(best)} to {self.reference}"]
         if claimed is not None and claimed is not best:
             lines += [f"its {self.claim.source} and its tensors disagree: the {self.claim.source} says {claimed.way}, which is at {_distance(claimed)}, "
-                      "worse beyond the intervals"]
+                      "worse beyond chance"]
         if not self.alpha_kept and best.way.scale != 1:
             lines += [f"its alpha was lost: it counts {best.way.scale:g} times"]
         return "\n".join(lines + ([] if self.folder is None else [f"wrote {self.folder}"]))
@@ -93,13 +94,13 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     ships = Path(base.place).is_relative_to(resources.SHARE / "assets")
     if features is None and not ships:
         raise RequestError(f"{base} does not draw Shapes, whose features are the only ones that ship: name the folder of a CLIPModel by --features")
-    teacher, weights = _worn(lora, base, guidance)
+    teacher, weights = worn(lora, base, guidance, device)
     w = good_guidance(teacher) if guidance is None else guidance
-    asked = _prompts(ships, prompts, samples)
     seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
-    target = Target(Path(base.place).name, teacher.loaded, given=teacher.call, guided=base.guided, identity=fingerprint(base.place))
-    claim = lora.claim(teacher)
-    found, alone, reference = _measured(teacher, target, weights, lora, claim, asked, seen, w, samples, seed, FIRST if ships else 4, say)
+    judge, reference = judging(teacher, weights, seen, w, _prompts(ships, prompts, samples), samples, seed, FIRST if ships else 4, say)
+    claim, scales = lora.claim(teacher), sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
+    found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples, claim and claim.way, say)
+    alone = _alone(judge, found, w, say)
     better = tuple(gains(found.second, alone))
     if not better:
         raise RequestError(_none_found(lora, base, found, alone))
@@ -107,13 +108,13 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     checked = Checked(lora.path, str(base), claim, found, tuple(alone), better, lora.has_alpha, reference, folder)
     if folder is not None:
         method = claim.method if claim is not None and checked.believed == "contract" else UNKNOWN
-        write_found(student_of(teacher, weights, checked.way, method, asked[0]), folder, "float16" if lora.half else "float32")
+        write_found(student_of(teacher, weights, checked.way, method, judge.prompts[0]), folder, "float16" if lora.half else "float32")
     return checked
 
 
-def _worn(lora: ForeignLora, base: Source, guidance: float | None) -> tuple[Teacher, Weights]:
+def worn(lora: ForeignLora, base: Source, guidance: float | None, device: str | torch.device = "cpu") -> tuple[Teacher, Weights]:
     """The base, and the LoRA as an adapter of its network. RequestError where it does not fit, with the base that would."""
-    teacher = load_teacher(base, scale=guidance or 1.0)
+    teacher = load_teacher(base, device=device, scale=guidance or 1.0)
     if teacher.loaded is None:
         raise RequestError(f"{base} is no pipeline of diffusers, and LoRAs are laid on the networks of these")
     if (kind := quantization_of(teacher.network)) is not None:
@@ -135,37 +136,45 @@ def good_guidance(teacher: Teacher) -> float:
     return teacher.guidance.scale({name: value for name, value in defaults(teacher.cls).items() if value is not None})
 
 
-def _prompts(ships: bool, prompts: Sequence[str] | None, samples: int) -> list[str]:
-    """Those of the LoRA's pictures, and after them those of the reference's."""
+def _prompts(ships: bool, prompts: Sequence[str] | None, samples: int) -> tuple[list[str], list[str]]:
+    """Those of the LoRA's pictures, and those of the reference's, which are others where there is no end of them."""
     if prompts is not None and not prompts:
         raise RequestError("the list of prompts is empty")
-    texts = list(prompts or PROMPTS) if prompts is not None or not ships else ShapesSource().prompts(2 * samples)
-    return [texts[i % len(texts)] for i in range(2 * samples)]
+    if prompts is None and ships:
+        texts = ShapesSource().prompts(max(samples, REFERENCE) + REFERENCE)
+        return texts[:samples], texts[-REFERENCE:]
+    return [*(prompts or PROMPTS)], [*(prompts or PROMPTS)]
 
 
-def _measured(teacher: Teacher, target: Target, weights: Weights, lora: ForeignLora, claim: Claim | None, asked: Sequence[str],
-              features: Features, w: float, samples: int, seed: int, batch: int,
-              say: Callable[[str], None]) -> tuple[Found, list[Judged], str]:
-    """What the race found, what the base does alone, and what they are measured against."""
-    dress = wearing(teacher.network, weights)
+def judging(teacher: Teacher, weights: Weights, features: Features, w: float, prompts: tuple[Sequence[str], Sequence[str]], samples: int,
+            seed: int, batch: int, say: Callable[[str], None]) -> tuple[Judge, str]:
+    """What measures a LoRA's calls, and the words for what they are measured against: the base's own pictures at the scale w.
+
+    prompts: of the LoRA's pictures, and of the base's. samples: pictures of a call in the last round.
+    """
+    source = teacher.source
+    target = Target(Path(source.place).name, teacher.loaded, given=teacher.call, guided=source.guided, identity=fingerprint(source.place))
     ease = teacher_plan(target, w, SOLVERS, say)
-    own = OwnPictures(ease, tuple(asked[samples:]), samples, seed + 1, batch)
-    reference = load_reference(features, own, None, say)
-    judge = Judge(target, features, reference, asked[:samples], seed, samples, batch, dress)
-    scales = sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
-    found = find_call(first_ways(teacher, scales), judge, lambda way: near_ways(teacher, way, w), samples, claim and claim.way, say)
+    reference = load_reference(features, OwnPictures(ease, tuple(prompts[1]), REFERENCE, seed + 1, batch), None, say)
+    judge = Judge(target, features, reference, prompts[0], seed, samples, batch, wearing(teacher.network, weights))
+    return judge, f"{REFERENCE:,} of the base's own pictures, {ease.steps} steps at guidance {w:g}"
+
+
+def _alone(judge: Judge, found: Found, w: float, say: Callable[[str], None]) -> list[Judged]:
+    """What the base does in as many evaluations, by a solver of its own and called as the LoRA is. Leaves the network the base's."""
     say("the base itself in as many evaluations")
-    rows = plans(target, STEPS, tuple(dict.fromkeys((1.0, w))), SOLVERS[:1], say)
-    alone = [judge(Way(row.scheduler, row.call, row.nfe, row.steps, row.guidance, 0.0), min(SECOND, samples)) for row in rows]
-    dress(0.0)
-    return found, alone, f"{samples:,} of the base's own pictures, {ease.steps} steps at guidance {w:g}"
+    rows = plans(judge.target, STEPS, tuple(dict.fromkeys((1.0, w))), SOLVERS[:1], say)
+    ways = [Way(row.scheduler, row.call, row.nfe, row.steps, row.guidance, 0.0) for row in rows]
+    alone = [judge(way, found.second[0].samples) for way in ways + [replace(one.way, scale=0.0) for one in leaders(found.second)]]
+    judge.dress(0.0)
+    return alone
 
 
 def _none_found(lora: ForeignLora, base: Source, found: Found, alone: Sequence[Judged]) -> str:
-    best = min(found.second, key=lambda one: one.figure.value)
-    same = min((one for one in alone if one.way.nfe == best.way.nfe), key=lambda one: one.figure.value, default=min(alone, key=lambda one: one.figure.value))
+    best = min(leaders(found.second), key=lambda one: one.figure.value)
+    same = min((one for one in alone if one.way.nfe == best.way.nfe), key=lambda one: one.figure.value)
     return (f"no few-step LoRA: at its best, {best.way}, {lora.path} is at {_distance(best)}, and {base} itself at {_distance(same)} in {same.way.nfe} "
-            "network evaluations; it is better than that, beyond the intervals, at no number of them. It may be of a style, or for another base: "
+            "network evaluations; it is better than that, beyond chance, at no number of them. It may be of a style, or for another base: "
             f"{lora.made_for}")
 
 
