@@ -97,7 +97,7 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     teacher, weights = worn(lora, base, guidance, device)
     w = good_guidance(teacher) if guidance is None else guidance
     seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
-    judge, reference = judging(teacher, weights, seen, w, _prompts(ships, prompts, samples), samples, seed, FIRST if ships else 4, say)
+    judge, reference = judging(teacher, weights, seen, w, prompts_of(ships, prompts, samples), samples, seed, FIRST if ships else 4, say)
     claim, scales = lora.claim(teacher), sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
     found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples, claim and claim.way, say)
     alone = _alone(judge, found, w, say)
@@ -136,7 +136,7 @@ def good_guidance(teacher: Teacher) -> float:
     return teacher.guidance.scale({name: value for name, value in defaults(teacher.cls).items() if value is not None})
 
 
-def _prompts(ships: bool, prompts: Sequence[str] | None, samples: int) -> tuple[list[str], list[str]]:
+def prompts_of(ships: bool, prompts: Sequence[str] | None, samples: int) -> tuple[list[str], list[str]]:
     """Those of the LoRA's pictures, and those of the reference's, which are others where there is no end of them."""
     if prompts is not None and not prompts:
         raise RequestError("the list of prompts is empty")
