@@ -250,7 +250,7 @@ def check(lora: str | Path, base: str | Path, *, out: str | Path | None = None, 
     its good `guidance`. samples: pictures of the calls in the last round; features: as of `bench`, one kind, those of Shapes for what
     ships. RequestError for what is no LoRA, for one of another base, and for one that is better than the base in no few steps.
     """
-    return check_lora(lora, located(Source.of(base)), out=out, prompts=prompts, samples=samples, seed=seed, guidance=guidance,
+    return check_lora(lora, Source.of(base), out=out, prompts=prompts, samples=samples, seed=seed, guidance=guidance,
                       features=None if features is None else _feature_spaces(features)[0], device=launched(), say=log.info)
 
 

@@ -27,6 +27,7 @@ from ..models.schedulers import is_flow, stock_scheduler
 from ..models.teacher import Teacher
 
 STEPS = (1, 2, 4, 8)
+GRID = ("original_inference_steps", "shift")
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)     # of a LoRA whose alpha may be lost
 STARTS = (0.4, 0.625)       # of one step from unit noise: Yin et al. 2024, arXiv:2405.14867; Zhou et al. 2024, arXiv:2404.04057
 COARSE_NODES, TCD_NOISE, SHIFT = 50, 0.3, 3.0     # of LCM-LoRAs; of TCD's (arXiv:2402.19159); of flows of large pictures
@@ -54,8 +55,14 @@ class Way:
 
     def __str__(self) -> str:
         call = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.call.items())
+        grid = ", ".join(f"{name}={value:g}" for name, value in self.grid.items())
         weight = "" if self.scale == 1 else f", LoRA weight {self.scale:g}"
-        return f"{type(self.scheduler).__name__}, {call}{weight}"
+        return f"{type(self.scheduler).__name__}({grid}), {call}{weight}"
+
+    @property
+    def grid(self) -> dict[str, float]:
+        """What of the scheduler's config says where its steps lie."""
+        return {name: self.scheduler.config[name] for name in GRID if name in self.scheduler.config}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Judged:
     @property
     def plain(self) -> dict[str, Any]:
         way = self.way
-        return {"scheduler": type(way.scheduler).__name__, "call": dict(way.call), "steps": way.steps, "nfe": way.nfe,
+        return {"scheduler": type(way.scheduler).__name__, "grid": way.grid, "call": dict(way.call), "steps": way.steps, "nfe": way.nfe,
                 "guidance": way.guidance, "scale": way.scale, "samples": self.samples, **self.figure.named(self.distance),
                 "clip_score": self.clip_score}
 

@@ -30,6 +30,7 @@ from ..models.teacher import Teacher, load_teacher
 from .few_step import FIRST, SCALES, STEPS, Found, Judge, Judged, Way, find_call, first_ways, gains, leaders, near_ways
 from .foreign_lora import Claim, ForeignLora
 from .reference import OwnPictures
+from .sources import located
 
 SOLVERS = ("dpmpp_2m", "euler", "ddim")            # of the base
 REFERENCE = 1000                                   # pictures of the base
@@ -85,8 +86,8 @@ class Checked:
 def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None, prompts: Sequence[str] | None = None, samples: int = 1000,
                seed: int = 0, guidance: float | None = None, features: FeatureName | None = None, device: str | torch.device = "cpu",
                say: Callable[[str], None] = print) -> Checked:
-    """See `api.check`. base: located."""
-    lora = ForeignLora.open(path)
+    """See `api.check`. base: as its user names it."""
+    lora, named, base = ForeignLora.open(path), base, located(base)
     if samples < LEAST:
         raise RequestError(f"{samples} samples are too few for any figure: at least {LEAST}, and 1,000 for narrow intervals")
     if out is not None:
@@ -105,10 +106,10 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     if not better:
         raise RequestError(_none_found(lora, base, found, alone))
     folder = None if out is None else Path(out)
-    checked = Checked(lora.path, str(base), claim, found, tuple(alone), better, lora.has_alpha, reference, folder)
+    checked = Checked(lora.path, str(named), claim, found, tuple(alone), better, lora.has_alpha, reference, folder)
     if folder is not None:
         method = claim.method if claim is not None and checked.believed == "contract" else UNKNOWN
-        write_found(student_of(teacher, weights, checked.way, method, judge.prompts[0]), folder, "float16" if lora.half else "float32")
+        write_found(student_of(teacher, weights, checked.way, method, named, judge.prompts[0]), folder, "float16" if lora.half else "float32")
     return checked
 
 
@@ -183,12 +184,12 @@ def _distance(one: Judged) -> str:
     return f"{name} of {one.figure.value:.4g} [{one.figure.low:.4g}, {one.figure.high:.4g}]"
 
 
-def student_of(teacher: Teacher, weights: Weights, way: Way, method: str, prompt: str) -> Student:
-    """The LoRA at its weight as a student that leaves by `export`."""
+def student_of(teacher: Teacher, weights: Weights, way: Way, method: str, base: Source, prompt: str) -> Student:
+    """The LoRA at its weight as a student that leaves by `export`. base: as its user names it."""
     setting = replace(weights.setting, alpha=weights.setting.alpha * way.scale)
     roles = build_roles(teacher, {"teacher": Frozen(), "student": Trained("teacher")}, {"student": setting},
                         begin={"student": Weights(setting, weights.state)})
     stock = StockCall(type(way.scheduler).__name__, {}, way.call)
-    source = replace(teacher.source, base=resources.portable(teacher.source.base))
+    source = replace(teacher.source, base=resources.portable(base.base))
     student = Student.of(roles, "student", stock, method, run="check", base_model=source, prompts=(prompt,))
     return replace(student, scheduler=way.scheduler)

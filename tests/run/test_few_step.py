@@ -135,6 +135,7 @@ def test_near_ways_change_guidance_grid_and_noise(diffusion, flow):
         ("LCMScheduler", 3.0, 8, 0.5), ("TCDScheduler", 1.0, 4, 0.5), ("LCMScheduler", 1.0, 4, 0.5)]
     assert near[1].call["eta"] == few_step.TCD_NOISE and near[2].scheduler.config.original_inference_steps == few_step.COARSE_NODES
     assert near[1].inference.end == 1 / LEVELS
+    assert str(near[2]) == "LCMScheduler(original_inference_steps=50), num_inference_steps=4, guidance_scale=1, LoRA weight 0.5"
     near = near_ways(flow, way_of(flow, Inference(4)), 1.0)
     assert [one.scheduler.config.shift for one in near] == [3.0] and near_ways(flow, near[0], 1.0)[0].scheduler.config.shift == 3.0
     assert near_ways(flow, Way(LCMScheduler(), {}, 4, 4), 3.0) == []

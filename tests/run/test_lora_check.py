@@ -90,13 +90,14 @@ def test_the_folder_draws_what_was_measured(root, tmp_path, told, guidance):
     measured = drawn(teacher.loaded, way.scheduler, **way.call)
     wear(0.0)
     teacher.loaded.scheduler = own
-    lora_check.write_found(lora_check.student_of(teacher, weights, way, "unknown", "red ring"), tmp_path / "out", "float32")
+    lora_check.write_found(lora_check.student_of(teacher, weights, way, "unknown", Source(str(root / "base")), "red ring"), tmp_path / "out", "float32")
     stock = StableDiffusionPipeline.from_pretrained(root / "base")
     call = stepdistill.load(stock, tmp_path / "out")
     assert call == dict(way.call) and type(stock.scheduler) is type(way.scheduler)
     assert (drawn(stock, **call) - measured).abs().max() < 1e-5
     assert sorted(file.name for file in (tmp_path / "out").rglob("*") if file.is_file()) == [FILE, "scheduler_config.json", "stepdistill.json"]
     settings = read_settings(tmp_path / "out")
+    assert settings["teacher"] == str(root / "base")
     assert settings["method"] == "unknown" and settings["steps"] == told.steps and settings["trained_guidance"] is None
     with safe_open(tmp_path / "out" / FILE, "pt") as file:
         said = file.metadata()
@@ -207,7 +208,7 @@ def test_it_is_said_where_what_it_says_and_its_tensors_disagree(root, cheap, mon
     best = replace(found.found.best, figure=Estimate(1.0, 0.5, 1.5))
     claimed = replace(best, way=found.claim.way, figure=Estimate(9.0, 8.0, 10.0))             # of the same slopes: surely worse
     lost = replace(found, found=Found(best, (best,), (best,), claimed))
-    assert lost.believed == "measurement" and "its metadata and its tensors disagree: the metadata says LCMScheduler, num_inference_steps=2" in lost.words
+    assert lost.believed == "measurement" and "its metadata and its tensors disagree: the metadata says LCMScheduler(original_inference_steps=2), num_inference_steps=2" in lost.words
     held = replace(found, found=Found(best, (best,), (best,), replace(claimed, figure=best.figure)))
     assert held.believed == "metadata" and "disagree" not in held.words and held.plain["claimed"]["source"] == "metadata"
 
@@ -222,4 +223,5 @@ def test_a_shipped_student_is_found_by_its_tensors_alone(tmp_path):
     best = found.plain["best"]
     assert best["scale"] == 0.25 and best["guidance"] == 1 and best["steps"] in (4, 8) and found.gains
     assert best["scheduler"] in ("LCMScheduler", "TCDScheduler")
-    assert read_settings(tmp_path / "out")["call"] == best["call"]
+    settings = read_settings(tmp_path / "out")
+    assert settings["call"] == best["call"] and settings["teacher"] == "assets/shapes-sd"
