@@ -3,9 +3,10 @@
     PYTHONPATH=$PWD python scripts/train_students.py runs/students
     PYTHONPATH=$PWD python scripts/check_students.py runs/students --out runs/check
 
-Takes the four shipped students and those of scripts/train_students.py that are there, strips them of everything but their tensors,
-renames them, loses an alpha in three, and checks each. A call is recovered where its Fréchet distance to real pictures is at most 1.1
-times that of the true call. Rows lie in OUT/results.json, one by one; what is there is left.
+Takes the four shipped students and those of scripts/train_students.py that are there, strips them of everything but
+their tensors, renames them, loses an alpha in three, and checks each. A call is recovered where its Fréchet distance to
+real pictures is at most 1.1 times that of the true call. Rows lie in OUT/results.json, one by one; what is there is
+left.
 """
 from __future__ import annotations
 
@@ -44,19 +45,22 @@ def main() -> None:
     args = parser.parse_args()
     api.quiet()
     exports = {name: STUDENTS / folder for name, folder in SHIPPED.items()}
-    exports |= {run.name: run / "export" / "lora" for run in sorted(args.runs.glob("*")) if (run / "export" / "lora").is_dir()}
+    exports |= {run.name: run / "export" / "lora" for run in sorted(args.runs.glob("*"))
+                if (run / "export" / "lora").is_dir()}
     file = args.out / "results.json"
     args.out.mkdir(parents=True, exist_ok=True)
     rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for number, name in enumerate(args.names or exports):
         if name not in rows:
-            rows[name] = row(exports[name], args.out / f"mystery-{number}.safetensors", LOST.get(name, 1.0), args.samples)
+            rows[name] = row(exports[name], args.out / f"mystery-{number}.safetensors", LOST.get(name, 1.0),
+                             args.samples)
             file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         print(name, {key: rows[name][key] for key in ("true", "found", "ratio", "recovered", "cpu_seconds")})
 
 
 def row(export: Path, bare: Path, scale: float, samples: int) -> dict[str, Any]:
-    """What is found of an export of which only tensors are left, in a file called `bare`; scale: what its lost alpha makes it count."""
+    """What is found of an export of which only tensors are left, in a file called `bare`; scale: what its lost alpha
+    makes it count."""
     told = ForeignLora.open(export)
     save_file({key: value / scale if ".lora_B." in key else value for key, value in load_file(told.file).items()}, bare)
     base = located(Source.of(told.settings["teacher"]))
@@ -65,8 +69,10 @@ def row(export: Path, bare: Path, scale: float, samples: int) -> dict[str, Any]:
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     true, ours = _true(told, base, scale), found.way
     ratio = 1.0 if _same(true, ours) else _ratio(ForeignLora.open(bare), base, true, ours)
-    return {"true": str(true), "found": str(ours), "scale": [scale, ours.scale], "steps": [true.steps, ours.steps], "ratio": ratio,
-            "recovered": ratio <= BOUND, "seconds": seconds, "cpu_seconds": cpu, "samples": samples, "check": found.plain}
+    return {"true": str(true), "found": str(ours), "scale": [scale, ours.scale], "steps": [true.steps, ours.steps],
+            "ratio": ratio,
+            "recovered": ratio <= BOUND, "seconds": seconds, "cpu_seconds": cpu, "samples": samples,
+            "check": found.plain}
 
 
 def _true(told: ForeignLora, base: Source, scale: float) -> Way:
@@ -86,7 +92,8 @@ def _ratio(lora: ForeignLora, base: Source, true: Way, ours: Way) -> float:
     features, source = load_features(folder), ShapesSource()
     reference = load_reference(features, source, folder / "reference.safetensors")
     target = Target("base", teacher.loaded, given=teacher.call)
-    judge = Judge(target, features, reference, source.prompts(FIGURES), 0, FIGURES, 100, wearing(teacher.network, weights))
+    judge = Judge(target, features, reference, source.prompts(FIGURES), 0, FIGURES, 100,
+                  wearing(teacher.network, weights))
     return judge(ours, FIGURES).figure.value / judge(true, FIGURES).figure.value
 
 

@@ -1,5 +1,5 @@
-"""Few-step students of several methods on the shipped teachers, for scripts/check_students.py: short trainings that begin with the
-shipped students. What is there already is left; what was stopped goes on.
+"""Few-step students of several methods on the shipped teachers, for scripts/check_students.py: short trainings that
+begin with the shipped students. What is there already is left; what was stopped goes on.
 
     PYTHONPATH=$PWD python scripts/train_students.py runs/students
 

@@ -74,7 +74,8 @@ def show_extracted(found: Any) -> None:
 
 def show_checked(found: Any) -> None:
     kind = found.found.best.distance
-    rows = [{"call": str(one.way), "NFE": one.way.nfe, kind: one.figure.value, "low": one.figure.low, "high": one.figure.high,
+    rows = [{"call": str(one.way), "NFE": one.way.nfe, kind: one.figure.value, "low": one.figure.low,
+             "high": one.figure.high,
              "clip_score": one.clip_score} for one in found.found.last]
     show(table(rows, tuple(rows[0])))
     tell(found.words)
@@ -118,7 +119,8 @@ def show_plan(found: dict[str, Any]) -> None:
         changed = " ".join(f"--set '{name}={value}'" for name, value in fit["switches"].items())
         verdict = f"fits with {changed}: then roughly {_size(fit['peak'])}" if changed else "fits"
         if not fit["fits"]:
-            verdict = f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed else "does not fit, and no switch is left"
+            verdict = (f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed
+                       else "does not fit, and no switch is left")
         tell(f"on a card of {_size(fit['memory'])} it {verdict}")
 
 

@@ -41,7 +41,8 @@ def given_lora(teacher: Teacher, path: str) -> Weights:
 
 
 def wearing(network: nn.Module, weights: Weights) -> Callable[[float], None]:
-    """A function that gives the network an adapter at a weight, from its own weights anew each time; at 0 it is the base again.
+    """A function that gives the network an adapter at a weight, from its own weights anew each time; at 0 it is the
+    base again.
 
     weights: of `given_lora`. A sum costs a pass nothing, where an adapter beside the weights does.
     """

@@ -1,8 +1,9 @@
-"""How a few-step generator is called best: a race of calls, by the distance of its pictures to those of its base at its ease.
+"""How a few-step generator is called best: a race of calls, by the distance of its pictures to those of its base at its
+ease.
 
-Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all calls with few pictures, the best few of each number of steps
-with more, and the best of these with as many as their figures need. No real pictures are wanted: the reference is the base's own,
-in many steps at its good guidance.
+Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all calls with few pictures, the best few of each
+number of steps with more, and the best of these with as many as their figures need. No real pictures are wanted: the
+reference is the base's own, in many steps at its good guidance.
 """
 from __future__ import annotations
 
@@ -29,20 +30,23 @@ from ..models.teacher import Teacher
 STEPS = (1, 2, 4, 8)
 GRID = ("original_inference_steps", "shift")
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)     # of a LoRA whose alpha may be lost
-STARTS = (0.4, 0.625)       # of one step from unit noise: Yin et al. 2024, arXiv:2405.14867; Zhou et al. 2024, arXiv:2404.04057
-COARSE_NODES, TCD_NOISE, SHIFT = 50, 0.3, 3.0     # of LCM-LoRAs; of TCD's (arXiv:2402.19159); of flows of large pictures
+# of one step from unit noise: Yin et al. 2024, arXiv:2405.14867; Zhou et al. 2024, arXiv:2404.04057
+STARTS = (0.4, 0.625)
+# of LCM-LoRAs; of TCD's (arXiv:2402.19159); of flows of large pictures
+COARSE_NODES, TCD_NOISE, SHIFT = 50, 0.3, 3.0
 FIRST, SECOND = 32, 120                           # pictures of a call in the first rounds
 KEPT, LAST = 4, 5                                 # calls of a number of steps in the second round; of all in the last
 GAIN = 0.2                                        # share of its distance by which a base is to be beaten
-SLACK = 0.05                                      # by how much of the best figure a call of fewer evaluations may be worse
+# by how much of the best figure a call of fewer evaluations may be worse
+SLACK = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
     """A way to call a generator: a stock scheduler and the literal keyword arguments of the pipeline's call.
 
-    nfe: network evaluations of a picture; guidance: 1 is none; scale: of the LoRA, 0 the base. inference: the same in words of the
-    mathematics, from which its neighbours are made; None of one that somebody else spelled.
+    nfe: network evaluations of a picture; guidance: 1 is none; scale: of the LoRA, 0 the base. inference: the same in
+    words of the mathematics, from which its neighbours are made; None of one that somebody else spelled.
     """
 
     scheduler: SchedulerMixin
@@ -54,7 +58,8 @@ class Way:
     inference: Inference | None = None
 
     def __str__(self) -> str:
-        call = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.call.items())
+        call = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                         for name, value in self.call.items())
         grid = ", ".join(f"{name}={value:g}" for name, value in self.grid.items())
         weight = "" if self.scale == 1 else f", LoRA weight {self.scale:g}"
         return f"{type(self.scheduler).__name__}({grid}), {call}{weight}"
@@ -67,9 +72,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Judged:
-    """A way with its figures over so many samples. distance: "fd", or "kid" where these are too few for that; nearer is better.
+    """A way with its figures over so many samples. distance: "fd", or "kid" where these are too few for that; nearer is
+    better.
 
-    slopes: the derivatives of the figure towards each of its samples (n,) and towards each picture of the reference (m,).
+    slopes: the derivatives of the figure towards each of its samples (n,) and towards each picture of the reference
+    (m,).
     """
 
     way: Way
@@ -80,29 +87,35 @@ class Judged:
     clip_score: float | None = None
 
     def beats(self, other: Judged) -> bool:
-        """Whether it is nearer to the reference beyond chance, as `apart` counts that. other: measured by the same figure."""
+        """Whether it is nearer to the reference beyond chance, as `apart` counts that. other: measured by the same
+        figure."""
         return self.apart(other).high < 0
 
     def apart(self, other: Judged) -> Estimate:
-        """The difference of the figures. Both drew for the same prompts from the same noise, and share the reference: what is common to
-        them cancels, which their own intervals do not show."""
+        """The difference of the figures. Both drew for the same prompts from the same noise, and share the reference:
+        what is common to them cancels, which their own intervals do not show."""
         if (self.distance, self.samples) != (other.distance, other.samples):
-            raise ValueError(f"{self.distance} of {self.samples} samples is not held against {other.distance} of {other.samples}")
-        variance = sum((mine - theirs).var().item() / len(mine) for mine, theirs in zip(self.slopes, other.slopes, strict=True))
+            raise ValueError(f"{self.distance} of {self.samples} samples is not held against {other.distance} of "
+                             f"{other.samples}")
+        variance = sum((mine - theirs).var().item() / len(mine)
+                       for mine, theirs in zip(self.slopes, other.slopes, strict=True))
         return around(self.figure.value - other.figure.value, variance)
 
     @property
     def plain(self) -> dict[str, Any]:
         way = self.way
-        return {"scheduler": type(way.scheduler).__name__, "grid": way.grid, "call": dict(way.call), "steps": way.steps, "nfe": way.nfe,
-                "guidance": way.guidance, "scale": way.scale, "samples": self.samples, **self.figure.named(self.distance),
+        return {"scheduler": type(way.scheduler).__name__, "grid": way.grid, "call": dict(way.call), "steps": way.steps,
+                "nfe": way.nfe,
+                "guidance": way.guidance, "scale": way.scale, "samples": self.samples,
+                **self.figure.named(self.distance),
                 "clip_score": self.clip_score}
 
 
 @dataclass(frozen=True)
 class Found:
-    """best: of the last round, the call of fewest evaluations that is as good as any. last: all of that round, the nearest first;
-    second: those of the round before, with fewer pictures. claimed: what was said of the generator, None where nothing was."""
+    """best: of the last round, the call of fewest evaluations that is as good as any. last: all of that round, the
+    nearest first; second: those of the round before, with fewer pictures. claimed: what was said of the generator, None
+    where nothing was."""
 
     best: Judged
     last: tuple[Judged, ...]
@@ -118,13 +131,14 @@ class Found:
 Measure = Callable[[Way, int], Judged]
 
 
-def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Sequence[Way]] = lambda way: (), samples: int = 1000,
+def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Sequence[Way]] = lambda way: (),
+              samples: int = 1000,
               claimed: Way | None = None, say: Callable[[str], None] = lambda text: None) -> Found:
     """The best of `ways`, of the neighbours of the best of them, and of what is claimed.
 
-    measure(way, n): of n samples, of which the first are those that fewer would be; so that nothing is drawn but what it draws, the
-    same call gives the same. near: ways that differ from one in what matters less, such as guidance, asked of the leaders alone.
-    samples: of a way in the last round.
+    measure(way, n): of n samples, of which the first are those that fewer would be; so that nothing is drawn but what
+    it draws, the same call gives the same. near: ways that differ from one in what matters less, such as guidance,
+    asked of the leaders alone. samples: of a way in the last round.
     """
     first, second = min(FIRST, samples), min(SECOND, samples)
     say(f"first round: {len(ways)} calls, {first} pictures each")
@@ -135,7 +149,8 @@ def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Seque
     leaders = _in_reach([group[0] for group in _by_steps(finer)])
     finer += [measure(way, second) for leader in leaders for way in near(leader.way)]
     chosen = [one.way for one in _finalists(finer)]
-    say(f"last round: {len(chosen)} calls{'' if claimed is None else ' and the one that is claimed'}, {samples} pictures each")
+    say(f"last round: {len(chosen)} calls{'' if claimed is None else ' and the one that is claimed'}, {samples} "
+        "pictures each")
     last = sorted((measure(way, samples) for way in chosen), key=_order)
     said = None if claimed is None else measure(claimed, samples)
     return Found(_cheapest(last), tuple(last), tuple(sorted(finer, key=_order)), said)
@@ -149,8 +164,9 @@ def leaders(second: Iterable[Judged], nfe: Iterable[int] = STEPS) -> list[Judged
 
 
 def gains(second: Iterable[Judged], base: Iterable[Judged]) -> list[int]:
-    """The numbers of network evaluations at which the nearest way is better than everything that the base does with as many, by GAIN
-    of its distance and beyond chance: none for what is no few-step generator. base: measured as the ways were."""
+    """The numbers of network evaluations at which the nearest way is better than everything that the base does with as
+    many, by GAIN of its distance and beyond chance: none for what is no few-step generator. base: measured as the ways
+    were."""
     base = list(base)
     found = []
     for one in leaders(second, sorted({other.way.nfe for other in base})):
@@ -186,7 +202,8 @@ def _finalists(finer: Sequence[Judged]) -> list[Judged]:
 
 
 def _cheapest(last: Sequence[Judged]) -> Judged:
-    """Of those within SLACK of the nearest the one of fewest evaluations; of several the one whose pictures fit their prompts best."""
+    """Of those within SLACK of the nearest the one of fewest evaluations; of several the one whose pictures fit their
+    prompts best."""
     best = min(last, key=_order).figure.value
     good = [one for one in last if one.figure.value <= best + SLACK * abs(best)]
     return min(good, key=lambda one: (one.way.nfe, -(one.clip_score or 0.0), one.figure.value))
@@ -194,15 +211,17 @@ def _cheapest(last: Sequence[Judged]) -> Judged:
 
 # -- ways ------------------------------------------------------------------------------------------------------------
 
-def first_ways(teacher: Teacher, scales: Sequence[float] = (1.0,), steps: Sequence[int] = STEPS, guidance: float = 1.0) -> list[Way]:
+def first_ways(teacher: Teacher, scales: Sequence[float] = (1.0,), steps: Sequence[int] = STEPS,
+               guidance: float = 1.0) -> list[Way]:
     """The calls that few-step generators on this teacher's noise are made for: fresh noise in each step, or none.
 
-    One step is the same of both; on a discrete schedule it may begin below pure noise too. guidance: the base's scale, which only a
-    network that reads it is given at first.
+    One step is the same of both; on a discrete schedule it may begin below pure noise too. guidance: the base's scale,
+    which only a network that reads it is given at first.
     """
     w = guidance if teacher.guidance.within else 1.0
     starts = () if isinstance(teacher.schedule, RectifiedFlow) else STARTS
-    told = [Inference(1, noise=1.0, times=times) for times in (None, *((start,) for start in starts))] if 1 in steps else []
+    told = ([Inference(1, noise=1.0, times=times) for times in (None, *((start,) for start in starts))]
+            if 1 in steps else [])
     told += [Inference(k, noise=noise) for k in steps if k > 1 for noise in (1.0, 0.0)]
     return [way for scale in scales for inference in told if (way := way_of(teacher, inference, w, scale)) is not None]
 
@@ -214,8 +233,10 @@ def near_ways(teacher: Teacher, way: Way, guidance: float) -> list[Way]:
         return []
     found = [(told, guidance if way.guidance == 1 else 1.0)] if guidance > 1 else []
     if told.steps > 1 and isinstance(teacher.schedule, RectifiedFlow):
-        own = teacher.scheduler.config["shift"] if is_flow(teacher.scheduler) and "shift" in teacher.scheduler.config else SHIFT
-        found += [(Inference(told.steps, told.noise, shift=shift), way.guidance) for shift in sorted({own, SHIFT} - {1.0})]
+        own = (teacher.scheduler.config["shift"] if is_flow(teacher.scheduler) and "shift" in teacher.scheduler.config
+               else SHIFT)
+        found += [(Inference(told.steps, told.noise, shift=shift), way.guidance)
+                  for shift in sorted({own, SHIFT} - {1.0})]
     elif told.steps > 1:
         found += [(Inference(told.steps, TCD_NOISE, end=1 / LEVELS), way.guidance)]
         found += [(Inference(told.steps, 1.0, nodes=COARSE_NODES), way.guidance)] if told.noise == 1 else []
@@ -231,7 +252,8 @@ def way_of(teacher: Teacher, inference: Inference, guidance: float = 1.0, scale:
     except ValueError:
         return None
     call = {**stock.call, **teacher.guidance.call(guidance)}
-    return Way(scheduler, call, evaluations_of(teacher, inference.steps, guidance), inference.steps, guidance, scale, inference)
+    return Way(scheduler, call, evaluations_of(teacher, inference.steps, guidance), inference.steps, guidance,
+               scale, inference)
 
 
 def evaluations_of(teacher: Teacher, steps: int, guidance: float) -> int:
@@ -242,13 +264,15 @@ def evaluations_of(teacher: Teacher, steps: int, guidance: float) -> int:
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 class Judge:
-    """Draws pictures of a way, and takes their distance to the reference's. Pictures are drawn once: a way that is measured with more
-    of them keeps those that it has."""
+    """Draws pictures of a way, and takes their distance to the reference's. Pictures are drawn once: a way that is
+    measured with more of them keeps those that it has."""
 
-    def __init__(self, target: Target, features: Features, reference: Reference, prompts: Sequence[str], seed: int, samples: int,
+    def __init__(self, target: Target, features: Features, reference: Reference, prompts: Sequence[str], seed: int,
+                 samples: int,
                  batch: int = FIRST, dress: Callable[[float], None] = lambda scale: None) -> None:
-        """target: of the pipeline; its scheduler and its call are the ways'. prompts: one after the other, over again. samples: of the
-        last round, from which on the distance is Fréchet's, where they are not too few. dress: gives the pipeline a LoRA at a scale."""
+        """target: of the pipeline; its scheduler and its call are the ways'. prompts: one after the other, over again.
+        samples: of the last round, from which on the distance is Fréchet's, where they are not too few. dress: gives
+        the pipeline a LoRA at a scale."""
         self.target, self.features, self.reference, self.dress = target, features, reference, dress
         self.prompts = [prompts[i % len(prompts)] for i in range(samples)]
         self.texts = features.texts(self.prompts) if target.prompted else None
@@ -271,11 +295,13 @@ class Judge:
         if len(kept) < samples:
             self.dress(way.scale)
             name = f"{self.target.name} by {type(way.scheduler).__name__}"
-            plan = Plan(self.target, name, way.scheduler, {**self.target.given, **way.call}, way.nfe, way.steps, way.guidance)
+            plan = Plan(self.target, name, way.scheduler, {**self.target.given, **way.call}, way.nfe, way.steps,
+                        way.guidance)
             kept = self.kept[way] = torch.cat([kept, *self._drawn(plan, torch.arange(len(kept), samples))])
         return kept[:samples]
 
     def _drawn(self, plan: Plan, ids: Tensor) -> Iterable[Tensor]:
         for some in ids.split(self.batch):
             pixels = plan.images([self.prompts[i] for i in some.tolist()], some, self.seed)
-            yield self.features.images(pixels.nan_to_num(0.0))         # a call that overflows is judged by its grey pictures
+            # a call that overflows is judged by its grey pictures
+            yield self.features.images(pixels.nan_to_num(0.0))

@@ -23,14 +23,18 @@ from .few_step import TCD_NOISE, Way, evaluations_of, way_of
 
 HINT = re.compile(r"\b(\d+)[ -]steps?\b(?: of (\w+))?", re.IGNORECASE)
 GUIDED = re.compile(r"\bguidance (\d+(?:\.\d+)?)")
-SPOKEN = ("modelspec.usage_hint", "ss_training_comment")                       # metadata in which a call is said in words
+# metadata in which a call is said in words
+SPOKEN = ("modelspec.usage_hint", "ss_training_comment")
 BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")    # and the base
 ENCODERS = ("text_encoder", "lora_te", "text_model", "te_", "te1_", "te2_")
 DETERMINISTIC = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 RENOISING = ("LCMScheduler", "FlowMatchLCMScheduler")
-WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}       # of the text that attn2 reads
-NAMES = (("single_transformer_blocks|single_blocks", "Flux"), ("joint_blocks|attn[._]add_k_proj", "Stable Diffusion 3 or one of its kind"),
-         (r"blocks[._]\d+[._](self|cross)_attn", "Wan"), ("down_blocks|input_blocks|mid_block", "a UNet such as Stable Diffusion's"),
+# of the text that attn2 reads
+WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+NAMES = (("single_transformer_blocks|single_blocks", "Flux"),
+         ("joint_blocks|attn[._]add_k_proj", "Stable Diffusion 3 or one of its kind"),
+         (r"blocks[._]\d+[._](self|cross)_attn", "Wan"),
+         ("down_blocks|input_blocks|mid_block", "a UNet such as Stable Diffusion's"),
          ("transformer_blocks", "a diffusion transformer"))
 
 
@@ -45,8 +49,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class ForeignLora:
-    """path: as it was named; file: its weights; settings: its stepdistill.json, None where it is a file alone. keys: its tensors'
-    names with their shapes."""
+    """path: as it was named; file: its weights; settings: its stepdistill.json, None where it is a file alone. keys:
+    its tensors' names with their shapes."""
 
     path: str
     file: Path
@@ -57,15 +61,15 @@ class ForeignLora:
 
     @classmethod
     def open(cls, path: str | Path) -> ForeignLora:
-        """A .safetensors file, a folder with one, or an export folder. RequestError for a pickle, for what is no LoRA, and for one that
-        is of a text encoder alone."""
+        """A .safetensors file, a folder with one, or an export folder. RequestError for a pickle, for what is no LoRA,
+        and for one that is of a text encoder alone."""
         path = str(resources.locate(path) or path)
         settings = None
         if Path(path).is_dir() and is_export(Path(path)):
             settings = read_settings(path)
             if settings["format"] == "pipeline":
-                raise RequestError(f"{path} is a whole pipeline and no LoRA: its {len(settings['call'])} keyword arguments stand in its "
-                                   "stepdistill.json, and `stepdistill bench` measures it")
+                raise RequestError(f"{path} is a whole pipeline and no LoRA: its {len(settings['call'])} keyword "
+                                   "arguments stand in its stepdistill.json, and `stepdistill bench` measures it")
             check_weights(path, settings)
         file = FusedLora(path if settings is None else str(Path(path) / settings["weights"])).file()
         with safe_open(file, "pt") as opened:
@@ -80,10 +84,11 @@ class ForeignLora:
         layers = [key for key in self.keys if re.search(r"lora[._]", key)]
         if not layers:
             first = min(self.keys, default="nothing")
-            raise RequestError(f"{self.path} is no LoRA: none of its {len(self.keys)} tensors is a factor of one; the first is {first}")
+            raise RequestError(f"{self.path} is no LoRA: none of its {len(self.keys)} tensors is a factor of one; "
+                               f"the first is {first}")
         if all(key.startswith(ENCODERS) for key in layers):
-            raise RequestError(f"{self.path} is a LoRA of a text encoder alone, and how many steps a pipeline takes is its denoiser's: name one "
-                               "of a UNet or a transformer")
+            raise RequestError(f"{self.path} is a LoRA of a text encoder alone, and how many steps a pipeline takes "
+                               "is its denoiser's: name one of a UNet or a transformer")
 
     @property
     def has_alpha(self) -> bool:
@@ -103,15 +108,18 @@ class ForeignLora:
         said = [self.metadata[name] for name in BASES if self.metadata.get(name)]
         if self.settings is not None:
             said = [self.settings["teacher"]]
-        widths = {shape[1] for key, shape in self.keys.items() if re.search("attn2[._]to_[kv]", key) and re.search("lora[._](A|down)", key)}
-        shown = next((name for names, name in NAMES if any(re.search(names, key) for key in self.keys)), "no network that is known here")
+        widths = {shape[1] for key, shape in self.keys.items() if re.search("attn2[._]to_[kv]", key)
+                  and re.search("lora[._](A|down)", key)}
+        shown = next((name for names, name in NAMES if any(re.search(names, key) for key in self.keys)),
+                     "no network that is known here")
         if len(widths) == 1:
             width = widths.pop()
             shown = WIDTHS.get(width, f"a UNet that reads a text of {width} numbers a token")
         return f"its tensors are of {shown}" + (f", and it says that it is for {said[0]}" if said else "")
 
     def claim(self, teacher: Teacher) -> Claim | None:
-        """The contract of its folder, else what its metadata say; None where they say nothing that a stock scheduler does."""
+        """The contract of its folder, else what its metadata say; None where they say nothing that a stock scheduler
+        does."""
         if self.settings is not None:
             call, scheduler = self.settings["call"], read_scheduler(self.path)
             return Claim("contract", self._way(teacher, scheduler, call), self.settings["method"])

@@ -39,8 +39,8 @@ LEAST = 10                                         # pictures behind any figure
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found of a LoRA. base: what the base itself does in few evaluations; gains: the numbers of evaluations at which the LoRA
-    is better; folder: where its contract was written."""
+    """What was found of a LoRA. base: what the base itself does in few evaluations; gains: the numbers of evaluations
+    at which the LoRA is better; folder: where its contract was written."""
 
     lora: str
     base: str
@@ -59,7 +59,8 @@ class Checked:
     @property
     def believed(self) -> str:
         """contract, metadata or measurement."""
-        return "measurement" if self.claim is None or self.found.believed is not self.found.claimed else self.claim.source
+        return ("measurement" if self.claim is None or self.found.believed is not self.found.claimed
+                else self.claim.source)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -67,7 +68,8 @@ class Checked:
         found = self.found
         return {"lora": self.lora, "base": self.base, "believed": self.believed, "best": found.believed.plain,
                 "claimed": None if found.claimed is None else {"source": self.claim.source, **found.claimed.plain},
-                "alpha": "in the file" if self.alpha_kept else "lost", "gains": list(self.gains), "reference": self.reference,
+                "alpha": "in the file" if self.alpha_kept else "lost", "gains": list(self.gains),
+                "reference": self.reference,
                 "measured": [one.plain for one in found.last], "coarsely": [one.plain for one in found.second],
                 "alone": [one.plain for one in self.alone], "folder": None if self.folder is None else str(self.folder)}
 
@@ -76,31 +78,37 @@ class Checked:
         best, claimed = self.found.believed, self.found.claimed
         lines = [f"call it by {best.way}", f"believed: the {self.believed}. {_distance(best)} to {self.reference}"]
         if claimed is not None and claimed is not best:
-            lines += [f"its {self.claim.source} and its tensors disagree: the {self.claim.source} says {claimed.way}, which is at {_distance(claimed)}, "
-                      "worse beyond chance"]
+            lines += [f"its {self.claim.source} and its tensors disagree: the {self.claim.source} says {claimed.way}, "
+                      f"which is at {_distance(claimed)}, worse beyond chance"]
         if not self.alpha_kept and best.way.scale != 1:
             lines += [f"its alpha was lost: it counts {best.way.scale:g} times"]
         return "\n".join(lines + ([] if self.folder is None else [f"wrote {self.folder}"]))
 
 
-def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None, prompts: Sequence[str] | None = None, samples: int = 1000,
-               seed: int = 0, guidance: float | None = None, features: FeatureName | None = None, device: str | torch.device = "cpu",
+def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None, prompts: Sequence[str] | None = None,
+               samples: int = 1000,
+               seed: int = 0, guidance: float | None = None, features: FeatureName | None = None,
+               device: str | torch.device = "cpu",
                say: Callable[[str], None] = print) -> Checked:
     """See `api.check`. base: as its user names it."""
     lora, named, base = ForeignLora.open(path), base, located(base)
     if samples < LEAST:
-        raise RequestError(f"{samples} samples are too few for any figure: at least {LEAST}, and 1,000 for narrow intervals")
+        raise RequestError(f"{samples} samples are too few for any figure: at least {LEAST}, and 1,000 for "
+                           "narrow intervals")
     if out is not None:
         may_write_new(Path(out))
     ships = Path(base.place).is_relative_to(resources.SHARE / "assets")
     if features is None and not ships:
-        raise RequestError(f"{base} does not draw Shapes, whose features are the only ones that ship: name the folder of a CLIPModel by --features")
+        raise RequestError(f"{base} does not draw Shapes, whose features are the only ones that ship: name the "
+                           "folder of a CLIPModel by --features")
     teacher, weights = worn(lora, base, guidance, device)
     w = good_guidance(teacher) if guidance is None else guidance
     seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
-    judge, reference = judging(teacher, weights, seen, w, prompts_of(ships, prompts, samples), samples, seed, FIRST if ships else 4, say)
+    judge, reference = judging(teacher, weights, seen, w, prompts_of(ships, prompts, samples), samples, seed,
+                               FIRST if ships else 4, say)
     claim, scales = lora.claim(teacher), sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
-    found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples, claim and claim.way, say)
+    found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples,
+                      claim and claim.way, say)
     alone = _alone(judge, found, w, say)
     better = tuple(gains(found.second, alone))
     if not better:
@@ -109,18 +117,21 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     checked = Checked(lora.path, str(named), claim, found, tuple(alone), better, lora.has_alpha, reference, folder)
     if folder is not None:
         method = claim.method if claim is not None and checked.believed == "contract" else UNKNOWN
-        write_found(student_of(teacher, weights, checked.way, method, named, judge.prompts[0]), folder, "float16" if lora.half else "float32")
+        write_found(student_of(teacher, weights, checked.way, method, named, judge.prompts[0]), folder, "float16"
+                    if lora.half else "float32")
     return checked
 
 
-def worn(lora: ForeignLora, base: Source, guidance: float | None, device: str | torch.device = "cpu") -> tuple[Teacher, Weights]:
-    """The base, and the LoRA as an adapter of its network. RequestError where it does not fit, with the base that would."""
+def worn(lora: ForeignLora, base: Source, guidance: float | None, device: str | torch.device = "cpu") -> tuple[Teacher,
+                                                                                                               Weights]:
+    """The base, and the LoRA as an adapter of its network. RequestError where it does not fit, with the base that
+    would."""
     teacher = load_teacher(base, device=device, scale=guidance or 1.0)
     if teacher.loaded is None:
         raise RequestError(f"{base} is no pipeline of diffusers, and LoRAs are laid on the networks of these")
     if (kind := quantization_of(teacher.network)) is not None:
-        raise RequestError(f"the network of {base} is quantised ({kind}), and a LoRA's weight is sought by adding it to plain weights: name the "
-                           "plain pipeline")
+        raise RequestError(f"the network of {base} is quantised ({kind}), and a LoRA's weight is sought by adding "
+                           "it to plain weights: name the plain pipeline")
     teacher.loaded.set_progress_bar_config(disable=True)
     try:
         return teacher, given_lora(teacher, str(lora.file))
@@ -129,7 +140,8 @@ def worn(lora: ForeignLora, base: Source, guidance: float | None, device: str | 
 
 
 def good_guidance(teacher: Teacher) -> float:
-    """The scale at which a base draws well: that of its best row in the results.json beside it, else its pipeline's default."""
+    """The scale at which a base draws well: that of its best row in the results.json beside it, else its pipeline's
+    default."""
     results = Path(teacher.source.place) / "results.json"
     row = at_its_ease(read_results(results)["rows"]) if results.is_file() else None
     if row is not None:
@@ -147,14 +159,17 @@ def prompts_of(ships: bool, prompts: Sequence[str] | None, samples: int) -> tupl
     return [*(prompts or PROMPTS)], [*(prompts or PROMPTS)]
 
 
-def judging(teacher: Teacher, weights: Weights, features: Features, w: float, prompts: tuple[Sequence[str], Sequence[str]], samples: int,
+def judging(teacher: Teacher, weights: Weights, features: Features, w: float,
+            prompts: tuple[Sequence[str], Sequence[str]], samples: int,
             seed: int, batch: int, say: Callable[[str], None]) -> tuple[Judge, str]:
-    """What measures a LoRA's calls, and the words for what they are measured against: the base's own pictures at the scale w.
+    """What measures a LoRA's calls, and the words for what they are measured against: the base's own pictures at the
+    scale w.
 
     prompts: of the LoRA's pictures, and of the base's. samples: pictures of a call in the last round.
     """
     source = teacher.source
-    target = Target(Path(source.place).name, teacher.loaded, given=teacher.call, guided=source.guided, identity=fingerprint(source.place))
+    target = Target(Path(source.place).name, teacher.loaded, given=teacher.call, guided=source.guided,
+                    identity=fingerprint(source.place))
     ease = teacher_plan(target, w, SOLVERS, say)
     reference = load_reference(features, OwnPictures(ease, tuple(prompts[1]), REFERENCE, seed + 1, batch), None, say)
     judge = Judge(target, features, reference, prompts[0], seed, samples, batch, wearing(teacher.network, weights))
@@ -162,11 +177,13 @@ def judging(teacher: Teacher, weights: Weights, features: Features, w: float, pr
 
 
 def _alone(judge: Judge, found: Found, w: float, say: Callable[[str], None]) -> list[Judged]:
-    """What the base does in as many evaluations, by a solver of its own and called as the LoRA is. Leaves the network the base's."""
+    """What the base does in as many evaluations, by a solver of its own and called as the LoRA is. Leaves the network
+    the base's."""
     say("the base itself in as many evaluations")
     rows = plans(judge.target, STEPS, tuple(dict.fromkeys((1.0, w))), SOLVERS[:1], say)
     ways = [Way(row.scheduler, row.call, row.nfe, row.steps, row.guidance, 0.0) for row in rows]
-    alone = [judge(way, found.second[0].samples) for way in ways + [replace(one.way, scale=0.0) for one in leaders(found.second)]]
+    alone = [judge(way, found.second[0].samples)
+             for way in ways + [replace(one.way, scale=0.0) for one in leaders(found.second)]]
     judge.dress(0.0)
     return alone
 
@@ -174,9 +191,9 @@ def _alone(judge: Judge, found: Found, w: float, say: Callable[[str], None]) -> 
 def _none_found(lora: ForeignLora, base: Source, found: Found, alone: Sequence[Judged]) -> str:
     best = min(leaders(found.second), key=lambda one: one.figure.value)
     same = min((one for one in alone if one.way.nfe == best.way.nfe), key=lambda one: one.figure.value)
-    return (f"no few-step LoRA: at its best, {best.way}, {lora.path} is at {_distance(best)}, and {base} itself at {_distance(same)} in {same.way.nfe} "
-            "network evaluations; it is better than that, beyond chance, at no number of them. It may be of a style, or for another base: "
-            f"{lora.made_for}")
+    return (f"no few-step LoRA: at its best, {best.way}, {lora.path} is at {_distance(best)}, and {base} itself "
+            f"at {_distance(same)} in {same.way.nfe} network evaluations; it is better than that, beyond chance, "
+            f"at no number of them. It may be of a style, or for another base: {lora.made_for}")
 
 
 def _distance(one: Judged) -> str:

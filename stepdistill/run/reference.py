@@ -14,7 +14,8 @@ from ..evaluation.protocol import fingerprint
 
 @dataclass(frozen=True)
 class OwnPictures:
-    """Of a plan of the base, as `evaluation.reference.load_reference` reads a source: computed once, and kept in the cache.
+    """Of a plan of the base, as `evaluation.reference.load_reference` reads a source: computed once, and kept in the
+    cache.
 
     asked: prompts, one after the other, over again.
     """
@@ -29,7 +30,8 @@ class OwnPictures:
     @property
     def name(self) -> str:
         plan = self.plan
-        made = fingerprint([plan.target.identity, plan.name, STEPS, plan.guidance, str(plan.call), list(self.asked), self.seed, self.batch])
+        made = fingerprint([plan.target.identity, plan.name, STEPS, plan.guidance, str(plan.call), list(self.asked),
+                            self.seed, self.batch])
         return f"{plan.name} of {plan.target.name}:{self.count}@{made}"
 
     def pictures(self) -> Iterator[Tensor]:

@@ -31,13 +31,14 @@ def flow(tmp_path_factory):
 
 def way(steps: int, scale: float = 1.0, guidance: float = 1.0, noise: float = 1.0) -> Way:
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    return Way(LCMScheduler() if noise else DDIMScheduler(), call, steps * (2 if guidance > 1 else 1), steps, guidance, scale,
+    return Way(LCMScheduler() if noise else DDIMScheduler(), call, steps * (2 if guidance > 1 else 1), steps,
+               guidance, scale,
                Inference(steps, noise))
 
 
 class Known:
-    """Figures of a law: far from (scale 1/4, 4 steps, fresh noise) is worse. They come nearer to it with more samples, with what the
-    seed of a way adds."""
+    """Figures of a law: far from (scale 1/4, 4 steps, fresh noise) is worse. They come nearer to it with more samples,
+    with what the seed of a way adds."""
 
     def __init__(self, spread: float = 0.0) -> None:
         self.asked: list[tuple[Way, int]] = []
@@ -117,27 +118,33 @@ def test_what_gains_nothing_over_its_base_is_no_few_step_generator():
 
 
 def spelled(ways) -> set[tuple]:
-    return {(type(one.scheduler).__name__, one.steps, one.nfe, one.scale, tuple(one.call.get("timesteps", ()))) for one in ways}
+    return {(type(one.scheduler).__name__, one.steps, one.nfe, one.scale, tuple(one.call.get("timesteps", ())))
+            for one in ways}
 
 
 def test_first_ways_are_what_the_family_spells(diffusion, flow):
     found = first_ways(diffusion, (0.5, 1.0), (1, 4))
     assert spelled(found) == {(name, steps, steps, scale, times) for scale in (0.5, 1.0) for name, steps, times in (
-        ("LCMScheduler", 1, ()), ("LCMScheduler", 1, (399,)), ("LCMScheduler", 1, (624,)), ("LCMScheduler", 4, ()), ("DDIMScheduler", 4, ()))}
+        ("LCMScheduler", 1, ()), ("LCMScheduler", 1, (399,)), ("LCMScheduler", 1, (624,)), ("LCMScheduler", 4, ()),
+        ("DDIMScheduler", 4, ()))}
     assert len(found) == 10
     assert spelled(first_ways(flow)) == {("FlowMatchLCMScheduler", 1, 1, 1.0, ())} | {
-        (name, steps, steps, 1.0, ()) for steps in (2, 4, 8) for name in ("FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler")}
+        (name, steps, steps, 1.0, ()) for steps in (2, 4, 8)
+        for name in ("FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler")}
 
 
 def test_near_ways_change_guidance_grid_and_noise(diffusion, flow):
     near = near_ways(diffusion, way_of(diffusion, Inference(4, 1.0), scale=0.5), 3.0)
     assert [(type(one.scheduler).__name__, one.call["guidance_scale"], one.nfe, one.scale) for one in near] == [
         ("LCMScheduler", 3.0, 8, 0.5), ("TCDScheduler", 1.0, 4, 0.5), ("LCMScheduler", 1.0, 4, 0.5)]
-    assert near[1].call["eta"] == few_step.TCD_NOISE and near[2].scheduler.config.original_inference_steps == few_step.COARSE_NODES
+    assert (near[1].call["eta"] == few_step.TCD_NOISE and near[2].scheduler.config.original_inference_steps
+            == few_step.COARSE_NODES)
     assert near[1].inference.end == 1 / LEVELS
-    assert str(near[2]) == "LCMScheduler(original_inference_steps=50), num_inference_steps=4, guidance_scale=1, LoRA weight 0.5"
+    assert (str(near[2]) == "LCMScheduler(original_inference_steps=50), num_inference_steps=4, guidance_scale=1, "
+            "LoRA weight 0.5")
     near = near_ways(flow, way_of(flow, Inference(4)), 1.0)
-    assert [one.scheduler.config.shift for one in near] == [3.0] and near_ways(flow, near[0], 1.0)[0].scheduler.config.shift == 3.0
+    assert ([one.scheduler.config.shift for one in near] == [3.0]
+            and near_ways(flow, near[0], 1.0)[0].scheduler.config.shift == 3.0)
     assert near_ways(flow, Way(LCMScheduler(), {}, 4, 4), 3.0) == []
 
 
@@ -172,7 +179,8 @@ def test_pictures_are_drawn_once_and_measured_as_a_bench_does(monkeypatch):
     real = torch.randn(60, 3, generator=torch.Generator().manual_seed(9))
     reference = Reference((Moments.of(real[0::2]), Moments.of(real[1::2])), real)
     target = SimpleNamespace(name="base", given={}, prompted=True, pipeline=None)
-    judge = Judge(target, Flat(), reference, [f"prompt {i}" for i in range(3)], 0, 40, 8, lambda scale: worn.__setitem__(0, scale))
+    judge = Judge(target, Flat(), reference, [f"prompt {i}" for i in range(3)], 0, 40, 8,
+                  lambda scale: worn.__setitem__(0, scale))
     one, other = way(4, 0.5), way(4, 2.0)
     first, _, last = judge(one, 16), judge(other, 16), judge(one, 40)
     assert drawn == [(0.5, [*range(8)]), (0.5, [*range(8, 16)]), (2.0, [*range(8)]), (2.0, [*range(8, 16)]),
@@ -198,8 +206,8 @@ def test_slopes_are_the_derivatives_of_the_figures():
 
 
 def by_differences(figure, points, i: int, j: int) -> float:
-    """Of the slopes at two points: the figure with either of them twice and the other not at all. A mean over pairs has then one of a point
-    with its twin."""
+    """Of the slopes at two points: the figure with either of them twice and the other not at all. A mean over pairs has
+    then one of a point with its twin."""
     twice, other = points.clone(), points.clone()
     twice[j], other[i] = points[i], points[j]
     return len(points) * (figure(twice) - figure(other)) / 2

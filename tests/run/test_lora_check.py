@@ -63,7 +63,8 @@ def drawn(pipe, scheduler=None, **call) -> torch.Tensor:
     if scheduler is not None:
         pipe.scheduler = scheduler
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, **call}
-    return torch.from_numpy(pipe(["red ring", "blue"], generator=torch.Generator().manual_seed(0), output_type="np", **call).images)
+    return torch.from_numpy(pipe(["red ring", "blue"], generator=torch.Generator().manual_seed(0), output_type="np",
+                                 **call).images)
 
 
 @pytest.mark.parametrize("name", ["even", "uneven"])
@@ -79,7 +80,8 @@ def test_a_worn_lora_is_the_stock_adapter_at_that_weight(root, name):
     assert torch.equal(drawn(teacher.loaded), plain)
 
 
-@pytest.mark.parametrize("told, guidance", [(Inference(2, 1.0), 1.0), (Inference(4), 2.0), (Inference(4, TCD_NOISE, end=1 / LEVELS), 1.0),
+@pytest.mark.parametrize("told, guidance", [(Inference(2, 1.0), 1.0), (Inference(4), 2.0),
+                                            (Inference(4, TCD_NOISE, end=1 / LEVELS), 1.0),
                                             (Inference(1, 1.0, times=(0.4,)), 1.0)])
 def test_the_folder_draws_what_was_measured(root, tmp_path, told, guidance):
     _, teacher, weights = opened(root, "uneven")
@@ -90,12 +92,14 @@ def test_the_folder_draws_what_was_measured(root, tmp_path, told, guidance):
     measured = drawn(teacher.loaded, way.scheduler, **way.call)
     wear(0.0)
     teacher.loaded.scheduler = own
-    lora_check.write_found(lora_check.student_of(teacher, weights, way, "unknown", Source(str(root / "base")), "red ring"), tmp_path / "out", "float32")
+    lora_check.write_found(lora_check.student_of(teacher, weights, way, "unknown", Source(str(root / "base")),
+                                                 "red ring"), tmp_path / "out", "float32")
     stock = StableDiffusionPipeline.from_pretrained(root / "base")
     call = stepdistill.load(stock, tmp_path / "out")
     assert call == dict(way.call) and type(stock.scheduler) is type(way.scheduler)
     assert (drawn(stock, **call) - measured).abs().max() < 1e-5
-    assert sorted(file.name for file in (tmp_path / "out").rglob("*") if file.is_file()) == [FILE, "scheduler_config.json", "stepdistill.json"]
+    assert (sorted(file.name for file in (tmp_path / "out").rglob("*") if file.is_file())
+            == [FILE, "scheduler_config.json", "stepdistill.json"])
     settings = read_settings(tmp_path / "out")
     assert settings["teacher"] == str(root / "base")
     assert settings["method"] == "unknown" and settings["steps"] == told.steps and settings["trained_guidance"] is None
@@ -114,11 +118,13 @@ def test_what_it_says_of_itself(root, tmp_path):
                "2 steps of DDIMScheduler, classifier-free guidance 3.5": ("DDIMScheduler", 2, 3.5),
                "a 4-step LoRA": ("LCMScheduler", 4, 1.0)}
     for text, (scheduler, steps, guidance) in spelled.items():
-        said = ForeignLora.open(bare(file, tmp_path / "said.safetensors", {"modelspec.usage_hint": text})).claim(teacher)
+        said = ForeignLora.open(bare(file, tmp_path / "said.safetensors",
+                                     {"modelspec.usage_hint": text})).claim(teacher)
         assert said.source == "metadata" and type(said.way.scheduler).__name__ == scheduler
         assert (said.way.steps, said.way.call["guidance_scale"], said.way.scale) == (steps, guidance, 1.0)
     for text in ("best at weight 0.8", "4 steps of DPMSolverSinglestepScheduler", "0 steps"):
-        assert ForeignLora.open(bare(file, tmp_path / "said.safetensors", {"modelspec.usage_hint": text})).claim(teacher) is None
+        assert ForeignLora.open(bare(file, tmp_path / "said.safetensors",
+                                     {"modelspec.usage_hint": text})).claim(teacher) is None
     kohya = {"ss_network_dim": "2", "ss_network_alpha": "4.0", "ss_training_comment": "2 steps"}
     lora = ForeignLora.open(bare(file, tmp_path / "kohya.safetensors", kohya))
     assert lora.told_scale == 2.0 and lora.claim(teacher).way.scale == 2.0
@@ -129,7 +135,8 @@ def test_a_contract_is_read_as_it_stands():
     base = lora_check.load_teacher("assets/shapes-sd")
     claim = ForeignLora.open(STUDENTS / "shapes-lcm").claim(base)
     assert (claim.source, claim.method, claim.way.nfe, claim.way.scale) == ("contract", "lcm", 4, 1.0)
-    assert claim.way.call == {"num_inference_steps": 4, "guidance_scale": 1.0} and claim.way.scheduler.config.original_inference_steps == 10
+    assert (claim.way.call == {"num_inference_steps": 4, "guidance_scale": 1.0}
+            and claim.way.scheduler.config.original_inference_steps == 10)
     assert lora_check.good_guidance(base) == 2.0                    # of its results.json
 
 
@@ -154,7 +161,8 @@ def test_what_is_refused(root, tmp_path):
     assert "is a LoRA of a text encoder alone" in refused(root, tmp_path / "encoder.safetensors")
     assert "is for the text_encoder too" in refused(root, save_lora(tmp_path / "both", encoder=True))
     save_file({"unet.conv_in.weight": torch.zeros(2)}, tmp_path / "none.safetensors")
-    assert "is no LoRA: none of its 1 tensors is a factor of one; the first is unet.conv_in.weight" in refused(root, tmp_path / "none.safetensors")
+    assert ("is no LoRA: none of its 1 tensors is a factor of one; the first is "
+            "unet.conv_in.weight" in refused(root, tmp_path / "none.safetensors"))
     assert "does not draw Shapes" in refused(root, root / "even", features=None)
     assert "9 samples are too few" in refused(root, root / "even", samples=9)
     (tmp_path / "full").mkdir()
@@ -167,12 +175,14 @@ def test_what_is_refused(root, tmp_path):
 def test_a_lora_of_another_base_is_refused_with_the_one_that_would_fit(root, tmp_path):
     other = save_tiny_sd3(tmp_path / "sd3")
     said = refused(root, root / "even", other)
-    assert "does not fit this StableDiffusion3Pipeline" in said and "Its tensors are of a UNet that reads a text of 16 numbers a token" in said
+    assert ("does not fit this StableDiffusion3Pipeline" in said and "Its tensors are of a UNet that reads a text "
+            "of 16 numbers a token" in said)
     wide = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(2, 2048),
             "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight": torch.zeros(32, 2)}
     save_file(wide, tmp_path / "xl.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
     said = refused(root, tmp_path / "xl.safetensors")
-    assert "does not fit" in said and said.endswith("Its tensors are of Stable Diffusion XL, and it says that it is for sdxl_base_v1-0")
+    assert "does not fit" in said and said.endswith("Its tensors are of Stable Diffusion XL, and it says that it "
+                                                    "is for sdxl_base_v1-0")
     shapes = refused(root, STUDENTS / "shapes-sd3-dmd2")
     assert "Stable Diffusion 3 or one of its kind, and it says that it is for assets/shapes-sd3" in shapes
 
@@ -198,19 +208,24 @@ def test_the_command_says_what_it_found_and_writes_it(root, cheap, monkeypatch, 
     settings = read_settings(tmp_path / "out")
     assert settings["call"] == found.plain["best"]["call"] and settings["scheduler"] == found.plain["best"]["scheduler"]
     assert found.words.startswith("call it by ") and found.words.endswith(f"wrote {tmp_path / 'out'}")
-    assert sorted(one.way.nfe for one in found.alone) == [1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8]     # a solver's, guided too, and the LoRA's own
+    # a solver's, guided too, and the LoRA's own
+    assert sorted(one.way.nfe for one in found.alone) == [1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8]
 
 
 def test_it_is_said_where_what_it_says_and_its_tensors_disagree(root, cheap, monkeypatch):
     monkeypatch.setattr(lora_check, "gains", lambda second, base: [1])
-    found = api.check(bare(root / "even" / FILE, root / "said.safetensors", {"modelspec.usage_hint": "2 steps of LCMScheduler"}),
+    found = api.check(bare(root / "even" / FILE, root / "said.safetensors",
+                           {"modelspec.usage_hint": "2 steps of LCMScheduler"}),
                       root / "base", features=Flat(), samples=12, guidance=2.0)
     best = replace(found.found.best, figure=Estimate(1.0, 0.5, 1.5))
-    claimed = replace(best, way=found.claim.way, figure=Estimate(9.0, 8.0, 10.0))             # of the same slopes: surely worse
+    # of the same slopes: surely worse
+    claimed = replace(best, way=found.claim.way, figure=Estimate(9.0, 8.0, 10.0))
     lost = replace(found, found=Found(best, (best,), (best,), claimed))
-    assert lost.believed == "measurement" and "its metadata and its tensors disagree: the metadata says LCMScheduler(original_inference_steps=2), num_inference_steps=2" in lost.words
+    assert (lost.believed == "measurement" and "its metadata and its tensors disagree: the metadata says "
+            "LCMScheduler(original_inference_steps=2), num_inference_steps=2" in lost.words)
     held = replace(found, found=Found(best, (best,), (best,), replace(claimed, figure=best.figure)))
-    assert held.believed == "metadata" and "disagree" not in held.words and held.plain["claimed"]["source"] == "metadata"
+    assert (held.believed == "metadata" and "disagree" not in held.words and held.plain["claimed"]["source"]
+            == "metadata")
 
 
 @pytest.mark.long
