@@ -12,7 +12,18 @@ from ..diffusion.guidance import drawn
 from ..methods.adversarial.add import ADD, Settings
 from .paths import elsewhere
 from .paths_add import paths
-from .problem import Check, FunctionRole, Problem, condition_error, difference, gradient, largest, off_law, off_zero, stock_times
+from .problem import (
+    Check,
+    FunctionRole,
+    Problem,
+    condition_error,
+    difference,
+    gradient,
+    largest,
+    off_law,
+    off_zero,
+    stock_times,
+)
 
 COUNT, FEW, MANY, STEPS = 256, 5_000, 20_000, 4
 

@@ -12,7 +12,18 @@ from ..diffusion.schedule import like
 from ..methods.adversarial.ladd import LADD, Settings
 from .paths import elsewhere
 from .paths_ladd import paths
-from .problem import Check, FunctionRole, Problem, difference, gradient, largest, moments, normal_values, off_law, off_zero
+from .problem import (
+    Check,
+    FunctionRole,
+    Problem,
+    difference,
+    gradient,
+    largest,
+    moments,
+    normal_values,
+    off_law,
+    off_zero,
+)
 
 COUNT, FEW, MANY, STEPS = 256, 5_000, 40_000, 4
 

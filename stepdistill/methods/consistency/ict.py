@@ -3,7 +3,7 @@
     [data, noise] is cut at the levels of Karras et al., twice as many each time
     t > s  <- neighbours, drawn as ln t ~ N(-1.1, 2^2) falls between them           (t, s: sigma / alpha)
     x_t, x_s  <- the data under one noise at t and at s
-    loss   =  d( f(x_t, t), f(x_s, s) ) / (t - s)             the second with its gradient stopped, under the same dropout
+    loss   =  d( f(x_t, t), f(x_s, s) ) / (t - s)         the second with its gradient stopped, under the same dropout
     d      =  the pseudo-Huber distance of whole samples
 
 No teacher is asked, no target averaged, nothing guided: what is learned is the law of the data under its prompts. The
@@ -15,8 +15,8 @@ are nodes too. A discrete schedule has no more nodes than times.
 d is a distance to a mean only where its c is above what it measures: with the paper's c, errors of noisy targets in few
 dimensions are weighed as their median would be.
 
-Source of the defaults: (p) the paper; as numbers they were read in diffusers' script of consistency training, whose d is
-of single elements.
+Source of the defaults: (p) the paper; as numbers they were read in diffusers' script of consistency training, whose d
+is of single elements.
 """
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ class SiD(Method):
     @classmethod
     def refusal(cls, settings: Settings, data: str) -> str | None:
         return None if not settings.gan_weight or data != "prompts" else (
-            f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give data.images, or set gan_weight: 0")
+            f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give data.images, "
+            "or set gan_weight: 0")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -146,5 +147,4 @@ class SiD(Method):
         return [each.clamp(-10, 10) for each in self.discriminator(x_t, t, cond)]
 
     def critic_condition(self, cond: Condition, step: Step) -> Condition:
-        """By the critic."""
         return with_exit(cond, self.sampler, step) if self.settings.exit_embedding else cond
