@@ -93,11 +93,11 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0, le=1e30) # none: train.lr
 
 
-Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int
-                                                             | Annotated[list[int], Field(min_length=2, max_length=2)])]
-Guidance = Annotated[float | tuple[float, float], PlainValidator(read_guidance, json_schema_input_type=float
-                                                                 | Annotated[list[float],
-                                                                             Field(min_length=2, max_length=2)])]
+TWO = Field(min_length=2, max_length=2)
+Resolution = Annotated[int | tuple[int, int],
+                       PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], TWO])]
+Guidance = Annotated[float | tuple[float, float],
+                     PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], TWO])]
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
 Choice = Annotated[RoleChoice, BeforeValidator(full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
 
