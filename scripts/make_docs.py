@@ -105,7 +105,7 @@ the held-out pictures right. Repeat it with `scripts/gpu/cifar.sh`, in pieces.
 | method | evaluations | FD | its ratio to the teacher's | updates of {batch} | minutes |
 |---|---|---|---|---|---|
 """
-GPU_RECORDS = ("smoke", "memory", "throughput", "world", "cifar")
+GPU_RECORDS = ("smoke", "memory", "throughput", "jvp", "world", "cifar")
 
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
@@ -180,6 +180,10 @@ def gpu_page() -> str:
                   f"updates a second, {row['ratio']:.2f} × a hand-written loop of the same passes "
                   f"(`{found['command']}`).\n"
                   for name, row in found["figures"].items()]
+    if found := records.get("jvp"):
+        parts += [f"\nAttention with its derivative forward, {key.replace(' ', ', ')} tokens, on an {found['device']}: "
+                  f"{row['jvp_ms']:.2f} ms, {row['ratio']:.2f} × the forward alone, {row['added_mb']:.0f} MB beside "
+                  "arguments and results (`scripts/gpu/jvp.sh`).\n" for key, row in found["figures"].items()]
     if found := records.get("smoke"):
         outcomes = [test["outcome"] for test in found["figures"].values()]
         parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} "
