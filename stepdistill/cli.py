@@ -193,8 +193,7 @@ def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetenso
           base: Annotated[str, typer.Option(help="The pipeline that it is for: a folder or Hub id.")],
           out: Out = None, prompts: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
           samples: Annotated[int, typer.Option(min=10, max=MANY, help="Pictures of the best calls.")] = 1000,
-          seed: Seed = 0,
-          guidance: Guidance = None,
+          seed: Seed = 0, guidance: Guidance = None,
           features: Annotated[str | None,
                               typer.Option(help="A CLIPModel's folder; that of Shapes unless given.")] = None,
           as_json: Json = False) -> None:
@@ -211,12 +210,13 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
                                                                help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0, plugins: Plugins = None,
            out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
+           fast: Annotated[bool, typer.Option("--fast", help="Closed forms and contracts alone.")] = False,
            as_json: Json = False) -> None:
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
     from .proofs.run import verify as prove
     try:
-        found = prove(*methods or (), seed=seed, out=out, done=show_progress, plugins=plugins)
+        found = prove(*methods or (), seed=seed, out=out, fast=fast, done=show_progress, plugins=plugins)
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written but logs", 1)
     emit(found, as_json, lambda: show_proofs(found, out))
@@ -225,9 +225,8 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.",
-                                                       autocompletion=lambda incomplete: _names("methods",
-                                                                                                incomplete))] = None,
+def methods(name: Annotated[str | None, typer.Argument(
+                help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue
