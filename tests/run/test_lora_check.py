@@ -22,8 +22,9 @@ from stepdistill.methods.base import Inference
 from stepdistill.models.given_lora import wearing
 from stepdistill.models.sources import Source
 from stepdistill.run import lora_check
-from stepdistill.run.few_step import TCD_NOISE, Found, way_of
-from stepdistill.run.foreign_lora import ForeignLora
+from stepdistill.run.few_step import TCD_NOISE, Found, Judged, way_of
+from stepdistill.run.foreign_lora import Claim, ForeignLora
+from stepdistill.run.lora_check import Checked
 from tests.models.test_sources import save_lora
 from tests.recipe.test_given_lora import save_uneven
 from tests.tiny import save_tiny, save_tiny_sd3
@@ -212,20 +213,20 @@ def test_the_command_says_what_it_found_and_writes_it(root, cheap, monkeypatch, 
     assert sorted(one.way.nfe for one in found.alone) == [1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8]
 
 
-def test_it_is_said_where_what_it_says_and_its_tensors_disagree(root, cheap, monkeypatch):
-    monkeypatch.setattr(lora_check, "gains", lambda second, base: [1])
-    found = api.check(bare(root / "even" / FILE, root / "said.safetensors",
-                           {"modelspec.usage_hint": "2 steps of LCMScheduler"}),
-                      root / "base", features=Flat(), samples=12, guidance=2.0)
-    best = replace(found.found.best, figure=Estimate(1.0, 0.5, 1.5))
-    # of the same slopes: surely worse
-    claimed = replace(best, way=found.claim.way, figure=Estimate(9.0, 8.0, 10.0))
-    lost = replace(found, found=Found(best, (best,), (best,), claimed))
-    assert (lost.believed == "measurement" and "its metadata and its tensors disagree: the metadata says "
-            "LCMScheduler(original_inference_steps=2), num_inference_steps=2" in lost.words)
-    held = replace(found, found=Found(best, (best,), (best,), replace(claimed, figure=best.figure)))
-    assert (held.believed == "metadata" and "disagree" not in held.words and held.plain["claimed"]["source"]
-            == "metadata")
+def test_it_is_said_where_what_it_says_and_its_tensors_disagree(root):
+    _, teacher, _ = opened(root, "even")
+    slopes = torch.tensor([1.0, -1.0]), torch.zeros(2)
+    best = Judged(way_of(teacher, Inference(4), scale=0.5), 2, "fd", Estimate(1.0, 0.5, 1.5), slopes)
+    said = Judged(way_of(teacher, Inference(2, 1.0)), 2, "fd", Estimate(9.0, 8.0, 10.0), slopes)       # surely worse
+    raced = Found(best, (best,), (best,), said)
+    found = Checked("x", "base", Claim("metadata", said.way), raced, (), (4,), False, "", None)
+    assert found.believed == "measurement" and found.way is best.way
+    assert ("its metadata and its tensors disagree: the metadata says LCMScheduler(original_inference_steps=2), "
+            "num_inference_steps=2" in found.words)
+    assert "its alpha was lost: it counts 0.5 times" in found.words
+    held = replace(found, found=replace(found.found, claimed=replace(said, figure=best.figure)))
+    assert held.believed == "metadata" and held.way is said.way and "disagree" not in held.words
+    assert held.plain["claimed"]["source"] == "metadata" and held.plain["alpha"] == "lost"
 
 
 @pytest.mark.long
