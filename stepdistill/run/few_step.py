@@ -132,8 +132,8 @@ Measure = Callable[[Way, int], Judged]
 
 
 def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Sequence[Way]] = lambda way: (),
-              samples: int = 1000,
-              claimed: Way | None = None, say: Callable[[str], None] = lambda text: None) -> Found:
+              samples: int = 1000, claimed: Way | None = None, twin: Callable[[Way], Way] | None = None,
+              say: Callable[[str], None] = lambda text: None) -> Found:
     """The best of `ways`, of the neighbours of the best of them, and of what is claimed.
 
     measure(way, n): of n samples, of which the first are those that fewer would be; so that nothing is drawn but what
@@ -148,7 +148,8 @@ def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Seque
     finer = [measure(way, second) for way in kept]
     leaders = _in_reach([group[0] for group in _by_steps(finer)])
     finer += [measure(way, second) for leader in leaders for way in near(leader.way)]
-    chosen = [one.way for one in _finalists(finer)]
+    alike = None if twin is None else lambda one: measure(twin(one.way), second)
+    chosen = [one.way for one in (_finalists(finer) if alike is None else _sound(finer, alike))]
     say(f"last round: {len(chosen)} calls{'' if claimed is None else ' and the one that is claimed'}, {samples} "
         "pictures each")
     last = sorted((measure(way, samples) for way in chosen), key=_order)
@@ -199,6 +200,20 @@ def _finalists(finer: Sequence[Judged]) -> list[Judged]:
     leaders = _in_reach([group[0] for group in _by_steps(finer)])
     others = [one for one in sorted(_in_reach(finer), key=_order) if one not in leaders]
     return sorted(leaders + others[:max(0, LAST - len(leaders))], key=_order)
+
+
+def _sound(finer: Sequence[Judged], alike: Callable[[Judged], Judged]) -> list[Judged]:
+    """The finalists of those that beat the base called alike; of all where none does."""
+    left, sound = list(finer), set()
+    while left:
+        finalists = _finalists(left)
+        asked = [one for one in finalists if one.way not in sound]
+        if not asked:
+            return finalists
+        good = {one.way for one in asked if one.beats(alike(one))}
+        sound |= good
+        left = [one for one in left if one.way in good or one not in asked]
+    return _finalists(finer)
 
 
 def _cheapest(last: Sequence[Judged]) -> Judged:

@@ -108,7 +108,7 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
                                FIRST if ships else 4, say)
     claim, scales = lora.claim(teacher), sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
     found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples,
-                      claim and claim.way, say)
+                      claim and claim.way, lambda way: replace(way, scale=0.0), say)
     alone = _alone(judge, found, w, say)
     better = tuple(gains(found.second, alone))
     if not better:

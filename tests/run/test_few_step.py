@@ -81,6 +81,19 @@ def test_a_neighbour_may_be_the_best():
     assert found.best.way.guidance == 3.0 and found.best.way.nfe == 8 and found.best.figure.value == pytest.approx(0.5)
 
 
+def test_a_call_at_which_the_base_is_as_good_is_none_of_the_lora():
+    class Hardly(Known):
+        """The best of all is a LoRA that is hardly worn in eight steps, where the base is as good."""
+
+        def truth(self, way: Way) -> float:
+            return 1.0 if way.steps == 8 and way.scale <= 1 / 8 else 9.0 if not way.scale else super().truth(way)
+
+    twin = lambda one: replace(one, scale=0.0)
+    assert find_call(ALL, Hardly(), samples=400).best.way.steps == 8
+    best = find_call(ALL, Hardly(), samples=400, twin=twin).best.way
+    assert (best.scale, best.steps) == (1 / 4, 4)
+
+
 def judged(value: float, steps: int = 4, half: float = 0.0, fits: float | None = None, sign: int = 1, **more) -> Judged:
     """Differences to one of the other sign are known to 2 half."""
     slopes = torch.tensor([1.0, -1.0]).repeat(200) * sign * half * 400 ** 0.5 / Z, torch.zeros(10)

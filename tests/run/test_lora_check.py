@@ -203,8 +203,8 @@ def test_a_lora_that_gains_nothing_is_refused(root, cheap):
 
 def test_the_command_says_what_it_found_and_writes_it(root, cheap, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lora_check, "gains", lambda second, base: [1])
-    found = api.check(root / "uneven", root / "base", out=tmp_path / "out", features=Flat(), samples=12, guidance=2.0)
-    again = api.check(root / "uneven", root / "base", features=Flat(), samples=12, guidance=2.0)
+    found = api.check(root / "uneven", root / "base", out=tmp_path / "out", features=Flat(), samples=11, guidance=2.0)
+    again = api.check(root / "uneven", root / "base", features=Flat(), samples=11, guidance=2.0)
     assert found.believed == "measurement" and json.dumps(found.plain | {"folder": None}) == json.dumps(again.plain)
     settings = read_settings(tmp_path / "out")
     assert settings["call"] == found.plain["best"]["call"] and settings["scheduler"] == found.plain["best"]["scheduler"]
