@@ -49,6 +49,13 @@ def _cell(value: Any) -> str:
 
 
 def show_results(results: dict[str, Any], out: Path) -> None:
+    if "compose" in results:
+        own = results["protocol"].get("metrics", {})
+        show(table([row | row["metrics"] for row in results["rows"]], ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own)))
+        for one in results["compose"]:
+            tell(f"{one['lora']} at guidance {one['guidance']:g}: {one['verdict']}")
+        tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and a picture of each LoRA in {out / 'samples'}")
+        return
     if "dim" not in results["protocol"]:                       # against the teacher's own pictures
         own = results["protocol"].get("metrics", {})
         show(table([row | row["metrics"] for row in results["rows"]],

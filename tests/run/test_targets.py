@@ -34,6 +34,7 @@ from stepdistill.evaluation.plans import Target, evaluations, plans, serve
 from stepdistill.export import read_settings
 from stepdistill.models.sources import Source
 from stepdistill.models.stock import cut
+from stepdistill.run import benching
 from stepdistill.run.targets import Opened, call_as_asked, open_target, teachers
 
 
@@ -191,9 +192,9 @@ def test_the_teacher_of_a_student_stands_at_its_best(monkeypatch):
     """At few evaluations an unguided teacher has twice the steps: at the student's scale alone it would be a strawman."""
     asked = []
     opened = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"), Source("there"), 2.0)
-    monkeypatch.setattr(api, "open_target", lambda target, called, few_step, say, plugins: opened)
-    monkeypatch.setattr(api, "teachers", lambda opened, say: [])
-    monkeypatch.setattr(api.sweep, "bench", lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
+    monkeypatch.setattr(benching, "open_target", lambda target, called, few_step, say, plugins: opened)
+    monkeypatch.setattr(benching, "teachers", lambda opened, say: [])
+    monkeypatch.setattr(benching.sweep, "bench", lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
     api.bench("here", reference="shapes")
     api.bench("here", reference="shapes", guidance=[3.0])
     assert asked == [(1.0, 2.0), (3.0,)]

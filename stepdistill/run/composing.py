@@ -1,0 +1,75 @@
+"""A bench of a student under other people's LoRAs."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import resources
+from ..errors import RequestError
+from ..evaluation.compose import SAMPLES, SCALES, bench_composed
+from ..evaluation.reference import ShapesSource
+from ..evaluation.report import Results
+from ..evaluation.space import FeatureName, FeatureNames
+from ..export import read_settings
+from ..export.folder import is_export
+from ..models.families import stock_prompts
+from ..models.sources import FusedLora
+from ..recipe.plugins import Folder
+from ..training import launched
+from . import folder
+from .benching import common, feature_spaces
+from .sources import marked
+from .targets import open_target, ships, teachers
+from .telling import log
+
+PROMPTS = 8                                        # captions of Shapes
+
+
+def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scales: Sequence[float] | None, samples: int | None,
+            out: str | Path, features: FeatureName | FeatureNames | None, prompts: Sequence[str] | None, metrics: Sequence[str],
+            plugins: str | Path | None, unused: Mapping[str, Any], **told: Any) -> Results:
+    """`stepdistill.bench` of the one student among `targets` under other LoRAs, beside its teacher. unused: options that this has no use
+    for. told: the rest of `evaluation.compose.bench_composed`'s.
+
+    RequestError for a target that has no LoRA to lay others beside, before it is loaded.
+    """
+    if wrong := [name.replace("_", "-") for name, value in unused.items() if value]:
+        raise RequestError(f"a bench under other LoRAs is against the student's own teacher: leave --{wrong[0]} out")
+    if len(targets) != 1:
+        raise RequestError(f"a bench under other LoRAs is of one student at a time; found {len(targets)} targets")
+    _must_have_lora(targets[0])
+    outside = None if plugins is None else Folder.open(plugins)
+    marks = marked(metrics, outside)
+    opened = open_target(targets[0], Path(targets[0]).resolve().name, say=log.info, plugins=outside)
+    if stock_prompts(opened.target.pipeline).gives == "frames":
+        raise RequestError(f"{opened.target.name} makes videos, and a style is looked at in pictures")
+    beside = teachers([opened], log.info)
+    if not beside:
+        raise RequestError(f"the teacher of {opened.target.name} cannot be loaded, and a style is measured on it too: put it back")
+    device = launched()
+    for pipeline in (opened.target.pipeline, beside[0].pipeline):
+        pipeline.to(device)
+    if prompts is None and ships(opened):
+        prompts = ShapesSource().prompts(PROMPTS)
+    return bench_composed(opened.target, beside[0], [FusedLora(str(resources.locate(lora) or lora)) for lora in loras], Path(out),
+                          trained=1.0 if opened.guidance is None else opened.guidance, scales=scales or SCALES, samples=samples or SAMPLES,
+                          prompts=prompts, features=feature_spaces(features) if features is not None or ships(opened) else None,
+                          **common(device, marks), **told)
+
+
+def _must_have_lora(name: str | Path) -> None:
+    """RequestError for what is no student, and for one that was trained in full, before it is loaded."""
+    place = resources.locate(name)
+    if place is not None and folder.is_run(place):
+        if folder.recipe_of(place).student.lora is not None:
+            return
+        found = "a run that trained all its weights"
+    elif place is not None and is_export(place):
+        if read_settings(place)["format"] != "pipeline":
+            return
+        found = "a whole pipeline"
+    else:
+        found = "no student"
+    raise RequestError(f"{name} is {found}, and a bench under other LoRAs asks whether a distilled LoRA goes with them: name a run with "
+                       "`student: {lora: …}`, or its export")
