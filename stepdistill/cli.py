@@ -105,7 +105,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
           few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
-          metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A figure of a plugin; may be given several times.")] = None,
+          metric: Annotated[list[str] | None, typer.Option(metavar="NAME[=FOLDER]", help="What people prefer (pickscore, hpsv2=FOLDER), or a figure of a "
+                                                                                          "plugin; may be given several times.")] = None,
           compose: Annotated[list[str] | None, typer.Option(metavar="LORA", help="Does the student go with this LoRA? Its own bench; may be given several "
                                                                                  "times.")] = None,
           scales: Annotated[str, typer.Option(metavar="S,...", help="Strengths of the LoRAs of --compose.")] = "0.5,0.75,1",

@@ -31,7 +31,7 @@ def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | N
           few_step: Sequence[str | Path], metrics: Sequence[str], plugins: str | Path | None) -> dict[str, Any]:
     """`stepdistill.bench`."""
     outside, spaces = None if plugins is None else Folder.open(plugins), feature_spaces(features)
-    marks = marked(metrics, outside)
+    marks = marked(metrics, outside, device := launched())
     if reference not in (None, "teacher"):
         known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
         sweep.admitted(samples or 2000, known, spaces, reference)
@@ -39,7 +39,7 @@ def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | N
               for target in (*targets, *few_step)]
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
         raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
-    scales, device, beside = tuple(guidance or _own_scales(opened)), launched(), teachers(opened, log.info)
+    scales, beside = tuple(guidance or _own_scales(opened)), teachers(opened, log.info)
     every = [*(o.target for o in opened if o.target.call is not None), *beside]
     for target in every:
         target.pipeline.to(device)

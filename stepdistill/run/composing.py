@@ -40,14 +40,13 @@ def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scale
         raise RequestError(f"a bench under other LoRAs is of one student at a time; found {len(targets)} targets")
     _must_have_lora(targets[0])
     outside = None if plugins is None else Folder.open(plugins)
-    marks = marked(metrics, outside)
+    marks = marked(metrics, outside, device := launched())
     opened = open_target(targets[0], Path(targets[0]).resolve().name, say=log.info, plugins=outside)
     if stock_prompts(opened.target.pipeline).gives == "frames":
         raise RequestError(f"{opened.target.name} makes videos, and a style is looked at in pictures")
     beside = teachers([opened], log.info)
     if not beside:
         raise RequestError(f"the teacher of {opened.target.name} cannot be loaded, and a style is measured on it too: put it back")
-    device = launched()
     for pipeline in (opened.target.pipeline, beside[0].pipeline):
         pipeline.to(device)
     if prompts is None and ships(opened):
