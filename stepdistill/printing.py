@@ -57,9 +57,11 @@ def show_results(results: dict[str, Any], out: Path) -> None:
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and a picture of each LoRA in {out / 'samples'}")
         return
     if "dim" not in results["protocol"]:                       # against the teacher's own pictures
-        own = results["protocol"].get("metrics", {})
+        own = [*(name for name in ("motion", "motion_ratio") if name in results["rows"][0]["metrics"]), *results["protocol"].get("metrics", {})]
         show(table([row | row["metrics"] for row in results["rows"]],
                    ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own, "latency_ms")))
+        for sentence in results.get("words", ()):
+            tell(sentence)
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
         return
     from .evaluation import report

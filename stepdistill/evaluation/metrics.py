@@ -11,11 +11,14 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.rewards import REWARDS
+from ..models.stock import some_frames
 from .estimate import mean_of
+from .motion import FIGURES
 from .space import Figures, figures
 
 METRICS: dict[str, Metric] = {}
-OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes", "to_teacher", *REWARDS)
+OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes", "to_teacher",
+       *FIGURES, *REWARDS)
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,13 @@ class Means:
         self.count = 0
 
     def add(self, pixels: Tensor, prompts: Sequence[str] | None) -> None:
-        """pixels (B, 3, H, W), perhaps none. prompts: those that they were made for, None for none."""
+        """pixels (B, 3, H, W), perhaps none; of videos (B, F, 3, H, W), each the mean over some of its frames. prompts: those that they were made
+        for, None for none."""
         self.count += len(pixels)
         for name, values in self.values.items() if len(pixels) else ():
             metric = METRICS[name]
             if not metric.prompts or prompts is not None:
-                values.append(_values(name, metric, pixels, prompts))
+                values.append(_values(name, metric, pixels, prompts) if pixels.ndim == 4 else _of_videos(name, metric, pixels, prompts))
 
     def figures(self, prompted: bool) -> Figures:
         """With intervals. prompted: whether the pictures were made for prompts."""
@@ -64,6 +68,12 @@ class Means:
         for name, values in self.values.items():
             found |= figures(name, None if METRICS[name].prompts and not prompted else mean_of(torch.cat(values)))
         return found
+
+
+def _of_videos(name: str, metric: Metric, videos: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    frames = some_frames(videos)
+    told = None if prompts is None else [prompt for prompt in prompts for _ in range(frames.shape[1])]
+    return _values(name, metric, frames.flatten(0, 1), told).unflatten(0, frames.shape[:2]).mean(1)
 
 
 def _values(name: str, metric: Metric, pixels: Tensor, prompts: Sequence[str] | None) -> Tensor:

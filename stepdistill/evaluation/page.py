@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files.whole import write_whole
 from .metrics import more_metrics
+from .motion import FIGURES
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --faint: #52606d; --ground: #fff; --line: #d3dae2; --real: #1a7343 }
@@ -114,13 +115,15 @@ def _own_rows(results: Mapping[str, Any], more: Sequence[str]) -> list[tuple[str
 
 def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> None:
     """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of results.json."""
-    more = more_metrics(results["protocol"])
+    videos = [name for name in FIGURES if name in results["rows"][0]["metrics"]]
+    more = [*videos, *more_metrics(results["protocol"])]
     note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided step takes two network "
             "evaluations. The distance to the teacher is the root mean square over pixels in [0, 1] to the teacher's own pictures, the first row. "
             "Students that are taught the teacher's law rather than its way from noise to picture may lie far from them and be good.")
     write_whole(out / "report.html", page(
         "Teacher and student from the same noise", note, [("Pictures of each row, from the same noise", together)],
-        (*OWN, "ms", *more), _own_rows(results, more), [], results["protocol"] | made_of(results["rows"])).encode())
+        (*OWN, "ms", *(FIGURES.get(name, name) for name in more)), _own_rows(results, more), [], results["protocol"] | made_of(results["rows"]),
+        results.get("words", ())).encode())
 
 
 def write_composed_report(results: Mapping[str, Any], grids: Sequence[tuple[str, bytes]], out: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .estimate import Estimate, around, jackknife, ratio_of
 from .fd import Moments, Reference, frechet_infinity, too_few
-from .own import of_prompts
+from .means import of_prompts
 from .space import Figures, figures
 
 KEPT, LOST, OVERDONE = 0.8, 0.5, 1.25      # shares of the base's change: of a style that is kept, lost and overdone

@@ -89,9 +89,10 @@ class _Results(TypedDict):
 
 
 class Results(_Results, total=False):
-    """results.json of a bench. compose: of one under other LoRAs."""
+    """results.json of a bench. compose: of one under other LoRAs. words: what was found, in sentences."""
 
     compose: list[Composed]
+    words: list[str]
 
 
 class Unfinished(TypedDict):

@@ -37,8 +37,10 @@ def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | N
         sweep.admitted(samples or 2000, known, spaces, reference)
     opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside)
               for target in (*targets, *few_step)]
-    if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
+    videos = [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]
+    if videos and (len(videos) < len(opened) or reference not in (None, "teacher")):
+        raise RequestError(f"{videos[0]} makes videos, which are measured beside their teacher's own: leave --reference and targets that make pictures "
+                           "out")
     scales, beside = tuple(guidance or _own_scales(opened)), teachers(opened, log.info)
     every = [*(o.target for o in opened if o.target.call is not None), *beside]
     for target in every:

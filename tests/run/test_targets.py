@@ -218,3 +218,12 @@ def test_few_step_pipelines_of_others_keep_their_scheduler(tmp_path, scheduler, 
     drawn = rows[-1].images(["a red ring"], torch.tensor([0]), 0)
     known = pipe("a red ring", **call, generator=torch.Generator().manual_seed(key(0, "sample", 0)), output_type="pt").images * 2 - 1
     torch.testing.assert_close(drawn, known, atol=1e-5, rtol=0)
+
+
+def test_a_teacher_stands_beside_its_students_at_their_size(monkeypatch):
+    monkeypatch.setattr("stepdistill.run.targets._pipeline", lambda source: tiny_pipeline())
+    student = lambda name, **call: Opened(Target(name, tiny_pipeline(), "lcm", call), Source(name), Source("there"), 2.0)
+    size = {"height": 8, "width": 24}
+    assert teachers([student("one", **size), student("two", **size, num_inference_steps=4)])[0].given == size
+    assert teachers([student("one", **size), student("two", height=8, width=8)])[0].given == {}
+    assert teachers([student("one")])[0].given == {}
