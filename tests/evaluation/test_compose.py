@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipeline, tiny_sd3
+from tiny import style, tiny_pipeline, tiny_sd3
 
 from stepdistill.diffusion.draws import key
 from stepdistill.errors import RequestError
@@ -24,20 +22,6 @@ from stepdistill.models.sources import FusedLora
 from stepdistill.models.stock import USUAL, pictures
 
 PROMPTS, SAMPLES = ["a red ring", "a blue cross"], 8
-
-
-def style(pipe, folder: Path, size: float = 1.0, seed: int = 0) -> FusedLora:
-    """A LoRA of rank 2 that changes pictures much."""
-    network = pipe.components["unet" if "unet" in pipe.components else "transformer"]
-    torch.manual_seed(seed)
-    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"]))
-    for name, parameter in network.named_parameters():
-        if "lora_B" in name:
-            parameter.data = size * torch.randn_like(parameter)
-    layers = {"unet_lora_layers" if "unet" in pipe.components else "transformer_lora_layers": get_peft_model_state_dict(network)}
-    type(pipe).save_lora_weights(folder, **layers)
-    network.delete_adapters(["default"])
-    return FusedLora(str(folder))
 
 
 def itself() -> tuple[Target, Target]:

@@ -5,11 +5,17 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tiny import ASSETS, save_tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny import ASSETS, save_tiny, style, tiny_pipeline
 
 from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.compose import SAMPLES, SCALES
+from stepdistill.export import load, open_export
+from stepdistill.models.families import stock_prompts
+from stepdistill.models.fused import ADAPTER, load_lora
+from stepdistill.models.stock import pictures
 from stepdistill.run import composing
 
 STUDENT = "assets/students/shapes-lcm"
@@ -61,3 +67,38 @@ def test_videos_are_refused(monkeypatch):
     monkeypatch.setattr(composing, "stock_prompts", lambda pipeline: SimpleNamespace(gives="frames"))
     with pytest.raises(RequestError, match="film makes videos, and a style is looked at in pictures"):
         api.bench(STUDENT, compose=["x"])
+
+
+def test_a_style_on_a_student_is_both_adapters_of_a_stock_pipeline(tmp_path):
+    """A bench adds the student's LoRA to the weights first: the pictures are those of `load` and a style beside it."""
+    base = StableDiffusionPipeline.from_pretrained(ASSETS / "shapes-sd")
+    lora = style(base, tmp_path / "ink", 0.5)
+    call = load(base, STUDENT)
+    base.load_lora_weights(lora.path, adapter_name="ink")
+    base.set_adapters(["student", "ink"], adapter_weights=[1.0, 0.75])
+    fused, same = open_export(STUDENT)
+    assert same == call
+    load_lora(fused, lora)
+    fused.set_adapters([ADAPTER], adapter_weights=[0.75])
+    prompt = ["a red ring left of a blue square on a plain navy background"]
+    both, ours = (pictures(pipe, stock_prompts(pipe), prompt, generator=[torch.Generator().manual_seed(0)], **call) for pipe in (base, fused))
+    torch.testing.assert_close(ours, both, rtol=0, atol=1e-4)
+    fused.set_adapters([ADAPTER], adapter_weights=[0.0])
+    without = pictures(fused, stock_prompts(fused), prompt, generator=[torch.Generator().manual_seed(0)], **call)
+    assert (without - both).square().mean().sqrt() > 0.01
+
+
+@pytest.mark.long
+def test_a_run_is_looked_at_as_its_export_is(tmp_path):
+    entries = {"method": "lcm", "teacher": str(save_tiny(tmp_path / "teacher")), "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": 2.0,
+               "data": {"images": "shapes", "count": 8, "batch": 4}, "train": {"updates": 20, "lr": 0.01}, "resolution": 16}
+    run = api.train(entries, out=tmp_path / "run")
+    exported = api.export(run, to="lora", dtype="float32")
+    lora = style(tiny_pipeline(), tmp_path / "ink", 3.0)
+    found = [api.bench(target, compose=[lora.path], scales=[1.0], samples=4, prompts=["a red ring", "a blue cross"], out=tmp_path / f"out-{i}")
+             for i, target in enumerate((run, exported))]
+    ours, theirs = ([row["metrics"] for row in results["rows"]] for results in found)
+    assert [row["target"] for row in found[0]["rows"]] == ["teacher:dpmpp_2m", "run", "teacher:dpmpp_2m + ink at 1", "run + ink at 1"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == {name: value if value is None else pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in other.items()}
+    assert found[0]["compose"][0]["scales"][0]["kept"] == pytest.approx(found[1]["compose"][0]["scales"][0]["kept"], rel=1e-2)
