@@ -21,7 +21,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note { color: var(--faint); max-width: 70ch } img { max-width: 100%; height: auto } img.figure { background: #fff }
 img.strip { image-rendering: pixelated; height: 68px; max-width: none; display: block }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap }
+:focus-visible { outline: 3px solid var(--real); outline-offset: 2px }
+div.wide { overflow-x: auto; position: relative } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--faint) }
 th button { font: inherit; font-weight: 700; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
@@ -35,7 +37,7 @@ dt { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
 SORT = """
 for (const button of document.querySelectorAll("th button")) button.onclick = () => {
   const head = button.parentElement, body = head.closest("table").tBodies[0], i = head.cellIndex;
-  const up = head.ariaSort !== "ascending", value = row => row.cells[i].textContent;
+  const up = head.getAttribute("aria-sort") !== "ascending", value = row => row.cells[i].textContent;
   for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const order = (a, b) => { const x = parseFloat(value(a)), y = parseFloat(value(b));
@@ -74,7 +76,7 @@ def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: 
     drawn = "".join(f'<img class="figure" alt="{html.escape(what)}" src="{embedded(png)}">' for what, png in figures)
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in words)
-    wide = lambda name, inner: f"<div class='wide' role='region' tabindex='0' aria-label='{name}'><table>{inner}</table></div>"
+    wide = lambda name, said, inner: f"<div class='wide' role='region' tabindex='0' aria-label='{name}'><table><caption>{said}</caption>{inner}</table></div>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>
@@ -82,8 +84,8 @@ def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: 
 <p class="note">{html.escape(note)}</p>
 {f"<ul>{found}</ul>" if found else ""}
 {drawn}
-<h2>Figures</h2>{wide("Figures", f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>")}
-{f"<h2>Samples</h2>{_slider(strips)}{wide('Samples', f'<tbody>{shown}</tbody>')}" if shown else ""}
+<h2>Figures</h2>{wide("Figures", "A row for each target; the buttons in its head sort it", f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>")}
+{f"<h2>Samples</h2>{_slider(strips)}{wide('Samples', 'Pictures of each row', f'<tbody>{shown}</tbody>')}" if shown else ""}
 <h2>How they were made</h2><dl>{listed}</dl>
 </main><script>{SORT}{SLIDE}</script></body></html>
 """
