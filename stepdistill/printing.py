@@ -51,13 +51,15 @@ def _cell(value: Any) -> str:
 def show_results(results: dict[str, Any], out: Path) -> None:
     if "compose" in results:
         own = results["protocol"].get("metrics", {})
-        show(table([row | row["metrics"] for row in results["rows"]], ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own)))
+        show(table([row | row["metrics"] for row in results["rows"]],
+                   ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own)))
         for one in results["compose"]:
             tell(f"{one['lora']} at guidance {one['guidance']:g}: {one['verdict']}")
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and a picture of each LoRA in {out / 'samples'}")
         return
     if "dim" not in results["protocol"]:                       # against the teacher's own pictures
-        own = [*(name for name in ("motion", "motion_ratio") if name in results["rows"][0]["metrics"]), *results["protocol"].get("metrics", {})]
+        own = [*(name for name in ("motion", "motion_ratio") if name in results["rows"][0]["metrics"]),
+               *results["protocol"].get("metrics", {})]
         show(table([row | row["metrics"] for row in results["rows"]],
                    ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own, "latency_ms")))
         for sentence in results.get("words", ()):
@@ -119,7 +121,8 @@ def show_plan(found: dict[str, Any]) -> None:
         changed = " ".join(f"--set '{name}={value}'" for name, value in fit["switches"].items())
         verdict = f"fits with {changed}: then roughly {_size(fit['peak'])}" if changed else "fits"
         if not fit["fits"]:
-            verdict = f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed else "does not fit, and no switch is left"
+            verdict = (f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed
+                       else "does not fit, and no switch is left")
         tell(f"on a card of {_size(fit['memory'])} it {verdict}")
 
 

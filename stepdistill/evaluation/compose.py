@@ -1,4 +1,5 @@
-"""Does a distilled LoRA go with others? The base, the student, a style on the base and a style on the student, from the same noise."""
+"""Does a distilled LoRA go with others? The base, the student, a style on the base and a style on the student, from the
+same noise."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,8 @@ Seen = Mapping[str, Tensor]                        # of a row, as `drawn` keeps 
 
 @dataclass(frozen=True)
 class Composition:
-    """What all rows have in common. rows: the base in many steps and then the student, a row for each guidance scale."""
+    """What all rows have in common. rows: the base in many steps and then the student, a row for each guidance
+    scale."""
 
     rows: Sequence[Plan]
     texts: Sequence[str]
@@ -67,8 +69,10 @@ class Composition:
 
     def _row(self, plan: Plan, found: Seen, mean: Means, worn: str) -> dict[str, Any]:
         metrics = looks(plan, found, self.asked, self.texts, self.space) | mean.figures(plan.target.prompted)
-        return {"target": plan.name + worn, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps, "guidance": plan.guidance,
-                "samples": self.samples, "seed": self.seed, "metrics": metrics, "latency_ms": None, "images_per_s": None,
+        return {"target": plan.name + worn, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
+                "guidance": plan.guidance,
+                "samples": self.samples, "seed": self.seed, "metrics": metrics, "latency_ms": None,
+                "images_per_s": None,
                 "made": {**self.made, **plan.target.made}}
 
     def compared(self, scale: float, bare: Sequence[Seen], styled: Sequence[Seen], row: int) -> Worn:
@@ -85,17 +89,19 @@ class Composition:
         return mean_of(score(ours) - score(theirs))
 
 
-def bench_composed(student: Target, base: Target, styles: Sequence[FusedLora], out: Path, *, trained: float, solvers: Sequence[str],
+def bench_composed(student: Target, base: Target, styles: Sequence[FusedLora], out: Path, *, trained: float,
+                   solvers: Sequence[str],
                    scales: Sequence[float] = SCALES, guidance: Sequence[float] | None = None, seed: int = 0,
                    prompts: Sequence[str] | None = None, samples: int = SAMPLES, features: FeatureNames | None = None,
-                   device: str | torch.device = "cpu", say: Callable[[str], None] = print, made: Mapping[str, Any] | None = None,
+                   device: str | torch.device = "cpu", say: Callable[[str], None] = print,
+                   made: Mapping[str, Any] | None = None,
                    metrics: Mapping[str, str] | None = None) -> Results:
     """Measures each style LoRA on the base and on the student, and writes results.json, report.html and samples/.
 
-    The base is drawn in 25 steps at the scale `trained`, which the student was trained for; the student as it is called, and at
-    `guidance`, its own and 1 unless given. samples: pictures a row, which go through the prompts again and again. features: those of
-    `load_features`, a single one; None: of coarse pixels. RequestError, before anything is drawn, for a LoRA that does not fit and for
-    guidance that the student cannot take.
+    The base is drawn in 25 steps at the scale `trained`, which the student was trained for; the student as it is
+    called, and at `guidance`, its own and 1 unless given. samples: pictures a row, which go through the prompts again
+    and again. features: those of `load_features`, a single one; None: of coarse pixels. RequestError, before anything
+    is drawn, for a LoRA that does not fit and for guidance that the student cannot take.
     """
     texts = list(PROMPTS if prompts is None else prompts)
     _check(styles, scales, texts, samples, features)
@@ -118,7 +124,8 @@ def name_of(style: FusedLora) -> str:
     return path.parent.name if path.name == LORA_FILE and path.parent.name else path.name.removesuffix(".safetensors")
 
 
-def _check(styles: Sequence[FusedLora], scales: Sequence[float], texts: Sequence[str], samples: int, features: FeatureNames | None) -> None:
+def _check(styles: Sequence[FusedLora], scales: Sequence[float], texts: Sequence[str], samples: int,
+           features: FeatureNames | None) -> None:
     for style in styles:
         try:
             style.file()
@@ -126,11 +133,14 @@ def _check(styles: Sequence[FusedLora], scales: Sequence[float], texts: Sequence
             raise RequestError(f"the LoRA {style.path} cannot be had: {error}") from error
     names = [name_of(style) for style in styles]
     if len({*names}) < len(names):
-        raise RequestError(f"LoRAs are told apart by their names; found {', '.join(names)}: rename a file or its folder")
+        raise RequestError(f"LoRAs are told apart by their names; found {', '.join(names)}: rename a file or "
+                           "its folder")
     if not scales or not all(0 < scale < float("inf") for scale in scales) or len({*scales}) < len(scales):
-        raise RequestError(f"the scales of a style are different numbers above 0, such as 0.5, 0.75, 1; found {', '.join(f'{s:g}' for s in scales)}")
+        raise RequestError("the scales of a style are different numbers above 0, such as 0.5, 0.75, 1; found "
+                           f"{', '.join(f'{s:g}' for s in scales)}")
     if not texts or samples < max(3, 2 * len(texts)):
-        raise RequestError(f"a composition takes at least 3 samples, and 2 of each prompt; found {samples} of {len(texts)} prompts")
+        raise RequestError(f"a composition takes at least 3 samples, and 2 of each prompt; found {samples} of "
+                           f"{len(texts)} prompts")
     if features is not None and len(features) != 1:
         raise RequestError(f"a composition is looked at in one kind of features; found {len(features)}: name one")
 
@@ -138,7 +148,8 @@ def _check(styles: Sequence[FusedLora], scales: Sequence[float], texts: Sequence
 def _scales(student: Target, guidance: Sequence[float] | None) -> list[float]:
     """Those that are asked for; else the student's own and 1, which a network that reads its scale has not learned."""
     own = student.guidance.scale(student.call)
-    return list(dict.fromkeys((own, *(() if student.guidance.within else (1.0,))) if guidance is None else map(float, guidance)))
+    return list(dict.fromkeys((own, *(() if student.guidance.within else (1.0,))) if guidance is None
+                              else map(float, guidance)))
 
 
 def _called(student: Target, w: float, say: Callable[[str], None]) -> Plan:
@@ -146,7 +157,8 @@ def _called(student: Target, w: float, say: Callable[[str], None]) -> Plan:
     call, own = dict(student.call), student.guidance.scale(student.call)
     if w != own:
         call |= at_guidance(student, w, say)
-    return Plan(student, student.name, student.pipeline.scheduler, {**student.given, **call}, 0, call["num_inference_steps"], w)
+    return Plan(student, student.name, student.pipeline.scheduler, {**student.given, **call}, 0,
+                call["num_inference_steps"], w)
 
 
 @contextmanager
@@ -161,8 +173,10 @@ def _worn(pipelines: Sequence[Any], style: FusedLora) -> Iterator[None]:
             pipeline.unload_lora_weights()
 
 
-def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[float], out: Path, say: Callable[[str], None]) -> Results:
-    say(f"{len(common.asked)} pictures each of {', '.join(f'{plan.name}, {plan.nfe} NFE' for plan in common.rows)}, without a style first")
+def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[float], out: Path,
+             say: Callable[[str], None]) -> Results:
+    say(f"{len(common.asked)} pictures each of {', '.join(f'{plan.name}, {plan.nfe} NFE' for plan in common.rows)}, "
+        "without a style first")
     bare, rows = common.draw("")
     composed: list[dict[str, Any]] = []
     grids: list[tuple[str, bytes]] = []
@@ -188,7 +202,8 @@ def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[
     return results
 
 
-def _composed(common: Composition, name: str, scales: Sequence[float], bare: Sequence[Seen], styled: Sequence[Sequence[Seen]],
+def _composed(common: Composition, name: str, scales: Sequence[float], bare: Sequence[Seen],
+              styled: Sequence[Sequence[Seen]],
               row: int) -> dict[str, Any]:
     """An entry of `compose` of results.json."""
     worn = [common.compared(scale, bare, seen, row) for scale, seen in zip(scales, styled, strict=True)]
@@ -200,14 +215,18 @@ def _composed(common: Composition, name: str, scales: Sequence[float], bare: Seq
 def _protocol(common: Composition) -> dict[str, Any]:
     best = common.rows[0]
     protocol = {"reference": f"the teacher under the same LoRA, {best.name}, {best.steps} steps, w = {best.guidance:g}",
-                "samples": common.samples, "seed": common.seed, "prompts": list(common.texts), "features": None if common.space is None else
-                common.space.name, "diversity": f"mean distance in {common.named}"} | ({"metrics": dict(common.metrics)} if common.metrics else {})
+                "samples": common.samples, "seed": common.seed, "prompts": list(common.texts), "features": None
+                if common.space is None else
+                common.space.name, "diversity": "mean distance in "
+                f"{common.named}"} | ({"metrics": dict(common.metrics)} if common.metrics else {})
     return {"id": fingerprint(protocol), **protocol}
 
 
 def _grid(common: Composition, columns: Sequence[Sequence[Seen]], path: Path) -> bytes:
-    """PNG: for each of the first samples a row for the base and one for each of the student's; a column for each scale."""
+    """PNG: for each of the first samples a row for the base and one for each of the student's; a column for each
+    scale."""
     samples = range(min(SHOWN, common.samples))
-    rows = [torch.stack([column[i]["shown"][sample] for column in columns]) for sample in samples for i in range(len(common.rows))]
+    rows = [torch.stack([column[i]["shown"][sample] for column in columns]) for sample in samples
+            for i in range(len(common.rows))]
     captions = [f"{plan.name}, {plan.nfe} NFE, w = {plan.guidance:g}" for _ in samples for plan in common.rows]
     return sheet(rows, path, captions)

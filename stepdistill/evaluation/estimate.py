@@ -59,8 +59,8 @@ def jackknife(left_out: Sequence[Tensor]) -> Tensor:
 
 
 def ratio_of(over: Tensor, under: Tensor) -> Estimate:
-    """mean(over) / mean(under) of n independent pairs (n,), (n,), at least two; what both sides of a pair share cancels. By the
-    jackknife, with n - 1 degrees of freedom."""
+    """mean(over) / mean(under) of n independent pairs (n,), (n,), at least two; what both sides of a pair share
+    cancels. By the jackknife, with n - 1 degrees of freedom."""
     x, y = over.double().cpu(), under.double().cpu()
     left_out = (x.sum() - x) / (y.sum() - y)
     return around((x.sum() / y.sum()).item(), jackknife([left_out]).item(), len(x) - 1)

@@ -1,4 +1,5 @@
-"""Features of pictures: of CLIP with the attribute classifier on top, of DINOv2, of InceptionV3, or of a module of one's own."""
+"""Features of pictures: of CLIP with the attribute classifier on top, of DINOv2, of InceptionV3, or of a module of
+one's own."""
 from __future__ import annotations
 
 import hashlib
@@ -15,12 +16,14 @@ from ..files import foreign
 from ..files.whole import checksum
 from ..models.reading import JUDGE, AttributeClassifier, Reading, digest, preprocessor, readable
 
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"   # named by its sha256
+# named by its sha256
+INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 TEXTS = 250                       # prompts read at a time
 
 
 class Features(Protocol):
-    """A feature space. name tells users what it is, id (a hash of its weights) and resize enter the protocol. clip: whether it is CLIP's."""
+    """A feature space. name tells users what it is, id (a hash of its weights) and resize enter the protocol. clip:
+    whether it is CLIP's."""
 
     name: str
     id: str
@@ -45,7 +48,8 @@ class ClipFeatures:
         folder = _checked(Path(folder))
         self.device = device
         with readable(folder):
-            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32,
+                                                   use_safetensors=True).to(device).eval().requires_grad_(False)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")])
         self.name = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}"
@@ -53,7 +57,8 @@ class ClipFeatures:
         self.size = self.model.config.vision_config.image_size
         self.read = Reading(folder, self.size, device)
         self.resize = self.read.name
-        self.attribute_classifier = AttributeClassifier.load(folder / JUDGE, SLOTS) if (folder / JUDGE).is_file() else None
+        self.attribute_classifier = (AttributeClassifier.load(folder / JUDGE, SLOTS) if (folder / JUDGE).is_file()
+                                     else None)
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -63,7 +68,8 @@ class ClipFeatures:
     def texts(self, prompts: list[str]) -> Tensor:
         found = []
         for first in range(0, len(prompts), TEXTS):
-            tokens = self.tokenizer(prompts[first: first + TEXTS], padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(prompts[first: first + TEXTS], padding="max_length", truncation=True,
+                                    return_tensors="pt").to(self.device)
             found.append(self.model.get_text_features(**tokens).pooler_output.cpu())
         return torch.cat(found)
 
@@ -79,7 +85,8 @@ class DinoFeatures:
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
         with readable(folder):
-            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(device).eval().requires_grad_(False)
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                                   trust_remote_code=False).to(device).eval().requires_grad_(False)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors")])
         self.name, self.dim = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}", self.model.config.hidden_size
         self.read = Reading(folder, _crop(folder, self.model.config.image_size), device)
@@ -106,7 +113,8 @@ class ModuleFeatures:
         weights = sorted(module.state_dict().items())
         hashed = hashlib.sha256(type(module).__qualname__.encode())
         for key, tensor in weights:
-            hashed.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            hashed.update(key.encode()
+                          + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self.id = hashed.hexdigest()
         self.name = f"{name or type(module).__name__}@{self.id[:12]}"
         self.dim = self.images(torch.zeros(2, 3, 32, 32)).shape[1]
@@ -116,8 +124,8 @@ class ModuleFeatures:
         like = next(self.module.parameters(), pixels)
         found = self.module(pixels.to(like.device, like.dtype))
         if found.ndim != 2 or len(found) != len(pixels):
-            raise RequestError(f"the features {type(self.module).__name__} gave {tuple(found.shape)} for {len(pixels)} pictures: wanted "
-                               f"({len(pixels)}, dim)")
+            raise RequestError(f"the features {type(self.module).__name__} gave {tuple(found.shape)} for {len(pixels)} "
+                               f"pictures: wanted ({len(pixels)}, dim)")
         return found.float().cpu()
 
     def texts(self, prompts: list[str]) -> None:
@@ -133,8 +141,10 @@ class InceptionFeatures:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = device
-        kind = _torch_fidelity()                           # by itself it would unpickle what it downloads, whatever that is
-        self.model = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(_inception())).to(device).eval()
+        # by itself it would unpickle what it downloads, whatever that is
+        kind = _torch_fidelity()
+        self.model = kind("inception-v3-compat", ["2048"],
+                          feature_extractor_weights_path=str(_inception())).to(device).eval()
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -160,8 +170,8 @@ def dimensions(name: Path | str | torch.nn.Module) -> int:
 
 
 def load_features(name: Path | str | torch.nn.Module, device: str | torch.device = "cpu") -> Features:
-    """name: "inception"; the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified; the folder of a
-    Dinov2Model; or a module of one's own, see ModuleFeatures."""
+    """name: "inception"; the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified; the
+    folder of a Dinov2Model; or a module of one's own, see ModuleFeatures."""
     if isinstance(name, torch.nn.Module):
         return ModuleFeatures(name)
     if str(name) == "inception":
@@ -170,7 +180,8 @@ def load_features(name: Path | str | torch.nn.Module, device: str | torch.device
 
 
 def _crop(folder: Path, size: int) -> int:
-    """The side of the square that a model's processor cuts out; `size`, that of its own grid, without the processor's file."""
+    """The side of the square that a model's processor cuts out; `size`, that of its own grid, without the processor's
+    file."""
     return preprocessor(folder).get("crop_size", {}).get("height", size)
 
 
@@ -178,13 +189,15 @@ def _config(folder: Path) -> PretrainedConfig:
     with readable(_checked(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in ("clip", *DINO):
-        raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or `inception`")
+        raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or "
+                           "`inception`")
     return config
 
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise RequestError(f"{folder} is no folder of a CLIPModel or a Dinov2Model: it needs config.json and model.safetensors")
+        raise RequestError(f"{folder} is no folder of a CLIPModel or a Dinov2Model: it needs config.json and "
+                           "model.safetensors")
     foreign.check_folder(folder, [])
     return folder
 
@@ -199,8 +212,8 @@ def _torch_fidelity() -> type[torch.nn.Module]:
 
 
 def _inception() -> Path:
-    """The published weights in torch's cache, of the known sha256. They are the one file that is no safetensors; torch reads it with
-    weights_only, which makes tensors and runs nothing."""
+    """The published weights in torch's cache, of the known sha256. They are the one file that is no safetensors; torch
+    reads it with weights_only, which makes tensors and runs nothing."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1]
     if not file.is_file() or not checksum(file).startswith(file.stem.rsplit("-", 1)[1]):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ from .motion import FIGURES
 from .space import Figures, figures
 
 METRICS: dict[str, Metric] = {}
-OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes", "to_teacher",
+OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes",
+       "to_teacher",
        *FIGURES, *REWARDS)
 
 
@@ -33,11 +34,12 @@ def register_metric(name: str, metric: Callable[..., Tensor], prompts: bool = Fa
     """Makes a metric known by its name, in this process: `stepdistill bench ... --metric NAME`.
 
     metric(pixels): (B, 3, H, W) float32 in [-1, 1] on the CPU -> (B,), a number for each picture; its mean over a row's
-    pictures is the figure. prompts: it is called metric(pixels, prompts), with a text for each; rows of pictures that were
-    made for no prompt have no figure then. RequestError for a name of ours.
+    pictures is the figure. prompts: it is called metric(pixels, prompts), with a text for each; rows of pictures that
+    were made for no prompt have no figure then. RequestError for a name of ours.
     """
     if name.removesuffix("_low").removesuffix("_high") in OWN or not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise RequestError(f"a metric is named by small letters, digits and _, and by none of {', '.join(OWN)}; found {name!r}")
+        raise RequestError(f"a metric is named by small letters, digits and _, and by none of {', '.join(OWN)}; "
+                           f"found {name!r}")
     METRICS[name] = Metric(metric, prompts)
 
 
@@ -54,13 +56,14 @@ class Means:
         self.count = 0
 
     def add(self, pixels: Tensor, prompts: Sequence[str] | None) -> None:
-        """pixels (B, 3, H, W), perhaps none; of videos (B, F, 3, H, W), each the mean over some of its frames. prompts: those that they were made
-        for, None for none."""
+        """pixels (B, 3, H, W), perhaps none; of videos (B, F, 3, H, W), each the mean over some of its frames. prompts:
+        those that they were made for, None for none."""
         self.count += len(pixels)
         for name, values in self.values.items() if len(pixels) else ():
             metric = METRICS[name]
             if not metric.prompts or prompts is not None:
-                values.append(_values(name, metric, pixels, prompts) if pixels.ndim == 4 else _of_videos(name, metric, pixels, prompts))
+                values.append(_values(name, metric, pixels, prompts) if pixels.ndim == 4
+                              else _of_videos(name, metric, pixels, prompts))
 
     def figures(self, prompted: bool) -> Figures:
         """With intervals. prompted: whether the pictures were made for prompts."""
@@ -80,5 +83,6 @@ def _values(name: str, metric: Metric, pixels: Tensor, prompts: Sequence[str] | 
     with torch.inference_mode():
         found = metric.of(pixels, list(prompts)) if metric.prompts else metric.of(pixels)
     if not isinstance(found, Tensor) or found.shape != (len(pixels),) or not found.isfinite().all():
-        raise RequestError(f"the metric {name} should give a tensor of {len(pixels)} finite numbers, one a picture; found {found!r:.200}")
+        raise RequestError(f"the metric {name} should give a tensor of {len(pixels)} finite numbers, one a picture; "
+                           f"found {found!r:.200}")
     return found

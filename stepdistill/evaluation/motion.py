@@ -19,17 +19,20 @@ FIGURES = {"motion": "motion, px a frame", "motion_ratio": "× teacher's motion"
 def displacement(videos: Tensor) -> Tensor:
     """Pixels by which pictures move from frame to frame: (B, F, 3, H, W) -> (B,), for F >= 2; 0 where nothing moves.
 
-    It is the shift at which a frame differs from itself, along rows and columns, as much as from the next one, in the mean square; at
-    most half of the shorter side. Between whole pixels the root of the mean square is taken for a straight line, as that of a
-    smooth picture is near 0. Each frame's mean colour is taken off, so that a change of light is no motion; contrast cancels. What
-    flickers counts as motion, and of what moves in a part of the picture so much as that part's texture has of all.
+    It is the shift at which a frame differs from itself, along rows and columns, as much as from the next one, in the
+    mean square; at most half of the shorter side. Between whole pixels the root of the mean square is taken for a
+    straight line, as that of a smooth picture is near 0. Each frame's mean colour is taken off, so that a change of
+    light is no motion; contrast cancels. What flickers counts as motion, and of what moves in a part of the picture so
+    much as that part's texture has of all.
     """
     x = videos.float() - videos.float().mean((-2, -1), keepdim=True)
     moved = (x[:, 1:] - x[:, :-1]).square().flatten(1).mean(1).sqrt()
     moved = torch.where(moved < STILL, 0, moved)
     shown, shifts = some_frames(x), torch.tensor(_shifts(min(x.shape[-2:]) // 2))
-    apart = torch.stack([_apart(shown, shift) for shift in shifts.tolist()], 1).cummax(1).values          # (B, shifts), from 0 on
-    above = (apart < moved[:, None]).sum(1).clamp(1, len(shifts) - 1)                                     # the first shift that is enough
+    # (B, shifts), from 0 on
+    apart = torch.stack([_apart(shown, shift) for shift in shifts.tolist()], 1).cummax(1).values
+    # the first shift that is enough
+    above = (apart < moved[:, None]).sum(1).clamp(1, len(shifts) - 1)
     low, high = (apart.gather(1, (above - i)[:, None])[:, 0] for i in (1, 0))
     share = ((moved - low) / (high - low)).nan_to_num(0.0).clamp(0, 1)
     return torch.lerp(shifts[above - 1].float(), shifts[above].float(), share)
@@ -50,8 +53,8 @@ def _apart(x: Tensor, shift: int) -> Tensor:
 
 
 def of_videos(found: dict[str, Tensor], teacher: dict[str, Tensor], prompts: int, seed: int) -> Figures:
-    """The figures FIGURES of a row of videos, beside its teacher's from the same noise. found: as `own.drawn` keeps it. fd_frames: of one
-    frame of each video, which are independent, between different noise; None of too few."""
+    """The figures FIGURES of a row of videos, beside its teacher's from the same noise. found: as `own.drawn` keeps it.
+    fd_frames: of one frame of each video, which are independent, between different noise; None of too few."""
     metrics = figures("motion", mean_of(found["moved"]))
     if found is teacher:
         return metrics | figures("motion_ratio", None) | figures("fd_frames", None)

@@ -65,18 +65,24 @@ class Strip:
     png: bytes
 
 
-def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]],
+def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: Sequence[str],
+         rows: Sequence[tuple[str, Sequence[str]]],
          strips: Sequence[Strip], facts: Mapping[str, Any], words: Sequence[str] = ()) -> str:
-    """figures: what each shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: from the same noise; a slider
-    shows those of one count of evaluations. facts: what the figures depend on. words: what was found, in sentences."""
-    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for kind, cells in rows)
-    heads = "".join(f"<th scope='col'><button type='button'>{html.escape(heading)}</button></th>" for heading in headings)
+    """figures: what each shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: from
+    the same noise; a slider shows those of one count of evaluations. facts: what the figures depend on. words: what was
+    found, in sentences."""
+    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+                   for kind, cells in rows)
+    heads = "".join(f"<th scope='col'><button type='button'>{html.escape(heading)}</button></th>"
+                    for heading in headings)
     shown = "".join(f"<tr data-nfe='{strip.nfe}'><th scope='row'>{html.escape(strip.label)}</th><td><img class='strip' "
-                    f"alt='Samples of {html.escape(strip.label)}' src='{embedded(strip.png)}'></td></tr>" for strip in strips)
+                    f"alt='Samples of {html.escape(strip.label)}' src='{embedded(strip.png)}'></td></tr>"
+                    for strip in strips)
     drawn = "".join(f'<img class="figure" alt="{html.escape(what)}" src="{embedded(png)}">' for what, png in figures)
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in words)
-    wide = lambda name, said, inner: f"<div class='wide' role='region' tabindex='0' aria-label='{name}'><table><caption>{said}</caption>{inner}</table></div>"
+    wide = (lambda name, said, inner: "<div class='wide' role='region' tabindex='0' "
+            f"aria-label='{name}'><table><caption>{said}</caption>{inner}</table></div>")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>
@@ -110,32 +116,40 @@ def _own_rows(results: Mapping[str, Any], more: Sequence[str]) -> list[tuple[str
     """The rows of a table under OWN, the time of a picture, and those of `more` metrics."""
     number = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
     return [("teacher" if ":" in row["target"] else "student",
-             [row["target"], str(row["nfe"]), str(row["steps"]), f"{row['guidance']:g}", number(row["metrics"]["to_teacher"], 4),
-              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4), number(row["latency_ms"], 1),
+             [row["target"], str(row["nfe"]), str(row["steps"]), f"{row['guidance']:g}",
+              number(row["metrics"]["to_teacher"], 4),
+              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4),
+              number(row["latency_ms"], 1),
               *(number(row["metrics"].get(name), 4) for name in more)]) for row in results["rows"]]
 
 
 def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> None:
-    """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of results.json."""
+    """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of
+    results.json."""
     videos = [name for name in FIGURES if name in results["rows"][0]["metrics"]]
     more = [*videos, *more_metrics(results["protocol"])]
-    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided step takes two network "
-            "evaluations. The distance to the teacher is the root mean square over pixels in [0, 1] to the teacher's own pictures, the first row. "
-            "Students that are taught the teacher's law rather than its way from noise to picture may lie far from them and be good.")
+    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided "
+            "step takes two network evaluations. The distance to the teacher is the root mean square over pixels "
+            "in [0, 1] to the teacher's own pictures, the first row. Students that are taught the teacher's law "
+            "rather than its way from noise to picture may lie far from them and be good.")
     write_whole(out / "report.html", page(
         "Teacher and student from the same noise", note, [("Pictures of each row, from the same noise", together)],
-        (*OWN, "ms", *(FIGURES.get(name, name) for name in more)), _own_rows(results, more), [], results["protocol"] | made_of(results["rows"]),
+        (*OWN, "ms", *(FIGURES.get(name, name) for name in more)), _own_rows(results, more), [],
+        results["protocol"] | made_of(results["rows"]),
         results.get("words", ())).encode())
 
 
 def write_composed_report(results: Mapping[str, Any], grids: Sequence[tuple[str, bytes]], out: Path) -> None:
     """report.html of a bench under other LoRAs. grids: what each shows, and a PNG."""
     more, composed = more_metrics(results["protocol"]), results["compose"]
-    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. The distance to the teacher is the root mean "
-            "square over pixels in [0, 1] to the teacher's picture under the same LoRA at the same scale. Kept is the share of the LoRA's mean effect "
-            "on the teacher, in the features named below, that is seen on the student.")
-    kept = [f"kept {_interval(scale, 'kept')} at scale {scale['scale']:g}" for one in composed for scale in one["scales"]]
-    facts = results["protocol"] | made_of(results["rows"]) | ({"kept, with 95 % intervals": "; ".join(kept)} if kept else {})
+    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. The distance "
+            "to the teacher is the root mean square over pixels in [0, 1] to the teacher's picture under the same "
+            "LoRA at the same scale. Kept is the share of the LoRA's mean effect on the teacher, in the features "
+            "named below, that is seen on the student.")
+    kept = [f"kept {_interval(scale, 'kept')} at scale {scale['scale']:g}" for one in composed
+            for scale in one["scales"]]
+    facts = results["protocol"] | made_of(results["rows"]) | ({"kept, with 95 % intervals": "; ".join(kept)}
+                                                              if kept else {})
     write_whole(out / "report.html", page(
         "A student under other LoRAs", note, grids, (*OWN, "ms", *more), _own_rows(results, more), [], facts,
         [f"{one['lora']} at guidance {one['guidance']:g}: {one['verdict']}." for one in composed]).encode())
@@ -151,7 +165,8 @@ def made_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if "made" in row:
-            found.setdefault("; ".join(f"{name}: {_words(value)}" for name, value in row["made"].items()), {})[row["target"]] = None
+            found.setdefault("; ".join(f"{name}: {_words(value)}" for name, value in row["made"].items()),
+                             {})[row["target"]] = None
     return {", ".join(targets): what for what, targets in found.items()}
 
 

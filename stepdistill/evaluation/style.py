@@ -13,7 +13,8 @@ from .means import of_prompts
 from .space import Figures, figures
 
 KEPT, LOST, OVERDONE = 0.8, 0.5, 1.25      # shares of the base's change: of a style that is kept, lost and overdone
-ALIKE, SAME = 0.9, 1 / 3                   # of the base's differences between seeds: about as much, and nearly one picture
+# of the base's differences between seeds: about as much, and nearly one picture
+ALIKE, SAME = 0.9, 1 / 3
 FOLLOWED = 1.0                             # points of CLIP score that a prompt is followed less
 
 
@@ -21,9 +22,9 @@ FOLLOWED = 1.0                             # points of CLIP score that a prompt 
 class Worn:
     """A style on a student at one scale, beside the same style on the base, from the same noise.
 
-    kept: share of the base's change of mean features that the student's has along it; None where the base shows none. differ: what
-    pictures of one prompt differ by, over the base's. followed: the difference in CLIP score, None without one. fd: Fréchet distance
-    to the base's pictures; None of too few.
+    kept: share of the base's change of mean features that the student's has along it; None where the base shows none.
+    differ: what pictures of one prompt differ by, over the base's. followed: the difference in CLIP score, None without
+    one. fd: Fréchet distance to the base's pictures; None of too few.
     """
 
     scale: float
@@ -36,17 +37,18 @@ class Worn:
     def plain(self) -> Figures:
         """As results.json has it."""
         found: Figures = {"scale": self.scale}
-        for name, estimate in (("kept", self.kept), ("diversity_ratio", self.differ), ("clip_score_change", self.followed), ("fd", self.fd)):
+        for name, estimate in (("kept", self.kept), ("diversity_ratio", self.differ),
+                               ("clip_score_change", self.followed), ("fd", self.fd)):
             found |= figures(name, estimate)
         return found
 
 
 def kept(base: Tensor, styled_base: Tensor, student: Tensor, styled_student: Tensor) -> Estimate | None:
-    """<e, d> / <d, d> for the style's mean changes d of the base and e of the student; 1 is all of it. Features (n, D), sample by sample
-    from the same noise, at least 3.
+    """<e, d> / <d, d> for the style's mean changes d of the base and e of the student; 1 is all of it. Features (n, D),
+    sample by sample from the same noise, at least 3.
 
-    Both products are taken between different samples, so that the scatter of single pictures adds to neither; the interval is the
-    jackknife's. None where it is not sure that the base changes at all.
+    Both products are taken between different samples, so that the scatter of single pictures adds to neither; the
+    interval is the jackknife's. None where it is not sure that the base changes at all.
     """
     d, e = (styled_base - base).double(), (styled_student - student).double()
     (change, changes), (along, alongs) = _crossed(d, d), _crossed(e, d)
@@ -63,15 +65,16 @@ def _crossed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def differ(styled_student: Tensor, styled_base: Tensor, prompts: int) -> Estimate | None:
-    """What pictures of one prompt differ by, over the base's, prompt by prompt. Features (n, D), of samples that go through the prompts
-    again and again. None of a single prompt, and where the base's do not differ."""
-    over, under = (torch.stack([torch.pdist(group.double()).mean() for group in of_prompts(x, prompts)]) for x in (styled_student, styled_base))
+    """What pictures of one prompt differ by, over the base's, prompt by prompt. Features (n, D), of samples that go
+    through the prompts again and again. None of a single prompt, and where the base's do not differ."""
+    over, under = (torch.stack([torch.pdist(group.double()).mean() for group in of_prompts(x, prompts)])
+                   for x in (styled_student, styled_base))
     return None if len(under) < 2 or not under.all() else ratio_of(over, under)
 
 
 def distance(styled_student: Tensor, styled_base: Tensor, prompts: int, seed: int) -> Estimate | None:
-    """The Fréchet distance of the two laws, of different noise: the student's odd rounds through the prompts against the base's even
-    ones. None of too few."""
+    """The Fréchet distance of the two laws, of different noise: the student's odd rounds through the prompts against
+    the base's even ones. None of too few."""
     odd = (torch.arange(len(styled_base)) // prompts).remainder(2).bool()
     ours, theirs = styled_student[odd], styled_base[~odd]
     if too_few(len(ours), len(theirs), ours.shape[1]):
@@ -80,7 +83,8 @@ def distance(styled_student: Tensor, styled_base: Tensor, prompts: int, seed: in
 
 
 def verdict(worn: Sequence[Worn], bare: Estimate | None, space: str) -> str:
-    """In words. worn: in the order of their scales; bare: what pictures of one prompt differ by without the style, over the base's."""
+    """In words. worn: in the order of their scales; bare: what pictures of one prompt differ by without the style, over
+    the base's."""
     return "; ".join(filter(None, (_style(worn, space), _seeds(worn, bare), _prompts(worn))))
 
 
@@ -98,7 +102,8 @@ def _style(worn: Sequence[Worn], space: str) -> str:
         return f"the style is overdone {_at(overdone)} (kept are {shares})"
     if any(one.kept.high < KEPT for one in seen):
         return f"keeps a part of the style: {shares}"
-    return f"keeps the style: {shares}" if all(one.kept.low >= KEPT for one in seen) else f"keeps of the style {shares}, and more samples would tell"
+    return (f"keeps the style: {shares}" if all(one.kept.low >= KEPT for one in seen)
+            else f"keeps of the style {shares}, and more samples would tell")
 
 
 def _seeds(worn: Sequence[Worn], bare: Estimate | None) -> str | None:
@@ -127,7 +132,8 @@ def _prompts(worn: Sequence[Worn]) -> str | None:
     less = [one for one in worn if one.followed is not None and one.followed.high < -FOLLOWED]
     if not less:
         return None
-    return f"prompts are followed less {_at([one.scale for one in less])} (CLIP score {min(one.followed.value for one in less):+.1f})"
+    return (f"prompts are followed less {_at([one.scale for one in less])} (CLIP score "
+            f"{min(one.followed.value for one in less):+.1f})")
 
 
 def _at(scales: Sequence[float]) -> str:

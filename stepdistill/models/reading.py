@@ -1,4 +1,5 @@
-"""Pictures as vision models of transformers read them, with gradients, and the judge that reads attributes off their features."""
+"""Pictures as vision models of transformers read them, with gradients, and the judge that reads attributes off their
+features."""
 from __future__ import annotations
 
 import hashlib
@@ -34,7 +35,8 @@ class AttributeClassifier:
         with readable(file), safe_open(file, "pt") as saved:
             slots = json.loads(saved.metadata()["slots"])
             if slots != {slot: list(values) for slot, values in expected.items()}:
-                raise RequestError(f"{file} classifies the slots {slots}, but Shapes has {dict(expected)}: train it anew")
+                raise RequestError(f"{file} classifies the slots {slots}, but Shapes has {dict(expected)}: "
+                                   "train it anew")
             heads = tuple((saved.get_tensor(f"{slot}.weight").float(), saved.get_tensor(f"{slot}.bias").float())
                           for slot in expected)
         return cls(heads, digest([file]))
@@ -56,20 +58,24 @@ def readable(place: Path) -> Iterator[None]:
     except UNLOADABLE as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{place} cannot be read as a vision model: {first_lines(error)}. Copy or train it anew") from error
+        raise RequestError(f"{place} cannot be read as a vision model: {first_lines(error)}. Copy or "
+                           "train it anew") from error
 
 
 class Reading:
-    """Pixels (B, 3, H, W) in [-1, 1] as a vision model of transformers reads them: its size, its mean and deviation a channel. Gradients flow."""
+    """Pixels (B, 3, H, W) in [-1, 1] as a vision model of transformers reads them: its size, its mean and deviation a
+    channel. Gradients flow."""
 
     def __init__(self, folder: Path, size: int, device: str | torch.device) -> None:
-        mean, deviation = (preprocessor(folder).get(f"image_{name}", halves) for name, halves in zip(("mean", "std"), HALVES, strict=True))
+        mean, deviation = (preprocessor(folder).get(f"image_{name}", halves)
+                           for name, halves in zip(("mean", "std"), HALVES, strict=True))
         self.size, self.device = size, device
         self.name = f"none at {size} px, else antialiased bicubic of the short side and a centre crop"
         if (mean, deviation) != HALVES:
             self.name += f"; normalised by {mean} and {deviation}"
         self.mean, self.deviation = (torch.tensor(numbers, device=device)[:, None, None] for numbers in
-                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))       # of pixels in [-1, 1]
+                                     # of pixels in [-1, 1]
+                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return (resized(pixels.to(self.device, torch.float32), self.size) - self.mean) / self.deviation
@@ -82,8 +88,8 @@ def preprocessor(folder: Path) -> dict[str, Any]:
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """The short side brought to `size`, the long one in proportion, rounded down as transformers and torchvision do it, and the centre cut
-    out: (B, 3, size, size). Pictures of that size pass untouched."""
+    """The short side brought to `size`, the long one in proportion, rounded down as transformers and torchvision do it,
+    and the centre cut out: (B, 3, size, size). Pictures of that size pass untouched."""
     height, width = pixels.shape[-2:]
     if height == width == size:
         return pixels

@@ -21,8 +21,8 @@ from .targets import Opened, open_target, ships, teachers
 from .telling import log
 
 CLIP = "assets/shapes-clip"
-REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a folder of real "
-                    "pictures of what it was trained on, and `features`")
+REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a "
+                    "folder of real pictures of what it was trained on, and `features`")
 
 
 def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | None, out: str | Path, seed: int,
@@ -39,8 +39,8 @@ def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | N
               for target in (*targets, *few_step)]
     videos = [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]
     if videos and (len(videos) < len(opened) or reference not in (None, "teacher")):
-        raise RequestError(f"{videos[0]} makes videos, which are measured beside their teacher's own: leave --reference and targets that make pictures "
-                           "out")
+        raise RequestError(f"{videos[0]} makes videos, which are measured beside their teacher's own: leave "
+                           "--reference and targets that make pictures out")
     scales, beside = tuple(guidance or _own_scales(opened)), teachers(opened, log.info)
     every = [*(o.target for o in opened if o.target.call is not None), *beside]
     for target in every:
@@ -51,10 +51,12 @@ def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | N
     told = common(device, marks)
     if reference == "teacher":
         if len(beside) != 1:
-            raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")
+            raise RequestError("a bench against the teacher's own pictures is of students of one teacher; found "
+                               f"{len(beside)}")
         return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
                          samples=samples or 16, features=None if features is None else spaces, **told)
-    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference, reuse, **told)
+    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference,
+                       reuse, **told)
 
 
 def common(device: torch.device, marks: Mapping[str, str]) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from .telling import log
 PROMPTS = 8                                        # captions of Shapes
 
 
-def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scales: Sequence[float] | None, samples: int | None,
-            out: str | Path, features: FeatureName | FeatureNames | None, prompts: Sequence[str] | None, metrics: Sequence[str],
+def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scales: Sequence[float] | None,
+            samples: int | None,
+            out: str | Path, features: FeatureName | FeatureNames | None, prompts: Sequence[str] | None,
+            metrics: Sequence[str],
             plugins: str | Path | None, unused: Mapping[str, Any], **told: Any) -> Results:
-    """`stepdistill.bench` of the one student among `targets` under other LoRAs, beside its teacher. unused: options that this has no use
-    for. told: the rest of `evaluation.compose.bench_composed`'s.
+    """`stepdistill.bench` of the one student among `targets` under other LoRAs, beside its teacher. unused: options
+    that this has no use for. told: the rest of `evaluation.compose.bench_composed`'s.
 
     RequestError for a target that has no LoRA to lay others beside, before it is loaded.
     """
@@ -46,14 +48,18 @@ def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scale
         raise RequestError(f"{opened.target.name} makes videos, and a style is looked at in pictures")
     beside = teachers([opened], log.info)
     if not beside:
-        raise RequestError(f"the teacher of {opened.target.name} cannot be loaded, and a style is measured on it too: put it back")
+        raise RequestError(f"the teacher of {opened.target.name} cannot be loaded, and a style is measured on it "
+                           "too: put it back")
     for pipeline in (opened.target.pipeline, beside[0].pipeline):
         pipeline.to(device)
     if prompts is None and ships(opened):
         prompts = ShapesSource().prompts(PROMPTS)
-    return bench_composed(opened.target, beside[0], [FusedLora(str(resources.locate(lora) or lora)) for lora in loras], Path(out),
-                          trained=1.0 if opened.guidance is None else opened.guidance, scales=scales or SCALES, samples=samples or SAMPLES,
-                          prompts=prompts, features=feature_spaces(features) if features is not None or ships(opened) else None,
+    return bench_composed(opened.target, beside[0], [FusedLora(str(resources.locate(lora) or lora)) for lora in loras],
+                          Path(out),
+                          trained=1.0 if opened.guidance is None else opened.guidance, scales=scales or SCALES,
+                          samples=samples or SAMPLES,
+                          prompts=prompts, features=feature_spaces(features) if features is not None
+                          or ships(opened) else None,
                           **common(device, marks), **told)
 
 
@@ -70,5 +76,5 @@ def _must_have_lora(name: str | Path) -> None:
         found = "a whole pipeline"
     else:
         found = "no student"
-    raise RequestError(f"{name} is {found}, and a bench under other LoRAs asks whether a distilled LoRA goes with them: name a run with "
-                       "`student: {lora: …}`, or its export")
+    raise RequestError(f"{name} is {found}, and a bench under other LoRAs asks whether a distilled LoRA goes with "
+                       "them: name a run with `student: {lora: …}`, or its export")

@@ -1,4 +1,5 @@
-"""Rewards: the published formulas on transformers' own outputs, the processor's own pixels, gradients, and what is refused."""
+"""Rewards: the published formulas on transformers' own outputs, the processor's own pixels, gradients, and what is
+refused."""
 from __future__ import annotations
 
 import json
@@ -52,7 +53,8 @@ def processed(folder, pixels):
 
 def test_scores_are_the_published_formulas_of_transformers_own_outputs(folder):
     pixels = eight_bits(3, 3, 32, 32)
-    model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
+    model, tokenizer = (CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
+                        CLIPTokenizer.from_pretrained(folder))
     with torch.no_grad():
         found = model(**tokenizer(PROMPTS, padding=True, return_tensors="pt"), pixel_values=processed(folder, pixels))
     cosines = (found.image_embeds * found.text_embeds).sum(1)                    # transformers has normalised them
@@ -65,12 +67,15 @@ def test_scores_are_the_published_formulas_of_transformers_own_outputs(folder):
 
 @pytest.mark.parametrize("height, width", [(32, 32), (64, 48), (40, 71), (20, 33)])
 def test_pixels_are_read_as_the_processor_reads_them(folder, height, width):
-    pixels = eight_bits(2, 3, height, width, least=64)                           # far from the ends, where the processor clips after each axis
+    # far from the ends, where the processor clips after each axis
+    pixels = eight_bits(2, 3, height, width, least=64)
     read, expected = Reading(folder, 32, "cpu")(pixels), processed(folder, pixels)
     levels = (read - expected).abs() * torch.tensor(DEVIATION)[:, None, None] * 255
-    assert levels.max() < (1e-3 if height == width == 32 else 1.51)              # the processor rounds to 8 bits, after each axis
+    # the processor rounds to 8 bits, after each axis
+    assert levels.max() < (1e-3 if height == width == 32 else 1.51)
     shape = tuple(32 * side // min(height, width) for side in (width, height))   # the same filter without rounding
-    whole = [[np.asarray(Image.fromarray(channel.numpy(), "F").resize(shape, Image.Resampling.BICUBIC)) for channel in one] for one in pixels]
+    whole = [[np.asarray(Image.fromarray(channel.numpy(), "F").resize(shape, Image.Resampling.BICUBIC))
+              for channel in one] for one in pixels]
     left, top = (side - 32) // 2 if (side := shape[0]) else 0, (shape[1] - 32) // 2
     exact = torch.from_numpy(np.array(whole)).clamp(-1, 1)[..., top:top + 32, left:left + 32]
     torch.testing.assert_close(resized(pixels, 32), exact, rtol=0, atol=1e-3)
@@ -83,7 +88,8 @@ def test_gradients_reach_the_pixels(folder):
     slope, = torch.autograd.grad(score.sum(), pixels)
     assert slope.isfinite().all() and (slope.flatten(1).norm(dim=1) > 1e-4).all()
     along = slope / slope.norm()
-    for sign in (1, -1):                                                         # the directional derivative, by differences
+    # the directional derivative, by differences
+    for sign in (1, -1):
         moved = reward(pixels + sign * 0.05 * along, PROMPTS[:2]).sum() - score.sum()
         assert moved.item() == pytest.approx(sign * 0.05 * slope.norm().item(), rel=0.15)
     assert not any(parameter.requires_grad for parameter in reward.parameters()) and not reward.training
@@ -95,7 +101,8 @@ def test_a_score_depends_on_its_own_picture_and_prompt_alone(folder):
     reward, pixels, order = reward_of(f"pickscore={folder}"), eight_bits(3, 3, 32, 32), [2, 0, 1]
     whole = reward(pixels, PROMPTS)
     torch.testing.assert_close(reward(pixels[order], [PROMPTS[i] for i in order]), whole[order], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([reward(pixels[i:i + 1], PROMPTS[i:i + 1]) for i in range(3)]), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([reward(pixels[i:i + 1], PROMPTS[i:i + 1]) for i in range(3)]), whole,
+                               rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"pixels \(B, 3, H, W\) and B prompts; found \(3, 3, 32, 32\) and 2"):
         reward(pixels, PROMPTS[:2])
 
@@ -105,9 +112,11 @@ def test_shapes_are_judged_by_the_attributes_that_are_asked_for():
     pixels, asked, reward = render(scene), captions(scene), reward_of("shapes_reward")
     own, others = reward(pixels, asked), reward(pixels, asked[1:] + asked[:1])
     assert (own <= 0).all() and own.mean() > -0.05 and others.mean() < -1
-    features = CLIPModel.from_pretrained(ASSETS / "shapes-clip", dtype=torch.float32).get_image_features(pixel_values=pixels).pooler_output
+    features = CLIPModel.from_pretrained(ASSETS / "shapes-clip",
+                                         dtype=torch.float32).get_image_features(pixel_values=pixels).pooler_output
     heads = [features @ weight.T + bias for weight, bias in reward.judge.heads]
-    by_hand = torch.stack([logits.log_softmax(1)[torch.arange(24), scene.attributes[:, i]] for i, logits in enumerate(heads)]).mean(0)
+    by_hand = torch.stack([logits.log_softmax(1)[torch.arange(24), scene.attributes[:, i]]
+                           for i, logits in enumerate(heads)]).mean(0)
     torch.testing.assert_close(own, by_hand, rtol=1e-4, atol=1e-5)
     blurred = torch.nn.functional.avg_pool2d(pixels, 3, 1, 1).requires_grad_()
     before = reward(blurred, asked).mean()
@@ -120,16 +129,19 @@ def test_shapes_are_judged_by_the_attributes_that_are_asked_for():
 def test_a_bench_has_the_score_with_its_interval_and_names_the_licence(folder, tmp_path):
     pipeline = tiny_pipeline(seed=1)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=4)
-    student, teacher = Target("student", pipeline, "lcm", {"guidance_scale": 1.0, "num_inference_steps": 1}), Target("teacher", tiny_pipeline())
+    student, teacher = (Target("student", pipeline, "lcm", {"guidance_scale": 1.0, "num_inference_steps": 1}),
+                        Target("teacher", tiny_pipeline()))
     marks = marked([f"hpsv2={folder}"], None)
     reward = reward_of(f"hpsv2={folder}")
     assert marks == {"hpsv2": f"sha256 {reward.id}, licence of the weights: Apache-2.0"}
-    results = bench_own([student, teacher], teacher, [1], tmp_path, guidance=[1.0], solvers=["ddim"], prompts=PROMPTS[:2], samples=6,
+    results = bench_own([student, teacher], teacher, [1], tmp_path, guidance=[1.0], solvers=["ddim"],
+                        prompts=PROMPTS[:2], samples=6,
                         say=lambda text: None, metrics=marks)
     row = next(row for row in results["rows"] if row["target"] == "student")["metrics"]
     pixels = plans(student, [1], [], [], print)[0].images(PROMPTS[:2] * 3, torch.arange(6), 0)
     expected = mean_of(reward(pixels, PROMPTS[:2] * 3))
-    assert (row["hpsv2"], row["hpsv2_low"], row["hpsv2_high"]) == pytest.approx((expected.value, expected.low, expected.high), rel=1e-3)
+    assert ((row["hpsv2"], row["hpsv2_low"], row["hpsv2_high"])
+            == pytest.approx((expected.value, expected.low, expected.high), rel=1e-3))
     assert row["hpsv2_low"] < row["hpsv2"] < row["hpsv2_high"]
     page = (tmp_path / "report.html").read_text()
     assert ">hpsv2</button>" in page and "licence of the weights: Apache-2.0" in page
@@ -139,12 +151,16 @@ def test_weights_that_cannot_be_had_are_refused_with_what_to_do(folder, tmp_path
     def offline(*given):
         raise OSError("no connection")
     monkeypatch.setattr(rewards, "cached_file", offline)
-    for asked, says in (("pickscore", "from yuvalkirstain/PickScore_v1: no connection. Download them where there is a network, and name their folder: "
-                                      "pickscore=FOLDER with config.json, model.safetensors, preprocessor_config.json, tokenizer.json"),
+    for asked, says in (("pickscore", "from yuvalkirstain/PickScore_v1: no connection. Download them where there "
+                                      "is a network, and name their folder: pickscore=FOLDER with config.json, "
+                                      "model.safetensors, preprocessor_config.json, tokenizer.json"),
                         ("pickscore=no/such/folder", "from no/such/folder: there is no such folder. Download"),
-                        ("hpsv2", r"hpsv2 cannot be loaded: its weights \(xswu/HPSv2\) are published as a pickle, which is never read: name the folder"),
-                        ("imagereward", "imagereward cannot be loaded: .*no class.*: use pickscore or hpsv2, or a metric of a plugin"),
-                        (f"imagereward={folder}", "imagereward cannot be loaded"), ("aesthetic", "there is no reward aesthetic: known are pickscore, hpsv2")):
+                        ("hpsv2", r"hpsv2 cannot be loaded: its weights \(xswu/HPSv2\) are published as a pickle, "
+                         r"which is never read: name the folder"),
+                        ("imagereward", "imagereward cannot be loaded: .*no class.*: use pickscore or hpsv2, or "
+                         "a metric of a plugin"),
+                        (f"imagereward={folder}", "imagereward cannot be loaded"),
+                        ("aesthetic", "there is no reward aesthetic: known are pickscore, hpsv2")):
         with pytest.raises(RequestError, match=says):
             reward_of(asked)
     with pytest.raises(RequestError, match="the metric hpsv3 is no metric; did you mean hpsv2?"):
@@ -158,7 +174,8 @@ def test_folders_of_others_are_refused(folder, tmp_path):
     with pytest.raises(RequestError, match="cannot be read as pickscore: it has no image_mean and image_std"):
         reward_of(f"pickscore={broken}")
     (broken / "preprocessor_config.json").unlink()
-    with pytest.raises(RequestError, match="does not hold pickscore: it lacks preprocessor_config.json. A CLIPModel saved by save_pretrained"):
+    with pytest.raises(RequestError, match="does not hold pickscore: it lacks preprocessor_config.json. A CLIPModel "
+                       "saved by save_pretrained"):
         reward_of(f"pickscore={broken}")
     shutil.copy(folder / "preprocessor_config.json", broken)
     Dinov2Config().save_pretrained(broken)

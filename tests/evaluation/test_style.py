@@ -11,7 +11,8 @@ DIM = 8
 
 
 def planted(generator: torch.Generator, n: int, share: float, aside: float = 0.0):
-    """(base, styled base, student, styled student): the base moves by v in the mean, the student by `share` of v, and by `aside` across it."""
+    """(base, styled base, student, styled student): the base moves by v in the mean, the student by `share` of v, and
+    by `aside` across it."""
     draw = lambda: torch.randn(n, DIM, generator=generator)
     v, across = torch.eye(DIM)[0] * 2, torch.eye(DIM)[1]
     base, student = 3 * draw(), 3 * draw()
@@ -39,7 +40,8 @@ def test_intervals_hold_what_was_planted(share):
         found = kept(*planted(generator, 48, share))
         held += found.low <= share <= found.high
         values.append(found.value)
-    assert 180 <= held <= 199                                          # 95 of 100; a binomial's 3 standard deviations are 9 of 200
+    # 95 of 100; a binomial's 3 standard deviations are 9 of 200
+    assert 180 <= held <= 199
     assert torch.tensor(values).mean().item() == pytest.approx(share, abs=0.03)
 
 
@@ -58,7 +60,8 @@ def test_a_ratio_of_pairs_is_that_of_their_means_and_what_they_share_cancels():
     left_out = torch.tensor([9 / 7, 8 / 6, 6 / 4, 7 / 7]).double()     # (10 - x) / (8 - y) of these pairs
     found = ratio_of(x, torch.tensor([1.0, 2.0, 4.0, 1.0]))
     spread = ((left_out - left_out.mean()).square().sum() * 3 / 4).sqrt().item()
-    assert found.value == 10 / 8 and (found.high - found.low) / 2 == pytest.approx(3.18 * spread, rel=0.02)    # Student's t of 3
+    # Student's t of 3
+    assert found.value == 10 / 8 and (found.high - found.low) / 2 == pytest.approx(3.18 * spread, rel=0.02)
 
 
 def test_what_pictures_of_a_prompt_differ_by_is_held_against_the_base():
@@ -73,9 +76,11 @@ def test_the_frechet_distance_is_of_different_noise():
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(400, DIM, generator=generator)
     rounds = (torch.arange(400) // 50).remainder(2).bool()[:, None]
-    student = torch.where(rounds, torch.randn(400, DIM, generator=generator) + 1, 100.0)       # what is not looked at may be anything
+    # what is not looked at may be anything
+    student = torch.where(rounds, torch.randn(400, DIM, generator=generator) + 1, 100.0)
     found = distance(student, torch.where(rounds, -100.0, base), 50, 0)
-    assert found.low < DIM < found.high and found.high - found.low < DIM                        # |mean|^2 of a shift by 1 in each direction
+    # |mean|^2 of a shift by 1 in each direction
+    assert found.low < DIM < found.high and found.high - found.low < DIM
     assert distance(student[:50], base[:50], 5, 0) is None
 
 
@@ -89,7 +94,8 @@ SAME, MUCH = Estimate(0.2, 0.15, 0.25), Estimate(1.0, 0.95, 1.05)
 
 @pytest.mark.parametrize("rows, bare, says", [
     ([worn(0.5, 0.95), worn(1, 0.92)], MUCH,
-     "keeps the style: 95 % (93 to 97) at scale 0.5, 92 % (90 to 94) at scale 1; pictures of one prompt differ as much as the base's"),
+     "keeps the style: 95 % (93 to 97) at scale 0.5, 92 % (90 to 94) at scale 1; pictures of one prompt differ "
+     "as much as the base's"),
     ([worn(0.5, 0.9), worn(0.75, 0.7), worn(1, 0.2)], MUCH, "the style is lost above scale 0.75 (kept are 90 % "),
     ([worn(0.5, 0.1), worn(1, 0.2)], MUCH, "the style is lost at every scale"),
     ([worn(0.5, 0.1), worn(1, 0.9)], MUCH, "the style is lost at scale 0.5 (kept"),
@@ -101,10 +107,14 @@ SAME, MUCH = Estimate(0.2, 0.15, 0.25), Estimate(1.0, 0.95, 1.05)
     ([worn(1, 0.9, ratio=0.2)], SAME, "all seeds draw nearly the same picture"),
     ([worn(1, 0.9, ratio=0.2)], MUCH, "all seeds draw nearly the same picture at scale 1"),
     ([worn(1, 0.9)], SAME, "all seeds draw nearly the same picture at no style"),
-    ([worn(1, 0.9, ratio=0.6)], MUCH, "pictures of one prompt differ less than the base's, 60 % (58 to 62) at the least"),
-    ([worn(1, 0.9, ratio=1.4)], MUCH, "pictures of one prompt differ more than the base's, 140 % (138 to 142) at the most"),
-    ([worn(1, 0.9, ratio=0.9, width=0.2)], MUCH, "differ by 90 % (70 to 110) of what the base's do, and more samples would tell"),
-    ([worn(0.5, 0.9, less=-0.5), worn(1, 0.9, less=-3)], MUCH, "prompts are followed less at scale 1 (CLIP score -3.0)"),
+    ([worn(1, 0.9, ratio=0.6)], MUCH, "pictures of one prompt differ less than the base's, 60 % (58 to 62) at "
+     "the least"),
+    ([worn(1, 0.9, ratio=1.4)], MUCH, "pictures of one prompt differ more than the base's, 140 % (138 to 142) "
+     "at the most"),
+    ([worn(1, 0.9, ratio=0.9, width=0.2)], MUCH, "differ by 90 % (70 to 110) of what the base's do, and more samples "
+     "would tell"),
+    ([worn(0.5, 0.9, less=-0.5), worn(1, 0.9, less=-3)], MUCH, "prompts are followed less at scale 1 (CLIP "
+     "score -3.0)"),
 ])
 def test_words(rows, bare, says):
     found = verdict(rows, bare, "clip")
