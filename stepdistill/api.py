@@ -101,8 +101,7 @@ def _treated(whole: Recipe, number: int, *rest: Any) -> Recipe:
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
            begun: set[Path], record: MemoryHandler, on_step: Callable[[int], None] | None) -> None:
-    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the
-    folders that go on."""
+    """One stage, in its own folder of the run. before: the folder of the stage before. begun: folders that go on."""
     number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
     log.info(f"{number}{recipe.method}, {recipe.steps} steps; loading the teacher {recipe.teacher.base} on {device}")
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
@@ -119,8 +118,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
                         recipe.data.caption_dropout)
         say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    if recipe.train.fsdp:                              # the data are made by now: whole networks made them
-        shard(stage.roles)
+    if recipe.train.fsdp:
+        shard(stage.roles)                # the data are made by now: whole networks made them
     log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
                       [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start],
@@ -289,11 +288,11 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
 
 @spoken()
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
-          out: str | Path = "bench",
-          seed: int = 0, guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: FeatureName | FeatureNames | None = None, reference: str | Path | None = None,
-          prompts: Sequence[str] | None = None, reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (),
-          metrics: Sequence[str] = (), plugins: str | Path | None = None, compose: Sequence[str | Path] = (),
+          out: str | Path = "bench", seed: int = 0, guidance: Sequence[float] | None = None,
+          solvers: Sequence[str] = tuple(SOLVERS), features: FeatureName | FeatureNames | None = None,
+          reference: str | Path | None = None, prompts: Sequence[str] | None = None,
+          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (), metrics: Sequence[str] = (),
+          plugins: str | Path | None = None, compose: Sequence[str | Path] = (),
           scales: Sequence[float] | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
@@ -304,17 +303,17 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     same noise, of 16 samples: shapes for what ships and the teacher for all else, unless given. The teachers of
     students stand in the table too, at `guidance`, or without guidance and at the scale that the student was trained
     for: of the two the better one at each count is what a student should be held against. few_step: further targets,
-    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: figures of
-    plugins, by name; plugins: a folder with them, or with the families of pipelines.
+    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: what
+    people prefer ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with
+    them, or with the families of pipelines. Videos are measured beside their teacher's own.
 
     compose: other LoRAs (folders, .safetensors files or Hub ids) that one student wears, each at the strengths
-    `scales`: instead of the above, the student and its teacher are drawn with and without each, and a verdict says
-    whether its style and the variety of seeds are kept. `guidance` is then that of the student, and `samples` are 64
-    unless given.
+    `scales`: instead of the above, the student in its own steps and its teacher are drawn with and without each, and a
+    verdict says whether its style and the variety of seeds are kept. `guidance` is then that of the student, and
+    `samples` are 64 unless given.
     """
     told = {"samples": samples, "out": out, "seed": seed, "guidance": guidance, "solvers": solvers,
-            "features": features,
-            "prompts": prompts, "metrics": metrics, "plugins": plugins}
+            "features": features, "prompts": prompts, "metrics": metrics, "plugins": plugins}
     beside = {"reference": reference, "reuse": reuse, "few_step": few_step}
     if compose:
         return composing.compose(targets, compose, scales=scales, unused=beside, **told)

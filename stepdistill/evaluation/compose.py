@@ -70,10 +70,8 @@ class Composition:
     def _row(self, plan: Plan, found: Seen, mean: Means, worn: str) -> dict[str, Any]:
         metrics = looks(plan, found, self.asked, self.texts, self.space) | mean.figures(plan.target.prompted)
         return {"target": plan.name + worn, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
-                "guidance": plan.guidance,
-                "samples": self.samples, "seed": self.seed, "metrics": metrics, "latency_ms": None,
-                "images_per_s": None,
-                "made": {**self.made, **plan.target.made}}
+                "guidance": plan.guidance, "samples": self.samples, "seed": self.seed, "metrics": metrics,
+                "latency_ms": None, "images_per_s": None, "made": {**self.made, **plan.target.made}}
 
     def compared(self, scale: float, bare: Sequence[Seen], styled: Sequence[Seen], row: int) -> Worn:
         """The student's `row` under a style beside the base under it. bare: the rows without it."""
@@ -90,11 +88,10 @@ class Composition:
 
 
 def bench_composed(student: Target, base: Target, styles: Sequence[FusedLora], out: Path, *, trained: float,
-                   solvers: Sequence[str],
-                   scales: Sequence[float] = SCALES, guidance: Sequence[float] | None = None, seed: int = 0,
-                   prompts: Sequence[str] | None = None, samples: int = SAMPLES, features: FeatureNames | None = None,
-                   device: str | torch.device = "cpu", say: Callable[[str], None] = print,
-                   made: Mapping[str, Any] | None = None,
+                   solvers: Sequence[str], scales: Sequence[float] = SCALES, guidance: Sequence[float] | None = None,
+                   seed: int = 0, prompts: Sequence[str] | None = None, samples: int = SAMPLES,
+                   features: FeatureNames | None = None, device: str | torch.device = "cpu",
+                   say: Callable[[str], None] = print, made: Mapping[str, Any] | None = None,
                    metrics: Mapping[str, str] | None = None) -> Results:
     """Measures each style LoRA on the base and on the student, and writes results.json, report.html and samples/.
 
@@ -203,8 +200,7 @@ def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[
 
 
 def _composed(common: Composition, name: str, scales: Sequence[float], bare: Sequence[Seen],
-              styled: Sequence[Sequence[Seen]],
-              row: int) -> dict[str, Any]:
+              styled: Sequence[Sequence[Seen]], row: int) -> dict[str, Any]:
     """An entry of `compose` of results.json."""
     worn = [common.compared(scale, bare, seen, row) for scale, seen in zip(scales, styled, strict=True)]
     plain = differ(bare[row]["seen"], bare[0]["seen"], len(common.texts))
@@ -215,10 +211,10 @@ def _composed(common: Composition, name: str, scales: Sequence[float], bare: Seq
 def _protocol(common: Composition) -> dict[str, Any]:
     best = common.rows[0]
     protocol = {"reference": f"the teacher under the same LoRA, {best.name}, {best.steps} steps, w = {best.guidance:g}",
-                "samples": common.samples, "seed": common.seed, "prompts": list(common.texts), "features": None
-                if common.space is None else
-                common.space.name, "diversity": "mean distance in "
-                f"{common.named}"} | ({"metrics": dict(common.metrics)} if common.metrics else {})
+                "samples": common.samples, "seed": common.seed, "prompts": list(common.texts),
+                "features": None if common.space is None else common.space.name,
+                "diversity": f"mean distance in {common.named}"}
+    protocol |= {"metrics": dict(common.metrics)} if common.metrics else {}
     return {"id": fingerprint(protocol), **protocol}
 
 

@@ -17,7 +17,8 @@ from ..files.whole import checksum
 from ..models.reading import JUDGE, AttributeClassifier, Reading, digest, preprocessor, readable
 
 # named by its sha256
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+             "weights-inception-2015-12-05-6726825d.pth")
 TEXTS = 250                       # prompts read at a time
 
 

@@ -18,8 +18,7 @@ from .space import Figures, figures
 
 METRICS: dict[str, Metric] = {}
 OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes",
-       "to_teacher",
-       *FIGURES, *REWARDS)
+       "to_teacher", *FIGURES, *REWARDS)
 
 
 @dataclass(frozen=True)

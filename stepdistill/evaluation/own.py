@@ -143,10 +143,8 @@ def _row(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: S
     """A row of results.json."""
     taken = latency(plan, asked, seed, CALLS)
     return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
-            "guidance": plan.guidance,
-            "samples": len(asked), "seed": seed, "metrics": looks(plan, found, asked, texts, space),
-            "latency_ms": taken,
-            "images_per_s": 1000 / taken}
+            "guidance": plan.guidance, "samples": len(asked), "seed": seed,
+            "metrics": looks(plan, found, asked, texts, space), "latency_ms": taken, "images_per_s": 1000 / taken}
 
 
 def looks(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: Sequence[str],

@@ -16,18 +16,20 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --faint: #52606d; --ground: #fff; --line: #d3dae2; --real: #1a7343 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6eaee; --faint: #aab4bf; --ground: #14181d; --line: #39424d; --real: #63d196 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 2rem auto; padding: 0 1rem;
-  max-width: 90rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+  margin: 2rem auto; padding: 0 1rem; max-width: 90rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note { color: var(--faint); max-width: 70ch } img { max-width: 100%; height: auto } img.figure { background: #fff }
 img.strip { image-rendering: pixelated; height: 68px; max-width: none; display: block }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap }
 :focus-visible { outline: 3px solid var(--real); outline-offset: 2px }
-div.wide { overflow-x: auto; position: relative } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+div.wide { overflow-x: auto; position: relative }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--faint) }
 th button { font: inherit; font-weight: 700; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
-th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
+th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" }
 tr.real td { color: var(--real) } tr.student td { font-weight: 600 }
 label.slide { display: flex; gap: .8rem; align-items: center; flex-wrap: wrap; margin-bottom: .8rem }
 label.slide input { flex: 0 1 20rem; min-width: 12rem } tr[hidden] { display: none }
@@ -83,6 +85,10 @@ def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: 
     found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in words)
     wide = (lambda name, said, inner: "<div class='wide' role='region' tabindex='0' "
             f"aria-label='{name}'><table><caption>{said}</caption>{inner}</table></div>")
+    figures_table = wide("Figures", "A row for each target; the buttons in its head sort it",
+                         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>")
+    pictures = wide("Samples", "Pictures of each row", f"<tbody>{shown}</tbody>")
+    samples_table = f"<h2>Samples</h2>{_slider(strips)}{pictures}" if shown else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>
@@ -90,8 +96,8 @@ def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: 
 <p class="note">{html.escape(note)}</p>
 {f"<ul>{found}</ul>" if found else ""}
 {drawn}
-<h2>Figures</h2>{wide("Figures", "A row for each target; the buttons in its head sort it", f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>")}
-{f"<h2>Samples</h2>{_slider(strips)}{wide('Samples', 'Pictures of each row', f'<tbody>{shown}</tbody>')}" if shown else ""}
+<h2>Figures</h2>{figures_table}
+{samples_table}
 <h2>How they were made</h2><dl>{listed}</dl>
 </main><script>{SORT}{SLIDE}</script></body></html>
 """

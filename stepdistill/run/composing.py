@@ -21,16 +21,16 @@ from . import folder
 from .benching import common, feature_spaces
 from .sources import marked
 from .targets import open_target, ships, teachers
+from .teacher_checks import quantization
 from .telling import log
 
 PROMPTS = 8                                        # captions of Shapes
 
 
 def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scales: Sequence[float] | None,
-            samples: int | None,
-            out: str | Path, features: FeatureName | FeatureNames | None, prompts: Sequence[str] | None,
-            metrics: Sequence[str],
-            plugins: str | Path | None, unused: Mapping[str, Any], **told: Any) -> Results:
+            samples: int | None, out: str | Path, features: FeatureName | FeatureNames | None,
+            prompts: Sequence[str] | None, metrics: Sequence[str], plugins: str | Path | None,
+            unused: Mapping[str, Any], **told: Any) -> Results:
     """`stepdistill.bench` of the one student among `targets` under other LoRAs, beside its teacher. unused: options
     that this has no use for. told: the rest of `evaluation.compose.bench_composed`'s.
 
@@ -54,27 +54,28 @@ def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scale
         pipeline.to(device)
     if prompts is None and ships(opened):
         prompts = ShapesSource().prompts(PROMPTS)
-    return bench_composed(opened.target, beside[0], [FusedLora(str(resources.locate(lora) or lora)) for lora in loras],
-                          Path(out),
-                          trained=1.0 if opened.guidance is None else opened.guidance, scales=scales or SCALES,
-                          samples=samples or SAMPLES,
-                          prompts=prompts, features=feature_spaces(features) if features is not None
-                          or ships(opened) else None,
-                          **common(device, marks), **told)
+    styles = [FusedLora(str(resources.locate(lora) or lora)) for lora in loras]
+    spaces = feature_spaces(features) if features is not None or ships(opened) else None
+    return bench_composed(opened.target, beside[0], styles, Path(out), scales=scales or SCALES, prompts=prompts,
+                          trained=1.0 if opened.guidance is None else opened.guidance, samples=samples or SAMPLES,
+                          features=spaces, **common(device, marks), **told)
 
 
 def _must_have_lora(name: str | Path) -> None:
     """RequestError for what is no student, and for one that was trained in full, before it is loaded."""
-    place = resources.locate(name)
+    place, found, packed = resources.locate(name), "no student", None
     if place is not None and folder.is_run(place):
-        if folder.recipe_of(place).student.lora is not None:
-            return
-        found = "a run that trained all its weights"
+        recipe = folder.recipe_of(place)
+        found = None if recipe.student.lora is not None else "a run that trained all its weights"
+        packed = quantization(recipe)
     elif place is not None and is_export(place):
-        if read_settings(place)["format"] != "pipeline":
-            return
-        found = "a whole pipeline"
-    else:
-        found = "no student"
+        settings = read_settings(place)
+        found = "a whole pipeline" if settings["format"] == "pipeline" else None
+        packed = settings.get("quantization")
+    if found is None and packed is None:
+        return
+    if found is None:
+        raise RequestError(f"the base of {name} is quantised ({packed}): LoRAs lie beside its weights there, and no "
+                           "other is laid on a student's. Name a student of a base that is not")
     raise RequestError(f"{name} is {found}, and a bench under other LoRAs asks whether a distilled LoRA goes with "
                        "them: name a run with `student: {lora: …}`, or its export")

@@ -129,11 +129,14 @@ def test_texts_can_be_read(scheme):
 
 
 CLICK = """<script>
-const button = document.querySelectorAll("th button")[1];
-button.focus(); button.click(); const up = document.querySelector("tbody").textContent; const first = button.parentElement.ariaSort;
+const button = document.querySelectorAll("th button")[1], head = button.parentElement;
+const body = () => document.querySelector("tbody").textContent;
+button.focus();
 button.click();
-document.title = [document.activeElement === button, first, button.parentElement.ariaSort, up, document.querySelector("tbody").textContent,
-  document.documentElement.scrollWidth <= window.innerWidth].join("|");
+const up = body(), first = head.ariaSort;
+button.click();
+const fits = document.documentElement.scrollWidth <= window.innerWidth;
+document.title = [document.activeElement === button, first, head.ariaSort, up, body(), fits].join("|");
 </script></body>"""
 
 
