@@ -78,11 +78,26 @@ class Protocol(_Protocol, total=False):
     also: list[str]
 
 
-class Results(TypedDict):
-    """results.json of a bench."""
+class Composed(TypedDict):
+    """Of results.json of a bench under other LoRAs: one of them at one guidance scale. scales: a table of figures for
+    each strength; verdict: what they mean, in words."""
 
+    lora: str
+    guidance: float
+    scales: list[dict[str, float | None]]
+    verdict: str
+
+
+class _Results(TypedDict):
     protocol: Protocol
     rows: list[Row]
+
+
+class Results(_Results, total=False):
+    """results.json of a bench. compose: of one under other LoRAs. words: what was found, in sentences."""
+
+    compose: list[Composed]
+    words: list[str]
 
 
 class Unfinished(TypedDict):
