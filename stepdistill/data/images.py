@@ -50,7 +50,7 @@ class ShapesImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """A folder of pictures. They are resized on their shorter side and cropped about the centre.
+    """A folder of pictures. They are scaled to cover their size and cropped about the centre. sides: the height and width of each file.
 
     Captions stand in metadata.jsonl or metadata.csv (file_name, and text, caption or prompt), of the folder or of folders in it, or else in
     a .txt file beside each image. Of a network that is told classes they are, where neither is there, the names of the folders: of 3/a.png
@@ -60,7 +60,9 @@ class FolderImages:
     size: Size
     files: tuple[Path, ...]
     texts: tuple[str, ...]
-    identity: dict[str, object]
+    sides: tuple[tuple[int, int], ...]
+    name: str
+    key: str
 
     @classmethod
     def open(cls, folder: Path, size: Size, count: int | None = None, reads: Reads = "texts") -> FolderImages:
@@ -78,8 +80,11 @@ class FolderImages:
         names = [path.relative_to(folder).as_posix() for path in files]
         kept = readable(_digest(files, names), names, lambda i: read_picture(files[i]), str(folder))
         files, captions, names = ([of[i] for i in kept] for of in (files, captions, names))
-        identity = {"images": folder.name, "files": len(files), "digest": _digest(files, names, captions), "size": size}
-        return cls(size, tuple(files), tuple(captions), identity)
+        return cls(size, tuple(files), tuple(captions), tuple(kept.values()), folder.name, _digest(files, names, captions))
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"images": self.name, "files": self.count, "digest": self.key, "size": self.size}
 
     @property
     def count(self) -> int:

@@ -41,6 +41,7 @@ class ShardImages:
     size: Size
     places: tuple[Place, ...]
     texts: tuple[str, ...]
+    sides: tuple[tuple[int, int], ...]
     key: str
 
     @classmethod
@@ -55,7 +56,7 @@ class ShardImages:
         key = hashlib.blake2b(json.dumps([[shard.name, *rest] for shard, *rest in stats] + [count]).encode(), digest_size=16).hexdigest()
         found = found[:count]
         kept = readable(key, [place.name for place, _ in found], lambda i: read_picture(found[i][0].read(), name=found[i][0].name), str(spec))
-        return cls(size, tuple(found[i][0] for i in kept), tuple(_caption(*found[i], reads) for i in kept), key)
+        return cls(size, tuple(found[i][0] for i in kept), tuple(_caption(*found[i], reads) for i in kept), tuple(kept.values()), key)
 
     @property
     def count(self) -> int:

@@ -37,11 +37,12 @@ def register_data(name: str, source: Open) -> None:
 
 @dataclass(frozen=True)
 class Outside:
-    """A source from outside. mark: changes with its code, so that caches of it do."""
+    """A source from outside. mark: changes with its code, so that caches of it do. open: the source again, its pictures of another size."""
 
     name: str
     mark: str | None
     source: Any
+    open: Callable[[Size | None], Any]
 
     @property
     def count(self) -> int | None:
@@ -67,4 +68,5 @@ class Outside:
 
 def open_source(name: str, mark: str | None, size: Size | None, seed: int, count: int | None) -> Captions | Images:
     """A registered source by its name."""
-    return Outside(name, mark, SOURCES[name](size, seed, count))
+    opened = lambda size: SOURCES[name](size, seed, count)
+    return Outside(name, mark, opened(size), opened)

@@ -171,7 +171,7 @@ def _facts(settings: Mapping[str, Any]) -> str:
     proof = settings["proof"]
     return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
             f"{arguments}\n"
-            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_dropped(settings)}"
+            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_sizes(settings)}{_dropped(settings)}"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on "
             f"[0, 1] pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
             f"{_rounding(settings)}")
@@ -187,6 +187,14 @@ def _rounding(settings: Mapping[str, Any]) -> str:
 
 def _steps(settings: Mapping[str, Any]) -> str:
     return f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n" if settings["fixed_steps"] else ""
+
+
+def _sizes(settings: Mapping[str, Any]) -> str:
+    """Of a student of buckets: what height and width may be."""
+    if "sizes" not in settings:
+        return ""
+    sizes, proved = ([f"{height} x {width}" for height, width in found] for found in (settings["sizes"], settings["proof"]["sizes"]))
+    return f"- trained on pictures of {', '.join(sizes)} (height x width), of which a call may ask any; proved at {' and '.join(proved)}\n"
 
 
 def _dropped(settings: Mapping[str, Any]) -> str:

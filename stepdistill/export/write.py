@@ -61,7 +61,7 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher), "images": samples(student.teacher),
+        settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher), "images": samples(student.teacher), "sizes": proof.sizes,
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
@@ -100,7 +100,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "dropped": list(student.teacher.dropped),
             "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
-            "told_times": student.teacher.timestep(sampler.times).tolist(),
+            **({"sizes": student.sizes} if student.sizes else {}), "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,34 @@ class Teacher:
     @property
     def name(self) -> str:
         return self.family.name
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of its samples in pixels. RequestError for a family that draws one size alone."""
+        least = self.multiple
+        pixels = least // self.shape_at((least, least))[-1]
+        height, width = (pixels * side for side in self.latent_shape[-2:])
+        return height, width
+
+    @property
+    def multiple(self) -> int:
+        """Of how many pixels the sides of its pictures are. RequestError for a family that draws one size alone."""
+        if self.family.multiple is None:
+            raise RequestError(f"a teacher of the family {self.name} draws one size alone")
+        return self.family.multiple(self.parts)
+
+    def shape_at(self, sides: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of its latents at another height and width in pixels. RequestError for sides that it does not draw."""
+        return self.family.latent_shape(self.parts, self.family.size(sides, self.frames))
+
+    def at(self, sides: tuple[int, int]) -> Teacher:
+        """This teacher, its networks and all, as one whose samples have another height and width in pixels. RequestError as `shape_at`."""
+        shape = self.shape_at(sides)
+        other = copy(self)
+        other.latent_shape, other.resolution, other._null = shape, sides, None
+        other.call = {**self.call, **self.family.call(self.parts, self.family.size(sides, self.frames))}
+        other.feature_shapes = self.family.feature_shapes(self.network, shape)
+        return other
 
     @property
     def combine(self) -> Combine:

@@ -111,7 +111,11 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0, le=1e30) # none: train.lr
 
 
-Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], Field(min_length=2, max_length=2)])]
+Sides = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+Buckets = dict[Literal["buckets"], Annotated[list[Sides], Field(min_length=2)]]
+Resolution = Annotated[int | tuple[int, int] | str | dict[str, Any],
+                       PlainValidator(read_resolution, json_schema_input_type=int | Sides | Literal["buckets"] | Buckets)]
 Guidance = Annotated[float | tuple[float, float], PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], Field(min_length=2, max_length=2)])]
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
 Choice = Annotated[RoleChoice, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
@@ -206,7 +210,7 @@ class Recipe(Strict):
 
     method: str                                  # a name of `stepdistill methods`
     teacher: Annotated[Teacher, BeforeValidator(under("base"), json_schema_input_type=str | Teacher)]      # a folder, a Hub id, a file; or a table
-    resolution: Resolution | None = None         # pixels: 768, or [height, width]; none: the teacher's own
+    resolution: Resolution | None = None         # pixels: 768, [height, width], buckets, or {buckets: [[height, width], ...]}; none: the teacher's own
     frames: int | None = Field(None, ge=1, le=10_000)    # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
     critic: Annotated[Critic, BeforeValidator(_full_or_lora, json_schema_input_type=Literal["full"] | Critic)] | None = None     # none: as the student

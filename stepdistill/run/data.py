@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import resources
+from ..data.buckets import Bucketed
 from ..data.cache import Cache, Report, StoreSpec, contents, fingerprint, silent
 from ..data.datasets import (
     SAMPLES_PER_FILE,
@@ -32,6 +33,7 @@ from ..methods.base import due
 from ..models.stock import say_cut
 from ..models.teacher import Teacher
 from ..recipe import plugins
+from .buckets import bucketed
 from .checks import found
 from .setup import Run
 from .sources import is_outside
@@ -64,9 +66,11 @@ def _opened(run: Run) -> Captions:
     return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
-def dataset(run: Run, report: Report = silent) -> Dataset:
+def dataset(run: Run, report: Report = silent) -> Dataset | Bucketed:
     """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
+    if run.sizes:
+        return bucketed(run.recipe, run.teacher, captions(run), encoders, cache)
     if data.kind == "images":
         images = captions(run)
         return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images, encoders, cache)

@@ -17,6 +17,7 @@ from ..models.sources import class_at, index_at
 from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
+from ..recipe.values import size_of
 from .sources import bring_family, is_outside, source_of
 
 
@@ -167,7 +168,7 @@ def check_times(recipe: Recipe, settings: Any) -> None:
 def _check_start(recipe: Recipe, settings: Any) -> None:
     """As `check_times`, where the settings name the first time: by the teacher's configs alone."""
     with recipe.blaming("teacher", "cannot be loaded"):
-        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution, frames=recipe.frames)
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=size_of(recipe.resolution), frames=recipe.frames)
     try:
         inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.schedule, recipe.guidance)
         teacher.sampler(teacher.stock_call(inference))

@@ -147,7 +147,8 @@ class Family:
     feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
     (C, H, W) of their maps, of videos (C, F, H, W);
     default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
-    latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
+    latent_shape: of one sample, from the components and the pictures' size; multiple: of how many pixels the sides of its pictures are, None
+    where it draws one size alone. targets: LoRA targets, those that no network has included. codec: of the components.
     samples: what they are. video: height, width and frames of a call that names none; None: its samples are no videos.
     guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
     call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
@@ -159,6 +160,8 @@ class Family:
     arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
     index: what a saved pipeline's model_index.json is to say, where its class forgets it.
     refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
+    sized: a condition and what is told of its pictures' sizes, (B, 6) as `data.buckets.told` says -> the condition with it, where its
+    network reads such.
     fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
     vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
     unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave with.
@@ -192,6 +195,8 @@ class Family:
     call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
+    multiple: Callable[[Parts], int] | None = None
+    sized: Callable[[Condition, Tensor], Condition] = lambda cond, rows: cond
     noise_dtype: torch.dtype | None = None
     sigmas: bool = True
     step_noise: Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor] = drawn
