@@ -30,7 +30,7 @@ WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true 
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
-         "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table", "Trackers": "list of tensorboard, wandb",
+         "Resolution": "whole number | list | buckets", "Guidance": "number | range", "Plugins": "text | table", "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference

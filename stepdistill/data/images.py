@@ -1,8 +1,6 @@
 """Captioned pictures: Shapes, or a folder of images."""
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +13,7 @@ from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
 from .decoding import check_count, readable
-from .folders import Reads, captions_of, picture_files
+from .folders import Reads, captions_of, digest_of, picture_files
 from .picture import KINDS, Size, read_picture
 from .prompts import Captions
 from .shards import ShardImages
@@ -78,9 +76,9 @@ class FolderImages:
         check_count(count, len(files), folder)
         files, captions = files[:count], captions[:count]
         names = [path.relative_to(folder).as_posix() for path in files]
-        kept = readable(_digest(files, names), names, lambda i: read_picture(files[i]), str(folder))
+        kept = readable(digest_of(files, names), names, lambda i: read_picture(files[i]), str(folder))
         files, captions, names = ([of[i] for i in kept] for of in (files, captions, names))
-        return cls(size, tuple(files), tuple(captions), tuple(kept.values()), folder.name, _digest(files, names, captions))
+        return cls(size, tuple(files), tuple(captions), tuple(kept.values()), folder.name, digest_of(files, names, captions))
 
     @property
     def identity(self) -> dict[str, object]:
@@ -95,15 +93,6 @@ class FolderImages:
 
     def pixels(self, indices: Tensor) -> Tensor:
         return torch.stack([read_picture(self.files[i], self.size) for i in indices.tolist()])
-
-
-def _digest(files: list[Path], names: list[str], captions: list[str] | None = None) -> str:
-    """Changes with any file's name, size, time of change or caption."""
-    digest = hashlib.blake2b(digest_size=16)
-    for i, (path, name) in enumerate(zip(files, names, strict=True)):
-        stat = path.stat()
-        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns, *([] if captions is None else [captions[i]])]).encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -148,7 +137,7 @@ class BothWays:
     def pixels(self, indices: Tensor) -> Tensor:
         own, mirrored = self._own(indices)
         pixels = self.images.pixels(own)
-        return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        return torch.where(mirrored.reshape(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
 
     def _own(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The pictures' numbers, and which of them are mirrored."""

@@ -42,7 +42,7 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
     last one, its sampler `lcm` draws fresh noise after each step as LCMScheduler does, and `euler` none, as DDIM and Euler do."""
     steps, times = settings["steps"], settings["told_times"]
     sampler = sampler_of(settings)
-    simple = all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
+    simple = settings["prediction"] is not None and all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
     lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) at strength 1, or by "
              "*LoraLoaderModelOnly*." + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
                                                 for lora in settings.get("teacher_loras", [])),
@@ -52,7 +52,7 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
              "and none of its schedulers: they make their own lists of time steps, and this student was made for",
              f"{', '.join(f'{t:g}' for t in times)}."]
     if sampler:
-        lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, and choose your checkpoint.")
+        lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, and choose your own files.")
     if settings["prediction"] == "v_prediction":
         lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with `v_prediction` before the sampler.")
     return "## ComfyUI\n\n" + " ".join(lines)
@@ -156,7 +156,7 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
 
 
 def _what(settings: Mapping[str, Any]) -> str:
-    form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
+    form = {"lora": "A LoRA", "comfyui": "A LoRA, with keys that ComfyUI reads,", "pipeline": "A whole pipeline"}[settings["format"]]
     loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}" for lora in settings.get("teacher_loras", []))
     return (f"{form} that makes {_code(settings['teacher'])}{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "

@@ -68,6 +68,11 @@ class Lora:
                        rank_pattern={tail: rank, **self.rank_pattern},
                        alpha_pattern={tail: scaling * rank, **self.alpha_pattern})
 
+    def unscaled(self) -> Lora:
+        """The same adapter with every layer's scaling in its weights, for files that hold no alpha."""
+        scaled = {key: value * self.scaling(key.rsplit(".lora_", 1)[0]) if ".lora_B." in key else value for key, value in self.state.items()}
+        return replace(self, state=scaled, alpha=float(self.rank), alpha_pattern={tail: float(rank) for tail, rank in self.rank_pattern.items()})
+
     def rounded(self, dtype: torch.dtype) -> Lora:
         """The same adapter with its weights in dtype. RequestError where a weight is beyond its range."""
         return replace(self, state=rounded(self.state, dtype))

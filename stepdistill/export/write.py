@@ -13,6 +13,7 @@ from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from .. import resources
+from ..diffusion.schedule import RectifiedFlow
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import aside_of
@@ -68,7 +69,8 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         (folder / "README.md").write_text(card(settings, called or out.as_posix(), student.results, asked), encoding="utf-8")
         if to == "comfyui":
             times, schedule = student.sampler(call).times, student.teacher.schedule
-            write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0], tuple(proof.images.shape[-2:]), folder)
+            sigmas = times if isinstance(schedule, RectifiedFlow) else schedule.sigma(times) / schedule.alpha(times)
+            write_workflow(settings, sigmas.tolist(), student.prompts[0], tuple(proof.images.shape[1:]), student.teacher.latent_shape[0], folder)
         _picture(proof).save(folder / "samples.png")
     return proof
 

@@ -14,6 +14,7 @@ from ..data.prompts import Captions
 from ..data.shards import ShardImages
 from ..data.sources import Outside
 from ..data.tables import TableImages
+from ..data.videos import VideoImages
 from ..errors import RequestError
 from ..models.families import Family
 from ..models.teacher import Teacher, load_teacher
@@ -21,7 +22,7 @@ from ..recipe import Recipe
 from ..recipe.values import buckets_of, size_of
 from .sources import source_of
 
-Pictures = FolderImages | ShardImages | TableImages       # which are of some size before they are scaled
+Pictures = FolderImages | ShardImages | TableImages | VideoImages       # which are of some size before they are scaled
 
 
 def bucket_sizes(recipe: Recipe, teacher: Teacher) -> tuple[Sides, ...]:

@@ -25,6 +25,7 @@ from ..data.datasets import (
 from ..data.images import BothWays, Uncaptioned, open_images
 from ..data.prompts import Captions, open_prompts
 from ..data.sources import open_source
+from ..data.videos import VideoImages
 from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
@@ -55,6 +56,8 @@ def _opened(run: Run) -> Captions:
     if data.kind == "images" and is_outside(run.recipe, "data.images", data.images):
         source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher), seed, data.count)
         return Uncaptioned(source) if reads == "nothing" else source
+    if data.kind == "images" and run.teacher.frames not in (None, 1):
+        return VideoImages.open(Path(found(data.images)), pixels_of(run.teacher), run.teacher.frames, data.count)
     if data.kind == "images":
         return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
     named = data.prompts if data.made is None else data.made.prompts

@@ -21,6 +21,7 @@ from stepdistill.run.plan import plan
 from stepdistill.run.setup import setup
 from stepdistill.training import checkpoints
 
+from ..families.dit import tiny_dit
 from ..methods.test_two_processes import CASES, CLOSE, LORA, seen, train
 from ..models.test_sdxl import save_tiny_xl
 from ..processes import on_two_processes
@@ -145,18 +146,20 @@ def test_a_plan_is_of_the_largest_bucket(world):
     ({"method": "kd", "guidance": 1.0, "steps": 1, "data": {"pairs": {"prompts": "shapes", "solver": "ddim"}, "count": 8, "batch": 4}},
      "data.pairs are the teacher's own pictures, which it makes of one size"),
     ({"data": {"samples": {"prompts": "shapes"}, "count": 8, "batch": 4}}, "data.samples are the teacher's own pictures"),
-    ({"teacher": "assets/toy-8", "data": {"images": "assets/toy-8", "batch": 4}}, "draws one size alone"),
+    ({"teacher": "assets/toy", "data": {"images": "assets/toy", "batch": 4}}, "a teacher of the family toy draws one size alone: leave it out"),
 ])
 def test_what_cannot_be_is_refused_before_anything_is_loaded(world, changes, message, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", None)
-    whole = table(world) | changes
-    if "assets/toy-8" == changes.get("teacher"):
-        pytest.importorskip("stepdistill")
-        from stepdistill import resources
-        if resources.locate("assets/toy-8") is None:
-            whole["teacher"] = whole["data"]["images"] = "assets/toy"
     with pytest.raises(RequestError, match=message):
-        setup(Recipe.load(whole), torch.device("cpu"))
+        setup(Recipe.load(table(world) | changes), torch.device("cpu"))
+
+
+def test_families_of_one_size_have_no_buckets(world, tmp_path):
+    tiny_dit().save_pretrained(tmp_path)
+    for resolution in ("buckets", {"buckets": SIZES}):
+        recipe = table(world, {"images": "shapes"}, teacher=str(tmp_path), resolution=resolution)
+        with pytest.raises(RequestError, match=r"resolution asks for buckets, but a teacher of the family dit draws one size alone: leave it out"):
+            setup(Recipe.load(recipe), torch.device("cpu"))
 
 
 def test_sides_beyond_the_positions_that_a_network_knows_are_refused(tmp_path):
@@ -167,6 +170,8 @@ def test_sides_beyond_the_positions_that_a_network_knows_are_refused(tmp_path):
 
 WORKER = """
 from pathlib import Path
+import stepdistill
+sys.path.insert(0, str(Path(stepdistill.__file__).parents[1] / "tests"))
 from tests.run.test_buckets import on_each
 on_each(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), accumulate=1)
 """
