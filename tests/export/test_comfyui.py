@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from families.test_matrix import CASES, folder_of
 from safetensors.torch import load_file
 
 from stepdistill.errors import RequestError
@@ -16,8 +17,6 @@ from stepdistill.export.layers import of_wan
 from stepdistill.methods.base import Frozen, Inference, Trained
 from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.teacher import load_teacher
-
-from ..families.test_matrix import CASES, folder_of
 
 __all__ = ["folder_of"]
 
