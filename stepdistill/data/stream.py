@@ -19,8 +19,8 @@ class Stream:
 
     Every (update, repeat) walks through the data by itself, so that a critic and a student do not see the same samples.
     A finite dataset is walked epoch by epoch, each a new permutation; an endless one through consecutive indices.
-    Of buckets every batch is of one, and each walks through its own samples. shape: of one sample, for data that are prompts only;
-    buckets know theirs. caption_dropout: the share of samples that are shown without their captions,
+    Of buckets every batch is of one, and each walks through its own samples. shape: of one sample, for data that are
+    prompts only; buckets know theirs. caption_dropout: the share of samples that are shown without their captions,
     drawn anew for each visit.
     """
 

@@ -24,11 +24,11 @@ KINDS = f"{', '.join(kind[1:] for kind in (*ANIMATIONS, *FILMS))} files, or fold
 
 @dataclass(frozen=True)
 class VideoImages:
-    """A folder of videos, of which the first `frames` frames count, at the rate that they have. They are scaled to cover their size and
-    cropped about the centre. sides: the height and width of each.
+    """A folder of videos, of which the first `frames` frames count, at the rate that they have. They are scaled to
+    cover their size and cropped about the centre. sides: the height and width of each.
 
-    A video is a .gif or .webp file, a film that PyAV reads, or a folder that holds its frames as pictures, in the order of their names. Captions
-    are those of `FolderImages`: beside a folder NAME lies NAME.txt.
+    A video is a .gif or .webp file, a film that PyAV reads, or a folder that holds its frames as pictures, in the order
+    of their names. Captions are those of `FolderImages`: beside a folder NAME lies NAME.txt.
     """
 
     size: Size
@@ -41,8 +41,8 @@ class VideoImages:
 
     @classmethod
     def open(cls, folder: Path, size: Size, frames: int, count: int | None = None) -> VideoImages:
-        """Reads all captions, and decodes every video once, so that what is missing, damaged or too short is found before training.
-        count: takes the first ones in the order of their paths."""
+        """Reads all captions, and decodes every video once, so that what is missing, damaged or too short is found
+        before training. count: takes the first ones in the order of their paths."""
         if not folder.is_dir():
             raise RequestError(f"videos: '{folder}' is not a folder. Give a folder of {KINDS}.")
         files = video_files(folder)
@@ -56,7 +56,8 @@ class VideoImages:
         key = digest_of(files, [f"{name}, {frames} frames" for name in names])
         kept = readable(key, names, lambda i: read_video(files[i], frames), str(folder))
         files, captions, names = ([of[i] for i in kept] for of in (files, captions, names))
-        return cls(size, frames, tuple(files), tuple(captions), tuple(kept.values()), folder.name, digest_of(files, names, captions))
+        return cls(size, frames, tuple(files), tuple(captions), tuple(kept.values()), folder.name,
+                   digest_of(files, names, captions))
 
     @property
     def count(self) -> int:
@@ -89,12 +90,13 @@ def check_decoder(files: Sequence[Path]) -> None:
     """RequestError for films without the library that decodes them."""
     films = [path for path in files if path.suffix.lower() in FILMS and path.is_file()]
     if films and find_spec("av") is None:
-        raise RequestError(f"videos: '{films[0]}' is a film, which PyAV decodes, and that is not installed: pip install 'stepdistill[video]', or "
-                           "give folders of frames, or .gif or .webp animations")
+        raise RequestError(f"videos: '{films[0]}' is a film, which PyAV decodes, and that is not installed: pip "
+                           "install 'stepdistill[video]', or give folders of frames, or .gif or .webp animations")
 
 
 def read_video(path: Path, frames: int, size: Size | None = None) -> Tensor:
-    """The first frames, (F, 3, H, W) float32 in [-1, 1], of their own size unless given. RequestError for what cannot be read, and for fewer."""
+    """The first frames, (F, 3, H, W) float32 in [-1, 1], of their own size unless given. RequestError for what cannot
+    be read, and for fewer."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAMES)
         pictures = [read_picture(file, size) for file in files[:frames]]
@@ -102,9 +104,12 @@ def read_video(path: Path, frames: int, size: Size | None = None) -> Tensor:
             raise RequestError(f"videos: the frames in '{path}' are of several sizes")
     else:
         with named(path):
-            pictures = [as_tensor(picture, size) for picture in islice(_animation(path) if path.suffix.lower() in ANIMATIONS else _film(path), frames)]
+            pictures = [as_tensor(picture, size)
+                        for picture in islice(_animation(path) if path.suffix.lower() in ANIMATIONS
+                                              else _film(path), frames)]
     if len(pictures) < frames:
-        raise RequestError(f"videos: '{path}' has {len(pictures)} frames, fewer than {frames}: let the recipe's frames be fewer, or remove it")
+        raise RequestError(f"videos: '{path}' has {len(pictures)} frames, fewer than {frames}: let the recipe's "
+                           "frames be fewer, or remove it")
     return torch.stack(pictures)
 
 

@@ -1,4 +1,5 @@
-"""How a student is run in ComfyUI: the words for its card, and a workflow that ComfyUI loads, of nodes of its core alone."""
+"""How a student is run in ComfyUI: the words for its card, and a workflow that ComfyUI loads, of nodes of its core
+alone."""
 from __future__ import annotations
 
 import json
@@ -12,7 +13,8 @@ from ..models.families import family_of
 
 FILE = "workflow.json"
 LAST_SIGMA = 4518.76               # ComfyUI's of a schedule that ends in pure noise, where sigma / alpha has no bound
-SAMPLERS = {"LCMScheduler": "lcm", "DDIMScheduler": "euler", "EulerDiscreteScheduler": "euler", "FlowMatchLCMScheduler": "lcm",
+SAMPLERS = {"LCMScheduler": "lcm", "DDIMScheduler": "euler", "EulerDiscreteScheduler": "euler",
+            "FlowMatchLCMScheduler": "lcm",
             "FlowMatchEulerDiscreteScheduler": "euler"}
 Node = dict[str, Any]
 Link = list[Any]                   # [a node's name, which of its outputs]
@@ -20,15 +22,15 @@ Add = Callable[..., str]
 
 
 def sampler_of(settings: Mapping[str, Any]) -> str | None:
-    """ComfyUI's name of what the student's scheduler does: `lcm` draws fresh noise after each step, `euler` none, as DDIM and Euler; None
-    where its core has no such sampler."""
+    """ComfyUI's name of what the student's scheduler does: `lcm` draws fresh noise after each step, `euler` none, as
+    DDIM and Euler; None where its core has no such sampler."""
     return SAMPLERS.get(settings["scheduler"])
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a workflow of a family begins with. clips: files of its text encoders; kind: of the node that loads them; vae: its file, None where
-    the checkpoint has it; latent: the node of an empty one."""
+    """What a workflow of a family begins with. clips: files of its text encoders; kind: of the node that loads them;
+    vae: its file, None where the checkpoint has it; latent: the node of an empty one."""
 
     clips: tuple[str, ...]
     kind: str
@@ -36,7 +38,8 @@ class Base:
     latent: str = "EmptySD3LatentImage"
 
 
-BASES = {                          # family of a transformer -> its base; the names of files are those under which they are published for ComfyUI
+# family of a transformer -> its base; the names of files are those under which they are published for ComfyUI
+BASES = {
     "sd3": Base(("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"), "sd3", None),
     "flux": Base(("clip_l.safetensors", "t5xxl_fp16.safetensors"), "flux", "ae.safetensors"),
     "flux2": Base(("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors", "EmptyFlux2LatentImage"),
@@ -60,12 +63,15 @@ class Graph:
         return name
 
 
-def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, shape: tuple[int, ...], channels: int = 4) -> dict[str, Node] | None:
-    """The workflow in ComfyUI's API format, which its page loads and its /prompt runs. None where its core has no such sampler.
+def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, shape: tuple[int, ...],
+             channels: int = 4) -> dict[str, Node] | None:
+    """The workflow in ComfyUI's API format, which its page loads and its /prompt runs. None where its core has no such
+    sampler.
 
-    settings: stepdistill.json; sigmas: of the student's times, in their order, sigma / alpha, of a flow the times themselves; shape: of its
-    pictures, (..., height, width) in pixels, of videos (frames, 3, height, width); channels: of its latents. ManualSigmas is given the sigmas, so
-    that no scheduler of ComfyUI has to make the same list. The names of files are the user's to choose.
+    settings: stepdistill.json; sigmas: of the student's times, in their order, sigma / alpha, of a flow the times
+    themselves; shape: of its pictures, (..., height, width) in pixels, of videos (frames, 3, height, width); channels:
+    of its latents. ManualSigmas is given the sigmas, so that no scheduler of ComfyUI has to make the same list. The
+    names of files are the user's to choose.
     """
     if sampler_of(settings) is None:
         return None
@@ -85,7 +91,8 @@ def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, 
         told, cfg = [add("FluxGuidance", conditioning=told, guidance=cfg), 0], 1.0
     written = ", ".join(f"{min(sigma, LAST_SIGMA):.6f}" for sigma in [*sigmas, 0.0])
     drawn = add("SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=cfg, positive=told, negative=empty,
-                sampler=[add("KSamplerSelect", sampler_name=sampler_of(settings)), 0], sigmas=[add("ManualSigmas", sigmas=written), 0],
+                sampler=[add("KSamplerSelect", sampler_name=sampler_of(settings)), 0],
+                sigmas=[add("ManualSigmas", sigmas=written), 0],
                 latent_image=[_latent(add, base, shape, channels, vae), 0])
     _save(add, [add("VAEDecode", samples=[drawn, 0], vae=vae), 0], Path(settings["weights"]).stem, len(shape) == 4)
     return graph.nodes
@@ -103,12 +110,14 @@ def _parts(add: Add, base: Base, settings: Mapping[str, Any]) -> tuple[Link, Lin
     if base.vae is None:
         model, _, vae = _whole(add, settings)
     else:
-        model, vae = [add("UNETLoader", unet_name=file, weight_dtype="default"), 0], [add("VAELoader", vae_name=base.vae), 0]
+        model, vae = ([add("UNETLoader", unet_name=file, weight_dtype="default"), 0],
+                      [add("VAELoader", vae_name=base.vae), 0])
     clips = base.clips[:2] if "text_encoder_3" in settings["without"] else base.clips
     if len(clips) == 1:
         return model, [add("CLIPLoader", clip_name=clips[0], type=base.kind), 0], vae
     named = {f"clip_name{i}": clip for i, clip in enumerate(clips, 1)}
-    return model, [add("DualCLIPLoader", **named, type=base.kind) if len(clips) == 2 else add("TripleCLIPLoader", **named), 0], vae
+    return model, [add("DualCLIPLoader", **named, type=base.kind) if len(clips) == 2
+                   else add("TripleCLIPLoader", **named), 0], vae
 
 
 def _latent(add: Add, base: Base | None, shape: tuple[int, ...], channels: int, vae: Link) -> str:
@@ -121,12 +130,14 @@ def _latent(add: Add, base: Base | None, shape: tuple[int, ...], channels: int, 
 
 def _save(add: Add, images: Link, name: str, video: bool) -> None:
     if video:
-        add("SaveAnimatedWEBP", images=images, filename_prefix=name, fps=RATE, lossless=False, quality=90, method="default")
+        add("SaveAnimatedWEBP", images=images, filename_prefix=name, fps=RATE, lossless=False, quality=90,
+            method="default")
     else:
         add("SaveImage", images=images, filename_prefix=name)
 
 
-def write_workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, shape: tuple[int, ...], channels: int, folder: Path) -> None:
+def write_workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, shape: tuple[int, ...],
+                   channels: int, folder: Path) -> None:
     """workflow.json, where there is one."""
     if (nodes := workflow(settings, sigmas, prompt, shape, channels)) is not None:
         (folder / FILE).write_text(json.dumps(nodes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

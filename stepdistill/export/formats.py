@@ -51,15 +51,17 @@ def save_lora(lora: Lora, cls: type[DiffusionPipeline], denoiser: str, folder: P
 
 
 def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
-    """Of a UNet kohya's keys on diffusers' module names, which ComfyUI, AUTOMATIC1111 and diffusers itself read; of a transformer those
-    that ComfyUI and diffusers read, see `layers`."""
+    """Of a UNet kohya's keys on diffusers' module names, which ComfyUI, AUTOMATIC1111 and diffusers itself read; of a
+    transformer those that ComfyUI and diffusers read, see `layers`."""
     names = NAMES.get(student.teacher.family.name)
     if names is not None and not loads_loras(pipe):
         return save_adapter(folder, student.lora.state, student.lora.metadata())
     state = kohya(student.lora) if names is None else named(student.lora, names)
-    config = None if names is None else {f"{component(pipe)}.{name}": value for name, value in student.lora.metadata().items()}
+    config = None if names is None else {f"{component(pipe)}.{name}": value
+                                         for name, value in student.lora.metadata().items()}
     weights = f"{student.method}-{student.steps}step.safetensors"
-    pipe.write_lora_layers(state, folder, is_main_process=True, weight_name=weights, save_function=None, safe_serialization=True,
+    pipe.write_lora_layers(state, folder, is_main_process=True, weight_name=weights, save_function=None,
+                           safe_serialization=True,
                            lora_adapter_metadata=config)
     return weights
 
@@ -87,10 +89,11 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
     if to not in WRITERS:
         raise RequestError(f"there is no export --to {to}; there are {', '.join(WRITERS)}")
     if to == "comfyui" and family.denoiser != "unet" and family.name not in NAMES:
-        raise RequestError(f"ComfyUI's core loads no network of the family {family.name}; it loads UNets and {', '.join(NAMES)}: use --to lora")
+        raise RequestError(f"ComfyUI's core loads no network of the family {family.name}; it loads UNets and "
+                           f"{', '.join(NAMES)}: use --to lora")
     if to == "comfyui" and family.prompts.keyword != "prompt":
-        raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: use --to lora or "
-                           "--to pipeline")
+        raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: "
+                           "use --to lora or --to pipeline")
     if to == "pipeline" and quantization is not None:
         raise RequestError(f"this student's base is quantised ({quantization}), and the sum of a weight and a LoRA "
                            "would be rounded to few bits: use --to lora, which is loaded beside the quantised base, or "
@@ -111,7 +114,8 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
                            f"{trained[0]:g} to {trained[1]:g}")
     if guidance is not None and isinstance(trained, (int, float)) and guidance != trained:
         raise RequestError(f"--guidance {guidance:g} is not what this student was trained for: it has seen the scale "
-                           f"{trained:g} alone. Leave --guidance out, or train it with a range, such as guidance: [1, {max(trained, 2):g}]")
+                           f"{trained:g} alone. Leave --guidance out, or train it with a range, such as guidance: "
+                           f"[1, {max(trained, 2):g}]")
 
 
 def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:

@@ -42,10 +42,10 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
 
     student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline.
     guidance: the scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same
-    order: first the latents, then the noise of each step, which some pipelines take from the global generator. A student of buckets is
-    compared at two of them, whose aspects are farthest apart from the first.
-    RequestError if a key is missing or unexpected, or a pixel differs by more than `tolerance`; by as much may those of
-    a LoRA that is fused differ from those of one that is not.
+    order: first the latents, then the noise of each step, which some pipelines take from the global generator. A
+    student of buckets is compared at two of them, whose aspects are farthest apart from the first. RequestError if a
+    key is missing or unexpected, or a pixel differs by more than `tolerance`; by as much may those of a LoRA that is
+    fused differ from those of one that is not.
     """
     settings = read_settings(folder)
     pipe, call = open_export(folder, student.teacher.source, fused=False)
@@ -58,10 +58,12 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
         asked = {**call, **view.teacher.call}
         shown.append(_called(pipe, view, asked))
         differences.append(within(shown[-1], reference(view, pipe.scheduler, asked, guidance),
-                                  f"the stock {type(pipe).__name__} with {settings['scheduler']} and {asked}", tolerance(student.teacher)))
+                                  f"the stock {type(pipe).__name__} with {settings['scheduler']} and {asked}",
+                                  tolerance(student.teacher)))
     if student.lora is not None and student.teacher.source.quantization is None:
         fuse(pipe)
-        within(_called(pipe, student, call), shown[0], "with the LoRA fused, as in the card's snippet, the stock pipeline")
+        within(_called(pipe, student, call), shown[0], "with the LoRA fused, as in the card's snippet, the "
+               "stock pipeline")
     return Proof(shown[0], max(differences), tuple((images.shape[-2], images.shape[-1]) for images in shown))
 
 
@@ -80,7 +82,8 @@ def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) 
     """The stock pipeline's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return pictures(pipe, student.teacher.family.prompts, _prompts(student), generator=torch.Generator().manual_seed(SEED), **call)
+        return pictures(pipe, student.teacher.family.prompts, _prompts(student),
+                        generator=torch.Generator().manual_seed(SEED), **call)
 
 
 def within(images: Tensor, ours: Tensor, what: str, limit: float = TOLERANCE) -> float:
@@ -110,9 +113,9 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
 
 @torch.no_grad()
 def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> Tensor:
-    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in [0, 1], on
-    the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise from the same generator or
-    the global one."""
+    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in
+    [0, 1], on the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise
+    from the same generator or the global one."""
     shape = (len(cond), *teacher.latent_shape)
     told = (tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point())
     dtype = teacher.family.noise_dtype or next(told, teacher.dtype)
@@ -138,4 +141,5 @@ def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:
                                if not torch.equal(written[key], loaded[key]))}
     found = "; ".join(f"{len(keys)} {name}, first {keys[0]}" for name, keys in wrong.items() if keys)
     if found:
-        raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; nothing was written")
+        raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; "
+                           "nothing was written")

@@ -70,8 +70,10 @@ class Lora:
 
     def unscaled(self) -> Lora:
         """The same adapter with every layer's scaling in its weights, for files that hold no alpha."""
-        scaled = {key: value * self.scaling(key.rsplit(".lora_", 1)[0]) if ".lora_B." in key else value for key, value in self.state.items()}
-        return replace(self, state=scaled, alpha=float(self.rank), alpha_pattern={tail: float(rank) for tail, rank in self.rank_pattern.items()})
+        scaled = {key: value * self.scaling(key.rsplit(".lora_", 1)[0]) if ".lora_B." in key else value
+                  for key, value in self.state.items()}
+        return replace(self, state=scaled, alpha=float(self.rank),
+                       alpha_pattern={tail: float(rank) for tail, rank in self.rank_pattern.items()})
 
     def rounded(self, dtype: torch.dtype) -> Lora:
         """The same adapter with its weights in dtype. RequestError where a weight is beyond its range."""
@@ -96,8 +98,8 @@ class Student:
     time; layers: the weights that read them. scheduler: the stock scheduler of its inference; call: the literal keyword
     arguments of its pipeline call, num_inference_steps and guidance_scale among them. run names the run: an export may
     be replaced by the same run's alone. guidance: what it was trained at, a scale or a range. base_model: what users
-    call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint. sizes: height and width
-    of the buckets that it was trained on, the first that of its call; none without buckets.
+    call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint. sizes:
+    height and width of the buckets that it was trained on, the first that of its call; none without buckets.
     """
 
     teacher: Teacher

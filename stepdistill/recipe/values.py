@@ -31,7 +31,8 @@ def size_of(resolution: Any) -> int | tuple[int, int] | None:
 
 
 def buckets_of(resolution: Any) -> tuple[tuple[int, int], ...] | None:
-    """Height and width of each bucket that a recipe lists, () where they are to be the teacher's own; None without buckets."""
+    """Height and width of each bucket that a recipe lists, () where they are to be the teacher's own; None without
+    buckets."""
     if isinstance(resolution, Mapping):
         return resolution[BUCKETS]
     return () if resolution == BUCKETS else None
@@ -39,9 +40,11 @@ def buckets_of(resolution: Any) -> tuple[tuple[int, int], ...] | None:
 
 def _read_buckets(value: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     sizes = value[BUCKETS] if value.keys() == {BUCKETS} else None
-    if not isinstance(sizes, list | tuple) or not 2 <= len(sizes) <= MOST_BUCKETS or not all(isinstance(size, list | tuple) for size in sizes):
-        raise ValueError(f"should be {{buckets: [[1024, 1024], [832, 1216]]}}, 2 to {MOST_BUCKETS} sizes, each [height, width], the usual one first; "
-                         "or the word buckets, for those of the teacher's own area")
+    if (not isinstance(sizes, list | tuple) or not 2 <= len(sizes) <= MOST_BUCKETS
+        or not all(isinstance(size, list | tuple) for size in sizes)):
+        raise ValueError(f"should be {{buckets: [[1024, 1024], [832, 1216]]}}, 2 to {MOST_BUCKETS} sizes, each "
+                         "[height, width], the usual one first; or the word buckets, for those of the "
+                         "teacher's own area")
     found = tuple(map(_read_size, sizes))
     if len({*found}) < len(found):
         raise ValueError("should name each size once")
@@ -50,8 +53,10 @@ def _read_buckets(value: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 def _read_size(value: Any) -> int | tuple[int, int]:
     sides = value if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= SIDE for side in sides):
-        raise ValueError(f"should be pixels, of a side at most {SIDE}: 768, [height, width] such as [832, 1216], or buckets")
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= SIDE
+                                  for side in sides):
+        raise ValueError(f"should be pixels, of a side at most {SIDE}: 768, [height, width] such as [832, 1216], "
+                         "or buckets")
     return tuple(sides) if isinstance(value, list | tuple) else value
 
 
@@ -62,7 +67,8 @@ def read_guidance(value: Any) -> float | tuple[float, float]:
     if not all(map(math.isfinite, scales)):
         raise ValueError("should be a finite number, or a range of two")
     if min(scales) < 1 or max(scales) > SCALE or list(scales) != sorted(scales):
-        raise ValueError(f"should be scales of at least 1 (1 is no guidance) and at most {SCALE}, a range from low to high")
+        raise ValueError(f"should be scales of at least 1 (1 is no guidance) and at most {SCALE}, a range from "
+                         "low to high")
     return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
 
 

@@ -29,16 +29,16 @@ META = torch.device("meta")
 def plan(recipe: Recipe) -> dict[str, Any]:
     """{roles: {name: {parameters, trained, bytes}}, bytes, peak, passes, disk, downloads}; bytes as plain numbers.
 
-    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate, of buckets at the largest. No weights are read. Of
-    several stages roles, bytes and peak are those of the largest, passes a mean over all their steps, disk the sum, and
-    `stages` has each. RequestError for what training would refuse.
+    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate, of buckets at the largest. No
+    weights are read. Of several stages roles, bytes and peak are those of the largest, passes a mean over all their
+    steps, disk the sum, and `stages` has each. RequestError for what training would refuse.
     """
     found: list[dict[str, Any]] = []
     previous: Previous | None = None
     for stage in recipe.stages:
         if family(stage).no_pipeline:
-            raise stage.refuse("teacher", f"is {stage.teacher.base}, a Toy, which there is nothing to plan of: its recipes "
-                                          "train within a "
+            raise stage.refuse("teacher", f"is {stage.teacher.base}, a Toy, which there is nothing to plan of: "
+                                          "its recipes train within a "
                                "minute, by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
         run = setup(at_largest(stage, family(stage)), META, previous=previous, attention="auto")
         found.append(_stage(run))
@@ -101,7 +101,7 @@ def _width(network: nn.Module) -> int:
     return min(parameter.dtype.itemsize for parameter in network.parameters())
 
 
-# -- disk and net ----------------------------------------------------------------------------------------------------------
+# -- disk and net ------------------------------------------------------------------------------------------------------
 
 def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
     """Bytes of checkpoints (every role and both moments), the export, and the cache, unless an earlier stage has filled

@@ -19,12 +19,15 @@ def bucketed(*counts: int | None, own: bool = True) -> Bucketed:
     """Sample i of bucket b is the number 1000 b + i; of endless ones, or of those that all share, it is i."""
     def samples(bucket: int, count: int | None) -> Samples:
         first = 1000 * bucket if own else 0
-        return Samples(count, lambda indices: Condition(label=indices + first), lambda indices: torch.zeros(len(indices), 1, 2 + bucket, 2))
-    return Bucketed(tuple(samples(i, count) for i, count in enumerate(counts)), tuple((1, 2 + i, 2) for i in range(len(counts))), own)
+        return Samples(count, lambda indices: Condition(label=indices + first),
+                       lambda indices: torch.zeros(len(indices), 1, 2 + bucket, 2))
+    return Bucketed(tuple(samples(i, count) for i, count in enumerate(counts)),
+                    tuple((1, 2 + i, 2) for i in range(len(counts))), own)
 
 
 @pytest.mark.parametrize("own, multiple, expected", [
-    ((1024, 1024), 8, {(1024, 1024), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1088, 960), (1152, 896), (1216, 832), (1344, 768)}),
+    ((1024, 1024), 8, {(1024, 1024), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1088, 960), (1152, 896),
+                       (1216, 832), (1344, 768)}),
     ((32, 32), 8, {(32, 32), (24, 40), (40, 24)}),
     ((16, 16), 8, {(16, 16)}),
 ])
@@ -49,7 +52,8 @@ def test_a_bucket_of_fewer_pictures_than_a_batch_is_merged_into_its_nearest(capl
     pictures = [(64, 64)] * 5 + [(96, 64)] * 2 + [(64, 96)] * 4
     caplog.set_level("INFO")
     found = filled(pictures, SIZES, least=4)
-    assert [(size, numbers.tolist()) for size, numbers in found] == [((64, 64), [0, 1, 2, 3, 4, 5, 6]), ((64, 96), [7, 8, 9, 10])]
+    assert [(size, numbers.tolist()) for size, numbers in found] == [((64, 64), [0, 1, 2, 3, 4, 5, 6]),
+                                                                     ((64, 96), [7, 8, 9, 10])]
     assert "batch of 4" in caplog.text and "96 x 64 with 2" in caplog.text
     assert [size for size, _ in filled(pictures, SIZES, least=2)] == [*SIZES]
     assert [(size, len(numbers)) for size, numbers in filled(pictures, SIZES, least=100)] == [((64, 64), 11)]
@@ -57,8 +61,10 @@ def test_a_bucket_of_fewer_pictures_than_a_batch_is_merged_into_its_nearest(capl
 
 
 def test_what_is_told_of_a_picture_s_size():
-    """600 x 400 covers 64 x 64 at a scale of 0.16, as 96 x 64, of which 16 rows are cut above and below; 10 x 40 at 6.4, as 64 x 256."""
-    assert told([(600, 400), (10, 40), (64, 64)], (64, 64)).tolist() == [[600, 400, 16, 0, 64, 64], [10, 40, 0, 96, 64, 64], [64, 64, 0, 0, 64, 64]]
+    """600 x 400 covers 64 x 64 at a scale of 0.16, as 96 x 64, of which 16 rows are cut above and below; 10 x 40 at
+    6.4, as 64 x 256."""
+    assert (told([(600, 400), (10, 40), (64, 64)], (64, 64)).tolist()
+            == [[600, 400, 16, 0, 64, 64], [10, 40, 0, 96, 64, 64], [64, 64, 0, 0, 64, 64]])
     assert told([(100, 100)], (96, 64)).tolist() == [[100, 100, 0, 16, 96, 64]]
 
 
@@ -85,7 +91,8 @@ def test_every_sample_is_seen_as_often_and_every_batch_is_of_one_bucket():
 def test_an_epoch_shows_a_bucket_that_batches_divide_every_sample_once():
     stream = Stream(bucketed(8, 4, 12), 4, seed=0)
     for epoch in range(3):
-        seen = Counter(i for step in range(6 * epoch, 6 * epoch + 6) for i in stream.batch(step, "critic", 1).cond.label.tolist())
+        seen = Counter(i for step in range(6 * epoch, 6 * epoch + 6)
+                       for i in stream.batch(step, "critic", 1).cond.label.tolist())
         assert len(seen) == 24 and {*seen.values()} == {1}
 
 
@@ -97,7 +104,8 @@ def test_the_bucket_depends_on_the_moment_and_not_on_the_rank():
         parts = [stream.batch(step, "student", 0, rank, 2, micro, 2) for rank in (0, 1) for micro in (0, 1)]
         assert {part.shape for part in parts} == {joined.shape}
         assert torch.cat([part.cond.label for part in parts]).tolist() == joined.cond.label.tolist()
-        assert torch.cat([part.ids for part in parts]).tolist() == joined.ids.tolist() == list(range(4 * step, 4 * step + 4))
+        assert (torch.cat([part.ids for part in parts]).tolist() == joined.ids.tolist()
+                == list(range(4 * step, 4 * step + 4)))
     walks = [[of(step, *rest) for step in range(12)] for rest in (("student",), ("critic",), ("critic", 1))]
     assert walks[0] != walks[1] != walks[2]
 

@@ -32,7 +32,8 @@ def frames(count: int, height: int = 16, width: int = 24, seed: int = 0) -> list
 
 
 def tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in pictures])
+    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+                        for picture in pictures])
 
 
 @pytest.fixture
@@ -55,10 +56,12 @@ def test_a_folder_of_videos_is_read_in_the_order_of_paths(folder):
     assert [path.relative_to(folder).as_posix() for path in video_files(folder)] == ["a.webp", "c", "deep/b"]
     videos = VideoImages.open(folder, (16, 24), 5)
     every = torch.arange(3)
-    assert videos.captions(every) == ["a red ring", "a green cross", "a blue square"] and videos.sides == ((16, 24),) * 3
+    assert (videos.captions(every) == ["a red ring", "a green cross", "a blue square"]
+            and videos.sides == ((16, 24),) * 3)
     assert torch.equal(videos.pixels(every), torch.stack([tensor(frames(7, seed=seed)[:5]) for seed in (1, 3, 2)]))
     flipped = BothWays(videos)
-    assert torch.equal(flipped.pixels(torch.tensor([1, 2])), torch.stack([tensor(frames(5, seed=1)).flip(-1), tensor(frames(5, seed=3))]))
+    assert torch.equal(flipped.pixels(torch.tensor([1, 2])),
+                       torch.stack([tensor(frames(5, seed=1)).flip(-1), tensor(frames(5, seed=3))]))
     assert Chosen(videos, torch.tensor([2])).pixels(torch.tensor([0])).shape == (1, 5, 3, 16, 24)
     fewer = VideoImages.open(folder, (16, 24), 3, count=2)
     assert fewer.count == 2 and fewer.pixels(every[:1]).shape == (1, 3, 3, 16, 24) and fewer.identity != videos.identity
@@ -72,7 +75,8 @@ def test_videos_cover_their_size(folder):
 def test_captions_may_stand_in_a_table(folder):
     for name in ("a", "c", "deep/b"):
         (folder / f"{name}.txt").unlink()
-    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in ("c", "a.webp", "deep/b")))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": name}) + "\n"
+                                                   for name in ("c", "a.webp", "deep/b")))
     assert VideoImages.open(folder, 16, 2).captions(torch.arange(3)) == ["a.webp", "c", "deep/b"]
     (folder / "metadata.jsonl").write_text('{"file_name": "d", "text": "d"}\n')
     with pytest.raises(RequestError, match="names 'd', which is not a video file of that folder"):
@@ -82,7 +86,8 @@ def test_captions_may_stand_in_a_table(folder):
 def test_a_gif_is_a_video(tmp_path):
     solid = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
     solid[0].save(tmp_path / "a.gif", save_all=True, append_images=solid[1:])
-    assert [round(float((frame[0] + 1).mean() * 127.5)) for frame in read_video(tmp_path / "a.gif", 4)] == [0, 60, 120, 180]
+    assert ([round(float((frame[0] + 1).mean() * 127.5)) for frame in read_video(tmp_path / "a.gif", 4)]
+            == [0, 60, 120, 180])
 
 
 def test_a_film_is_decoded_by_pyav(tmp_path):
@@ -91,7 +96,8 @@ def test_a_film_is_decoded_by_pyav(tmp_path):
         stream = container.add_stream("mpeg4", rate=8)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 32, 16, "yuv420p", 10**6
         for i in range(6):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 32, 3), 40 * i, np.uint8), format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 32, 3), 40 * i, np.uint8),
+                                                                   format="rgb24")))
         container.mux(stream.encode(None))
     found = read_video(tmp_path / "a.mp4", 5)
     assert found.shape == (5, 3, 16, 32)
@@ -106,7 +112,8 @@ def test_a_film_is_decoded_by_pyav(tmp_path):
 def test_films_without_pyav_are_refused_with_what_to_install(folder, monkeypatch):
     (folder / "d.mp4").write_bytes(b"")
     monkeypatch.setattr("stepdistill.data.videos.find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"d.mp4' is a film, which PyAV decodes, and that is not installed: pip install 'stepdistill\[video\]', or"):
+    with pytest.raises(RequestError, match=r"d.mp4' is a film, which PyAV decodes, and that is not installed: pip "
+                       r"install 'stepdistill\[video\]', or"):
         VideoImages.open(folder, 16, 5)
     with pytest.raises(RequestError, match=r"data.images is .*is a film, which PyAV decodes"):
         wan(folder, folder.parent)
@@ -136,8 +143,10 @@ def wan(images: Path | str, place: Path, resolution: object = (16, 32)):
     case = CASES["wan"]
     case.build().save_pretrained(place / "wan")
     (place / "wan/stepdistill.json").write_text(json.dumps({"call": {"max_sequence_length": 8}}))
-    return setup(Recipe.load({"method": "lcm", "teacher": str(place / "wan"), "student": {"lora": {"rank": 2}}, "steps": 2, "resolution": resolution,
-                              "frames": 5, "data": {"images": str(images), "batch": 2}, "train": {"updates": 1}}), torch.device("cpu"))
+    return setup(Recipe.load({"method": "lcm", "teacher": str(place / "wan"), "student": {"lora": {"rank": 2}},
+                              "steps": 2, "resolution": resolution,
+                              "frames": 5, "data": {"images": str(images), "batch": 2}, "train": {"updates": 1}}),
+                              torch.device("cpu"))
 
 
 def test_wan_is_trained_on_a_folder_of_videos(folder, tmp_path):
@@ -147,8 +156,10 @@ def test_wan_is_trained_on_a_folder_of_videos(folder, tmp_path):
     texts = {text: i for i, text in enumerate(("a red ring", "a green cross", "a blue square"))}
     videos = VideoImages.open(folder, (16, 32), 5)
     for x0, text in zip(made.x0, made.cond.text, strict=True):
-        i = next(i for caption, i in texts.items() if torch.allclose(run.teacher.encode([caption]).text[0], text, atol=1e-6))
-        torch.testing.assert_close(x0, run.teacher.encode_images(videos.pixels(torch.tensor([i])))[0], rtol=1e-4, atol=1e-5)
+        i = next(i for caption, i in texts.items() if torch.allclose(run.teacher.encode([caption]).text[0],
+                                                                     text, atol=1e-6))
+        torch.testing.assert_close(x0, run.teacher.encode_images(videos.pixels(torch.tensor([i])))[0],
+                                   rtol=1e-4, atol=1e-5)
 
 
 def test_videos_in_buckets(folder, tmp_path):
@@ -160,5 +171,6 @@ def test_videos_in_buckets(folder, tmp_path):
 @pytest.mark.parametrize("images", ["shapes", "empty"])
 def test_wan_is_refused_pictures(tmp_path, images):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RequestError, match="the teacher makes videos: name a folder of gif, webp, mp4, .*or let frames be 1"):
+    with pytest.raises(RequestError, match="the teacher makes videos: name a folder of gif, webp, mp4, .*or let "
+                       "frames be 1"):
         wan(images if images == "shapes" else tmp_path / "empty", tmp_path)

@@ -1,5 +1,5 @@
-"""LoRAs of transformers as ComfyUI reads them: the names of its layers, and its nodes. The facts of ComfyUI are of comfy/lora.py and
-comfy/utils.py (`model_lora_keys_unet` and the tables that it asks), and of its nodes' inputs."""
+"""LoRAs of transformers as ComfyUI reads them: the names of its layers, and its nodes. The facts of ComfyUI are of
+comfy/lora.py and comfy/utils.py (`model_lora_keys_unet` and the tables that it asks), and of its nodes' inputs."""
 from __future__ import annotations
 
 import json
@@ -37,22 +37,29 @@ ACCEPTED = {                       # what ComfyUI finds a weight for
     "pixart": rf"base_model\.model\.({BLOCK}(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|adaln_single\.linear"
               r"|adaln_single\.emb\.timestep_embedder\.linear_1)",
 }
-OF = {"sd3": "sd3-no-t5", "flux": "flux-dev", "flux2": "flux2-klein", "z_image": "z-image", "qwen_image": "qwen-image", "wan": "wan",
+OF = {"sd3": "sd3-no-t5", "flux": "flux-dev", "flux2": "flux2-klein", "z_image": "z-image", "qwen_image": "qwen-image",
+      "wan": "wan",
       "pixart": "pixart-sigma"}       # a family's case in the matrix of families
 NODES = {                          # the inputs that each asks for, and what it gives
     "UNETLoader": ({"unet_name": str, "weight_dtype": str}, ("MODEL",)), "VAELoader": ({"vae_name": str}, ("VAE",)),
-    "CheckpointLoaderSimple": ({"ckpt_name": str}, ("MODEL", "CLIP", "VAE")), "CLIPLoader": ({"clip_name": str, "type": str}, ("CLIP",)),
+    "CheckpointLoaderSimple": ({"ckpt_name": str}, ("MODEL", "CLIP", "VAE")),
+    "CLIPLoader": ({"clip_name": str, "type": str}, ("CLIP",)),
     "DualCLIPLoader": ({"clip_name1": str, "clip_name2": str, "type": str}, ("CLIP",)),
     "TripleCLIPLoader": ({"clip_name1": str, "clip_name2": str, "clip_name3": str}, ("CLIP",)),
     "LoraLoaderModelOnly": ({"model": "MODEL", "lora_name": str, "strength_model": float}, ("MODEL",)),
-    "CLIPTextEncode": ({"clip": "CLIP", "text": str}, ("CONDITIONING",)), "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": float}, ("CONDITIONING",)),
+    "CLIPTextEncode": ({"clip": "CLIP", "text": str}, ("CONDITIONING",)),
+    "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": float}, ("CONDITIONING",)),
     "KSamplerSelect": ({"sampler_name": str}, ("SAMPLER",)), "ManualSigmas": ({"sigmas": str}, ("SIGMAS",)),
-    **{name: ({"width": int, "height": int, "batch_size": int}, ("LATENT",)) for name in ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyFlux2LatentImage")},
+    **{name: ({"width": int, "height": int, "batch_size": int}, ("LATENT",))
+       for name in ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyFlux2LatentImage")},
     "EmptyHunyuanLatentVideo": ({"width": int, "height": int, "length": int, "batch_size": int}, ("LATENT",)),
-    "SamplerCustom": ({"model": "MODEL", "add_noise": bool, "noise_seed": int, "cfg": float, "positive": "CONDITIONING", "negative": "CONDITIONING",
+    "SamplerCustom": ({"model": "MODEL", "add_noise": bool, "noise_seed": int, "cfg": float, "positive": "CONDITIONING",
+                       "negative": "CONDITIONING",
                        "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"}, ("LATENT", "LATENT")),
-    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)), "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, ()),
-    "SaveAnimatedWEBP": ({"images": "IMAGE", "filename_prefix": str, "fps": float, "lossless": bool, "quality": int, "method": str}, ())}
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
+    "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, ()),
+    "SaveAnimatedWEBP": ({"images": "IMAGE", "filename_prefix": str, "fps": float, "lossless": bool, "quality": int,
+                          "method": str}, ())}
 
 
 @pytest.fixture
@@ -61,17 +68,20 @@ def student(folder_of):
     def made(name: str, noise: float = 1.0, reads: tuple[str, ...] = ()) -> Student:
         case = CASES[OF.get(name, name)]
         teacher = load_teacher(folder_of(OF.get(name, name)), scale=2.0, resolution=case.sizes[1], frames=case.frames)
-        roles = build_roles(teacher, {"teacher": Frozen(), "student": Trained("teacher", reads)}, {"student": Lora(rank=4, alpha=6.0)})
+        roles = build_roles(teacher, {"teacher": Frozen(), "student": Trained("teacher", reads)},
+                            {"student": Lora(rank=4, alpha=6.0)})
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for key, weight in roles.state_dict("student").items():
-                weight += (0.3 if ".lora_B." in key or ".layer." in key else 0.02) * torch.randn(weight.shape, generator=generator)
+                weight += (0.3 if ".lora_B." in key or ".layer." in key else 0.02) * torch.randn(weight.shape,
+                                                                                                 generator=generator)
         stock = teacher.stock_call(Inference(2, noise=noise))
         return Student.of(roles, "student", stock, "lcm", "run-1", prompts=case.prompts, guidance=2.0)
     return made
 
 
-@pytest.mark.parametrize("name, reads", [*((name, ()) for name in OF), *((name, ("w",)) for name in ("sd3", "flux2", "wan"))])
+@pytest.mark.parametrize("name, reads",
+                         [*((name, ()) for name in OF), *((name, ("w",)) for name in ("sd3", "flux2", "wan"))])
 def test_comfyui_finds_a_weight_for_every_layer(student, tmp_path, name, reads):
     made = student(name, reads=reads)
     export_student(made, "comfyui", tmp_path / "out", dtype="float32")
@@ -80,15 +90,18 @@ def test_comfyui_finds_a_weight_for_every_layer(student, tmp_path, name, reads):
     keys = {key.split(".lora_")[0] for key in state}
     known = {key for key in keys if re.fullmatch(ACCEPTED[name], key)}
     assert not any(key.endswith(".alpha") for key in state)
-    layers = len(made.lora.modules) + len(reads)                      # where a number is folded in, the layer of the time
+    # where a number is folded in, the layer of the time
+    layers = len(made.lora.modules) + len(reads)
     assert len(known) == layers, sorted(keys - known)[:5]
     if name != "flux2":
         assert keys == known
     written = [state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"] for key in known]
-    own = [1.5 * made.lora.state[f"{m}.lora_B.weight"] @ made.lora.state[f"{m}.lora_A.weight"] for m in made.lora.modules]
+    own = [1.5 * made.lora.state[f"{m}.lora_B.weight"] @ made.lora.state[f"{m}.lora_A.weight"]
+           for m in made.lora.modules]
     total = lambda deltas: sorted(delta.abs().sum().item() for delta in deltas)
     found = total(written)
-    assert all(any(abs(value - other) < 1e-3 * value for other in found) for value in total(own))       # 6 / 4 is in the weights
+    # 6 / 4 is in the weights
+    assert all(any(abs(value - other) < 1e-3 * value for other in found) for value in total(own))
 
 
 @pytest.mark.parametrize("name", OF)
@@ -102,9 +115,11 @@ def test_the_workflow_is_the_student_s_own_call(student, tmp_path, name, noise, 
         assert set(asked) == set(node["inputs"]), node
         for entry, kind in asked.items():
             given = node["inputs"][entry]
-            assert NODES[nodes[given[0]]["class_type"]][1][given[1]] == kind if isinstance(kind, str) else type(given) is kind, (node, entry)
+            assert NODES[nodes[given[0]]["class_type"]][1][given[1]] == kind if isinstance(kind, str) else type(
+                given) is kind, (node, entry)
     by_kind = {node["class_type"]: node["inputs"] for node in nodes.values()}
-    assert by_kind["KSamplerSelect"]["sampler_name"] == sampler and by_kind["LoraLoaderModelOnly"]["lora_name"] == settings["weights"]
+    assert (by_kind["KSamplerSelect"]["sampler_name"] == sampler and by_kind["LoraLoaderModelOnly"]["lora_name"]
+            == settings["weights"])
     times = made.sampler(made.call).times
     sigmas = [float(number) for number in by_kind["ManualSigmas"]["sigmas"].split(", ")]
     schedule = made.teacher.schedule
@@ -114,7 +129,8 @@ def test_the_workflow_is_the_student_s_own_call(student, tmp_path, name, noise, 
     if name == "flux":
         assert by_kind["FluxGuidance"]["guidance"] == 2.0
     latent = next(inputs for kind, inputs in by_kind.items() if kind.startswith("Empty"))
-    assert (latent["height"], latent["width"]) == CASES[OF[name]].sizes[1] and latent.get("length") == CASES[OF[name]].frames
+    assert ((latent["height"], latent["width"]) == CASES[OF[name]].sizes[1]
+            and latent.get("length") == CASES[OF[name]].frames)
     assert f"sampler_name `{sampler}`" in (tmp_path / "out/README.md").read_text()
 
 
@@ -124,5 +140,6 @@ def test_layers_that_wan_s_first_release_has_not_are_no_file():
 
 
 def test_what_comfyui_does_not_load_is_refused(student, tmp_path):
-    with pytest.raises(RequestError, match="ComfyUI's core loads no network of the family sana; it loads UNets and sd3, flux, .*: use --to lora"):
+    with pytest.raises(RequestError, match="ComfyUI's core loads no network of the family sana; it loads UNets "
+                       "and sd3, flux, .*: use --to lora"):
         export_student(student("sana"), "comfyui", tmp_path / "out")

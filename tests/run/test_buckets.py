@@ -49,7 +49,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def table(world: Path, data: dict | None = None, **changes) -> dict:
-    return {"method": "lcm", "teacher": str(world / "teacher"), "student": LORA, "steps": 2, "guidance": 2.0, "resolution": {"buckets": SIZES},
+    return {"method": "lcm", "teacher": str(world / "teacher"), "student": LORA, "steps": 2, "guidance": 2.0,
+            "resolution": {"buckets": SIZES},
             "data": {"images": str(world / "pictures"), "batch": BATCH, **({} if data is None else data)},
             "train": {"updates": 4, "doctor": "off"}, **changes}
 
@@ -68,20 +69,25 @@ def test_a_batch_is_of_one_bucket_its_pictures_cut_to_it_and_told_truly(world, d
     text = {i: run.teacher.encode([caption]).text[0] for caption, i in captions.items()}
     for batch in made:
         size = SHAPES[batch.shape]
-        for x0, own, ids, null in zip(batch.x0, batch.cond.text, batch.cond.time_ids.tolist(), batch.cond.null.time_ids.tolist(), strict=True):
+        for x0, own, ids, null in zip(batch.x0, batch.cond.text, batch.cond.time_ids.tolist(),
+                                      batch.cond.null.time_ids.tolist(), strict=True):
             i = next(i for i, found in text.items() if torch.allclose(found, own, atol=1e-6))
             pixels = read_picture(world / "pictures" / f"{i:02}.png", size)[None]
-            known = [run.teacher.encode_images(p)[0] for p in (pixels, *([pixels.flip(-1)] if data.get("flip") else []))]
+            known = [run.teacher.encode_images(p)[0]
+                     for p in (pixels, *([pixels.flip(-1)] if data.get("flip") else []))]
             assert any(torch.allclose(x0, latents, atol=1e-5) for latents in known)
             assert ids == null and ids[:2] == [*PICTURES[i]] and ids[4:] == [*size]
             scale = max(size[0] / PICTURES[i][0], size[1] / PICTURES[i][1])
-            assert ids[2:4] == [round((PICTURES[i][0] * scale - size[0]) / 2), round((PICTURES[i][1] * scale - size[1]) / 2)]
+            assert ids[2:4] == [round((PICTURES[i][0] * scale - size[0]) / 2),
+                                round((PICTURES[i][1] * scale - size[1]) / 2)]
 
 
-@pytest.mark.parametrize("data", [{"images": "shapes"}, {"images": "shapes", "count": 20, "cache": True}, {"images": None, "prompts": ["a red ring", "b"]}],
+@pytest.mark.parametrize("data", [{"images": "shapes"}, {"images": "shapes", "count": 20, "cache": True},
+                                  {"images": None, "prompts": ["a red ring", "b"]}],
                          ids=["endless", "counted", "prompts"])
 def test_what_is_of_any_size_comes_in_every_bucket(world, data):
-    run, made = batches(table(world, data, method="dmd2" if data["images"] is None else "lcm", settings={"gan_weight": 0.0} if data["images"] is None else {}))
+    run, made = batches(table(world, data, method="dmd2" if data["images"] is None else "lcm",
+                              settings={"gan_weight": 0.0} if data["images"] is None else {}))
     assert {batch.shape for batch in made} == {*SHAPES}
     for batch in made:
         size = SHAPES[batch.shape]
@@ -92,7 +98,8 @@ def test_what_is_of_any_size_comes_in_every_bucket(world, data):
 
 
 def test_the_standard_buckets_of_a_teacher(world):
-    run = setup(Recipe.load(table(world, teacher="assets/shapes-sd", resolution="buckets", data={"images": "shapes"})), torch.device("cpu"))
+    run = setup(Recipe.load(table(world, teacher="assets/shapes-sd", resolution="buckets", data={"images": "shapes"})),
+                torch.device("cpu"))
     assert run.sizes == ((32, 32), (24, 40), (40, 24)) and run.teacher.resolution is None
     assert Recipe.load(run.recipe.resolved()).resolution == "buckets"
     listed = Recipe.load(table(world))
@@ -102,10 +109,12 @@ def test_the_standard_buckets_of_a_teacher(world):
 def test_a_teacher_at_another_size_is_the_one_that_is_loaded_for_it(world):
     of_square, of_wide = load_teacher(world / "teacher"), load_teacher(world / "teacher", resolution=(16, 24))
     other = of_square.at((16, 24))
-    assert (other.latent_shape, other.resolution, other.call) == (of_wide.latent_shape, of_wide.resolution, of_wide.call)
+    assert (other.latent_shape, other.resolution, other.call) == (of_wide.latent_shape, of_wide.resolution,
+                                                                  of_wide.call)
     assert other.feature_shapes == of_wide.feature_shapes != of_square.feature_shapes
     assert other.encode(["a"]).time_ids.tolist() == of_wide.encode(["a"]).time_ids.tolist() == [[16, 24, 0, 0, 16, 24]]
-    assert of_square.encode(["a"]).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] and other.sides == (16, 24) and of_square.sides == (16, 16)
+    assert (of_square.encode(["a"]).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] and other.sides == (16, 24)
+            and of_square.sides == (16, 16))
 
 
 def test_a_run_is_resumed_exactly_and_its_export_is_proved_at_two_sizes(world, tmp_path):
@@ -124,10 +133,12 @@ def test_a_run_is_resumed_exactly_and_its_export_is_proved_at_two_sizes(world, t
     assert (whole / "metrics.jsonl").read_text() == (cut / "metrics.jsonl").read_text()
     out = api.export(whole, "lora", dtype="float32")
     settings = json.loads((out / "stepdistill.json").read_text())
-    assert settings["sizes"] == SIZES and settings["proof"]["sizes"] == [[16, 16], [24, 16]] and settings["proof"]["difference"] < 1e-5
+    assert (settings["sizes"] == SIZES and settings["proof"]["sizes"] == [[16, 16], [24, 16]]
+            and settings["proof"]["difference"] < 1e-5)
     assert (settings["call"]["height"], settings["call"]["width"]) == (16, 16)
     card = (out / "README.md").read_text()
-    assert "trained on pictures of 16 x 16, 24 x 16, 16 x 24 (height x width)" in card and "proved at 16 x 16 and 24 x 16" in card
+    assert ("trained on pictures of 16 x 16, 24 x 16, 16 x 24 (height x width)" in card
+            and "proved at 16 x 16 and 24 x 16" in card)
 
 
 def test_a_plan_is_of_the_largest_bucket(world):
@@ -142,11 +153,15 @@ def test_a_plan_is_of_the_largest_bucket(world):
     ({"resolution": "bucket"}, "768, \\[height, width\\] such as \\[832, 1216\\], or buckets"),
     ({"resolution": {"buckets": [[16, 16], [16, 20]]}}, "sides of a multiple of 8 pixels; found 20 of 16 x 20"),
     ({"resolution": {"buckets": [[16, 12], [16, 24]]}}, "sides of a multiple of 8 pixels; found 12 of 16 x 12"),
-    ({"resolution": "buckets"}, "of about the area of 16 x 16 pixels, with sides of a multiple of 8, there is but one: list sizes"),
-    ({"method": "kd", "guidance": 1.0, "steps": 1, "data": {"pairs": {"prompts": "shapes", "solver": "ddim"}, "count": 8, "batch": 4}},
+    ({"resolution": "buckets"}, "of about the area of 16 x 16 pixels, with sides of a multiple of 8, there is but "
+     "one: list sizes"),
+    ({"method": "kd", "guidance": 1.0, "steps": 1, "data": {"pairs": {"prompts": "shapes", "solver": "ddim"},
+                                                            "count": 8, "batch": 4}},
      "data.pairs are the teacher's own pictures, which it makes of one size"),
-    ({"data": {"samples": {"prompts": "shapes"}, "count": 8, "batch": 4}}, "data.samples are the teacher's own pictures"),
-    ({"teacher": "assets/toy", "data": {"images": "assets/toy", "batch": 4}}, "a teacher of the family toy draws one size alone: leave it out"),
+    ({"data": {"samples": {"prompts": "shapes"}, "count": 8, "batch": 4}},
+     "data.samples are the teacher's own pictures"),
+    ({"teacher": "assets/toy", "data": {"images": "assets/toy", "batch": 4}},
+     "a teacher of the family toy draws one size alone: leave it out"),
 ])
 def test_what_cannot_be_is_refused_before_anything_is_loaded(world, changes, message, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", None)
@@ -158,7 +173,8 @@ def test_families_of_one_size_have_no_buckets(world, tmp_path):
     tiny_dit().save_pretrained(tmp_path)
     for resolution in ("buckets", {"buckets": SIZES}):
         recipe = table(world, {"images": "shapes"}, teacher=str(tmp_path), resolution=resolution)
-        with pytest.raises(RequestError, match=r"resolution asks for buckets, but a teacher of the family dit draws one size alone: leave it out"):
+        with pytest.raises(RequestError, match=r"resolution asks for buckets, but a teacher of the family dit draws "
+                           r"one size alone: leave it out"):
             setup(Recipe.load(recipe), torch.device("cpu"))
 
 
@@ -192,8 +208,10 @@ def test_two_processes_have_the_gradients_of_one(world, tmp_path):
     on_each(tmp_path / "one", str(world), 3, accumulate=1)
     on_two_processes(WORKER, tmp_path, tmp_path / "two", world, 3)
     for name in ("lcm", "dmd2-gan"):
-        whole, *ranks = (seen(tmp_path / kind, name, 3, rank)["gradients"] for kind, rank in (("one", 0), ("two", 0), ("two", 1)))
+        whole, *ranks = (seen(tmp_path / kind, name, 3, rank)["gradients"]
+                         for kind, rank in (("one", 0), ("two", 0), ("two", 1)))
         for found in ranks:
             assert found.keys() == whole.keys()
             for key, gradient in found.items():
-                assert gradient.norm() > 0 and (gradient - whole[key]).norm() <= CLOSE[name] * whole[key].norm(), (name, key)
+                assert gradient.norm() > 0 and (gradient - whole[key]).norm() <= CLOSE[name] * whole[key].norm(), (
+                    (name, key))
