@@ -23,7 +23,7 @@ MAY = {
     # base: the needs it supplies
     "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors "
                "huggingface_hub"),
-    "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
+    "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset av"),
     "methods": ("methods/base.py diffusion losses", ""),
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard "
                  "rich psutil"),
@@ -51,7 +51,7 @@ ONLY = {                                         # module -> the one place that 
     "torch.distributed": ("parallel.py",),
     "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py",
                         "proofs/convergence.py"),
-    "pydantic": ("recipe/schema.py",),
+    "pydantic": ("recipe/schema.py", "recipe/entries.py"),
     "typer": ("cli.py",),
     "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "evaluation/vitals.py", "proofs/convergence.py"),
 }

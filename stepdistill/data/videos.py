@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import RequestError
+from .cache import fingerprint
 from .decoding import check_count, readable
 from .folders import captions_of, digest_of, files_in
 from .picture import Size, as_tensor, named, read_picture, upright
@@ -53,11 +54,12 @@ class VideoImages:
         check_count(count, len(files), folder)
         files, captions = files[:count], captions[:count]
         names = [path.relative_to(folder).as_posix() for path in files]
-        key = digest_of(files, [f"{name}, {frames} frames" for name in names])
-        kept = readable(key, names, lambda i: read_video(files[i], frames), str(folder))
-        files, captions, names = ([of[i] for i in kept] for of in (files, captions, names))
+        marks = [f"{name} {fingerprint(path)}" for name, path in zip(names, files, strict=True)]
+        decoded = digest_of(files, [f"{mark}, {frames} frames" for mark in marks])
+        kept = readable(decoded, names, lambda i: read_video(files[i], frames), str(folder))
+        files, captions, marks = ([of[i] for i in kept] for of in (files, captions, marks))
         return cls(size, frames, tuple(files), tuple(captions), tuple(kept.values()), folder.name,
-                   digest_of(files, names, captions))
+                   digest_of(files, marks, captions))
 
     @property
     def count(self) -> int:

@@ -76,21 +76,6 @@ class Teacher:
     def name(self) -> str:
         return self.family.name
 
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width of its samples in pixels. RequestError for a family that draws one size alone."""
-        least = self.multiple
-        pixels = least // self.shape_at((least, least))[-1]
-        height, width = (pixels * side for side in self.latent_shape[-2:])
-        return height, width
-
-    @property
-    def multiple(self) -> int:
-        """Of how many pixels the sides of its pictures are. RequestError for a family that draws one size alone."""
-        if self.family.multiple is None:
-            raise RequestError(f"a teacher of the family {self.name} draws one size alone")
-        return self.family.multiple(self.parts)
-
     def shape_at(self, sides: tuple[int, int]) -> tuple[int, ...]:
         """The shape of its latents at another height and width in pixels. RequestError for sides that it does not
         draw."""
@@ -387,8 +372,8 @@ def _check_prompts(teacher: Teacher) -> None:
 
 
 def every_call(family: Family, parts: Mapping[str, Any], source: Source,
-               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size,
-                                                                                                    dict[str, Any]]:
+               resolution: int | tuple[int, int] | None = None,
+               frames: int | None = None) -> tuple[Size, dict[str, Any]]:
     """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is
     given)."""
     call = call_of(source)

@@ -32,16 +32,24 @@ def bucket_sizes(recipe: Recipe, teacher: Teacher) -> tuple[Sides, ...]:
     if sizes is None:
         return ()
     with recipe.blaming("resolution", "asks for buckets, which cannot be"):
-        if not sizes:
-            sizes = standard(teacher.sides, teacher.multiple)
+        multiple = teacher.family.multiple(teacher.parts)
+        sizes = sizes or standard(own_sides(teacher), multiple)
         for size in sizes:
             teacher.shape_at(size)
         if len(sizes) == 1:
             height, width = sizes[0]
-            raise RequestError(f"of about the area of {height} x {width} pixels, with sides of a multiple of "
-                               f"{teacher.multiple}, there is but one: list sizes, such as {{buckets: [[1024, 1024], "
-                               f"[832, 1216]]}}, or leave it out")
+            raise RequestError(f"of about the area of {height} x {width} pixels, with sides of a multiple of {multiple},"
+                               " there is but one: list sizes, such as {buckets: [[1024, 1024], [832, 1216]]}, or "
+                               "leave it out")
     return sizes
+
+
+def own_sides(teacher: Teacher) -> Sides:
+    """Height and width of its pictures in pixels, of a teacher that draws several sizes."""
+    least = teacher.family.multiple(teacher.parts)
+    pixels = least // teacher.shape_at((least, least))[-1]
+    height, width = (pixels * side for side in teacher.latent_shape[-2:])
+    return height, width
 
 
 def check_buckets(recipe: Recipe, family: Family) -> tuple[Sides, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families.test_matrix import CASES
 from PIL import Image
 
 from stepdistill.data.buckets import Chosen
@@ -17,8 +18,6 @@ from stepdistill.errors import RequestError
 from stepdistill.recipe import Recipe
 from stepdistill.run.data import dataset
 from stepdistill.run.setup import setup
-
-from ..families.test_matrix import CASES
 
 
 @pytest.fixture(autouse=True)

@@ -21,19 +21,23 @@ from stepdistill.models.teacher import load_teacher
 __all__ = ["folder_of"]
 
 BLOCK = r"transformer_blocks\.\d+\."
-DOUBLE = r"(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2))"
 TIME = r"time_text_embed\.timestep_embedder\.linear_1"
+ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+DOUBLE = rf"({ATTENTION}|norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2))"
 ACCEPTED = {                       # what ComfyUI finds a weight for
     "sd3": rf"transformer\.({BLOCK}({DOUBLE}|attn2\.(to_[qkv]|to_out\.0))|norm_out\.linear|{TIME})",
-    "flux": rf"transformer\.({BLOCK}{DOUBLE}|single_{BLOCK}(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|proj_out|norm_out\.linear|{TIME})",
-    "flux2": rf"transformer\.({BLOCK}(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.linear_(in|out))"
+    "flux": rf"transformer\.({BLOCK}{DOUBLE}|single_{BLOCK}(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|proj_out"
+            rf"|norm_out\.linear|{TIME})",
+    "flux2": rf"transformer\.({BLOCK}({ATTENTION}|ff(_context)?\.linear_(in|out))"
              rf"|single_{BLOCK}attn\.(to_qkv_mlp_proj|to_out)|norm_out\.linear)"
              r"|lora_unet_(double_stream_modulation_(img|txt)_lin|single_stream_modulation_lin|time_in_in_layer)",
-    "z_image": r"transformer\.((layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]"
-               r"|adaLN_modulation\.0)|all_final_layer\.2-1\.adaLN_modulation\.1|t_embedder\.mlp\.0)",
-    "qwen_image": rf"transformer\.({BLOCK}(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|(img|txt)_mlp\.net\.(0\.proj|2)"
-                  rf"|(img|txt)_mod\.1)|norm_out\.linear|{TIME})",
-    "wan": r"diffusion_model\.(blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|time_projection\.1|time_embedding\.0)",
+    "z_image": r"transformer\.((layers|noise_refiner|context_refiner)\.\d+\."
+               r"(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
+               r"|all_final_layer\.2-1\.adaLN_modulation\.1|t_embedder\.mlp\.0)",
+    "qwen_image": rf"transformer\.({BLOCK}({ATTENTION}|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"
+                  rf"|norm_out\.linear|{TIME})",
+    "wan": r"diffusion_model\.(blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|time_projection\.1"
+           r"|time_embedding\.0)",
     "pixart": rf"base_model\.model\.({BLOCK}(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|adaln_single\.linear"
               r"|adaln_single\.emb\.timestep_embedder\.linear_1)",
 }

@@ -16,6 +16,7 @@ from stepdistill.data.stream import Stream
 from stepdistill.errors import RequestError
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
+from stepdistill.run.buckets import own_sides
 from stepdistill.run.data import dataset
 from stepdistill.run.plan import plan
 from stepdistill.run.setup import setup
@@ -113,8 +114,8 @@ def test_a_teacher_at_another_size_is_the_one_that_is_loaded_for_it(world):
                                                                   of_wide.call)
     assert other.feature_shapes == of_wide.feature_shapes != of_square.feature_shapes
     assert other.encode(["a"]).time_ids.tolist() == of_wide.encode(["a"]).time_ids.tolist() == [[16, 24, 0, 0, 16, 24]]
-    assert (of_square.encode(["a"]).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] and other.sides == (16, 24)
-            and of_square.sides == (16, 16))
+    assert of_square.encode(["a"]).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert own_sides(other) == (16, 24) and own_sides(of_square) == (16, 16)
 
 
 def test_a_run_is_resumed_exactly_and_its_export_is_proved_at_two_sizes(world, tmp_path):
