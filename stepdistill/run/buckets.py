@@ -38,8 +38,8 @@ def bucket_sizes(recipe: Recipe, teacher: Teacher) -> tuple[Sides, ...]:
             teacher.shape_at(size)
         if len(sizes) == 1:
             height, width = sizes[0]
-            raise RequestError(f"of about the area of {height} x {width} pixels, with sides of a multiple of {multiple},"
-                               " there is but one: list sizes, such as {buckets: [[1024, 1024], [832, 1216]]}, or "
+            raise RequestError(f"of about the area of {height} x {width} pixels, with sides of a multiple of {multiple}"
+                               ", there is but one: list sizes, such as {buckets: [[1024, 1024], [832, 1216]]}, or "
                                "leave it out")
     return sizes
 
