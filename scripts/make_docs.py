@@ -21,7 +21,8 @@ from stepdistill.recipe import catalogue, editors, entries, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "teacher": entries.Teacher, "teacher.loras": entries.TeacherLora,
+TABLES = {"": schema.Recipe, "resolution": entries.Buckets, "teacher": entries.Teacher,
+          "teacher.loras": entries.TeacherLora,
           "student": entries.RoleChoice,
           "student.lora, critic.lora": entries.Lora, "critic": entries.Critic, "discriminator": entries.Discriminator,
           "data": entries.Data, "data.samples": entries.Samples, "data.pairs": entries.Pairs, "train": entries.Train,

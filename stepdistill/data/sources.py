@@ -22,7 +22,8 @@ def register_data(name: str, source: Open) -> None:
     """Makes a source of data known by its name, in this process: `data: {images: NAME}`, `data: {prompts: NAME}`.
 
     source(size, seed, count): size in pixels, of a side or height and width, None where captions alone are asked for;
-    seed: the recipe's; count: its data.count, None for all. What it returns has
+    seed: the recipe's; count: its data.count, None for all. Of buckets it is called once for each size. What it
+    returns has
 
         count                 how many samples there are, None where they never end
         identity              a dict that JSON can hold: all that the samples depend on, beside the code
