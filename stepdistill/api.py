@@ -212,7 +212,8 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     opened = open_run(run, checkpoint, weights)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=(base := base_of(opened)),
-                         results=folder.results_of(run), prompts=tuple(preview_prompts(opened)), step=opened.step)
+                         results=folder.results_of(run), prompts=tuple(preview_prompts(opened)), step=opened.step,
+                         sizes=opened.sizes)
     export_student(student, to, out, guidance, dtype, push)
     if push is not None:
         if Path(base.base).is_absolute():

@@ -207,6 +207,12 @@ class _Proof(TypedDict):
     images: int
 
 
+class Proof(_Proof, total=False):
+    """sizes: height and width of the pictures that were compared."""
+
+    sizes: list[list[int]]
+
+
 class _Export(TypedDict):
     format: Literal["lora", "pipeline", "comfyui"]
     pipeline: str
@@ -241,7 +247,8 @@ class Export(_Export, total=False):
     dropped: list[str]
     fixed_steps: bool
     told_times: list[float]
-    proof: _Proof
+    proof: Proof
+    sizes: list[list[int]]
 
 
 class SchedulerConfig(TypedDict):
