@@ -36,10 +36,12 @@ from .recipe import Recipe
 from .recipe.plugins import Folder
 from .run import benching, composing, folder
 from .run.cards import advice, check_card, fit_stage
-from .run.checks import check, needs_of
+from .run.checks import check as check_recipe
+from .run.checks import needs_of
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
 from .run.health import Health, attend, go_back, health, note
+from .run.lora_check import Checked, check_lora
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
@@ -53,7 +55,7 @@ from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train"]
+__all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -76,7 +78,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     with spoken(), recorded() as record, folder.alone(run):
         log.info(f"checking {recipe.name}")
         for stage in recipe.stages:
-            check(stage)
+            check_recipe(stage)
         check_card(recipe, device)
         if going_on:
             write_down(run, recipe)
@@ -239,6 +241,23 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
     result says which share of each layer's squared difference the LoRA holds, and what no LoRA reaches.
     """
     return extract_lora(located(Source.of(turbo)), located(Source.of(base)), rank, out, dtype)
+
+
+@spoken()
+def check(lora: str | Path, base: str | Path, *, out: str | Path | None = None, prompts: Sequence[str] | None = None,
+          samples: int = 1000, seed: int = 0, guidance: float | None = None,
+          features: FeatureName | None = None) -> Checked:
+    """Finds how a few-step LoRA of anybody's is called best on its base, and writes that to the folder `out`, which
+    `load` accepts.
+
+    What it says of itself is believed unless its pictures say otherwise: they are held against the base's own, in many
+    steps at its good `guidance`. samples: pictures of the calls in the last round; features: as of `bench`, one kind,
+    those of Shapes for what ships. RequestError for what is no LoRA, for one of another base, and for one that is
+    better than the base in no few steps.
+    """
+    return check_lora(lora, Source.of(base), out=out, prompts=prompts, samples=samples, seed=seed, guidance=guidance,
+                      features=None if features is None else benching.feature_spaces(features)[0], device=launched(),
+                      say=log.info)
 
 
 @spoken()

@@ -21,6 +21,7 @@ from .printing import (
     complain,
     emit,
     show,
+    show_checked,
     show_extracted,
     show_plan,
     show_progress,
@@ -145,8 +146,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     counts, guided = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     strengths = _numbers("--scales", scales, float, "0.5,1", least=0)
     api = working()
-    from .data.prompts import all_captions, open_prompts
-    texts = None if prompts is None else all_captions(open_prompts(prompts))
+    from .data.prompts import texts_of
+    texts = texts_of(prompts)
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=guided,
                         solvers=solvers.split(","), compose=compose or (), scales=strengths,
                         features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
@@ -191,6 +192,23 @@ def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
              "beyond": {kind: {"tensors": count, "norm": norm} for kind, (count, norm) in found.beyond.items()},
              "layers": [vars(layer) for layer in found.layers]}
     emit(plain, as_json, lambda: show_extracted(found))
+
+
+@app.command()
+def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetensors file, or an export folder.")],
+          base: Annotated[str, typer.Option(help="The pipeline that it is for: a folder or Hub id.")],
+          out: Out = None, prompts: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
+          samples: Annotated[int, typer.Option(min=10, max=MANY, help="Pictures of the best calls.")] = 1000,
+          seed: Seed = 0, guidance: Guidance = None,
+          features: Annotated[str | None,
+                              typer.Option(help="A CLIPModel's folder; that of Shapes unless given.")] = None,
+          as_json: Json = False) -> None:
+    """Find how a few-step LoRA of anybody's is called best."""
+    api = working()
+    from .data.prompts import texts_of
+    found = api.check(lora, base, out=out, prompts=texts_of(prompts), samples=samples, seed=seed, guidance=guidance,
+                      features=features)
+    emit(found.plain, as_json, lambda: show_checked(found))
 
 
 @app.command()

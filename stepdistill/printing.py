@@ -83,6 +83,15 @@ def show_extracted(found: Any) -> None:
     tell(f"wrote {found.folder}; a student begins with it by student: {{from: {found.folder}}}")
 
 
+def show_checked(found: Any) -> None:
+    kind = found.found.best.distance
+    rows = [{"call": str(one.way), "NFE": one.way.nfe, kind: one.figure.value, "low": one.figure.low,
+             "high": one.figure.high,
+             "clip_score": one.clip_score} for one in found.found.last]
+    show(table(rows, tuple(rows[0])))
+    tell(found.words)
+
+
 def show_progress(rows: list[Any]) -> None:
     passed = sum(row.passed for row in rows)
     tell(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", complain)

@@ -21,7 +21,7 @@ from ..models.sources import LORA_FILE, FusedLora
 from .estimate import Estimate, mean_of
 from .features import Features, load_features
 from .metrics import Means
-from .own import COARSE, PROMPTS, at_its_ease, drawn, looks
+from .own import COARSE, PROMPTS, drawn, looks, teacher_plan
 from .page import write_composed_report
 from .plans import Plan, Target, at_guidance, evaluations
 from .protocol import fingerprint
@@ -109,7 +109,7 @@ def bench_composed(student: Target, base: Target, styles: Sequence[FusedLora], o
             say(f"{name_of(style)} fits")
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
-        rows = [at_its_ease(base, trained, solvers, say), *(replace(plan, nfe=evaluations(plan)) for plan in called)]
+        rows = [teacher_plan(base, trained, solvers, say), *(replace(plan, nfe=evaluations(plan)) for plan in called)]
         space = None if features is None else load_features(*features, device)
         common = Composition(rows, texts, samples, seed, space, metrics or {}, made or {})
         return _written(common, styles, sorted(scales), out, say)

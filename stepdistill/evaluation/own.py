@@ -60,7 +60,7 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
                            f"{len(features)}: name one, or a `reference` of real pictures")
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
-        best = at_its_ease(teacher, guidance[-1], solvers, say)
+        best = teacher_plan(teacher, guidance[-1], solvers, say)
         rows = [best, *(plan for target in targets for plan in plans(target, nfe, guidance, solvers, say))]
         space = None if features is None else load_features(*features, device)
         return _measured(rows, texts, samples, seed, space, out, made or {}, metrics or {}, say)
@@ -98,7 +98,7 @@ def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: in
     return results
 
 
-def at_its_ease(teacher: Target, w: float, solvers: Sequence[str], say: Callable[[str], None]) -> Plan:
+def teacher_plan(teacher: Target, w: float, solvers: Sequence[str], say: Callable[[str], None]) -> Plan:
     """The teacher in STEPS steps of the first solver that its pipeline takes, DPM-Solver++ before others."""
     order = sorted(solvers, key=lambda name: name != "dpmpp_2m")
     found = [plan for plan in plans(teacher, (STEPS, 2 * STEPS), (w,), order, say) if plan.steps == STEPS]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..models.teacher import Teacher
 
 
+UNKNOWN = "unknown"               # the method of a LoRA of others
+
+
 @dataclass(frozen=True)
 class Lora:
     """An adapter in peft's terms: W <- W + scaling B A.
