@@ -60,6 +60,8 @@ METHODS: dict[str, Entry] = {
     "tscd": Entry("consistency.tscd", "TSCD", "Trajectory Segmented Consistency Distillation", "2404.13686", "consistency",
                   needs=("teacher", "student", "critic", "discriminator"), data=("images", "samples", "pairs"),
                   steps=(1, 8)),
+    "denoise": Entry("trajectory.denoise", "Denoise", "Denoising Diffusion Probabilistic Models", "2006.11239",
+                     "trajectory", needs=("student",), data=("images", "samples"), steps=(20, 100)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
                     "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),

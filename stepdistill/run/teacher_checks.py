@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
+
 from .. import resources
 from ..diffusion.schedule import RectifiedFlow, VariancePreserving
 from ..diffusion.toy import is_toy
@@ -14,6 +16,7 @@ from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
 from ..models.schedulers import stock_call
 from ..models.sources import class_at, index_at
+from ..models.stock import unknown
 from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
@@ -138,6 +141,23 @@ def check_guided(recipe: Recipe, settings: Any) -> None:
     if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
         raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read "
                                           "it: give a scale above 1, such as guidance: 5.0")
+
+
+def check_own_call(recipe: Recipe) -> None:
+    """RequestError for samples by the pipeline's own call that cannot be made so."""
+    samples, served = recipe.data.samples, family(recipe)
+    if samples.solver != "own" or samples.call is None:
+        raise recipe.refuse("data.samples", f"have solver: {samples.solver} and call: {samples.call}, but a call is of solver: own, and that "
+                            "wants one: solver: own, call: {num_inference_steps: 4, guidance_scale: 1.0}")
+    if served.no_pipeline:
+        raise recipe.refuse("data.samples.solver", "is own, but the teacher is Toy, which has no pipeline: take another, such as ddim")
+    if samples.guidance is not None:
+        raise recipe.refuse("data.samples.guidance", f"is {samples.guidance:g}, but the pipeline is called as data.samples.call says, its guidance "
+                            "too: leave it out")
+    if recipe.train.precision == "fp16":
+        raise recipe.refuse("train.precision", "is fp16, in which the pipeline itself cannot be called to make data.samples: take bf16 or fp32")
+    if names := unknown(getattr(diffusers, class_at(source_of(recipe))), samples.call):
+        raise recipe.refuse("data.samples.call", f"names {', '.join(names)}, which a call of {class_at(source_of(recipe))} does not take")
 
 
 ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range(1, 1001)]))       # one of each kind
