@@ -35,11 +35,11 @@ RESULT, PAGE = ROOT / "assets/undistil.json", ROOT / "docs/undistil.md"
 START, END = "<!-- table: scripts/undistil_shapes.py -->", "<!-- end of the table -->"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 WORD, GROUND, PATTERN = " night", "navy", "dotted"
-SHOWN, SAMPLES = 500, 1500                                 # pictures of the style that are trained on; of a figure
+SHOWN, SAMPLES = 500, 1000                                 # pictures of the style that are trained on; of a figure
 TRAINED, REFERENCE = 0, 1_000_000                          # numbers of the first picture that is trained on, and of the reference's
-RANK, BATCH, RATE = 32, 32, 3.0e-4
-ADAPTER = {"train.lr": RATE, "data.batch": BATCH, "train.checkpoint_every": 50, "train.keep": 1, "train.gradient_checkpointing": False}
-STYLE: dict[str, Any] = {"updates": 250, "lr": RATE, "warmup": 20, "checkpoint_every": 50, "keep": 1}
+RANK, BATCH, RATE = 32, 16, 3.0e-4
+ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 50, "train.keep": 1, "train.gradient_checkpointing": False}
+STYLE: dict[str, Any] = {"updates": 200, "lr": RATE, "warmup": 20, "checkpoint_every": 50, "keep": 1}
 MANY, FEWER = 12, 500                                      # steps in which the adapter is looked at by itself, and pictures
 WAYS: dict[str, tuple[str, ...]] = {"plain": ("turbo",), "base": (), "adapter": ("turbo", "adapter")}       # fused into the base in training
 

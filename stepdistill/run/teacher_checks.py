@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -16,7 +17,6 @@ from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
 from ..models.schedulers import stock_call
 from ..models.sources import class_at, index_at
-from ..models.stock import unknown
 from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
@@ -156,8 +156,9 @@ def check_own_call(recipe: Recipe) -> None:
                             "too: leave it out")
     if recipe.train.precision == "fp16":
         raise recipe.refuse("train.precision", "is fp16, in which the pipeline itself cannot be called to make data.samples: take bf16 or fp32")
-    if names := unknown(getattr(diffusers, class_at(source_of(recipe))), samples.call):
-        raise recipe.refuse("data.samples.call", f"names {', '.join(names)}, which a call of {class_at(source_of(recipe))} does not take")
+    taken = signature(getattr(diffusers, kind := class_at(source_of(recipe))).__call__).parameters
+    if names := [name for name in samples.call if name not in taken]:
+        raise recipe.refuse("data.samples.call", f"names {', '.join(names)}, which a call of {kind} does not take")
 
 
 ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range(1, 1001)]))       # one of each kind
