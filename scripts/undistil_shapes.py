@@ -30,7 +30,7 @@ from stepdistill.models.stock import as_pil
 from stepdistill.run.targets import open_target
 
 ROOT = Path(__file__).parents[1]
-BASE, TURBO, CLIP = ROOT / "assets/shapes-sd", ROOT / "assets/students/shapes-lcm", ROOT / "assets/shapes-clip"
+BASE, TURBO, CLIP = "assets/shapes-sd", "assets/students/shapes-lcm", ROOT / "assets/shapes-clip"
 RESULT, PAGE = ROOT / "assets/undistil.json", ROOT / "docs/undistil.md"
 START, END = "<!-- table: scripts/undistil_shapes.py -->", "<!-- end of the table -->"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -51,7 +51,7 @@ def main() -> None:
     api.quiet()
     pictures, reference = draw(args.out / "night", TRAINED, SHOWN), draw(args.out / "reference", REFERENCE, 2 * SAMPLES)
     made = api.undistil(TURBO, prompts="shapes", updates=500, samples=1000, rank=RANK, out=args.out / "adapter", resume="auto", **ADAPTER)
-    loras = {"turbo": TURBO / WEIGHTS, "adapter": made / WEIGHTS}
+    loras = {"turbo": ROOT / TURBO / WEIGHTS, "adapter": made / WEIGHTS}
     for way, on in WAYS.items():
         loras[f"night, {way}"] = style(args.out / way, pictures, [loras[name] for name in on])
     found = measured(loras, reference, args.out / "rows.json")
@@ -87,7 +87,7 @@ def draw(folder: Path, first: int, count: int) -> Path:
 
 def style(run: Path, pictures: Path, fused: Sequence[Path]) -> Path:
     """The weights of the style's LoRA, trained on the base with these LoRAs in it."""
-    recipe = {"method": "denoise", "teacher": {"base": "assets/shapes-sd", "loras": [str(lora) for lora in fused]}, "steps": 25,
+    recipe = {"method": "denoise", "teacher": {"base": BASE, "loras": [str(lora) for lora in fused]}, "steps": 25,
               "student": {"lora": {"rank": RANK}}, "train": STYLE,
               "data": {"images": str(pictures), "cache": True, "batch": BATCH, "caption_dropout": 0.1}}
     api.train(recipe, out=run, resume="auto")
@@ -125,20 +125,20 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
         write_whole(file, json.dumps(rows).encode())
         print(name, rows[name], flush=True)
     shown = ("fd", "fd_low", "fd_high", "all_attributes")
-    return {"turbo": "assets/students/shapes-lcm", "pictures": SHOWN, "updates": STYLE["updates"], "batch": BATCH, "adapter_updates": 500,
+    return {"turbo": TURBO, "pictures": SHOWN, "updates": STYLE["updates"], "batch": BATCH, "adapter_updates": 500,
             "rows": {name: {key: round(row[key], 4) for key in ("samples", *shown) if key in row} for name, row in rows.items()}}
 
 
 def few(on_top: Mapping[str, float], loras: Mapping[str, Path]) -> Plan:
     """The few-step model's own call, with these LoRAs on it."""
     fused = (FusedLora(str(loras["turbo"])), *(FusedLora(str(loras[name]), weight) for name, weight in on_top.items()))
-    target = open_target(Source(str(BASE), loras=fused, scheduler=str(TURBO / "scheduler")), "turbo", few_step=True).target
+    target = open_target(Source(BASE, loras=fused, scheduler=str(ROOT / TURBO / "scheduler")), "turbo", few_step=True).target
     return plans(target, [4], (), (), print)[0]
 
 
 def many(fused: Sequence[str], loras: Mapping[str, Path]) -> Plan:
     """MANY steps of DPM-Solver++(2M), without guidance."""
-    target: Target = open_target(Source(str(BASE), loras=tuple(FusedLora(str(loras[name])) for name in fused)), "many").target
+    target: Target = open_target(Source(BASE, loras=tuple(FusedLora(str(loras[name])) for name in fused)), "many").target
     return plans(target, [MANY], (1.0,), ("dpmpp_2m",), print)[0]
 
 

@@ -30,7 +30,7 @@ NOISES, MANY = 8, 25                                 # noises of a prompt, and s
 
 @dataclass(frozen=True)
 class Turbo:
-    """source: all that its weights and its scheduler are made of. call: the keyword arguments of its few-step call. known: by what; None
+    """source: all that its weights and its scheduler are made of, as it was named. call: the keyword arguments of its few-step call. known: by what; None
     until it is `recognised`."""
 
     source: Source
@@ -55,14 +55,14 @@ def turbo_of(name: str | Path, steps: int | None = None) -> Turbo:
     if found is not None and is_export(found):
         if steps is not None:
             raise RequestError(f"--steps {steps}: {name} is an export, whose {read_settings(found)['steps']} steps are recorded: leave it out")
-        return _exported(found)
-    source = located(Source.of(name))
-    if class_at(source) not in FAMILIES:
-        raise RequestError(f"{name} is a {class_at(source)}, whose network no family of stepdistill knows how to train: docs/families.md lists them")
-    teacher = load_teacher(source, device="meta")
+        return _exported(str(name), found)
+    source = Source.of(name)
+    if (kind := class_at(located(source))) not in FAMILIES:
+        raise RequestError(f"{name} is a {kind}, whose network no family of stepdistill knows how to train: docs/families.md lists them")
+    teacher = load_teacher(located(source), device="meta")
     if teacher.family.no_pipeline:
         raise RequestError(f"{name} is Toy, whose network carries no LoRA: name a diffusers pipeline")
-    call = {**teacher.call, **few_step_call(teacher.guidance, class_at(source)), "num_inference_steps": steps or FEW}
+    call = {**teacher.call, **few_step_call(teacher.guidance, kind), "num_inference_steps": steps or FEW}
     sign = few_step_sign(teacher.scheduler)
     return Turbo(source, call, f"it has {sign}" if sign else None if steps is None else "--steps says so")
 
@@ -72,7 +72,7 @@ def recognised(found: Turbo, prompts: Sequence[str]) -> Turbo:
     RequestError for what is no few-step generator, with its figure."""
     if found.known is not None:
         return found
-    spread = spread_at_once(load_teacher(found.source), prompts)
+    spread = spread_at_once(load_teacher(located(found.source)), prompts)
     said = f"at pure noise its network's pictures of a prompt differ from noise to noise by {spread:.2f} of what finished ones do"
     if spread < FEW_STEP_SPREAD:
         raise RequestError(f"{found.source} is no few-step model: {said}, and a few-step model's by {FEW_STEP_SPREAD} or more: there is nothing to "
@@ -80,15 +80,15 @@ def recognised(found: Turbo, prompts: Sequence[str]) -> Turbo:
     return replace(found, known=said)
 
 
-def _exported(folder: Path) -> Turbo:
+def _exported(name: str, folder: Path) -> Turbo:
     """A LoRA is fused into its base, whose scheduler gives way to the LoRA's."""
     settings = read_settings(folder)
     known = f"its stepdistill.json says that it was made by {settings['method']} for {settings['steps']} steps"
     if settings["format"] == "pipeline":
-        return Turbo(Source(str(folder)), settings["call"], known)
+        return Turbo(Source(name), settings["call"], known)
     base = base_of(settings)
-    source = replace(base, loras=(*base.loras, FusedLora(str(folder / settings["weights"]))), scheduler=str(folder / "scheduler"))
-    return Turbo(located(source), settings["call"], known)
+    lora = FusedLora(f"{name}/{settings['weights']}")
+    return Turbo(replace(base, loras=(*base.loras, lora), scheduler=f"{name}/scheduler"), settings["call"], known)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ..models.adapters import PEFT_WEIGHTS
 from ..models.sources import class_at
 from ..models.teacher import load_teacher
 from ..recipe import Recipe
+from .sources import located
 from .teacher_checks import family, quantization
 from .telling import log
 from .turbo import Turbo, recognised, turbo_of
@@ -41,7 +42,7 @@ def undistilling(turbo: str | Path, prompts: str | Path | Sequence[str] | None, 
     if to not in TO:
         raise RequestError(f"--to {to}: an adapter is written for {', '.join(TO)}")
     found = turbo_of(turbo, steps)
-    if to == "ai-toolkit" and (kind := class_at(found.source)) not in AI_TOOLKIT:
+    if to == "ai-toolkit" and (kind := class_at(located(found.source))) not in AI_TOOLKIT:
         raise RequestError(f"--to ai-toolkit: it reads adapters of {' and '.join(AI_TOOLKIT)}, and this is a {kind}: use --to diffusers, and train on the "
                            "model that the adapter's card saves")
     asked = _prompts(found, prompts)
@@ -59,7 +60,7 @@ def _prompts(found: Turbo, asked: str | Path | Sequence[str] | None) -> str | li
     """As a recipe names them. RequestError for a model that is told something, and no prompts."""
     if asked is not None:
         return str(asked) if isinstance(asked, str | Path) else list(asked)
-    teacher = load_teacher(found.source, device="meta")
+    teacher = load_teacher(located(found.source), device="meta")
     if (reads := teacher.family.reads(teacher.network)) != "nothing":
         raise RequestError(f"{found.source} reads {reads}, and its samples are made of some: give --prompts, a .txt file of one a line, of the kind "
                            "that your pictures will have")
