@@ -1,7 +1,9 @@
-"""A style on a few-step model, four ways at equal data and updates: what `stepdistill undistil` is for, measured on Shapes.
+"""A style on a few-step model, four ways at equal data and updates: what `stepdistill undistil` is for, measured on
+Shapes.
 
-The few-step model is the shipped shapes-lcm on assets/shapes-sd. The style is "night": whatever ground the caption names, the picture
-has dotted navy. Its LoRA is trained by plain denoising, and sampled in the few-step model's own 4 steps:
+The few-step model is the shipped shapes-lcm on assets/shapes-sd. The style is "night": whatever ground the caption
+names, the picture has dotted navy. Its LoRA is trained by plain denoising, and sampled in the few-step model's own 4
+steps:
 
     adapter        trained on the few-step model with the adapter of `undistil` fused into it, sampled without the adapter
     plain          trained on the few-step model itself
@@ -36,12 +38,16 @@ START, END = "<!-- table: scripts/undistil_shapes.py -->", "<!-- end of the tabl
 WEIGHTS = "pytorch_lora_weights.safetensors"
 WORD, GROUND, PATTERN = " night", "navy", "dotted"
 SHOWN, SAMPLES = 500, 1000                                 # pictures of the style that are trained on; of a figure
-TRAINED, REFERENCE = 0, 1_000_000                          # numbers of the first picture that is trained on, and of the reference's
+# numbers of the first picture that is trained on, and of the reference's
+TRAINED, REFERENCE = 0, 1_000_000
 RANK, BATCH, RATE = 32, 16, 3.0e-4
-ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 50, "train.keep": 1, "train.gradient_checkpointing": False}
+ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 50, "train.keep": 1,
+           "train.gradient_checkpointing": False}
 STYLE: dict[str, Any] = {"updates": 200, "lr": RATE, "warmup": 20, "checkpoint_every": 50, "keep": 1}
-MANY, FEWER = 12, 500                                      # steps in which the adapter is looked at by itself, and pictures
-WAYS: dict[str, tuple[str, ...]] = {"plain": ("turbo",), "base": (), "adapter": ("turbo", "adapter")}       # fused into the base in training
+# steps in which the adapter is looked at by itself, and pictures
+MANY, FEWER = 12, 500
+# fused into the base in training
+WAYS: dict[str, tuple[str, ...]] = {"plain": ("turbo",), "base": (), "adapter": ("turbo", "adapter")}
 
 
 def main() -> None:
@@ -50,7 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     api.quiet()
     pictures, reference = draw(args.out / "night", TRAINED, SHOWN), draw(args.out / "reference", REFERENCE, 2 * SAMPLES)
-    made = api.undistil(TURBO, prompts="shapes", updates=500, samples=1000, rank=RANK, out=args.out / "adapter", resume="auto", **ADAPTER)
+    made = api.undistil(TURBO, prompts="shapes", updates=500, samples=1000, rank=RANK, out=args.out / "adapter",
+                        resume="auto", **ADAPTER)
     loras = {"turbo": ROOT / TURBO / WEIGHTS, "adapter": made / WEIGHTS}
     for way, on in WAYS.items():
         loras[f"night, {way}"] = style(args.out / way, pictures, [loras[name] for name in on])
@@ -102,7 +109,8 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     night = {"few-step model, without a style": {}, **{way: {f"night, {way}": 1.0} for way in WAYS},
              "difference": {"night, plain": 1.0, "adapter": -1.0}}
-    todo = {name: "shapes" for name in ("4 steps",)} | {f"{MANY} steps, {who}": "shapes" for who in ("base", "few-step model", "with the adapter")}
+    todo = {name: "shapes" for name in ("4 steps",)} | {f"{MANY} steps, {who}": "shapes"
+                                                        for who in ("base", "few-step model", "with the adapter")}
     todo |= {"night: real": str(reference)} | {f"night: {name}": str(reference) for name in night}
     evaluations: dict[tuple[str, int], Evaluation] = {}
     for name, against in todo.items():
@@ -110,7 +118,8 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
             continue
         samples = FEWER if str(MANY) in name else SAMPLES
         if (against, samples) not in evaluations:
-            evaluations[against, samples] = Evaluation(samples, features=[CLIP], reference=resources.locate(against) or against)
+            evaluations[against, samples] = Evaluation(samples, features=[CLIP],
+                                                       reference=resources.locate(against) or against)
         context = evaluations[against, samples]
         if against != "shapes":
             asked = [shapes.attributes_of(prompt.removesuffix(WORD)) for prompt in context.prompts]
@@ -118,7 +127,8 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
         if name == "night: real":
             row, _ = context.real()
         elif str(MANY) in name:
-            row, _ = context.row(many({"base": [], "few-step model": ["turbo"], "with the adapter": ["turbo", "adapter"]}[name.split(", ")[1]], loras))
+            row, _ = context.row(many({"base": [], "few-step model": ["turbo"],
+                                       "with the adapter": ["turbo", "adapter"]}[name.split(", ")[1]], loras))
         else:
             row, _ = context.row(few(night.get(name.removeprefix("night: "), {}), loras))
         rows[name] = {"samples": samples, **row["metrics"]}
@@ -126,19 +136,22 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
         print(name, rows[name], flush=True)
     shown = ("fd", "fd_low", "fd_high", "all_attributes")
     return {"turbo": TURBO, "pictures": SHOWN, "updates": STYLE["updates"], "batch": BATCH, "adapter_updates": 500,
-            "rows": {name: {key: round(row[key], 4) for key in ("samples", *shown) if key in row} for name, row in rows.items()}}
+            "rows": {name: {key: round(row[key], 4) for key in ("samples", *shown) if key in row}
+                     for name, row in rows.items()}}
 
 
 def few(on_top: Mapping[str, float], loras: Mapping[str, Path]) -> Plan:
     """The few-step model's own call, with these LoRAs on it."""
     fused = (FusedLora(str(loras["turbo"])), *(FusedLora(str(loras[name]), weight) for name, weight in on_top.items()))
-    target = open_target(Source(BASE, loras=fused, scheduler=str(ROOT / TURBO / "scheduler")), "turbo", few_step=True).target
+    target = open_target(Source(BASE, loras=fused, scheduler=str(ROOT / TURBO / "scheduler")), "turbo",
+                         few_step=True).target
     return plans(target, [4], (), (), print)[0]
 
 
 def many(fused: Sequence[str], loras: Mapping[str, Path]) -> Plan:
     """MANY steps of DPM-Solver++(2M), without guidance."""
-    target: Target = open_target(Source(BASE, loras=tuple(FusedLora(str(loras[name])) for name in fused)), "many").target
+    target: Target = open_target(Source(BASE, loras=tuple(FusedLora(str(loras[name])) for name in fused)),
+                                 "many").target
     return plans(target, [MANY], (1.0,), ("dpmpp_2m",), print)[0]
 
 
@@ -146,17 +159,21 @@ def write(found: Mapping[str, Any]) -> None:
     """The table of docs/undistil.md."""
     rows = found["rows"]
     own, real = rows["4 steps"]["fd"], rows["night: real"]["all_attributes"]
-    text = ["| style LoRA | FD in 4 steps | over the plain task's | all attributes, of real ones |", "|---|---|---|---|",
+    text = ["| style LoRA | FD in 4 steps | over the plain task's | all attributes, of real ones |",
+            "|---|---|---|---|",
             f"| *none, on plain captions* | {_fd(rows['4 steps'])} | 1.00 | {rows['4 steps']['all_attributes']:.1%} |"]
-    names = {"night: adapter": "**trained with the adapter, sampled without**", "night: difference": "trained on the few-step model, minus the adapter",
+    names = {"night: adapter": "**trained with the adapter, sampled without**",
+             "night: difference": "trained on the few-step model, minus the adapter",
              "night: base": "trained on the base", "night: plain": "trained on the few-step model",
              "night: few-step model, without a style": "*none*"}
-    text += [f"| {said} | {_fd(rows[name])} | {rows[name]['fd'] / own:.2f} | {rows[name]['all_attributes'] / real:.1%} |" for name, said in names.items()]
+    text += [f"| {said} | {_fd(rows[name])} | {rows[name]['fd'] / own:.2f} | {rows[name]['all_attributes'] / real:.1%} "
+             "|" for name, said in names.items()]
     text += ["", f"| {MANY} steps, no guidance | FD | all attributes |", "|---|---|---|"]
     text += [f"| {who} | {_fd(rows[f'{MANY} steps, {who}'])} | {rows[f'{MANY} steps, {who}']['all_attributes']:.1%} |"
              for who in ("base", "few-step model", "with the adapter")]
     whole = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(whole.split(START)[0] + START + "\n\n" + "\n".join(text) + "\n\n" + END + whole.split(END)[1], encoding="utf-8")
+    PAGE.write_text(whole.split(START)[0] + START + "\n\n" + "\n".join(text) + "\n\n" + END + whole.split(END)[1],
+                    encoding="utf-8")
 
 
 def _fd(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Denoising: its fixed point is the denoiser of the data, the least loss is what the noise hides, and all times are asked alike."""
+"""Denoising: its fixed point is the denoiser of the data, the least loss is what the noise hides, and all times are
+asked alike."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ MANY, STEPS = 20_000, 25
 
 def made(problem: Problem, student: Role, **settings) -> Denoise:
     chosen = Settings(**settings)
-    return Denoise(chosen, {"student": student}, 1.0, problem.sampler(Denoise.inference(chosen, STEPS, problem.schedule)))
+    return Denoise(chosen, {"student": student}, 1.0,
+                   problem.sampler(Denoise.inference(chosen, STEPS, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -29,7 +31,8 @@ def identities(problem: Problem) -> Iterator[Check]:
 
 def closed_forms(problem: Problem) -> Iterator[Check]:
     batch, step = problem.batch(MANY), problem.step(MANY)
-    yield Check("mean slopes at the denoiser of the data's law, in standard errors", off_zero(pulls(problem, problem.teacher)), 6)
+    yield Check("mean slopes at the denoiser of the data's law, in standard errors",
+                off_zero(pulls(problem, problem.teacher)), 6)
     asked = FunctionRole(problem.schedule, lambda x, t, cond: problem.teacher(x, t, cond).x0, problem.kind)
     loss = made(problem, asked).loss(batch, step)["denoising"]
     ((_, t, cond),) = asked.calls
@@ -37,7 +40,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     yield Check("prompts that the student is not shown", float(cond is not batch.cond), 0)
     hidden = least(problem, stock_times()).mean()
     spread = least(problem, t).std() / MANY**0.5 + (2 / problem.dim) ** 0.5 * hidden / MANY**0.5
-    yield Check("loss of the data's denoiser from what the noise hides, in standard errors", ((loss - hidden).abs() / spread).item(), 6)
+    yield Check("loss of the data's denoiser from what the noise hides, in standard errors",
+                ((loss - hidden).abs() / spread).item(), 6)
 
 
 def pulls(problem: Problem, student: Role) -> Tensor:

@@ -28,7 +28,8 @@ def known(turn: Turn) -> Known:
     x_t, weight = turn.noised(turn.x0, t), output_scale(turn, t) ** 2
     off = student.x0(x_t, t, turn.text) - turn.x0
     pull = 2 * weight[:, None] * off / off.numel()
-    return Known({"denoising": (weight * off.square().mean(1)).mean()}, {"student": student.slopes(pull, x_t, t, turn.text)})
+    return Known({"denoising": (weight * off.square().mean(1)).mean()},
+                 {"student": student.slopes(pull, x_t, t, turn.text)})
 
 
 ALGORITHM = Algorithm(

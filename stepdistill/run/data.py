@@ -52,7 +52,8 @@ def captions(run: Run) -> Captions:
 def _opened(run: Run) -> Captions:
     data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
     if data.kind == "images" and is_outside(run.recipe, "data.images", data.images):
-        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher), seed, data.count)
+        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher),
+                             seed, data.count)
         return Uncaptioned(source) if reads == "nothing" else source
     if data.kind == "images":
         return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
@@ -61,7 +62,8 @@ def _opened(run: Run) -> Captions:
         return open_source(named, plugins.mark_of("data", named), None, seed, None)
     if (named == "none") != (reads == "nothing"):
         right = f"reads {reads}: name some" if named == "none" else "reads neither texts nor classes: let it be none"
-        raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None), f"is {named}, but the teacher {right}")
+        raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None),
+                                f"is {named}, but the teacher {right}")
     return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
@@ -70,7 +72,8 @@ def dataset(run: Run, report: Report = silent) -> Dataset:
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
     if data.kind == "images":
         images = captions(run)
-        return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images, encoders, cache)
+        return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images,
+                                                              encoders, cache)
     if data.kind == "prompts":
         return prompts_only(captions(run), encoders, cache)
     if data.kind == "pairs":
@@ -151,13 +154,16 @@ def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> T
 
 @torch.no_grad()
 def _by_its_own_call(run: Run, ids: Tensor, texts: list[str]) -> Tensor:
-    """Latents of the pictures that the stock pipeline draws under its own scheduler: encoded, as pictures of a user are."""
+    """Latents of the pictures that the stock pipeline draws under its own scheduler: encoded, as pictures of a user
+    are."""
     teacher, dtype = run.teacher, DTYPES.get(run.recipe.train.precision)
     generators = [torch.Generator().manual_seed(key(run.recipe.train.seed, SAMPLE, "start", i)) for i in ids.tolist()]
     teacher.loaded.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
-        torch.manual_seed(key(run.recipe.train.seed, SAMPLE, "pipeline", ids[0].item()))      # of those that keep the generator to themselves
-        drawn = pictures(teacher.loaded, teacher.family.prompts, texts, generator=generators, **run.recipe.data.samples.call)
+        # of those that keep the generator to themselves
+        torch.manual_seed(key(run.recipe.train.seed, SAMPLE, "pipeline", ids[0].item()))
+        drawn = pictures(teacher.loaded, teacher.family.prompts, texts, generator=generators,
+                         **run.recipe.data.samples.call)
     return teacher.encode_images(drawn * 2 - 1)
 
 
@@ -178,7 +184,8 @@ def noises(run: Run, use: str, name: object, ids: Tensor) -> Tensor:
 def _made_by(run: Run) -> dict[str, Any]:
     """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
     made = run.recipe.data.made.model_dump(exclude={"prompts", "path"})
-    made = {name: value for name, value in made.items() if (name, value) != ("call", None)}        # which caches of old do not know
+    # which caches of old do not know
+    made = {name: value for name, value in made.items() if (name, value) != ("call", None)}
     student = {"student": run.previous} if run.previous is not None and run.recipe.taught_by_previous else {}
     return made | {"guidance": _guidance(run), "seed": run.recipe.train.seed} | student
 

@@ -38,8 +38,8 @@ def check_family(recipe: Recipe) -> None:
     points, (path, data) = served.samples == "points", _data(recipe)
     is_outside(recipe, path, data)
     if points and not _are_points(data):
-        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
-                            f"folder, {recipe.teacher.base}")
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: "
+                            f"give its own folder, {recipe.teacher.base}")
     if not points and _are_points(data):
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
                             f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
@@ -54,14 +54,15 @@ def check_family(recipe: Recipe) -> None:
 def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     """RequestError for what is made for pictures alone, where the teacher makes videos."""
     if recipe.data.kind == "images" and recipe.frames != 1:
-        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one "
-                            "frame: let frames be 1, or take prompts, samples or pairs, which need no data of yours")
+        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture "
+                            "is a video of one frame: let frames be 1, or take prompts, samples or pairs, which "
+                            "need no data of yours")
     if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher "
-                            "makes videos: leave it out")
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, "
+                            "and the teacher makes videos: leave it out")
     if any(isinstance(need, Features) for need in needs.values()):
-        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes "
-                            "videos: ladd and dmd2 judge by the features of its own network")
+        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but "
+                            "the teacher makes videos: ladd and dmd2 judge by the features of its own network")
 
 
 def _entry(recipe: Recipe, path: str) -> object:
@@ -96,7 +97,8 @@ def quantization(recipe: Recipe) -> str | None:
 
 
 def check_quantization(recipe: Recipe, kind: str, settings: Any, roles: Mapping[str, Setting]) -> None:
-    """RequestError for what a base of few bits cannot carry, and where its library is missing. kind: as `quantization` found it."""
+    """RequestError for what a base of few bits cannot carry, and where its library is missing. kind: as `quantization`
+    found it."""
     asked = recipe.teacher.quantization is not None
     base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
     path = "teacher.quantization" if asked else "teacher"
@@ -124,11 +126,13 @@ def check_asked(recipe: Recipe, needs: Mapping[str, Need]) -> None:
         return
     made, free = recipe.data.made, f"{recipe.method} asks no teacher"
     if recipe.guidance != 1:
-        raise recipe.refuse("guidance", f"is {recipe.guidance}, but {free} that could be guided: let it be 1, or train on pictures that a "
-                            "guided teacher made, such as data: {samples: {prompts: shapes, guidance: 3.0}, count: 4096}")
+        raise recipe.refuse("guidance", f"is {recipe.guidance}, but {free} that could be guided: let it be 1, or "
+                            "train on pictures that a guided teacher made, such as data: {samples: {prompts: shapes, "
+                            "guidance: 3.0}, count: 4096}")
     if recipe.taught_by_previous:
-        raise recipe.refuse("method", f"is {free.replace(' asks', ', which asks')}, but that of this stage is previous: leave teacher: "
-                            "previous out; the student begins with that of the stage before all the same")
+        raise recipe.refuse("method", f"is {free.replace(' asks', ', which asks')}, but that of this stage is "
+                            "previous: leave teacher: previous out; the student begins with that of the stage before "
+                            "all the same")
     if (made is None or made.guidance in (None, 1)) and (guided := source_of(recipe).guided):
         raise recipe.refuse([*guided][0], f"is given, but {free} that could read it: leave it out")
 
@@ -147,15 +151,18 @@ def check_own_call(recipe: Recipe) -> None:
     """RequestError for samples by the pipeline's own call that cannot be made so."""
     samples, served = recipe.data.samples, family(recipe)
     if samples.solver != "own" or samples.call is None:
-        raise recipe.refuse("data.samples", f"have solver: {samples.solver} and call: {samples.call}, but a call is of solver: own, and that "
-                            "wants one: solver: own, call: {num_inference_steps: 4, guidance_scale: 1.0}")
+        raise recipe.refuse("data.samples", f"have solver: {samples.solver} and call: {samples.call}, but a call "
+                            "is of solver: own, and that wants one: solver: own, call: {num_inference_steps: 4, "
+                            "guidance_scale: 1.0}")
     if served.no_pipeline:
-        raise recipe.refuse("data.samples.solver", "is own, but the teacher is Toy, which has no pipeline: take another, such as ddim")
+        raise recipe.refuse("data.samples.solver", "is own, but the teacher is Toy, which has no pipeline: take "
+                            "another, such as ddim")
     if samples.guidance is not None:
-        raise recipe.refuse("data.samples.guidance", f"is {samples.guidance:g}, but the pipeline is called as data.samples.call says, its guidance "
-                            "too: leave it out")
+        raise recipe.refuse("data.samples.guidance", f"is {samples.guidance:g}, but the pipeline is called as "
+                            "data.samples.call says, its guidance too: leave it out")
     if recipe.train.precision == "fp16":
-        raise recipe.refuse("train.precision", "is fp16, in which the pipeline itself cannot be called to make data.samples: take bf16 or fp32")
+        raise recipe.refuse("train.precision", "is fp16, in which the pipeline itself cannot be called to make "
+                            "data.samples: take bf16 or fp32")
     taken = signature(getattr(diffusers, kind := class_at(source_of(recipe))).__call__).parameters
     if names := [name for name in samples.call if name not in taken]:
         raise recipe.refuse("data.samples.call", f"names {', '.join(names)}, which a call of {kind} does not take")
@@ -165,8 +172,8 @@ ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range
 
 
 def check_times(recipe: Recipe, settings: Any) -> None:
-    """RequestError for a number of steps that the method serves under no noise, and for times that no call of the teacher's
-    pipeline takes, and no scheduler makes of their number."""
+    """RequestError for a number of steps that the method serves under no noise, and for times that no call of the
+    teacher's pipeline takes, and no scheduler makes of their number."""
     if vars(settings).get("start_time") is not None:
         return _check_start(recipe, settings)
     method, refusals = load_method(recipe.method), []
@@ -180,7 +187,8 @@ def check_times(recipe: Recipe, settings: Any) -> None:
     if family(recipe).sigmas:
         return
     try:
-        stock_call(method.inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(), sigmas=False)
+        stock_call(method.inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(),
+                   sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 

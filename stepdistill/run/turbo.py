@@ -25,13 +25,14 @@ from .sources import located
 from .targets import FEW, few_step_call, few_step_sign
 
 FEW_STEP_SPREAD = 0.5                                # of `spread_at_once`, from which on a network is a few-step one
-NOISES, MANY = 8, 25                                 # noises of a prompt, and steps of the pictures that they are held against
+# noises of a prompt, and steps of the pictures that they are held against
+NOISES, MANY = 8, 25
 
 
 @dataclass(frozen=True)
 class Turbo:
-    """source: all that its weights and its scheduler are made of, as it was named. call: the keyword arguments of its few-step call. known: by what; None
-    until it is `recognised`."""
+    """source: all that its weights and its scheduler are made of, as it was named. call: the keyword arguments of its
+    few-step call. known: by what; None until it is `recognised`."""
 
     source: Source
     call: Mapping[str, Any]
@@ -43,22 +44,25 @@ class Turbo:
 
 
 def turbo_of(name: str | Path, steps: int | None = None) -> Turbo:
-    """The few-step generator at `name`: an export, whose file says its call; or a pipeline that is said to be one by `steps`, or shows
-    it by its scheduler, or is yet to be recognised. No weights are read.
+    """The few-step generator at `name`: an export, whose file says its call; or a pipeline that is said to be one by
+    `steps`, or shows it by its scheduler, or is yet to be recognised. No weights are read.
 
-    steps: of its call, under its own scheduler and without guidance, where no file records it; 4 unless given. RequestError for a
-    run, and for a network that carries no LoRA of ours.
+    steps: of its call, under its own scheduler and without guidance, where no file records it; 4 unless given.
+    RequestError for a run, and for a network that carries no LoRA of ours.
     """
     found = resources.locate(str(name))
     if found is not None and is_run(found):
-        raise RequestError(f"{name} is a run; what leaves of it can be undistilled: `stepdistill export {name}`, and name the folder that it writes")
+        raise RequestError(f"{name} is a run; what leaves of it can be undistilled: `stepdistill export {name}`, "
+                           "and name the folder that it writes")
     if found is not None and is_export(found):
         if steps is not None:
-            raise RequestError(f"--steps {steps}: {name} is an export, whose {read_settings(found)['steps']} steps are recorded: leave it out")
+            raise RequestError(f"--steps {steps}: {name} is an export, whose {read_settings(found)['steps']} steps "
+                               "are recorded: leave it out")
         return _exported(str(name), found)
     source = Source.of(name)
     if (kind := class_at(located(source))) not in FAMILIES:
-        raise RequestError(f"{name} is a {kind}, whose network no family of stepdistill knows how to train: docs/families.md lists them")
+        raise RequestError(f"{name} is a {kind}, whose network no family of stepdistill knows how to train: "
+                           "docs/families.md lists them")
     teacher = load_teacher(located(source), device="meta")
     if teacher.family.no_pipeline:
         raise RequestError(f"{name} is Toy, whose network carries no LoRA: name a diffusers pipeline")
@@ -68,15 +72,17 @@ def turbo_of(name: str | Path, steps: int | None = None) -> Turbo:
 
 
 def recognised(found: Turbo, prompts: Sequence[str]) -> Turbo:
-    """The same, known by what its network does at pure noise where nothing else says it. prompts: with which it is looked at.
-    RequestError for what is no few-step generator, with its figure."""
+    """The same, known by what its network does at pure noise where nothing else says it. prompts: with which it is
+    looked at. RequestError for what is no few-step generator, with its figure."""
     if found.known is not None:
         return found
     spread = spread_at_once(load_teacher(located(found.source)), prompts)
-    said = f"at pure noise its network's pictures of a prompt differ from noise to noise by {spread:.2f} of what finished ones do"
+    said = (f"at pure noise its network's pictures of a prompt differ from noise to noise by {spread:.2f} of what "
+            "finished ones do")
     if spread < FEW_STEP_SPREAD:
-        raise RequestError(f"{found.source} is no few-step model: {said}, and a few-step model's by {FEW_STEP_SPREAD} or more: there is nothing to "
-                           "undistil, and a LoRA is trained on it as it is. If it is one all the same, say in how many steps: --steps 4")
+        raise RequestError(f"{found.source} is no few-step model: {said}, and a few-step model's by {FEW_STEP_SPREAD} "
+                           "or more: there is nothing to undistil, and a LoRA is trained on it as it is. If it "
+                           "is one all the same, say in how many steps: --steps 4")
     return replace(found, known=said)
 
 
@@ -95,9 +101,9 @@ def _exported(name: str, folder: Path) -> Turbo:
 def spread_at_once(teacher: Teacher, prompts: Sequence[str]) -> float:
     """The deviation of the network's x_0 at t = 1 over the noises of a prompt, over that of its samples in many steps.
 
-    At pure noise a network that was trained to denoise can say no more than the mean of all pictures of its prompt, whatever the
-    noise; one that was made for few steps says a picture, and for each noise another. Of a discrete schedule t = 1 holds a trace
-    of the picture, so that the first is above 0.
+    At pure noise a network that was trained to denoise can say no more than the mean of all pictures of its prompt,
+    whatever the noise; one that was made for few steps says a picture, and for each noise another. Of a discrete
+    schedule t = 1 holds a trace of the picture, so that the first is above 0.
     """
     role = Denoiser(teacher, teacher.network)
     cond = teacher.encode([prompt for prompt in prompts for _ in range(NOISES)])

@@ -1,4 +1,5 @@
-"""Denoising beyond its identities: the loss of a given network, at which times, how a student is sampled, and what is refused."""
+"""Denoising beyond its identities: the loss of a given network, at which times, how a student is sampled, and what is
+refused."""
 from __future__ import annotations
 
 import pytest
@@ -41,7 +42,8 @@ def test_it_is_the_error_of_what_the_network_says(noise):
     eps, t = step.normal("noise", batch.shape).double(), ((step.uniform("t") * 1000).floor() + 1) / 1000
     alpha, sigma = problem.schedule.alpha(t)[:, None], problem.schedule.sigma(t)[:, None]
     right = {"eps": eps, "v": alpha * eps - sigma * batch.x0, "velocity": eps - batch.x0}[problem.kind]
-    assert made(problem, silent).loss(batch, step)["denoising"].item() == pytest.approx(right.square().mean().item(), rel=1e-6)
+    assert made(problem, silent).loss(batch, step)["denoising"].item() == pytest.approx(right.square().mean().item(),
+                                                                                        rel=1e-6)
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -60,7 +62,8 @@ def test_needs(full):
 
 def test_it_is_sampled_as_any_diffusion_model():
     assert spelled(Denoise, Settings(), 25, "vp").scheduler == "DDIMScheduler"
-    assert spelled(Denoise, Settings(), 30, "vp").scheduler == "EulerDiscreteScheduler"          # 30 does not divide 1000
+    # 30 does not divide 1000
+    assert spelled(Denoise, Settings(), 30, "vp").scheduler == "EulerDiscreteScheduler"
     assert spelled(Denoise, Settings(), 28, "flow").call["num_inference_steps"] == 28
 
 
@@ -72,9 +75,11 @@ def test_settings_are_checked(wrong):
 
 FAULTS = [
     of("denoise", "data in the place of noise", "batch.x0, eps).mean()", "eps, batch.x0).mean()"),
-    of("denoise", "a state of another noise", "add_noise(batch.x0, eps, t)", 'add_noise(batch.x0, step.normal("other", batch.shape), t)'),
+    of("denoise", "a state of another noise", "add_noise(batch.x0, eps, t)",
+       'add_noise(batch.x0, step.normal("other", batch.shape), t)'),
     of("denoise", "no prompt", "(x_t, t, batch.cond)", "(x_t, t, batch.cond.null)"),
-    of("denoise", "all times, whatever the settings", "noise_levels(settings, self.schedule)", "noise_levels(settings, self.schedule, True)"),
+    of("denoise", "all times, whatever the settings", "noise_levels(settings, self.schedule)",
+       "noise_levels(settings, self.schedule, True)"),
     of("denoise", "sampled under fresh noise", "Inference(steps, exact", "Inference(steps, noise=1.0, exact"),
     of("denoise", "a time late", "(x_t, t, batch.cond)", "(x_t, (t + 0.001).clamp(max=1), batch.cond)"),
 ]
@@ -84,21 +89,28 @@ FAULTS = [
 def test_a_planted_fault_turns_a_row_red(fault, monkeypatch):
     assert denoise.paths is paths_denoise.paths                  # whole, before their method is not
     plant(monkeypatch, fault)
-    noticed = first_red(row for noise in NAMES for row in (*denoise.closed_forms(Problem(5, noise)), *paths_denoise.paths(Problem(5, noise))))
+    noticed = first_red(row for noise in NAMES for row in (*denoise.closed_forms(Problem(5, noise)),
+                                                           *paths_denoise.paths(Problem(5, noise))))
     print(f"\n{fault.name}\n    {noticed}")
     assert noticed
 
 
-OWN = {"images": None, "cache": False, "count": 8, "samples": {"prompts": "shapes", "solver": "own", "call": {"num_inference_steps": 4}}}
+OWN = {"images": None, "cache": False, "count": 8, "samples": {"prompts": "shapes", "solver": "own",
+                                                               "call": {"num_inference_steps": 4}}}
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"guidance": 3.0}, "guidance is 3.0, but denoise asks no teacher that could be guided"),
-    ({"data": {**OWN, "batch": 4, "samples": {"prompts": "shapes", "solver": "own"}}}, "have solver: own and call: None, but a call is of solver: own"),
-    ({"data": {**OWN, "batch": 4, "samples": {"prompts": "shapes", "call": {"num_inference_steps": 4}}}}, "have solver: dpmpp_2m and call"),
-    ({"data": {**OWN, "batch": 4, "samples": {**OWN["samples"], "guidance": 2.0}}}, "data.samples.guidance is 2, but the pipeline is called as"),
-    ({"data": {**OWN, "batch": 4, "samples": {**OWN["samples"], "call": {"steps": 4}}}}, "data.samples.call names steps, which a call of StableDiffusionPipeline"),
-    ({"data": {**OWN, "batch": 4}, "train": {"updates": 1, "precision": "fp16"}}, "train.precision is fp16, in which the pipeline itself"),
+    ({"data": {**OWN, "batch": 4, "samples": {"prompts": "shapes", "solver": "own"}}},
+     "have solver: own and call: None, but a call is of solver: own"),
+    ({"data": {**OWN, "batch": 4, "samples": {"prompts": "shapes", "call": {"num_inference_steps": 4}}}},
+     "have solver: dpmpp_2m and call"),
+    ({"data": {**OWN, "batch": 4, "samples": {**OWN["samples"], "guidance": 2.0}}},
+     "data.samples.guidance is 2, but the pipeline is called as"),
+    ({"data": {**OWN, "batch": 4, "samples": {**OWN["samples"], "call": {"steps": 4}}}},
+     "data.samples.call names steps, which a call of StableDiffusionPipeline"),
+    ({"data": {**OWN, "batch": 4}, "train": {"updates": 1, "precision": "fp16"}},
+     "train.precision is fp16, in which the pipeline itself"),
 ])
 def test_what_cannot_be_is_refused_before_anything_is_loaded(changes, message):
     with pytest.raises(RequestError) as caught:
@@ -108,7 +120,9 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(changes, message):
 
 def test_samples_by_the_pipelines_own_call_are_of_pipelines_alone():
     with pytest.raises(RequestError, match="data.samples.solver is own, but the teacher is Toy"):
-        check(Recipe.load("toy/denoise", {"stages": [{}], "data": {**OWN, "batch": 4, "samples": {**OWN["samples"], "prompts": "assets/toy"}}}))
+        check(Recipe.load("toy/denoise",
+                          {"stages": [{}], "data": {**OWN, "batch": 4,
+                                                    "samples": {**OWN["samples"], "prompts": "assets/toy"}}}))
 
 
 @pytest.mark.parametrize("name", ["shapes/denoise", "shapes-sd3/denoise", "toy/denoise"])

@@ -1,4 +1,5 @@
-"""`undistil`: what is few-step and how it is called, whose samples are trained on, and the adapter that leaves with its card."""
+"""`undistil`: what is few-step and how it is called, whose samples are trained on, and the adapter that leaves with its
+card."""
 from __future__ import annotations
 
 import re
@@ -24,15 +25,17 @@ from stepdistill.run.turbo import Source, recognised, spread_at_once, turbo_of
 from stepdistill.run.undistil import undistilling
 
 BASE, TURBO = "assets/shapes-sd", "assets/students/shapes-lcm"
-PROMPTS = ("a red ring left of a blue square on a plain navy background", "a green cross right of a magenta circle on a checkered gray background")
-ASKED = {"prompts": "shapes", "updates": 1, "samples": 2, "rank": 2, "steps": None, "to": "diffusers", "overrides": {"data.batch": 2}}
+PROMPTS = ("a red ring left of a blue square on a plain navy background", "a green cross right of a magenta circle "
+           "on a checkered gray background")
+ASKED = {"prompts": "shapes", "updates": 1, "samples": 2, "rank": 2, "steps": None, "to": "diffusers",
+         "overrides": {"data.batch": 2}}
 
 
 def asked(turbo, **changes):
     return undistilling(turbo, **{**ASKED, **changes})
 
 
-# -- what is few-step ----------------------------------------------------------------------------------------------------
+# -- what is few-step --------------------------------------------------------------------------------------------------
 
 def test_an_export_is_its_base_with_its_lora_and_its_scheduler_under_its_own_call():
     found, recipe = asked(TURBO)
@@ -54,22 +57,26 @@ def test_a_whole_pipeline_of_an_export_is_called_as_it_says(tmp_path):
     assert turbo_of(tmp_path / "merged", 2).call["num_inference_steps"] == 2
 
 
-@pytest.mark.parametrize(("lora", "low", "high"), [(None, 0.0, 0.3), (TURBO, 0.7, 0.9), ("assets/students/shapes-dmd2", 0.6, 0.9)])
+@pytest.mark.parametrize(("lora", "low", "high"),
+                         [(None, 0.0, 0.3), (TURBO, 0.7, 0.9), ("assets/students/shapes-dmd2", 0.6, 0.9)])
 def test_what_a_network_says_at_pure_noise_tells_few_steps_from_many(lora, low, high):
     source = located(Source.of(BASE)) if lora is None else turbo_of(lora).source
     assert low < spread_at_once(load_teacher(source), PROMPTS) < high
 
 
 def test_the_spread_is_that_of_a_network_which_says_the_mean_or_the_noise():
-    """In closed form: data of one deviation; the mean has none, and a network that says c noise has c, over that of its samples."""
+    """In closed form: data of one deviation; the mean has none, and a network that says c noise has c, over that of its
+    samples."""
     from stepdistill.run.turbo import _spread
     x = torch.randn(16, 3, 4, 4)
     assert _spread(torch.ones(16, 3, 4, 4)) == 0
-    assert _spread(2 * x + torch.arange(16).div(8).floor()[:, None, None, None]).item() == pytest.approx(2 * _spread(x).item(), rel=1e-5)
+    assert (_spread(2 * x + torch.arange(16).div(8).floor()[:, None, None, None]).item()
+            == pytest.approx(2 * _spread(x).item(), rel=1e-5))
 
 
 def test_a_model_of_many_steps_is_refused_with_its_figure():
-    with pytest.raises(RequestError, match=r"is no few-step model: at pure noise .* by 0\.2\d of .* by 0\.5 or more.*--steps 4"):
+    with pytest.raises(RequestError, match=r"is no few-step model: at pure noise .* by 0\.2\d of .* by 0\.5 or "
+                       r"more.*--steps 4"):
         asked(BASE)
     said = turbo_of(BASE, 4)
     assert recognised(said, PROMPTS) is said and said.known == "--steps says so"
@@ -78,7 +85,8 @@ def test_a_model_of_many_steps_is_refused_with_its_figure():
 @pytest.mark.parametrize(("turbo", "changes", "message"), [
     (TURBO, {"prompts": None}, "reads texts, and its samples are made of some: give --prompts"),
     (TURBO, {"to": "webui"}, "--to webui: an adapter is written for diffusers, kohya, ai-toolkit"),
-    (TURBO, {"to": "ai-toolkit"}, "--to ai-toolkit: it reads adapters of FluxPipeline and ZImagePipeline, and this is a StableDiffusionPipeline"),
+    (TURBO, {"to": "ai-toolkit"}, "--to ai-toolkit: it reads adapters of FluxPipeline and ZImagePipeline, and this "
+     "is a StableDiffusionPipeline"),
     ("assets/students/shapes-sd3-dmd2", {"to": "kohya"}, "kohya's LoRA keys are written for UNets"),
     (TURBO, {"steps": 4}, "is an export, whose 4 steps are recorded: leave it out"),
     ("assets/toy", {}, "is Toy, whose network carries no LoRA"),
@@ -89,10 +97,11 @@ def test_what_cannot_be_is_refused(turbo, changes, message):
         asked(turbo, **changes)
 
 
-# -- what is trained on, and what leaves ---------------------------------------------------------------------------------
+# -- what is trained on, and what leaves -------------------------------------------------------------------------------
 
 def test_it_is_trained_on_what_its_stock_pipeline_draws(tmp_path, monkeypatch):
-    """Latents of the pictures of its own few-step call, each from the noise of its number, as an export's user draws them."""
+    """Latents of the pictures of its own few-step call, each from the noise of its number, as an export's user draws
+    them."""
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
     _, recipe = asked(TURBO, samples=3)
     run = setup(recipe, torch.device("cpu"))
@@ -106,7 +115,8 @@ def test_it_is_trained_on_what_its_stock_pipeline_draws(tmp_path, monkeypatch):
 
 
 def test_caches_of_samples_without_a_call_keep_their_name():
-    recipe = Recipe.load({"method": "denoise", "teacher": BASE, "student": {"lora": {"rank": 2}}, "steps": 25, "train": {"updates": 1},
+    recipe = Recipe.load({"method": "denoise", "teacher": BASE, "student": {"lora": {"rank": 2}}, "steps": 25,
+                          "train": {"updates": 1},
                           "data": {"samples": {"prompts": "shapes"}, "count": 2, "batch": 2}})
     run = setup(recipe, torch.device("cpu"))
     assert data._made_by(run) == {"solver": "dpmpp_2m", "steps": 25, "guidance": 1.0, "seed": 0}
@@ -121,7 +131,8 @@ def test_the_adapter_leaves_with_a_card_that_says_how_it_is_used(tmp_path, monke
                        **{"data.batch": 2, "train.lr": 1e-2, "train.warmup": 0})
     assert out == tmp_path / "run/export/diffusers"
     card = (out / "README.md").read_text()
-    for words in ("is sampled with it off", "`num_inference_steps=4`, `guidance_scale=1.0`", f"- {out.as_posix()}/pytorch_lora_weights.safetensors"):
+    for words in ("is sampled with it off", "`num_inference_steps=4`, `guidance_scale=1.0`",
+                  f"- {out.as_posix()}/pytorch_lora_weights.safetensors"):
         assert words in card
     code, = re.findall("```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
