@@ -1,14 +1,12 @@
-"""A style on a few-step model, four ways at equal data and updates: what `stepdistill undistil` is for, measured on
-Shapes.
+"""A style on a few-step model, four ways at equal data and updates: what `stepdistill undistil` is for, on Shapes.
 
 The few-step model is the shipped shapes-lcm on assets/shapes-sd. The style is "night": whatever ground the caption
-names, the picture has dotted navy. Its LoRA is trained by plain denoising, and sampled in the few-step model's own 4
-steps:
+names, the picture has dotted navy. Its LoRA is trained by plain denoising, and sampled in the few-step model's 4 steps:
 
-    adapter        trained on the few-step model with the adapter of `undistil` fused into it, sampled without the adapter
-    plain          trained on the few-step model itself
-    base           trained on the base, put on the few-step model
-    difference     `plain` minus the adapter: both unlearned the few steps alike, and what they differ by is the style
+    adapter      trained on the few-step model with the adapter of `undistil` fused into it, sampled without the adapter
+    plain        trained on the few-step model itself
+    base         trained on the base, put on the few-step model
+    difference   `plain` minus the adapter: both unlearned the few steps alike, and they differ by the style
 
 Goes on where it was stopped. Writes assets/undistil.json and the table of docs/undistil.md.
 """

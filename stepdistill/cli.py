@@ -17,7 +17,18 @@ from rich.markup import escape
 
 from . import __version__
 from .errors import RequestError, Stopped, of_the_system, printable
-from .printing import complain, emit, show, show_extracted, show_plan, show_progress, show_proofs, show_results, table, tell
+from .printing import (
+    complain,
+    emit,
+    show,
+    show_extracted,
+    show_plan,
+    show_progress,
+    show_proofs,
+    show_results,
+    table,
+    tell,
+)
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -177,28 +188,22 @@ def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
 
 
 @app.command()
-def undistil(turbo: Annotated[str, typer.Argument(metavar="PIPELINE", help="A few-step pipeline (folder or Hub "
-                                                  "id), or an export folder.")],
-             prompts: Annotated[str | None,
-                                typer.Option(help="Of its samples: a .txt file of one a line, or shapes.")] = None,
+def undistil(turbo: Annotated[str, typer.Argument(metavar="PIPELINE", help="A few-step pipeline or an export folder.")],
+             prompts: Annotated[str | None, typer.Option(help="Of its samples: a .txt file of one a line.")] = None,
              updates: Annotated[int, typer.Option(min=1, max=MANY, help="Training steps.")] = 2000,
-             samples: Annotated[int,
-                                typer.Option(min=1, max=MANY, help="Its own pictures that are trained on.")] = 1000,
+             samples: Annotated[int, typer.Option(min=1, max=MANY, help="Its own pictures, to train on.")] = 1000,
              rank: Annotated[int, typer.Option(min=1, max=16_384, help="Of the adapter.")] = 32,
-             steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Its own, where no file says them; "
-                                                       "4 unless given.")] = None,
+             steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Its own, where unrecorded.")] = None,
              to: Annotated[str, typer.Option(help="diffusers, kohya or ai-toolkit.")] = "diffusers", out: Out = None,
-             resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out; `--resume "
-                                                  "auto`: or begin.")] = False,
+             resume: Annotated[bool, typer.Option("--resume", help="Go on in --out; `--resume auto`: begin.")] = False,
              resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, set_: Sets = None,
              as_json: Json = False) -> None:
     """Make the adapter with which style LoRAs are trained on a few-step model."""
     from .recipe.yaml import parse_set
-    folder = working().undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps,
-                                to=to, out=out,
-                                resume="auto" if resume_auto else resume, **parse_set(set_ or []))
-    emit({"folder": str(folder)}, as_json, lambda: tell(f"proved and written: {folder}\nits card, "
-                                                        f"{folder / 'README.md'}, says how LoRAs are trained with it"))
+    folder = working().undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps, to=to,
+                                out=out, resume="auto" if resume_auto else resume, **parse_set(set_ or []))
+    emit({"folder": str(folder)}, as_json, lambda: tell(f"proved and written: {folder}\nits card says how it is used: "
+                                                        f"{folder / 'README.md'}"))
 
 
 @app.command()
@@ -206,12 +211,13 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
                                                                help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0, plugins: Plugins = None,
            out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
+           fast: Annotated[bool, typer.Option("--fast", help="Closed forms and contracts alone.")] = False,
            as_json: Json = False) -> None:
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
     from .proofs.run import verify as prove
     try:
-        found = prove(*methods or (), seed=seed, out=out, done=show_progress, plugins=plugins)
+        found = prove(*methods or (), seed=seed, out=out, fast=fast, done=show_progress, plugins=plugins)
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written but logs", 1)
     emit(found, as_json, lambda: show_proofs(found, out))
@@ -220,9 +226,8 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.",
-                                                       autocompletion=lambda incomplete: _names("methods",
-                                                                                                incomplete))] = None,
+def methods(name: Annotated[str | None, typer.Argument(
+                help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue

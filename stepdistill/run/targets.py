@@ -94,9 +94,8 @@ def made_of(source: Source, lora: str | None = None) -> dict[str, Any]:
 
 
 def few_step_sign(scheduler: SchedulerMixin) -> str | None:
-    """What shows that a pipeline with this scheduler was distilled: LCM, TCD, Hyper-SD, sCM and consistency models
-    bring their schedulers, SD-Turbo and SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none of
-    their own."""
+    """What of its scheduler shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring
+    their own, SD-Turbo and SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none."""
     kind, config = type(scheduler).__name__, scheduler.config
     if kind in FEW_STEP or kind == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing":
         return f"an {kind}" + " on trailing steps" * (kind not in FEW_STEP)
@@ -105,7 +104,7 @@ def few_step_sign(scheduler: SchedulerMixin) -> str | None:
 
 def few_step_call(spoken: Guidance, pipeline: str) -> dict[str, Any]:
     """How few-step generators of a pipeline class are meant to be called: without classifier-free guidance; one whose
-    network reads a scale, at its pipeline's own. spoken: how their call says it."""
+    network reads a scale, at its pipeline's own. spoken: how a call says its guidance."""
     reads = spoken.within or "LatentConsistency" in pipeline
     return {"num_inference_steps": FEW} | ({} if reads else dict(spoken.none))
 
