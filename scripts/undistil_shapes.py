@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from stepdistill import api, resources
+from stepdistill import api
 from stepdistill.data import shapes
 from stepdistill.evaluation.plans import Plan, Target, plans
 from stepdistill.evaluation.sweep import Evaluation
@@ -42,9 +42,10 @@ RANK, BATCH, RATE = 32, 16, 3.0e-4
 ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 50, "train.keep": 1,
            "train.gradient_checkpointing": False}
 STYLE: dict[str, Any] = {"updates": 200, "lr": RATE, "warmup": 20, "checkpoint_every": 50, "keep": 1}
-# steps in which the adapter is looked at by itself, and pictures
-MANY, FEWER = 12, 500
-# fused into the base in training
+MANY, FEWER = 12, 500                                      # steps in which the adapter is looked at by itself, and pictures
+MANY_STEPS: dict[str, tuple[str, ...]] = {"base": (), "few-step model": ("turbo",),
+                                          "with the adapter": ("turbo", "adapter")}
+# what is fused into the base while the style is trained
 WAYS: dict[str, tuple[str, ...]] = {"plain": ("turbo",), "base": (), "adapter": ("turbo", "adapter")}
 
 
@@ -56,9 +57,9 @@ def main() -> None:
     pictures, reference = draw(args.out / "night", TRAINED, SHOWN), draw(args.out / "reference", REFERENCE, 2 * SAMPLES)
     made = api.undistil(TURBO, prompts="shapes", updates=500, samples=1000, rank=RANK, out=args.out / "adapter",
                         resume="auto", **ADAPTER)
-    loras = {"turbo": ROOT / TURBO / WEIGHTS, "adapter": made / WEIGHTS}
+    loras = {"turbo": Path(TURBO) / WEIGHTS, "adapter": made / WEIGHTS}
     for way, on in WAYS.items():
-        loras[f"night, {way}"] = style(args.out / way, pictures, [loras[name] for name in on])
+        loras[f"night, {way}"] = style(args.out / f"night-{way}", pictures, [loras[name] for name in on])
     found = measured(loras, reference, args.out / "rows.json")
     write_whole(RESULT, (json.dumps(found, indent=1) + "\n").encode())
     write(found)
@@ -105,43 +106,44 @@ def style(run: Path, pictures: Path, fused: Sequence[Path]) -> Path:
 def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str, Any]:
     """Row -> its figures; those that `file` holds already are kept."""
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    night = {"few-step model, without a style": {}, **{way: {f"night, {way}": 1.0} for way in WAYS},
-             "difference": {"night, plain": 1.0, "adapter": -1.0}}
-    todo = {name: "shapes" for name in ("4 steps",)} | {f"{MANY} steps, {who}": "shapes"
-                                                        for who in ("base", "few-step model", "with the adapter")}
-    todo |= {"night: real": str(reference)} | {f"night: {name}": str(reference) for name in night}
-    evaluations: dict[tuple[str, int], Evaluation] = {}
-    for name, against in todo.items():
+    night: dict[str, dict[str, float]] = {"none": {}, **{way: {f"night, {way}": 1.0} for way in WAYS},
+                                          "difference": {"night, plain": 1.0, "adapter": -1.0}}
+    todo = {"4 steps": ("shapes", SAMPLES), "night: real": (str(reference), SAMPLES)}
+    todo |= {f"night: {name}": (str(reference), SAMPLES) for name in night}
+    todo |= {f"{MANY} steps, {name}": ("shapes", FEWER) for name in MANY_STEPS}
+    contexts: dict[tuple[str, int], Evaluation] = {}
+    for name, (against, samples) in todo.items():
         if name in rows:
             continue
-        samples = FEWER if str(MANY) in name else SAMPLES
-        if (against, samples) not in evaluations:
-            evaluations[against, samples] = Evaluation(samples, features=[CLIP],
-                                                       reference=resources.locate(against) or against)
-        context = evaluations[against, samples]
-        if against != "shapes":
-            asked = [shapes.attributes_of(prompt.removesuffix(WORD)) for prompt in context.prompts]
-            context.attributes = as_styled(torch.stack(asked))
+        if (against, samples) not in contexts:
+            contexts[against, samples] = evaluation(against, samples)
         if name == "night: real":
-            row, _ = context.real()
-        elif str(MANY) in name:
-            row, _ = context.row(many({"base": [], "few-step model": ["turbo"],
-                                       "with the adapter": ["turbo", "adapter"]}[name.split(", ")[1]], loras))
+            row, _ = contexts[against, samples].real()
         else:
-            row, _ = context.row(few(night.get(name.removeprefix("night: "), {}), loras))
+            who = name.removeprefix(f"{MANY} steps, ")
+            plan = few(night.get(name.removeprefix("night: "), {}), loras) if who == name else many(MANY_STEPS[who], loras)
+            row, _ = contexts[against, samples].row(plan)
         rows[name] = {"samples": samples, **row["metrics"]}
         write_whole(file, json.dumps(rows).encode())
         print(name, rows[name], flush=True)
-    shown = ("fd", "fd_low", "fd_high", "all_attributes")
+    shown = ("samples", "fd", "fd_low", "fd_high", "all_attributes")
     return {"turbo": TURBO, "pictures": SHOWN, "updates": STYLE["updates"], "batch": BATCH, "adapter_updates": 500,
-            "rows": {name: {key: round(row[key], 4) for key in ("samples", *shown) if key in row}
-                     for name, row in rows.items()}}
+            "rows": {name: {key: round(row[key], 4) for key in shown if key in row} for name, row in rows.items()}}
+
+
+def evaluation(against: str, samples: int) -> Evaluation:
+    """Against plain pictures of Shapes, or a folder of the style, whose attributes are those that the style shows."""
+    found = Evaluation(samples, features=[CLIP], reference=against if against == "shapes" else Path(against))
+    if against != "shapes":
+        asked = [shapes.attributes_of(prompt.removesuffix(WORD)) for prompt in found.prompts]
+        found.attributes = as_styled(torch.stack(asked))
+    return found
 
 
 def few(on_top: Mapping[str, float], loras: Mapping[str, Path]) -> Plan:
     """The few-step model's own call, with these LoRAs on it."""
     fused = (FusedLora(str(loras["turbo"])), *(FusedLora(str(loras[name]), weight) for name, weight in on_top.items()))
-    target = open_target(Source(BASE, loras=fused, scheduler=str(ROOT / TURBO / "scheduler")), "turbo",
+    target = open_target(Source(BASE, loras=fused, scheduler=f"{TURBO}/scheduler"), "turbo",
                          few_step=True).target
     return plans(target, [4], (), (), print)[0]
 
@@ -163,12 +165,12 @@ def write(found: Mapping[str, Any]) -> None:
     names = {"night: adapter": "**trained with the adapter, sampled without**",
              "night: difference": "trained on the few-step model, minus the adapter",
              "night: base": "trained on the base", "night: plain": "trained on the few-step model",
-             "night: few-step model, without a style": "*none*"}
+             "night: none": "*none*"}
     text += [f"| {said} | {_fd(rows[name])} | {rows[name]['fd'] / own:.2f} | {rows[name]['all_attributes'] / real:.1%} "
              "|" for name, said in names.items()]
     text += ["", f"| {MANY} steps, no guidance | FD | all attributes |", "|---|---|---|"]
     text += [f"| {who} | {_fd(rows[f'{MANY} steps, {who}'])} | {rows[f'{MANY} steps, {who}']['all_attributes']:.1%} |"
-             for who in ("base", "few-step model", "with the adapter")]
+             for who in MANY_STEPS]
     whole = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(whole.split(START)[0] + START + "\n\n" + "\n".join(text) + "\n\n" + END + whole.split(END)[1],
                     encoding="utf-8")
