@@ -42,7 +42,7 @@ RANK, BATCH, RATE = 32, 16, 3.0e-4
 ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 50, "train.keep": 1,
            "train.gradient_checkpointing": False}
 STYLE: dict[str, Any] = {"updates": 200, "lr": RATE, "warmup": 20, "checkpoint_every": 50, "keep": 1}
-MANY, FEWER = 12, 500                                      # steps in which the adapter is looked at by itself, and pictures
+MANY, FEWER = 12, 500                                      # steps in which the adapter itself is looked at, pictures
 MANY_STEPS: dict[str, tuple[str, ...]] = {"base": (), "few-step model": ("turbo",),
                                           "with the adapter": ("turbo", "adapter")}
 # what is fused into the base while the style is trained
@@ -121,8 +121,8 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
             row, _ = contexts[against, samples].real()
         else:
             who = name.removeprefix(f"{MANY} steps, ")
-            plan = few(night.get(name.removeprefix("night: "), {}), loras) if who == name else many(MANY_STEPS[who], loras)
-            row, _ = contexts[against, samples].row(plan)
+            on_top = night.get(name.removeprefix("night: "), {})
+            row, _ = contexts[against, samples].row(few(on_top, loras) if who == name else many(MANY_STEPS[who], loras))
         rows[name] = {"samples": samples, **row["metrics"]}
         write_whole(file, json.dumps(rows).encode())
         print(name, rows[name], flush=True)
