@@ -1,4 +1,4 @@
-"""The functions that commands and notebooks call: train, doctor, pairs, export, sample, bench, plan, load."""
+"""The functions that commands and notebooks call: train, undistil, doctor, pairs, export, sample, bench, plan, load."""
 from __future__ import annotations
 
 import logging
@@ -50,12 +50,13 @@ from .run.sources import base_of, located
 from .run.targets import asking, call_as_asked, open_target
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
+from .run.undistil import TO, undistilling, write_card
 from .training import Trainer, launched
 from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train"]
+__all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "undistil"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -222,6 +223,23 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
             log.warning(f"the card names the teacher by its folder here, {base.base}: who reads it elsewhere has none")
         log.info(f"uploaded to {hub.push(out, push, public)}")
     return out
+
+
+@spoken()
+def undistil(turbo: str | Path, *, prompts: str | Path | Sequence[str] | None = None, updates: int = 2000,
+             samples: int = 1000, rank: int = 32, steps: int | None = None, to: str = "diffusers",
+             out: str | Path | None = None, resume: bool | Literal["auto"] = False, **overrides: Any) -> Path:
+    """The adapter with which style LoRAs are trained on a few-step model: a LoRA, trained by plain denoising of the
+    model's own samples. Returns its export, in the run's folder.
+
+    turbo: an export, or a few-step pipeline; steps: its own, where no file says them. to: "diffusers", "kohya" or
+    "ai-toolkit". out, resume, overrides: of the run, as of `train`. RequestError: see `run.undistil.undistilling`.
+    """
+    found, recipe = undistilling(turbo, prompts, updates, samples, rank, steps, to, overrides)
+    run = train(recipe, out=out, resume=resume)
+    if parallel.rank() == 0:
+        write_card(export(run, TO[to], out=run / "export" / to), found, to, recipe)
+    return run / "export" / to
 
 
 def doctor(run: str | Path) -> list[Health]:

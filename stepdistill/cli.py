@@ -212,6 +212,25 @@ def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetenso
 
 
 @app.command()
+def undistil(turbo: Annotated[str, typer.Argument(metavar="PIPELINE", help="A few-step pipeline or an export folder.")],
+             prompts: Annotated[str | None, typer.Option(help="Of its samples: a .txt file of one a line.")] = None,
+             updates: Annotated[int, typer.Option(min=1, max=MANY, help="Training steps.")] = 2000,
+             samples: Annotated[int, typer.Option(min=1, max=MANY, help="Its own pictures, to train on.")] = 1000,
+             rank: Annotated[int, typer.Option(min=1, max=16_384, help="Of the adapter.")] = 32,
+             steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Its own, where unrecorded.")] = None,
+             to: Annotated[str, typer.Option(help="diffusers, kohya or ai-toolkit.")] = "diffusers", out: Out = None,
+             resume: Annotated[bool, typer.Option("--resume", help="Go on in --out; `--resume auto`: begin.")] = False,
+             resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, set_: Sets = None,
+             as_json: Json = False) -> None:
+    """Make the adapter with which style LoRAs are trained on a few-step model."""
+    from .recipe.yaml import parse_set
+    folder = working().undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps, to=to,
+                                out=out, resume="auto" if resume_auto else resume, **parse_set(set_ or []))
+    emit({"folder": str(folder)}, as_json, lambda: tell(f"proved and written: {folder}\nits card says how it is used: "
+                                                        f"{folder / 'README.md'}"))
+
+
+@app.command()
 def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]",
                                                                help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0, plugins: Plugins = None,

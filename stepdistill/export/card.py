@@ -28,9 +28,9 @@ COLUMNS = {"fd": "FD", "to_teacher": "to teacher", "clip_score": "CLIP score", "
 def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:
     """README.md. settings: stepdistill.json; folder: its path, as it was asked for; results: results.json or
     None; asked: the argument of a call that asks for a picture."""
-    parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
+    parts = [front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
              "![samples](samples.png)",
-             f"## Use\n\n{_block(snippet(settings, folder, asked))}", _facts(settings)]
+             f"## Use\n\n{block(snippet(settings, folder, asked))}", _facts(settings)]
     if settings["format"] == "comfyui":
         parts.append(_comfyui(settings))
     if results is not None:
@@ -86,7 +86,7 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
         fused = () if "quantization" in settings else FUSED
-        lines += [*_base(base, settings["pipeline"], without),
+        lines += [*base_lines(base, settings["pipeline"], without),
                   *([PEFT.format(settings["denoiser"])] if by_peft
                     else [f"pipe.load_lora_weights(folder{name})", *fused]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
@@ -105,7 +105,7 @@ def _is_video(settings: Mapping[str, Any]) -> bool:
     return "num_frames" in settings["call"]
 
 
-def _base(base: Source, pipeline: str, without: str) -> list[str]:
+def base_lines(base: Source, pipeline: str, without: str) -> list[str]:
     """The stock pipeline that a LoRA is for, with all that its teacher had."""
     given = {name: value for name in ("revision", "variant", "config") if (value := vars(base)[name]) is not None}
     options = "".join(f", {name}={_quoted(value)}" for name, value in given.items())
@@ -136,10 +136,10 @@ def _packs(base: Source) -> bool:
     return base.quantization is not None and not base.is_file
 
 
-def _block(code: str) -> str:
-    """Python in Markdown, between more backticks than it holds in a row."""
+def block(code: str, language: str = "python") -> str:
+    """Code in Markdown, between more backticks than it holds in a row."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", code))])
-    return f"{fence}python\n{code}{fence}"
+    return f"{fence}{language}\n{code}{fence}"
 
 
 def _code(text: str) -> str:
@@ -154,7 +154,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _front_matter(settings: Mapping[str, Any]) -> str:
+def front_matter(settings: Mapping[str, Any]) -> str:
     task = "text-to-video" if _is_video(settings) else "text-to-image"
     task = "unconditional-image-generation" if settings["reads"] == "nothing" else task
     tags = ["diffusers", task, "distillation", "stepdistill", settings["method"]]

@@ -115,9 +115,10 @@ class Samples(Strict):
     """The teacher's own pictures, made once with a solver of diffusion/solvers.py and kept."""
 
     prompts: Prompts                             # shapes, a .txt file of one prompt a line, a list, or none
-    solver: str = "dpmpp_2m"                     # of diffusion/solvers.py
+    solver: str = "dpmpp_2m"                     # of diffusion/solvers.py; own: the pipeline's own scheduler and `call`
     steps: int = Field(25, ge=1, le=10_000)      # of the solver
     guidance: float | None = Field(None, ge=1, le=1000)  # guidance scale; none: the recipe's, of a range its middle
+    call: dict[str, Any] | None = None           # of solver own: its keyword arguments, {num_inference_steps: 4}
 
 
 class Pairs(Strict):

@@ -34,6 +34,7 @@ from .teacher_checks import (
     check_asked,
     check_family,
     check_guided,
+    check_own_call,
     check_quantization,
     check_times,
     check_videos,
@@ -275,6 +276,8 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
 
 def _check_solver(recipe: Recipe) -> None:
     data = recipe.data
+    if data.samples is not None and (data.samples.solver == "own" or data.samples.call is not None):
+        return check_own_call(recipe)
     serving = [name for name in SOLVERS if data.kind == "samples" or name not in STOCHASTIC]
     if data.made is not None and data.made.solver not in serving:
         why = " (a noise has a picture of its own only where no other noise is drawn)"

@@ -31,9 +31,10 @@ from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..diffusion.times import even
 from ..methods.base import due
-from ..models.stock import say_cut
+from ..models.stock import pictures, say_cut
 from ..models.teacher import Teacher
 from ..recipe import plugins
+from ..training.loop import DTYPES
 from .buckets import bucketed
 from .checks import found
 from .setup import Run
@@ -84,7 +85,8 @@ def dataset(run: Run, report: Report = silent) -> Dataset | Bucketed:
         return prompts_only(captions(run), encoders, cache)
     if data.kind == "pairs":
         return _pairs(run, cache)
-    return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
+    make = _generate if data.samples.call is None else _by_its_own_call
+    return teacher_samples(captions(run), data.count, partial(make, run), _made_by(run), encoders, cache)
 
 
 def preview_prompts(run: Run, count: int = 4) -> list[str]:
@@ -157,6 +159,21 @@ def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> T
                                 lambda i, _: noises(run, SAMPLE, i, ids), seen)
 
 
+@torch.no_grad()
+def _by_its_own_call(run: Run, ids: Tensor, texts: list[str]) -> Tensor:
+    """Latents of the pictures that the stock pipeline draws under its own scheduler: encoded, as pictures of a user
+    are."""
+    teacher, dtype = run.teacher, DTYPES.get(run.recipe.train.precision)
+    generators = [torch.Generator().manual_seed(key(run.recipe.train.seed, SAMPLE, "start", i)) for i in ids.tolist()]
+    teacher.loaded.set_progress_bar_config(disable=True)
+    with torch.random.fork_rng(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
+        # of those that keep the generator to themselves
+        torch.manual_seed(key(run.recipe.train.seed, SAMPLE, "pipeline", ids[0].item()))
+        drawn = pictures(teacher.loaded, teacher.family.prompts, texts, generator=generators,
+                         **run.recipe.data.samples.call)
+    return teacher.encode_images(drawn * 2 - 1)
+
+
 def _generate_pairs(run: Run, ids: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
     """The noises of those samples, and the states that are kept of the ways from there: (B, ...), (B, n, ...)."""
     made, nodes = run.recipe.data.pairs, []
@@ -174,6 +191,8 @@ def noises(run: Run, use: str, name: object, ids: Tensor) -> Tensor:
 def _made_by(run: Run) -> dict[str, Any]:
     """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
     made = run.recipe.data.made.model_dump(exclude={"prompts", "path"})
+    # which caches of old do not know
+    made = {name: value for name, value in made.items() if (name, value) != ("call", None)}
     student = {"student": run.previous} if run.previous is not None and run.recipe.taught_by_previous else {}
     return made | {"guidance": _guidance(run), "seed": run.recipe.train.seed} | student
 

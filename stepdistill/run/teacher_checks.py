@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
+
+import diffusers
 
 from .. import resources
 from ..data.videos import KINDS, check_decoder, video_files
@@ -150,6 +153,27 @@ def check_guided(recipe: Recipe, settings: Any) -> None:
     if all(scale in (None, False, 1) for scale in scales) and (guided := source_of(recipe).guided):
         raise recipe.refuse([*guided][0], "is given, but guidance is 1, and a teacher without guidance does not read "
                                           "it: give a scale above 1, such as guidance: 5.0")
+
+
+def check_own_call(recipe: Recipe) -> None:
+    """RequestError for samples by the pipeline's own call that cannot be made so."""
+    samples, served = recipe.data.samples, family(recipe)
+    if samples.solver != "own" or samples.call is None:
+        raise recipe.refuse("data.samples", f"have solver: {samples.solver} and call: {samples.call}, but a call "
+                            "is of solver: own, and that wants one: solver: own, call: {num_inference_steps: 4, "
+                            "guidance_scale: 1.0}")
+    if served.no_pipeline:
+        raise recipe.refuse("data.samples.solver", "is own, but the teacher is Toy, which has no pipeline: take "
+                            "another, such as ddim")
+    if samples.guidance is not None:
+        raise recipe.refuse("data.samples.guidance", f"is {samples.guidance:g}, but the pipeline is called as "
+                            "data.samples.call says, its guidance too: leave it out")
+    if recipe.train.precision == "fp16":
+        raise recipe.refuse("train.precision", "is fp16, in which the pipeline itself cannot be called to make "
+                            "data.samples: take bf16 or fp32")
+    taken = signature(getattr(diffusers, kind := class_at(source_of(recipe))).__call__).parameters
+    if names := [name for name in samples.call if name not in taken]:
+        raise recipe.refuse("data.samples.call", f"names {', '.join(names)}, which a call of {kind} does not take")
 
 
 ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range(1, 1001)]))       # one of each kind
