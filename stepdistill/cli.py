@@ -122,10 +122,9 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
                                                help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
-          features: Annotated[list[str] | None, typer.Option(help="A CLIPModel's or Dinov2Model's folder, or "
-                                                                  "inception; several times for distances in several. "
-                                                                  "That of Shapes unless given, and none against "
-                                                                  "the teacher.")] = None,
+          features: Annotated[list[str] | None, typer.Option(
+              help="A CLIPModel's or Dinov2Model's folder, or inception; several times for distances in several. That "
+                   "of Shapes unless given, and none against the teacher.")] = None,
           reference: Annotated[str | None,
                                typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
                                                              "given, shapes for what ships and teacher for "
