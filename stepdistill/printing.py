@@ -49,10 +49,21 @@ def _cell(value: Any) -> str:
 
 
 def show_results(results: dict[str, Any], out: Path) -> None:
-    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
+    if "compose" in results:
         own = results["protocol"].get("metrics", {})
         show(table([row | row["metrics"] for row in results["rows"]],
+                   ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own)))
+        for one in results["compose"]:
+            tell(f"{one['lora']} at guidance {one['guidance']:g}: {one['verdict']}")
+        tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and a picture of each LoRA in {out / 'samples'}")
+        return
+    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
+        own = [*(name for name in ("motion", "motion_ratio") if name in results["rows"][0]["metrics"]),
+               *results["protocol"].get("metrics", {})]
+        show(table([row | row["metrics"] for row in results["rows"]],
                    ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own, "latency_ms")))
+        for sentence in results.get("words", ()):
+            tell(sentence)
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
         return
     from .evaluation import report

@@ -13,6 +13,7 @@ from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from .. import resources
+from ..diffusion.schedule import RectifiedFlow
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import aside_of
@@ -55,11 +56,16 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         text = card(settings, called or out.as_posix(), student.results, asked)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if to == "comfyui":
-            times, schedule = student.sampler(call).times, student.teacher.schedule
-            write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0],
-                           tuple(proof.images.shape[-2:]), folder)
+            write_workflow(settings, _sigmas(student, call), student.prompts[0], tuple(proof.images.shape[1:]),
+                           student.teacher.latent_shape[0], folder)
         _picture(proof).save(folder / "samples.png")
     return proof
+
+
+def _sigmas(student: Student, call: dict[str, Any]) -> list[float]:
+    """Its noise levels as ComfyUI counts them: sigma / alpha, of a flow its times."""
+    times, schedule = student.sampler(call).times, student.teacher.schedule
+    return (times if isinstance(schedule, RectifiedFlow) else schedule.sigma(times) / schedule.alpha(times)).tolist()
 
 
 def write_found(student: Student, out: str | Path, dtype: str) -> Proof:
@@ -88,8 +94,8 @@ def _proved(student: Student, prepared: PreparedExport, to: str, call: dict[str,
     proof = prove(prepared.student, folder, scale)
     rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
     settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher),
-                         "images": samples(student.teacher),
-                         "dtype": "float32", "rounding": rounding}
+                         "images": samples(student.teacher), "sizes": proof.sizes, "dtype": "float32",
+                         "rounding": rounding}
     _write(folder / SETTINGS, settings)
     return settings, proof
 
@@ -124,6 +130,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "dropped": list(student.teacher.dropped),
             "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
+            **({"sizes": student.sizes} if student.sizes else {}),
             "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 
