@@ -12,6 +12,7 @@ from ..diffusion.contracts import Batch
 from ..diffusion.draws import fractions, key
 from ..errors import RequestError
 from .datasets import Dataset
+from .negatives import Negatives
 from .shapes import scatter
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -52,7 +53,7 @@ class Stream:
     Every (update, repeat) walks through the data by itself, so that a critic and a student do not see the same samples.
     A finite dataset is walked epoch by epoch, each a new permutation; an endless one through consecutive indices.
     shape: of one sample, for data that are prompts only. caption_dropout: the share of samples that are shown without their captions,
-    drawn anew for each visit.
+    drawn anew for each visit. negatives: what they are drawn away from in place of the null.
     """
 
     dataset: Dataset
@@ -60,6 +61,7 @@ class Stream:
     seed: int
     shape: tuple[int, ...] | None = None
     caption_dropout: float = 0.0
+    negatives: Negatives | None = None
 
     def batch(self, step: int, update: str, repeat: int = 0, rank: int = 0, world: int = 1, micro: int = 0,
               micros: int = 1) -> Batch:
@@ -80,4 +82,6 @@ class Stream:
         x0, cond = self.dataset[indices]
         if self.caption_dropout:
             cond = cond.dropped(fractions(key(walk, "caption dropout"), ids, 1)[:, 0] < self.caption_dropout)
+        if self.negatives is not None:
+            cond = cond.replace(negative=self.negatives.of(ids, walk))
         return Batch(ids, cond, x0, self.shape, self.dataset.pairs(indices))

@@ -42,7 +42,7 @@ def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, 
     model = [add("LoraLoaderModelOnly", model=model, lora_name=settings["weights"], strength_model=1.0), 0]
     if settings["prediction"] == "v_prediction":
         model = [add("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=isinf(sigmas[0])), 0]
-    told, empty = (add("CLIPTextEncode", clip=clip, text=text) for text in (prompt, ""))
+    told, empty = (add("CLIPTextEncode", clip=clip, text=text) for text in (prompt, settings["call"].get("negative_prompt", "")))
     written = ", ".join(f"{min(sigma, LAST_SIGMA):.6f}" for sigma in [*sigmas, 0.0])
     drawn = add("SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=float(settings["scale"]), positive=[told, 0], negative=[empty, 0],
                 sampler=[add("KSamplerSelect", sampler_name=sampler_of(settings)), 0], sigmas=[add("ManualSigmas", sigmas=written), 0],

@@ -91,6 +91,7 @@ class Student:
     arguments of its pipeline call, num_inference_steps and guidance_scale among them. run names the run: an export may
     be replaced by the same run's alone. guidance: what it was trained at, a scale or a range. base_model: what users
     call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint.
+    negative: of a student that keeps its guidance, a negative prompt that acts on it.
     """
 
     teacher: Teacher
@@ -109,6 +110,7 @@ class Student:
     results: Mapping[str, Any] | None = None
     prompts: tuple[str, ...] = ("",)
     step: int | None = None
+    negative: str | None = None
 
     @classmethod
     def of(cls, roles: Roles, name: str, stock: StockCall, method: str, run: str, **more: Any) -> Student:

@@ -220,6 +220,7 @@ class Export(_Export, total=False):
     dropped: list[str]
     fixed_steps: bool
     told_times: list[float]
+    negative: str
     proof: _Proof
 
 

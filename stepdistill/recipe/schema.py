@@ -160,6 +160,14 @@ class Data(Strict):
         return self.samples or self.pairs
 
 
+class Negatives(Strict):
+    """Negative prompts that act on the student: its own guided prediction is trained, and a call guides it."""
+
+    prompts: Prompts                             # that it learns to be drawn away from: as of data.prompts
+    share: float = Field(0.5, gt=0, le=1)        # of samples that are drawn away from one of them; the others from the null
+    scale: float | None = Field(None, gt=1, le=1000)     # at which the student is guided, and called; none: the recipe's guidance
+
+
 class Train(Strict):
     updates: int = Field(ge=1, le=10**9)         # training steps, each of all updates that are due
     lr: float = Field(1e-4, gt=0, le=1e30)        # of AdamW
@@ -213,6 +221,7 @@ class Recipe(Strict):
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
     guidance: Guidance = 1.0                     # scale, or a range [low, high]; 1 is none
     negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own, mostly an empty text
+    negatives: Negatives | None = None           # the student keeps its guidance: two evaluations a step, and a negative prompt acts
     guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
     steps: int = Field(4, ge=1, le=1000)         # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass

@@ -27,6 +27,7 @@ from ..models.teacher import Teacher, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..training.loop import DTYPES
+from .negatives import check_negatives, check_unread
 from .sources import source_of
 from .teacher_checks import (
     check_asked,
@@ -70,6 +71,7 @@ def check(recipe: Recipe) -> Checked:
         check_quantization(recipe, kind, settings, roles)
     check_asked(recipe, needs)
     check_guided(recipe, settings)
+    check_negatives(recipe, needs)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
     if recipe.evaluate.reference is not None:
@@ -251,6 +253,7 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
     """RequestError for a role with an embedding of a scale or an exit on a network that reads its guidance scale by itself, `within`."""
     if not within:
         return
+    check_unread(recipe)
     for name, scale in vars(recipe.method_settings()).items():
         if name in ("critic_training_guidance", "critic_guidance") and scale is not None and scale < 1:
             raise recipe.refuse(f"settings.{name}", f"is {scale:g}, but the teacher's network reads its guidance scale by "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from ..data.datasets import (
     Dataset,
     Encoders,
     cached_images,
+    captioned,
     live_images,
     prompts_only,
     teacher_pairs,
     teacher_samples,
 )
 from ..data.images import BothWays, Uncaptioned, open_images
+from ..data.negatives import Negatives
 from ..data.prompts import Captions, open_prompts
 from ..data.sources import open_source
 from ..diffusion.draws import key
@@ -33,6 +36,7 @@ from ..models.stock import say_cut
 from ..models.teacher import Teacher
 from ..recipe import plugins
 from .checks import found
+from .negatives import negative_prompts
 from .setup import Run
 from .sources import is_outside
 from .teacher_checks import data_entry
@@ -75,6 +79,16 @@ def dataset(run: Run, report: Report = silent) -> Dataset:
     if data.kind == "pairs":
         return _pairs(run, cache)
     return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
+
+
+def negatives(run: Run) -> Negatives | None:
+    """What the student learns to be drawn away from; None for one without guidance of its own."""
+    asked = run.recipe.negatives
+    if asked is None:
+        return None
+    source = negative_prompts(run.recipe)
+    own = replace(_encoders(run), text=partial(run.teacher.encode, negative=True), identity={"negative": _identity(run.teacher)})
+    return Negatives(captioned(source, own, Cache()), source.count, asked.share)
 
 
 def preview_prompts(run: Run, count: int = 4) -> list[str]:

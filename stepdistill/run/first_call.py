@@ -19,6 +19,7 @@ from ..models.schedulers import StockCall, stock_scheduler
 from ..models.stock import pictures
 from ..training.loop import DTYPES
 from .data import preview_prompts
+from .negatives import kept_scale
 from .setup import Run, sampling
 
 STEPS = 2
@@ -37,14 +38,15 @@ def check_first_call(run: Run) -> float | None:
     dtype = DTYPES.get(run.recipe.train.precision)
     with whole_float32(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
         stock, sampler = _short(run)
-        call = {**stock.call, **({} if run.teacher.scale is not None else run.teacher.guidance.none)}
+        call = {**stock.call, **({} if run.teacher.scale is not None else run.teacher.guidance.call(kept_scale(run.recipe) or 1.0))}
+        base = run.called(run.roles.base)
         prompt = preview_prompts(run, 1)[:1]
         theirs, cond = _theirs(run, stock, call, prompt), run.teacher.encode(prompt)
-        ours = sampled(run.teacher, sampler, run.roles.base, cond)
+        ours = sampled(run.teacher, sampler, base, cond)
         limit = tolerance(run.teacher)
         if run.teacher.dtype != torch.float32:
             with sdpa_kernel(SDPBackend.MATH):
-                again = sampled(run.teacher, sampler, run.roles.base, cond)
+                again = sampled(run.teacher, sampler, base, cond)
             limit = max(COARSE, 3 * (again - ours).abs().max().item())
     difference = (theirs - ours).abs().max().item()
     if not difference <= limit:
