@@ -15,6 +15,7 @@ from ..methods.base import Guidance
 from ..models.schedulers import stock_call
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
+from ..run.negatives import kept_scale
 from .hand import LEVELS
 from .problem import Problem
 
@@ -177,7 +178,8 @@ def shipped(method: str) -> tuple[Path, ...]:
             if stage.method == method:
                 nodes = 4 if stage.data.pairs is None else stage.data.pairs.nodes
                 path = Path(f"{name}, {stage.steps} steps", asdict(stage.method_settings()), stage.steps,
-                            stage.guidance, stage.student.lora is None, stage.taught_by_previous, nodes)
+                            stage.guidance, stage.student.lora is None, stage.taught_by_previous, nodes,
+                            kept=kept_scale(stage))
                 found.setdefault(tuple(map(str, asdict(replace(path, name="")).values())), path)
             stage = stage.previous
     return tuple(found.values())
