@@ -1,32 +1,37 @@
 """Whether a negative prompt acts on a few-step student as on its teacher, measured on Shapes.
 
-    python scripts/negative.py pictures runs/negative-pictures       # Shapes, two captions in five of which leave the background's colour or pattern open
+    python scripts/negative.py pictures runs/negative-pictures       # of Shapes; two captions in five leave the ground's colour or pattern open
     stepdistill train shapes/lcm-negative --set data.images=runs/negative-pictures --out runs/negative
     stepdistill export runs/negative --out runs/negative-lora
-    python scripts/negative.py measure runs/negative-lora --plain assets/students/shapes-lcm --out runs/negative.json
+    python scripts/negative.py measure runs/negative.json teacher assets/shapes-sd --steps 50
+    python scripts/negative.py measure runs/negative.json student runs/negative-lora
+    stepdistill bench runs/negative-lora assets/students/shapes-lcm --nfe 4,8 --out runs/negative-bench
+    python scripts/negative.py table runs/negative.json --bench runs/negative-bench/results.json
 
-A prompt leaves one attribute of its background open; the negative names one value of it. `gone` is the share of pictures in which the
-judge of attributes does not see that value, `others` the share of the remaining slots that are as the prompt asks. A third case names
-in the negative what the prompt itself asks for.
+A prompt leaves one attribute of the ground open, and the negative prompt names one value of it; or, "asked", the prompt itself asks for
+what the negative names. `gone` is the share of pictures in which the judge of attributes does not see the named value, `others` the mean
+share of the remaining slots that are as the prompt asks, beside the worst one; each also without the negative, from the same noise.
 """
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.data.shapes import SLOTS, Scenes, captions, render, scenes
 from stepdistill.diffusion.draws import key
 from stepdistill.evaluation.features import load_features
-from stepdistill.evaluation.plans import Target
+from stepdistill.evaluation.plans import solver_scheduler
 from stepdistill.models.stock import as_pil
+from stepdistill.run.targets import open_target
 
-TEACHER, JUDGE, SEED, BATCH = "assets/shapes-sd", "assets/shapes-clip", 777, 64
+JUDGE, SEED, BATCH = "assets/shapes-clip", 777, 64
 NAMES = tuple(SLOTS)
 OPEN = ("ground", "pattern")                           # the slots of the background that a caption can leave open
 
@@ -51,50 +56,71 @@ def write_pictures(out: Path, count: int) -> None:
                 table.write(json.dumps({"file_name": name, "text": told[max(0, (first + i) % 5 - 2)][i]}) + "\n")
 
 
-def cases(count: int) -> dict[str, tuple[list[str], list[str], str, Tensor]]:
-    """Name -> prompts, negatives, the slot that these name, and what the scenes show, (B, 7)."""
-    found = {}
-    for slot in OPEN:
-        scene = scenes(torch.arange(count), SEED)
-        words = [SLOTS[slot][i] for i in scene.attributes[:, NAMES.index(slot)].tolist()]
-        found[f"open {slot}"] = opened(scene, slot), words, slot, scene.attributes
-        found[f"asked {slot}"] = captions(scene), words, slot, scene.attributes
-    return found
+def cases(count: int) -> dict[str, tuple[list[str], str]]:
+    """Name -> prompts, and the slot whose value the negative names."""
+    scene = scenes(torch.arange(count), SEED)
+    return {f"open {slot}": (opened(scene, slot), slot) for slot in OPEN} | {"asked pattern": (captions(scene), "pattern")}
 
 
-def shown(draw: Callable[[Sequence[str], Sequence[str] | None, int], Tensor], prompts: Sequence[str], negatives: Sequence[str] | None) -> Tensor:
-    """The attributes that the judge sees, (B, 7). draw: prompts, negatives and the number of the first -> pictures in [0, 1]."""
-    judge, seen = load_features(JUDGE), []
-    for first in range(0, len(prompts), BATCH):
-        part = slice(first, first + BATCH)
-        images = draw(prompts[part], None if negatives is None else negatives[part], first)
-        seen.append(judge.attribute_classifier(judge.images(images * 2 - 1)))
-    return torch.cat(seen)
-
-
-def drawer(target: Target, call: dict[str, Any]) -> Callable[[Sequence[str], Sequence[str] | None, int], Tensor]:
-    """The plain call of the stock pipeline; every row draws from the same noises."""
-    pipe = target.pipeline
+def measure(out: Path, name: str, target: str, steps: int | None, guidance: float, count: int) -> None:
+    """Adds the rows of a target to `out`, each with and without its negative."""
+    found = open_target(target, name)
+    own = found.target.call or found.target.guidance.call(guidance) | {"num_inference_steps": steps}
+    pipe = found.target.pipeline
+    if found.target.call is None:
+        pipe.scheduler = solver_scheduler(found.target, "dpmpp_2m")
     pipe.set_progress_bar_config(disable=True)
+    attributes, judge = scenes(torch.arange(count), SEED).attributes, load_features(JUDGE)
+    for case, (prompts, slot) in cases(count).items():
+        words = [SLOTS[slot][i] for i in attributes[:, NAMES.index(slot)].tolist()]
+        for given in (True, False):
+            seen = [judge.attribute_classifier(judge.images(2 * drawn(pipe, own, prompts, words if given else None, first) - 1))
+                    for first in range(0, count, BATCH)]
+            row = {"target": name, "case": case, "negative": given, "count": count, "call": dict(own), **rates(torch.cat(seen), attributes, slot)}
+            write(out, [*read(out), row])
+            print(json.dumps(row), flush=True)
 
-    def draw(prompts: Sequence[str], negatives: Sequence[str] | None, first: int) -> Tensor:
-        generators = [torch.Generator().manual_seed(key(SEED, "negative", first + i)) for i in range(len(prompts))]
-        told = {} if negatives is None else {"negative_prompt": list(negatives)}
-        return pipe(list(prompts), generator=generators, output_type="pt", **call, **told).images.float()
 
-    return draw
+@torch.no_grad()
+def drawn(pipe: DiffusionPipeline, call: Mapping[str, Any], prompts: Sequence[str], negatives: Sequence[str] | None, first: int) -> Tensor:
+    """Pictures in [0, 1] of BATCH prompts from `first` on, by the plain call; the noise of each is its number's."""
+    part = slice(first, first + BATCH)
+    told = {} if negatives is None else {"negative_prompt": list(negatives[part])}
+    generators = [torch.Generator().manual_seed(key(SEED, "negative", first + i)) for i in range(len(prompts[part]))]
+    return pipe(list(prompts[part]), generator=generators, output_type="pt", **call, **told).images.float()
 
 
 def rates(seen: Tensor, asked: Tensor, slot: str) -> dict[str, float]:
-    """gone: the named attribute is not seen; others: the mean share of the other slots that are as asked, and the worst slot's."""
-    right = (seen == asked).double().mean(0)
-    rest = torch.tensor([right[i] for i, name in enumerate(NAMES) if name != slot])
-    return {"gone": 1 - right[NAMES.index(slot)].item(), "others": rest.mean().item()} | {
-        name: share for name, share in zip(NAMES, right.tolist(), strict=True) if name != slot}
+    """Of what the judge sees, (B, 7), where the scenes have `asked`."""
+    right = dict(zip(NAMES, (seen == asked).double().mean(0).tolist(), strict=True))
+    gone, rest = 1 - right.pop(slot), right
+    return {"gone": gone, "others": sum(rest.values()) / len(rest), **rest}
 
 
-def measure(student: str, plain: str, count: int, out: Path) -> None:
-    pass
+def table(file: Path, bench: Path | None, student: str, plain: str) -> None:
+    """The student's rates as shares of its teacher's, and its distance as a multiple of a plain student's."""
+    rows = {(row["target"], row["case"], row["negative"]): row for row in read(file)}
+    for case in dict.fromkeys(case for _, case, _ in rows):
+        with_it, without, right = (rows[who, case, given] for who, given in (("student", True), ("student", False), ("teacher", True)))
+        rest = [name for name in NAMES if name in right]
+        worst = min(rest, key=lambda name: with_it[name] / right[name])
+        print(f"{case}: gone {with_it['gone']:.3f} ({without['gone']:.3f} without), of the teacher's {right['gone']:.3f} "
+              f"{with_it['gone'] / right['gone']:.1%}; others {with_it['others']:.3f} of {right['others']:.3f}, {with_it['others'] / right['others']:.1%}; "
+              f"the worst {worst} {with_it[worst]:.3f} of {right[worst]:.3f}, {with_it[worst] / right[worst]:.1%}")
+    if bench is not None:
+        ours, theirs = (next(row["metrics"] for row in json.loads(bench.read_text())["rows"] if row["target"] == name and row["steps"] == 4)
+                        for name in (student, plain))
+        print(f"FD at 4 steps: {ours['fd']:.2f} [{ours['fd_low']:.2f}, {ours['fd_high']:.2f}], plain {theirs['fd']:.2f} "
+              f"[{theirs['fd_low']:.2f}, {theirs['fd_high']:.2f}]: {ours['fd'] / theirs['fd']:.2f} of it")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -104,12 +130,24 @@ def main() -> None:
     making.add_argument("out", type=Path)
     making.add_argument("--count", type=int, default=20_000)
     measuring = commands.add_parser("measure")
-    measuring.add_argument("student")
-    measuring.add_argument("--plain", default="assets/students/shapes-lcm", help="the student without guidance that FD is held against")
-    measuring.add_argument("--count", type=int, default=500, help="pictures a case")
-    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("out", type=Path)
+    measuring.add_argument("name", choices=("teacher", "student"))
+    measuring.add_argument("target", help="a pipeline, an export or a run")
+    measuring.add_argument("--steps", type=int, help="of a teacher, by DPM-Solver++(2M)")
+    measuring.add_argument("--guidance", type=float, default=2.5, help="of a teacher")
+    measuring.add_argument("--count", type=int, default=128, help="pictures a row")
+    showing = commands.add_parser("table")
+    showing.add_argument("file", type=Path)
+    showing.add_argument("--bench", type=Path)
+    showing.add_argument("--student", default="negative-lora", help="its target in the bench")
+    showing.add_argument("--plain", default="shapes-lcm", help="the target of the student without guidance")
     args = parser.parse_args()
-    write_pictures(args.out, args.count) if args.command == "pictures" else measure(args.student, args.plain, args.count, args.out)
+    if args.command == "pictures":
+        write_pictures(args.out, args.count)
+    elif args.command == "measure":
+        measure(args.out, args.name, args.target, args.steps, args.guidance, args.count)
+    else:
+        table(args.file, args.bench, args.student, args.plain)
 
 
 if __name__ == "__main__":

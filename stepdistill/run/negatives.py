@@ -83,10 +83,6 @@ def _check_method(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     if others:
         raise recipe.refuse("negatives", f"are given, but the {' and the '.join(others)} of {recipe.method} would be trained on samples that "
                                          "depend on a negative prompt which it is not told: take a method that trains the student alone, such as lcm")
-    if "teacher" not in needs:
-        raise recipe.refuse("negatives", f"are given, but {recipe.method} asks no teacher what they do: take a method that does, such as lcm")
-    if vars(recipe.method_settings()).get("bridge") == "data":
-        raise recipe.refuse("negatives", "are given, but with bridge: data no teacher is asked what they do: let bridge be ddim")
     if recipe.data.pairs is not None:
         raise recipe.refuse("negatives", "are given, but data.pairs are ways that the teacher took without them: give images, samples or prompts")
     if recipe.taught_by_previous:
