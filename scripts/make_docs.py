@@ -25,11 +25,11 @@ TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.
           "student": schema.RoleChoice,
           "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
           "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
-          "evaluate": schema.Evaluate, "plugins": schema.Plugins}
+          "evaluate": schema.Evaluate, "negatives": schema.Negatives, "plugins": schema.Plugins}
 WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
-         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
+         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Negatives": "table", "Prompts": "text | list",
          "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table", "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
