@@ -8,9 +8,10 @@
     stepdistill bench runs/negative-lora assets/students/shapes-lcm --nfe 4,8 --out runs/negative-bench
     python scripts/negative.py table runs/negative.json --bench runs/negative-bench/results.json
 
-A prompt leaves one attribute of the ground open, and the negative prompt names one value of it; or, "asked", the prompt itself asks for
-what the negative names. `gone` is the share of pictures in which the judge of attributes does not see the named value, `others` the mean
-share of the remaining slots that are as the prompt asks, beside the worst one; each also without the negative, from the same noise.
+A prompt leaves one attribute of the ground open, and the negative prompt names one value of it; or, "asked", the prompt
+itself asks for what the negative names. `gone` is the share of pictures in which the judge of attributes does not see
+the named value, `others` the mean share of the remaining slots that are as the prompt asks, beside the worst one; each
+also without the negative, from the same noise.
 """
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def write_pictures(out: Path, count: int) -> None:
 def cases(count: int) -> dict[str, tuple[list[str], str]]:
     """Name -> prompts, and the slot whose value the negative names."""
     scene = scenes(torch.arange(count), SEED)
-    return {f"open {slot}": (opened(scene, slot), slot) for slot in OPEN} | {"asked pattern": (captions(scene), "pattern")}
+    return ({f"open {slot}": (opened(scene, slot), slot) for slot in OPEN}
+            | {"asked pattern": (captions(scene), "pattern")})
 
 
 def measure(out: Path, name: str, target: str, steps: int | None, guidance: float, count: int) -> None:
@@ -74,15 +76,18 @@ def measure(out: Path, name: str, target: str, steps: int | None, guidance: floa
     for case, (prompts, slot) in cases(count).items():
         words = [SLOTS[slot][i] for i in attributes[:, NAMES.index(slot)].tolist()]
         for given in (True, False):
-            seen = [judge.attribute_classifier(judge.images(2 * drawn(pipe, own, prompts, words if given else None, first) - 1))
+            seen = [judge.attribute_classifier(judge.images(2 * drawn(pipe, own, prompts, words if given else None,
+                                                                      first) - 1))
                     for first in range(0, count, BATCH)]
-            row = {"target": name, "case": case, "negative": given, "count": count, "call": dict(own), **rates(torch.cat(seen), attributes, slot)}
+            row = {"target": name, "case": case, "negative": given, "count": count, "call": dict(own),
+                   **rates(torch.cat(seen), attributes, slot)}
             write(out, [*read(out), row])
             print(json.dumps(row), flush=True)
 
 
 @torch.no_grad()
-def drawn(pipe: DiffusionPipeline, call: Mapping[str, Any], prompts: Sequence[str], negatives: Sequence[str] | None, first: int) -> Tensor:
+def drawn(pipe: DiffusionPipeline, call: Mapping[str, Any], prompts: Sequence[str], negatives: Sequence[str] | None,
+          first: int) -> Tensor:
     """Pictures in [0, 1] of BATCH prompts from `first` on, by the plain call; the noise of each is its number's."""
     part = slice(first, first + BATCH)
     told = {} if negatives is None else {"negative_prompt": list(negatives[part])}
@@ -101,17 +106,21 @@ def table(file: Path, bench: Path | None, student: str, plain: str) -> None:
     """The student's rates as shares of its teacher's, and its distance as a multiple of a plain student's."""
     rows = {(row["target"], row["case"], row["negative"]): row for row in read(file)}
     for case in dict.fromkeys(case for _, case, _ in rows):
-        with_it, without, right = (rows[who, case, given] for who, given in (("student", True), ("student", False), ("teacher", True)))
+        with_it, without, right = (rows[who, case, given] for who, given in (("student", True), ("student", False),
+                                                                             ("teacher", True)))
         rest = [name for name in NAMES if name in right]
         worst = min(rest, key=lambda name: with_it[name] / right[name])
-        print(f"{case}: gone {with_it['gone']:.3f} ({without['gone']:.3f} without), of the teacher's {right['gone']:.3f} "
-              f"{with_it['gone'] / right['gone']:.1%}; others {with_it['others']:.3f} of {right['others']:.3f}, {with_it['others'] / right['others']:.1%}; "
-              f"the worst {worst} {with_it[worst]:.3f} of {right[worst]:.3f}, {with_it[worst] / right[worst]:.1%}")
+        print(f"{case}: gone {with_it['gone']:.3f} ({without['gone']:.3f} without), of the teacher's "
+              f"{right['gone']:.3f} {with_it['gone'] / right['gone']:.1%}; others {with_it['others']:.3f} of "
+              f"{right['others']:.3f}, {with_it['others'] / right['others']:.1%}; the worst {worst} "
+              f"{with_it[worst]:.3f} of {right[worst]:.3f}, {with_it[worst] / right[worst]:.1%}")
     if bench is not None:
-        ours, theirs = (next(row["metrics"] for row in json.loads(bench.read_text())["rows"] if row["target"] == name and row["steps"] == 4)
+        ours, theirs = (next(row["metrics"] for row in json.loads(bench.read_text())["rows"] if row["target"] == name
+                             and row["steps"] == 4)
                         for name in (student, plain))
-        print(f"FD at 4 steps: {ours['fd']:.2f} [{ours['fd_low']:.2f}, {ours['fd_high']:.2f}], plain {theirs['fd']:.2f} "
-              f"[{theirs['fd_low']:.2f}, {theirs['fd_high']:.2f}]: {ours['fd'] / theirs['fd']:.2f} of it")
+        print(f"FD at 4 steps: {ours['fd']:.2f} [{ours['fd_low']:.2f}, {ours['fd_high']:.2f}], plain "
+              f"{theirs['fd']:.2f} [{theirs['fd_low']:.2f}, {theirs['fd_high']:.2f}]: "
+              f"{ours['fd'] / theirs['fd']:.2f} of it")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -90,7 +90,8 @@ class Condition:
 
     @staticmethod
     def cat(parts: list[Condition]) -> Condition:
-        """Joins along the batch. All parts must hold the same fields; `null` and `negative` are joined where every part has one."""
+        """Joins along the batch. All parts must hold the same fields; `null` and `negative` are joined where every part
+        has one."""
         names = [({name for name, _ in part._tensors()}, part.extra.keys()) for part in parts]
         if any(n != names[0] for n in names):
             raise ValueError("conditions of different make cannot be joined: "

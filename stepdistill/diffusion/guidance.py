@@ -18,8 +18,8 @@ def _scales(w: float | Tensor, batch: int) -> Tensor:
 
 
 def with_scale(cond: Condition | None, w: float | Tensor) -> Condition:
-    """The condition, its null and its negative, with a scale or (B,) of them for a role that reads it. Like times, scales are
-    float64 and stay on the CPU."""
+    """The condition, its null and its negative, with a scale or (B,) of them for a role that reads it. Like times,
+    scales are float64 and stay on the CPU."""
     if cond is None:
         raise ValueError("a guidance scale goes into a condition, and there is none")
     beside = cond.beside(lambda one: with_scale(one, w))
@@ -78,8 +78,8 @@ class Unprompted(Wrapper):
 
 
 def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null), away from
-    the condition's negative where it has one.
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null), away
+    from the condition's negative where it has one.
 
     w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided; 0 is unconditional,
     and the float 0 asks for nothing else. Outside the interval

@@ -62,13 +62,17 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
     return Proof(stock, difference)
 
 
-def _prove_negative(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any], without: Tensor, named: str) -> float:
-    """The difference of the stock pipeline with a negative prompt from our sampler with it. RequestError where it does nothing."""
+def _prove_negative(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any], without: Tensor,
+                    named: str) -> float:
+    """The difference of the stock pipeline with a negative prompt from our sampler with it. RequestError where it does
+    nothing."""
     asked = {**call, "negative_prompt": student.negative}
     drawn = _called(pipe, student, asked)
     if torch.equal(drawn, without):
-        raise RequestError(f"the export was refused: {named} {asked} draws what it does without a negative prompt; nothing was written")
-    return within(drawn, reference(student, pipe.scheduler, call, None, student.negative), f"{named} {asked}", tolerance(student.teacher))
+        raise RequestError(f"the export was refused: {named} {asked} draws what it does without a negative prompt; "
+                           "nothing was written")
+    return within(drawn, reference(student, pipe.scheduler, call, None, student.negative), f"{named} {asked}",
+                  tolerance(student.teacher))
 
 
 def samples(teacher: Teacher) -> int:
@@ -86,7 +90,8 @@ def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) 
     """The stock pipeline's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return pictures(pipe, student.teacher.family.prompts, _prompts(student), generator=torch.Generator().manual_seed(SEED), **call)
+        return pictures(pipe, student.teacher.family.prompts, _prompts(student),
+                        generator=torch.Generator().manual_seed(SEED), **call)
 
 
 def within(images: Tensor, ours: Tensor, what: str, limit: float = TOLERANCE) -> float:
@@ -102,8 +107,8 @@ def within(images: Tensor, ours: Tensor, what: str, limit: float = TOLERANCE) ->
 @torch.no_grad()
 def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, Any], guidance: float | None,
               negative: str | None = None) -> Tensor:
-    """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]. negative: what they are drawn away from in
-    place of the null."""
+    """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]. negative: what they are
+    drawn away from in place of the null."""
     teacher, prompts = student.teacher, _prompts(student)
     sampler = Sampler.of_call(scheduler, student.steps, teacher.schedule, call)
     cond, role = teacher.encode(prompts), student.role
@@ -120,9 +125,9 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
 
 @torch.no_grad()
 def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> Tensor:
-    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in [0, 1], on
-    the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise from the same generator or
-    the global one."""
+    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in
+    [0, 1], on the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise
+    from the same generator or the global one."""
     shape = (len(cond), *teacher.latent_shape)
     told = (tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point())
     dtype = teacher.family.noise_dtype or next(told, teacher.dtype)
@@ -148,4 +153,5 @@ def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:
                                if not torch.equal(written[key], loaded[key]))}
     found = "; ".join(f"{len(keys)} {name}, first {keys[0]}" for name, keys in wrong.items() if keys)
     if found:
-        raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; nothing was written")
+        raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; "
+                           "nothing was written")

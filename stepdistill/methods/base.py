@@ -117,10 +117,9 @@ class Inference:
     x_0 noised again to the next time (Luo et al. 2023, arXiv:2310.04378), between them is TCD's gamma. nodes: the even
     grid from which `steps` times are taken; None: steps. times: the times themselves, descending in [0, 1], where they
     are no even grid. end: where the last step lands, 0 the data. shift: of a flow's nodes towards noise. guidance: what
-    the student's guidance embedding reads; None where it has none. kept: the scale at which the pipeline guides a student
-    that keeps its guidance; None: it never does. exact_grid: every
-    step lands where the next begins and the network is asked; False: times may be rounded to those that a discrete
-    schedule has.
+    the student's guidance embedding reads; None where it has none. kept: the scale at which the pipeline guides a
+    student that keeps its guidance; None: it never does. exact_grid: every step lands where the next begins and the
+    network is asked; False: times may be rounded to those that a discrete schedule has.
     """
 
     steps: int
@@ -184,8 +183,8 @@ def renoising(settings: StartSettings, steps: int) -> Inference:
     if settings.start_time is None:
         return Inference(steps, noise=1.0)
     if steps != 1:
-        raise ValueError("start_time is where a student of one step begins, and one of more steps begins at t = 1: leave "
-                         f"it out; found start_time = {settings.start_time:g} and {steps} steps")
+        raise ValueError("start_time is where a student of one step begins, and one of more steps begins at t "
+                         f"= 1: leave it out; found start_time = {settings.start_time:g} and {steps} steps")
     return Inference(steps, noise=1.0, times=(settings.start_time,))
 
 
@@ -279,8 +278,8 @@ class Method(ABC):
 
     @property
     def denoiser(self) -> Role | None:
-        """The critic as its loss asks it to denoise the student's samples; None where no role does. Whoever looks how far
-        it lags behind them asks this one."""
+        """The critic as its loss asks it to denoise the student's samples; None where no role does. Whoever looks how
+        far it lags behind them asks this one."""
         return self.roles.get("critic")
 
     @abstractmethod

@@ -153,8 +153,8 @@ class Hand:
 
 @dataclass
 class Learner:
-    """x_0 = m + S x_t + T text + n t, and + u (w - 1), + k r where it reads a guidance scale, or where to land; all take
-    gradients."""
+    """x_0 = m + S x_t + T text + n t, and + u (w - 1), + k r where it reads a guidance scale, or where to land; all
+    take gradients."""
 
     problem: Problem
     reads: tuple[str, ...] = ()
@@ -188,8 +188,8 @@ class Learner:
 
 
 def guided_mean(cond: Condition, w: Tensor | float) -> Tensor:
-    """Of the law that guidance at w makes of two of one covariance: null + w (text - null), the negative in place of the null where there
-    is one. (B, D)."""
+    """Of the law that guidance at w makes of two of one covariance: null + w (text - null), the negative in place of
+    the null where there is one. (B, D)."""
     away = cond.null.text if cond.negative is None else cond.negative.text
     return away + column(w, cond.text) * (cond.text - away)
 

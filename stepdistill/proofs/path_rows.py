@@ -59,7 +59,8 @@ class Cast:
 
     @property
     def told(self) -> Condition:
-        """The condition under which the student, which is affine in its text, says what its own guidance makes of it."""
+        """The condition under which the student, which is affine in its text, says what its own guidance makes of
+        it."""
         cond = self.batch.cond
         return cond if self.path.kept is None else cond.replace(text=guided_mean(cond, self.path.kept))
 
@@ -123,7 +124,8 @@ def _batch(problem: Problem, path: Path) -> Batch:
     cond = problem.prompts(COUNT)
     if path.kept is not None:                      # every other sample has a negative of its own
         own = torch.arange(COUNT)[:, None] % 2 == 0
-        cond = cond.replace(negative=Condition(text=torch.where(own, problem.normal(COUNT, problem.dim), cond.null.text)))
+        cond = cond.replace(negative=Condition(text=torch.where(own, problem.normal(COUNT, problem.dim),
+                                                                cond.null.text)))
     return Batch(torch.arange(COUNT), cond, states[:, -1], pairs=Pairs(noise, states, times))
 
 

@@ -141,7 +141,8 @@ PATHS: dict[str, tuple[Path, ...]] = {
                     Path("of the stage before, guidance embedding", {"guidance_embedding": True}, 8, RANGE,
                          previous=True)),
     "reflow": (HUBER, of("distil", distil=True), of("distil, 1 step", 1, distil=True)),
-    "tract": (*GUIDED, AFTER, KEPT, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2), of("a step a node", 4, nodes=4)),
+    "tract": (*GUIDED, AFTER, KEPT, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2),
+              of("a step a node", 4, nodes=4)),
 }
 ELSEWHERE = {"target_decay"}                # settings that no loss reads: followers.py has their rows
 
@@ -150,12 +151,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "cd": {"nodes": 40, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95},
     "flow_map": {"mean": -0.8, "std": 1.0, "damping": 0.1},
     "ict": {"first_nodes": 10, "last_nodes": 1280, "mean": -1.1, "std": 2.0, "huber_c": 0.00054},
-    "lcm": {"nodes": 50, "skip": 1, "bridge": "ddim", "loss": "huber", "huber_c": 0.001, "target_decay": 0.95, "shift": 1.0},
+    "lcm": {"nodes": 50, "skip": 1, "bridge": "ddim", "loss": "huber", "huber_c": 0.001, "target_decay": 0.95,
+            "shift": 1.0},
     "mcm": {"first_nodes": 64, "last_nodes": 1280, "grown": 0.5, "bridge": "addim", "eta": 0.75, "loss": "norm",
             "weight": "v"},
     "mlcm": {"stage": "segments", "nodes": 40, "state_steps": 20, "ends": 8, "bridge_steps": 3},
     "scm": {"mean": -0.1, "std": 1.6, "warmup": 0.1, "damping": 0.1},
-    "scott": {"nodes": 1000, "skip": 24, "substeps": 3, "eta": 0.1, "loss": "squared", "gan_weight": 0.4, "target_decay": 0.95,
+    "scott": {"nodes": 1000, "skip": 24, "substeps": 3, "eta": 0.1, "loss": "squared", "gan_weight": 0.4,
+              "target_decay": 0.95,
               "guidance_embedding": False},
     "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
             "shift": 1.0},

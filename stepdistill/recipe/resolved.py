@@ -17,7 +17,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     plain = _of_stage(recipe)
     if recipe.previous is None:
         return plain
-    return plain | {"stages": [{"teacher": "previous" if stage.taught_by_previous else "base"} | _changes(plain, _of_stage(stage))
+    return plain | {"stages": [{"teacher": "previous" if stage.taught_by_previous else "base"}
+                               | _changes(plain, _of_stage(stage))
                                for stage in recipe.stages]}
 
 
@@ -34,9 +35,11 @@ def _of_stage(recipe: Recipe) -> dict[str, Any]:
         plain["student"] = {"from": resources.portable(recipe.student.begins_with), "lora": given}
     elif plain["student"] != "full":
         del plain["student"]["begins_with"]
-    paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
+    paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"),
+             (plain["evaluate"], "features")]
     paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
-    paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"], plain["negatives"]) if table is not None
+    paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"], plain["negatives"])
+              if table is not None
               for name in ("prompts", "path") if name in table]
     for table, name in paths:
         if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):

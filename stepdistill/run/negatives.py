@@ -19,7 +19,8 @@ from .sources import source_of
 
 
 def kept_scale(recipe: Recipe) -> float | None:
-    """The scale at which the student is guided, in training and in a call; None for one that has its guidance within."""
+    """The scale at which the student is guided, in training and in a call; None for one that has its guidance
+    within."""
     if recipe.negatives is None:
         return None
     return float(recipe.guidance if recipe.negatives.scale is None else recipe.negatives.scale)
@@ -31,7 +32,8 @@ def negative_prompts(recipe: Recipe) -> Captions:
     with recipe.blaming("negatives.prompts", f"is {named}" if isinstance(named, str) else "cannot be read"):
         if named == "none":
             raise RequestError("give texts in brackets, a .txt file of one a line, or shapes")
-        return open_prompts(str(resources.locate(named) or named) if isinstance(named, str) else list(named), recipe.train.seed)
+        return open_prompts(str(resources.locate(named) or named) if isinstance(named, str) else list(named),
+                            recipe.train.seed)
 
 
 def example(recipe: Recipe) -> str | None:
@@ -40,8 +42,9 @@ def example(recipe: Recipe) -> str | None:
 
 
 def keeping(roles: Mapping[str, Role], needs: Mapping[str, Need], scale: float | None) -> Mapping[str, Role]:
-    """The roles as a method sees them: a student that keeps its guidance, and what follows it, are their own guided predictions, away
-    from what the teacher is guided away from. Whatever a method matches to its teacher's prediction then is the student's guided one."""
+    """The roles as a method sees them: a student that keeps its guidance, and what follows it, are their own guided
+    predictions, away from what the teacher is guided away from. Whatever a method matches to its teacher's prediction
+    then is the student's guided one."""
     if scale is None:
         return roles
     own = [name for name, need in needs.items() if name == "student" or isinstance(need, Follows)]
@@ -59,35 +62,39 @@ def check_negatives(recipe: Recipe, needs: Mapping[str, Need]) -> None:
 
 
 def check_unread(recipe: Recipe) -> None:
-    """RequestError for a teacher whose network reads its guidance scale by itself: no call of its pipeline guides it twice."""
+    """RequestError for a teacher whose network reads its guidance scale by itself: no call of its pipeline guides it
+    twice."""
     if recipe.negatives is not None:
-        raise recipe.refuse("negatives", "are given, but the teacher's network reads its guidance scale by itself, in one evaluation that no "
-                                         "negative prompt enters: leave them out")
+        raise recipe.refuse("negatives", "are given, but the teacher's network reads its guidance scale by itself, "
+                                         "in one evaluation that no negative prompt enters: leave them out")
 
 
 def _check_scale(recipe: Recipe) -> None:
     if isinstance(recipe.guidance, tuple):
-        raise recipe.refuse("guidance", f"is {list(recipe.guidance)}, but a student that keeps its guidance, as negatives ask for, is "
-                                        "trained at one scale: give one, such as guidance: 2.5")
+        raise recipe.refuse("guidance", f"is {list(recipe.guidance)}, but a student that keeps its guidance, as "
+                                        "negatives ask for, is trained at one scale: give one, such as guidance: 2.5")
     if recipe.guidance <= 1:
-        raise recipe.refuse("guidance", f"is {recipe.guidance:g}, at which a teacher reads no negative prompt, and negatives are given: "
-                                        "give a scale above 1, such as guidance: 2.5")
+        raise recipe.refuse("guidance", f"is {recipe.guidance:g}, at which a teacher reads no negative prompt, "
+                                        "and negatives are given: give a scale above 1, such as guidance: 2.5")
 
 
 def _check_method(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     student = needs["student"]
     if "w" in student.reads:
-        raise recipe.refuse("negatives", "are given, but the student reads its guidance scale, and stock pipelines switch guidance off "
-                                         "where the network reads one: let guidance_embedding be false")
+        raise recipe.refuse("negatives", "are given, but the student reads its guidance scale, and stock pipelines "
+                                         "switch guidance off where the network reads one: let "
+                                         "guidance_embedding be false")
     others = [name for name, need in needs.items() if name != "student" and not isinstance(need, FIXED + (Follows,))]
     if others:
-        raise recipe.refuse("negatives", f"are given, but the {' and the '.join(others)} of {recipe.method} would be trained on samples that "
-                                         "depend on a negative prompt which it is not told: take a method that trains the student alone, such as lcm")
+        raise recipe.refuse("negatives", f"are given, but the {' and the '.join(others)} of {recipe.method} would "
+                                         "be trained on samples that depend on a negative prompt which it is not "
+                                         "told: take a method that trains the student alone, such as lcm")
     if recipe.data.pairs is not None:
-        raise recipe.refuse("negatives", "are given, but data.pairs are ways that the teacher took without them: give images, samples or prompts")
+        raise recipe.refuse("negatives", "are given, but data.pairs are ways that the teacher took without them: "
+                            "give images, samples or prompts")
     if recipe.taught_by_previous:
-        raise recipe.refuse("negatives", "are given, but the teacher of this stage is the student of the one before, whose guidance is not "
-                                         "asked for again: leave teacher: previous out")
+        raise recipe.refuse("negatives", "are given, but the teacher of this stage is the student of the one before, "
+                                         "whose guidance is not asked for again: leave teacher: previous out")
 
 
 def _check_pipeline(recipe: Recipe) -> None:

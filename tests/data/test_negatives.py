@@ -28,7 +28,8 @@ def stream(share: float, batch: int = 64, count: int | None = COUNT, dropout: fl
 def test_a_share_has_one_of_all_negatives_and_the_others_their_null():
     labels = torch.cat([stream(0.25, 1000).batch(step, "student").cond.negative.label for step in range(8)])
     own = labels[labels != -1] - 1000
-    assert abs(len(own) / len(labels) - 0.25) < 4 * (0.25 * 0.75 / 8000) ** 0.5                 # four standard errors of 8,000 draws
+    # four standard errors of 8,000 draws
+    assert abs(len(own) / len(labels) - 0.25) < 4 * (0.25 * 0.75 / 8000) ** 0.5
     counts = own.bincount(minlength=COUNT) / len(own)
     assert (counts - 1 / COUNT).abs().max() < 4 * (1 / COUNT * (1 - 1 / COUNT) / len(own)) ** 0.5
     assert (stream(1.0).batch(0, "student").cond.negative.label >= 1000).all()
@@ -52,8 +53,10 @@ def test_a_draw_is_of_the_place_and_of_the_update():
     for count in (COUNT, None):
         kept = stream(0.5, count=count)
         joined = kept.batch(3, "student").cond.negative.label
-        parts = [kept.batch(3, "student", 0, rank, 2, micro, 2).cond.negative.label for rank in (0, 1) for micro in (0, 1)]
+        parts = [kept.batch(3, "student", 0, rank, 2, micro, 2).cond.negative.label for rank in (0, 1)
+                 for micro in (0, 1)]
         assert torch.equal(joined, torch.cat(parts))
-        assert torch.equal(joined, stream(0.5, count=count).batch(3, "student").cond.negative.label)      # a run that goes on
+        # a run that goes on
+        assert torch.equal(joined, stream(0.5, count=count).batch(3, "student").cond.negative.label)
         assert not torch.equal(joined, kept.batch(3, "critic").cond.negative.label)
         assert not torch.equal(joined, kept.batch(4, "student").cond.negative.label)

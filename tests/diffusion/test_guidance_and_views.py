@@ -124,7 +124,8 @@ def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
     for w in (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=F64)):
         guided(role, w)(x, t, cond)
     role(x, t, cond)
-    assert scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None and role.schedule is SCHEDULES["vp"]
+    assert (scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None
+            and role.schedule is SCHEDULES["vp"])
     assert with_scale(cond, 2).w.dtype == F64 and cond.w is None
     with pytest.raises(ValueError, match="goes into a condition"):
         with_scale(None, 2.0)
@@ -147,9 +148,11 @@ def capped(given, without, w):
     return without + w * (given - without).clamp(max=0.4)
 
 
-VIEWS = {"viewed": lambda role: viewed(role, SCHEDULES["flow"]), "viewed in trig": lambda role: viewed(role, SCHEDULES["trig"]),
+VIEWS = {"viewed": lambda role: viewed(role, SCHEDULES["flow"]),
+         "viewed in trig": lambda role: viewed(role, SCHEDULES["trig"]),
          "autoguided": lambda role: autoguided(role, role, 1.5)}
-WITHIN = {"self-guided": lambda role: self_guided(role, guidance_embedding=False), "self-guided, told": lambda role: self_guided(role, guidance_embedding=True)}
+WITHIN = {"self-guided": lambda role: self_guided(role, guidance_embedding=False),
+          "self-guided, told": lambda role: self_guided(role, guidance_embedding=True)}
 WRAPPERS = VIEWS | WITHIN
 
 
@@ -197,13 +200,15 @@ def test_an_interval_is_of_the_times_that_are_seen():
 
 
 def test_every_role_that_is_made_of_a_role_is_a_wrapper():
-    """So that `guided` sees what lies in it: a class of the maths or the models that holds a Role and answers as one."""
+    """So that `guided` sees what lies in it: a class of the maths or the models that holds a Role and answers as
+    one."""
     found = []
     for part in ("diffusion", "models", "methods", "losses"):
         for path in sorted((Path(guidance.__file__).parents[1] / part).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ClassDef):
-                    holds = [a for a in node.body if isinstance(a, ast.AnnAssign) and ast.unparse(a.annotation) == "Role"]
+                    holds = [a for a in node.body if isinstance(a, ast.AnnAssign)
+                             and ast.unparse(a.annotation) == "Role"]
                     calls = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__call__"]
                     bases = [ast.unparse(base) for base in node.bases]
                     if "Wrapper" in bases:
@@ -213,7 +218,7 @@ def test_every_role_that_is_made_of_a_role_is_a_wrapper():
     assert {"Viewed", "Guided", "SelfGuided", "Autoguided"} <= set(found)
 
 
-# -- a negative in the place of the null -----------------------------------------------------------------------------------
+# -- a negative in the place of the null -------------------------------------------------------------------------------
 
 class Texts:
     """raw = x_t + text: affine in what it is told, so that guidance is known in closed form."""
@@ -226,7 +231,8 @@ class Texts:
 
 def negated() -> Condition:
     text = lambda value: torch.full((3, 1), value, dtype=F64)
-    return Condition(text=text(5.0), null=Condition(text=text(2.0)), negative=Condition(text=torch.tensor([[2.0], [3.0], [-1.0]], dtype=F64)))
+    return Condition(text=text(5.0), null=Condition(text=text(2.0)),
+                     negative=Condition(text=torch.tensor([[2.0], [3.0], [-1.0]], dtype=F64)))
 
 
 def test_guidance_is_away_from_the_negative_where_there_is_one():
@@ -234,9 +240,11 @@ def test_guidance_is_away_from_the_negative_where_there_is_one():
     known = negated().negative.text + 3.0 * (5.0 - negated().negative.text)
     for role in (guided(Texts(), 3.0), guided(viewed(Texts(), SCHEDULES["vp"]), 3.0)):
         assert torch.equal(role(x, t, negated()).raw, known)
-    assert torch.equal(guided(Texts(), 3.0)(x, t, negated().replace(negative=None)).raw, torch.full((3, 1), 2.0 + 3.0 * 3.0, dtype=F64))
+    assert torch.equal(guided(Texts(), 3.0)(x, t, negated().replace(negative=None)).raw,
+                       torch.full((3, 1), 2.0 + 3.0 * 3.0, dtype=F64))
     assert torch.equal(guided(Texts(), 0.0)(x, t, negated()).raw, negated().negative.text)
-    assert torch.equal(Texts()(x, t, negated().dropped(torch.ones(3, dtype=torch.bool))).raw, torch.full((3, 1), 2.0, dtype=F64))
+    assert torch.equal(Texts()(x, t, negated().dropped(torch.ones(3, dtype=torch.bool))).raw,
+                       torch.full((3, 1), 2.0, dtype=F64))
 
 
 def test_what_a_network_reads_beside_its_time_is_told_to_both_halves():
@@ -254,7 +262,8 @@ def test_what_a_network_reads_beside_its_time_is_told_to_both_halves():
 
 def test_a_condition_carries_its_negative_wherever_it_goes():
     cond = negated()
-    assert torch.equal(cond[1:].negative.text, cond.negative.text[1:]) and cond.to(torch.float32).negative.text.dtype == torch.float32
+    assert (torch.equal(cond[1:].negative.text, cond.negative.text[1:]) and cond.to(torch.float32).negative.text.dtype
+            == torch.float32)
     assert torch.equal(Condition.cat([cond, cond]).negative.text, cond.negative.text.repeat(2, 1))
     assert Condition.cat([cond, cond.replace(negative=None)]).negative is None
     assert with_scale(cond, 2.0).negative.w.tolist() == [2, 2, 2]

@@ -37,10 +37,12 @@ def test_a_stock_call_with_a_negative_prompt_is_our_sampler(make, tmp_path, kind
         ours = reference(student, pipe.scheduler, call, None, negative)
         torch.manual_seed(0)
         told = {} if negative is None else {"negative_prompt": negative}
-        theirs = pictures(pipe, student.teacher.family.prompts, prompts, generator=torch.Generator().manual_seed(0), **call, **told)
+        theirs = pictures(pipe, student.teacher.family.prompts, prompts, generator=torch.Generator().manual_seed(0),
+                          **call, **told)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         drawn[negative] = theirs
-    assert (drawn[None] - drawn[NEGATIVE]).abs().max() > 1e-3 and (drawn["two triangles"] - drawn[NEGATIVE]).abs().max() > 1e-3
+    assert ((drawn[None] - drawn[NEGATIVE]).abs().max() > 1e-3
+            and (drawn["two triangles"] - drawn[NEGATIVE]).abs().max() > 1e-3)
 
 
 def test_its_card_says_what_it_costs_and_how_a_negative_prompt_is_given(make, tmp_path):
@@ -48,7 +50,8 @@ def test_its_card_says_what_it_costs_and_how_a_negative_prompt_is_given(make, tm
     settings, card = read_settings(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
     assert settings["negative"] == NEGATIVE and settings["call"] == KEPT
     assert "guidance_scale=2.5, num_inference_steps=4, negative_prompt='a blue square'" in card
-    assert ("classifier-free with scale 2.5: two evaluations a step, 8 in all. The student was trained so, and a negative prompt acts on it, "
+    assert ("classifier-free with scale 2.5: two evaluations a step, 8 in all. The student was trained so, and "
+            "a negative prompt acts on it, "
             'such as `negative_prompt="a blue square"`') in card
 
 

@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 
 
 def recipe(teacher, **changes) -> dict:
-    return {"method": "lcm", "teacher": str(teacher), "student": LORA, "steps": 2, "guidance": 2.5, "settings": {"nodes": 10},
+    return {"method": "lcm", "teacher": str(teacher), "student": LORA, "steps": 2, "guidance": 2.5,
+            "settings": {"nodes": 10},
             "negatives": {"prompts": NEGATIVES}, "train": {"updates": 1}, "evaluate": {"prompts": ["a red ring"]},
             "data": {"images": "shapes", "count": 4, "batch": 4}, **changes}
 
@@ -39,9 +40,11 @@ def sd3(tmp_path_factory):
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_an_untrained_student_at_the_teachers_scale_is_its_fixed_point(tiny_teacher, sd3, share):
-    """`guided` matches the student's prediction to the guided teacher's at one state: with the same base, scale and negative both are one."""
+    """`guided` matches the student's prediction to the guided teacher's at one state: with the same base, scale and
+    negative both are one."""
     for teacher in (tiny_teacher, sd3):
-        made = recipe(teacher, method="guided", settings={"guidance_embedding": False}, negatives={"prompts": NEGATIVES, "share": share})
+        made = recipe(teacher, method="guided", settings={"guidance_embedding": False},
+                      negatives={"prompts": NEGATIVES, "share": share})
         run = setup(Recipe.load(made), CPU)
         batch = Stream(dataset(run), 4, 0, run.teacher.latent_shape, negatives=negatives(run)).batch(0, "student")
         step = Step(0, 0, 0.0, "student", 0, batch.ids)
@@ -61,7 +64,8 @@ def test_a_student_leaves_with_its_guidance_and_two_evaluations_a_step(tiny_teac
     assert list(written.negatives.prompts) == NEGATIVES and kept_scale(written) == 2.5
     out = stepdistill.export(run, out=tmp_path / "lora", dtype="float32")
     settings = json.loads((out / "stepdistill.json").read_text())
-    assert settings["call"]["guidance_scale"] == 2.5 and settings["negative"] == "navy" and settings["proof"]["difference"] < 1e-4
+    assert (settings["call"]["guidance_scale"] == 2.5 and settings["negative"] == "navy"
+            and settings["proof"]["difference"] < 1e-4)
     said = []
     for place in (run, out):
         rows = plans(open_target(place, "student").target, [1, 2, 4], (1.0,), (), said.append)
@@ -78,7 +82,8 @@ def test_the_base_is_called_guided_as_the_student_will_be(tiny_teacher, sd3):
 
 
 def test_a_plan_counts_both_passes(tiny_teacher):
-    one, two = (plan(Recipe.load({**recipe(tiny_teacher), "negatives": n}))["passes"] for n in (None, {"prompts": NEGATIVES}))
+    one, two = (plan(Recipe.load({**recipe(tiny_teacher), "negatives": n}))["passes"]
+                for n in (None, {"prompts": NEGATIVES}))
     assert (one["forward"], one["backward"], two["forward"], two["backward"]) == (4, 1, 6, 2)
 
 
@@ -98,13 +103,18 @@ PROMPTS = {"prompts": ["a red ring"], "batch": 2}
     ({"negatives": {"prompts": NEGATIVES, "share": 0.0}}, "negatives.share"),
     ({"negatives": {"prompts": "none"}}, "negatives.prompts is none: give texts in brackets"),
     ({"negatives": {"prompts": "missing.txt"}}, "negatives.prompts is missing.txt: .* that exists"),
-    ({"settings": {"guidance_embedding": True}}, "the student reads its guidance scale, and stock pipelines switch guidance off"),
-    ({"method": "dmd2", "settings": {}, "critic": LORA}, "the critic and the discriminator of dmd2 would be trained on samples"),
-    ({"method": "swiftbrush", "settings": {}, "steps": 1, "data": PROMPTS, "critic": LORA}, "the critic of swiftbrush would be trained on samples"),
+    ({"settings": {"guidance_embedding": True}}, "the student reads its guidance scale, and stock pipelines switch "
+     "guidance off"),
+    ({"method": "dmd2", "settings": {}, "critic": LORA}, "the critic and the discriminator of dmd2 would be trained "
+     "on samples"),
+    ({"method": "swiftbrush", "settings": {}, "steps": 1, "data": PROMPTS, "critic": LORA},
+     "the critic of swiftbrush would be trained on samples"),
     ({"method": "pcm", "settings": {}, "steps": 4}, "the discriminator of pcm would be trained"),
     ({"method": "ict", "settings": {}}, "guidance is 2.5, but ict asks no teacher that could be guided"),
-    ({"method": "kd", "settings": {}, "steps": 1, "data": PAIRS}, "data.pairs are ways that the teacher took without them"),
-    ({"stages": [{"steps": 4, "method": "progressive", "settings": {}}, {"steps": 2, "method": "progressive", "settings": {}, "teacher": "previous"}]},
+    ({"method": "kd", "settings": {}, "steps": 1, "data": PAIRS}, "data.pairs are ways that the teacher took "
+     "without them"),
+    ({"stages": [{"steps": 4, "method": "progressive", "settings": {}},
+                 {"steps": 2, "method": "progressive", "settings": {}, "teacher": "previous"}]},
      "the teacher of this stage is the student of the one before"),
     ({"stages": [{"steps": 4}, {"steps": 2, "negatives": None}]}, "negatives is no entry of a stage"),
     ({"negative": {"prompts": NEGATIVES}}, "negative.*negatives"),
