@@ -1,6 +1,6 @@
 """Whether a negative prompt acts on a few-step student as on its teacher, measured on Shapes.
 
-    python scripts/negative.py pictures runs/negative-pictures       # of Shapes; two captions in five leave the ground's colour or pattern open
+    python scripts/negative.py pictures runs/negative-pictures
     stepdistill train shapes/lcm-negative --set data.images=runs/negative-pictures --out runs/negative
     stepdistill export runs/negative --out runs/negative-lora
     python scripts/negative.py measure runs/negative.json teacher assets/shapes-sd --steps 50
@@ -8,6 +8,7 @@
     stepdistill bench runs/negative-lora assets/students/shapes-lcm --nfe 4,8 --out runs/negative-bench
     python scripts/negative.py table runs/negative.json --bench runs/negative-bench/results.json
 
+Of the pictures, which are Shapes, two captions in five leave the ground's colour or pattern open.
 A prompt leaves one attribute of the ground open, and the negative prompt names one value of it; or, "asked", the prompt
 itself asks for what the negative names. `gone` is the share of pictures in which the judge of attributes does not see
 the named value, `others` the mean share of the remaining slots that are as the prompt asks, beside the worst one; each

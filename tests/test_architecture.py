@@ -51,7 +51,7 @@ ONLY = {                                         # module -> the one place that 
     "torch.distributed": ("parallel.py",),
     "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py",
                         "proofs/convergence.py"),
-    "pydantic": ("recipe/schema.py",),
+    "pydantic": ("recipe/schema.py", "recipe/entries.py"),
     "typer": ("cli.py",),
     "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "evaluation/vitals.py", "proofs/convergence.py"),
 }

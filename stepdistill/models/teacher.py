@@ -121,8 +121,8 @@ class Teacher:
         make = self._shaped if self.device.type == "meta" else self._encoded
         if self._null is None:
             self._null = make([self.null_prompt], True)
-        return make(prompts,
-                    negative).replace(null=self._null.map(lambda row: row.expand(len(prompts), *row.shape[1:])))
+        null = self._null.map(lambda row: row.expand(len(prompts), *row.shape[1:]))
+        return make(prompts, negative).replace(null=null)
 
     def _encoded(self, prompts: list[str], null: bool) -> Condition:
         return self.family.encode(self, list(prompts), null)
@@ -358,8 +358,8 @@ def _check_prompts(teacher: Teacher) -> None:
 
 
 def every_call(family: Family, parts: Mapping[str, Any], source: Source,
-               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size,
-                                                                                                    dict[str, Any]]:
+               resolution: int | tuple[int, int] | None = None,
+               frames: int | None = None) -> tuple[Size, dict[str, Any]]:
     """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is
     given)."""
     call = call_of(source)
