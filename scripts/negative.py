@@ -5,8 +5,8 @@
     stepdistill export runs/negative --out runs/negative-lora
     python scripts/negative.py measure runs/negative.json teacher assets/shapes-sd --steps 50
     python scripts/negative.py measure runs/negative.json student runs/negative-lora
-    stepdistill bench runs/negative-lora assets/students/shapes-lcm --nfe 4,8 --out runs/negative-bench
-    python scripts/negative.py table runs/negative.json --bench runs/negative-bench/results.json
+    python scripts/negative.py distance runs/negative-fd.json student runs/negative-lora
+    python scripts/negative.py table runs/negative.json --distance runs/negative-fd.json
 
 Of the pictures, which are Shapes, two captions in five leave the ground's colour or pattern open.
 A prompt leaves one attribute of the ground open, and the negative prompt names one value of it; or, "asked", the prompt
@@ -29,11 +29,12 @@ from torch import Tensor
 from stepdistill.data.shapes import SLOTS, Scenes, captions, render, scenes
 from stepdistill.diffusion.draws import key
 from stepdistill.evaluation.features import load_features
-from stepdistill.evaluation.plans import solver_scheduler
+from stepdistill.evaluation.plans import plans, solver_scheduler
+from stepdistill.evaluation.sweep import Evaluation
 from stepdistill.models.stock import as_pil
 from stepdistill.run.targets import open_target
 
-JUDGE, SEED, BATCH = "assets/shapes-clip", 777, 64
+JUDGE, SEED, BATCH, STEPS = "assets/shapes-clip", 777, 64, 4
 NAMES = tuple(SLOTS)
 OPEN = ("ground", "pattern")                           # the slots of the background that a caption can leave open
 
@@ -66,7 +67,7 @@ def cases(count: int) -> dict[str, tuple[list[str], str]]:
 
 
 def measure(out: Path, name: str, target: str, steps: int | None, guidance: float, count: int) -> None:
-    """Adds the rows of a target to `out`, each with and without its negative."""
+    """Adds the rows of a target to `out`, those of a student without the negative too."""
     found = open_target(target, name)
     own = found.target.call or found.target.guidance.call(guidance) | {"num_inference_steps": steps}
     pipe = found.target.pipeline
@@ -76,7 +77,7 @@ def measure(out: Path, name: str, target: str, steps: int | None, guidance: floa
     attributes, judge = scenes(torch.arange(count), SEED).attributes, load_features(JUDGE)
     for case, (prompts, slot) in cases(count).items():
         words = [SLOTS[slot][i] for i in attributes[:, NAMES.index(slot)].tolist()]
-        for given in (True, False):
+        for given in (True,) if name == "teacher" else (True, False):
             seen = [judge.attribute_classifier(judge.images(2 * drawn(pipe, own, prompts, words if given else None,
                                                                       first) - 1))
                     for first in range(0, count, BATCH)]
@@ -103,25 +104,33 @@ def rates(seen: Tensor, asked: Tensor, slot: str) -> dict[str, float]:
     return {"gone": gone, "others": sum(rest.values()) / len(rest), **rest}
 
 
-def table(file: Path, bench: Path | None, student: str, plain: str) -> None:
+def distance(out: Path, name: str, target: str, samples: int) -> None:
+    """The figures of a bench of a student at 4 steps, written to `out`."""
+    found = open_target(target, name).target
+    plan = next(plan for plan in plans(found, range(1, 17), (1.0,), (), print) if plan.steps == STEPS)
+    figures = Evaluation(samples, 0, features=[JUDGE], reference="shapes", device=torch.device("cpu"), say=print)
+    row, _ = figures.row(plan)
+    write(out, [*read(out), row])
+    print(json.dumps(row))
+
+
+def table(file: Path, drawn: Path | None, plain: Path) -> None:
     """The student's rates as shares of its teacher's, and its distance as a multiple of a plain student's."""
     rows = {(row["target"], row["case"], row["negative"]): row for row in read(file)}
     for case in dict.fromkeys(case for _, case, _ in rows):
-        with_it, without, right = (rows[who, case, given] for who, given in (("student", True), ("student", False),
-                                                                             ("teacher", True)))
-        rest = [name for name in NAMES if name in right]
-        worst = min(rest, key=lambda name: with_it[name] / right[name])
-        print(f"{case}: gone {with_it['gone']:.3f} ({without['gone']:.3f} without), of the teacher's "
-              f"{right['gone']:.3f} {with_it['gone'] / right['gone']:.1%}; others {with_it['others']:.3f} of "
-              f"{right['others']:.3f}, {with_it['others'] / right['others']:.1%}; the worst {worst} "
-              f"{with_it[worst]:.3f} of {right[worst]:.3f}, {with_it[worst] / right[worst]:.1%}")
-    if bench is not None:
-        ours, theirs = (next(row["metrics"] for row in json.loads(bench.read_text())["rows"] if row["target"] == name
-                             and row["steps"] == 4)
-                        for name in (student, plain))
-        print(f"FD at 4 steps: {ours['fd']:.2f} [{ours['fd_low']:.2f}, {ours['fd_high']:.2f}], plain "
-              f"{theirs['fd']:.2f} [{theirs['fd_low']:.2f}, {theirs['fd_high']:.2f}]: "
-              f"{ours['fd'] / theirs['fd']:.2f} of it")
+        own, bare, right = (rows[key] for key in (("student", case, True), ("student", case, False),
+                                                  ("teacher", case, True)))
+        shares = {name: own[name] / right[name] for name in ("gone", "others", *NAMES) if name in right}
+        worst = min((name for name in NAMES if name in right), key=lambda name: shares[name])
+        print(f"{case}: gone {own['gone']:.3f} ({bare['gone']:.3f} without the negative), {shares['gone']:.1%} of the "
+              f"teacher's {right['gone']:.3f}; others {own['others']:.3f}, {shares['others']:.1%} of "
+              f"{right['others']:.3f}; worst {worst} {own[worst]:.3f}, {shares[worst]:.1%} of {right[worst]:.3f}")
+    if drawn is not None:
+        ours = read(drawn)[-1]["metrics"]
+        theirs = next(row for row in json.loads(plain.read_text())["rows"] if row["steps"] == STEPS)["metrics"]
+        spread = " and ".join(f"{one['fd']:.2f} [{one['fd_low']:.2f}, {one['fd_high']:.2f}]" for one in (ours, theirs))
+        print(f"FD at {STEPS} steps, of the student and of a plain one: {spread}, a ratio of "
+              f"{ours['fd'] / theirs['fd']:.2f}")
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -146,18 +155,24 @@ def main() -> None:
     measuring.add_argument("--steps", type=int, help="of a teacher, by DPM-Solver++(2M)")
     measuring.add_argument("--guidance", type=float, default=2.5, help="of a teacher")
     measuring.add_argument("--count", type=int, default=128, help="pictures a row")
+    figuring = commands.add_parser("distance")
+    figuring.add_argument("out", type=Path)
+    figuring.add_argument("name")
+    figuring.add_argument("target")
+    figuring.add_argument("--samples", type=int, default=2000)
     showing = commands.add_parser("table")
     showing.add_argument("file", type=Path)
-    showing.add_argument("--bench", type=Path)
-    showing.add_argument("--student", default="negative-lora", help="its target in the bench")
-    showing.add_argument("--plain", default="shapes-lcm", help="the target of the student without guidance")
+    showing.add_argument("--distance", type=Path)
+    showing.add_argument("--plain", type=Path, default=Path("assets/table/lcm.json"), help="a student without guidance")
     args = parser.parse_args()
     if args.command == "pictures":
         write_pictures(args.out, args.count)
     elif args.command == "measure":
         measure(args.out, args.name, args.target, args.steps, args.guidance, args.count)
+    elif args.command == "distance":
+        distance(args.out, args.name, args.target, args.samples)
     else:
-        table(args.file, args.bench, args.student, args.plain)
+        table(args.file, args.distance, args.plain)
 
 
 if __name__ == "__main__":
