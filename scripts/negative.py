@@ -67,7 +67,7 @@ def cases(count: int) -> dict[str, tuple[list[str], str]]:
 
 
 def measure(out: Path, name: str, target: str, steps: int | None, guidance: float, count: int) -> None:
-    """Adds the rows of a target to `out`, those of a student without the negative too."""
+    """Adds the rows of a target that `out` has not yet; those of a student without the negative too."""
     found = open_target(target, name)
     own = found.target.call or found.target.guidance.call(guidance) | {"num_inference_steps": steps}
     pipe = found.target.pipeline
@@ -78,6 +78,8 @@ def measure(out: Path, name: str, target: str, steps: int | None, guidance: floa
     for case, (prompts, slot) in cases(count).items():
         words = [SLOTS[slot][i] for i in attributes[:, NAMES.index(slot)].tolist()]
         for given in (True,) if name == "teacher" else (True, False):
+            if any((row["target"], row["case"], row["negative"]) == (name, case, given) for row in read(out)):
+                continue
             seen = [judge.attribute_classifier(judge.images(2 * drawn(pipe, own, prompts, words if given else None,
                                                                       first) - 1))
                     for first in range(0, count, BATCH)]
@@ -117,7 +119,7 @@ def distance(out: Path, name: str, target: str, samples: int) -> None:
 def table(file: Path, drawn: Path | None, plain: Path) -> None:
     """The student's rates as shares of its teacher's, and its distance as a multiple of a plain student's."""
     rows = {(row["target"], row["case"], row["negative"]): row for row in read(file)}
-    for case in dict.fromkeys(case for _, case, _ in rows):
+    for case in dict.fromkeys(case for who, case, _ in rows if who == "teacher"):
         own, bare, right = (rows[key] for key in (("student", case, True), ("student", case, False),
                                                   ("teacher", case, True)))
         shares = {name: own[name] / right[name] for name in ("gone", "others", *NAMES) if name in right}
