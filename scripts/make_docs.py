@@ -26,11 +26,12 @@ TABLES = {"": schema.Recipe, "resolution": entries.Buckets, "teacher": entries.T
           "student": entries.RoleChoice,
           "student.lora, critic.lora": entries.Lora, "critic": entries.Critic, "discriminator": entries.Discriminator,
           "data": entries.Data, "data.samples": entries.Samples, "data.pairs": entries.Pairs, "train": entries.Train,
-          "evaluate": entries.Evaluate, "plugins": entries.Plugins}
+          "evaluate": entries.Evaluate, "negatives": entries.Negatives, "plugins": entries.Plugins}
 WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
-         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
+         "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Negatives": "table",
+         "Prompts": "text | list",
          "Resolution": "whole number | list | buckets", "Guidance": "number | range", "Plugins": "text | table",
          "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}

@@ -41,7 +41,7 @@ MARKERS = "oDs^vP*X<>"
 
 def main() -> None:
     known = [name.removeprefix("shapes/") for name in builtin() if name.startswith("shapes/")
-             and not name.endswith("-demo")]
+             and not name.endswith(("-demo", "-negative"))]              # of the latter speaks scripts/negative.py
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(known)}")
     parser.add_argument("--commit", action="store_true", help="commit each row as it comes")

@@ -38,16 +38,17 @@ from .run import benching, composing, folder
 from .run.cards import advice, check_card, fit_stage
 from .run.checks import check as check_recipe
 from .run.checks import needs_of
-from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts, say_long
+from .run.data import dataset, fill_pairs, negatives, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
 from .run.health import Health, attend, go_back, health, note
 from .run.lora_check import Checked, check_lora
+from .run.negatives import example
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of, located
-from .run.targets import asking, call_as_asked, open_target
+from .run.targets import asking, away_from, call_as_asked, open_target
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
 from .run.undistil import TO, undistilling, write_card
@@ -118,7 +119,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     log.info("preparing the data")
     with meter(parallel.rank() == 0) as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape,
-                        recipe.data.caption_dropout)
+                        recipe.data.caption_dropout, negatives(stage))
         say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:
@@ -216,7 +217,7 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=(base := base_of(opened)),
                          results=folder.results_of(run), prompts=tuple(preview_prompts(opened)), step=opened.step,
-                         sizes=opened.sizes)
+                         sizes=opened.sizes, negative=example(opened.recipe))
     export_student(student, to, out, guidance, dtype, push)
     if push is not None:
         if Path(base.base).is_absolute():
@@ -281,15 +282,15 @@ def check(lora: str | Path, base: str | Path, *, out: str | Path | None = None, 
 @spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
            guidance: float | None = None, out: str | Path | None = None, checkpoint: int | None = None,
-           weights: Literal["ema", "student"] | None = None,
-           plugins: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+           weights: Literal["ema", "student"] | None = None, plugins: str | Path | None = None,
+           negative: str | None = None) -> list[Image.Image] | list[list[Image.Image]]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline
     of videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
     checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has
-    both. plugins: a folder with the family of a pipeline.
+    both. plugins: a folder with the family of a pipeline. negative: a negative prompt, where the call is guided.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if out is not None and Path(out).suffix.lower() not in PICTURES:
@@ -298,7 +299,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
                          checkpoint=checkpoint,
                          weights=weights)
     pipeline = opened.target.pipeline.to(launched())
-    call = call_as_asked(opened.target, steps, guidance, log.info)
+    call = away_from(opened.target, call_as_asked(opened.target, steps, guidance, log.info), negative)
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]

@@ -100,13 +100,13 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            seed: Seed = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
                                              help="The picture, or a sheet of them.")] = Path("sample.png"),
+           negative: Annotated[str | None, typer.Option(help="A negative prompt, where the call is guided.")] = None,
            checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None,
            as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
     drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint,
-                       weights=weights,
-                       plugins=plugins)
+                       weights=weights, plugins=plugins, negative=negative)
     first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
     emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
          lambda: tell(f"wrote {out}"))

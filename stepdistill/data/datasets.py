@@ -70,7 +70,7 @@ class Encoders:
 
 def prompts_only(source: Captions, encoders: Encoders, cache: Cache) -> Samples:
     """No latents. The embeddings of finite prompts are cached; endless ones are encoded as they come."""
-    return Samples(source.count, _text(source, encoders, cache))
+    return Samples(source.count, captioned(source, encoders, cache))
 
 
 def live_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
@@ -80,7 +80,7 @@ def live_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
     def latents(indices: Tensor) -> Tensor:
         return encoders.images(images.pixels(indices))
 
-    return Samples(images.count, _text(images, encoders, cache), latents)
+    return Samples(images.count, captioned(images, encoders, cache), latents)
 
 
 def cached_images(images: Images, encoders: Encoders, cache: Cache) -> Samples:
@@ -142,7 +142,8 @@ def _stored(store: Store, encoders: Encoders, cache: Cache) -> Samples:
     return Samples(len(store), text, lambda indices: moved(store.rows("latents", indices), encoders.device))
 
 
-def _text(source: Captions, encoders: Encoders, cache: Cache) -> Text:
+def captioned(source: Captions, encoders: Encoders, cache: Cache) -> Text:
+    """The conditions of a source's texts: of a finite one encoded once and kept, of an endless one as they come."""
     if source.count is None:
         return LiveText(source, encoders.text)
     return stored_text(all_captions(source), encoders.text, encoders.identity, cache, encoders.device)

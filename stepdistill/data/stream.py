@@ -10,6 +10,7 @@ from ..diffusion.draws import fractions, key
 from ..errors import RequestError
 from .buckets import Bucketed
 from .datasets import Dataset
+from .negatives import Negatives
 from .walk import permuted
 
 
@@ -21,7 +22,7 @@ class Stream:
     A finite dataset is walked epoch by epoch, each a new permutation; an endless one through consecutive indices.
     Of buckets every batch is of one, and each walks through its own samples. shape: of one sample, for data that are
     prompts only; buckets know theirs. caption_dropout: the share of samples that are shown without their captions,
-    drawn anew for each visit.
+    drawn anew for each visit. negatives: what they are drawn away from in place of the null, of the same sizes.
     """
 
     dataset: Dataset | Bucketed
@@ -29,6 +30,7 @@ class Stream:
     seed: int
     shape: tuple[int, ...] | None = None
     caption_dropout: float = 0.0
+    negatives: Negatives | None = None
 
     def batch(self, step: int, update: str, repeat: int = 0, rank: int = 0, world: int = 1, micro: int = 0,
               micros: int = 1) -> Batch:
@@ -51,4 +53,7 @@ class Stream:
         x0, cond = dataset[indices]
         if self.caption_dropout:
             cond = cond.dropped(fractions(key(walk, "caption dropout"), ids, 1)[:, 0] < self.caption_dropout)
+        if self.negatives is not None:
+            negative = self.negatives.of(ids, walk)
+            cond = cond.replace(negative=negative.replace(time_ids=cond.null.time_ids))
         return Batch(ids, cond, x0, shape, dataset.pairs(indices))

@@ -22,7 +22,8 @@ class Condition:
     extra: numbers (B,) by name that a student or a critic reads through an embedding of its own: w, the guidance scale
     (1 is conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1]. `Condition(w=...)`
     and `cond.replace(w=...)` set them, None takes them away, and cond.w is None where there is none.
-    null is the unconditional counterpart that guidance subtracts.
+    null is the unconditional counterpart that guidance subtracts; negative, where there is one, what it subtracts in
+    its place: the encoding of a negative prompt, or the null's again for samples that have none.
     """
 
     text: Tensor | None = None
@@ -32,6 +33,7 @@ class Condition:
     label: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     null: Condition | None = None
+    negative: Condition | None = None
 
     def __init__(self, **given: Any) -> None:
         extra = {**given.pop("extra", {}), **{name: given.pop(name) for name in EXTRAS if name in given}}
@@ -50,14 +52,23 @@ class Condition:
     def r(self) -> Tensor | None:
         return self.extra.get("r")
 
+    @property
+    def against(self) -> Condition | None:
+        """What guidance subtracts: the negative, or the null where there is none."""
+        return self.null if self.negative is None else self.negative
+
     def replace(self, **changes: Any) -> Condition:
         return Condition(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
-        """The same record with f applied to every tensor, those of `null` too."""
-        null = None if self.null is None else self.null.map(f)
+        """The same record with f applied to every tensor, those of `null` and `negative` too."""
         return Condition(**{name: f(value) for name, value in self._tensors()},
-                         extra={n: f(v) for n, v in self.extra.items()}, null=null)
+                         extra={n: f(v) for n, v in self.extra.items()}, **self.beside(lambda cond: cond.map(f)))
+
+    def beside(self, change: Callable[[Condition], Condition]) -> dict[str, Condition | None]:
+        """`null` and `negative` by name, each changed where there is one."""
+        return {name: None if cond is None else change(cond) for name, cond in
+                (("null", self.null), ("negative", self.negative))}
 
     def __getitem__(self, index: Any) -> Condition:
         return self.map(lambda tensor: tensor[index])
@@ -79,18 +90,20 @@ class Condition:
 
     @staticmethod
     def cat(parts: list[Condition]) -> Condition:
-        """Joins along the batch. All parts must hold the same fields; `null` is joined where every part has one."""
+        """Joins along the batch. All parts must hold the same fields; `null` and `negative` are joined where every part
+        has one."""
         names = [({name for name, _ in part._tensors()}, part.extra.keys()) for part in parts]
         if any(n != names[0] for n in names):
             raise ValueError("conditions of different make cannot be joined: "
                              f"{[sorted(one | two) for one, two in names]}")
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in parts[0]._tensors()}
         extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
-        nulls = [part.null for part in parts if part.null is not None]
-        return Condition(**joined, extra=extra, null=Condition.cat(nulls) if len(nulls) == len(parts) else None)
+        beside = {name: [getattr(part, name) for part in parts] for name in ("null", "negative")}
+        return Condition(**joined, extra=extra, **{name: None if None in found else Condition.cat(found)
+                                                   for name, found in beside.items()})
 
     def tensors(self) -> list[Tensor]:
-        """All of them but those of `null`."""
+        """All of them but those of `null` and `negative`."""
         return [value for _, value in (*self._tensors(), *self.extra.items())]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -18,12 +18,12 @@ def _scales(w: float | Tensor, batch: int) -> Tensor:
 
 
 def with_scale(cond: Condition | None, w: float | Tensor) -> Condition:
-    """The condition, and its null, with a scale or (B,) of them for a role that reads it. Like times, scales are
-    float64 and stay on the CPU."""
+    """The condition, its null and its negative, with a scale or (B,) of them for a role that reads it. Like times,
+    scales are float64 and stay on the CPU."""
     if cond is None:
         raise ValueError("a guidance scale goes into a condition, and there is none")
-    null = None if cond.null is None else with_scale(cond.null, w)
-    return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), null=null)
+    beside = cond.beside(lambda one: with_scale(one, w))
+    return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), **beside)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Guided(Wrapper):
     interval: tuple[float, float] | None
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        if cond is None or cond.null is None:
+        if cond is None or cond.against is None:
             raise ValueError("guidance needs the unconditional counterpart of the condition: set cond.null, or guide "
                              "with w = 1")
         w = _scales(self.w, len(t))
@@ -61,23 +61,25 @@ class Guided(Wrapper):
             if not inside.any():
                 return self.role(x_t, t, cond)
             w = torch.where(inside.to(w.device), w, 1.0)
-        both = self.role(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat([cond.null, cond.replace(null=None)]))
+        halves = [cond.against.replace(extra=cond.extra), cond.replace(null=None, negative=None)]
+        both = self.role(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat(halves))
         without, given = both.raw.chunk(2)
         return replace(both, raw=both.combine(given, without, like(w, given)), x_t=x_t, t=t)
 
 
 @dataclass(frozen=True)
 class Unprompted(Wrapper):
-    """A role that reads what stands in for no prompt, whatever the prompt."""
+    """A role that reads what guidance subtracts, whatever the prompt."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        if cond is None or cond.null is None:
+        if cond is None or cond.against is None:
             raise ValueError("guidance at 0 reads the unconditional counterpart of the condition alone: set cond.null")
-        return self.role(x_t, t, cond.null)
+        return self.role(x_t, t, cond.against.replace(extra=cond.extra))
 
 
 def guided(role: Role, w: float | Tensor, interval: tuple[float, float] | None = None) -> Role:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null).
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): raw = raw_null + w (raw_cond - raw_null), away
+    from the condition's negative where it has one.
 
     w: one scale or (B,) of them; 1 is conditional only, and the float 1 gives the role unguided; 0 is unconditional,
     and the float 0 asks for nothing else. Outside the interval

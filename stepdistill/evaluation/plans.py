@@ -229,6 +229,9 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
     call, scheduler = dict(target.call), target.pipeline.scheduler
     own, guidance, rows = call["num_inference_steps"], target.guidance.scale(call), []
     passes = evaluations(Plan(target, target.name, scheduler, {**target.given, **call}, 0, own, guidance)) // own
+    if passes > 1 and (left := [n for n in nfe if n % passes]):
+        say(f"{target.name} is guided, and a step takes {passes} evaluations: it is not run at "
+            f"{', '.join(map(str, left))}")
     for n in (n for n in nfe if n % passes == 0):
         try:
             asked = {**target.given, **at_steps(target, n // passes)}

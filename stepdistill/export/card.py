@@ -67,7 +67,8 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
 
 def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     """Python that makes sample.png with diffusers alone; paths are relative to where the export was made."""
-    call = "".join(f", {key}={value!r}" for key, value in settings["call"].items())
+    given = {**settings["call"], **({"negative_prompt": settings["negative"]} if "negative" in settings else {})}
+    call = "".join(f", {key}={value!r}" for key, value in given.items())
     without = "".join(f", {name}=None" for name in settings["without"])
     base, whole = base_of(settings), settings["format"] == "pipeline"
     names = [settings["pipeline"]] if whole else [settings["pipeline"], settings["scheduler"]]
@@ -228,11 +229,18 @@ def _guidance(settings: Mapping[str, Any]) -> str:
     if settings["told"]:
         return f"the scale {settings['guidance']:g} is folded into the weights; leave {off}"
     if scale > 1:
-        return f"classifier-free with scale {scale:g}: two evaluations a step"
+        return f"classifier-free with scale {scale:g}: two evaluations a step{_kept(settings)}"
     trained = settings["trained_guidance"]
     against = settings.get("teacher_parts", {}).get("negative_prompt")
     away = "" if against is None else f", away from {_code(_quoted(against))}"
     return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in{away}")
+
+
+def _kept(settings: Mapping[str, Any]) -> str:
+    if "negative" not in settings:
+        return ""
+    return (f", {2 * settings['steps']} in all. The student was trained so, and a negative prompt acts on it, such as "
+            f"{_code('negative_prompt=' + _quoted(settings['negative']))}")
 
 
 def _range(settings: Mapping[str, Any]) -> str:

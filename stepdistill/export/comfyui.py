@@ -85,7 +85,8 @@ def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, 
     model = [add("LoraLoaderModelOnly", model=model, lora_name=settings["weights"], strength_model=1.0), 0]
     if settings["prediction"] == "v_prediction":
         model = [add("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=isinf(sigmas[0])), 0]
-    told, empty = ([add("CLIPTextEncode", clip=clip, text=text), 0] for text in (prompt, ""))
+    told, empty = ([add("CLIPTextEncode", clip=clip, text=text), 0]
+                   for text in (prompt, settings["call"].get("negative_prompt", "")))
     cfg = float(settings["scale"])
     if base is not None and settings["within"]:
         told, cfg = [add("FluxGuidance", conditioning=told, guidance=cfg), 0], 1.0

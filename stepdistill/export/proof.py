@@ -53,18 +53,32 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
-    shown, differences = [], []
+    shown, differences, named = [], [], f"the stock {type(pipe).__name__} with {settings['scheduler']} and"
     for view in student.views:
         asked = {**call, **view.teacher.call}
         shown.append(_called(pipe, view, asked))
         differences.append(within(shown[-1], reference(view, pipe.scheduler, asked, guidance),
-                                  f"the stock {type(pipe).__name__} with {settings['scheduler']} and {asked}",
-                                  tolerance(student.teacher)))
+                                  f"{named} {asked}", tolerance(student.teacher)))
+        if student.negative is not None:
+            differences.append(_prove_negative(pipe, view, asked, shown[-1], named))
     if student.lora is not None and student.teacher.source.quantization is None:
         fuse(pipe)
         within(_called(pipe, student, call), shown[0], "with the LoRA fused, as in the card's snippet, the "
                "stock pipeline")
     return Proof(shown[0], max(differences), tuple((images.shape[-2], images.shape[-1]) for images in shown))
+
+
+def _prove_negative(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any], without: Tensor,
+                    named: str) -> float:
+    """The difference of the stock pipeline with a negative prompt from our sampler with it. RequestError where it does
+    nothing."""
+    asked = {**call, "negative_prompt": student.negative}
+    drawn = _called(pipe, student, asked)
+    if torch.equal(drawn, without):
+        raise RequestError(f"the export was refused: {named} {asked} draws what it does without a negative prompt; "
+                           "nothing was written")
+    return within(drawn, reference(student, pipe.scheduler, call, None, student.negative), f"{named} {asked}",
+                  tolerance(student.teacher))
 
 
 def samples(teacher: Teacher) -> int:
@@ -97,11 +111,15 @@ def within(images: Tensor, ours: Tensor, what: str, limit: float = TOLERANCE) ->
 
 
 @torch.no_grad()
-def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, Any], guidance: float | None) -> Tensor:
-    """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]."""
+def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, Any], guidance: float | None,
+              negative: str | None = None) -> Tensor:
+    """Our sampler's images for the prompts and the seed of the proof: (B, 3, H, W) in [0, 1]. negative: what they are
+    drawn away from in place of the null."""
     teacher, prompts = student.teacher, _prompts(student)
     sampler = Sampler.of_call(scheduler, student.steps, teacher.schedule, call)
     cond, role = teacher.encode(prompts), student.role
+    if negative is not None:
+        cond = cond.replace(negative=teacher.encode([negative] * len(prompts), negative=True).replace(null=None))
     if "r" in student.reads:
         role = sampler.telling(role)
     if student.guidance_embedding:

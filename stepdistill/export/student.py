@@ -103,6 +103,7 @@ class Student:
     be replaced by the same run's alone. guidance: what it was trained at, a scale or a range. base_model: what users
     call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint. sizes:
     height and width of the buckets that it was trained on, the first that of its call; none without buckets.
+    negative: of a student that keeps its guidance, a negative prompt that acts on it.
     """
 
     teacher: Teacher
@@ -122,6 +123,7 @@ class Student:
     prompts: tuple[str, ...] = ("",)
     step: int | None = None
     sizes: tuple[tuple[int, int], ...] = ()
+    negative: str | None = None
 
     @classmethod
     def of(cls, roles: Roles, name: str, stock: StockCall, method: str, run: str, **more: Any) -> Student:

@@ -127,6 +127,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "keeps": keeps(to, student.teacher.family, student.reads),
             "within": student.teacher.guidance.within, "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
+            **({} if student.negative is None else {"negative": student.negative}),
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "dropped": list(student.teacher.dropped),
             "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,

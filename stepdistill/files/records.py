@@ -247,6 +247,7 @@ class Export(_Export, total=False):
     dropped: list[str]
     fixed_steps: bool
     told_times: list[float]
+    negative: str
     proof: Proof
     sizes: list[list[int]]
 

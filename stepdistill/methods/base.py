@@ -117,9 +117,9 @@ class Inference:
     x_0 noised again to the next time (Luo et al. 2023, arXiv:2310.04378), between them is TCD's gamma. nodes: the even
     grid from which `steps` times are taken; None: steps. times: the times themselves, descending in [0, 1], where they
     are no even grid. end: where the last step lands, 0 the data. shift: of a flow's nodes towards noise. guidance: what
-    the student's guidance embedding reads; None where it has none. The pipeline itself never guides. exact_grid: every
-    step lands where the next begins and the network is asked; False: times may be rounded to those that a discrete
-    schedule has.
+    the student's guidance embedding reads; None where it has none. kept: the scale at which the pipeline guides a
+    student that keeps its guidance; None: it never does. exact_grid: every step lands where the next begins and the
+    network is asked; False: times may be rounded to those that a discrete schedule has.
     """
 
     steps: int
@@ -129,6 +129,7 @@ class Inference:
     end: float = 0.0
     shift: float = 1.0
     guidance: float | None = None
+    kept: float | None = None
     exact_grid: bool = True
 
 

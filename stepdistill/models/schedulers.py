@@ -59,7 +59,8 @@ def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = US
     does it."""
     if inference.steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; found {inference.steps}")
-    call = {"num_inference_steps": inference.steps, **guidance.none}
+    spoken = guidance.none if inference.kept is None else guidance.call(inference.kept)
+    call = {"num_inference_steps": inference.steps, **spoken}
     if inference.guidance is not None and guidance.embedded is not None:
         call[guidance.embedded] = inference.guidance
     if isinstance(schedule, RectifiedFlow):

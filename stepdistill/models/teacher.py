@@ -130,13 +130,15 @@ class Teacher:
     # -- conditions and latents --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Condition:
-        """The condition of prompts. null is what the stock pipeline subtracts; its tensors are one row, expanded. On
-        the meta device tensors of the same shapes and dtypes."""
+    def encode(self, prompts: list[str], negative: bool = False) -> Condition:
+        """The condition of prompts, or of negative prompts as the stock pipeline encodes them. null is what that
+        subtracts where it is given none; its tensors are one row, expanded. On the meta device tensors of the same
+        shapes and dtypes."""
         make = self._shaped if self.device.type == "meta" else self._encoded
         if self._null is None:
             self._null = make([self.null_prompt], True)
-        return make(prompts, False).replace(null=self._null.map(lambda row: row.expand(len(prompts), *row.shape[1:])))
+        null = self._null.map(lambda row: row.expand(len(prompts), *row.shape[1:]))
+        return make(prompts, negative).replace(null=null)
 
     def _encoded(self, prompts: list[str], null: bool) -> Condition:
         return self.family.encode(self, list(prompts), null)

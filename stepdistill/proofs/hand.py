@@ -188,8 +188,10 @@ class Learner:
 
 
 def guided_mean(cond: Condition, w: Tensor | float) -> Tensor:
-    """Of the law that guidance at w makes of two of one covariance: null + w (text - null), (B, D)."""
-    return cond.null.text + column(w, cond.text) * (cond.text - cond.null.text)
+    """Of the law that guidance at w makes of two of one covariance: null + w (text - null), the negative in place of
+    the null where there is one. (B, D)."""
+    away = cond.null.text if cond.negative is None else cond.negative.text
+    return away + column(w, cond.text) * (cond.text - away)
 
 
 def distance(name: str, huber_c: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:

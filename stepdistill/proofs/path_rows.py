@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..diffusion.contracts import Batch, Condition, Pairs, Role
 from ..diffusion.draws import Step
-from ..diffusion.guidance import self_guided
+from ..diffusion.guidance import guided, self_guided
 from ..methods import load_method
 from ..methods.base import Method
 from ..models.schedulers import StockCall, sampler_of, stock_call, stock_scheduler
 from ..models.stock import Guidance
+from ..run.negatives import keeping
 from .hand import LEVELS, Hand, Learner, guided_mean, sites
 from .path_table import PUBLISHED, Path, all_paths, refused, served
 from .paths import Exact
@@ -56,17 +57,24 @@ class Cast:
         """Of the guided teacher's data, (B, D)."""
         return guided_mean(self.batch.cond, self.w)
 
+    @property
+    def told(self) -> Condition:
+        """The condition under which the student, which is affine in its text, says what its own guidance makes of
+        it."""
+        cond = self.batch.cond
+        return cond if self.path.kept is None else cond.replace(text=guided_mean(cond, self.path.kept))
+
     def student(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.learner.x0(x, t, self.batch.cond, self.w)
+        return self.learner.x0(x, t, self.told, self.w)
 
     def drawn(self, x: Tensor, t: Tensor) -> Tensor:
         """The student's x_0 as its sampler asks for it: of a range it is told the middle."""
         scale = self.path.scale(self.problem)
-        return self.learner.x0(x, t, self.batch.cond[:SAMPLES], scale if isinstance(scale, float) else sum(scale) / 2)
+        return self.learner.x0(x, t, self.told[:SAMPLES], scale if isinstance(scale, float) else sum(scale) / 2)
 
     def averaged(self, x: Tensor, t: Tensor) -> Tensor:
         """The target's x_0."""
-        return self.target.x0(x, t, self.batch.cond, self.w)
+        return self.target.x0(x, t, self.told, self.w)
 
     def eps(self) -> Tensor:
         return self.step.normal("noise", self.batch.shape).double()
@@ -82,7 +90,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     """ValueError where no stock scheduler serves the path on this noise."""
     kind, settings, scale = load_method(name), path.settings_of(name), path.scale(problem)
     inference = kind.inference(settings, path.steps, problem.schedule, scale)
-    exported = stock_call(inference, problem.schedule, Guidance(embedded="guidance_scale"))
+    exported = stock_call(replace(inference, kept=path.kept), problem.schedule, Guidance(embedded="guidance_scale"))
     needs = kind.needs(settings, path.full)
     learner, average = (Learner(problem, needs["student"].reads) for _ in range(2))
     target = average if path.full or name in AVERAGED else learner
@@ -90,7 +98,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     teacher = _teacher(problem, path, learner.reads_w)
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
-    method = kind(settings, {role: roles[role] for role in needs}, scale, sampler)
+    method = kind(settings, keeping({role: roles[role] for role in needs}, needs, path.kept), scale, sampler)
     batch = _batch(problem, path)
     step = Exact(**vars(problem.step(COUNT, **{"progress": path.progress, **moment})))
     return Cast(problem, path, settings, exported, method, learner, target, batch, step, Hand(problem))
@@ -113,7 +121,12 @@ def _batch(problem: Problem, path: Path) -> Batch:
     """Arbitrary data, noises and states of ways between, under prompts of their own."""
     noise, states = problem.normal(COUNT, problem.dim), problem.normal(COUNT, path.nodes, problem.dim)
     times = torch.linspace(1, 0, path.nodes + 1, dtype=torch.float64)[1:].expand(COUNT, -1)
-    return Batch(torch.arange(COUNT), problem.prompts(COUNT), states[:, -1], pairs=Pairs(noise, states, times))
+    cond = problem.prompts(COUNT)
+    if path.kept is not None:                      # every other sample has a negative of its own
+        own = torch.arange(COUNT)[:, None] % 2 == 0
+        cond = cond.replace(negative=Condition(text=torch.where(own, problem.normal(COUNT, problem.dim),
+                                                                cond.null.text)))
+    return Batch(torch.arange(COUNT), cond, states[:, -1], pairs=Pairs(noise, states, times))
 
 
 def stock(problem: Problem, exported: StockCall) -> SchedulerMixin:
@@ -150,7 +163,8 @@ def piped(found: Cast, noise: Tensor, generator: torch.Generator) -> Tensor:
         seen = x if problem.name == "flow" else scheduler.scale_model_input(x, time)
         raw = network(seen.double(), t, cond).raw
         if w > 1 and not found.learner.reads_w:
-            raw = (1 - w) * network(seen.double(), t, cond.null).raw + w * raw
+            away = cond.null if cond.negative is None else cond.negative
+            raw = (1 - w) * network(seen.double(), t, away.replace(extra=cond.extra)).raw + w * raw
         x = scheduler.step(raw, time, x, **given, return_dict=False)[0]
     return x.double()
 
@@ -187,6 +201,7 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
         right = known(found, noise, draws[0])
         role = FunctionRole(problem.schedule, network, problem.kind)
         role = found.method.sampler.telling(role) if "r" in found.learner.reads else role
+        role = role if path.kept is None else guided(role, path.kept)
         ours = found.method.sampler(role, noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 

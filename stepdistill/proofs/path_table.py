@@ -15,6 +15,7 @@ from ..methods.base import Guidance
 from ..models.schedulers import stock_call
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
+from ..run.negatives import kept_scale
 from .hand import LEVELS
 from .problem import Problem
 
@@ -23,7 +24,8 @@ from .problem import Problem
 class Path:
     """name: what is special of it. settings: other than the defaults. w: the recipe's guidance, None a drawn scale.
     full: all weights are trained. previous: the teacher is the student of the stage before. nodes: of the pairs.
-    progress: of the training."""
+    progress: of the training. kept: the scale of a student that keeps its guidance, under negatives of its own; None:
+    it keeps none."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class Path:
     previous: bool = False
     nodes: int = 4
     progress: float = 0.0
+    kept: float | None = None
 
     def settings_of(self, method: str) -> Any:
         """The method's settings."""
@@ -47,6 +50,7 @@ def of(name: str, steps: int = 4, w: Guidance | None = None, full: bool = False,
 
 
 RANGE = (1.5, 4.0)
+KEPT = Path("guidance kept, negatives", kept=2.7)
 ONE = of("1 step", 1)
 AFTER = Path("of the stage before", previous=True)
 GUIDED = (of("a range of scales", w=RANGE), of("no guidance", w=1.0))
@@ -55,8 +59,8 @@ CONSISTENCY = (of("squared", loss="squared"), HUBER, of("10 nodes, 2 steps", 2, 
 SKIPS = (of("skip 2", skip=2), of("skip 7 of 10", nodes=10, skip=7), of("shift 3", shift=3.0),
          of("an averaged target", full=True))
 PATHS: dict[str, tuple[Path, ...]] = {
-    "cd": (*CONSISTENCY, ONE),
-    "flow_map": (*GUIDED, AFTER, ONE,
+    "cd": (*CONSISTENCY, ONE, KEPT),
+    "flow_map": (*GUIDED, AFTER, ONE, KEPT,
                  of("exact", derivative="exact"),
                  of("one difference", derivative="difference"),
                  of("mean and deviation", mean=0.9, std=1.1),
@@ -79,14 +83,14 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("mean", mean=0.4),
             of("deviation", std=0.7),
             of("Huber, c = 0.3", huber_c=0.3)),
-    "lcm": (*CONSISTENCY, *SKIPS,
+    "lcm": (*CONSISTENCY, *SKIPS, KEPT, replace(KEPT, name="guidance kept, negatives, an averaged target", full=True),
             of("the data's path", w=1.0, bridge="data"),
             of("the data's path, guidance embedding, skip 2", w=RANGE, bridge="data", skip=2, guidance_embedding=True),
             of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
             of("guidance embedding, one scale", guidance_embedding=True),
             of("guidance embedding, an averaged target", w=RANGE, full=True, guidance_embedding=True),
             Path("of the stage before, guidance embedding", {"guidance_embedding": True}, w=RANGE, previous=True)),
-    "mcm": (*GUIDED, AFTER, ONE,
+    "mcm": (*GUIDED, AFTER, ONE, KEPT,
             of("few nodes, 2 steps", 2, first_nodes=8, last_nodes=16),
             Path("nodes half grown", {"first_nodes": 8, "last_nodes": 72}, progress=0.25),
             Path("nodes grown", {"first_nodes": 8, "last_nodes": 72}, progress=0.7),
@@ -98,7 +102,7 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("max(SNR, 1)", weight="truncated"),
             of("the data's path", w=1.0, bridge="data"),
             of("the data's path, squared, 1 step", 1, w=1.0, bridge="data", loss="squared")),
-    "mlcm": (*GUIDED, AFTER, ONE,
+    "mlcm": (*GUIDED, AFTER, ONE, KEPT,
              of("2 segments of 10 nodes", 2, nodes=10),
              of("a node a step", 8, nodes=8),
              of("states of 3 steps", state_steps=3),
@@ -110,7 +114,7 @@ PATHS: dict[str, tuple[Path, ...]] = {
              of("the whole, bridges of 1 step", 2, stage="whole", bridge_steps=1),
              of("the whole, a range of scales", 2, w=RANGE, stage="whole"),
              Path("the whole, of the stage before", {"stage": "whole"}, previous=True)),
-    "scm": (*GUIDED, ONE,
+    "scm": (*GUIDED, ONE, KEPT,
             of("exact", derivative="exact"),
             of("mean and deviation", mean=0.9, std=1.1),
             of("one difference", derivative="difference"),
@@ -118,7 +122,7 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("no warm-up", warmup=0.0),
             of("long warm-up", warmup=0.8),
             of("damping 1", 2, damping=1.0)),
-    "tcd": (*CONSISTENCY, *SKIPS,
+    "tcd": (*CONSISTENCY, *SKIPS, KEPT,
             of("gamma 0", gamma=0.0),
             of("gamma 0.5", gamma=0.5),
             of("gamma 1", gamma=1.0),
@@ -127,16 +131,18 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("shift 2, gamma 1, an averaged target", full=True, shift=2.0, gamma=1.0),
             of("Huber, gamma 0, a range of scales", w=RANGE, loss="huber", huber_c=0.3, gamma=0.0)),
     "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("no guidance embedding", guidance_embedding=False),
+               replace(KEPT, settings={"guidance_embedding": False}),
                of("16 steps", 16, RANGE)),
     "kd": (ONE, of("absolute", loss="absolute"), of("2 steps on 4 nodes", 2)),
-    "progressive": (*GUIDED, AFTER,
+    "progressive": (*GUIDED, AFTER, KEPT,
                     of("SNR + 1", weight="v"),
                     of("16 steps", 16),
                     of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
                     Path("of the stage before, guidance embedding", {"guidance_embedding": True}, 8, RANGE,
                          previous=True)),
     "reflow": (HUBER, of("distil", distil=True), of("distil, 1 step", 1, distil=True)),
-    "tract": (*GUIDED, AFTER, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2), of("a step a node", 4, nodes=4)),
+    "tract": (*GUIDED, AFTER, KEPT, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2),
+              of("a step a node", 4, nodes=4)),
 }
 ELSEWHERE = {"target_decay"}                # settings that no loss reads: followers.py has their rows
 
@@ -175,7 +181,8 @@ def shipped(method: str) -> tuple[Path, ...]:
             if stage.method == method:
                 nodes = 4 if stage.data.pairs is None else stage.data.pairs.nodes
                 path = Path(f"{name}, {stage.steps} steps", asdict(stage.method_settings()), stage.steps,
-                            stage.guidance, stage.student.lora is None, stage.taught_by_previous, nodes)
+                            stage.guidance, stage.student.lora is None, stage.taught_by_previous, nodes,
+                            kept=kept_scale(stage))
                 found.setdefault(tuple(map(str, asdict(replace(path, name="")).values())), path)
             stage = stage.previous
     return tuple(found.values())

@@ -31,7 +31,7 @@ def flow_time(hand: Hand, own: Tensor) -> Tensor:
 def u(found: Cast, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """eps - x_0 = (x - x_0) / t of the student, of the state that its own noise makes of x, told its own time of r."""
     own = x if found.hand.flow else x / torch.hypot(1 - t, t)[:, None]
-    cond = found.batch.cond.replace(r=own_time(found.hand, r))
+    cond = found.told.replace(r=own_time(found.hand, r))
     return (x - found.learner.x0(own, own_time(found.hand, t), cond)) / t[:, None]
 
 
@@ -111,7 +111,7 @@ def flow_map_sample(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
     x, grid = noise, [*even_times(found.path.steps), 0.0]
     for t, r in zip(grid, grid[1:]):
         t, r = column(t, x)[:, 0], column(r, x)[:, 0]
-        x0 = found.learner.x0(x, t, found.batch.cond[:len(x)].replace(r=r))
+        x0 = found.learner.x0(x, t, found.told[:len(x)].replace(r=r))
         x = found.hand.land(x0, x, t, r)
     return x
 

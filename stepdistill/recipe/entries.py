@@ -161,6 +161,14 @@ class Data(Strict):
         return self.samples or self.pairs
 
 
+class Negatives(Strict):
+    """Negative prompts that act on the student: its own guided prediction is trained, and a call guides it."""
+
+    prompts: Prompts                             # that it learns to be drawn away from: as of data.prompts
+    share: float = Field(0.5, gt=0, le=1)        # of samples that are drawn away from one; the others from the null
+    scale: float | None = Field(None, gt=1, le=1000)     # at which the student is guided, and called; none: guidance's
+
+
 class Train(Strict):
     updates: int = Field(ge=1, le=10**9)         # training steps, each of all updates that are due
     lr: float = Field(1e-4, gt=0, le=1e30)        # of AdamW

@@ -38,7 +38,8 @@ def _of_stage(recipe: Recipe) -> dict[str, Any]:
     paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"),
              (plain["evaluate"], "features")]
     paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
-    paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
+    paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"], plain["negatives"])
+              if table is not None
               for name in ("prompts", "path") if name in table]
     for table, name in paths:
         if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):

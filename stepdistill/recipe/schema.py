@@ -36,6 +36,7 @@ from .entries import (
     Evaluate,
     Guidance,
     Lora,
+    Negatives,
     Plugins,
     Resolution,
     RoleChoice,
@@ -70,6 +71,8 @@ class Recipe(Strict):
     guidance: Guidance = 1.0                     # scale, or a range [low, high]; 1 is none
     negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own,
                                                  # mostly an empty text
+    negatives: Negatives | None = None           # the student keeps its guidance, at two evaluations a step, and a
+                                                 # negative prompt acts
     guidance_rescale: float | None = Field(None, ge=0, le=1)     # of a guided teacher (arXiv:2305.08891); none: 0
     steps: int = Field(4, ge=1, le=1000)         # network evaluations of the student
     settings: dict[str, Any] = {}                # the method's own dataclass

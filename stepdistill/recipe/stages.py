@@ -19,7 +19,7 @@ from .yaml import EntryPath, Source, leaves
 TEACHERS = ("base", "previous")
 MOST = 64                                              # stages
 # What no stage can change: there is one teacher's pipeline, and one folder of plugins.
-FIXED = ("stages", "revision", "teacher", "negative_prompt", "guidance_rescale", "plugins")
+FIXED = ("stages", "revision", "teacher", "negative_prompt", "negatives", "guidance_rescale", "plugins")
 
 
 def staged(source: Source) -> list[tuple[str, Source]]:

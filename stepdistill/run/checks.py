@@ -29,6 +29,7 @@ from ..recipe.schema import Critic, Recipe, RoleChoice
 from ..recipe.values import size_of
 from ..training.loop import DTYPES
 from .buckets import check_buckets
+from .negatives import check_negatives, check_unread
 from .sources import source_of
 from .teacher_checks import (
     check_asked,
@@ -74,6 +75,7 @@ def check(recipe: Recipe) -> Checked:
         check_quantization(recipe, kind, settings, roles)
     check_asked(recipe, needs)
     check_guided(recipe, settings)
+    check_negatives(recipe, needs)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
     if recipe.evaluate.reference is not None:
@@ -260,6 +262,7 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
     itself, `within`."""
     if not within:
         return
+    check_unread(recipe)
     for name, scale in vars(recipe.method_settings()).items():
         if name in ("critic_training_guidance", "critic_guidance") and scale is not None and scale < 1:
             raise recipe.refuse(f"settings.{name}", f"is {scale:g}, but the teacher's network reads its "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from ..data.datasets import (
     Dataset,
     Encoders,
     cached_images,
+    captioned,
     live_images,
     prompts_only,
     teacher_pairs,
     teacher_samples,
 )
 from ..data.images import BothWays, Uncaptioned, open_images
+from ..data.negatives import Negatives
 from ..data.prompts import Captions, open_prompts
 from ..data.sources import open_source
 from ..data.videos import VideoImages
@@ -37,6 +40,7 @@ from ..recipe import plugins
 from ..training.loop import DTYPES
 from .buckets import bucketed
 from .checks import found
+from .negatives import negative_prompts
 from .setup import Run
 from .sources import is_outside
 from .teacher_checks import data_entry
@@ -87,6 +91,17 @@ def dataset(run: Run, report: Report = silent) -> Dataset | Bucketed:
         return _pairs(run, cache)
     make = _generate if data.samples.call is None else _by_its_own_call
     return teacher_samples(captions(run), data.count, partial(make, run), _made_by(run), encoders, cache)
+
+
+def negatives(run: Run) -> Negatives | None:
+    """What the student learns to be drawn away from; None for one without guidance of its own."""
+    asked = run.recipe.negatives
+    if asked is None:
+        return None
+    source = negative_prompts(run.recipe)
+    own = replace(_encoders(run), text=partial(run.teacher.encode, negative=True),
+                  identity={"negative": _identity(run.teacher)})
+    return Negatives(captioned(source, own, Cache()), source.count, asked.share)
 
 
 def preview_prompts(run: Run, count: int = 4) -> list[str]:

@@ -22,6 +22,7 @@ from ..models.stock import pictures
 from ..training.loop import DTYPES
 from .buckets import views
 from .data import preview_prompts
+from .negatives import kept_scale
 from .setup import Run, sampling
 
 STEPS = 2
@@ -45,14 +46,15 @@ def _difference(run: Run) -> float:
     with whole_float32(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
         stock, sampler = _short(run)
         call = {**stock.call, **run.teacher.call,
-                **({} if run.teacher.scale is not None else run.teacher.guidance.none)}
+                **({} if run.teacher.scale is not None else run.teacher.guidance.call(kept_scale(run.recipe) or 1.0))}
+        base = run.called(run.roles.base)
         prompt = preview_prompts(run, 1)[:1]
         theirs, cond = _theirs(run, stock, call, prompt), run.teacher.encode(prompt)
-        ours = sampled(run.teacher, sampler, run.roles.base, cond)
+        ours = sampled(run.teacher, sampler, base, cond)
         limit = tolerance(run.teacher)
         if run.teacher.dtype != torch.float32:
             with sdpa_kernel(SDPBackend.MATH):
-                again = sampled(run.teacher, sampler, run.roles.base, cond)
+                again = sampled(run.teacher, sampler, base, cond)
             limit = max(COARSE, 3 * (again - ours).abs().max().item())
     difference = (theirs - ours).abs().max().item()
     if not difference <= limit:

@@ -11,6 +11,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..data.prompts import Captions
+from ..diffusion.contracts import Role
+from ..diffusion.guidance import guided
 from ..diffusion.sampler import Sampler
 from ..errors import RequestError
 from ..methods import load_method
@@ -36,6 +38,7 @@ from .checks import (
     network_features,
     student_setting,
 )
+from .negatives import keeping, kept_scale
 from .sources import source_of
 
 
@@ -84,6 +87,11 @@ class Run:
         """The recipe's guidance scale, of a range its middle."""
         return middle(self.recipe.guidance)
 
+    def called(self, role: Role) -> Role:
+        """A role of the student's as its pipeline calls it: guided, where the student keeps its guidance."""
+        scale = kept_scale(self.recipe)
+        return role if scale is None else guided(role, scale)
+
     def scheduler(self) -> SchedulerMixin:
         return stock_scheduler(self.stock.scheduler, self.stock.config, self.teacher.scheduler)
 
@@ -110,7 +118,8 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     if recipe.previous is None and recipe.student.begins_with is not None:
         begun = begun_with(recipe, teacher)
     roles = _roles(recipe, teacher, checked, begun, attention).to(device)
-    method = load_method(recipe.method)(checked.settings, roles, recipe.guidance, sampler)
+    method = load_method(recipe.method)(checked.settings, keeping(roles, roles.needs, kept_scale(recipe)),
+                                        recipe.guidance, sampler)
     return Run(recipe, teacher, roles, method, stock, device, None if previous is None else previous.checksum)
 
 
@@ -119,7 +128,7 @@ def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
     method = load_method(recipe.method)
     try:
         inference = method.inference(recipe.method_settings(), recipe.steps, teacher.schedule, recipe.guidance)
-        stock = teacher.stock_call(inference)
+        stock = teacher.stock_call(replace(inference, kept=kept_scale(recipe)))
         return stock, teacher.sampler(stock)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error

@@ -23,7 +23,7 @@ from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_guidance, stock_prompts, text_to_image
 from ..models.loading import caller
 from ..models.sources import Source, cached_file, call_of, class_at, index_at
-from ..models.stock import Guidance
+from ..models.stock import Guidance, defaults, unknown
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from ..recipe.plugins import Folder
@@ -156,6 +156,20 @@ def call_as_asked(target: Target, steps: int | None, guidance: float | None,
     else:
         call = {**target.given, **(target.call if steps is None else at_steps(target, steps))}
     return call if guidance is None else call | at_guidance(target, guidance, say)
+
+
+def away_from(target: Target, call: dict[str, Any], negative: str | None) -> dict[str, Any]:
+    """A call of a target, drawn away from a negative prompt. RequestError where none acts on it."""
+    if negative is None:
+        return call
+    kind = type(target.pipeline)
+    if unknown(kind, {"negative_prompt": negative}):
+        raise RequestError(f"--negative: a call of {kind.__name__} takes no negative prompt")
+    if target.guidance.within or target.guidance.scale({**defaults(kind), **call}) <= 1:
+        raise RequestError(f"--negative has no effect on {target.name}, which is called without guidance: it acts "
+                           "on a teacher with --guidance above 1, and on a student whose recipe has negatives, "
+                           "which keeps its guidance")
+    return call | {"negative_prompt": negative}
 
 
 def _given(pipeline: DiffusionPipeline, source: Source) -> dict[str, Any]:

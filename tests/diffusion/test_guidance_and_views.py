@@ -216,3 +216,54 @@ def test_every_role_that_is_made_of_a_role_is_a_wrapper():
                     elif holds and calls:
                         assert node.name == "Wrapper", f"{path.name}: {node.name} holds a role and is none of Wrapper's"
     assert {"Viewed", "Guided", "SelfGuided", "Autoguided"} <= set(found)
+
+
+# -- a negative in the place of the null -------------------------------------------------------------------------------
+
+class Texts:
+    """raw = x_t + text: affine in what it is told, so that guidance is known in closed form."""
+
+    schedule = SCHEDULES["vp"]
+
+    def __call__(self, x_t, t, cond=None):
+        return Prediction(x_t + cond.text, x_t, t, self.schedule, "eps")
+
+
+def negated() -> Condition:
+    text = lambda value: torch.full((3, 1), value, dtype=F64)
+    return Condition(text=text(5.0), null=Condition(text=text(2.0)),
+                     negative=Condition(text=torch.tensor([[2.0], [3.0], [-1.0]], dtype=F64)))
+
+
+def test_guidance_is_away_from_the_negative_where_there_is_one():
+    x, t = torch.zeros(3, 1, dtype=F64), torch.full((3,), 0.5, dtype=F64)
+    known = negated().negative.text + 3.0 * (5.0 - negated().negative.text)
+    for role in (guided(Texts(), 3.0), guided(viewed(Texts(), SCHEDULES["vp"]), 3.0)):
+        assert torch.equal(role(x, t, negated()).raw, known)
+    assert torch.equal(guided(Texts(), 3.0)(x, t, negated().replace(negative=None)).raw,
+                       torch.full((3, 1), 2.0 + 3.0 * 3.0, dtype=F64))
+    assert torch.equal(guided(Texts(), 0.0)(x, t, negated()).raw, negated().negative.text)
+    assert torch.equal(Texts()(x, t, negated().dropped(torch.ones(3, dtype=torch.bool))).raw,
+                       torch.full((3, 1), 2.0, dtype=F64))
+
+
+def test_what_a_network_reads_beside_its_time_is_told_to_both_halves():
+    seen = []
+
+    class Listens(Texts):
+        def __call__(self, x_t, t, cond=None):
+            seen.append(cond.r)
+            return super().__call__(x_t, t, cond)
+
+    x, t = torch.zeros(3, 1, dtype=F64), torch.full((3,), 0.5, dtype=F64)
+    guided(Listens(), 3.0)(x, t, negated().replace(r=torch.tensor([0.1, 0.2, 0.3])))
+    assert torch.allclose(seen[0], torch.tensor([0.1, 0.2, 0.3]).repeat(2))
+
+
+def test_a_condition_carries_its_negative_wherever_it_goes():
+    cond = negated()
+    assert (torch.equal(cond[1:].negative.text, cond.negative.text[1:]) and cond.to(torch.float32).negative.text.dtype
+            == torch.float32)
+    assert torch.equal(Condition.cat([cond, cond]).negative.text, cond.negative.text.repeat(2, 1))
+    assert Condition.cat([cond, cond.replace(negative=None)]).negative is None
+    assert with_scale(cond, 2.0).negative.w.tolist() == [2, 2, 2]

@@ -303,6 +303,24 @@ FAULTS = [
         ("= inference.guidance", "= 1.0"),
     ),
     *of(
+        "lcm", "diffusion.contracts",
+        ("self.null if self.negative is None else self.negative", "self.null"),
+    ),
+    *of(
+        "lcm", "run.negatives",
+        ('if name == "student" or isinstance(need, Follows)', 'if name == "student"'),
+        ("guided(roles[name], scale)", "guided(roles[name], scale / 2)"),
+        ("if scale is None:", "if True:"),
+    ),
+    *of(
+        "lcm", "models.schedulers",
+        ("guidance.call(inference.kept)", "guidance.none"),
+    ),
+    *of(
+        "flow_map", "diffusion.guidance",
+        ("cond.against.replace(extra=cond.extra), cond", "cond.against, cond"),
+    ),
+    *of(
         "tcd", "models.schedulers",
         ('{"eta": inference.noise}', '{"eta": 0.2}'),
         ("if inference.noise:", "if False:"),

@@ -47,9 +47,10 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
         raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which "
                            "its stock pipeline looks for where the installed transformers has them no more: leave "
                            "clip_skip out, or install transformers 4")
+    nothing = teacher.source.negative_prompt is None and prompts == [teacher.family.null_prompt]
     found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1,
                                          do_classifier_free_guidance=null,
-                                         negative_prompt=None if teacher.source.negative_prompt is None else prompts,
+                                         negative_prompt=None if nothing else prompts,
                                          clip_skip=skip)[null::2]
     if len(found) == 1:
         return Condition(text=found[0])
