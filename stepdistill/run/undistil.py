@@ -15,6 +15,7 @@ from ..export import check as check_export
 from ..export import read_settings
 from ..export.card import base_lines, block, front_matter
 from ..export.folder import base_of
+from ..export.layers import NAMES as TRANSFORMERS
 from ..files.whole import write_whole
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.sources import class_at
@@ -55,6 +56,9 @@ def undistilling(turbo: str | Path, prompts: str | Path | Sequence[str] | None, 
                  "caption_dropout": 0.1},
         "train": {"updates": updates, "precision": _precision(), **TRAIN}}, overrides)
     check_export(TO[to], None, family(recipe), (), True, 1.0, quantization(recipe))
+    if to == "kohya" and family(recipe).name in TRANSFORMERS:
+        raise RequestError(f"--to kohya: kohya's LoRA keys are written for UNets, and this is {family(recipe).name}, "
+                           "whose layers its scripts name otherwise: use --to diffusers")
     log.info(f"{turbo} is a few-step model: {found.known}. Its samples are made by {dict(found.call)}")
     return found, recipe
 

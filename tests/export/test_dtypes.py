@@ -130,4 +130,4 @@ def test_rounding_in_place_keeps_the_dtype():
 def test_settings_are_json(make, tmp_path):
     export_student(make(), "lora", tmp_path)
     settings = json.loads((tmp_path / "stepdistill.json").read_text())
-    assert {"difference", "tolerance", "images", "dtype", "rounding"} == set(settings["proof"])
+    assert {"difference", "tolerance", "images", "sizes", "dtype", "rounding"} == set(settings["proof"])

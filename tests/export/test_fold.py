@@ -99,7 +99,7 @@ def test_pictures_of_a_folded_student_are_its_samplers(make, tmp_path, kind, to,
                                                                                and reads == ("w",))
     if setting != Full():
         export_student(student, to, tmp_path / "plain", scale, dtype="float32")
-        written = replace(student, lora=adapter(student, student.call, scale) if to == "lora" else None)
+        written = replace(student, lora=adapter(to, student, student.call, scale) if to == "lora" else None)
         with torch.no_grad():
             # the role's own: what they add is seen in the pictures
             for weight in student.layers.values():
