@@ -44,7 +44,8 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
     as DDIM and Euler do."""
     steps, times = settings["steps"], settings["told_times"]
     sampler = sampler_of(settings)
-    simple = all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
+    simple = settings["prediction"] is not None and all(abs(time - (999 - int(i * 1000 / steps))) <= 1
+                                                        for i, time in enumerate(times))
     lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) "
              "at strength 1, or by *LoraLoaderModelOnly*."
              + "".join(f" Before it, {code(lora['path'])} at strength {lora['weight']:g}."
@@ -57,7 +58,7 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
              f"{', '.join(f'{t:g}' for t in times)}."]
     if sampler:
         lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, "
-                     "and choose your checkpoint.")
+                     "and choose your own files.")
     if settings["prediction"] == "v_prediction":
         lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with "
                      "`v_prediction` before the sampler.")
@@ -165,7 +166,8 @@ def front_matter(settings: Mapping[str, Any]) -> str:
 
 
 def _what(settings: Mapping[str, Any]) -> str:
-    form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
+    form = {"lora": "A LoRA", "comfyui": "A LoRA, with keys that ComfyUI reads,",
+            "pipeline": "A whole pipeline"}[settings["format"]]
     loras = "".join(f" with the LoRA {code(lora['path'])} at {lora['weight']:g}"
                     for lora in settings.get("teacher_loras", []))
     return (f"{form} that makes {code(settings['teacher'])}{loras} sample in {settings['steps']} "
@@ -181,7 +183,7 @@ def _facts(settings: Mapping[str, Any]) -> str:
     proof = settings["proof"]
     return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
             f"{arguments}\n"
-            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_dropped(settings)}"
+            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_sizes(settings)}{_dropped(settings)}"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on "
             f"[0, 1] pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
             f"{_rounding(settings)}")
@@ -198,6 +200,16 @@ def _rounding(settings: Mapping[str, Any]) -> str:
 def _steps(settings: Mapping[str, Any]) -> str:
     return (f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n"
             if settings["fixed_steps"] else "")
+
+
+def _sizes(settings: Mapping[str, Any]) -> str:
+    """Of a student of buckets: what height and width may be."""
+    if "sizes" not in settings:
+        return ""
+    sizes, proved = ([f"{height} x {width}" for height, width in found]
+                     for found in (settings["sizes"], settings["proof"]["sizes"]))
+    return (f"- trained on pictures of {', '.join(sizes)} (height x width), of which a call may ask any; proved "
+            f"at {' and '.join(proved)}\n")
 
 
 def _dropped(settings: Mapping[str, Any]) -> str:

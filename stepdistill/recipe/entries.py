@@ -94,8 +94,17 @@ class Discriminator(Strict):
 
 
 TWO = Field(min_length=2, max_length=2)
-Resolution = Annotated[int | tuple[int, int],
-                       PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], TWO])]
+
+
+class Buckets(Strict):
+    """Sizes of pictures. Every batch is of one of them."""
+
+    buckets: list[list[int]] = Field(min_length=2, max_length=64)    # [height, width] each, the usual one first
+
+
+Resolution = Annotated[int | tuple[int, int] | str | dict[str, Any],
+                       PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], TWO]
+                                      | Literal["buckets"] | Buckets)]
 Guidance = Annotated[float | tuple[float, float],
                      PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], TWO])]
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]

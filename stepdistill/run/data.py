@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import resources
+from ..data.buckets import Bucketed
 from ..data.cache import Cache, Report, StoreSpec, contents, fingerprint, silent
 from ..data.datasets import (
     SAMPLES_PER_FILE,
@@ -24,6 +25,7 @@ from ..data.datasets import (
 from ..data.images import BothWays, Uncaptioned, open_images
 from ..data.prompts import Captions, open_prompts
 from ..data.sources import open_source
+from ..data.videos import VideoImages
 from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
@@ -33,6 +35,7 @@ from ..models.stock import pictures, say_cut
 from ..models.teacher import Teacher
 from ..recipe import plugins
 from ..training.loop import DTYPES
+from .buckets import bucketed
 from .checks import found
 from .setup import Run
 from .sources import is_outside
@@ -55,6 +58,8 @@ def _opened(run: Run) -> Captions:
         source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher),
                              seed, data.count)
         return Uncaptioned(source) if reads == "nothing" else source
+    if data.kind == "images" and run.teacher.frames not in (None, 1):
+        return VideoImages.open(Path(found(data.images)), pixels_of(run.teacher), run.teacher.frames, data.count)
     if data.kind == "images":
         return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
     named = data.prompts if data.made is None else data.made.prompts
@@ -67,9 +72,11 @@ def _opened(run: Run) -> Captions:
     return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
-def dataset(run: Run, report: Report = silent) -> Dataset:
+def dataset(run: Run, report: Report = silent) -> Dataset | Bucketed:
     """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
+    if run.sizes:
+        return bucketed(run.recipe, run.teacher, captions(run), encoders, cache)
     if data.kind == "images":
         images = captions(run)
         return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images,

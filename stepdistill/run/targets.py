@@ -32,6 +32,7 @@ from .setup import Run, open_run
 from .sources import bring_family, located
 
 FEW = 4                                            # steps of a few-step generator of others that does not say its own
+SIZE = ("height", "width", "num_frames")
 FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
 
 
@@ -131,9 +132,17 @@ def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> li
         except RequestError as error:
             say(f"the teacher {source} does not stand beside its student: {error}")
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided,
-                   companion=source in made,
+    return [Target(name(source), pipeline, given=_given(pipeline, source) | _sizes(opened, source),
+                   guided=source.guided, companion=source in made,
                    identity=fingerprint(source.place), made=made_of(source)) for source, pipeline in pipelines.items()]
+
+
+def _sizes(opened: Sequence[Opened], teacher: Source) -> dict[str, Any]:
+    """The size that the students of a teacher draw, which is a recipe's to choose: it stands beside them at that. None
+    where they differ."""
+    asked = [{name: o.target.call[name] for name in SIZE if name in o.target.call} for o in opened
+             if o.teacher == teacher and o.target.call]
+    return asked[0] if asked and all(one == asked[0] for one in asked) else {}
 
 
 def call_as_asked(target: Target, steps: int | None, guidance: float | None,
