@@ -159,7 +159,8 @@ def write(found: Mapping[str, Any]) -> None:
     """The table of docs/undistil.md."""
     rows = found["rows"]
     own, real = rows["4 steps"]["fd"], rows["night: real"]["all_attributes"]
-    text = ["| style LoRA | FD in 4 steps | over the plain task's | all attributes, of real ones |",
+    text = [f"| style LoRA | FD in 4 steps, of {rows['4 steps']['samples']:,} pictures | over the plain task's | "
+            "all attributes, of real ones |",
             "|---|---|---|---|",
             f"| *none, on plain captions* | {_fd(rows['4 steps'])} | 1.00 | {rows['4 steps']['all_attributes']:.1%} |"]
     names = {"night: adapter": "**trained with the adapter, sampled without**",
@@ -167,10 +168,11 @@ def write(found: Mapping[str, Any]) -> None:
              "night: base": "trained on the base", "night: plain": "trained on the few-step model",
              "night: none": "*none*"}
     text += [f"| {said} | {_fd(rows[name])} | {rows[name]['fd'] / own:.2f} | {rows[name]['all_attributes'] / real:.1%} "
-             "|" for name, said in names.items()]
-    text += ["", f"| {MANY} steps, no guidance | FD | all attributes |", "|---|---|---|"]
+             "|" for name, said in names.items() if name in rows]
+    looked = [who for who in MANY_STEPS if f"{MANY} steps, {who}" in rows]
+    text += ["", f"| {MANY} steps, no guidance | FD | all attributes |", "|---|---|---|"] if looked else []
     text += [f"| {who} | {_fd(rows[f'{MANY} steps, {who}'])} | {rows[f'{MANY} steps, {who}']['all_attributes']:.1%} |"
-             for who in MANY_STEPS]
+             for who in looked]
     whole = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(whole.split(START)[0] + START + "\n\n" + "\n".join(text) + "\n\n" + END + whole.split(END)[1],
                     encoding="utf-8")

@@ -48,7 +48,7 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
                                                         for i, time in enumerate(times))
     lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) "
              "at strength 1, or by *LoraLoaderModelOnly*."
-             + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
+             + "".join(f" Before it, {code(lora['path'])} at strength {lora['weight']:g}."
                                                 for lora in settings.get("teacher_loras", [])),
              f"In *KSampler*: steps {steps}, cfg {settings['scale']:g}, denoise 1, sampler_name " + (
                  f"`{sampler}`" if sampler else "none of its own: no sampler of ComfyUI's core does what a "
@@ -81,11 +81,11 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
              *(['device, dtype = "cuda", torch.bfloat16'] if _packs(base) else [
                  'device = "cuda" if torch.cuda.is_available() else "cpu"',
                  f'dtype = torch.{half} if device == "cuda" else torch.float32']),
-             f"folder = {_quoted(folder)}          # where this card lies"]
+             f"folder = {quoted(folder)}          # where this card lies"]
     if whole:
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder, torch_dtype=dtype{without}).to(device)"]
     else:
-        name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
+        name = "" if settings["format"] == "lora" else f", weight_name={quoted(settings['weights'])}"
         fused = () if "quantization" in settings else FUSED
         lines += [*base_lines(base, settings["pipeline"], without),
                   *([PEFT.format(settings["denoiser"])] if by_peft
@@ -109,24 +109,24 @@ def _is_video(settings: Mapping[str, Any]) -> bool:
 def base_lines(base: Source, pipeline: str, without: str) -> list[str]:
     """The stock pipeline that a LoRA is for, with all that its teacher had."""
     given = {name: value for name in ("revision", "variant", "config") if (value := vars(base)[name]) is not None}
-    options = "".join(f", {name}={_quoted(value)}" for name, value in given.items())
+    options = "".join(f", {name}={quoted(value)}" for name, value in given.items())
     lines = []
     if base.vae is not None:
         inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
-        lines, options = ([f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner}, torch_dtype=dtype)"],
+        lines, options = ([f"vae = AutoencoderKL.from_pretrained({quoted(base.vae)}{inner}, torch_dtype=dtype)"],
                           f"{options}, vae=vae")
     loader = "from_single_file" if base.is_file else "from_pretrained"
     if _packs(base):
         family = family_of(pipeline)
         kind = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if base.quantization == "nf4" else "load_in_8bit=True"
-        lines += [f"bits = BitsAndBytesConfig({kind}, llm_int8_skip_modules=[{_quoted(family.time.first)}])",
-                  f"bits = PipelineQuantizationConfig(quant_mapping={{{_quoted(family.denoiser)}: bits}})"]
+        lines += [f"bits = BitsAndBytesConfig({kind}, llm_int8_skip_modules=[{quoted(family.time.first)}])",
+                  f"bits = PipelineQuantizationConfig(quant_mapping={{{quoted(family.denoiser)}: bits}})"]
         options = f"{options}, quantization_config=bits"
-    lines += [f"pipe = {pipeline}.{loader}({_quoted(base.place)}, torch_dtype=dtype{options}{without}).to(device)"]
+    lines += [f"pipe = {pipeline}.{loader}({quoted(base.place)}, torch_dtype=dtype{options}{without}).to(device)"]
     for lora in base.loras:
         place, file = lora.find()
-        weights = "" if file is None else f", weight_name={_quoted(file)}"
-        lines += [f"pipe.load_lora_weights({_quoted(place)}{weights})",
+        weights = "" if file is None else f", weight_name={quoted(file)}"
+        lines += [f"pipe.load_lora_weights({quoted(place)}{weights})",
                   f"pipe.fuse_lora(lora_scale={lora.weight:g})         # the student was trained on these weights",
                   "pipe.unload_lora_weights()"]
     return lines
@@ -143,7 +143,7 @@ def block(code: str, language: str = "python") -> str:
     return f"{fence}{language}\n{code}{fence}"
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """A name as code in Markdown, between more backticks than it holds in a row."""
     text = " ".join(printable(text).split())
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
@@ -151,7 +151,7 @@ def _code(text: str) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -169,9 +169,9 @@ def front_matter(settings: Mapping[str, Any]) -> str:
 def _what(settings: Mapping[str, Any]) -> str:
     form = {"lora": "A LoRA", "comfyui": "A LoRA, with keys that ComfyUI reads,",
             "pipeline": "A whole pipeline"}[settings["format"]]
-    loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}"
+    loras = "".join(f" with the LoRA {code(lora['path'])} at {lora['weight']:g}"
                     for lora in settings.get("teacher_loras", []))
-    return (f"{form} that makes {_code(settings['teacher'])}{loras} sample in {settings['steps']} "
+    return (f"{form} that makes {code(settings['teacher'])}{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "
             f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`."
             + (f" While it was trained, its base was quantised ({settings['quantization']})."
@@ -180,7 +180,7 @@ def _what(settings: Mapping[str, Any]) -> str:
 
 def _facts(settings: Mapping[str, Any]) -> str:
     call = settings["call"]
-    arguments = ", ".join(_code(f"{key}={value!r}") for key, value in call.items())
+    arguments = ", ".join(code(f"{key}={value!r}") for key, value in call.items())
     proof = settings["proof"]
     return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
             f"{arguments}\n"
@@ -218,7 +218,7 @@ def _dropped(settings: Mapping[str, Any]) -> str:
     if settings["format"] != "pipeline" or not settings["dropped"]:
         return ""
     names = ", ".join(f"`{name}`" for name in settings["dropped"])
-    return (f"- not in this folder: {names} of {_code(settings['teacher'])}; who wants it loads it from there and "
+    return (f"- not in this folder: {names} of {code(settings['teacher'])}; who wants it loads it from there and "
             "hands it to `from_pretrained`\n")
 
 
@@ -232,7 +232,7 @@ def _guidance(settings: Mapping[str, Any]) -> str:
         return f"classifier-free with scale {scale:g}: two evaluations a step{_kept(settings)}"
     trained = settings["trained_guidance"]
     against = settings.get("teacher_parts", {}).get("negative_prompt")
-    away = "" if against is None else f", away from {_code(_quoted(against))}"
+    away = "" if against is None else f", away from {code(quoted(against))}"
     return f"none ({off})" + ("" if trained is None else f": the scale {_span(trained)} was trained in{away}")
 
 

@@ -10,10 +10,10 @@ import torch
 
 from .. import resources
 from ..data.prompts import open_prompts
-from ..errors import RequestError
+from ..errors import RequestError, redacted
 from ..export import check as check_export
 from ..export import read_settings
-from ..export.card import base_lines, block, front_matter
+from ..export.card import base_lines, block, code, front_matter, quoted
 from ..export.folder import base_of
 from ..export.layers import NAMES as TRANSFORMERS
 from ..files.whole import write_whole
@@ -94,12 +94,11 @@ def _precision() -> str:
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 TRAINERS = {
-    "diffusers": "A recipe of `method: denoise` names it under `teacher`, beside your pictures under "
-    "`data`:\n\n{recipe}",
-    "kohya": "kohya's sd-scripts merge it before your LoRA is trained: `--base_weights {file} "
-    "--base_weights_multiplier 1`.",
-    "ai-toolkit": "ai-toolkit has `assistant_lora_path: {file}` under `model:` of its config: it is on in training, "
-    "and off in the samples.",
+    "diffusers": "A recipe of `method: denoise` names it under `teacher`, and your pictures under `data`:\n\n{recipe}",
+    "kohya": "kohya's sd-scripts merge it before your LoRA is trained: {file} after `--base_weights`, with "
+    "`--base_weights_multiplier 1`.",
+    "ai-toolkit": "ai-toolkit takes {file} as `assistant_lora_path` under `model:` of its config: on in training, and "
+    "off in the samples.",
 }
 
 
@@ -111,39 +110,44 @@ def write_card(folder: Path, found: Turbo, to: str, recipe: Recipe) -> None:
 def card(settings: Mapping[str, Any], found: Turbo, to: str, recipe: Recipe, folder: Path) -> str:
     """settings: the adapter's stepdistill.json; folder: where it lies."""
     file, data = (folder / settings["weights"]).as_posix(), recipe.data
-    turbo = f"`{settings['teacher']}`" + "".join(f" with `{lora['path']}`"
-                                                 for lora in settings.get("teacher_loras", []))
-    call = ", ".join(f"`{name}={value!r}`" for name, value in found.call.items())
-    return "\n\n".join([
+    turbo = code(settings["teacher"]) + "".join(f" with {code(lora['path'])}"
+                                                for lora in settings.get("teacher_loras", []))
+    call = ", ".join(code(f"{name}={value!r}") for name, value in found.call.items())
+    parts = [
         front_matter(settings), "# Training adapter",
         f"With it {turbo}, a model of {found.steps} step{'s' * (found.steps != 1)}, denoises as one of many steps "
         "does. A LoRA of a style or a subject that is trained with it on does not unlearn the few steps, and **is "
         f"sampled with it off**. It was made by stepdistill, by plain denoising of {data.count:,} of the model's "
         f"own samples, in {recipe.train.updates:,} updates of {data.batch}.",
         "![the model with it, in many steps](samples.png)",
-        "## Train with it", TRAINERS[to].format(file=file, recipe=block(_recipe(settings, file), "yaml")),
-        "Any other trainer takes the model with the adapter in its weights, which this saves:",
-        block(fusing(settings, folder)),
-        "## Sample without it", f"Load your LoRA on {turbo}, under the scheduler that this model always had, and "
-        f"call it by {call}."]) + "\n"
+        "## Train with it", TRAINERS[to].format(file=code(file), recipe=block(_recipe(settings, file), "yaml"))]
+    if "quantization" not in settings:
+        parts += ["Any other trainer takes the model with the adapter in its weights, which this saves:",
+                  block(fusing(settings, folder))]
+    return redacted("\n\n".join([
+        *parts, "## Sample without it", f"Load your LoRA on {turbo}, under the scheduler that this model always had, "
+        f"and call it by {call}."])) + "\n"
 
 
 def _recipe(settings: Mapping[str, Any], file: str) -> str:
-    loras = "".join(f"    - {{path: {lora['path']}, weight: {lora['weight']:g}}}\n"
+    loras = "".join(f"    - {{path: {quoted(lora['path'])}, weight: {lora['weight']:g}}}\n"
                     for lora in settings.get("teacher_loras", []))
-    return (f"method: denoise\nteacher:\n  base: {settings['teacher']}\n  loras:\n{loras}    - {file}\nsteps: {MANY}\n"
-            "data: {images: my-pictures, batch: 4, caption_dropout: 0.1}\ntrain: {updates: 1000, lr: 1.0e-4}\n")
+    base, own = quoted(settings["teacher"]), quoted(file)
+    return (f"method: denoise\nteacher:\n  base: {base}\n  loras:\n{loras}    - {own}\n"
+            f"steps: {MANY}\ndata: {{images: my-pictures, batch: 4, caption_dropout: 0.1}}\n"
+            "train: {updates: 1000, lr: 1.0e-4}\n")
 
 
 def fusing(settings: Mapping[str, Any], folder: Path) -> str:
     """Python that saves the few-step model with the adapter in its weights."""
-    by_peft = settings["weights"] == PEFT_WEIGHTS
+    base, by_peft, denoiser = base_of(settings), settings["weights"] == PEFT_WEIGHTS, settings["denoiser"]
+    names, place = ["AutoencoderKL"] * (base.vae is not None) + [settings["pipeline"]], quoted(folder.as_posix())
     without = "".join(f", {name}=None" for name in settings["without"])
-    own = [f"pipe.{settings['denoiser']} = PeftModel.from_pretrained(pipe.{settings['denoiser']}, "
-           f"\"{folder}\").merge_and_unload()"] if by_peft else [
-        f'pipe.load_lora_weights("{folder}", weight_name="{settings["weights"]}")', "pipe.fuse_lora()",
-        "pipe.unload_lora_weights()"]
+    own = [f"pipe.load_lora_weights({place}, weight_name={quoted(settings['weights'])})", "pipe.fuse_lora()",
+           "pipe.unload_lora_weights()"]
+    if by_peft:
+        own = [f"pipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, {place}).merge_and_unload()"]
     return "\n".join([
-        "import torch", f"from diffusers import {settings['pipeline']}", *["from peft import PeftModel"] * by_peft, "",
-        'device, dtype = "cpu", torch.float32', *base_lines(base_of(settings), settings["pipeline"], without), *own,
+        "import torch", f"from diffusers import {', '.join(names)}", *["from peft import PeftModel"] * by_peft, "",
+        'device, dtype = "cpu", torch.float32', *base_lines(base, settings["pipeline"], without), *own,
         'pipe.save_pretrained("to-train-on")', ""])

@@ -136,7 +136,7 @@ def test_the_adapter_leaves_with_a_card_that_says_how_it_is_used(tmp_path, monke
     assert out == tmp_path / "run/export/diffusers"
     card = (out / "README.md").read_text()
     for words in ("is sampled with it off", "`num_inference_steps=4`, `guidance_scale=1.0`",
-                  f"- {out.as_posix()}/pytorch_lora_weights.safetensors"):
+                  f'- "{out.as_posix()}/pytorch_lora_weights.safetensors"'):
         assert words in card
     code, = re.findall("```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(ROOT)                              # where what ships is found by its name
