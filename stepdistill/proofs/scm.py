@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..diffusion.continuous import FIRST, INSIDE, TRIG, start
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import self_guided
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
-from ..losses.tangent import trig_difference, trig_pair
-from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, SCM, TRIG, Settings, start
+from ..losses.tangent import RADIAN, trig_difference, trig_pair
+from ..methods.consistency.scm import SCM, Settings
 from .paths_scm import published_times
 from .paths_scm import scm as paths
 from .problem import Check, FunctionRole, Law, Problem, difference, gradient, largest, off_law
@@ -120,7 +121,7 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
     batch, begun = problem.batch(COUNT), problem.step(COUNT, progress=0.5)
     student = problem.affine()
     method = made(problem, student, problem.w)
-    t = method.times(begun)
+    t = method.consistency.times(begun.uniform("t"))
     x, seen = TRIG.add_noise(batch.x0, begun.normal("noise", batch.shape), t), viewed(student, TRIG)
     law = Law(TRIG, problem.covariance, "v").of(problem.guided_cond(COUNT, problem.w))
     after, before = (seen(law.flow(x, t, t + h * RADIAN), t + h * RADIAN, batch.cond).x0.detach()
@@ -138,9 +139,9 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
                 worst, 1e-6)
 
     yield Check("moments of its times against those of ln tan theta ~ N(mean, std^2), in standard errors",
-                off_law(method.times(problem.step(MANY)), published_times(problem, method.settings)), 6)
+                off_law(method.consistency.times(problem.step(MANY).uniform("t")), published_times(problem, method.settings)), 6)
 
     tame = problem.law(problem.drawn_covariance())
-    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond)
+    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).consistency.slope(x, t, x, batch.cond)
               for by in ("difference", "exact")]
     yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)
