@@ -44,7 +44,7 @@ def trig_time(own: Schedule, t: Tensor) -> Tensor:
 
 def latest(own: Schedule) -> float:
     """The last of the networks' own times at which they are trained."""
-    return min(start(own), 1 - INSIDE)
+    return start(own) - INSIDE if isinstance(own, VariancePreserving) else min(start(own), 1 - INSIDE)
 
 
 def trained_at(own: Schedule, mean: float, std: float) -> Law:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..diffusion.continuous import FIRST, INSIDE, TRIG, start
+from ..diffusion.continuous import FIRST, TRIG
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import self_guided
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
 from ..losses.tangent import RADIAN, trig_difference, trig_pair
 from ..methods.consistency.scm import SCM, Settings
-from .paths_scm import published_times
+from .paths_scm import last_trained, published_times
 from .paths_scm import scm as paths
 from .problem import Check, FunctionRole, Law, Problem, difference, gradient, largest, off_law
 
@@ -89,7 +89,7 @@ def at_the_defaults(problem: Problem) -> Iterator[Check]:
 
 def rest_width(problem: Problem, deviation: float, settings: Settings, count: int = 500) -> float:
     """Of samples, over the data's: `count` noise levels up to where sampling begins."""
-    ends = torch.tensor([FIRST, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
+    ends = torch.tensor([FIRST, last_trained(problem)], dtype=torch.float64)
     angles = torch.linspace(*problem.schedule.angle(ends).tolist(), count, dtype=torch.float64)
     variance = angles.cos() ** 2 * deviation**2 + angles.sin() ** 2
     velocity = angles.sin() * angles.cos() * (1 - deviation**2) / variance
