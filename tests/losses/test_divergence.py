@@ -12,7 +12,7 @@ R = torch.tensor([0.1, 0.5, 1.0, 3.0, 12.0], dtype=torch.float64)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_h_is_the_second_derivative_of_f(name):
     """f(1) = 0, f is convex, and h = r^2 f''."""
-    f, h = DIVERGENCES[name]
+    f, h, _ = DIVERGENCES[name]
     r = R.clone().requires_grad_()
     slope = torch.autograd.grad(f(r).sum(), r, create_graph=True)[0]
     curvature = torch.autograd.grad(slope.sum(), r)[0]
@@ -24,7 +24,7 @@ def test_h_is_the_second_derivative_of_f(name):
 def test_the_weighted_difference_of_scores_is_the_divergences_gradient(name):
     """p = N(0, 1), q = N(m, 1) in one dimension: dD/dm = -E_q[h(r) (score p - score q)], both sides by a fine sum."""
     x, m = torch.linspace(-12, 12, 200_001, dtype=torch.float64), 0.7
-    f, h = DIVERGENCES[name]
+    f, h, _ = DIVERGENCES[name]
     density = lambda mean: torch.exp(-(x - mean) ** 2 / 2) / (2 * torch.pi) ** 0.5
     r = lambda mean: torch.exp((x - mean) ** 2 / 2 - x**2 / 2)
     divergence = lambda mean: torch.trapezoid(density(mean) * f(r(mean)), x)
