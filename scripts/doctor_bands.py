@@ -1,11 +1,12 @@
-"""Records what healthy runs look like: trains the toy recipe of every method, and two of pictures, and writes stepdistill/training/bands.json.
+"""Records what healthy runs look like: trains the toy recipe of every method, and two of pictures, and writes
+stepdistill/training/bands.json.
 
     python scripts/doctor_bands.py --out /tmp/bands                  # trains what is not there yet, then writes the bands
     python scripts/doctor_bands.py --out /tmp/bands lcm dmd2         # of these methods; the bands of all that lies there
 
-A band's edge is the farthest that a signal stayed for as many looks in a row as a finding takes, over all runs of a method, past
-the first part of each, and as far again to the side that a rule looks at (half of what is left of a signal with bounds). A recipe is trained at three lengths, since a short run
-ends where a long one is on its way.
+A band's edge is the farthest that a signal stayed for as many looks in a row as a finding takes, over all runs of a
+method, past the first part of each, and as far again to the side that a rule looks at (half of what is left of a signal
+with bounds). A recipe is trained at three lengths, since a short run ends where a long one is on its way.
 """
 from __future__ import annotations
 
@@ -26,14 +27,17 @@ from stepdistill.training.doctor import SIGNALS  # noqa: E402
 
 SHARES = {0.05: 1, 0.1: 0, 0.25: 2}             # of a recipe's updates that are trained, and the seed
 LOOKS = 14                                      # of a run
-BOUNDED = {"following": (0.0, 1.0), "angle": (-1.0, 1.0), "unfit": (0.0, 1.0), "accuracy": (0.0, 1.0), "share": (0.0, 1.0),
+BOUNDED = {"following": (0.0, 1.0), "angle": (-1.0, 1.0), "unfit": (0.0, 1.0), "accuracy": (0.0, 1.0),
+           "share": (0.0, 1.0),
            "clipped": (0.0, 1.0), "saturation": (0.0, 1.0)}
 WIDER = 2.0                                     # factor of a signal that has no bounds
-LEAST = {"offset": 0.3, "saturation": 0.1, "lag": 2.0, "spread": 1.5, "diversity": 1.5, "moved": 0.05, "clipped": 0.95, "share": 0.99}
+LEAST = {"offset": 0.3, "saturation": 0.1, "lag": 2.0, "spread": 1.5, "diversity": 1.5, "moved": 0.05, "clipped": 0.95,
+         "share": 0.99}
 """Upper edges that are no lower, whatever a short run reached."""
 MOST = {"angle": -0.96}
 """Lower edges that are no higher: terms that all but undo each other are what is looked for."""
-PICTURES = {"shapes/lcm": 24, "shapes/dmd2-1step": 24}       # updates of those that show what the plane has not: detail within a sample
+# updates of those that show what the plane has not: detail within a sample
+PICTURES = {"shapes/lcm": 24, "shapes/dmd2-1step": 24}
 
 
 def main() -> None:
@@ -45,14 +49,17 @@ def main() -> None:
         for name in [name for name in builtin() if name.startswith("toy/")]:
             recipe = Recipe.load(name)
             updates = max(60, round(share * recipe.train.updates))
-            train(recipe, args.out / f"{recipe.name}-{share}", args.methods, {"train.updates": updates, "train.seed": seed})
+            train(recipe, args.out / f"{recipe.name}-{share}", args.methods,
+                  {"train.updates": updates, "train.seed": seed})
     for name, updates in PICTURES.items():
-        train(Recipe.load(name), args.out / name.replace("/", "-"), args.methods, {"train.updates": updates, "data.batch": 4, "data.count": 64})
+        train(Recipe.load(name), args.out / name.replace("/", "-"), args.methods,
+              {"train.updates": updates, "data.batch": 4, "data.count": 64})
     rows: dict[str, list[list[dict[str, float]]]] = {}
     for method, run in recorded(args.out):
         rows.setdefault(method, []).append(run)
     bands = {method: band for method, runs in sorted(rows.items()) if (band := edges(runs))}
-    BANDS.write_text(json.dumps({"command": "python scripts/doctor_bands.py --out DIR", "bands": bands}, indent=1) + "\n", encoding="utf-8")
+    BANDS.write_text(json.dumps({"command": "python scripts/doctor_bands.py --out DIR", "bands": bands}, indent=1)
+                     + "\n", encoding="utf-8")
     print(f"wrote {BANDS}: {len(bands)} methods, {sum(map(len, rows.values()))} runs")
 
 
@@ -61,7 +68,8 @@ def train(recipe: Recipe, run: Path, methods: list[str], changes: dict[str, int]
         return
     updates = changes["train.updates"]
     every = max(1, updates // LOOKS)
-    api.train(Recipe.load(recipe.resolved(), changes | {"train.warmup": min(recipe.train.warmup, updates // 5), "train.log_every": every,
+    api.train(Recipe.load(recipe.resolved(), changes | {"train.warmup": min(recipe.train.warmup, updates // 5),
+                                                        "train.log_every": every,
                                                         "train.doctor": "warn", "train.doctor_every": every}), out=run)
     (run / "done").touch()
 
@@ -87,14 +95,16 @@ def edges(runs: list[list[dict[str, float]]]) -> dict[str, list[float]]:
         windows = [values[i:i + PATIENCE] for run in runs for values in [[row[signal] for row in run if signal in row]]
                    for i in range(len(values) - PATIENCE + 1)]
         if windows:
-            found[signal] = [float(f"{edge:.4g}") for edge in wider(signal.partition("/")[0], min(map(max, windows)), max(map(min, windows)))]
+            found[signal] = [float(f"{edge:.4g}") for edge in wider(signal.partition("/")[0], min(map(max, windows)),
+                                                                    max(map(min, windows)))]
     return found
 
 
 def wider(kind: str, low: float, high: float) -> tuple[float, float]:
     if kind in BOUNDED:
         least, most = BOUNDED[kind]
-        low, high = min(low - (low - least) / 2, MOST.get(kind, low)), high + (most - high) / 2 if kind != "saturation" else WIDER * high
+        low, high = (min(low - (low - least) / 2, MOST.get(kind, low)), high + (most - high) / 2
+                     if kind != "saturation" else WIDER * high)
     else:
         low, high = low / WIDER, high * WIDER
     return low, max(high, LEAST.get(kind, high))

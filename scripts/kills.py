@@ -1,10 +1,12 @@
-"""A long series of kills: commands that are killed, at calls drawn from a seed that bring something to the disk, and given again.
+"""A long series of kills: commands that are killed, at calls drawn from a seed that bring something to the disk, and
+given again.
 
     python scripts/kills.py --count 100
 
-Trainings of LoRAs and of full weights, accumulated, averaged, with a critic, in stages, with evaluations and on two processes; pairs,
-exports and benches. Each is killed one to three times, within checkpoints, pictures, figures and caches as they are written, and must end
-as the one that was left alone: weights, optimizers, metrics, pictures, rows. Prints a line a case, and N of N; status 1 where one is not.
+Trainings of LoRAs and of full weights, accumulated, averaged, with a critic, in stages, with evaluations and on two
+processes; pairs, exports and benches. Each is killed one to three times, within checkpoints, pictures, figures and
+caches as they are written, and must end as the one that was left alone: weights, optimizers, metrics, pictures, rows.
+Prints a line a case, and N of N; status 1 where one is not.
 """
 from __future__ import annotations
 
@@ -24,16 +26,21 @@ from tests import kills  # noqa: E402
 
 SHORT = {"train.updates": 6, "train.checkpoint_every": 2, "train.log_every": 1, "evaluate.every": 3, "data.batch": 8}
 FIGURES = {"evaluate.nfe": [1], "evaluate.samples": 140, "evaluate.reference": "shapes"}
-TINY: dict[str, Any] = {"method": "lcm", "teacher": "teacher", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
+TINY: dict[str, Any] = {"method": "lcm", "teacher": "teacher", "student": {"lora": {"rank": 2}},
+                        "guidance": 2.0, "steps": 2,
                         "data": {"images": "shapes", "batch": 2}, "train": {"updates": 2, "checkpoint_every": 1},
                         "evaluate": {"prompts": ["a red ring"]}}
-PAIRS: dict[str, Any] = {"method": "kd", "teacher": "assets/toy", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 1,
-                         "data": {"pairs": {"prompts": "assets/toy", "solver": "ddim", "steps": 4}, "count": 600, "batch": 8}, "train": {"updates": 1}}
+PAIRS: dict[str, Any] = {"method": "kd", "teacher": "assets/toy", "student": {"lora": {"rank": 2}},
+                         "guidance": 2.0, "steps": 1,
+                         "data": {"pairs": {"prompts": "assets/toy", "solver": "ddim", "steps": 4}, "count": 600,
+                                  "batch": 8}, "train": {"updates": 1}}
 
 
 def training(name: str, recipe: str, processes: int = 1, **entries: Any) -> kills.Work:
-    sets = [part for key, value in (SHORT | entries).items() for part in ("--set", f"{key.replace('__', '.')}={json.dumps(value)}")]
-    return kills.Work(name, lambda folder: ["train", recipe, *sets, "--out", "run", "--resume", "auto"], kills.of_runs, processes)
+    sets = [part for key, value in (SHORT | entries).items()
+            for part in ("--set", f"{key.replace('__', '.')}={json.dumps(value)}")]
+    return kills.Work(name, lambda folder: ["train", recipe, *sets, "--out", "run", "--resume", "auto"],
+                      kills.of_runs, processes)
 
 
 def works(folder: Path) -> list[kills.Work]:
@@ -49,13 +56,16 @@ def works(folder: Path) -> list[kills.Work]:
     return [
         training("a LoRA", "toy/lcm"), training("full weights", "toy/lcm", student="full"),
         training("accumulated", "toy/lcm", train__accumulate=2), training("averaged", "toy/lcm", train__ema=0.5),
-        training("a critic", "toy/dmd2"), training("stages", "toy/progressive", **{"train.updates": 3, "train.checkpoint_every": 1}),
+        training("a critic", "toy/dmd2"),
+        training("stages", "toy/progressive", **{"train.updates": 3, "train.checkpoint_every": 1}),
         training("two processes", "toy/lcm", 2), training("a pipeline", str(folder / "tiny.yaml"), **{"data.batch": 2}),
         training("figures", str(folder / "tiny.yaml"), **{"data.batch": 2}, **FIGURES),
         kills.Work("pairs", given("pairs", folder / "pairs.yaml", "--out", "made"), kills.of_tensors),
         kills.Work("an export", given("export", run, "--to", "lora", "--out", "made"), kills.of_tensors),
-        kills.Work("an export of a pipeline", given("export", run, "--to", "pipeline", "--out", "made"), kills.of_tensors),
-        kills.Work("a bench", given("bench", run, "--nfe", "1,2", "--samples", "2", "--reference", "teacher", "--out", "made"), kills.of_benches),
+        kills.Work("an export of a pipeline", given("export", run, "--to", "pipeline", "--out", "made"),
+                   kills.of_tensors),
+        kills.Work("a bench", given("bench", run, "--nfe", "1,2", "--samples", "2", "--reference", "teacher", "--out",
+                                    "made"), kills.of_benches),
     ]
 
 
@@ -77,7 +87,8 @@ def main() -> int:
                 counts[work.name] = kills.counted(work, whole)
             where, differs = kills.strike(work, whole, counts[work.name], folder / f"case {i}", draw)
             good, struck = good + (not differs), struck + len(where)
-            print(f"{i + 1} {work.name}: killed at {', '.join(where) or 'nothing'}: {'; '.join(differs[:3]) or 'the same'}", flush=True)
+            print(f"{i + 1} {work.name}: killed at {', '.join(where) or 'nothing'}: "
+                  f"{'; '.join(differs[:3]) or 'the same'}", flush=True)
     print(f"{good} of {asked.count} are the same after {struck} kills")
     return int(good != asked.count)
 

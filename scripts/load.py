@@ -3,8 +3,9 @@
     python scripts/load.py                                    # 1,000,000 prompts, 100,000 pictures
     python scripts/load.py --prompts 30000 --pictures 2000
 
-Each is a process of its own: a training of a tiny student of assets/shapes-sd on prompts in one text file, and one on pictures with
-their captions in metadata.jsonl. It ends with status 1 where the first update came later than a minute, or memory grew.
+Each is a process of its own: a training of a tiny student of assets/shapes-sd on prompts in one text file, and one on
+pictures with their captions in metadata.jsonl. It ends with status 1 where the first update came later than a minute,
+or memory grew.
 """
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from typing import Any
 
 import psutil
 
-SECONDS, GROWTH = 60.0, 64 << 20                  # until the first update; bytes that memory may grow by from the fifth update to the last
+# until the first update; bytes that memory may grow by from the fifth update to the last
+SECONDS, GROWTH = 60.0, 64 << 20
 COMMON: dict[str, Any] = {"teacher": "assets/shapes-sd", "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": 2.0}
 DATA: dict[str, dict[str, Any]] = {
     "prompts": {"method": "dmd2", "settings": {"gan_weight": 0.0, "critic_steps": 1}},
@@ -46,12 +48,14 @@ def made(kind: str, count: int, folder: Path) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (i % 256, i // 256 % 256, 128)).save(place / f"{i}.png", compress_level=1)
     with (path / "metadata.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"file_name": f"{i // 1000:04d}/{i}.png", "text": caption(i)}) + "\n" for i in range(count))
+        file.writelines(json.dumps({"file_name": f"{i // 1000:04d}/{i}.png", "text": caption(i)}) + "\n"
+                        for i in range(count))
     return path
 
 
 def trained(kind: str, source: Path, updates: int, out: Path) -> dict[str, float]:
-    """Trains so many updates. {"first": seconds until the first, "held", "peak": bytes after the fifth (or last) and at most later}."""
+    """Trains so many updates. {"first": seconds until the first, "held", "peak": bytes after the fifth (or last) and at
+    most later}."""
     began, process, held = time.perf_counter(), psutil.Process(), []
     first: list[float] = []
 
@@ -83,7 +87,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             source = made(kind, count, Path(folder))
             command = [sys.executable, __file__, "--one", kind, str(source), "--updates", str(asked.updates)]
-            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE,
+                                              text=True).stdout.splitlines()[-1])
         growth = found["peak"] - found["held"]
         wrong += found["first"] > SECONDS or growth > GROWTH
         print(f"{count:,} {kind}: first update after {found['first']:.1f} s, {found['held'] / 2**20:,.0f} MiB held, "

@@ -1,5 +1,5 @@
-"""Writes the pages of docs/ that are read off the code and the records: docs/recipes.md from the schema, docs/methods.md from
-the methods, docs/gpu.md from assets/gpu/.
+"""Writes the pages of docs/ that are read off the code and the records: docs/recipes.md from the schema,
+docs/methods.md from the methods, docs/gpu.md from assets/gpu/.
 
     python scripts/make_docs.py            # a test holds that the pages are as this would write them
 """
@@ -30,7 +30,8 @@ WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true 
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
-         "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table", "Trackers": "list of tensorboard, wandb",
+         "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table",
+         "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
@@ -172,12 +173,14 @@ def gpu_page() -> str:
         parts += [f"| {name} | {row['peak_gb']:.2f} GB | {row['card_used_gb']:.2f} GB | {row['forecast_gb']:.2f} GB "
                   f"| {row['seconds_an_update']:.2f} |\n" for name, row in found["figures"].items()]
     if found := records.get("throughput"):
-        parts += [f"\n{name} at batch {row['batch']} on an {found['device']}: {row['updates_per_second']:.2f} updates a second, "
-                  f"{row['ratio']:.2f} × a hand-written loop of the same passes (`{found['command']}`).\n"
+        parts += [f"\n{name} at batch {row['batch']} on an {found['device']}: {row['updates_per_second']:.2f} "
+                  f"updates a second, {row['ratio']:.2f} × a hand-written loop of the same passes "
+                  f"(`{found['command']}`).\n"
                   for name, row in found["figures"].items()]
     if found := records.get("smoke"):
         outcomes = [test["outcome"] for test in found["figures"].values()]
-        parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} (`scripts/gpu/smoke.sh`).\n")
+        parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} "
+                     "(`scripts/gpu/smoke.sh`).\n")
     if (found := records.get("cifar")) and "teacher" in found["figures"]:
         parts.append(cifar_table(found["figures"]))
     if missing := [name for name in GPU_RECORDS if name not in records]:
@@ -189,10 +192,12 @@ def cifar_table(figures: dict[str, Any]) -> str:
     """A row for each student of the teacher as it was measured last."""
     teacher, own = figures["teacher"], figures["classifier"]
     rows = [row for row in figures.values() if "ratio" in row and row["teacher_images"] == teacher["teacher_images"]]
-    head = CIFAR.format(device=teacher["device"], parameters=teacher["parameters"] / 1e6, fd=_interval(teacher["fd"]), nfe=teacher["nfe"],
-                        real=_interval(figures["real"]["fd"]), accuracy=own["accuracy"], batch=" or ".join(map(str, sorted({row["batch"] for row in rows}))))
-    return head + "".join(f"| `{row['method']}` | {row['nfe']} | {_interval(row['fd'])} | {_interval(row['ratio'])} | {row['updates']:,} "
-                          f"| {row['seconds'] / 60:.1f} |\n" for row in rows)
+    head = CIFAR.format(device=teacher["device"], parameters=teacher["parameters"] / 1e6, fd=_interval(teacher["fd"]),
+                        nfe=teacher["nfe"],
+                        real=_interval(figures["real"]["fd"]), accuracy=own["accuracy"],
+                        batch=" or ".join(map(str, sorted({row["batch"] for row in rows}))))
+    return head + "".join(f"| `{row['method']}` | {row['nfe']} | {_interval(row['fd'])} | {_interval(row['ratio'])} "
+                          f"| {row['updates']:,} | {row['seconds'] / 60:.1f} |\n" for row in rows)
 
 
 def _interval(found: dict[str, float | None]) -> str:

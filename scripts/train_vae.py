@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term per latent, against the mean squared error")
+    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term per latent, against the mean "
+                        "squared error")
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.init).float() if args.init else make_vae()
@@ -55,7 +56,8 @@ def main() -> None:
     start, spent = restore(args.work, parts)
     begin = time.time() - spent
     for i in range(start, args.updates):
-        pixels = render(scenes(torch.arange(i * args.batch, (i + 1) * args.batch), TRAIN_SEED)).to(memory_format=torch.channels_last)
+        pixels = render(scenes(torch.arange(i * args.batch, (i + 1) * args.batch),
+                               TRAIN_SEED)).to(memory_format=torch.channels_last)
         code = vae.encode(pixels).latent_dist
         restored = vae.decode(code.sample(generator=torch.Generator().manual_seed(i))).sample
         error = F.mse_loss(restored, pixels)
@@ -81,12 +83,16 @@ def finish(args, vae: AutoencoderKL, seconds: float) -> None:
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.half().save_pretrained(args.out)
     vae.float()
-    error = torch.cat([(vae.decode(vae.encode(block).latent_dist.mode()).sample.clamp(-1, 1) - block).square().mean((1, 2, 3))
+    error = torch.cat([(vae.decode(vae.encode(block).latent_dist.mode()).sample.clamp(-1, 1)
+                        - block).square().mean((1, 2, 3))
                        for block in pixels.split(250)])
-    figures = {"psnr_db": -10 * math.log10(error.mean().item() / 4), "latent_mean_by_channel": latents.mean((0, 2, 3)).tolist(),
+    figures = {"psnr_db": -10 * math.log10(error.mean().item() / 4),
+               "latent_mean_by_channel": latents.mean((0, 2, 3)).tolist(),
                "latent_std_by_channel": latents.std((0, 2, 3)).tolist()}
-    made = {"command": "python " + " ".join(sys.argv), "updates": args.updates, "batch": args.batch, "lr": args.lr, "kl": args.kl,
-            "train_seed": TRAIN_SEED, "held_out_seed": HELD_OUT_SEED, "seconds": round(seconds), "threads": torch.get_num_threads(),
+    made = {"command": "python " + " ".join(sys.argv), "updates": args.updates, "batch": args.batch, "lr": args.lr,
+            "kl": args.kl,
+            "train_seed": TRAIN_SEED, "held_out_seed": HELD_OUT_SEED, "seconds": round(seconds),
+            "threads": torch.get_num_threads(),
             "figures": figures}
     (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     print(json.dumps(made, indent=1))

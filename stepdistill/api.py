@@ -55,14 +55,15 @@ from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
 CLIP = "assets/shapes-clip"
-REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a folder of real "
-                    "pictures of what it was trained on, and `features`")
+REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a "
+                    "folder of real pictures of what it was trained on, and `features`")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
-          resume: bool | Literal["auto"] = False, on_step: Callable[[int], None] | None = None, **overrides: Any) -> Path:
+          resume: bool | Literal["auto"] = False, on_step: Callable[[int], None] | None = None,
+          **overrides: Any) -> Path:
     """Distils a student as a recipe says, and returns the run's folder.
 
     recipe: a path, a built-in name, a mapping. overrides: entries by dotted name, train(..., **{"train.lr": 1e-3}), or
@@ -75,7 +76,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     device = launched()
     run, recipe, going_on = folder.place(recipe, out, resume)
     before: Path | None = None
-    begun = {place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)} if going_on else set()
+    begun = ({place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)}
+             if going_on else set())
     with spoken(), recorded() as record, folder.alone(run):
         log.info(f"checking {recipe.name}")
         for stage in recipe.stages:
@@ -91,8 +93,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
 
 
 def _treated(whole: Recipe, number: int, *rest: Any) -> Recipe:
-    """Trains a stage of the whole recipe, and again with smaller rates where its doctor sends it back. Returns the recipe as it was
-    at the end."""
+    """Trains a stage of the whole recipe, and again with smaller rates where its doctor sends it back. Returns the
+    recipe as it was at the end."""
     left = RELAPSES
     while True:
         try:
@@ -104,8 +106,8 @@ def _treated(whole: Recipe, number: int, *rest: Any) -> Recipe:
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
            begun: set[Path], record: MemoryHandler, on_step: Callable[[int], None] | None) -> None:
-    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the folders
-    that go on."""
+    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the
+    folders that go on."""
     number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
     log.info(f"{number}{recipe.method}, {recipe.steps} steps; loading the teacher {recipe.teacher.base} on {device}")
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
@@ -126,7 +128,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
         shard(stage.roles)
     log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
-                      [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start], preview.picture)
+                      [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start],
+                      preview.picture)
     attend(stage, trainer)
     going_on, recipes = place in begun, {run: whole, place: recipe}
     for new in [new for new in recipes if new not in begun]:
@@ -154,15 +157,18 @@ class MadePairs:
     seconds: float
 
 
-def plan(recipe: str | Path | Mapping[str, Any] | Recipe, gpu_memory: float | None = None, **overrides: Any) -> dict[str, Any]:
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, gpu_memory: float | None = None,
+         **overrides: Any) -> dict[str, Any]:
     """What a run will cost: `run.plan.plan`'s figures, in bytes. No weights are read.
 
-    recipe, overrides: as train. gpu_memory: of a card, in bytes; then "fit" says whether the run fits it, {memory, fits, switches: the
-    entries that make it fit, or all that there are, peak: with them}. RequestError for what training would refuse.
+    recipe, overrides: as train. gpu_memory: of a card, in bytes; then "fit" says whether the run fits it, {memory,
+    fits, switches: the entries that make it fit, or all that there are, peak: with them}. RequestError for what
+    training would refuse.
     """
     recipe = Recipe.of(recipe, overrides)
     found = plan_recipe(recipe)
-    return found if gpu_memory is None else found | {"fit": {"memory": gpu_memory, **asdict(fit_stage(recipe, found, gpu_memory))}}
+    return (found if gpu_memory is None
+            else found | {"fit": {"memory": gpu_memory, **asdict(fit_stage(recipe, found, gpu_memory))}})
 
 
 @spoken()
@@ -197,9 +203,10 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
            push: str | None = None, public: bool = False) -> Path:
     """Writes a run's student for stock diffusers, once a stock pipeline has given its pictures. Returns the folder.
 
-    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline. checkpoint,
-    weights: as of `sample`. push: the Hub repository OWNER/NAME that the folder is uploaded to, which is made where there is
-    none, private unless `public`. RequestError, before anything is written, where the Hub cannot be asked.
+    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
+    checkpoint, weights: as of `sample`. push: the Hub repository OWNER/NAME that the folder is uploaded to, which is
+    made where there is none, private unless `public`. RequestError, before anything is written, where the Hub cannot be
+    asked.
     """
     if push is not None:
         hub.check(push)
@@ -223,8 +230,8 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
 def doctor(run: str | Path) -> list[Health]:
     """How a finished or a running run is doing, a record a stage: what ails it now, what did before, and what helps.
 
-    Its signals are drawn into signals.png of the run's folder. RequestError for what is no run, and for one that was trained
-    without the doctor.
+    Its signals are drawn into signals.png of the run's folder. RequestError for what is no run, and for one that was
+    trained without the doctor.
     """
     return health(Path(run))
 
@@ -242,19 +249,21 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
 @spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
            guidance: float | None = None, out: str | Path | None = None, checkpoint: int | None = None,
-           weights: Literal["ema", "student"] | None = None, plugins: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
-    """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline of
-    videos the frames of each, written as a sheet with a row a video.
+           weights: Literal["ema", "student"] | None = None,
+           plugins: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+    """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline
+    of videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
-    checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has both. plugins: a
-    folder with the family of a pipeline.
+    checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has
+    both. plugins: a folder with the family of a pipeline.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if out is not None and Path(out).suffix.lower() not in PICTURES:
         raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
-    opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins), checkpoint=checkpoint,
+    opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins),
+                         checkpoint=checkpoint,
                          weights=weights)
     pipeline = opened.target.pipeline.to(launched())
     call = call_as_asked(opened.target, steps, guidance, log.info)
@@ -273,41 +282,45 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
 
 
 def check_pictures(pixels: Tensor, target: str | Path) -> None:
-    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, ..., 3, H, W) in [0, 1]."""
+    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, ..., 3, H, W) in [0,
+    1]."""
     if not pixels.isfinite().all():
-        raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that training has "
-                           "driven away, or an autoencoder that overflows in half precision, draw such")
+        raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that "
+                           "training has driven away, or an autoencoder that overflows in half precision, draw such")
     if not pixels.any():
         log.warning(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a network that "
                     "draws NaN may")
 
 
 @spoken()
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None, out: str | Path = "bench",
+def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
+          out: str | Path = "bench",
           seed: int = 0, guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
           features: FeatureName | FeatureNames | None = None, reference: str | Path | None = None,
           prompts: Sequence[str] | None = None, reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (),
           metrics: Sequence[str] = (), plugins: str | Path | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
-    features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in [-1, 1] ->
-    (B, dim)), or several of them, since one alone misranks: all figures are of the first, distances are in the others too.
-    reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000 `samples` in `features`,
-    those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the same noise, of 16 samples:
-    shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table too, at
-    `guidance`, or without guidance and at the scale that the student was trained for: of the two the better one at each
-    count is what a student should be held against. few_step: further targets, few-step pipelines that others made: they
-    keep their scheduler and are called without guidance. metrics: figures of plugins, by name; plugins: a folder with them, or with
-    the families of pipelines.
+    features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
+    [-1, 1] -> (B, dim)), or several of them, since one alone misranks: all figures are of the first, distances are in
+    the others too. reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000
+    `samples` in `features`, those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the
+    same noise, of 16 samples: shapes for what ships and the teacher for all else, unless given. The teachers of
+    students stand in the table too, at `guidance`, or without guidance and at the scale that the student was trained
+    for: of the two the better one at each count is what a student should be held against. few_step: further targets,
+    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: figures of
+    plugins, by name; plugins: a folder with them, or with the families of pipelines.
     """
     outside, spaces = None if plugins is None else Folder.open(plugins), _feature_spaces(features)
     marks = marked(metrics, outside)
     if reference not in (None, "teacher"):
         known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
         sweep.admitted(samples or 2000, known, spaces, reference)
-    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside) for target in (*targets, *few_step)]
+    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside)
+              for target in (*targets, *few_step)]
     if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws some of its frames")
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws "
+                           "some of its frames")
     own = tuple(dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
     scales, device, beside = tuple(guidance or own), launched(), teachers(opened, log.info)
     every = [*(o.target for o in opened if o.target.call is not None), *beside]
@@ -319,10 +332,12 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     told = {"device": device, "say": log.info, "made": folder.moment(device), "metrics": marks}
     if reference == "teacher":
         if len(beside) != 1:
-            raise RequestError(f"a bench against the teacher's own pictures is of students of one teacher; found {len(beside)}")
+            raise RequestError("a bench against the teacher's own pictures is of students of one teacher; found "
+                               f"{len(beside)}")
         return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
                          samples=samples or 16, features=None if features is None else spaces, **told)
-    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference, reuse, **told)
+    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference,
+                       reuse, **told)
 
 
 def _feature_spaces(features: FeatureName | FeatureNames | None) -> list[FeatureName]:

@@ -24,18 +24,22 @@ app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_en
                   help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
                        "evaluations.")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", autocompletion=lambda incomplete: _names("recipes", incomplete),
+RecipeName = Annotated[str,
+                       typer.Argument(metavar="RECIPE", autocompletion=lambda incomplete: _names("recipes", incomplete),
                                            help="A YAML file, or a built-in name such as shapes/lcm.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
                                                 help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
-Checkpoint = Annotated[int | None, typer.Option(metavar="STEP", min=1, help="Of a run: another checkpoint than the last.")]
+Checkpoint = Annotated[int | None,
+                       typer.Option(metavar="STEP", min=1, help="Of a run: another checkpoint than the last.")]
 Weights = Annotated[str | None, typer.Option(metavar="ema|student", help="Of a run that has both; ema unless given.")]
-Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and data of your own.")]
+Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and "
+                                             "data of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _scale("--guidance", scale))]
-RESUME_AUTO = "--resume-auto"          # how `--resume auto` is handed on: an option cannot be both a switch and a choice
+# how `--resume auto` is handed on: an option cannot be both a switch and a choice
+RESUME_AUTO = "--resume-auto"
 MANY = 10_000_000                      # of anything that is counted: beyond it a number is a slip
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
@@ -44,8 +48,8 @@ Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub
 @app.command()
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
           resume: Annotated[bool, typer.Option("--resume",
-                                               help="Go on from the last checkpoint in --out; `--resume auto`: begin where "
-                                                    "there is none.")] = False,
+                                               help="Go on from the last checkpoint in --out; `--resume auto`: "
+                                                    "begin where there is none.")] = False,
           resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, plugins: Plugins = None,
           as_json: Json = False) -> None:
     """Distil a student as a recipe says."""
@@ -58,7 +62,8 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
         to = None if family(chosen).no_pipeline else "pipeline" if chosen.student.lora is None else "lora"
         after = None if to is None else f"stepdistill export {quote(str(run))} --to {to}"
         emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
-              lambda: tell(f"trained: {run}\n" + (f"its pictures: {run / 'samples'}" if after is None else f"next: {after}")))
+              lambda: tell(f"trained: {run}\n" + (f"its pictures: {run / 'samples'}" if after is None
+                                                  else f"next: {after}")))
 
 
 @app.command()
@@ -68,44 +73,57 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None, plugins: Plugi
     found = working().pairs(chosen, out=out)
     from .parallel import rank
     if rank() == 0:
-        news = f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made else f"{found.count} pairs are there already"
+        news = (f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made
+                else f"{found.count} pairs are there already")
         tell(f"{news}: {found.folder}")
-        tell(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}" if out else ""))
+        tell(f"next: stepdistill train {chosen.arguments}" + (f" --set {quote(f'data.pairs.path={out}')}"
+                                                              if out else ""))
 
 
 @app.command()
 def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)],
            prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
-           steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Steps; a student's own number unless given.")] = None,
+           steps: Annotated[int | None,
+                            typer.Option(min=1, max=MANY, help="Steps; a student's own number unless given.")] = None,
            seed: Seed = 0, guidance: Guidance = None,
            out: Annotated[Path, typer.Option(metavar="PNG",
                                              help="The picture, or a sheet of them.")] = Path("sample.png"),
-           checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None, as_json: Json = False) -> None:
+           checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None,
+           as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
-    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint, weights=weights,
+    drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint,
+                       weights=weights,
                        plugins=plugins)
     first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
-    emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json, lambda: tell(f"wrote {out}"))
+    emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
+         lambda: tell(f"wrote {out}"))
 
 
 @app.command()
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
           nfe: Annotated[str, typer.Option(metavar="1,2,4,8",
                                            help="Network evaluations; a guided step is two.")] = "1,2,4,8",
-          samples: Annotated[int | None, typer.Option(min=2, max=MANY, help="Pictures a row; 2000, and 16 against the teacher.")] = None,
+          samples: Annotated[int | None, typer.Option(min=2, max=MANY, help="Pictures a row; 2000, and 16 against "
+                                                      "the teacher.")] = None,
           guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own "
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
                                                help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
-          features: Annotated[list[str] | None, typer.Option(help="A CLIPModel's or Dinov2Model's folder, or inception; several times for "
-                                                                  "distances in several. That of Shapes unless given, and none against the teacher.")] = None,
-          reference: Annotated[str | None, typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
-                                                             "given, shapes for what ships and teacher for your own.")] = None,
+          features: Annotated[list[str] | None, typer.Option(help="A CLIPModel's or Dinov2Model's folder, or "
+                                                                  "inception; several times for distances in several. "
+                                                                  "That of Shapes unless given, and none against "
+                                                                  "the teacher.")] = None,
+          reference: Annotated[str | None,
+                               typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
+                                                             "given, shapes for what ships and teacher for "
+                                                             "your own.")] = None,
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
-          few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; may be given several times.")] = None,
+          few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; "
+                                                             "may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
-          metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A figure of a plugin; may be given several times.")] = None,
+          metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A figure of a plugin; may be given "
+                                                           "several times.")] = None,
           plugins: Plugins = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
@@ -114,7 +132,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     texts = None if prompts is None else all_captions(open_prompts(prompts))
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
-                        features=features or None, reference=reference, prompts=texts, few_step=few_step or (), metrics=metric or (), plugins=plugins)
+                        features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
+                        metrics=metric or (), plugins=plugins)
     emit(results, as_json, lambda: show_results(results, out))
 
 
@@ -125,15 +144,18 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 of the weights; float16 unless "
                                                           "given, float32 of a pipeline.")] = None,
            checkpoint: Checkpoint = None, weights: Weights = None,
-           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hub, private if it is new.")] = None,
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of "
+                                                    "the Hub, private if it is new.")] = None,
            public: Annotated[bool, typer.Option("--public", help="A new repository is for all to see.")] = False,
            as_json: Json = False) -> None:
     """Write a student for stock diffusers, and prove that it draws the same pictures there."""
     api = working()
-    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype, checkpoint=checkpoint, weights=weights, push=push, public=public)
+    folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype, checkpoint=checkpoint, weights=weights,
+                        push=push, public=public)
     from .export import read_settings
     settings = read_settings(folder)
-    left = f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline" and settings["dropped"] else ""
+    left = (f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline"
+            and settings["dropped"] else "")
     emit({"folder": str(folder), **settings}, as_json, lambda: tell(f"proved and written: {folder}{left}"))
 
 
@@ -173,7 +195,9 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.",
+                                                       autocompletion=lambda incomplete: _names("methods",
+                                                                                                incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue
@@ -189,7 +213,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None,
             plugins: Plugins = None,
-            schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+            schema: Annotated[bool,
+                              typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
             as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
     from .recipe import catalogue
@@ -206,7 +231,8 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 
 @app.command()
 def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False, plugins: Plugins = None,
-         gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a card, such as 16GB: does it fit, and what makes it fit?")] = None) -> None:
+         gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a card, such as 16GB: does it "
+                                                        "fit, and what makes it fit?")] = None) -> None:
     """Say what a run will cost, before anything is loaded."""
     memory = None if gpu_memory is None else _bytes("--gpu-memory", gpu_memory)
     found = working().plan(_chosen(recipe, set_, plugins), memory)
@@ -214,7 +240,8 @@ def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False, plugins: 
 
 
 @app.command()
-def doctor(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, of a training that is over or goes on.")],
+def doctor(run: Annotated[Path,
+                          typer.Argument(metavar="RUN", help="A run folder, of a training that is over or goes on.")],
            as_json: Json = False) -> None:
     """Say in words how a run is doing, and what helps. Exit status 1 where something ails it."""
     found = working().doctor(run)
@@ -246,10 +273,11 @@ def spelled(arguments: list[str]) -> list[str]:
 
 
 def answer(command: Callable[[], object]) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else. What the terminal's
-    encoding does not hold is printed as a question mark."""
+    """Runs a command and exits: 0 done, 2 a bad request (one message, no traceback), 1 anything else. What the
+    terminal's encoding does not hold is printed as a question mark."""
     sys.stdout.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):                # schedulers, containers and closed terminals end a command as Ctrl-C does
+    # schedulers, containers and closed terminals end a command as Ctrl-C does
+    for name in ("SIGTERM", "SIGHUP"):
         if name in dir(signal) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
@@ -306,8 +334,8 @@ def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
     except ValueError:
         found = []
     if not found or not all(1 <= number <= MANY for number in found):
-        raise RequestError(f"{option} {text}: should be finite numbers of at least 1, and at most {MANY:,}, with commas between, such as "
-                           f"{example}")
+        raise RequestError(f"{option} {text}: should be finite numbers of at least 1, and at most {MANY:,}, with "
+                           f"commas between, such as {example}")
     return found
 
 

@@ -38,7 +38,8 @@ def demo(recipe: Recipe, out: Path, samples: int | None = None) -> Results:
         tell(f"exported and proved: {folder}")
         student = api.open_target(folder, "student")
         teacher = api.open_target(source_of(recipe), "teacher").target
-        results = measure(student.target, teacher, student.guidance, run, samples, resources.locate(recipe.teacher.base))
+        results = measure(student.target, teacher, student.guidance, run, samples,
+                          resources.locate(recipe.teacher.base))
         pictures(student.target, teacher, student.guidance, run / "samples.png")
         api.export(run, "lora")                     # once more: the model card now holds the table
         _conclude(results, run, folder, time.perf_counter() - begun)
@@ -106,7 +107,8 @@ def _conclude(results: Results, run: Path, folder: Path, seconds: float) -> None
                        (run / "report.html", "all of it"),
                        (folder, "the LoRA, its scheduler, its settings and its card")):
         tell(f"  {path}  {what}")
-    tell(f'try: stepdistill sample {quote(str(folder))} --prompt "a red ring left of a blue square on a plain navy background"')
+    tell(f'try: stepdistill sample {quote(str(folder))} --prompt "a red ring left of a blue square on a plain navy '
+         'background"')
 
 
 def _arguments() -> dict[str, Any]:

@@ -8,8 +8,10 @@ import re
 # Escape sequences of terminals, and all control characters but the end of a line and the tab.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # Of services that models and code come from, and of what calls itself a secret.
-_TOKEN = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
-                    r"|(?<=://)[^\s/@]+:[^\s/@]+(?=@)|(?<=Bearer )[\w.~+/=-]{8,}|(?i:(?<=token=)|(?<=secret=)|(?<=password=)|(?<=api_key=))[^\s'\"&,;]{6,}")
+_TOKEN = re.compile(
+    r"\b(?:hf_|api_org_)[A-Za-z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+                    r"|(?<=://)[^\s/@]+:[^\s/@]+(?=@)|(?<=Bearer "
+                    r")[\w.~+/=-]{8,}|(?i:(?<=token=)|(?<=secret=)|(?<=password=)|(?<=api_key=))[^\s'\"&,;]{6,}")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 HIDDEN = "[hidden]"
 _MARKUP = re.compile(r"([\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
@@ -20,11 +22,16 @@ _KINDS = {
     errno.EROFS: "{} lies on a disk that can only be read: name a folder that may be written",
     errno.ENAMETOOLONG: "the name {} is too long for this file system: name a shorter one",
     errno.EMFILE: "too many files are open ({}): raise the limit with `ulimit -n`",
-    errno.EEXIST: "{} is in the way: a folder was to be written where a file is, or the other way round. Choose another --out",
-    errno.ENOTDIR: "{} is in the way: a folder was to be written where a file is, or the other way round. Choose another --out",
-    errno.EISDIR: "{} is in the way: a folder was to be written where a file is, or the other way round. Choose another --out",
-    errno.EDQUOT: "the quota of the disk is used up ({}); what was saved before is whole. Free some space; a training goes on with --resume",
-    errno.ENOSPC: "the disk is full ({}); what was saved before is whole. Free some space; a training goes on with --resume",
+    errno.EEXIST: "{} is in the way: a folder was to be written where a file is, or the other way round. Choose "
+    "another --out",
+    errno.ENOTDIR: "{} is in the way: a folder was to be written where a file is, or the other way round. Choose "
+    "another --out",
+    errno.EISDIR: "{} is in the way: a folder was to be written where a file is, or the other way round. Choose "
+    "another --out",
+    errno.EDQUOT: "the quota of the disk is used up ({}); what was saved before is whole. Free some space; a training "
+    "goes on with --resume",
+    errno.ENOSPC: "the disk is full ({}); what was saved before is whole. Free some space; a training goes on "
+    "with --resume",
 }
 
 
@@ -39,7 +46,8 @@ class Stopped(RuntimeError):
     """Training had to stop: Ctrl-C, a full disk, a loss that is not finite, a GPU that is too small. The message says
     where, why, what is kept and how to go on. Commands print it without a traceback and exit with status 1.
 
-    not_finite: the part of the message that says what was NaN or infinite, and in which module it arose; None of another end.
+    not_finite: the part of the message that says what was NaN or infinite, and in which module it arose; None of
+    another end.
     """
 
     def __init__(self, message: str, not_finite: str | None = None) -> None:
@@ -54,11 +62,11 @@ def first_lines(error: Exception) -> str:
 
 
 def of_the_system(error: Exception) -> str | None:
-    """What to tell of an error that the operating system raised: a file that cannot be read or written, memory that is not there;
-    None of any other."""
+    """What to tell of an error that the operating system raised: a file that cannot be read or written, memory that is
+    not there; None of any other."""
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
-        return (f"there is not enough memory: {first_lines(error)}. A smaller batch, fewer samples or a smaller resolution takes less; "
-                "`stepdistill plan RECIPE` says what a training takes")
+        return (f"there is not enough memory: {first_lines(error)}. A smaller batch, fewer samples or a smaller "
+                "resolution takes less; `stepdistill plan RECIPE` says what a training takes")
     if not isinstance(error, OSError):
         return None
     name = error.filename or "while writing"
@@ -66,7 +74,8 @@ def of_the_system(error: Exception) -> str | None:
 
 
 def printable(text: str) -> str:
-    """With what a terminal would obey, such as escape sequences in the name of a file, spelled out, and without tokens."""
+    """With what a terminal would obey, such as escape sequences in the name of a file, spelled out, and without
+    tokens."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], redacted(text))
 
 
@@ -76,7 +85,8 @@ def unmarked(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Without what looks like a token, and without what the environment keeps under a name of secrets, such as HF_TOKEN."""
+    """Without what looks like a token, and without what the environment keeps under a name of secrets, such as
+    HF_TOKEN."""
     for name, value in os.environ.items():
         if len(value) >= 8 and value in text and _SECRET.search(name):
             text = text.replace(value, HIDDEN)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-_GONE = re.compile(r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out waiting|Socket (Timeout|closed)|connectFullMesh")
+_GONE = re.compile(r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out waiting|Socket "
+                   r"(Timeout|closed)|connectFullMesh")
 
 
 def _many() -> bool:
@@ -42,15 +43,16 @@ def gather(tensor: Tensor) -> Tensor:
     """Joins the ranks' tensors, of equal shape, along the first axis, in rank order."""
     if not _many():
         return tensor
-    carried = (tensor.cuda() if dist.get_backend() == "nccl" else tensor).contiguous()      # which carries what lies on GPUs alone
+    # which carries what lies on GPUs alone
+    carried = (tensor.cuda() if dist.get_backend() == "nccl" else tensor).contiguous()
     parts = [torch.empty_like(carried) for _ in range(world_size())]
     dist.all_gather(parts, carried)
     return torch.cat(parts).to(tensor.device)
 
 
 def shard_(network: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
-    """Shards a network's weights over the ranks by FSDP2: a block's are gathered while it runs, the rest with the network.
-    whole: the parameters that stay whole on every rank."""
+    """Shards a network's weights over the ranks by FSDP2: a block's are gathered while it runs, the rest with the
+    network. whole: the parameters that stay whole on every rank."""
     if not _many():
         return
     device, ignored = next(network.parameters()).device, set(whole)

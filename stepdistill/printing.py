@@ -110,7 +110,8 @@ def show_plan(found: dict[str, Any]) -> None:
         changed = " ".join(f"--set '{name}={value}'" for name, value in fit["switches"].items())
         verdict = f"fits with {changed}: then roughly {_size(fit['peak'])}" if changed else "fits"
         if not fit["fits"]:
-            verdict = f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed else "does not fit, and no switch is left"
+            verdict = (f"does not fit, not even with {changed}: then roughly {_size(fit['peak'])}" if changed
+                       else "does not fit, and no switch is left")
         tell(f"on a card of {_size(fit['memory'])} it {verdict}")
 
 

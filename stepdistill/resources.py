@@ -34,7 +34,8 @@ def portable(name: str) -> str:
 
 
 def share(folder: Path) -> None:
-    """Gives every file under a folder the rights that the umask gives a new one. safetensors writes its files for their owner alone."""
+    """Gives every file under a folder the rights that the umask gives a new one. safetensors writes its files for their
+    owner alone."""
     probe = folder / ".rights"
     probe.touch()
     mode = probe.stat().st_mode
@@ -44,7 +45,8 @@ def share(folder: Path) -> None:
 
 
 def named(place: str) -> str:
-    """A place as it may be told to others: what ships by its name, a folder or file of one's own by its own name alone."""
+    """A place as it may be told to others: what ships by its name, a folder or file of one's own by its own name
+    alone."""
     path = Path(place)
     if path.is_relative_to(SHARE):
         return path.relative_to(SHARE).as_posix()

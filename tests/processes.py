@@ -17,7 +17,8 @@ END = """
 
 
 def on_two_processes(code: str, folder: Path, *arguments: object) -> None:
-    """Runs `code`, the body of a function with `sys` at hand, in `folder` on the CPU; the arguments are its sys.argv[1:].
+    """Runs `code`, the body of a function with `sys` at hand, in `folder` on the CPU; the arguments are its
+    sys.argv[1:].
 
     An error on either process fails the test.
     """
@@ -25,5 +26,6 @@ def on_two_processes(code: str, folder: Path, *arguments: object) -> None:
     (folder / "worker.py").write_text(f'import sys\n\nif __name__ == "__main__":\n{body}{END}')
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py"]
     done = subprocess.run([*command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                            "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]

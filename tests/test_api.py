@@ -1,4 +1,5 @@
-"""From a recipe to an export and back for a flow-matching teacher, in one process: the commands' tests do the same for a UNet."""
+"""From a recipe to an export and back for a flow-matching teacher, in one process: the commands' tests do the same for
+a UNet."""
 from __future__ import annotations
 
 import pytest
@@ -22,7 +23,8 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(teacher):
     return {"method": "lcm", "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 3,
-            "settings": {"nodes": 7, "shift": 3.0}, "data": {"images": "shapes", "count": 16, "cache": True, "batch": 4},
+            "settings": {"nodes": 7, "shift": 3.0}, "data": {"images": "shapes", "count": 16, "cache": True,
+                                                             "batch": 4},
             "train": {"updates": 2, "lr": 1e-2, "ema": 0.5}, "evaluate": {"prompts": PROMPTS}}
 
 
@@ -39,7 +41,8 @@ def test_train_export_load(recipe, teacher, tmp_path):
     run = api.train(recipe, out=tmp_path / "run")
     folder = api.export(run)
     settings = read_settings(folder)
-    assert settings["call"] == {"num_inference_steps": 3, "guidance_scale": 1.0, "sigmas": [1.0, 5 / 7, 3 / 7], "max_sequence_length": 0}
+    assert settings["call"] == {"num_inference_steps": 3, "guidance_scale": 1.0, "sigmas": [1.0, 5 / 7, 3 / 7],
+                                "max_sequence_length": 0}
     weights = load_file(folder / settings["weights"])
     moved = [name for name, value in weights.items() if ".lora_B." in name and value.any()]
     assert len(moved) == len(weights) // 2 - 1                # all but the last block's add_q_proj
@@ -62,10 +65,13 @@ def test_a_teacher_with_a_call_of_its_own_is_sampled_with_it(teacher):
 
 
 def test_a_student_of_a_flow_reads_its_scale_and_leaves_at_one(recipe, tmp_path):
-    """Its class has no input for a guidance scale: training gives it one, and an export folds what it adds at a scale."""
+    """Its class has no input for a guidance scale: training gives it one, and an export folds what it adds at a
+    scale."""
     run = api.train(recipe | {"guidance": [1.0, 4.0]}, out=tmp_path / "run", **{"settings.guidance_embedding": True})
-    with pytest.raises(RequestError, match="has a guidance embedding, and its weights can hold one scale: add --guidance W"):
+    with pytest.raises(RequestError, match="has a guidance embedding, and its weights can hold one scale: add "
+                       "--guidance W"):
         api.export(run)
     assert not (run / "export").exists()
     settings = read_settings(api.export(run, guidance=3.0))
-    assert settings["guidance"] == 3.0 and settings["call"]["guidance_scale"] == 1.0 and settings["proof"]["difference"] <= 1e-4
+    assert (settings["guidance"] == 3.0 and settings["call"]["guidance_scale"] == 1.0
+            and settings["proof"]["difference"] <= 1e-4)

@@ -13,21 +13,27 @@ PACKAGE = Path(__file__).parents[1] / "stepdistill"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
-# part -> (what of ours, what of others) beside torch, the standard library, `errors`, `resources`, `files` and the part itself
+# part -> (what of ours, what of others) beside torch, the standard library, `errors`, `resources`, `files` and the part
+# itself
 EVERYTHING = "recipe run api.py training evaluation export methods models data losses diffusion parallel.py"
 MAY = {
     "diffusion": ("diffusion", ""),
     "losses": ("diffusion", ""),
     "parallel.py": ("diffusion", ""),
-    "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors huggingface_hub"),    # base: the needs it supplies
+    # base: the needs it supplies
+    "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors "
+               "huggingface_hub"),
     "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
     "methods": ("methods/base.py diffusion losses", ""),
-    "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard rich psutil"),
+    "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard "
+                 "rich psutil"),
     "evaluation": ("models data diffusion parallel.py",
                    "torchmetrics torch_fidelity matplotlib diffusers transformers safetensors numpy PIL rich"),
-    "export": ("models data diffusion parallel.py", "diffusers transformers peft safetensors numpy PIL huggingface_hub"),
+    "export": ("models data diffusion parallel.py", "diffusers transformers peft safetensors numpy PIL "
+               "huggingface_hub"),
     "recipe": ("methods/__init__.py", "pydantic ruamel"),
-    "run": ("__init__.py recipe training evaluation export methods models data losses diffusion parallel.py", "diffusers safetensors"),
+    "run": ("__init__.py recipe training evaluation export methods models data losses diffusion parallel.py",
+            "diffusers safetensors"),
     "api.py": (EVERYTHING, "diffusers transformers rich PIL"),
     "cli.py": (f"proofs {EVERYTHING} __init__.py printing.py", "typer rich"),
     "demo.py": (f"cli.py {EVERYTHING} printing.py", "typer rich"),
@@ -43,7 +49,8 @@ ONLY = {                                         # module -> the one place that 
     "peft": ("models/adapters.py",),
     "accelerate": ("training/launch.py",),
     "torch.distributed": ("parallel.py",),
-    "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py", "proofs/convergence.py"),
+    "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py",
+                        "proofs/convergence.py"),
     "pydantic": ("recipe/schema.py",),
     "typer": ("cli.py",),
     "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "evaluation/vitals.py", "proofs/convergence.py"),
@@ -61,7 +68,8 @@ def tree(name: str) -> ast.Module:
 
 @cache
 def _typing_only(name: str) -> set[ast.AST]:
-    blocks = [node for node in ast.walk(tree(name)) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    blocks = [node for node in ast.walk(tree(name)) if isinstance(node, ast.If)
+              and ast.unparse(node.test) == "TYPE_CHECKING"]
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
@@ -114,7 +122,8 @@ def test_one_place_imports(module):
 
 
 def test_diffusers_is_known_to_the_sampler_only_as_a_type():
-    assert not [name for name in NAMES if name.startswith("diffusion/") and any("diffusers" in i for i in imports(name))]
+    assert not [name for name in NAMES if name.startswith("diffusion/")
+                and any("diffusers" in i for i in imports(name))]
 
 
 def test_the_top_holds_few_files():
@@ -123,7 +132,8 @@ def test_the_top_holds_few_files():
 
 @pytest.mark.parametrize("function", BUILDS)
 def test_one_place_builds(function):
-    places = [name for name in NAMES for call in _calls(name) if isinstance(call.func, ast.Name) and call.func.id == function]
+    places = [name for name in NAMES for call in _calls(name) if isinstance(call.func, ast.Name)
+              and call.func.id == function]
     assert all(any(place == may or place.startswith(f"{may}/") for may in BUILDS[function]) for place in places), places
 
 
@@ -142,7 +152,8 @@ def test_nothing_is_guessed(name):
 
 def test_forward_hooks_stand_in_one_file():
     hooks = {"register_forward_hook", "register_forward_pre_hook"}
-    places = {name for name in NAMES for call in _calls(name) if isinstance(call.func, ast.Attribute) and call.func.attr in hooks}
+    places = {name for name in NAMES for call in _calls(name) if isinstance(call.func, ast.Attribute)
+              and call.func.attr in hooks}
     assert places <= {"models/discriminator.py"}
 
 
@@ -177,7 +188,8 @@ def test_inheritance_is_one_deep(name):
 
     def depth(base: ast.expr) -> int:
         parent = classes.get(ast.unparse(base).split("[")[0])
-        return 1 if parent is None else 1 + max([0, *(depth(b) for b in parent.bases if ast.unparse(b) not in abstract)])
+        return (1 if parent is None
+                else 1 + max([0, *(depth(b) for b in parent.bases if ast.unparse(b) not in abstract)]))
     for node in classes.values():
         assert all(depth(base) <= 1 for base in node.bases), f"{name}:{node.name}"
 

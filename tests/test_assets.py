@@ -65,7 +65,8 @@ def test_four_students_ship_and_each_has_its_recipe():
     for student, recipe in resources.STUDENTS.items():
         settings = json.loads((ASSETS / "students" / student / "stepdistill.json").read_text())
         chosen = Recipe.load(recipe)
-        assert (settings["method"], settings["steps"], settings["teacher"]) == (chosen.method, chosen.steps, chosen.teacher.base)
+        assert (settings["method"], settings["steps"], settings["teacher"]) == (chosen.method, chosen.steps,
+                                                                                chosen.teacher.base)
 
 
 @pytest.mark.parametrize("folder", ["shapes-sd", "shapes-sd3", *(f"students/{name}" for name in STUDENTS)])
@@ -123,7 +124,8 @@ def test_prompts_differ_where_pipelines_look(teacher):
 
 def test_the_teacher_draws_what_it_is_told(features, teacher):
     prompts = captions(scenes(torch.arange(40), HELD_OUT))
-    pixels = teacher(prompts, num_inference_steps=25, guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="pt")
+    pixels = teacher(prompts, num_inference_steps=25, guidance_scale=2.0, generator=torch.Generator().manual_seed(0),
+                     output_type="pt")
     assert all_right(features, pixels.images * 2 - 1, 40) >= 0.9
 
 
@@ -133,7 +135,8 @@ def test_the_flow_teacher_draws_it_too(features):
     pipeline.set_progress_bar_config(disable=True)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10 * 2**20
     prompts = captions(scenes(torch.arange(40), HELD_OUT))
-    pixels = pipeline(prompts, num_inference_steps=25, guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="pt",
+    pixels = pipeline(prompts, num_inference_steps=25, guidance_scale=2.0, generator=torch.Generator().manual_seed(0),
+                      output_type="pt",
                       **call_of(str(folder)))
     assert all_right(features, pixels.images * 2 - 1, 40) >= 0.9
 

@@ -29,7 +29,8 @@ def test_answers_without_torch(args):
     """The heavy imports are what costs seconds; a second is allowed, on a slow machine too."""
     code = ("import sys, runpy\nsys.argv[0] = 'stepdistill'\n"
             "try: runpy.run_module('stepdistill', run_name='__main__')\n"
-            "finally: print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib') if m in sys.modules], file=sys.stderr)")
+            "finally: print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib') if m in sys.modules], "
+            "file=sys.stderr)")
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -50,8 +51,10 @@ def test_one_method_in_full(stepdistill):
 
 def test_a_method_in_full_has_the_whole_comment_of_its_last_setting():
     output = catalogue.algorithm("lightning").splitlines()
-    assert output[-2].startswith("    discriminator_times: ") and output[-1].lstrip().startswith("# ") and "the first five times over" in output[-1]
-    assert all(line.startswith("    ") for name in METHODS for line in catalogue.algorithm(name).split("settings:\n")[1].splitlines())
+    assert (output[-2].startswith("    discriminator_times: ") and output[-1].lstrip().startswith("# ")
+            and "the first five times over" in output[-1])
+    assert all(line.startswith("    ") for name in METHODS
+               for line in catalogue.algorithm(name).split("settings:\n")[1].splitlines())
 
 
 def test_recipes_as_json(stepdistill):
@@ -72,7 +75,8 @@ def test_recipes_as_json(stepdistill):
     (("bench", "nowhere", "--nfe", "1,zwei"), "such as 1,2,4,8"),
     (("bench", "nowhere", "--nfe", "0"), "such as 1,2,4,8"),
     (("bench", "nowhere", "--guidance", "1,nan"), "--guidance 1,nan: should be finite numbers of at least 1"),
-    (("sample", "nowhere", "--prompt", "a", "--guidance", "nan"), "--guidance nan: should be a finite number, such as 3.0"),
+    (("sample", "nowhere", "--prompt", "a", "--guidance", "nan"), "--guidance nan: should be a finite number, "
+     "such as 3.0"),
     (("export", "nowhere", "--guidance", "inf"), "--guidance inf: should be a finite number, such as 3.0"),
 ])
 def test_a_bad_request_is_one_message_and_status_2(stepdistill, args, message):
@@ -80,7 +84,7 @@ def test_a_bad_request_is_one_message_and_status_2(stepdistill, args, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-# -- with a real, tiny teacher ------------------------------------------------------------------------------------------
+# -- with a real, tiny teacher -----------------------------------------------------------------------------------------
 
 RECIPE = """\
 method: lcm
@@ -110,7 +114,8 @@ def test_train_sample_export(stepdistill, recipe, tmp_path):
     done = stepdistill("train", recipe, "--out", "run")
     assert done.returncode == 0 and "next: stepdistill export run --to lora" in done.stdout, done.stderr
     run = tmp_path / "run"
-    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "samples"} <= {p.name for p in run.iterdir()}
+    assert ({"recipe.yaml", "environment.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "samples"}
+            <= {p.name for p in run.iterdir()})
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
     again = stepdistill("train", recipe, "--out", "run")
@@ -118,12 +123,16 @@ def test_train_sample_export(stepdistill, recipe, tmp_path):
     resumed = stepdistill("train", recipe, "--out", "run", "--resume", "--set", "data.batch=2")
     assert resumed.returncode == 2 and "data.batch was 4, now 2" in resumed.stderr, resumed.stderr
 
-    done = stepdistill("sample", "run", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "s.png")
+    done = stepdistill("sample", "run", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2,
+                       "--out", "s.png")
     assert done.returncode == 0 and (tmp_path / "s.png").stat().st_size, done.stderr
     done = stepdistill("export", "run", "--to", "lora", "--out", "lora", "--json")
-    assert json.loads(done.stdout)["folder"] == "lora" and (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file(), done.stderr
-    done = stepdistill("sample", "lora", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out", "t.png", "--json")
-    assert json.loads(done.stdout) == {"picture": "t.png", "prompts": ["a red ring", "a blue cross"], "size": [16, 16], "seed": 0}, done.stderr
+    assert json.loads(done.stdout)["folder"] == "lora" and (
+        tmp_path / "lora/pytorch_lora_weights.safetensors").is_file(), done.stderr
+    done = stepdistill("sample", "lora", "--prompt", "a red ring", "--prompt", "a blue cross", "--steps", 2, "--out",
+                       "t.png", "--json")
+    assert json.loads(done.stdout) == {"picture": "t.png", "prompts": ["a red ring", "a blue cross"], "size": [16, 16],
+                                       "seed": 0}, done.stderr
     one, other = (np.array(Image.open(tmp_path / name)).astype(int) for name in ("s.png", "t.png"))
     assert one.shape == other.shape and abs(one - other).max() <= 1        # a merged adapter rounds differently
 
@@ -142,24 +151,30 @@ def test_what_cannot_work_is_refused_before_training(stepdistill, recipe, tmp_pa
 
 def test_damaged_teachers_are_refused(stepdistill, recipe, tmp_path, tiny_teacher):
     (tmp_path / "empty").mkdir()
-    assert "model_index.json" in (done := stepdistill("train", recipe, "--set", "teacher=empty")).stderr and done.returncode == 2
+    assert ("model_index.json" in (done := stepdistill("train", recipe, "--set", "teacher=empty")).stderr
+            and done.returncode == 2)
     shutil.copytree(tiny_teacher, tmp_path / "cut")
     weights = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     done = stepdistill("train", recipe, "--set", "teacher=cut")
-    assert done.returncode == 2 and "diffusion_pytorch_model.safetensors" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode == 2 and "diffusion_pytorch_model.safetensors" in done.stderr
+            and "Traceback" not in done.stderr)
 
 
 @pytest.mark.long
-def test_pairs_are_made_once_and_others_are_refused_with_the_command_that_makes_the_right_ones(stepdistill, tmp_path, recipe):
-    text = recipe.read_text().replace("images: shapes", "pairs: {prompts: [a red ring], solver: ddim, steps: 2}, count: 4")
+def test_pairs_are_made_once_and_others_are_refused_with_the_command_that_makes_the_right_ones(stepdistill,
+                                                                                               tmp_path, recipe):
+    text = recipe.read_text().replace("images: shapes", "pairs: {prompts: [a red ring], solver: ddim, steps: "
+                                      "2}, count: 4")
     recipe.write_text(text)
     made, again = (stepdistill("pairs", recipe, "--out", "named") for _ in range(2))
-    assert made.returncode == 0 and "4 of 4 pairs made in" in made.stdout and f"{Path('named')}" in made.stdout, made.stderr
+    assert made.returncode == 0 and "4 of 4 pairs made in" in made.stdout and f"{Path('named')}" in made.stdout, (
+        made.stderr)
     assert "4 pairs are there already" in again.stdout
     asked = ("--set", "data.pairs.guidance=3.0", "--set", "data.pairs.path=named", "--out", "run")
     refused = stepdistill("train", recipe, *asked)
-    assert refused.returncode == 2 and "made_by.guidance is 2.0 there and 3.0 here" in refused.stderr and not (tmp_path / "run").exists()
+    assert (refused.returncode == 2 and "made_by.guidance is 2.0 there and 3.0 here" in refused.stderr
+            and not (tmp_path / "run").exists())
     command = shlex.split(refused.stderr.split("`")[1].replace("FOLDER", "right"))
     assert command[0] == "stepdistill" and stepdistill(*command[1:]).returncode == 0
     done = stepdistill("train", recipe, *asked, "--set", "data.pairs.path=right", *SMALL)
@@ -173,14 +188,16 @@ def test_resume_is_a_switch_and_auto_a_choice():
 
 
 @pytest.mark.parametrize(("error", "status", "message"), [
-    (PermissionError(13, "Permission denied", "/etc/x"), 2, "no permission for '/etc/x': name a folder that may be written"),
+    (PermissionError(13, "Permission denied", "/etc/x"), 2, "no permission for '/etc/x': name a folder that may "
+     "be written"),
     (OSError(30, "Read-only file system", "/cdrom/x"), 2, "'/cdrom/x' lies on a disk that can only be read"),
     (OSError(36, "File name too long", "a" * 300), 2, "is too long for this file system"),
     (OSError(28, "No space left on device", "x"), 1, "the disk is full ('x'); what was saved before is whole"),
     (NotADirectoryError(20, "Not a directory", "file/x"), 2, "'file/x' is in the way"),
     (OSError("We couldn't connect to the Hub"), 2, "We couldn't connect to the Hub"),
     (MemoryError(), 2, "there is not enough memory: MemoryError"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), 2, "not enough memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 4 bytes"), 2, "not enough memory"),
     (RequestError("in \x1b]0;pwned\x07 '[bold]x'"), 2, r"in \x1b]0;pwned\x07 '[bold]x'")])
 def test_errors_of_the_system_are_one_message(capsys, error, status, message):
     def command():
@@ -204,8 +221,10 @@ def test_errors_of_ours_are_shown_in_full():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_an_interrupted_run_is_kept_and_goes_on(stepdistill, recipe, tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "stepdistill", "train", str(recipe), "--out", "run", "--set", "train.updates=100000"],
-                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "stepdistill", "train", str(recipe), "--out", "run", "--set",
+                                "train.updates=100000"],
+                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -226,7 +245,8 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
     from stepdistill.models.teacher import load_teacher
     roles = build_roles(load_teacher(tiny_teacher), {"teacher": Frozen(), "student": Trained()}, {"student": Lora(2)})
     assert found["roles"]["student"]["parameters"] == sum(p.numel() for p in roles.parameters("student"))
-    assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}       # two of the teacher, target, student
+    # two of the teacher, target, student
+    assert found["passes"] == {"forward": 4, "backward": 1, "batch": 4, "updates": 2}
 
 
 @pytest.mark.long
@@ -236,13 +256,15 @@ def test_plan_says_whether_it_fits_a_card_and_what_makes_it_fit(recipe):
     half = stepdistill.plan(recipe, **{"data.batch": 256, "train.precision": "bf16"})
     assert half["peak"] < whole["peak"]
     found = stepdistill.plan(recipe, half["peak"], **{"data.batch": 256})["fit"]
-    assert found == {"memory": half["peak"], "switches": {"train.precision": "bf16"}, "peak": half["peak"], "fits": True}
+    assert found == {"memory": half["peak"], "switches": {"train.precision": "bf16"}, "peak": half["peak"],
+                     "fits": True}
     assert stepdistill.plan(recipe, 1e12)["fit"]["switches"] == {}
     tight = stepdistill.plan(recipe, 1e6)["fit"]
     assert not tight["fits"] and {"train.gradient_checkpointing", "train.accumulate"} < set(tight["switches"])
 
 
-@pytest.mark.parametrize("size, says", [("16GB", "on a card of 16 GB it fits"), ("1MB", "does not fit, not even with --set 'train.precision=bf16'")])
+@pytest.mark.parametrize("size, says", [("16GB", "on a card of 16 GB it fits"),
+                                        ("1MB", "does not fit, not even with --set 'train.precision=bf16'")])
 def test_plan_prints_whether_it_fits(stepdistill, recipe, size, says):
     assert says in stepdistill("plan", recipe, "--gpu-memory", size).stdout
 
@@ -253,25 +275,31 @@ def test_plan_refuses_a_card_of_no_size(stepdistill, recipe):
 
 
 def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
-    """Means over rollouts of 1 to 4 evaluations, the heads' own passes by the arithmetic of the network's first half."""
+    """Means over rollouts of 1 to 4 evaluations, the heads' own passes by the arithmetic of the network's first
+    half."""
     from stepdistill.methods.distribution.dmd2 import DMD2, Settings
     from stepdistill.models.roles import Lora, build_roles
     from stepdistill.models.teacher import load_teacher
     from stepdistill.recipe import Recipe
     from stepdistill.run.plan import plan
-    made = {"method": "dmd2", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 3.0, "steps": 4,
+    made = {"method": "dmd2", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+            "guidance": 3.0, "steps": 4,
             "data": {"images": "shapes", "batch": 4}, "train": {"updates": 2}}
     count = lambda **settings: plan(Recipe.load(made | {"settings": settings}))
     plain, shared = count(gan_weight=0.0)["passes"], count(gan_weight=0.0, share_rollout=True)["passes"]
-    assert (plain["forward"], plain["backward"]) == (2.5 + 2 + 1 + 4 * 2.5 + 5, 6) and shared["forward"] == 2.5 + 2 + 1 + 5
+    assert ((plain["forward"], plain["backward"]) == (2.5 + 2 + 1 + 4 * 2.5 + 5, 6)
+            and shared["forward"] == 2.5 + 2 + 1 + 5)
     with_discriminator = count()
     share = (with_discriminator["passes"]["forward"] - plain["forward"]) / 5
-    assert 0.2 < share < 0.6 and with_discriminator["passes"]["backward"] == pytest.approx(6 + 1 + 5 * share)       # and once through the critic to x
+    # and once through the critic to x
+    assert 0.2 < share < 0.6 and with_discriminator["passes"]["backward"] == pytest.approx(6 + 1 + 5 * share)
     roles = build_roles(load_teacher(tiny_teacher), DMD2.needs(Settings(), False), {"student": Lora(2)})
     for name in ("student", "critic", "discriminator"):
         parameters = sum(p.numel() for p in roles.parameters(name))
-        assert with_discriminator["roles"][name] == {"parameters": parameters, "trained": parameters, "bytes": 4 * parameters}
-    prompts = plan(Recipe.load(made | {"settings": {"gan_weight": 0.0}, "data": {"prompts": ["a red ring"], "batch": 4}}))
+        assert with_discriminator["roles"][name] == {"parameters": parameters, "trained": parameters,
+                                                     "bytes": 4 * parameters}
+    prompts = plan(Recipe.load(made | {"settings": {"gan_weight": 0.0},
+                                       "data": {"prompts": ["a red ring"], "batch": 4}}))
     assert prompts["passes"]["forward"] == plain["forward"]
     with pytest.raises(RequestError, match="steps is 1001; it should be at most 1000"):
         plan(Recipe.load(made | {"steps": 1001}))
@@ -287,11 +315,14 @@ def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tm
         UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_config(folder / "unet")
         AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                       block_out_channels=(128, 256, 512, 512), layers_per_block=2).save_config(folder / "vae")
-    CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12).save_pretrained(folder / "text_encoder")
+    CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+                   num_hidden_layers=12).save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps({
-        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "PNDMScheduler"]}))
-    PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).save_config(folder / "scheduler")
+    PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                  steps_offset=1).save_config(folder / "scheduler")
     done = stepdistill("plan", recipe, "--json", "--set", f"teacher={folder}", "--set", "student={lora: {rank: 64}}")
     roles = json.loads(done.stdout)["roles"]
     assert roles["teacher"]["parameters"] == 859_520_964

@@ -1,4 +1,5 @@
-"""docs/examples: every file, command and line of Python on a page is used as it stands, with small networks and few updates."""
+"""docs/examples: every file, command and line of Python on a page is used as it stands, with small networks and few
+updates."""
 from __future__ import annotations
 
 import json
@@ -17,9 +18,11 @@ from test_sources import save_lora  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/examples"
-SHORTER = {"updates: 1000": "updates: 3", "count: 4096": "count: 8", "batch: 16": "batch: 4", "checkpoint_every: 200": "checkpoint_every: 2",
+SHORTER = {"updates: 1000": "updates: 3", "count: 4096": "count: 8", "batch: 16": "batch: 4",
+           "checkpoint_every: 200": "checkpoint_every: 2",
            "rank: 64": "rank: 2", "train.updates=1500": "train.updates=5"}
-RECIPE = "method: lcm\nteacher: my-pipeline\nstudent: {lora: {rank: 2}}\nguidance: 2.0\nsteps: 4\ndata: {images: my-images, batch: 2}\ntrain: {updates: 3}\n"
+RECIPE = ("method: lcm\nteacher: my-pipeline\nstudent: {lora: {rank: 2}}\nguidance: 2.0\nsteps: 4\ndata: {images: "
+          "my-images, batch: 2}\ntrain: {updates: 3}\n")
 
 
 @pytest.fixture
@@ -40,7 +43,8 @@ def desk(tmp_path: Path) -> Path:
 
 
 def used(desk: Path, *command: str) -> str:
-    environment = {**os.environ, "PATH": f"{desk / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "STEPDISTILL_CACHE": str(desk / "cache")}
+    environment = {**os.environ, "PATH": f"{desk / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "STEPDISTILL_CACHE": str(desk / "cache")}
     done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -55,9 +59,11 @@ def follow(page: str, desk: Path) -> list[str]:
         if language == "yaml":
             (desk / re.findall(r"`([\w.-]+\.yaml)`:", text)[0]).write_text(block)
         elif "file=" in rest:
-            printed.append(used(desk, "bash", "-n", "-c", block))                  # it is read through, and needs a queue to run
+            # it is read through, and needs a queue to run
+            printed.append(used(desk, "bash", "-n", "-c", block))
         else:
-            printed.append(used(desk, *(("bash", "-euc", block) if language == "sh" else (sys.executable, "-c", block))))
+            printed.append(used(desk,
+                                *(("bash", "-euc", block) if language == "sh" else (sys.executable, "-c", block))))
     return printed
 
 
@@ -66,7 +72,8 @@ def test_a_fine_tune_becomes_a_turbo_lora(desk):
     follow("fine_tune.md", desk)
     assert Image.open(desk / "in-diffusers.png").size == (16, 16) and (desk / "looks/report.html").is_file()
     settings = json.loads((desk / "turbo-lora/stepdistill.json").read_text())
-    assert settings["teacher_loras"] == [{"path": str(desk / "my-style"), "weight": 0.8}] and settings["proof"]["difference"] <= 1e-4
+    assert (settings["teacher_loras"] == [{"path": str(desk / "my-style"), "weight": 0.8}]
+            and settings["proof"]["difference"] <= 1e-4)
     assert (desk / "lighthouse.png").is_file()
 
 
@@ -88,7 +95,8 @@ def test_a_student_in_comfyui(desk):
 def test_features_of_ones_own(desk):
     (printed,) = follow("own_features.md", desk)
     rows = [line.split() for line in printed.splitlines()]
-    assert {row[0] for row in rows} == {"real", "shapes-lcm", "teacher:ddim"} and all(float(row[4]) <= float(row[3]) <= float(row[5]) for row in rows)
+    assert ({row[0] for row in rows} == {"real", "shapes-lcm", "teacher:ddim"}
+            and all(float(row[4]) <= float(row[3]) <= float(row[5]) for row in rows))
 
 
 @pytest.mark.long
@@ -97,9 +105,11 @@ def test_the_notebook(desk):
     cells = json.loads((PAGES / "first_steps.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert "samples=400" in code and 'out="first-run")' in code
-    code = code.replace('out="first-run")', 'out="first-run", **{"train.updates": 2, "data.count": 64, "data.batch": 4})')
+    code = code.replace('out="first-run")', 'out="first-run", **{"train.updates": 2, "data.count": 64, '
+                        '"data.batch": 4})')
     used(desk, sys.executable, "-c", code)
-    assert (desk / "first-lora/pytorch_lora_weights.safetensors").is_file() and (desk / "first-bench/table.md").is_file()
+    assert ((desk / "first-lora/pytorch_lora_weights.safetensors").is_file()
+            and (desk / "first-bench/table.md").is_file())
 
 
 def test_every_page_is_listed_and_tested():

@@ -16,7 +16,8 @@ def test_signatures_are_those_of_the_functions():
     assert inspect.signature(stepdistill.export) == inspect.signature(api.export)
     assert inspect.signature(stepdistill.methods) == inspect.signature(catalogue.methods)
     for name in ("train", "sample", "bench", "pairs", "plan", "load", "recipes", "verify"):
-        kinds = {parameter.name: parameter.kind for parameter in inspect.signature(getattr(stepdistill, name)).parameters.values()}
+        kinds = {parameter.name: parameter.kind
+                 for parameter in inspect.signature(getattr(stepdistill, name)).parameters.values()}
         assert "options" not in kinds and "args" not in kinds and len(kinds) > 0, name
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, ROOT], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out,
+                    ROOT], check=True)
     return next(out.glob("*.whl"))
 
 
@@ -35,7 +36,8 @@ def installed(site: Path, cwd: Path, *args: object) -> subprocess.CompletedProce
 
 def test_the_wheel_holds_code_types_recipes_and_assets(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("stepdistill/py.typed", "stepdistill/_share/recipes/shapes/lcm.yaml", "stepdistill/_share/assets/shapes-clip/tokenizer.json"):
+    for needed in ("stepdistill/py.typed", "stepdistill/_share/recipes/shapes/lcm.yaml",
+                   "stepdistill/_share/assets/shapes-clip/tokenizer.json"):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/")) or "/students/" in name]
@@ -71,19 +73,21 @@ def test_every_pin_is_a_public_version():
 
 
 def test_the_installed_wheel_trains(site, tmp_path, tiny_teacher):
-    output = installed(site, tmp_path, "-c", "import stepdistill, stepdistill.resources as r; print(stepdistill.__file__); "
-                                           "print(r.locate('recipes/shapes/lcm.yaml'))")
+    output = installed(site, tmp_path, "-c", "import stepdistill, stepdistill.resources as r; "
+                                           "print(stepdistill.__file__); print(r.locate('recipes/shapes/lcm.yaml'))")
     assert [Path(line).is_relative_to(site) for line in output.stdout.split()] == [True, True], output
     rows = json.loads(installed(site, tmp_path, "-m", "stepdistill", "recipes", "--json").stdout)
     assert "shapes/lcm-demo" in [row["name"] for row in rows]
-    done = installed(site, tmp_path, "-m", "stepdistill", "train", "shapes/lcm-demo", "--out", "run", "--set", f"teacher={tiny_teacher}",
+    done = installed(site, tmp_path, "-m", "stepdistill", "train", "shapes/lcm-demo", "--out", "run", "--set",
+                     f"teacher={tiny_teacher}",
                      "--set", "train.updates=2", "--set", "data.count=16", "--set", "data.batch=4")
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run/checkpoints").glob("step-000002"))
 
 
 def test_both_names_of_the_package_answer(site, tmp_path):
-    for command in (("-m", "stepdistill", "--version"), ("-c", "from importlib.metadata import version; print(version('stepdistill'))")):
+    for command in (("-m", "stepdistill", "--version"),
+                    ("-c", "from importlib.metadata import version; print(version('stepdistill'))")):
         assert installed(site, tmp_path, *command).stdout.strip() == "0.1.0"
 
 
@@ -91,8 +95,8 @@ def test_the_face(site, tmp_path):
     """train, sample, bench, export, load come with the first use; `export` is also the name of a package."""
     code = ("import sys, stepdistill\nassert 'torch' not in sys.modules\n"
             "assert all(callable(getattr(stepdistill, name)) for name in stepdistill.__all__)\n"
-            "import stepdistill.export.folder\nassert callable(stepdistill.export) and stepdistill.export.folder.load is stepdistill.load\n"
-            "try: stepdistill.export('nowhere')\nexcept stepdistill.RequestError as error: print(error)\n"
-            "try: stepdistill.trian\nexcept AttributeError as error: print(error)")
+            "import stepdistill.export.folder\nassert callable(stepdistill.export) and stepdistill.export.folder.load "
+            "is stepdistill.load\ntry: stepdistill.export('nowhere')\nexcept stepdistill.RequestError as error: "
+            "print(error)\ntry: stepdistill.trian\nexcept AttributeError as error: print(error)")
     done = installed(site, tmp_path, "-c", code)
     assert "nowhere is no run folder" in done.stdout and "'trian'" in done.stdout, done

@@ -62,27 +62,33 @@ def save_tiny(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 
 def tiny_sd3(t5: bool = False, shift: float = 3.0) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline of about 35,000 parameters. Its latents have the 16 channels that stock inpainting asks for, its
-    second block is of the kind of SD 3.5, its encoders differ in width, and with T5 there is a third."""
+    """A StableDiffusion3Pipeline of about 35,000 parameters. Its latents have the 16 channels that stock inpainting
+    asks for, its second block is of the kind of SD 3.5, its encoders differ in width, and with T5 there is a third."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes-clip")
 
     def clip(width: int) -> CLIPTextModelWithProjection:
         return CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length, projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval()
 
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=8,
+        num_attention_heads=2,
         joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24, pos_embed_max_size=8,
         dual_attention_layers=(1,), qk_norm="rms_norm")
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                        block_out_channels=(8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=4, sample_size=16,
+                        block_out_channels=(8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=4,
+                        sample_size=16,
                         scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
     words = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581red", "\u2581blue", "\u2581ring", "\u2581square"]
-    t5_tokenizer = T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0, model_max_length=16)
-    encoder = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+    t5_tokenizer = T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0,
+                                   model_max_length=16)
+    encoder = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1,
+                                      num_heads=2)).eval()
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         text_encoder=clip(16), tokenizer=tokenizer, text_encoder_2=clip(8), tokenizer_2=tokenizer,

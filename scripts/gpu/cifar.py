@@ -1,9 +1,9 @@
 """Distillation on CIFAR-10: a classifier, a class-conditional teacher, and students of it, in calls of a few minutes.
 
-Every distance is between features of that classifier, of 10,000 samples to the 45,000 pictures that all were trained on. What
-counts is a student's distance divided by its teacher's, with the interval of that ratio. A call takes what comes next: the
-classifier, the teacher (several calls, each with an optimizer of its own), its distance, a student. Between machines the folder
-`carried` of the work folder is what has to be kept, and the record.
+Every distance is between features of that classifier, of 10,000 samples to the 45,000 pictures that all were trained
+on. What counts is a student's distance divided by its teacher's, with the interval of that ratio. A call takes what
+comes next: the classifier, the teacher (several calls, each with an optimizer of its own), its distance, a student.
+Between machines the folder `carried` of the work folder is what has to be kept, and the record.
 """
 from __future__ import annotations
 
@@ -36,23 +36,29 @@ STEPS = 18                            # of Heun, by which the teacher is measure
 MEASURING = 40.0                      # seconds that a row takes
 LEAST = 60.0                          # seconds that are worth beginning a training for
 RATE = 0.3 * 400e12                   # FLOP/s that --plan counts on
-TINY = training.Sizes(side=16, classifier=(4, 8), teacher=(8, 16, 16), layers=1, groups=8, batch=16, epochs=1, teacher_images=32, warmup=2)
+TINY = training.Sizes(side=16, classifier=(4, 8), teacher=(8, 16, 16), layers=1, groups=8, batch=16, epochs=1,
+                      teacher_images=32, warmup=2)
 TINY_STUDENTS = ("scm", "dmd2-1")
-TINY_RECIPE = {"data.batch": 4, "train.updates": 2, "train.warmup": 0, "train.checkpoint_every": None, "train.precision": "fp32"}
+TINY_RECIPE = {"data.batch": 4, "train.updates": 2, "train.warmup": 0, "train.checkpoint_every": None,
+               "train.precision": "fp32"}
 
 
 def main() -> None:
     made = parser(__doc__)
     made.set_defaults(seconds=440.0)
-    made.add_argument("--data", type=Path, help="the pictures: .parquet or .npz; ../shared/data/cifar10-train.parquet unless given")
+    made.add_argument("--data", type=Path, help="the pictures: .parquet or .npz; ../shared/data/cifar10-train.parquet "
+                      "unless given")
     made.add_argument("--work", type=Path, help=f"where all lies that is made; {WORK.relative_to(ROOT)} unless given")
     made.add_argument("--students", nargs="*", choices=students.STUDENTS, help="which, in this order; all unless given")
     made.add_argument("--teacher-images", type=int, help="pictures that the teacher sees in all")
     made.add_argument("--samples", type=int, default=SAMPLES, help="of a row")
     made.add_argument("--compile", action="store_true", help="torch.compile in the teacher's training")
-    made.add_argument("--whole", action="store_true", help="no student is cut short: it takes as many calls on this machine as it needs")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an entry of the students' recipes")
-    made.add_argument("--plan", action="store_true", help="say how large the networks are and how long they take, and stop")
+    made.add_argument("--whole", action="store_true", help="no student is cut short: it takes as many calls on "
+                      "this machine as it needs")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                      help="an entry of the students' recipes")
+    made.add_argument("--plan", action="store_true", help="say how large the networks are and how long they "
+                      "take, and stop")
     args = made.parse_args()
     if args.plan:
         print(plan(training.Sizes()))
@@ -115,7 +121,7 @@ class Bench:
         print(f"{what}: {max(0, self.clock.left):.0f} s are left, and {seconds:.0f} are wanted: call again")
         return False
 
-    # -- the pieces -----------------------------------------------------------------------------------------------------
+    # -- the pieces ----------------------------------------------------------------------------------------------------
 
     def classify(self) -> training.Classifier:
         file, begun = self.carried / "classifier.safetensors", time.monotonic()
@@ -124,7 +130,8 @@ class Bench:
         network = training.load_classifier(file, self.sizes, self.device)
         if not self.record.has("classifier"):
             held_out, own = (training.accuracy(network, part) for part in (self.apart, self.data))
-            self.record.add("classifier", {"accuracy": held_out, "accuracy_in_training": own, "parameters": parameters(network),
+            self.record.add("classifier", {"accuracy": held_out, "accuracy_in_training": own,
+                                           "parameters": parameters(network),
                                            "features": self.sizes.classifier[-1], "seconds": time.monotonic() - begun})
             print(f"classifier: {held_out:.1%} of the held-out pictures, {own:.1%} of its own")
         return network
@@ -135,8 +142,9 @@ class Bench:
         if progress.images < self.sizes.teacher_images and self.room(LEAST, "the teacher"):
             progress = training.train_teacher(self.data, folder, self.sizes, self.clock, self.args.compile)
             self.keep()
-            print(f"teacher: {progress.images:,} of {self.sizes.teacher_images:,} pictures in {progress.seconds:.0f} s and {progress.calls} calls; "
-                  f"{folder} and {self.carried / 'classifier.safetensors'} are to be kept")
+            print(f"teacher: {progress.images:,} of {self.sizes.teacher_images:,} pictures in {progress.seconds:.0f} "
+                  f"s and {progress.calls} calls; {folder} and {self.carried / 'classifier.safetensors'} are "
+                  "to be kept")
         return progress
 
     def measure_teacher(self, progress: training.Progress) -> Measured:
@@ -152,10 +160,13 @@ class Bench:
             held_out = measure.features(self.classifier, self.apart.pixels)
             fd = measure.distance(found["features"], self.real)
             self.record.add("real", {"fd": measure.distance(held_out, self.real), "samples": len(held_out)})
-            self.record.add("teacher", {"fd": fd, "nfe": 2 * STEPS - 1, "samples": self.samples, "parameters": parameters(
-                training.teacher_network(self.sizes)), "teacher_images": progress.images, "seconds": progress.seconds, "calls": progress.calls,
+            self.record.add("teacher", {"fd": fd, "nfe": 2 * STEPS - 1, "samples": self.samples,
+                                        "parameters": parameters(
+                training.teacher_network(self.sizes)), "teacher_images": progress.images, "seconds": progress.seconds,
+                "calls": progress.calls,
                 "device": self.record.head["device"]})
-            print(f"teacher: FD {said(fd)} in {2 * STEPS - 1} evaluations; held-out pictures {said(self.record.figures['real']['fd'])}")
+            print(f"teacher: FD {said(fd)} in {2 * STEPS - 1} evaluations; held-out pictures "
+                  f"{said(self.record.figures['real']['fd'])}")
         return Measured(progress.images, found["features"], self.record.figures["teacher"]["fd"])
 
     def student(self, name: str, teacher: Measured) -> bool:
@@ -165,7 +176,8 @@ class Bench:
         if not left:
             return True
         run = self.work / "students" / f"{name}-{teacher.images}"
-        if self.record.again and len(left) == len(asked) and internals.is_run(run) and internals.finished(run, internals.recipe_of(run)):
+        if (self.record.again and len(left) == len(asked) and internals.is_run(run)
+            and internals.finished(run, internals.recipe_of(run))):
             shutil.rmtree(run)
         until = Clock(self.clock.left - MEASURING * len(left))
         recipe = internals.recipe_of(run) if internals.is_run(run) else self.recipe(name, until)
@@ -176,10 +188,11 @@ class Bench:
         return True
 
     def recipe(self, name: str, until: Clock) -> internals.Recipe | None:
-        """Of a student that is begun now; None where another call should begin it: only the first of a call may be cut short, and with
-        --whole none."""
+        """Of a student that is begun now; None where another call should begin it: only the first of a call may be cut
+        short, and with --whole none."""
         images = write_folder(self.data, self.work / "images")
-        asked = students.recipe(name, self.carried / "teacher", images, (TINY_RECIPE if self.args.tiny else {}) | self.overrides)
+        asked = students.recipe(name, self.carried / "teacher", images, (TINY_RECIPE if self.args.tiny else {})
+                                | self.overrides)
         if self.args.tiny or self.args.whole:
             return asked
         if until.left < LEAST + students.NOTICE:
@@ -194,7 +207,7 @@ class Bench:
     def later(self, name: str) -> None:
         print(f"{name}: {max(0, self.clock.left):.0f} s are left, too few for it: call again")
 
-    # -- rows -----------------------------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     def add_row(self, name: str, steps: int, run: Path, recipe: internals.Recipe, teacher: Measured) -> None:
         pixels = measure.drawn(internals.student_draws(run, steps, self.device), self.samples)
@@ -204,8 +217,10 @@ class Bench:
         timing = json.loads((run / "timings.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         self.show(row(name, steps), pixels[:measure.SHOWN])
         self.record.add(row(name, steps), {
-            "method": recipe.method, "nfe": steps, "trained_steps": recipe.steps, "fd": fd, "ratio": asdict(ratio), "samples": self.samples,
-            "updates": recipe.train.updates, "batch": recipe.data.batch, "seconds": timing["seconds"], "teacher_images": teacher.images,
+            "method": recipe.method, "nfe": steps, "trained_steps": recipe.steps, "fd": fd, "ratio": asdict(ratio),
+            "samples": self.samples,
+            "updates": recipe.train.updates, "batch": recipe.data.batch, "seconds": timing["seconds"],
+            "teacher_images": teacher.images,
             "device": self.record.head["device"], "set": self.args.set})
         print(f"{row(name, steps)}: FD {said(fd)}, {said(asdict(ratio))} x the teacher's", flush=True)
 
@@ -243,9 +258,11 @@ def generated(file: Path) -> Path:
 
 
 def plan(sizes: training.Sizes) -> str:
-    """Parameters, bytes between calls, and at RATE the seconds that passes take; a training pass is three forward ones."""
+    """Parameters, bytes between calls, and at RATE the seconds that passes take; a training pass is three forward
+    ones."""
     lines, total = [], 0
-    for name, make, call in (("classifier", lambda: training.Classifier(sizes.classifier), lambda network, x: network(x)),
+    for name, make, call in (("classifier", lambda: training.Classifier(sizes.classifier),
+                              lambda network, x: network(x)),
                              ("teacher", lambda: training.teacher_network(sizes),
                               lambda network, x: network(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)))):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -253,7 +270,8 @@ def plan(sizes: training.Sizes) -> str:
             call(network, torch.empty(1, 3, sizes.side, sizes.side))
         flops, count = counter.get_total_flops(), parameters(network)
         total += sum(2 * value.numel() for value in network.state_dict().values())
-        lines.append(f"{name}: {count:,} parameters, {flops / 1e9:.3f} GFLOP forward, trained on {RATE / (3 * flops):,.0f} pictures a second")
+        lines.append(f"{name}: {count:,} parameters, {flops / 1e9:.3f} GFLOP forward, trained on "
+                     f"{RATE / (3 * flops):,.0f} pictures a second")
     return "\n".join([*lines, f"carried: {total / 1e6:.2f} MB"])
 
 

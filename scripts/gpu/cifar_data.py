@@ -1,4 +1,5 @@
-"""CIFAR-10's training pictures: read from one file, split, changed at random on the device, written as a folder of classes."""
+"""CIFAR-10's training pictures: read from one file, split, changed at random on the device, written as a folder of
+classes."""
 from __future__ import annotations
 
 import io
@@ -36,11 +37,12 @@ class Pictures:
 
 
 def load(path: Path) -> Pictures:
-    """From a .parquet file of `image.bytes` and `label`, which takes pyarrow, or an .npz of images (N, H, W, 3) uint8 and labels (N,)."""
+    """From a .parquet file of `image.bytes` and `label`, which takes pyarrow, or an .npz of images (N, H, W, 3) uint8
+    and labels (N,)."""
     if not path.is_file():
-        raise SystemExit(f"the pictures of CIFAR-10 are missing: {path} is no file. Put its 50,000 training pictures there, a .parquet with the "
-                         "columns image (bytes of a JPEG or PNG) and label, or an .npz with images (N, 32, 32, 3) uint8 and labels (N,); or say "
-                         "where they are: --data PATH")
+        raise SystemExit(f"the pictures of CIFAR-10 are missing: {path} is no file. Put its 50,000 training pictures "
+                         "there, a .parquet with the columns image (bytes of a JPEG or PNG) and label, or an .npz "
+                         "with images (N, 32, 32, 3) uint8 and labels (N,); or say where they are: --data PATH")
     if path.suffix == ".npz":
         with np.load(path) as found:
             images, labels = found["images"], found["labels"]
@@ -53,7 +55,8 @@ def _parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise SystemExit(f"{path} is read by pyarrow, which is not installed: pip install pyarrow, or give an .npz by --data") from None
+        raise SystemExit(f"{path} is read by pyarrow, which is not installed: pip install pyarrow, or give an .npz "
+                         "by --data") from None
     table = parquet.read_table(path, columns=["image", "label"])
     encoded = table["image"].combine_chunks().field("bytes").to_pylist()
     with ThreadPoolExecutor(THREADS) as threads:
@@ -87,7 +90,8 @@ def augmented(pixels: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     count, _, height, width = pixels.shape
     drawn = {"generator": generator, "device": pixels.device}
     y, x = torch.randint(-shift, shift + 1, (2, count, 1), **drawn)
-    rows, columns = (_mirrored(torch.arange(side, device=pixels.device) + by, side) for side, by in ((height, y), (width, x)))
+    rows, columns = (_mirrored(torch.arange(side, device=pixels.device) + by, side)
+                     for side, by in ((height, y), (width, x)))
     columns = torch.where(torch.rand(count, 1, **drawn) < 0.5, columns, columns.flip(1))
     each = torch.arange(count, device=pixels.device)[:, None, None]
     return scaled(pixels[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))

@@ -1,4 +1,5 @@
-"""Distances between sets of pictures by the features of the classifier, and the ratio of two of them with its interval."""
+"""Distances between sets of pictures by the features of the classifier, and the ratio of two of them with its
+interval."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,17 +26,20 @@ def features(network: Classifier, pixels: Tensor) -> Tensor:
 
 def drawn(draw: Draw, count: int) -> Tensor:
     """(count, 3, H, W) uint8 on the CPU. Sample i is of class i modulo 10, in every row from the same noise."""
-    return torch.cat([levels(draw([f"class {i % CLASSES}" for i in ids.tolist()], ids)).cpu() for ids in torch.arange(count).split(BLOCK)])
+    return torch.cat([levels(draw([f"class {i % CLASSES}" for i in ids.tolist()], ids)).cpu()
+                      for ids in torch.arange(count).split(BLOCK)])
 
 
 def reference(real: Tensor) -> internals.Reference:
     """real: features (M, D)."""
     moments = internals.Moments
-    return internals.Reference((moments.of(real[0::2]), moments.of(real[1::2])), real[:: max(1, len(real) // SUBSET)][:SUBSET].clone())
+    return internals.Reference((moments.of(real[0::2]), moments.of(real[1::2])),
+                               real[:: max(1, len(real) // SUBSET)][:SUBSET].clone())
 
 
 def distance(found: Tensor, real: Tensor) -> dict[str, float]:
-    """The Fréchet distance at infinitely many samples of features (n, D) to real ones (M, D), with its interval of 95 %."""
+    """The Fréchet distance at infinitely many samples of features (n, D) to real ones (M, D), with its interval of 95
+    %."""
     return asdict(internals.frechet_infinity(found, reference(real)))
 
 
@@ -48,12 +52,13 @@ class Ratio:
     high: float | None
 
 
-def ratio(student: Tensor, teacher: Tensor, real: Tensor, values: tuple[float, float], device: torch.device, seed: int = 0) -> Ratio:
+def ratio(student: Tensor, teacher: Tensor, real: Tensor, values: tuple[float, float], device: torch.device,
+          seed: int = 0) -> Ratio:
     """Of the student's distance to the teacher's, which are `values`; features (n, D), (n, D) and (M, D).
 
-    Row i of both was drawn from one noise, and both are compared with the same pictures: each resample takes the same rows of student
-    and teacher and the same pictures for both. A resample's distance is too large by what resampling adds, so it counts only by how
-    far it lies from the mean of all.
+    Row i of both was drawn from one noise, and both are compared with the same pictures: each resample takes the same
+    rows of student and teacher and the same pictures for both. A resample's distance is too large by what resampling
+    adds, so it counts only by how far it lies from the mean of all.
     """
     x, y, z = (one.to(device, torch.float64) for one in (student, teacher, real))
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +66,8 @@ def ratio(student: Tensor, teacher: Tensor, real: Tensor, values: tuple[float, f
     for _ in range(RESAMPLES):
         rows, pictures = (_times(len(one), generator).to(device) for one in (x, z))
         against = _moments(z, pictures)
-        found.append(torch.stack([internals.frechet(own.mean, own.covariance, against) for own in (_moments(x, rows), _moments(y, rows))]))
+        found.append(torch.stack([internals.frechet(own.mean, own.covariance, against)
+                                  for own in (_moments(x, rows), _moments(y, rows))]))
     draws = torch.stack(found).cpu()
     over, under = (draws - draws.mean(0) + torch.tensor(values, dtype=torch.float64)).unbind(1)
     low, high = torch.quantile(over / under, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

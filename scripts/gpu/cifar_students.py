@@ -1,4 +1,5 @@
-"""The students of CIFAR-10: their recipes, trained by `stepdistill.train` in as many updates as fit, and what they draw."""
+"""The students of CIFAR-10: their recipes, trained by `stepdistill.train` in as many updates as fit, and what they
+draw."""
 from __future__ import annotations
 
 import gc
@@ -50,9 +51,11 @@ STUDENTS = {
     "sid-4": Student("sid", 4, (4,), 1700, 1e-4, {}, images=False, critic_lr=2e-4, train={"betas": [0.0, 0.999]}),
     "dmd2-1": Student("dmd2", 1, (1,), 1700, **DMD2),
     "dmd2-4": Student("dmd2", 4, (4,), 1500, **DMD2),
-    "ladd-1": Student("ladd", 1, (1,), 3200, 1e-4, {"shares": [1.0], "warmup_shares": [1.0], "warmup_updates": 0, "mean": -1.0},
+    "ladd-1": Student("ladd", 1, (1,), 3200, 1e-4, {"shares": [1.0], "warmup_shares": [1.0], "warmup_updates": 0,
+                                                    "mean": -1.0},
                       discriminator={"features": BLOCKS, "lr": 4e-4}, train=ADVERSARIAL),
-    "ladd-4": Student("ladd", 4, (4,), 3200, 1e-4, {"warmup_updates": 100, "mean": -1.0}, discriminator={"features": BLOCKS, "lr": 4e-4},
+    "ladd-4": Student("ladd", 4, (4,), 3200, 1e-4, {"warmup_updates": 100, "mean": -1.0},
+                      discriminator={"features": BLOCKS, "lr": 4e-4},
                       train=ADVERSARIAL),
 }
 
@@ -61,10 +64,13 @@ def recipe(name: str, teacher: Path, images: Path, overrides: Mapping[str, Any])
     """teacher: a pipeline's folder; images: a folder of classes. All weights are trained."""
     student = STUDENTS[name]
     data = {"images": str(images), "cache": True} if student.images else {"prompts": PROMPTS}
-    train = {"updates": student.updates, "lr": student.lr, "warmup": 100, "decay": "cosine", "ema": 0.999, "weight_decay": 0.0,
+    train = {"updates": student.updates, "lr": student.lr, "warmup": 100, "decay": "cosine", "ema": 0.999,
+             "weight_decay": 0.0,
              "precision": "bf16", "checkpoint_every": 500, "log_every": 100}
-    asked = {"method": student.method, "teacher": str(teacher), "student": "full", "steps": student.steps, "settings": dict(student.settings),
-             "data": {**data, "batch": 512}, "train": train | dict(student.train or {}), "evaluate": {"prompts": PROMPTS[:4]}}
+    asked = {"method": student.method, "teacher": str(teacher), "student": "full", "steps": student.steps,
+             "settings": dict(student.settings),
+             "data": {**data, "batch": 512}, "train": train | dict(student.train or {}),
+             "evaluate": {"prompts": PROMPTS[:4]}}
     asked |= {} if student.critic_lr is None else {"critic": {"lora": None, "lr": student.critic_lr}}
     asked |= {} if student.discriminator is None else {"discriminator": dict(student.discriminator)}
     return internals.Recipe.load(asked, overrides)
@@ -94,8 +100,8 @@ def paced(asked: internals.Recipe, device: torch.device, seconds: float) -> inte
 
 
 def train(asked: internals.Recipe, run: Path, clock: Clock) -> bool:
-    """Whether it is trained to its end; where the clock has run out before, or at Ctrl-C, the run goes on from its checkpoint another
-    time."""
+    """Whether it is trained to its end; where the clock has run out before, or at Ctrl-C, the run goes on from its
+    checkpoint another time."""
     if internals.is_run(run) and internals.finished(run, asked):
         return True
     try:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
 P_MEAN, P_STD = -1.2, 1.2             # of ln(sigma) in training: Karras et al. 2022, arXiv:2206.00364, table 1
-EMA_IMAGES, EMA_SHARE = 500_000, 0.05     # half-life of the averaged weights in pictures: the paper's, and at most a share of those seen
+# half-life of the averaged weights in pictures: the paper's, and at most a share of those seen
+EMA_IMAGES, EMA_SHARE = 500_000, 0.05
 LOG = 100                             # updates; only here the host waits for the card
 
 
@@ -42,7 +43,7 @@ class Sizes:
     warmup: int = 200                                 # updates after each begin
 
 
-# -- the classifier -----------------------------------------------------------------------------------------------------
+# -- the classifier ----------------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
     """He et al. 2016, arXiv:1512.03385: two convolutions and the way around them."""
@@ -81,12 +82,15 @@ def train_classifier(data: Pictures, file: Path, sizes: Sizes) -> None:
     torch.manual_seed(0)
     device, updates = data.labels.device, sizes.epochs * (len(data) // sizes.batch)
     network = Classifier(sizes.classifier).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1 * sizes.batch / 128, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / (0.15 * updates), (updates - i) / (0.85 * updates)))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1 * sizes.batch / 128, momentum=0.9, nesterov=True,
+                                weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / (0.15 * updates),
+                                                                          (updates - i) / (0.85 * updates)))
     for i, (rows, generator) in zip(range(updates), batches(len(data), sizes.batch, device, 0)):
         seen = data[rows]
         with autocast(device):
-            logits = network(augmented(seen.pixels, sizes.side // 8, generator).contiguous(memory_format=torch.channels_last))
+            logits = network(augmented(seen.pixels, sizes.side // 8,
+                                       generator).contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), seen.labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -101,13 +105,15 @@ def train_classifier(data: Pictures, file: Path, sizes: Sizes) -> None:
 def load_classifier(file: Path, sizes: Sizes, device: torch.device) -> Classifier:
     """In float32, as its file in half precision has it."""
     network = Classifier(sizes.classifier)
-    network.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in load_file(file).items()})
+    network.load_state_dict({name: value.float() if value.is_floating_point() else value
+                             for name, value in load_file(file).items()})
     return network.eval().requires_grad_(False).to(device)
 
 
 @torch.inference_mode()
 def accuracy(network: Classifier, data: Pictures) -> float:
-    right = [network(scaled(block.pixels)).argmax(1) == block.labels for block in (data[i:i + 1000] for i in range(0, len(data), 1000))]
+    right = [network(scaled(block.pixels)).argmax(1) == block.labels
+             for block in (data[i:i + 1000] for i in range(0, len(data), 1000))]
     return torch.cat(right).float().mean().item()
 
 
@@ -115,24 +121,28 @@ def batches(count: int, size: int, device: torch.device, seed: int) -> Iterator[
     """Rows of epochs of their own order, and a generator for what is drawn beside; all on the device."""
     generator = torch.Generator(device).manual_seed(seed)
     while True:
-        yield from ((rows, generator) for rows in torch.randperm(count, generator=generator, device=device).split(size) if len(rows) == size)
+        yield from ((rows, generator) for rows in torch.randperm(count, generator=generator, device=device).split(size)
+                    if len(rows) == size)
 
 
-# -- the teacher --------------------------------------------------------------------------------------------------------
+# -- the teacher -------------------------------------------------------------------------------------------------------
 
 def teacher_network(sizes: Sizes) -> UNet2DModel:
     """Attention at the second resolution and in the middle."""
     count = len(sizes.teacher)
     down = tuple("AttnDownBlock2D" if i == 1 else "DownBlock2D" for i in range(count))
-    return UNet2DModel(sample_size=sizes.side, block_out_channels=sizes.teacher, layers_per_block=sizes.layers, down_block_types=down,
-                       up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(down)), norm_num_groups=sizes.groups,
+    return UNet2DModel(sample_size=sizes.side, block_out_channels=sizes.teacher, layers_per_block=sizes.layers,
+                       down_block_types=down,
+                       up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(down)),
+                       norm_num_groups=sizes.groups,
                        attention_head_dim=sizes.groups, num_class_embeds=CLASSES)
 
 
 def preconditioned(network: nn.Module, noised: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(c_skip x, c_out, F): Karras et al. 2022, eq. 7, whose denoiser is c_skip x + c_out F(c_in x, c_noise).
 
-    noised x = x_0 + sigma eps (B, 3, H, W); sigma (B,). c_noise is that of consistency models, a thousand times the paper's.
+    noised x = x_0 + sigma eps (B, 3, H, W); sigma (B,). c_noise is that of consistency models, a thousand times the
+    paper's.
     """
     wide = sigma[:, None, None, None]
     total = (wide.square() + SIGMA_DATA ** 2).sqrt()
@@ -164,14 +174,17 @@ class Progress:
 
 
 def train_teacher(data: Pictures, folder: Path, sizes: Sizes, clock: Clock, compiled: bool = False) -> Progress:
-    """Goes on with the teacher in `folder`, a pipeline with progress.json, until it has seen its pictures or the clock has run out."""
+    """Goes on with the teacher in `folder`, a pipeline with progress.json, until it has seen its pictures or the clock
+    has run out."""
     before, device, begun = Progress.of(folder), data.labels.device, time.monotonic()
     torch.manual_seed(before.calls)
-    averaged = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=torch.float32) if before.calls else teacher_network(sizes)
+    averaged = (UNet2DModel.from_pretrained(folder / "unet", torch_dtype=torch.float32) if before.calls
+                else teacher_network(sizes))
     averaged, network = averaged.to(device).requires_grad_(False), teacher_network(sizes).to(device)
     network.load_state_dict(averaged.state_dict())
     called = torch.compile(network) if compiled else network
-    optimizer = torch.optim.AdamW(network.parameters(), lr=sizes.teacher_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=sizes.teacher_lr, betas=(0.9, 0.99),
+                                  weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / sizes.warmup))
     images, rows = before.images, batches(len(data), sizes.batch, device, before.calls)
     while images < sizes.teacher_images and clock.left > 0:
@@ -208,9 +221,10 @@ def autocast(device: torch.device) -> torch.autocast:
 def save_teacher(network: UNet2DModel, folder: Path, progress: Progress) -> None:
     """The pipeline folder, in half precision. Weights that are not finite are not written."""
     if not all(value.isfinite().all() for value in network.state_dict().values()):
-        raise SystemExit(f"the teacher's weights are not finite after {progress.images:,} pictures: {folder} is left as it was. A lower "
-                         "teacher_lr may help")
-    pipeline = ConsistencyModelPipeline(network.float(), CMStochasticIterativeScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
+        raise SystemExit(f"the teacher's weights are not finite after {progress.images:,} pictures: {folder} is "
+                         "left as it was. A lower teacher_lr may help")
+    pipeline = ConsistencyModelPipeline(network.float(),
+                                        CMStochasticIterativeScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
                                                                                         sigma_data=SIGMA_DATA))
 
     def write(aside: Path) -> None:

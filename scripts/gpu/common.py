@@ -64,7 +64,8 @@ class Clock:
 class Record:
     """assets/gpu/<name>.json: {device, driver, versions, command, date, figures}, copied to $OUT where that is set.
 
-    Figures of another card are dropped, unless they are of `any_card`. A tiny run writes to a temporary folder, which it prints.
+    Figures of another card are dropped, unless they are of `any_card`. A tiny run writes to a temporary folder, which
+    it prints.
     """
 
     def __init__(self, name: str, args: argparse.Namespace, device: torch.device, any_card: bool = False) -> None:
@@ -102,7 +103,8 @@ class Record:
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {platform.processor() or platform.machine()}"
+    return (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"cpu: {platform.processor() or platform.machine()}")
 
 
 def _driver(device: torch.device) -> str | None:

@@ -34,8 +34,10 @@ from stepdistill.run.setup import setup, train_config
 from stepdistill.run.targets import open_target, student_target
 from stepdistill.training import Trainer
 
-__all__ = ["Moments", "Recipe", "Reference", "RequestError", "Stopped", "bench_student", "builtin", "compiled", "fill_cache",
-           "finished", "frechet", "frechet_infinity", "is_run", "open_trainer", "parse_set", "plan", "quiet", "recipe_of", "save_pipeline",
+__all__ = ["Moments", "Recipe", "Reference", "RequestError", "Stopped", "bench_student", "builtin", "compiled",
+           "fill_cache",
+           "finished", "frechet", "frechet_infinity", "is_run", "open_trainer", "parse_set", "plan", "quiet",
+           "recipe_of", "save_pipeline",
            "shapes", "sheet",
            "stage_folders", "student_draws", "teacher_draws", "train"]
 
@@ -97,18 +99,21 @@ def shapes(count: int, size: int) -> Tensor:
 def teacher_draws(folder: Path, steps: int, device: torch.device, seed: int = 0) -> Draw:
     """A teacher by EDM's clock as it draws by Heun's rule on Karras' grid, in 2 steps - 1 evaluations."""
     teacher = load_teacher(folder, torch.float32, device)
-    role, grid = Denoiser(teacher, teacher.network), torch.cat([karras(teacher.schedule, steps), torch.zeros(1, dtype=torch.float64)])
+    role, grid = (Denoiser(teacher, teacher.network),
+                  torch.cat([karras(teacher.schedule, steps), torch.zeros(1, dtype=torch.float64)]))
 
     @torch.inference_mode()
     def draw(prompts: Sequence[str], ids: Tensor) -> Tensor:
-        noise = [torch.randn(teacher.latent_shape, generator=torch.Generator().manual_seed(key(seed, "sample", i))) for i in ids.tolist()]
+        noise = [torch.randn(teacher.latent_shape, generator=torch.Generator().manual_seed(key(seed, "sample", i)))
+                 for i in ids.tolist()]
         return teacher.pixels(heun(role, torch.stack(noise).to(device), grid, teacher.encode(list(prompts))))
     return draw
 
 
 def student_draws(run: Path, steps: int, device: torch.device, seed: int = 0) -> Draw:
     """A run's student as a stock pipeline draws it in so many steps, from the noises of `teacher_draws`."""
-    opened = setup(Recipe.load(recipe_of(run).resolved(), {"steps": steps}), torch.device("cpu"), torch.float32, attention="auto")
+    opened = setup(Recipe.load(recipe_of(run).resolved(), {"steps": steps}), torch.device("cpu"), torch.float32,
+                   attention="auto")
     opened.roles.load_state_dict(opened.sampling_role, state_of(run, opened.sampling_role)[1])
     target = student_target(opened, "student")
     target.pipeline.to(device).set_progress_bar_config(disable=True)

@@ -56,7 +56,7 @@ def recipe(case: tuple[str, str, str], folder: Path, teacher: Path) -> dict[str,
     return made | ({"settings": {"critic_steps": 1, "share_rollout": True}} if method == "dmd2" else {})
 
 
-# -- the measurement -------------------------------------------------------------------------------------------------------
+# -- the measurement ---------------------------------------------------------------------------------------------------
 
 def measure(name: str, asked: dict[str, Any], device: torch.device, folder: Path) -> dict[str, Any]:
     """Of one case, with nothing of the one before left on the card."""
@@ -118,7 +118,7 @@ def allocated(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / GB if device.type == "cuda" else 0.0
 
 
-# -- the forecast ----------------------------------------------------------------------------------------------------------
+# -- the forecast ------------------------------------------------------------------------------------------------------
 
 def forecasts_of(recipes: dict[tuple[str, str, str], dict[str, Any]], tiny: bool) -> dict[tuple[str, str, str], Future]:
     """By other processes, while the card is measured; a tiny run makes them itself."""

@@ -19,7 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 CONFIGS, TINY = ROOT / "tests/configs", Path(__file__).parent / "tiny.json"
 DENOISERS = ("unet", "transformer")
-OPTIONAL = {"StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}}
+OPTIONAL = {"StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None,
+                                        "requires_safety_checker": False}}
 CHAT = ("{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}")
 
@@ -33,12 +34,14 @@ def config_of(name: str) -> dict[str, Any]:
 
 def denoiser_of(name: str) -> tuple[str, type, dict[str, Any]]:
     """Its name among the components, its class, and its config."""
-    (found, (_, cls, config)), = ((part, made) for part, made in config_of(name)["components"].items() if part in DENOISERS)
+    (found, (_, cls, config)), = ((part, made) for part, made in config_of(name)["components"].items()
+                                  if part in DENOISERS)
     return found, getattr(diffusers, cls), config
 
 
 def write_pipeline(name: str, folder: Path) -> Path:
-    """A pipeline folder that lacks the denoiser's weights: `random_weights` makes them. One that is there stays as it is."""
+    """A pipeline folder that lacks the denoiser's weights: `random_weights` makes them. One that is there stays as it
+    is."""
     if folder.is_dir():
         return folder
     config, (denoiser, cls, network) = config_of(name), denoiser_of(name)
@@ -51,7 +54,8 @@ def write_pipeline(name: str, folder: Path) -> Path:
             parts |= _encoder(part, class_name, values)
         elif part != denoiser:
             parts[part] = _codec(getattr(diffusers, class_name), values)
-    pipeline = getattr(diffusers, config["pipeline"])(**parts, **OPTIONAL.get(config["pipeline"], {}), **config["index"])
+    pipeline = getattr(diffusers, config["pipeline"])(**parts, **OPTIONAL.get(config["pipeline"], {}),
+                                                      **config["index"])
     for part, module in parts.items():
         module.save_config(folder / part) if part == denoiser else module.save_pretrained(folder / part)
     pipeline.save_config(folder)
@@ -86,12 +90,13 @@ def random_network(cls: type, config: Mapping[str, Any], dtype: torch.dtype, dev
         torch.set_default_dtype(default)
 
 
-# -- beside the denoiser ---------------------------------------------------------------------------------------------------
+# -- beside the denoiser -----------------------------------------------------------------------------------------------
 
 def _codec(cls: type, config: Mapping[str, Any]) -> torch.nn.Module:
     """As many pixels a latent, 8 channels wide."""
     torch.manual_seed(0)
-    thin = {"block_out_channels": (8,) * len(config.get("block_out_channels", (0,) * 4)), "layers_per_block": 1, "norm_num_groups": 4}
+    thin = {"block_out_channels": (8,) * len(config.get("block_out_channels", (0,) * 4)), "layers_per_block": 1,
+            "norm_num_groups": 4}
     return cls.from_config({**config, **thin})
 
 
@@ -101,7 +106,8 @@ def _encoder(part: str, class_name: str, config: Mapping[str, Any]) -> dict[str,
     thin = {"CLIP": {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
                      "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
             "T5En": {"num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 64},
-            "Qwen": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32}}[class_name[:4]]
+            "Qwen": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+                     "intermediate_size": 32}}[class_name[:4]]
     cls = getattr(transformers, class_name)
     made = cls.config_class(**{**config, **thin, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     return {part: cls(made).eval(), part.replace("text_encoder", "tokenizer"): tokenizer}
@@ -115,9 +121,11 @@ def _clip_tokenizer(config: Mapping[str, Any]) -> Any:
 
 def _t5_tokenizer(config: Mapping[str, Any]) -> Any:
     words = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in ("prompt", *map(str, range(64))))]
-    return transformers.T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0, model_max_length=512)
+    return transformers.T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0,
+                                        model_max_length=512)
 
 
 def _qwen_tokenizer(config: Mapping[str, Any]) -> Any:
-    return transformers.Qwen2Tokenizer({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, [], chat_template=CHAT,
+    return transformers.Qwen2Tokenizer({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, [],
+                                       chat_template=CHAT,
                                        additional_special_tokens=["<|im_start|>", "<|im_end|>"])

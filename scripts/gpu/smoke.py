@@ -29,17 +29,21 @@ def main() -> None:
         for name, found in read(outcomes).items():
             record.add(name, found)
     record.close()
-    print(f"{len(record.fresh)} tests have run; {'all of them' if status in (0, 5) else 'not all of them passed, or not all ran'}")
+    print(f"{len(record.fresh)} tests have run; "
+          f"{'all of them' if status in (0, 5) else 'not all of them passed, or not all ran'}")
     sys.exit(0 if status == 5 else status)               # 5: none was left
 
 
 def run(outcomes: Path, passed: list[str], tiny: bool, clock: Clock) -> int:
-    """pytest's status. Workers share the card where pytest-xdist is there. Once the time is over, pytest and its workers end."""
+    """pytest's status. Workers share the card where pytest-xdist is there. Once the time is over, pytest and its
+    workers end."""
     workers = ["-n", "8", "--dist", "worksteal"] if not tiny and find_spec("xdist") else []
     skipped = [f"--deselect=tests/gpu/test_card.py::{name}" for name in passed]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", *workers, *skipped,
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu",
+               *workers, *skipped,
                *(["-k", FEW] if tiny else [])]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}       # and not those of a pytest around it
+    # and not those of a pytest around it
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env = {**own, "STEPDISTILL_GPU_OUTCOMES": str(outcomes), **({"STEPDISTILL_GPU_TINY": "1"} if tiny else {})}
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     try:
@@ -58,7 +62,8 @@ def read(outcomes: Path) -> dict[str, dict[str, Any]]:
     if not outcomes.is_file():
         return {}
     lines = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
-    return {line["test"]: {key: value for key, value in line.items() if key != "test" and value != ""} for line in lines}
+    return {line["test"]: {key: value for key, value in line.items() if key != "test" and value != ""}
+            for line in lines}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ LOOPS = {"lcm": LcmLoop, "dmd2": Dmd2Loop}
 BATCH = {"sd15": 4, "sdxl": 1, "tiny": 2}
 ROUNDS = {"sd15": 8, "sdxl": 6, "tiny": 2}         # turns of each loop
 TURN, WARM = {"sd15": 4, "sdxl": 2, "tiny": 1}, 3
-CASES = [("sd15", "lcm", False), ("sd15", "dmd2", False), ("sd15", "lcm", True), ("sd15", "dmd2", True),      # name, method, compiled
+# name, method, compiled
+CASES = [("sd15", "lcm", False), ("sd15", "dmd2", False), ("sd15", "lcm", True), ("sd15", "dmd2", True),
          ("sdxl", "lcm", False), ("sdxl", "dmd2", False), ("sdxl", "dmd2", True), ("sdxl", "lcm", True)]
 COMPILE_SECONDS = 40.0                             # what a compiled case takes at least; it is not begun with less left
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",

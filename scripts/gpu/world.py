@@ -63,7 +63,7 @@ def recipe(name: str, seed: int, tiny: bool) -> internals.Recipe:
     return internals.Recipe.load(f"shapes/{name}", {"train.seed": seed} | (TINY if tiny else {}))
 
 
-# -- one row ---------------------------------------------------------------------------------------------------------------
+# -- one row -----------------------------------------------------------------------------------------------------------
 
 def row(name: str, seed: int, folder: Path, tiny: bool, device: torch.device) -> None:
     """Trains what is left to train, measures, and writes folder/row.json."""
@@ -85,7 +85,7 @@ def row(name: str, seed: int, folder: Path, tiny: bool, device: torch.device) ->
     (folder / "row.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
-# -- many ------------------------------------------------------------------------------------------------------------------
+# -- many --------------------------------------------------------------------------------------------------------------
 
 def work(left: list[tuple[str, int]], record: Record, clock: Clock, args: argparse.Namespace) -> None:
     """Keeps `jobs` of them running until all are done or the time is over; then ends those that run."""

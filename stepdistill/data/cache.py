@@ -2,10 +2,10 @@
 
 A store is a folder named after a hash of all that made it, so that whatever changes leads to another store. Its files
 hold a fixed number of rows; each is written aside, synced and renamed, so that a file is there whole or not at all, and
-work that was interrupted goes on from the files that it finished. A file's digest is checked when it is opened, and what
-is damaged is made again. Rows are mapped into memory, never loaded. A store may also lie in a folder that a person named,
-which then must say of itself (about.json) that it was made as asked. One process at a time makes what is missing, and
-others wait for it.
+work that was interrupted goes on from the files that it finished. A file's digest is checked when it is opened, and
+what is damaged is made again. Rows are mapped into memory, never loaded. A store may also lie in a folder that a person
+named, which then must say of itself (about.json) that it was made as asked. One process at a time makes what is
+missing, and others wait for it.
 """
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ class Store:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Where a store lies or is to lie, in JSON everything that its rows depend on, and the tensors that its files hold."""
+    """Where a store lies or is to lie, in JSON everything that its rows depend on, and the tensors that its files
+    hold."""
 
     folder: Path
     about: Mapping[str, object]
@@ -138,9 +139,11 @@ class StoreSpec:
 
         RequestError for a folder of other files.
         """
-        if not self.folder.exists() or self.folder.is_dir() and all(path.name.startswith(".") for path in self.folder.iterdir()):
+        if not self.folder.exists() or self.folder.is_dir() and all(path.name.startswith(".")
+                                                                    for path in self.folder.iterdir()):
             return []                                  # hidden ones: a lock, and what a killed write left
-        found = flat(records.read(self.folder / ABOUT, dict[str, object], f"'{self.folder}' holds other files than a cache's: name another folder"))
+        found = flat(records.read(self.folder / ABOUT, dict[str, object], f"'{self.folder}' holds other files than "
+                                  "a cache's: name another folder"))
         wanted = flat(json.loads(json.dumps(self.about)))
         return [f"{name} is {shorten(found.get(name))} there and {shorten(wanted.get(name))} here"
                 for name in found | wanted if found.get(name) != wanted.get(name)]
@@ -168,8 +171,8 @@ class Cache:
 
     def store(self, name: str, identity: Mapping[str, object], count: int, tensors: Iterable[str], make: Make,
               per_file: int = 2000) -> Store:
-        """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on. tensors: their
-        names."""
+        """The store of `count` rows that `make` makes; `identity` (JSON) says everything that its rows depend on.
+        tensors: their names."""
         return self.fill(self.spec(name, identity, count, tensors, per_file), make)
 
     def spec(self, name: str, identity: Mapping[str, object], count: int, tensors: Iterable[str], per_file: int = 2000,
@@ -193,7 +196,8 @@ class Cache:
             for i, (path, rows) in enumerate(own):
                 tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
                 to_come = len(missing) - i * parallel.world_size()
-                _write(path, save(tensors, {ROWS: json.dumps({"texts": texts, DIGEST: digest(tensors, texts)})}), files_to_come=to_come)
+                _write(path, save(tensors, {ROWS: json.dumps({"texts": texts, DIGEST: digest(tensors, texts)})}),
+                       files_to_come=to_come)
             parallel.barrier()
         files |= {path: _open(path, len(rows), spec.names) for path, rows in missing}
         return Store(tuple(tensors for tensors, _ in files.values()),
@@ -230,19 +234,20 @@ class Cache:
             sweep(spec.folder)
             write_whole(spec.folder / ABOUT, json.dumps(spec.about, indent=1).encode())
         except OSError as error:
-            raise RequestError(f"cache: cannot write into '{spec.folder}' ({error.strerror}). Set STEPDISTILL_CACHE, or "
-                               "`cache` in the "
+            raise RequestError(f"cache: cannot write into '{spec.folder}' ({error.strerror}). Set "
+                               "STEPDISTILL_CACHE, or `cache` in the "
                                "recipe, to a folder that can be written, on a disk with room.") from None
 
 
 def _open(path: Path, rows: int, names: frozenset[str]) -> tuple[dict[str, Tensor], list[str]] | None:
-    """The tensors and texts of a file, mapped; None if it is (which is said) damaged. Files of earlier versions have no digest: of
-    them the numbers are taken as they are."""
+    """The tensors and texts of a file, mapped; None if it is (which is said) damaged. Files of earlier versions have no
+    digest: of them the numbers are taken as they are."""
     try:
         with safe_open(path, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             metadata = opened.metadata() or {}
-        said: records.CacheRows = records.checked(metadata[ROWS] if ROWS in metadata else f'{{"texts": {metadata.get("texts", "null")}}}', records.CacheRows)
+        said: records.CacheRows = records.checked(metadata[ROWS] if ROWS in metadata else f'{{"texts": '
+                                                  f'{metadata.get("texts", "null")}}}', records.CacheRows)
         texts = said["texts"]
         problem = _problem(tensors, texts, rows, names, said.get(DIGEST))
     except (SafetensorError, OSError, ValueError) as error:
@@ -253,12 +258,14 @@ def _open(path: Path, rows: int, names: frozenset[str]) -> tuple[dict[str, Tenso
     return None
 
 
-def _problem(tensors: Mapping[str, Tensor], texts: list[str], rows: int, names: frozenset[str], said: str | None) -> str | None:
+def _problem(tensors: Mapping[str, Tensor], texts: list[str], rows: int, names: frozenset[str],
+             said: str | None) -> str | None:
     if tensors.keys() != names:
         return f"it holds {', '.join(sorted(tensors)) or 'nothing'}, and should hold {', '.join(sorted(names))}"
     if len(texts) != rows or not all(tensor.dim() and len(tensor) == rows for tensor in tensors.values()):
         return f"it should hold {rows} rows"
-    return "its numbers or texts are not those that were written" if said is not None and digest(tensors, texts) != said else None
+    return ("its numbers or texts are not those that were written" if said is not None
+            and digest(tensors, texts) != said else None)
 
 
 def _write(path: Path, blob: bytes, files_to_come: int) -> None:

@@ -1,5 +1,5 @@
-"""Every picture is decoded once before training, in parallel, and what was found is remembered: training does not stop at the
-thousandth hour over a file that was cut short."""
+"""Every picture is decoded once before training, in parallel, and what was found is remembered: training does not stop
+at the thousandth hour over a file that was cut short."""
 from __future__ import annotations
 
 import json
@@ -20,14 +20,15 @@ NAMED = 3
 def check_count(count: int | None, found: int, where: object) -> None:
     """RequestError for a data.count beyond what is there."""
     if count is not None and count > found:
-        raise RequestError(f"images: '{where}' holds {found} images, fewer than data.count, which is {count}: leave it out for all of them.")
+        raise RequestError(f"images: '{where}' holds {found} images, fewer than data.count, which is {count}: leave "
+                           "it out for all of them.")
 
 
 def readable(key: str, names: Sequence[str], decode: Callable[[int], object], where: str) -> list[int]:
     """The numbers of the pictures that can be read, of those with these names.
 
-    key: changes with any of the files; decode(i): raises RequestError for one that cannot be read. What is skipped is said.
-    RequestError where that is more than SHARE of them.
+    key: changes with any of the files; decode(i): raises RequestError for one that cannot be read. What is skipped is
+    said. RequestError where that is more than SHARE of them.
     """
     file = default_root() / "decoded" / f"{key}.json"
     broken = _remembered(file)
@@ -38,8 +39,10 @@ def readable(key: str, names: Sequence[str], decode: Callable[[int], object], wh
         return list(range(len(names)))
     first = "; ".join(list(broken.values())[:NAMED])
     if len(broken) > SHARE * len(names):
-        raise RequestError(f"images: {len(broken):,} of {len(names):,} pictures of '{where}' cannot be read, more than {SHARE:.0%}: {first}")
-    say_once(f"images: {len(broken):,} of {len(names):,} pictures of '{where}' are skipped, since they cannot be read: {first}")
+        raise RequestError(f"images: {len(broken):,} of {len(names):,} pictures of '{where}' cannot be read, more "
+                           f"than {SHARE:.0%}: {first}")
+    say_once(f"images: {len(broken):,} of {len(names):,} pictures of '{where}' are skipped, since they cannot be "
+             f"read: {first}")
     return [i for i, name in enumerate(names) if name not in broken]
 
 

@@ -18,12 +18,13 @@ from .picture import KINDS, SUFFIXES
 Reads = Literal["texts", "classes", "nothing"]
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = ("text", "caption", "prompt")          # a table's column with the captions, the first of them that it has
-BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".yaml", ".npz", "")     # may lie beside pictures
+# may lie beside pictures
+BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".yaml", ".npz", "")
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every picture under a folder and the folders linked there, by name. What is hidden, such as a file browser's thumbnails, is
-    none. Files of other kinds are skipped, which is said."""
+    """Every picture under a folder and the folders linked there, by name. What is hidden, such as a file browser's
+    thumbnails, is none. Files of other kinds are skipped, which is said."""
     found, others = [], Counter()
     for path in _files(folder):
         if path.suffix.lower() in SUFFIXES:
@@ -32,7 +33,8 @@ def picture_files(folder: Path) -> list[Path]:
             others[path.suffix.lower()] += 1
     if found and others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-        say_once(f"images: {others.total():,} files under '{folder}' are skipped, since they are no {KINDS} files: {kinds}")
+        say_once(f"images: {others.total():,} files under '{folder}' are skipped, since they are no {KINDS} "
+                 f"files: {kinds}")
     return sorted(found)
 
 
@@ -50,8 +52,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def captions_of(folder: Path, files: Sequence[Path], reads: Reads = "texts") -> list[str]:
-    """One of each file: from the nearest metadata.jsonl or metadata.csv above it, else from the .txt beside it; of "classes" also from
-    the folder that it lies in. RequestError where one is missing, or where a table names a picture that is not there."""
+    """One of each file: from the nearest metadata.jsonl or metadata.csv above it, else from the .txt beside it; of
+    "classes" also from the folder that it lies in. RequestError where one is missing, or where a table names a picture
+    that is not there."""
     tables = _tables(folder, files)
     if not tables:
         return [_class_of(path, folder) if reads == "classes" else _beside(path) for path in files]
@@ -60,20 +63,23 @@ def captions_of(folder: Path, files: Sequence[Path], reads: Reads = "texts") -> 
         found |= dict(_of_table(table))
     missing = [path for path in files if path not in found]
     if missing:
-        raise RequestError(f"images: '{missing[0]}' has no caption: '{tables[0]}' does not list it (images that it does not list: "
-                           f"{len(missing)}). Add a line for each, or move them elsewhere.")
+        raise RequestError(f"images: '{missing[0]}' has no caption: '{tables[0]}' does not list it (images that "
+                           f"it does not list: {len(missing)}). Add a line for each, or move them elsewhere.")
     return [found[path] for path in files]
 
 
 def captioned(folder: Path, files: Sequence[Path]) -> bool:
     """Whether captions are given: by tables, or beside the first picture."""
-    return bool(_tables(folder, files)) or any(files[0].with_suffix(suffix).is_file() for suffix in (".txt", ".caption"))
+    return bool(_tables(folder, files)) or any(files[0].with_suffix(suffix).is_file()
+                                               for suffix in (".txt", ".caption"))
 
 
 def _tables(folder: Path, files: Sequence[Path]) -> list[Path]:
     """Those of the folders that these files lie in, the folder's own first."""
-    places = {place for parent in {file.parent for file in files} for place in (parent, *parent.parents) if place.is_relative_to(folder)}
-    return [table for place in sorted(places, key=lambda place: (len(place.parts), place)) for name in TABLES if (table := place / name).is_file()]
+    places = {place for parent in {file.parent for file in files} for place in (parent, *parent.parents)
+              if place.is_relative_to(folder)}
+    return [table for place in sorted(places, key=lambda place: (len(place.parts), place)) for name in TABLES
+            if (table := place / name).is_file()]
 
 
 def _of_table(table: Path) -> Iterator[tuple[Path, str]]:
@@ -81,15 +87,19 @@ def _of_table(table: Path) -> Iterator[tuple[Path, str]]:
         name = row.get("file_name")
         text = caption_in(row)
         if not isinstance(name, str) or text is None:
-            raise RequestError(f"images: line {number} of '{table}' should give a file_name and a caption ({', '.join(CAPTIONS)}); found {_short(row)}")
+            raise RequestError(f"images: line {number} of '{table}' should give a file_name and a caption "
+                               f"({', '.join(CAPTIONS)}); found {_short(row)}")
         path = table.parent / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file() or path.suffix.lower() not in SUFFIXES:
-            raise RequestError(f"images: line {number} of '{table}' names '{name}', which is not a {KINDS} file of that folder.")
+        if (Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file()
+            or path.suffix.lower() not in SUFFIXES):
+            raise RequestError(f"images: line {number} of '{table}' names '{name}', which is not a {KINDS} file "
+                               "of that folder.")
         yield path, checked(text, path, f"{table.name}, line {number}")
 
 
 def read_rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a .jsonl or .csv file, with the number of the line that each stands on. RequestError for a line that is none."""
+    """The rows of a .jsonl or .csv file, with the number of the line that each stands on. RequestError for a line that
+    is none."""
     text = read_text(table)
     if table.suffix == ".csv":
         lines = csv.DictReader(io.StringIO(text))
@@ -102,12 +112,14 @@ def read_rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise RequestError(f"line {number} of '{table}' should be a table in JSON, such as {{\"file_name\": ..., \"text\": ...}}; found {line[:80]}")
+                raise RequestError(f"line {number} of '{table}' should be a table in JSON, such as {{\"file_name\": "
+                                   f"..., \"text\": ...}}; found {line[:80]}")
             yield number, row
 
 
 def caption_in(row: Mapping[str, Any]) -> object | None:
-    """What a row says under the first of CAPTIONS that it has; of several captions of one picture the first. None without any."""
+    """What a row says under the first of CAPTIONS that it has; of several captions of one picture the first. None
+    without any."""
     value = next((row[name] for name in CAPTIONS if name in row), None)
     if isinstance(value, list | tuple) and value:
         say_once("images: some pictures have several captions each; the first one is taken")
@@ -116,8 +128,8 @@ def caption_in(row: Mapping[str, Any]) -> object | None:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8, or UTF-16 that begins with its mark; else Windows-1252, in which older programs of the West write, and that is said.
-    RequestError where the system cannot read it."""
+    """UTF-8, or UTF-16 that begins with its mark; else Windows-1252, in which older programs of the West write, and
+    that is said. RequestError where the system cannot read it."""
     try:
         held = path.read_bytes()
     except OSError as error:
@@ -132,7 +144,8 @@ def decoded(held: bytes, path: object) -> str:
     except UnicodeDecodeError as error:
         if b"\x00" in held or held.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
             raise RequestError(f"'{path}' cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from None
-    say_once(f"'{path}' is not UTF-8, and read as Windows-1252: save it as UTF-8 if its letters come out wrong. The same goes for others like it",
+    say_once(f"'{path}' is not UTF-8, and read as Windows-1252: save it as UTF-8 if its letters come out wrong. "
+             "The same goes for others like it",
              "not UTF-8")
     return held.decode("cp1252", errors="replace")
 
@@ -140,7 +153,8 @@ def decoded(held: bytes, path: object) -> str:
 def checked(text: object, path: object, place: str) -> str:
     """A caption. RequestError for an empty one."""
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"images: the caption of '{path}' is empty ({place}). Write what the image shows, or remove the image.")
+        raise RequestError(f"images: the caption of '{path}' is empty ({place}). Write what the image shows, or "
+                           "remove the image.")
     return text.strip()
 
 
@@ -148,8 +162,9 @@ def _class_of(path: Path, folder: Path) -> str:
     if path.with_suffix(".txt").is_file():
         return _beside(path)
     if path.parent == folder:
-        raise RequestError(f"images: '{path}' has no class. Put it into a folder of '{folder}' that is named by its class, such as 3 or a label of "
-                           f"the teacher's, or write that into '{path.with_suffix('.txt')}', as class 3.")
+        raise RequestError(f"images: '{path}' has no class. Put it into a folder of '{folder}' that is named by "
+                           "its class, such as 3 or a label of the teacher's, or write that into "
+                           f"'{path.with_suffix('.txt')}', as class 3.")
     return class_named(path.parent.name)
 
 
@@ -163,8 +178,8 @@ def _beside(path: Path) -> str:
         caption = path.with_suffix(suffix)
         if caption.is_file():
             return checked(read_text(caption), path, caption.name)
-    raise RequestError(f"images: '{path}' has no caption. Write it into '{path.with_suffix('.txt')}', or list all images in 'metadata.jsonl' with "
-                       "{\"file_name\": ..., \"text\": ...} on each line.")
+    raise RequestError(f"images: '{path}' has no caption. Write it into '{path.with_suffix('.txt')}', or list all "
+                       "images in 'metadata.jsonl' with {\"file_name\": ..., \"text\": ...} on each line.")
 
 
 def _short(row: Mapping[str, Any]) -> str:

@@ -52,9 +52,9 @@ class ShapesImages:
 class FolderImages:
     """A folder of pictures. They are resized on their shorter side and cropped about the centre.
 
-    Captions stand in metadata.jsonl or metadata.csv (file_name, and text, caption or prompt), of the folder or of folders in it, or else in
-    a .txt file beside each image. Of a network that is told classes they are, where neither is there, the names of the folders: of 3/a.png
-    "class 3", of tench/a.png "tench".
+    Captions stand in metadata.jsonl or metadata.csv (file_name, and text, caption or prompt), of the folder or of
+    folders in it, or else in a .txt file beside each image. Of a network that is told classes they are, where neither
+    is there, the names of the folders: of 3/a.png "class 3", of tench/a.png "tench".
     """
 
     size: Size
@@ -64,11 +64,12 @@ class FolderImages:
 
     @classmethod
     def open(cls, folder: Path, size: Size, count: int | None = None, reads: Reads = "texts") -> FolderImages:
-        """Reads all captions, and decodes every image once, so that what is missing or damaged is found before training. Captions of images
-        for a network that reads nothing are "". count: takes the first ones in the order of their paths."""
+        """Reads all captions, and decodes every image once, so that what is missing or damaged is found before
+        training. Captions of images for a network that reads nothing are "". count: takes the first ones in the order
+        of their paths."""
         if not folder.is_dir():
-            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, a folder of {KINDS} files, .tar shards or .parquet files, or a "
-                               "dataset of the Hub.")
+            raise RequestError(f"images: '{folder}' is not a folder. Give `shapes`, a folder of {KINDS} files, "
+                               ".tar shards or .parquet files, or a dataset of the Hub.")
         files = picture_files(folder)
         if not files:
             raise RequestError(f"images: '{folder}' holds no image. Put {KINDS} files there, each with a caption.")
@@ -97,7 +98,8 @@ def _digest(files: list[Path], names: list[str], captions: list[str] | None = No
     digest = hashlib.blake2b(digest_size=16)
     for i, (path, name) in enumerate(zip(files, names, strict=True)):
         stat = path.stat()
-        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns, *([] if captions is None else [captions[i]])]).encode())
+        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns,
+                                  *([] if captions is None else [captions[i]])]).encode())
     return digest.hexdigest()
 
 
@@ -124,8 +126,8 @@ class Uncaptioned:
 
 @dataclass(frozen=True)
 class BothWays:
-    """Pictures and their mirror images: sample 2 i is picture i, and 2 i + 1 its mirror image. Of endless ones sample i is picture i, every
-    other one mirrored by chance."""
+    """Pictures and their mirror images: sample 2 i is picture i, and 2 i + 1 its mirror image. Of endless ones sample i
+    is picture i, every other one mirrored by chance."""
 
     images: Images
 
@@ -152,9 +154,11 @@ class BothWays:
         return indices // 2, indices % 2 == 1
 
 
-def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None, reads: Reads = "texts") -> Images:
-    """spec: "shapes"; a folder of pictures; WebDataset shards, a .tar file or a folder of some; a table, see `is_table`. seed is that of Shapes;
-    count: how many, else the first ones. reads: what a network reads of captions."""
+def open_images(spec: str | Path, size: Size, seed: int = 0, count: int | None = None,
+                reads: Reads = "texts") -> Images:
+    """spec: "shapes"; a folder of pictures; WebDataset shards, a .tar file or a folder of some; a table, see
+    `is_table`. seed is that of Shapes; count: how many, else the first ones. reads: what a network reads of
+    captions."""
     if spec == "shapes":
         return Uncaptioned(ShapesImages(size, seed, count)) if reads == "nothing" else ShapesImages(size, seed, count)
     path = Path(spec)

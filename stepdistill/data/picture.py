@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import RequestError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")     # whatever a file is called: PIL hands some others to programs of the system
+# whatever a file is called: PIL hands some others to programs of the system
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 KINDS = "png, jpg, webp, bmp, tiff or gif"
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)     # what PIL raises on damaged files
 
@@ -32,9 +33,10 @@ def named(name: object) -> Iterator[None]:
 
 def read_picture(file: Path | bytes, size: Size | None = None, name: object = None) -> Tensor:
     """(3, H, W) float32 in [-1, 1], of its own size unless given. It is turned as its camera says; of 16 bits a channel
-    the upper 8 count, rounded; what is transparent becomes white; of a film the first picture is taken. file: a path, or what it
-    holds. RequestError where it cannot be read, which calls it `name`, its path unless given."""
-    with named(name or file), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+    the upper 8 count, rounded; what is transparent becomes white; of a film the first picture is taken. file: a path,
+    or what it holds. RequestError where it cannot be read, which calls it `name`, its path unless given."""
+    with named(name or file), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file,
+                                         formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "I" or image.mode.startswith("I;16"):
             image = Image.fromarray(np.rint(np.array(image).clip(0, 65_535) / 257).astype(np.uint8))

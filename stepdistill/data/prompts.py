@@ -69,7 +69,8 @@ class ListedPrompts:
     def identity(self) -> dict[str, object]:
         if self.count <= MANY:
             return {"prompts": list(self.prompts)}
-        return {"prompts": hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=16).hexdigest(), "count": self.count}
+        return {"prompts": hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=16).hexdigest(),
+                "count": self.count}
 
     def captions(self, indices: Tensor) -> list[str]:
         return [self.prompts[i] for i in indices.tolist()]
@@ -83,8 +84,8 @@ def all_captions(source: Captions) -> list[str]:
 
 
 def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | None = None) -> Captions:
-    """spec: "shapes", "none", a .txt file with one prompt a line, a .csv, .jsonl or .parquet file with a column text, caption or prompt, a dataset
-    of the Hub, or a list of prompts. seed and count are those of Shapes."""
+    """spec: "shapes", "none", a .txt file with one prompt a line, a .csv, .jsonl or .parquet file with a column text,
+    caption or prompt, a dataset of the Hub, or a list of prompts. seed and count are those of Shapes."""
     if spec == "shapes":
         return ShapesPrompts(seed, count)
     if spec == "none":
@@ -102,8 +103,8 @@ def _read(path: Path) -> tuple[str, ...]:
     if is_table(path):
         return prompts_in(path)
     if path.suffix not in LISTS or not path.is_file():
-        raise RequestError(f"prompts: '{path}' is no {', '.join(LISTS)} or .parquet file that exists. Give `shapes`, such a file, a dataset of the Hub, "
-                           "or a list of prompts in brackets.")
+        raise RequestError(f"prompts: '{path}' is no {', '.join(LISTS)} or .parquet file that exists. Give `shapes`, "
+                           "such a file, a dataset of the Hub, or a list of prompts in brackets.")
     if path.suffix == ".txt":
         prompts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     else:
@@ -116,5 +117,6 @@ def _read(path: Path) -> tuple[str, ...]:
 def _prompt(row: Mapping[str, object], number: int, path: Path) -> str:
     text = caption_in(row)
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"prompts: line {number} of '{path}' has no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} that is a text")
+        raise RequestError(f"prompts: line {number} of '{path}' has no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} "
+                           "that is a text")
     return text.strip()

@@ -1,4 +1,5 @@
-"""WebDataset shards: tar files in which the files of one sample lie together and share the part of their name before its first point."""
+"""WebDataset shards: tar files in which the files of one sample lie together and share the part of their name before
+its first point."""
 from __future__ import annotations
 
 import hashlib
@@ -35,8 +36,8 @@ class Place:
 
 @dataclass(frozen=True)
 class ShardImages:
-    """The pictures of .tar files, which are indexed once and never unpacked. A sample is a picture and its caption: NAME.txt, or "text",
-    "caption" or "prompt" of NAME.json; of a network that is told classes also NAME.cls."""
+    """The pictures of .tar files, which are indexed once and never unpacked. A sample is a picture and its caption:
+    NAME.txt, or "text", "caption" or "prompt" of NAME.json; of a network that is told classes also NAME.cls."""
 
     size: Size
     places: tuple[Place, ...]
@@ -45,16 +46,20 @@ class ShardImages:
 
     @classmethod
     def open(cls, spec: Path, size: Size, count: int | None = None, reads: Reads = "texts") -> ShardImages:
-        """spec: a .tar file, or a folder of some. RequestError where a sample has no caption, and for what is no tar file."""
+        """spec: a .tar file, or a folder of some. RequestError where a sample has no caption, and for what is no tar
+        file."""
         shards = tuple(sorted(spec.rglob("*.tar"))) if spec.is_dir() else (spec,)
         stats = tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards)
         found = [sample for shard in stats for sample in _samples(*shard)]
         if not found:
-            raise RequestError(f"images: '{spec}' holds no picture: shards hold {KINDS} files, each with its caption in a .txt or .json file of the same name")
+            raise RequestError(f"images: '{spec}' holds no picture: shards hold {KINDS} files, each with its caption "
+                               "in a .txt or .json file of the same name")
         check_count(count, len(found), spec)
-        key = hashlib.blake2b(json.dumps([[shard.name, *rest] for shard, *rest in stats] + [count]).encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(json.dumps([[shard.name, *rest] for shard, *rest in stats] + [count]).encode(),
+                              digest_size=16).hexdigest()
         found = found[:count]
-        kept = readable(key, [place.name for place, _ in found], lambda i: read_picture(found[i][0].read(), name=found[i][0].name), str(spec))
+        kept = readable(key, [place.name for place, _ in found],
+                        lambda i: read_picture(found[i][0].read(), name=found[i][0].name), str(spec))
         return cls(size, tuple(found[i][0] for i in kept), tuple(_caption(*found[i], reads) for i in kept), key)
 
     @property
@@ -69,7 +74,8 @@ class ShardImages:
         return [self.texts[i] for i in indices.tolist()]
 
     def pixels(self, indices: Tensor) -> Tensor:
-        return torch.stack([read_picture(self.places[i].read(), self.size, self.places[i].name) for i in indices.tolist()])
+        return torch.stack([read_picture(self.places[i].read(), self.size, self.places[i].name)
+                            for i in indices.tolist()])
 
 
 Told = tuple[tuple[str, str], ...]                # (suffix, text) of the small files beside a picture
@@ -102,7 +108,8 @@ def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
                 elif suffix in (".txt", ".json", ".cls"):
                     yield member, opened.extractfile(member).read()
     except (OSError, tarfile.TarError) as error:
-        raise RequestError(f"images: '{shard}' cannot be read as a tar file ({error}): shards are tar files, not packed further") from None
+        raise RequestError(f"images: '{shard}' cannot be read as a tar file ({error}): shards are tar files, not "
+                           "packed further") from None
 
 
 def _caption(place: Place, told: Told, reads: Reads) -> str:
@@ -120,5 +127,6 @@ def _caption(place: Place, told: Told, reads: Reads) -> str:
             raise RequestError(f"images: the .json of '{place.name}' cannot be read ({error})") from None
         if isinstance(row, dict) and (text := caption_in(row)) is not None:
             return checked(text, place.name, "json")
-    raise RequestError(f"images: '{place.name}' has no caption: a sample of a shard is a picture and, under the same name, a .txt file or a .json file "
-                       f"with text, caption or prompt; found {', '.join(f'.{suffix}' for suffix in beside) or 'nothing'} beside it")
+    raise RequestError(f"images: '{place.name}' has no caption: a sample of a shard is a picture and, under the "
+                       "same name, a .txt file or a .json file with text, caption or prompt; found "
+                       f"{', '.join(f'.{suffix}' for suffix in beside) or 'nothing'} beside it")

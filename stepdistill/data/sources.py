@@ -1,4 +1,5 @@
-"""Sources of data from outside: captions or captioned pictures by a name of their own, in place of a folder or a text file."""
+"""Sources of data from outside: captions or captioned pictures by a name of their own, in place of a folder or a text
+file."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ SOURCES: dict[str, Open] = {}
 def register_data(name: str, source: Open) -> None:
     """Makes a source of data known by its name, in this process: `data: {images: NAME}`, `data: {prompts: NAME}`.
 
-    source(size, seed, count): size in pixels, of a side or height and width, None where captions alone are asked for; seed:
-    the recipe's; count: its data.count, None for all. What it returns has
+    source(size, seed, count): size in pixels, of a side or height and width, None where captions alone are asked for;
+    seed: the recipe's; count: its data.count, None for all. What it returns has
 
         count                 how many samples there are, None where they never end
         identity              a dict that JSON can hold: all that the samples depend on, beside the code
@@ -31,7 +32,8 @@ def register_data(name: str, source: Open) -> None:
     RequestError for a name of ours.
     """
     if name in OWN or not name.isidentifier():
-        raise RequestError(f"a source of data is named by letters, digits and _, and not {' or '.join(OWN)}; found {name!r}")
+        raise RequestError(f"a source of data is named by letters, digits and _, and not {' or '.join(OWN)}; "
+                           f"found {name!r}")
     SOURCES[name] = source
 
 
@@ -54,14 +56,17 @@ class Outside:
     def captions(self, indices: Tensor) -> list[str]:
         found = list(self.source.captions(indices))
         if len(found) != len(indices) or not all(isinstance(text, str) for text in found):
-            raise RequestError(f"the data {self.name} should give a text for each of {len(indices)} numbers; found {found!r:.200}")
+            raise RequestError(f"the data {self.name} should give a text for each of {len(indices)} numbers; found "
+                               f"{found!r:.200}")
         return found
 
     def pixels(self, indices: Tensor) -> Tensor:
         found = self.source.pixels(indices)
-        if found.dtype != torch.float32 or found.ndim != 4 or found.shape[:2] != (len(indices), 3) or found.abs().max() > 1:
-            raise RequestError(f"the data {self.name} should give {len(indices)} pictures (B, 3, H, W) of float32 in [-1, 1]; found "
-                               f"{tuple(found.shape)} of {found.dtype} in [{found.min():g}, {found.max():g}]")
+        if (found.dtype != torch.float32 or found.ndim != 4 or found.shape[:2] != (len(indices), 3)
+            or found.abs().max() > 1):
+            raise RequestError(f"the data {self.name} should give {len(indices)} pictures (B, 3, H, W) of float32 "
+                               f"in [-1, 1]; found {tuple(found.shape)} of {found.dtype} in [{found.min():g}, "
+                               f"{found.max():g}]")
         return found
 
 

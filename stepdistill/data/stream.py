@@ -51,8 +51,8 @@ class Stream:
 
     Every (update, repeat) walks through the data by itself, so that a critic and a student do not see the same samples.
     A finite dataset is walked epoch by epoch, each a new permutation; an endless one through consecutive indices.
-    shape: of one sample, for data that are prompts only. caption_dropout: the share of samples that are shown without their captions,
-    drawn anew for each visit.
+    shape: of one sample, for data that are prompts only. caption_dropout: the share of samples that are shown without
+    their captions, drawn anew for each visit.
     """
 
     dataset: Dataset

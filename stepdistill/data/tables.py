@@ -26,7 +26,8 @@ PICTURES = ("image", "img", "jpg", "png", "picture")
 
 
 def is_table(spec: str | Path) -> bool:
-    """Whether it names a parquet file, a folder of some, or, since nothing lies there, a dataset of the Hub (OWNER/NAME@REVISION)."""
+    """Whether it names a parquet file, a folder of some, or, since nothing lies there, a dataset of the Hub
+    (OWNER/NAME@REVISION)."""
     path = Path(spec)
     if path.is_dir():
         return any(path.rglob("*.parquet")) and not any(path.rglob("*.tar"))
@@ -35,8 +36,8 @@ def is_table(spec: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class TableImages:
-    """The rows of a table that have a picture. Its captions are the first of text, caption and prompt that it has; of a network that is
-    told classes also the names of `label`."""
+    """The rows of a table that have a picture. Its captions are the first of text, caption and prompt that it has; of a
+    network that is told classes also the names of `label`."""
 
     table: Dataset
     column: str
@@ -47,17 +48,20 @@ class TableImages:
 
     @classmethod
     def open(cls, spec: str | Path, size: Size, count: int | None = None, reads: Reads = "texts") -> TableImages:
-        """RequestError without the extra `data`, for a table without pictures or captions, and for one that cannot be had."""
+        """RequestError without the extra `data`, for a table without pictures or captions, and for one that cannot be
+        had."""
         from datasets import Image
 
         table = load(str(spec))
         column = next((name for name in PICTURES if name in table.column_names), None)
         if column is None:
-            raise RequestError(f"images: '{spec}' has no column of pictures ({', '.join(PICTURES)}); found {', '.join(table.column_names)}")
+            raise RequestError(f"images: '{spec}' has no column of pictures ({', '.join(PICTURES)}); found "
+                               f"{', '.join(table.column_names)}")
         check_count(count, len(table), spec)
         texts = _texts(table.select(range(count or len(table))), str(spec), reads, column)
         table = table.cast_column(column, Image(decode=False))
-        key = f"{table._fingerprint}-{len(texts)}"                       # of datasets: it changes with the files and with every step
+        # of datasets: it changes with the files and with every step
+        key = f"{table._fingerprint}-{len(texts)}"
         decode = lambda i: read_picture(_held(table, column, i), name=f"{spec}, row {i}")
         kept = readable(key, list(map(str, range(len(texts)))), decode, str(spec))
         return cls(table, column, size, tuple(kept), tuple(texts[i] for i in kept), key)
@@ -85,11 +89,13 @@ def prompts_in(spec: str | Path) -> tuple[str, ...]:
 
 @cache
 def load(spec: str) -> Dataset:
-    """What `datasets` makes of it, kept under the cache's folder. No code of a dataset is run: `datasets` runs none, and takes no scripts."""
+    """What `datasets` makes of it, kept under the cache's folder. No code of a dataset is run: `datasets` runs none,
+    and takes no scripts."""
     try:
         import datasets
     except ImportError:
-        raise RequestError(f"'{spec}' is a table, which the library `datasets` reads: pip install 'stepdistill[data]'") from None
+        raise RequestError(f"'{spec}' is a table, which the library `datasets` reads: pip install "
+                           "'stepdistill[data]'") from None
     path, kept = Path(spec), str(default_root() / "datasets")
     name, _, revision = spec.partition("@")
     with _readable(spec):
@@ -103,9 +109,10 @@ def load(spec: str) -> Dataset:
 def _readable(spec: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:                    # of datasets, pyarrow, the Hub and the system, which share no base class
-        raise RequestError(f"'{spec}' cannot be read as a table: {first_lines(error)}. Give a parquet file, a folder of some, or a dataset of the Hub "
-                           "with a split `train`") from error
+    # of datasets, pyarrow, the Hub and the system, which share no base class
+    except Exception as error:
+        raise RequestError(f"'{spec}' cannot be read as a table: {first_lines(error)}. Give a parquet file, a folder "
+                           "of some, or a dataset of the Hub with a split `train`") from error
 
 
 def _held(table: Dataset, column: str, i: int) -> bytes | Path:
@@ -114,7 +121,8 @@ def _held(table: Dataset, column: str, i: int) -> bytes | Path:
     if not found or (found["bytes"] is None and found["path"] is None):
         raise RequestError(f"images: row {i} has no picture in its column {column!r}")
     if found["bytes"] is None and not Path(found["path"]).resolve().is_relative_to(default_root().resolve()):
-        raise RequestError(f"images: row {i} names the file {found['path']}, which is none that came with the table: a table holds its pictures themselves")
+        raise RequestError(f"images: row {i} names the file {found['path']}, which is none that came with the table: "
+                           "a table holds its pictures themselves")
     return Path(found["path"]) if found["bytes"] is None else found["bytes"]
 
 
@@ -128,5 +136,7 @@ def _texts(table: Dataset, spec: str, reads: Reads, pictures: str | None) -> lis
         return [label.int2str(i) if isinstance(label, ClassLabel) else class_named(str(i)) for i in table["label"]]
     names = [name for name in CAPTIONS if name in table.column_names]
     if not names:
-        raise RequestError(f"'{spec}' has no column of captions ({', '.join(CAPTIONS)}); found {', '.join(table.column_names)}")
-    return [checked(caption_in({names[0]: text}), f"{spec}, row {i}", names[0]) for i, text in enumerate(table[names[0]])]
+        raise RequestError(f"'{spec}' has no column of captions ({', '.join(CAPTIONS)}); found "
+                           f"{', '.join(table.column_names)}")
+    return [checked(caption_in({names[0]: text}), f"{spec}, row {i}", names[0])
+            for i, text in enumerate(table[names[0]])]

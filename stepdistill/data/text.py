@@ -18,7 +18,8 @@ from .prompts import Captions, ListedPrompts
 PER_FILE = 500                    # one prompt of a large text encoder is a quarter of a megabyte
 LIMIT = 8 << 30                   # bytes of embeddings that may go on disk before prompts are rather encoded as they
                                   # come
-MANY = 40_000                     # different prompts beyond which a training would wait for minutes for the last of them
+# different prompts beyond which a training would wait for minutes for the last of them
+MANY = 40_000
 log = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], Condition]                 # a family's text encoder; the condition has its null

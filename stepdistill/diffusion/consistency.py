@@ -23,7 +23,8 @@ def consistency(p: Prediction) -> Tensor:
 
 def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """(c_skip, c_out) of the scheduler that samples: LCMScheduler's at the timestep that the network reads;
-    FlowMatchLCMScheduler has none, since the x_0 of a velocity is x where t = 0; of EDM's networks CMStochasticIterativeScheduler's."""
+    FlowMatchLCMScheduler has none, since the x_0 of a velocity is x where t = 0; of EDM's networks
+    CMStochasticIterativeScheduler's."""
     if isinstance(schedule, RectifiedFlow):
         return 0 * t, 1 + 0 * t
     if isinstance(schedule, TrigFlow):
@@ -34,8 +35,8 @@ def scalings(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edm_scalings(schedule: Schedule, t: Tensor, sigma_min: float) -> tuple[Tensor, Tensor]:
-    """Song et al. 2023, arXiv:2303.01469, appendix C: c_skip x + c_out F of EDM's x = x_t / alpha and output F, here of x_t and of
-    the x_0 that F predicts. It is x at sigma_min and below, where sigma is of x."""
+    """Song et al. 2023, arXiv:2303.01469, appendix C: c_skip x + c_out F of EDM's x = x_t / alpha and output F, here of
+    x_t and of the x_0 that F predicts. It is x at sigma_min and below, where sigma is of x."""
     sigma = schedule.angle(t).tan().clamp(min=sigma_min)
     skip, kept = (SIGMA_DATA**2 / (level**2 + SIGMA_DATA**2) for level in (sigma - sigma_min, sigma))
     c_out = 1 - sigma_min / sigma

@@ -20,10 +20,9 @@ class Condition:
 
     text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64.
     extra: numbers (B,) by name that a student or a critic reads through an embedding of its own: w, the guidance scale
-    (1 is conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1], share, of the data in
-    a mixture. `Condition(w=...)` and `cond.replace(w=...)` set w and r, None takes them away, and cond.w is None where
-    there is none.
-    null is the unconditional counterpart that guidance subtracts.
+    (1 is conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1], share, of the data
+    in a mixture. `Condition(w=...)` and `cond.replace(w=...)` set w and r, None takes them away, and cond.w is None
+    where there is none. null is the unconditional counterpart that guidance subtracts.
     """
 
     text: Tensor | None = None

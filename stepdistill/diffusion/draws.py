@@ -101,8 +101,8 @@ class Step:
 
     @contextmanager
     def same_dropout(self, name: str) -> Iterator[None]:
-        """Passes under one name drop the same units: the global generators, of which dropout draws, begin at one place for
-        each, and stand afterwards where they stood before."""
+        """Passes under one name drop the same units: the global generators, of which dropout draws, begin at one place
+        for each, and stand afterwards where they stood before."""
         cuda = torch.device(self.device).type == "cuda"
         with torch.random.fork_rng([self.device] if cuda else []):
             seed = key(self._key(name, "dropout"), self.ids[0].item())      # micro-batches have masks of their own

@@ -20,7 +20,8 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def edm(sigma_data: float) -> Row:
-    """Karras et al. 2022, arXiv:2206.00364, table 1: raw = (x_0 - c_skip x) / c_out of x = x_t / alpha, whose noise is sigma / alpha."""
+    """Karras et al. 2022, arXiv:2206.00364, table 1: raw = (x_0 - c_skip x) / c_out of x = x_t / alpha, whose noise is
+    sigma / alpha."""
     def row(s: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = s.alpha(t), s.sigma(t)
         total = torch.hypot(sigma, alpha * sigma_data)

@@ -1,4 +1,5 @@
-"""How stock schedulers are read: of each one's grid a row for every evaluation of the network, and the rule that takes it on."""
+"""How stock schedulers are read: of each one's grid a row for every evaluation of the network, and the rule that takes
+it on."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -57,19 +58,23 @@ def _consistency(history: list[Prediction], r: Tensor, noise: Tensor | None, c_s
     return x0 if noise is None else p.schedule.add_noise(x0, noise, r)
 
 
-def _iterative(history: list[Prediction], r: Tensor, noise: Tensor | None, c_skip: float, c_out: float, spread: float, clip: float) -> Tensor:
-    """Song et al. 2023, arXiv:2303.01469, algorithm 1: f, within +-clip, and noise of this deviation unless it is the last."""
+def _iterative(history: list[Prediction], r: Tensor, noise: Tensor | None, c_skip: float, c_out: float, spread: float,
+               clip: float) -> Tensor:
+    """Song et al. 2023, arXiv:2303.01469, algorithm 1: f, within +-clip, and noise of this deviation unless it is the
+    last."""
     p = history[-1]
     x0 = (c_out * p.x0 + c_skip * p.x_t).clamp(-clip, clip)
     return x0 if noise is None else like(p.schedule.alpha(r), x0) * (x0 + spread * noise)
 
 
 def _ancestral(history: list[Prediction], r: Tensor, noise: Tensor | None, spread: float, clip: float) -> Tensor:
-    """Ho et al. 2020, arXiv:2006.11239, algorithm 2: the mean of what lies at r between x_t and x_0, which is kept within +-clip,
-    and noise of this deviation."""
+    """Ho et al. 2020, arXiv:2006.11239, algorithm 2: the mean of what lies at r between x_t and x_0, which is kept
+    within +-clip, and noise of this deviation."""
     p = history[-1]
-    x0, (alpha, sigma), (alpha_r, sigma_r) = p.x0.clamp(-clip, clip), *((p.schedule.alpha(t), p.schedule.sigma(t)) for t in (p.t, r))
-    kept = (sigma_r / sigma) ** 2 * (alpha / alpha_r)                    # of x_t; sigma_r^2 is what x_0 and the noise leave of it
+    x0, (alpha, sigma), (alpha_r, sigma_r) = (p.x0.clamp(-clip, clip),
+                                              *((p.schedule.alpha(t), p.schedule.sigma(t)) for t in (p.t, r)))
+    # of x_t; sigma_r^2 is what x_0 and the noise leave of it
+    kept = (sigma_r / sigma) ** 2 * (alpha / alpha_r)
     mean = like(kept, x0) * p.x_t + like(alpha_r - kept * alpha, x0) * x0
     return mean if noise is None else mean + spread * noise
 
@@ -86,15 +91,16 @@ def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, throu
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():
         if scheduler.config[key] != value:
-            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not reproduced by the "
-                             f"sampler: use a scheduler config with {key}={value!r}")
+            raise ValueError(f"{type(scheduler).__name__} with {key}={scheduler.config[key]!r} is not "
+                             f"reproduced by the sampler: use a scheduler config with {key}={value!r}")
 
 
 def _vp_times(scheduler: SchedulerMixin, schedule: Schedule) -> list[float]:
     """The times that the network reads on a schedule of N nodes: t = (timestep + 1) / N."""
     if not isinstance(schedule, VariancePreserving):
         raise ValueError(f"{type(scheduler).__name__} serves variance-preserving networks, found "
-                         f"{type(schedule).__name__}: use a FlowMatchEulerDiscreteScheduler, or present the network by viewed(role, schedule)")
+                         f"{type(schedule).__name__}: use a FlowMatchEulerDiscreteScheduler, or present the network "
+                         "by viewed(role, schedule)")
     timesteps = scheduler.timesteps.double()
     last = scheduler.config["num_train_timesteps"] - 1
     # leading grids overrun by steps_offset, trailing ones by rounding
@@ -151,7 +157,8 @@ def _ddpm(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Ev
     variances = 1 - kept[:-1] / kept[1:]
     if not large:
         variances = variances * (1 - kept[1:]) / (1 - kept[:-1])
-    levels, clip = _level(kept, schedule), scheduler.config["clip_sample_range"] if scheduler.config["clip_sample"] else inf
+    levels, clip = (_level(kept, schedule), scheduler.config["clip_sample_range"] if scheduler.config["clip_sample"]
+                    else inf)
     rules = [partial(_ancestral, spread=spread, clip=clip) for spread in variances.sqrt().tolist()]
     return 1.0, [Evaluation(*row) for row in zip(times, levels, levels[1:], rules, (timesteps > 0).tolist())]
 
@@ -200,9 +207,12 @@ def _iterative_reader(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[fl
     """Of several steps the last, too, draws noise, and multiplies it by zero."""
     levels, config = _edm_levels(scheduler, schedule)[:-1], scheduler.config
     _demand(scheduler, s_noise=1.0)
-    spreads = (scheduler.sigmas[1:].double().clamp(config["sigma_min"], config["sigma_max"]) ** 2 - config["sigma_min"] ** 2).sqrt().tolist()
-    scalings = zip(*(c.tolist() for c in edm_scalings(schedule, torch.tensor(levels, dtype=torch.float64), config["sigma_min"])))
-    rules = [partial(_iterative, c_skip=c_skip, c_out=c_out, spread=spread, clip=1.0 if config["clip_denoised"] else inf)
+    spreads = (scheduler.sigmas[1:].double().clamp(config["sigma_min"], config["sigma_max"]) ** 2
+               - config["sigma_min"] ** 2).sqrt().tolist()
+    scalings = zip(*(c.tolist() for c in edm_scalings(schedule, torch.tensor(levels, dtype=torch.float64),
+                                                      config["sigma_min"])))
+    rules = [partial(_iterative, c_skip=c_skip, c_out=c_out, spread=spread, clip=1.0 if config["clip_denoised"]
+                     else inf)
              for (c_skip, c_out), spread in zip(scalings, spreads)]
     noisy = [True] * (len(levels) - 1) + [False]
     return _start(scheduler), [Evaluation(*row) for row in zip(levels, levels, levels[1:] + [0.0], rules, noisy)]
@@ -215,7 +225,8 @@ def _edm_euler(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, li
 
 
 def _edm_dpmpp_2m(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[float, list[Evaluation]]:
-    _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False, euler_at_final=False)
+    _demand(scheduler, algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, thresholding=False,
+            euler_at_final=False)
     start, evaluations = _edm_euler(scheduler, schedule)
     return start, [replace(e, rule=_dpmpp_2m) if 0 < i < len(evaluations) - 1 else e for i, e in enumerate(evaluations)]
 

@@ -125,7 +125,8 @@ class Sampler:
         """The state that each evaluation is given, one after another, and the sample: nfe + 1 of them. What is not
         asked for is not computed."""
         if self.stochastic and draw is None:
-            raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after evaluation i")
+            raise ValueError("this sampler is stochastic: pass draw(i), which gives the noise to add after "
+                             "evaluation i")
         x, history = self.start * noise, []
         yield x
         for i, e in enumerate(self.evaluations):

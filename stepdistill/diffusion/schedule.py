@@ -151,8 +151,8 @@ class RectifiedFlow(Schedule):
 class TrigFlow(Schedule):
     """Lu & Song 2024, arXiv:2410.11081, with time rescaled to [0, 1]: alpha = cos(end t), sigma = sin(end t).
 
-    end: the angle at t = 1, short of pi / 2 where a network knows no more noise. Of EDM's, whose x_0 + sigma eps is x_t / alpha here,
-    it is atan(sigma_max).
+    end: the angle at t = 1, short of pi / 2 where a network knows no more noise. Of EDM's, whose x_0 + sigma eps is x_t
+    / alpha here, it is atan(sigma_max).
     """
 
     end: float = pi / 2

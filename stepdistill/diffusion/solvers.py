@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE (and its SDE) down a grid of times: one algorithm, one short function.
 
 solver(role, x, times, cond, noise, seen) -> x at times[-1]. x: (B, ...), the state at times[0]; times: float64 in
-[0, 1], descending, (K + 1,) or, with times of its own for each sample, (K + 1, B); noise(i, shape) is the fresh normal noise of step i, for those that want it; seen(i, x)
-is shown the state that step i arrives at, at times[i + 1].
+[0, 1], descending, (K + 1,) or, with times of its own for each sample, (K + 1, B); noise(i, shape) is the fresh normal
+noise of step i, for those that want it; seen(i, x) is shown the state that step i arrives at, at times[i + 1].
 """
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def _written(name: str) -> str:
 
 
 def front(rows: Sequence[Row]) -> bytes:
-    """PNG. Distance against the milliseconds of one picture, at batch 1; the rows that none beats in both are joined."""
+    """PNG. Distance against the milliseconds of one picture, at batch 1; the rows that none beats in both are
+    joined."""
     name = figure_of(rows)
     timed = [row for row in rows if row["latency_ms"] is not None]
     figure = Figure(figsize=(6.4, 4.6), dpi=150)
@@ -55,14 +56,16 @@ def front(rows: Sequence[Row]) -> bytes:
     axes = figure.subplots()
     at = lambda row: (row["latency_ms"], row["metrics"][name])
     ahead = sorted((row for row in timed if not any(at(other) != at(row) and other["latency_ms"] <= row["latency_ms"]
-                                                    and other["metrics"][name] <= row["metrics"][name] for other in timed)), key=at)
+                                                    and other["metrics"][name] <= row["metrics"][name]
+                                                    for other in timed)), key=at)
     axes.plot(*zip(*map(at, ahead), strict=True), color=FAINT, lw=1.4, zorder=1, label="none is better in both")
     name_of = lambda row: row["target"].replace(f":{solver_of(row)}", ", all solvers")
     targets = list(dict.fromkeys(map(name_of, timed)))
     colours = dict(zip(dict.fromkeys(row["target"] for row in timed if not solver_of(row)), cycle(STUDENTS)))
     for target in targets:
         own = [row for row in timed if name_of(row) == target]
-        axes.scatter(*zip(*map(at, own), strict=True), s=34, color=colours.get(target, INK), marker="D" if target in colours else "o",
+        axes.scatter(*zip(*map(at, own), strict=True), s=34, color=colours.get(target, INK), marker="D"
+                     if target in colours else "o",
                      zorder=3, label=_written(target))
         for row in own:
             axes.annotate(f"{row['nfe']}", at(row), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
@@ -120,7 +123,8 @@ def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
     metric = lambda row: tuple(row["metrics"][key] for key in (name, f"{name}_low", f"{name}_high"))
     _draw(axes, solvers, best, students, metric)
     for real in (row for row in rows if row["target"] == "real"):
-        axes.axhspan(*metric(real)[1:], color=REAL, alpha=0.18, lw=0, label=f"fresh real pictures: {metric(real)[0]:.3f}")
+        axes.axhspan(*metric(real)[1:], color=REAL, alpha=0.18, lw=0,
+                     label=f"fresh real pictures: {metric(real)[0]:.3f}")
     _distance_axis(axes, [metric(row) for row in rows if row["target"] != "real"])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_ylabel(f"{'Fréchet' if name == 'fd' else 'Kernel Inception'} distance, {dim} features")
@@ -128,7 +132,8 @@ def _distance_panel(axes: Axes, rows: Sequence[Row], dim: int) -> None:
 
 
 def _distance_axis(axes: Axes, figures: Sequence[tuple[float, ...]]) -> None:
-    """Logarithmic; where an estimate or the end of its interval is 0 or less, linear below the least distance that is not."""
+    """Logarithmic; where an estimate or the end of its interval is 0 or less, linear below the least distance that is
+    not."""
     shown = [number for figure in figures for number in figure]
     least = min([value for value, _, _ in figures if value > 0], default=1.0)
     if shown and min(shown) <= 0:
@@ -164,7 +169,8 @@ def _draw(axes: Axes, solvers: Mapping[str, list[Row]], best: list[Row], student
         _errors(axes, line, metric, color=colour, marker="D", ms=5.5, lw=2.6, label=_written(name), zorder=5)
     if best:
         teacher = best[0]["target"].partition(":")[0]
-        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=_written(f"{teacher}, best solver"), zorder=4)
+        _errors(axes, best, metric, color=INK, marker="o", ms=5, lw=2, label=_written(f"{teacher}, best solver"),
+                zorder=4)
     for name, line in solvers.items():
         axes.plot(*_xy(line, metric), color=FAINT, lw=1.2, ls=DASHES.get(name.partition(":")[2], "-"), marker=".",
                   ms=4, label=_written(name))

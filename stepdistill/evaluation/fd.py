@@ -50,8 +50,8 @@ class Moments:
 
 
 def _moments(x: Tensor, over: int, rows: Tensor | None = None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D), float64, of these rows of x (n, D), each counted `weight` times (len(rows),); the
-    scatter is divided by `over`. In chunks: fifty thousand samples take little more memory than they lie in."""
+    """Mean (D,) and covariance (D, D), float64, of these rows of x (n, D), each counted `weight` times (len(rows),);
+    the scatter is divided by `over`. In chunks: fifty thousand samples take little more memory than they lie in."""
     rows = torch.arange(len(x)) if rows is None else rows
     weight = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight
     chunks = list(zip(rows.split(CHUNK), weight.split(CHUNK), strict=True))
@@ -96,12 +96,14 @@ def least_samples(dim: int) -> int:
 
 
 def too_few(samples: int, pictures: int, dim: int) -> str | None:
-    """Why no Fréchet distance in `dim` dimensions is taken of so many samples against so many pictures; None where it is."""
+    """Why no Fréchet distance in `dim` dimensions is taken of so many samples against so many pictures; None where it
+    is."""
     if samples < least_samples(dim):
-        return (f"{samples:,} samples are too few for a Fréchet distance in {dim:,} dimensions, which takes at least {least_samples(dim):,}")
+        return (f"{samples:,} samples are too few for a Fréchet distance in {dim:,} dimensions, which takes at "
+                f"least {least_samples(dim):,}")
     if pictures < 2 * (dim + 1):             # the covariances of the reference's halves
-        return (f"{pictures:,} pictures of the reference are too few for a Fréchet distance in {dim:,} dimensions, which takes at least "
-                f"{2 * (dim + 1):,}, better 10,000")
+        return (f"{pictures:,} pictures of the reference are too few for a Fréchet distance in {dim:,} dimensions, "
+                f"which takes at least {2 * (dim + 1):,}, better 10,000")
     return None
 
 
@@ -115,14 +117,13 @@ def frechet_infinity(features: Tensor, reference: Reference, seed: int = 0) -> E
     `_surplus`. May be slightly negative where the truth is 0.
 
     The interval. The estimate is a function of two independent sets, n samples x and N pictures y of the reference. Its
-    first-order expansion about the two laws P and R (von Mises 1947) is f(P, R) + mean a(x) + mean b(y), with a and b the
-    derivatives of the distance towards a point of either law. As the sets are independent, its variance is Var a / n +
-    Var b / N. The distance is symmetric in its two Gaussians, so b is a with their places exchanged: one formula,
+    first-order expansion about the two laws P and R (von Mises 1947) is f(P, R) + mean a(x) + mean b(y), with a and b
+    the derivatives of the distance towards a point of either law. As the sets are independent, its variance is Var a /
+    n + Var b / N. The distance is symmetric in its two Gaussians, so b is a with their places exchanged: one formula,
     `_influence_variance`, gives both, of the reference from the subset of its features that is kept. The share of the
     samples is corrected where the distance is near 0, see `_variance`; that of the reference is left as it is, which is
     too wide there by its quadratic part rather than too narrow. Held of 60 repetitions each, at three distances against
-    130 to 2,000 pictures: 56 to 60 (scripts/check_interval.py).
-    features: (n, D) with n >= least_samples(D).
+    130 to 2,000 pictures: 56 to 60 (scripts/check_interval.py). features: (n, D) with n >= least_samples(D).
     """
     x = features.cpu()
     if len(x) < least_samples(x.shape[1]):

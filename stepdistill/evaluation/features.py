@@ -1,4 +1,5 @@
-"""Features of pictures: of CLIP with the attribute classifier on top, of DINOv2, of InceptionV3, or of a module of one's own."""
+"""Features of pictures: of CLIP with the attribute classifier on top, of DINOv2, of InceptionV3, or of a module of
+one's own."""
 from __future__ import annotations
 
 import hashlib
@@ -21,13 +22,15 @@ from ..files import foreign
 from ..files.whole import checksum
 from ..models.sources import UNLOADABLE
 
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"   # named by its sha256
+# named by its sha256
+INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 HALVES = [0.5] * 3, [0.5] * 3
 TEXTS = 250                       # prompts read at a time
 
 
 class Features(Protocol):
-    """A feature space. name tells users what it is, id (a hash of its weights) and resize enter the protocol. clip: whether it is CLIP's."""
+    """A feature space. name tells users what it is, id (a hash of its weights) and resize enter the protocol. clip:
+    whether it is CLIP's."""
 
     name: str
     id: str
@@ -72,7 +75,8 @@ def _readable(place: Path) -> Iterator[None]:
     except UNLOADABLE as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{place} cannot be read as features: {first_lines(error)}. Copy or train it anew") from error
+        raise RequestError(f"{place} cannot be read as features: {first_lines(error)}. Copy or "
+                           "train it anew") from error
 
 
 class ClipFeatures:
@@ -84,7 +88,8 @@ class ClipFeatures:
         folder = _checked(Path(folder))
         self.device = device
         with _readable(folder):
-            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32,
+                                                   use_safetensors=True).to(device).eval().requires_grad_(False)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")])
         self.name = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}"
@@ -92,7 +97,8 @@ class ClipFeatures:
         self.size = self.model.config.vision_config.image_size
         self.read = _Reading(folder, self.size, device)
         self.resize = self.read.name
-        self.attribute_classifier = AttributeClassifier.load(folder / "judge.safetensors") if (folder / "judge.safetensors").is_file() else None
+        self.attribute_classifier = (AttributeClassifier.load(folder / "judge.safetensors")
+                                     if (folder / "judge.safetensors").is_file() else None)
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -102,7 +108,8 @@ class ClipFeatures:
     def texts(self, prompts: list[str]) -> Tensor:
         found = []
         for first in range(0, len(prompts), TEXTS):
-            tokens = self.tokenizer(prompts[first: first + TEXTS], padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(prompts[first: first + TEXTS], padding="max_length", truncation=True,
+                                    return_tensors="pt").to(self.device)
             found.append(self.model.get_text_features(**tokens).pooler_output.cpu())
         return torch.cat(found)
 
@@ -118,7 +125,8 @@ class DinoFeatures:
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
         with _readable(folder):
-            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(device).eval().requires_grad_(False)
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                                   trust_remote_code=False).to(device).eval().requires_grad_(False)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors")])
         self.name, self.dim = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}", self.model.config.hidden_size
         self.read = _Reading(folder, _crop(folder, self.model.config.image_size), device)
@@ -145,7 +153,8 @@ class ModuleFeatures:
         weights = sorted(module.state_dict().items())
         hashed = hashlib.sha256(type(module).__qualname__.encode())
         for key, tensor in weights:
-            hashed.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            hashed.update(key.encode()
+                          + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self.id = hashed.hexdigest()
         self.name = f"{name or type(module).__name__}@{self.id[:12]}"
         self.dim = self.images(torch.zeros(2, 3, 32, 32)).shape[1]
@@ -155,8 +164,8 @@ class ModuleFeatures:
         like = next(self.module.parameters(), pixels)
         found = self.module(pixels.to(like.device, like.dtype))
         if found.ndim != 2 or len(found) != len(pixels):
-            raise RequestError(f"the features {type(self.module).__name__} gave {tuple(found.shape)} for {len(pixels)} pictures: wanted "
-                               f"({len(pixels)}, dim)")
+            raise RequestError(f"the features {type(self.module).__name__} gave {tuple(found.shape)} for {len(pixels)} "
+                               f"pictures: wanted ({len(pixels)}, dim)")
         return found.float().cpu()
 
     def texts(self, prompts: list[str]) -> None:
@@ -172,8 +181,10 @@ class InceptionFeatures:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = device
-        kind = _torch_fidelity()                           # by itself it would unpickle what it downloads, whatever that is
-        self.model = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(_inception())).to(device).eval()
+        # by itself it would unpickle what it downloads, whatever that is
+        kind = _torch_fidelity()
+        self.model = kind("inception-v3-compat", ["2048"],
+                          feature_extractor_weights_path=str(_inception())).to(device).eval()
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -199,8 +210,8 @@ def dimensions(name: Path | str | torch.nn.Module) -> int:
 
 
 def load_features(name: Path | str | torch.nn.Module, device: str | torch.device = "cpu") -> Features:
-    """name: "inception"; the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified; the folder of a
-    Dinov2Model; or a module of one's own, see ModuleFeatures."""
+    """name: "inception"; the folder of a CLIPModel, with a judge.safetensors if attributes are to be classified; the
+    folder of a Dinov2Model; or a module of one's own, see ModuleFeatures."""
     if isinstance(name, torch.nn.Module):
         return ModuleFeatures(name)
     if str(name) == "inception":
@@ -209,16 +220,19 @@ def load_features(name: Path | str | torch.nn.Module, device: str | torch.device
 
 
 class _Reading:
-    """Pixels (B, 3, H, W) in [-1, 1] as a vision model of transformers reads them: its size, its mean and deviation a channel."""
+    """Pixels (B, 3, H, W) in [-1, 1] as a vision model of transformers reads them: its size, its mean and deviation a
+    channel."""
 
     def __init__(self, folder: Path, size: int, device: str | torch.device) -> None:
-        mean, deviation = (_preprocessor(folder).get(f"image_{name}", halves) for name, halves in zip(("mean", "std"), HALVES, strict=True))
+        mean, deviation = (_preprocessor(folder).get(f"image_{name}", halves)
+                           for name, halves in zip(("mean", "std"), HALVES, strict=True))
         self.size, self.device = size, device
         self.name = f"none at {size} px, else antialiased bicubic of the short side and a centre crop"
         if (mean, deviation) != HALVES:
             self.name += f"; normalised by {mean} and {deviation}"
         self.mean, self.deviation = (torch.tensor(numbers, device=device)[:, None, None] for numbers in
-                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))       # of pixels in [-1, 1]
+                                     # of pixels in [-1, 1]
+                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return (resized(pixels.to(self.device, torch.float32), self.size) - self.mean) / self.deviation
@@ -230,7 +244,8 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
 
 
 def _crop(folder: Path, size: int) -> int:
-    """The side of the square that a model's processor cuts out; `size`, that of its own grid, without the processor's file."""
+    """The side of the square that a model's processor cuts out; `size`, that of its own grid, without the processor's
+    file."""
     return _preprocessor(folder).get("crop_size", {}).get("height", size)
 
 
@@ -238,13 +253,15 @@ def _config(folder: Path) -> PretrainedConfig:
     with _readable(_checked(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in ("clip", *DINO):
-        raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or `inception`")
+        raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or "
+                           "`inception`")
     return config
 
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise RequestError(f"{folder} is no folder of a CLIPModel or a Dinov2Model: it needs config.json and model.safetensors")
+        raise RequestError(f"{folder} is no folder of a CLIPModel or a Dinov2Model: it needs config.json and "
+                           "model.safetensors")
     foreign.check_folder(folder, [])
     return folder
 
@@ -259,8 +276,8 @@ def _torch_fidelity() -> type[torch.nn.Module]:
 
 
 def _inception() -> Path:
-    """The published weights in torch's cache, of the known sha256. They are the one file that is no safetensors; torch reads it with
-    weights_only, which makes tensors and runs nothing."""
+    """The published weights in torch's cache, of the known sha256. They are the one file that is no safetensors; torch
+    reads it with weights_only, which makes tensors and runs nothing."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1]
     if not file.is_file() or not checksum(file).startswith(file.stem.rsplit("-", 1)[1]):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,8 @@ def kid(features: Tensor, subset: Tensor) -> Estimate:
     size = min(len(side) // -(-len(side) // KID_BLOCK) for side in both)
     real, fake = ([block for block in side.split(size) if len(block) == size] for side in both)
     rounds = max(len(real), len(fake))
-    value = sum(poly_mmd(*(side[i % len(side)].double().cpu() for side in (real, fake))).item() for i in range(rounds)) / rounds
+    value = sum(poly_mmd(*(side[i % len(side)].double().cpu() for side in (real, fake))).item()
+                for i in range(rounds)) / rounds
     y, x = (side[: 2 * KID_BLOCK].double().cpu() for side in both)
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
     variance = _variance(kernel(x, x), kernel(y, y), kernel(x, y), len(features), len(subset), size)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .estimate import Estimate, jackknife, student
 
-BLOCKS, SPARE = 20, 40            # of the jackknife; neighbours kept beyond the k-th, in case that a block takes some away
+# of the jackknife; neighbours kept beyond the k-th, in case that a block takes some away
+BLOCKS, SPARE = 20, 40
 
 
 def manifolds(features: Tensor, subset: Tensor, k: int = 3, k_dense: int = 5) -> dict[str, Estimate]:
@@ -20,8 +21,8 @@ def manifolds(features: Tensor, subset: Tensor, k: int = 3, k_dense: int = 5) ->
     that reach to the k-th nearest other; recall: the reverse (Kynkäänniemi et al. 2019, arXiv:1904.06991). Density: in
     how many of the reference's balls a generated feature lies, over k; coverage: the share of the reference's balls
     that hold a generated feature (Naeem et al. 2020, arXiv:2002.09797), both with k_dense. Both sides are cut to the
-    same count, at least k_dense + 2. Density may exceed 1; the intervals of the others end at 0 and 1. Intervals are the
-    jackknife's over both sides, which errs on the wide side (Efron & Stein 1981): up to twice for coverage near 1.
+    same count, at least k_dense + 2. Density may exceed 1; the intervals of the others end at 0 and 1. Intervals are
+    the jackknife's over both sides, which errs on the wide side (Efron & Stein 1981): up to twice for coverage near 1.
     """
     count = min(len(features), len(subset))
     x, y = features[:count].double().cpu(), subset[:count].double().cpu()

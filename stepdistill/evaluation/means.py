@@ -17,6 +17,7 @@ def clip_score(images: Tensor, texts: Tensor) -> Estimate:
 
 
 def diversity(groups: Sequence[Tensor]) -> Estimate:
-    """Mean over prompts of the mean distance between two samples of one prompt. groups: (samples, D) of each prompt, at least 2."""
+    """Mean over prompts of the mean distance between two samples of one prompt. groups: (samples, D) of each prompt, at
+    least 2."""
     each = [torch.pdist(group.double().cpu()).mean() for group in groups]
     return mean_of(torch.stack(each))

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import RequestError
 
 METRICS: dict[str, Metric] = {}
-OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes", "to_teacher")
+OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes",
+       "to_teacher")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ def register_metric(name: str, metric: Callable[..., Tensor], prompts: bool = Fa
     """Makes a metric known by its name, in this process: `stepdistill bench ... --metric NAME`.
 
     metric(pixels): (B, 3, H, W) float32 in [-1, 1] on the CPU -> (B,), a number for each picture; its mean over a row's
-    pictures is the figure. prompts: it is called metric(pixels, prompts), with a text for each; rows of pictures that were
-    made for no prompt have no figure then. RequestError for a name of ours.
+    pictures is the figure. prompts: it is called metric(pixels, prompts), with a text for each; rows of pictures that
+    were made for no prompt have no figure then. RequestError for a name of ours.
     """
     if name.removesuffix("_low").removesuffix("_high") in OWN or not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise RequestError(f"a metric is named by small letters, digits and _, and by none of {', '.join(OWN)}; found {name!r}")
+        raise RequestError(f"a metric is named by small letters, digits and _, and by none of {', '.join(OWN)}; "
+                           f"found {name!r}")
     METRICS[name] = Metric(metric, prompts)
 
 
@@ -56,12 +58,14 @@ class Means:
 
     def figures(self, prompted: bool) -> dict[str, float | None]:
         """prompted: whether the pictures were made for prompts."""
-        return {name: None if METRICS[name].prompts and not prompted else self.sums[name] / self.count for name in self.names}
+        return {name: None if METRICS[name].prompts and not prompted else self.sums[name] / self.count
+                for name in self.names}
 
 
 def _values(name: str, metric: Metric, pixels: Tensor, prompts: Sequence[str] | None) -> Tensor:
     with torch.inference_mode():
         found = metric.of(pixels, list(prompts)) if metric.prompts else metric.of(pixels)
     if not isinstance(found, Tensor) or found.shape != (len(pixels),) or not found.isfinite().all():
-        raise RequestError(f"the metric {name} should give a tensor of {len(pixels)} finite numbers, one a picture; found {found!r:.200}")
+        raise RequestError(f"the metric {name} should give a tensor of {len(pixels)} finite numbers, one a picture; "
+                           f"found {found!r:.200}")
     return found

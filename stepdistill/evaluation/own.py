@@ -1,4 +1,5 @@
-"""A bench of one's own model: against the teacher's own pictures from the same noise, where no set of real pictures is to be had.
+"""A bench of one's own model: against the teacher's own pictures from the same noise, where no set of real pictures is
+to be had.
 
 A Fréchet distance would want thousands of pictures of what the teacher was trained on; this wants a few prompts.
 """
@@ -28,8 +29,10 @@ from .sheets import sheet
 from .space import FeatureNames, figures
 
 STEPS, COARSE, SHOWN, BATCH, CALLS = 25, 32, 6, 4, 2
-PROMPTS = ("a portrait of an old fisherman, natural light", "a red bicycle leaning on a white wall", "a bowl of ramen, studio photo",
-           "a watercolor of a harbour at dawn", "two cats asleep on a blue sofa", "an astronaut walking through a forest",
+PROMPTS = ("a portrait of an old fisherman, natural light", "a red bicycle leaning on a white wall",
+           "a bowl of ramen, studio photo",
+           "a watercolor of a harbour at dawn", "two cats asleep on a blue sofa",
+           "an astronaut walking through a forest",
            "a street in Tokyo at night in the rain", "a glass chess set, macro photo")
 
 
@@ -40,17 +43,19 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
               metrics: Mapping[str, str] | None = None) -> Results:
     """Measures every target at every count of network evaluations, and writes results.json, report.html and samples/.
 
-    samples: pictures a row, those of one prompt after another's. features: those of `load_features`, a single one; None: no CLIP score, and
-    diversity in pixels. The teacher's own picture is drawn in 25 steps at the last of `guidance`. A distance to it says how far a student follows
-    the teacher from noise to picture, as trajectory and consistency methods teach it; those that match distributions need not.
-    metrics: of plugins, name -> what changes with its code. RequestError where none of `nfe` can be met, and where another process writes there.
+    samples: pictures a row, those of one prompt after another's. features: those of `load_features`, a single one;
+    None: no CLIP score, and diversity in pixels. The teacher's own picture is drawn in 25 steps at the last of
+    `guidance`. A distance to it says how far a student follows the teacher from noise to picture, as trajectory and
+    consistency methods teach it; those that match distributions need not. metrics: of plugins, name -> what changes
+    with its code. RequestError where none of `nfe` can be met, and where another process writes there.
     """
     texts = list(PROMPTS if prompts is None else prompts)
     if samples < 2 or not texts:
-        raise RequestError(f"a bench against the teacher's own pictures takes a prompt and at least 2 samples; found {len(texts)} and {samples}")
+        raise RequestError("a bench against the teacher's own pictures takes a prompt and at least 2 samples; "
+                           f"found {len(texts)} and {samples}")
     if features is not None and len(features) != 1:
-        raise RequestError(f"a bench against the teacher's own pictures reads one kind of features; found {len(features)}: name one, or a "
-                           "`reference` of real pictures")
+        raise RequestError("a bench against the teacher's own pictures reads one kind of features; found "
+                           f"{len(features)}: name one, or a `reference` of real pictures")
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
         best = _at_its_ease(teacher, guidance[-1], solvers, say)
@@ -59,18 +64,22 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
         return _measured(rows, texts, samples, seed, space, out, made or {}, metrics or {})
 
 
-def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: int, space: Features | None, out: Path, made: Mapping[str, Any],
+def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: int, space: Features | None, out: Path,
+              made: Mapping[str, Any],
               metrics: Mapping[str, str]) -> Results:
     """The results of these rows, of which the first is the teacher at its ease, once they are on the disk."""
     best, asked = rows[0], [texts[i % len(texts)] for i in range(samples)]
     means = [Means(metrics) for _ in rows]
     seen = _drawn(rows, asked, seed, space, means)
-    measured = [_row(plan, found, asked, texts, seed, space) | {"made": {**made, **plan.target.made}} for plan, found in zip(rows, seen, strict=True)]
+    measured = [_row(plan, found, asked, texts, seed, space) | {"made": {**made, **plan.target.made}}
+                for plan, found in zip(rows, seen, strict=True)]
     for row, plan, own in zip(measured, rows, means, strict=True):
         row["metrics"] |= own.figures(plan.target.prompted)
     in_space = f"pixels of {COARSE} x {COARSE}" if space is None else space.name
-    protocol = {"reference": f"the teacher's own pictures, {best.name}, {best.steps} steps, w = {best.guidance:g}", "samples": samples, "seed": seed,
-                "prompts": list(texts), "features": None if space is None else space.name, "diversity": f"mean distance in {in_space}"} | ({"metrics": dict(metrics)} if metrics else {})
+    protocol = {"reference": f"the teacher's own pictures, {best.name}, {best.steps} steps, w = {best.guidance:g}",
+                "samples": samples, "seed": seed,
+                "prompts": list(texts), "features": None if space is None else space.name,
+                "diversity": f"mean distance in {in_space}"} | ({"metrics": dict(metrics)} if metrics else {})
     results: Results = {"protocol": {"id": fingerprint(protocol), **protocol}, "rows": measured}
     shown = [found["shown"] for found in seen]
     for row, pictures in zip(measured, shown, strict=True):
@@ -86,13 +95,15 @@ def _at_its_ease(teacher: Target, w: float, solvers: Sequence[str], say: Callabl
     order = sorted(solvers, key=lambda name: name != "dpmpp_2m")
     found = [plan for plan in plans(teacher, (STEPS, 2 * STEPS), (w,), order, say) if plan.steps == STEPS]
     if not found:
-        raise RequestError(f"{teacher.name} cannot be drawn of in {STEPS} steps of {', '.join(solvers)}: name another of --solvers")
+        raise RequestError(f"{teacher.name} cannot be drawn of in {STEPS} steps of {', '.join(solvers)}: name another "
+                           "of --solvers")
     return min(found, key=lambda plan: order.index(plan.name.partition(":")[2]))
 
 
-def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features | None, means: Sequence[Means]) -> list[dict[str, Tensor]]:
-    """What is kept of each row's pictures: squared distances to those of the first row (n,), the pictures coarse (n, D) or their
-    features, and the first ones whole. Batches go through all rows, so that no more than a batch is held."""
+def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features | None,
+           means: Sequence[Means]) -> list[dict[str, Tensor]]:
+    """What is kept of each row's pictures: squared distances to those of the first row (n,), the pictures coarse (n, D)
+    or their features, and the first ones whole. Batches go through all rows, so that no more than a batch is held."""
     kept: list[dict[str, list[Tensor]]] = [{"apart": [], "seen": [], "shown": []} for _ in rows]
     with meter() as report:
         for ids in torch.arange(len(asked)).split(BATCH):
@@ -102,21 +113,27 @@ def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Feature
             for own, mean, plan, pixels in zip(kept, means, rows, drawn, strict=True):
                 mean.add(pixels, [asked[i] for i in ids.tolist()] if plan.target.prompted else None)
                 own["apart"].append(((pixels - drawn[0]) / 2).square().flatten(1).mean(1))
-                own["seen"].append(F.adaptive_avg_pool2d(pixels / 2, COARSE).flatten(1) / (3 * COARSE**2) ** 0.5 if space is None else space.images(pixels))
+                own["seen"].append(F.adaptive_avg_pool2d(pixels / 2, COARSE).flatten(1) / (3 * COARSE**2) ** 0.5
+                                   if space is None else space.images(pixels))
                 own["shown"] += [pixels] if ids[0] < SHOWN else []
             report("images of each row", int(ids[-1]) + 1, len(asked))
-    return [{name: torch.cat(parts)[:SHOWN if name == "shown" else None] for name, parts in own.items()} for own in kept]
+    return [{name: torch.cat(parts)[:SHOWN if name == "shown" else None] for name, parts in own.items()}
+            for own in kept]
 
 
-def _row(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: Sequence[str], seed: int, space: Features | None) -> dict[str, Any]:
+def _row(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: Sequence[str], seed: int,
+         space: Features | None) -> dict[str, Any]:
     """A row of results.json. to_teacher: root mean square over pixels in [0, 1]; None of the teacher's own pictures."""
     groups = [found["seen"][i::len(texts)] for i in range(min(len(texts), len(asked)))]
     several = [group for group in groups if len(group) > 1]
     text = None if space is None or not plan.target.prompted else space.texts(list(asked))
     squared = mean_of(found["apart"])
-    apart = Estimate(*(max(end, 0.0) ** 0.5 for end in (squared.value, squared.low, squared.high))) if squared.value else None
-    metrics = figures("to_teacher", apart) | figures("clip_score", None if text is None else clip_score(found["seen"], text))
+    apart = (Estimate(*(max(end, 0.0) ** 0.5 for end in (squared.value, squared.low, squared.high)))
+             if squared.value else None)
+    metrics = figures("to_teacher", apart) | figures("clip_score", None if text is None
+                                                     else clip_score(found["seen"], text))
     metrics |= figures("diversity", diversity(several) if several else None)
     taken = latency(plan, asked, seed, CALLS)
-    return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps, "guidance": plan.guidance,
+    return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
+            "guidance": plan.guidance,
             "samples": len(asked), "seed": seed, "metrics": metrics, "latency_ms": taken, "images_per_s": 1000 / taken}

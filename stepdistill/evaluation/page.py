@@ -62,17 +62,22 @@ class Strip:
     png: bytes
 
 
-def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]],
+def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: Sequence[str],
+         rows: Sequence[tuple[str, Sequence[str]]],
          strips: Sequence[Strip], facts: Mapping[str, Any]) -> str:
-    """figures: what each shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: from the same noise; a slider
-    shows those of one count of evaluations. facts: what the figures depend on."""
-    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for kind, cells in rows)
-    heads = "".join(f"<th scope='col'><button type='button'>{html.escape(heading)}</button></th>" for heading in headings)
+    """figures: what each shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: from
+    the same noise; a slider shows those of one count of evaluations. facts: what the figures depend on."""
+    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+                   for kind, cells in rows)
+    heads = "".join(f"<th scope='col'><button type='button'>{html.escape(heading)}</button></th>"
+                    for heading in headings)
     shown = "".join(f"<tr data-nfe='{strip.nfe}'><th scope='row'>{html.escape(strip.label)}</th><td><img class='strip' "
-                    f"alt='Samples of {html.escape(strip.label)}' src='{embedded(strip.png)}'></td></tr>" for strip in strips)
+                    f"alt='Samples of {html.escape(strip.label)}' src='{embedded(strip.png)}'></td></tr>"
+                    for strip in strips)
     drawn = "".join(f'<img class="figure" alt="{html.escape(what)}" src="{embedded(png)}">' for what, png in figures)
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
-    wide = lambda name, inner: f"<div class='wide' role='region' tabindex='0' aria-label='{name}'><table>{inner}</table></div>"
+    wide = (lambda name, inner: "<div class='wide' role='region' tabindex='0' "
+            f"aria-label='{name}'><table>{inner}</table></div>")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>
@@ -99,16 +104,20 @@ def embedded(png: bytes) -> str:
 
 
 def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> None:
-    """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of results.json."""
+    """report.html of a bench against the teacher's own pictures. together: PNG, a row of pictures for each of
+    results.json."""
     number = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
     more = more_metrics(results["protocol"])
     rows = [("teacher" if ":" in row["target"] else "student",
-             [row["target"], str(row["nfe"]), str(row["steps"]), f"{row['guidance']:g}", number(row["metrics"]["to_teacher"], 4),
-              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4), number(row["latency_ms"], 1), *(number(row["metrics"].get(name), 4) for name in more)])
+             [row["target"], str(row["nfe"]), str(row["steps"]), f"{row['guidance']:g}",
+              number(row["metrics"]["to_teacher"], 4),
+              number(row["metrics"]["clip_score"], 2), number(row["metrics"]["diversity"], 4),
+              number(row["latency_ms"], 1), *(number(row["metrics"].get(name), 4) for name in more)])
             for row in results["rows"]]
-    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided step takes two network "
-            "evaluations. The distance to the teacher is the root mean square over pixels in [0, 1] to the teacher's own pictures, the first row. "
-            "Students that are taught the teacher's law rather than its way from noise to picture may lie far from them and be good.")
+    note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts; a guided "
+            "step takes two network evaluations. The distance to the teacher is the root mean square over pixels "
+            "in [0, 1] to the teacher's own pictures, the first row. Students that are taught the teacher's law "
+            "rather than its way from noise to picture may lie far from them and be good.")
     write_whole(out / "report.html", page(
         "Teacher and student from the same noise", note, [("Pictures of each row, from the same noise", together)],
         ("target", "NFE", "steps", "w", "to teacher", "CLIP score", "diversity", "ms", *more), rows, [],
@@ -120,7 +129,8 @@ def made_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if "made" in row:
-            found.setdefault("; ".join(f"{name}: {_words(value)}" for name, value in row["made"].items()), {})[row["target"]] = None
+            found.setdefault("; ".join(f"{name}: {_words(value)}" for name, value in row["made"].items()),
+                             {})[row["target"]] = None
     return {", ".join(targets): what for what, targets in found.items()}
 
 

@@ -48,7 +48,8 @@ SOLVERS: Solvers = {
 FLOW_SOLVERS: Solvers = {
     "euler": (FlowMatchEulerDiscreteScheduler, {}, _each),
     "heun": (FlowMatchHeunDiscreteScheduler, {}, _twice),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_flow_sigmas": True,
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2,
+                                               "use_flow_sigmas": True,
                                                "prediction_type": "flow_prediction"}, _each),
 }
 
@@ -58,11 +59,11 @@ class Target:
     """What stands in the table. A teacher has no `call` and is swept over solvers and guidance, under stock schedulers.
 
     A student is called as its stepdistill.json says: call holds the literal keyword arguments of the pipeline call, the
-    pipeline its scheduler; only the number of steps is varied. method: None of what others made. given: what every call of the pipeline is given beside;
-    guided: and what a guided one is. companion: nobody asked for it; where it cannot be run, its rows are left out.
-    identity: changes with its weights. trained: the guidance scale, or the range of scales, that a student was trained
-    at. fixed_steps: its number of steps is folded into its weights. made: what results.json says of its weights, such as
-    where they lie.
+    pipeline its scheduler; only the number of steps is varied. method: None of what others made. given: what every call
+    of the pipeline is given beside; guided: and what a guided one is. companion: nobody asked for it; where it cannot
+    be run, its rows are left out. identity: changes with its weights. trained: the guidance scale, or the range of
+    scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights. made: what
+    results.json says of its weights, such as where they lie.
     """
 
     name: str
@@ -79,7 +80,8 @@ class Target:
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
-            raise RequestError(f"a target cannot be named {self.name!r}: `real` and names with a colon stand for other rows")
+            raise RequestError(f"a target cannot be named {self.name!r}: `real` and names with a colon stand for "
+                               "other rows")
 
     @property
     def guidance(self) -> Guidance:
@@ -113,26 +115,29 @@ class Plan:
         asked = prompts if self.target.prompted else [spelled.any(pipeline)] * len(prompts)
         generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in ids.tolist()]
         with torch.random.fork_rng(), _scheduler(pipeline, self.scheduler):
-            torch.manual_seed(key(seed, "pipeline", ids[0].item()))       # for pipelines that keep the generator to themselves
+            # for pipelines that keep the generator to themselves
+            torch.manual_seed(key(seed, "pipeline", ids[0].item()))
             return pictures(pipeline, spelled, asked, generator=generators, **self.call) * 2 - 1
 
     def check_finite(self, broken: int, drawn: int) -> None:
         """RequestError where some of the pictures drawn have pixels that are no finite number."""
         if broken:
-            raise RequestError(f"{broken:,} of {drawn:,} pictures of {self.name} at {self.nfe} NFE have pixels that are no finite number: the "
-                               "pipeline overflows. Look at its dtype (an autoencoder in float16 is the usual place) and at the student's weights")
+            raise RequestError(f"{broken:,} of {drawn:,} pictures of {self.name} at {self.nfe} NFE have pixels "
+                               "that are no finite number: the pipeline overflows. Look at its dtype (an autoencoder "
+                               "in float16 is the usual place) and at the student's weights")
 
 
 def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers: Sequence[str],
           say: Callable[[str], None]) -> list[Plan]:
-    """The rows of a target in the order of their evaluations. RequestError if none of `nfe` can be met; of a companion that is
-    said, and it has no rows."""
+    """The rows of a target in the order of their evaluations. RequestError if none of `nfe` can be met; of a companion
+    that is said, and it has no rows."""
     target.pipeline.set_progress_bar_config(disable=True)
     try:
         rows = _teacher(target, nfe, guidance, solvers, say) if target.call is None else _student(target, nfe, say)
         if not rows:
-            raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with guidance={list(guidance)} and "
-                               f"solvers={list(solvers)}: a guided step takes two evaluations, k steps of heun take 2 k - 1")
+            raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with "
+                               f"guidance={list(guidance)} and solvers={list(solvers)}: a guided step takes two "
+                               "evaluations, k steps of heun take 2 k - 1")
     except RequestError as error:
         if not target.companion or not {*solvers} <= SOLVERS.keys():
             raise
@@ -168,8 +173,8 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
 
 
 def _reason_against(target: Target, scheduler: SchedulerMixin) -> str | None:
-    """Why a pipeline cannot be called with a scheduler of another class than its own: some pass a grid of their own, which
-    not all take, and some do not let a scheduler scale what the network reads."""
+    """Why a pipeline cannot be called with a scheduler of another class than its own: some pass a grid of their own,
+    which not all take, and some do not let a scheduler scale what the network reads."""
     call, scaled = {**target.given, **target.guidance.none, "num_inference_steps": 1}, []
     if type(scheduler) is type(target.pipeline.scheduler):
         return None
@@ -192,8 +197,8 @@ def _solvers_for(target: Target) -> Solvers:
     if is_flow(own):
         return FLOW_SOLVERS
     if "beta_schedule" not in own.config:
-        raise RequestError(f"{target.name} has a {type(own).__name__}, which holds neither betas nor a flow: the solvers "
-                           f"{', '.join(SOLVERS)} need them")
+        raise RequestError(f"{target.name} has a {type(own).__name__}, which holds neither betas nor a flow: "
+                           f"the solvers {', '.join(SOLVERS)} need them")
     return SOLVERS
 
 
@@ -212,8 +217,10 @@ def solver_scheduler(target: Target, solver: str) -> SchedulerMixin:
 
 
 def _grid(scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
-    """Euler's own grid of k steps ends at a thousandth, where the last evaluation is wasted; the others have no choice."""
-    return {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()} if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {}
+    """Euler's own grid of k steps ends at a thousandth, where the last evaluation is wasted; the others have no
+    choice."""
+    return ({"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
+            if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {})
 
 
 def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:
@@ -232,10 +239,11 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
 
 
 def at_steps(target: Target, steps: int) -> dict[str, Any]:
-    """A student's call at this number of steps, and at its own number the call as it is. Even sigmas of a flow are made anew.
+    """A student's call at this number of steps, and at its own number the call as it is. Even sigmas of a flow are made
+    anew.
 
-    RequestError for a number that it was not made for: where its own is folded into its weights, listed with its times, or that of a
-    scheduler that was made to give them; and for one that its scheduler does not serve.
+    RequestError for a number that it was not made for: where its own is folded into its weights, listed with its times,
+    or that of a scheduler that was made to give them; and for one that its scheduler does not serve.
     """
     call, scheduler = dict(target.call), target.pipeline.scheduler
     own, sigmas = call["num_inference_steps"], call.get("sigmas")
@@ -245,7 +253,8 @@ def at_steps(target: Target, steps: int) -> dict[str, Any]:
         raise RequestError(f"{target.name} was made for {own} steps, {why}: it cannot be sampled in {steps}")
     if sigmas is None:
         serve(scheduler, steps)
-    return call | {"num_inference_steps": steps} | ({} if sigmas is None else {"sigmas": [1 - i / steps for i in range(steps)]})
+    return call | {"num_inference_steps": steps} | ({} if sigmas is None
+                                                    else {"sigmas": [1 - i / steps for i in range(steps)]})
 
 
 def _fixed(target: Target) -> str | None:
@@ -266,7 +275,8 @@ def _even(sigmas: Sequence[float]) -> bool:
 
 def serve(scheduler: SchedulerMixin, steps: int) -> None:
     """RequestError where a scheduler has no such number of steps."""
-    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}      # a pipeline's, whose value matters not
+    # a pipeline's, whose value matters not
+    own = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     try:
         deepcopy(scheduler).set_timesteps(steps, **own)
     except ValueError as error:
@@ -274,22 +284,26 @@ def serve(scheduler: SchedulerMixin, steps: int) -> None:
 
 
 def at_guidance(target: Target, w: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """What a call is given for the guidance scale w, of which 1 is none. It is said where guidance is added to a student that was
-    trained to do without. RequestError for less than 1, and of a network that reads its scale for one that it was not trained at."""
+    """What a call is given for the guidance scale w, of which 1 is none. It is said where guidance is added to a
+    student that was trained to do without. RequestError for less than 1, and of a network that reads its scale for one
+    that it was not trained at."""
     if not 1 <= w < float("inf"):
         raise RequestError(f"a guidance scale of {w:g} was asked for: it should be at least 1, which is none")
     if target.call is not None and target.trained is not None:
         low, high = target.trained if isinstance(target.trained, (tuple, list)) else (target.trained, target.trained)
         learned = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         if target.guidance.within and not low <= w <= high:
-            raise RequestError(f"{target.name} was trained for a guidance scale of {learned}, which its network reads; asked for was {w:g}")
+            raise RequestError(f"{target.name} was trained for a guidance scale of {learned}, which its network "
+                               f"reads; asked for was {w:g}")
         if not target.guidance.within and w > 1 == target.guidance.scale(target.call):
-            say(f"{target.name} was trained in with a guidance scale of {learned}: {w:g} guides it once more, at two evaluations a step")
+            say(f"{target.name} was trained in with a guidance scale of {learned}: {w:g} guides it once more, at "
+                "two evaluations a step")
     return target.guidance.call(w)
 
 
 def evaluations(plan: Plan) -> int:
-    """Network evaluations per image, counted in a call: a guided step shows as two, whatever the pipeline's conventions."""
+    """Network evaluations per image, counted in a call: a guided step shows as two, whatever the pipeline's
+    conventions."""
     with counted(denoiser_of(plan.target.pipeline)) as count:
         plan.images([stock_prompts(plan.target.pipeline).any(plan.target.pipeline)], torch.tensor([0]), seed=0)
     return count[0]
@@ -312,7 +326,8 @@ def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
     for name in ("unet", "transformer"):
         if name in pipeline.components:
             return pipeline.components[name]
-    raise RequestError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose evaluations could be counted")
+    raise RequestError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose evaluations could "
+                       "be counted")
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def meter(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        tasks: dict[str, tuple[int, float, int]] = {}             # what -> its bar, when it began and with how many done
+        # what -> its bar, when it began and with how many done
+        tasks: dict[str, tuple[int, float, int]] = {}
         said: dict[str, float] = {}
 
         def report(what: str, done: int, total: int) -> None:

@@ -16,9 +16,9 @@ ESTIMATOR = "FD at infinity: parabola in 1/n over n, n/2, n/3; reference by halv
 
 @dataclass(frozen=True)
 class Protocol:
-    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed. also: further features
-    in which distances are taken; metrics: those of plugins, each with what changes with its code. Without any of these the id is what it
-    was before there were some."""
+    """features and judge carry hashes of their weights; prompts a hash of the list; reference its source and seed.
+    also: further features in which distances are taken; metrics: those of plugins, each with what changes with its
+    code. Without any of these the id is what it was before there were some."""
 
     features: str
     dim: int
@@ -35,8 +35,10 @@ class Protocol:
 
     @cached_property
     def id(self) -> str:
-        without_place = {"features": self.features.rpartition("@")[2], "also": [name.rpartition("@")[2] for name in self.also]}
-        return fingerprint({name: value for name, value in (asdict(self) | without_place).items() if name not in ("also", "metrics") or value})
+        without_place = {"features": self.features.rpartition("@")[2],
+                         "also": [name.rpartition("@")[2] for name in self.also]}
+        return fingerprint({name: value for name, value in (asdict(self) | without_place).items()
+                            if name not in ("also", "metrics") or value})
 
     def record(self) -> dict[str, Any]:
         """As results.json has it. The id does not depend on where the features' folder lies."""

@@ -96,8 +96,9 @@ class FolderSource:
 
     def prompts(self, count: int) -> list[str]:
         if not self.captioned:
-            raise RequestError(f"the reference {self.folder} says nothing about prompts, since its images have no captions: give a list of "
-                               "prompts, or captions in metadata.jsonl or in a .txt beside each image")
+            raise RequestError(f"the reference {self.folder} says nothing about prompts, since its images have "
+                               "no captions: give a list of prompts, or captions in metadata.jsonl or in a .txt "
+                               "beside each image")
         return captions_of(self.folder, self.files)[:count]
 
     @property
@@ -138,8 +139,8 @@ def load_reference(features: Features, source: Source, shipped: Path | None = No
     with locked(cached.with_name(f".{cached.stem}{LOCK}"), str(cached), wait=True):
         if (reference := _cached(cached, key, say)) is not None:
             return reference
-        say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} (once; kept in "
-            f"{cached})")
+        say(f"computing reference statistics: {source.count:,} pictures of {source.name} in {features.name} "
+            f"(once; kept in {cached})")
         reference = compute_reference(features, source)
         save_reference(reference, cached, key)
     return reference
@@ -189,7 +190,8 @@ def read_reference(file: Path) -> tuple[str, Reference]:
         key = said["key"]
         if said.get(DIGEST, digest(tensors, key)) != digest(tensors, key):        # earlier versions wrote none
             raise ValueError("its numbers are not those that were written")
-        halves = tuple(Moments(tensors[f"{i}.count"].item(), tensors[f"{i}.mean"], tensors[f"{i}.covariance"]) for i in range(2))
+        halves = tuple(Moments(tensors[f"{i}.count"].item(), tensors[f"{i}.mean"], tensors[f"{i}.covariance"])
+                       for i in range(2))
         return key, Reference(halves, tensors["subset"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{file} is no readable file of reference statistics ({error}): delete it, and it will be "

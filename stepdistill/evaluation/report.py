@@ -23,13 +23,15 @@ Row = dict[str, Any]
 Results = dict[str, Any]               # {"protocol": {…}, "rows": [Row, …]}
 
 METRICS = {"fd": "FD", "kid": "KID", "cmmd": "CMMD", "precision": "precision", "recall": "recall", "density": "density",
-           "coverage": "coverage", "clip_score": "CLIP score", "diversity": "diversity", "all_attributes": "all attributes"}
+           "coverage": "coverage", "clip_score": "CLIP score", "diversity": "diversity",
+           "all_attributes": "all attributes"}
 DIGITS = {"kid": ".4f", "clip_score": ".2f", "all_attributes": ".1%"}          # of the others three
 
 
 def read_results(file: Path) -> Results:
     """What a bench wrote. RequestError where the file is missing or damaged."""
-    return records.read(file, records.Results, "Name a results.json that a bench wrote, or remove this one and measure again")
+    return records.read(file, records.Results, "Name a results.json that a bench wrote, or remove this one and "
+                        "measure again")
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, int, float | None]:
@@ -51,7 +53,8 @@ def write_results(results: Results, out: Path) -> None:
 
 
 def write_report(results: Results, out: Path) -> None:
-    """curve.png, report.html, table.csv and table.md beside results.json; the sample grid is made of the strips under out/samples."""
+    """curve.png, report.html, table.csv and table.md beside results.json; the sample grid is made of the strips under
+    out/samples."""
     from .curve import curve, front  # here, because matplotlib takes a quarter of a second
 
     rows = results["rows"]
@@ -72,7 +75,8 @@ def as_csv(rows: Sequence[Row]) -> str:
     written = io.StringIO()
     lines = csv.writer(written, lineterminator="\n")
     lines.writerow([*plain, *names])
-    lines.writerows([[_cell(row[name]) for name in plain] + [row["metrics"].get(name) for name in names] for row in rows])
+    lines.writerows([[_cell(row[name]) for name in plain] + [row["metrics"].get(name) for name in names]
+                     for row in rows])
     return written.getvalue()
 
 
@@ -96,13 +100,17 @@ def picture_name(row: Mapping[str, Any]) -> str:
 
 
 def cells(row: Mapping[str, Any], teacher: Mapping[str, Any] | None = None, more: Sequence[str] = ()) -> list[str]:
-    """A row of the table, as text, under HEADINGS and those of `more` metrics. teacher: the row that the distance is held against."""
+    """A row of the table, as text, under HEADINGS and those of `more` metrics. teacher: the row that the distance is
+    held against."""
     m = row["metrics"]
     number = lambda value, spec: "–" if value is None else format(value, spec)
-    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"), number(row["guidance"], "g"),
-            _interval(None if teacher is None or row["target"] == "real" else ratio(row, teacher), lambda value: f"{value:.2f}"), fd_of(m),
+    return [row["target"], number(row["nfe"] or None, "d"), number(row["steps"] or None, "d"),
+            number(row["guidance"], "g"),
+            _interval(None if teacher is None or row["target"] == "real" else ratio(row, teacher),
+                      lambda value: f"{value:.2f}"), fd_of(m),
             *(number(m.get(name), DIGITS.get(name, ".3f")) for name in list(METRICS)[1:]),
-            number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f"), *(number(m[name], ".4g") for name in more)]
+            number(row["latency_ms"], ".1f"), number(row["images_per_s"], ".1f"),
+            *(number(m[name], ".4g") for name in more)]
 
 
 def fd_of(metrics: Mapping[str, float | None]) -> str:
@@ -116,15 +124,17 @@ def _interval(found: Estimate | None, spelled: Callable[[float], str]) -> str:
 
 
 def at_its_ease(rows: Sequence[Row]) -> Row | None:
-    """The teacher's row of most evaluations, of several the one of least distance; None without a teacher or its distance."""
+    """The teacher's row of most evaluations, of several the one of least distance; None without a teacher or its
+    distance."""
     teachers = [row for row in rows if ":" in row["target"] and row["metrics"]["fd"] is not None]
     return min(teachers, key=lambda row: (-row["nfe"], row["metrics"]["fd"]), default=None)
 
 
 def ratio(row: Row, teacher: Row) -> Estimate | None:
-    """FD over the teacher's FD. The interval adds the relative variances of both, on a logarithmic scale; None where a distance is not
-    above 0, or is not known to be."""
-    parts = [(one["metrics"]["fd"], one["metrics"]["fd_high"] - one["metrics"]["fd_low"]) for one in (row, teacher) if one["metrics"]["fd"] is not None]
+    """FD over the teacher's FD. The interval adds the relative variances of both, on a logarithmic scale; None where a
+    distance is not above 0, or is not known to be."""
+    parts = [(one["metrics"]["fd"], one["metrics"]["fd_high"] - one["metrics"]["fd_low"]) for one in (row, teacher)
+             if one["metrics"]["fd"] is not None]
     if len(parts) < 2 or min(value for value, _ in parts) <= 0:
         return None
     value, spread = parts[0][0] / parts[1][0], sum((width / 2 / value) ** 2 for value, width in parts) ** 0.5
@@ -139,7 +149,8 @@ def distance(value: float) -> str:
 def in_words(row: Mapping[str, Any]) -> str:
     """A row of results.json in one line."""
     m, latency = row["metrics"], row["latency_ms"]
-    figure = f"FD {fd_of(m)}" if m["fd"] is not None else f"KID {m['kid']:.4f} [{m['kid_low']:.4f}, {m['kid_high']:.4f}]"
+    figure = (f"FD {fd_of(m)}" if m["fd"] is not None else f"KID {m['kid']:.4f} [{m['kid_low']:.4f}, "
+              f"{m['kid_high']:.4f}]")
     return f"{_label(row)}: {figure}" + ("" if latency is None else f", {latency:.4g} ms")
 
 
@@ -155,13 +166,15 @@ def in_brief(rows: Sequence[Row]) -> tuple[str, ...]:
 def table(results: Results) -> Table:
     """For a rich console: the columns that a curve is read by; results.json and report.html hold them all."""
     protocol = results["protocol"]
-    made = Table(title=escape(printable(f"{protocol['samples']:,} samples against {protocol['reference']} in {protocol['features']}")),
+    made = Table(title=escape(printable(f"{protocol['samples']:,} samples against {protocol['reference']} in "
+                                        f"{protocol['features']}")),
                  title_justify="left", title_style="bold", header_style="bold", box=None)
     more = more_metrics(protocol)
     headings = (*HEADINGS, *more)
     shown = [headings.index(heading) for heading in (*in_brief(results["rows"]), *more)]
     for i in shown:
-        made.add_column(headings[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
+        made.add_column(headings[i].replace(" a", "\na"), justify="right" if i else "left", no_wrap=bool(i),
+                        overflow="fold")
     for row in results["rows"]:
         texts = [escape(printable(text)) for text in cells(row, more=more)]
         made.add_row(*(texts[i] for i in shown), style="green" if row["target"] == "real" else ""
@@ -169,14 +182,16 @@ def table(results: Results) -> Table:
     return made
 
 
-NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided step takes two network evaluations. "
-        "FD is extrapolated to infinitely many samples; its interval holds the truth in about 95 of 100 repetitions, and results.json has one for "
-        "every figure. Diversity is the mean distance in features between samples of one prompt: compare it with that of real pictures.")
+NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. A guided "
+        "step takes two network evaluations. FD is extrapolated to infinitely many samples; its interval holds "
+        "the truth in about 95 of 100 repetitions, and results.json has one for every figure. Diversity is the "
+        "mean distance in features between samples of one prompt: compare it with that of real pictures.")
 
 
 def _page(results: Results, figures: Sequence[tuple[str, bytes]], out: Path) -> str:
     rows = results["rows"]
-    note = NOTE + "".join(f" Distances in {name} too: {_also(rows, name)}." for name in results["protocol"].get("also", ()))
+    note = NOTE + "".join(f" Distances in {name} too: {_also(rows, name)}."
+                          for name in results["protocol"].get("also", ()))
     more = more_metrics(results["protocol"])
     teacher, shown = at_its_ease(rows), [(row, out / "samples" / picture_name(row)) for row in rows]
     if teacher is not None:
@@ -188,7 +203,8 @@ def _page(results: Results, figures: Sequence[tuple[str, bytes]], out: Path) -> 
 
 def _also(rows: Sequence[Row], name: str) -> str:
     """The distances of rows in a further feature space, in the order of the table."""
-    return "; ".join(f"{_label(row)} {fd_of(row['also'][name]) if row['also'][name]['fd'] is not None else format(row['also'][name]['kid'], '.4f')}"
+    return "; ".join(f"{_label(row)} "
+                     f"{fd_of(row['also'][name]) if row['also'][name]['fd'] is not None else format(row['also'][name]['kid'], '.4f')}"
                      for row in rows)
 
 

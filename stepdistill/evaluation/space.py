@@ -34,15 +34,18 @@ class Space:
     def load(cls, name: FeatureName, source: Source, device: str | torch.device,
              say: Callable[[str], None]) -> Space:
         features = load_features(name, device)
-        shipped = None if isinstance(name, torch.nn.Module) or str(name) == "inception" else Path(name) / "reference.safetensors"
+        shipped = (None if isinstance(name, torch.nn.Module) or str(name) == "inception"
+                   else Path(name) / "reference.safetensors")
         return cls(features, load_reference(features, source, shipped, say))
 
     def distances(self, images: Tensor, seed: int) -> Figures:
         """images: features (n, D). A Fréchet distance of too few samples would mean nothing: then it is None."""
         subset = self.reference.subset
-        fd = None if too_few(len(images), self.reference.whole.count, self.features.dim) else frechet_infinity(images, self.reference, seed)
+        fd = (None if too_few(len(images), self.reference.whole.count, self.features.dim)
+              else frechet_infinity(images, self.reference, seed))
         found = figures("fd", fd) if fd else {"fd": None, "fd_low": None, "fd_high": None}
-        found |= figures("kid", kid(images, subset)) | figures("cmmd", cmmd(images, subset) if self.features.clip else None)
+        found |= figures("kid", kid(images, subset)) | figures("cmmd", cmmd(images, subset)
+                                                               if self.features.clip else None)
         for name, estimate in manifolds(images, subset).items():
             found |= figures(name, estimate)
         return found

@@ -38,8 +38,8 @@ def admitted(samples: int, prompts: Sequence[str] | None, features: FeatureNames
         dimensions(name)
     source = load_source(reference, samples)
     if min(samples, source.count) < LEAST:
-        raise RequestError(f"{samples} samples against {source.count} pictures of {source.name} are too few for any figure: at least "
-                           f"{LEAST} of each, and 2,000 samples for narrow intervals")
+        raise RequestError(f"{samples} samples against {source.count} pictures of {source.name} are too few for "
+                           f"any figure: at least {LEAST} of each, and 2,000 samples for narrow intervals")
     if prompts is not None and not prompts:
         raise RequestError("the list of prompts is empty")
     if prompts is None:
@@ -54,15 +54,16 @@ class Evaluation:
                  features: FeatureNames = ("assets/shapes-clip",), reference: Path | str = "shapes",
                  device: str | torch.device = "cpu", say: Callable[[str], None] = print,
                  made: Mapping[str, Any] | None = None, metrics: Mapping[str, str] | None = None) -> None:
-        """features: of the first one all figures are taken, of the others distances. made: what every row says of the machine and the
-        moment. metrics: those of plugins, name -> what changes with its code."""
+        """features: of the first one all figures are taken, of the others distances. made: what every row says of the
+        machine and the moment. metrics: those of plugins, name -> what changes with its code."""
         self.made, self.metrics = dict(made or {}), dict(metrics or {})
         self.source = admitted(samples, prompts, features, reference)
         self.spaces = [Space.load(name, self.source, device, say) for name in features]
         self.features, self.reference = self.spaces[0].features, self.spaces[0].reference
         for space in self.spaces:
             if reason := too_few(samples, space.reference.whole.count, space.features.dim):
-                say(f"{reason}: in {space.features.name} there is none, and KID, which is right at any count, stands for it")
+                say(f"{reason}: in {space.features.name} there is none, and KID, which is right at any count, "
+                    "stands for it")
         asked = self.source.prompts(samples) if prompts is None else list(prompts)
         self.prompts = [asked[i % len(asked)] for i in range(samples)]
         self.own_prompts = prompts is not None
@@ -83,8 +84,9 @@ class Evaluation:
     def measure(self, images: Sequence[Tensor], alike: Tensor | None, captioned: bool, means: Means) -> dict[str, Any]:
         """`metrics` of a row of results.json, and `also`, those in further features, where there are some.
 
-        images: features (n, D) of each space, in the order of the prompts; alike: (groups, EACH, D) of the first one. captioned: whether
-        the pictures were made for the prompts; without it nothing is said about text. means: of the metrics of plugins.
+        images: features (n, D) of each space, in the order of the prompts; alike: (groups, EACH, D) of the first one.
+        captioned: whether the pictures were made for the prompts; without it nothing is said about text. means: of the
+        metrics of plugins.
         """
         metrics = self.spaces[0].distances(images[0], self.seed)
         score = clip_score(images[0], self.texts) if captioned and self.texts is not None else None
@@ -93,8 +95,10 @@ class Evaluation:
         if captioned and self.attributes is not None:
             seen = self.features.attribute_classifier(images[0])
             right = share_of((seen == self.attributes).all(1).double().mean().item(), len(seen))
-        also = {space.features.name: space.distances(own, self.seed) for space, own in zip(self.spaces[1:], images[1:], strict=True)}
-        return {"metrics": metrics | figures("all_attributes", right) | means.figures(captioned)} | ({"also": also} if also else {})
+        also = {space.features.name: space.distances(own, self.seed)
+                for space, own in zip(self.spaces[1:], images[1:], strict=True)}
+        return ({"metrics": metrics | figures("all_attributes", right) | means.figures(captioned)}
+                | ({"also": also} if also else {}))
 
     def real(self) -> tuple[dict[str, Any], Tensor]:
         """The row of fresh real pictures against the reference, and some of them."""
@@ -121,7 +125,8 @@ class Evaluation:
 
     def row(self, plan: Plan, batch: int = 100,
             on_images: Callable[[int], None] = lambda count: None) -> tuple[dict[str, Any], Tensor]:
-        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so far."""
+        """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so
+        far."""
         features, shown, seconds, broken, means = [], None, 0.0, 0, Means(self.metrics)
         network = denoiser_of(plan.target.pipeline)
         with counted(network) as evaluations:
@@ -132,7 +137,8 @@ class Evaluation:
                 shown = pixels[:SHOWN] if shown is None else shown
                 broken += int((~pixels.isfinite().flatten(1).all(1)).sum())
                 features.append(self.seen(pixels))
-                own = 0 if broken else self.samples - means.count         # of the prompts once over; broken pictures end in an error
+                # of the prompts once over; broken pictures end in an error
+                own = 0 if broken else self.samples - means.count
                 means.add(pixels[:own], prompts[:own] if plan.target.prompted else None)
                 on_images(int(ids[-1]) + 1)
         found = list(map(torch.cat, zip(*features, strict=True)))
@@ -141,7 +147,8 @@ class Evaluation:
         if evaluations[0] != plan.nfe * drawn:
             raise RuntimeError(f"{plan.name} was planned with {plan.nfe} network evaluations per image but took "
                                f"{evaluations[0] / drawn:g}")
-        images, others = [own[: self.samples] for own in found], found[0][self.samples:].unflatten(0, (self.groups, EACH - 1))
+        images, others = ([own[: self.samples] for own in found],
+                          found[0][self.samples:].unflatten(0, (self.groups, EACH - 1)))
         alike = torch.cat([images[0][: self.groups, None], others], 1)
         return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
                 "guidance": plan.guidance,
@@ -171,9 +178,9 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
     """Measures every target at every count of network evaluations, and writes results.json, curve.png and report.html.
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
-    timings, which belong to another machine. An `out` that holds results of the same protocol is added to; a bench that was
-    stopped goes on there with the rows that it lacks. metrics: of plugins, as of `Evaluation`. RequestError where another process
-    writes there.
+    timings, which belong to another machine. An `out` that holds results of the same protocol is added to; a bench that
+    was stopped goes on there with the rows that it lacks. metrics: of plugins, as of `Evaluation`. RequestError where
+    another process writes there.
     """
     out = Path(out)
     if not nfe or min(nfe) < 1:
@@ -187,7 +194,8 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
         rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
         context = Evaluation(samples, seed, prompts, features, reference, device, say, made, metrics)
         for target in targets:
-            say_cut(type(target.pipeline), target.pipeline.components, context.prompts, {**target.given, **(target.call or {})}, say)
+            say_cut(type(target.pipeline), target.pipeline.components, context.prompts,
+                    {**target.given, **(target.call or {})}, say)
         results: Results = {"protocol": context.protocol.record(), "rows": []}
         if (out / "results.json").exists():
             results = join(results, read_results(out / "results.json"), out)

@@ -27,11 +27,13 @@ class Unfinished:
 
     @classmethod
     def of(cls, out: Path, protocol: str, targets: Sequence[Target], results: Results) -> Unfinished:
-        """What lies in `out` of a bench under the same protocol: the rows of those targets whose weights are the same."""
+        """What lies in `out` of a bench under the same protocol: the rows of those targets whose weights are the
+        same."""
         path, identities = out / FILE, {target.name: target.identity for target in targets}
         measured: set[Key] = set()
         if path.is_file():
-            before: records.Unfinished = records.read(path, records.Unfinished, "Remove it, and all rows are measured anew")
+            before: records.Unfinished = records.read(path, records.Unfinished,
+                                                      "Remove it, and all rows are measured anew")
             there = {row_key(row) for row in results["rows"]}
             same = {name for name, identity in identities.items() if before["targets"].get(name) == identity}
             if before["protocol"] == protocol:
@@ -41,7 +43,8 @@ class Unfinished:
     def add(self, plan: Plan) -> None:
         """A row that results.json holds now."""
         self.measured.add(plan.key)
-        record: dict[str, Any] = {"protocol": self.protocol, "targets": self.targets, "measured": [list(key) for key in sorted(self.measured)]}
+        record: dict[str, Any] = {"protocol": self.protocol, "targets": self.targets,
+                                  "measured": [list(key) for key in sorted(self.measured)]}
         write_whole(self.path, (json.dumps(record, indent=1) + "\n").encode())
 
     def end(self) -> None:

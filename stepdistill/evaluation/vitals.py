@@ -8,12 +8,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 INK, LINE, BAND, SICK = "#1f2933", "#1c7ed6", "#2f9e62", "#d9480f"
-SHOWN = ("diversity/", "following/", "spread/", "offset/", "saturation/", "detail/", "unfit/", "lag/", "accuracy/", "angle/", "share/", "moved/", "grad_norm/",
+SHOWN = ("diversity/", "following/", "spread/", "offset/", "saturation/", "detail/", "unfit/", "lag/", "accuracy/",
+         "angle/", "share/", "moved/", "grad_norm/",
          "clipped/", "skipped/")
 COLUMNS = 4
 
 
-def vitals(rows: Sequence[Mapping[str, float | str]], bands: Mapping[str, Sequence[float]], marks: Sequence[tuple[int, str]]) -> bytes:
+def vitals(rows: Sequence[Mapping[str, float | str]], bands: Mapping[str, Sequence[float]],
+           marks: Sequence[tuple[int, str]]) -> bytes:
     """PNG. rows: of signals.jsonl. marks: (step, what began there)."""
     names = [name for kind in SHOWN for name in dict.fromkeys(n for row in rows for n in row) if name.startswith(kind)]
     lines = max(1, -(-len(names) // COLUMNS))

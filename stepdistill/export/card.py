@@ -20,7 +20,8 @@ from .folder import base_of
 
 FUSED = ("pipe.fuse_lora()                      # into the weights: a call then costs what one of the base does",
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
-PEFT = "pipe.{0} = PeftModel.from_pretrained(pipe.{0}, folder).merge_and_unload()"       # of pipelines that load no LoRA
+# of pipelines that load no LoRA
+PEFT = "pipe.{0} = PeftModel.from_pretrained(pipe.{0}, folder).merge_and_unload()"
 COLUMNS = {"fd": "FD", "to_teacher": "to teacher", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
@@ -38,23 +39,28 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
 
 
 def _comfyui(settings: Mapping[str, Any]) -> str:
-    """What to set there, by the names that its nodes have. Its scheduler `simple` takes every (1000 / k)-th of 1000 times from the
-    last one, its sampler `lcm` draws fresh noise after each step as LCMScheduler does, and `euler` none, as DDIM and Euler do."""
+    """What to set there, by the names that its nodes have. Its scheduler `simple` takes every (1000 / k)-th of 1000
+    times from the last one, its sampler `lcm` draws fresh noise after each step as LCMScheduler does, and `euler` none,
+    as DDIM and Euler do."""
     steps, times = settings["steps"], settings["told_times"]
     sampler = sampler_of(settings)
     simple = all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
-    lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) at strength 1, or by "
-             "*LoraLoaderModelOnly*." + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
+    lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) "
+             "at strength 1, or by *LoraLoaderModelOnly*."
+             + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
                                                 for lora in settings.get("teacher_loras", [])),
              f"In *KSampler*: steps {steps}, cfg {settings['scale']:g}, denoise 1, sampler_name " + (
-                 f"`{sampler}`" if sampler else f"none of its own: no sampler of ComfyUI's core does what a {settings['scheduler']} does"),
+                 f"`{sampler}`" if sampler else "none of its own: no sampler of ComfyUI's core does what a "
+                 f"{settings['scheduler']} does"),
              "scheduler `simple`, whose time steps are those this student was made for:" if simple else
              "and none of its schedulers: they make their own lists of time steps, and this student was made for",
              f"{', '.join(f'{t:g}' for t in times)}."]
     if sampler:
-        lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, and choose your checkpoint.")
+        lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, "
+                     "and choose your checkpoint.")
     if settings["prediction"] == "v_prediction":
-        lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with `v_prediction` before the sampler.")
+        lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with "
+                     "`v_prediction` before the sampler.")
     return "## ComfyUI\n\n" + " ".join(lines)
 
 
@@ -67,7 +73,8 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     names = ["AutoencoderKL"] * (base.vae is not None and not whole) + names
     names = ["BitsAndBytesConfig", "PipelineQuantizationConfig"] * _packs(base) + names
     by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
-    half = "bfloat16" if "transformer" in inspect.signature(getattr(diffusers, settings["pipeline"])).parameters else "float16"
+    half = ("bfloat16" if "transformer" in inspect.signature(getattr(diffusers, settings["pipeline"])).parameters
+            else "float16")
     lines = ["import torch", f"from diffusers import {', '.join(names)}", *by_peft, "",
              *(['device, dtype = "cuda", torch.bfloat16'] if _packs(base) else [
                  'device = "cuda" if torch.cuda.is_available() else "cpu"',
@@ -79,7 +86,8 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
         fused = () if "quantization" in settings else FUSED
         lines += [*_base(base, settings["pipeline"], without),
-                  *([PEFT.format(settings["denoiser"])] if by_peft else [f"pipe.load_lora_weights(folder{name})", *fused]),
+                  *([PEFT.format(settings["denoiser"])] if by_peft
+                    else [f"pipe.load_lora_weights(folder{name})", *fused]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
     if settings["global_noise"]:
         lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
@@ -103,7 +111,8 @@ def _base(base: Source, pipeline: str, without: str) -> list[str]:
     lines = []
     if base.vae is not None:
         inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
-        lines, options = [f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner}, torch_dtype=dtype)"], f"{options}, vae=vae"
+        lines, options = ([f"vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{inner}, torch_dtype=dtype)"],
+                          f"{options}, vae=vae")
     loader = "from_single_file" if base.is_file else "from_pretrained"
     if _packs(base):
         family = family_of(pipeline)
@@ -157,7 +166,8 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
 
 def _what(settings: Mapping[str, Any]) -> str:
     form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
-    loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}" for lora in settings.get("teacher_loras", []))
+    loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}"
+                    for lora in settings.get("teacher_loras", []))
     return (f"{form} that makes {_code(settings['teacher'])}{loras} sample in {settings['steps']} "
             f"step{'s' * (settings['steps'] != 1)}, trained with "
             f"`{settings['method']}` by stepdistill. The weights are those of the role `{settings['role']}`."
@@ -186,7 +196,8 @@ def _rounding(settings: Mapping[str, Any]) -> str:
 
 
 def _steps(settings: Mapping[str, Any]) -> str:
-    return f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n" if settings["fixed_steps"] else ""
+    return (f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n"
+            if settings["fixed_steps"] else "")
 
 
 def _dropped(settings: Mapping[str, Any]) -> str:
@@ -194,8 +205,8 @@ def _dropped(settings: Mapping[str, Any]) -> str:
     if settings["format"] != "pipeline" or not settings["dropped"]:
         return ""
     names = ", ".join(f"`{name}`" for name in settings["dropped"])
-    return (f"- not in this folder: {names} of {_code(settings['teacher'])}; who wants it loads it from there and hands it to "
-            "`from_pretrained`\n")
+    return (f"- not in this folder: {names} of {_code(settings['teacher'])}; who wants it loads it from there and "
+            "hands it to `from_pretrained`\n")
 
 
 def _guidance(settings: Mapping[str, Any]) -> str:
@@ -231,10 +242,10 @@ def _table(results: Mapping[str, Any]) -> str:
         lines.append(f"| {unmarked(row['target'])} | {_blank(row['nfe'])} | {_blank(row['guidance'])} | "
                      + " | ".join(cells) + " |")
     features = results["protocol"]["features"]
-    return ("## Measured\n\n" + "\n".join(lines) + f"\n\nFeatures {'none' if features is None else unmarked(features)}, reference "
-            f"{unmarked(results['protocol']['reference'])}, protocol {unmarked(results['protocol']['id'])}. NFE counts network "
-            "evaluations: a guided "
-            "step is two.")
+    return ("## Measured\n\n" + "\n".join(lines) + "\n\nFeatures "
+            f"{'none' if features is None else unmarked(features)}, reference "
+            f"{unmarked(results['protocol']['reference'])}, protocol {unmarked(results['protocol']['id'])}. NFE "
+            "counts network evaluations: a guided step is two.")
 
 
 def _blank(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""How a student is run in ComfyUI: the words for its card, and a workflow that ComfyUI loads, of nodes of its core alone."""
+"""How a student is run in ComfyUI: the words for its card, and a workflow that ComfyUI loads, of nodes of its core
+alone."""
 from __future__ import annotations
 
 import json
@@ -14,16 +15,19 @@ Node = dict[str, Any]
 
 
 def sampler_of(settings: Mapping[str, Any]) -> str | None:
-    """ComfyUI's name of what the student's scheduler does: `lcm` draws fresh noise after each step, `euler` none, as DDIM and Euler; None
-    where its core has no such sampler."""
+    """ComfyUI's name of what the student's scheduler does: `lcm` draws fresh noise after each step, `euler` none, as
+    DDIM and Euler; None where its core has no such sampler."""
     return SAMPLERS.get(settings["scheduler"])
 
 
-def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, size: tuple[int, int]) -> dict[str, Node] | None:
-    """The workflow in ComfyUI's API format, which its page loads and its /prompt runs. None where its core has no such sampler.
+def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str,
+             size: tuple[int, int]) -> dict[str, Node] | None:
+    """The workflow in ComfyUI's API format, which its page loads and its /prompt runs. None where its core has no such
+    sampler.
 
-    settings: stepdistill.json; sigmas: sigma / alpha of the student's times, in their order; size: height and width in pixels. ManualSigmas is
-    given them, so that no scheduler of ComfyUI has to make the same list. The checkpoint's name is the user's to choose.
+    settings: stepdistill.json; sigmas: sigma / alpha of the student's times, in their order; size: height and width in
+    pixels. ManualSigmas is given them, so that no scheduler of ComfyUI has to make the same list. The checkpoint's name
+    is the user's to choose.
     """
     if sampler_of(settings) is None:
         return None
@@ -44,14 +48,18 @@ def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, 
         model = [add("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=isinf(sigmas[0])), 0]
     told, empty = (add("CLIPTextEncode", clip=clip, text=text) for text in (prompt, ""))
     written = ", ".join(f"{min(sigma, LAST_SIGMA):.6f}" for sigma in [*sigmas, 0.0])
-    drawn = add("SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=float(settings["scale"]), positive=[told, 0], negative=[empty, 0],
-                sampler=[add("KSamplerSelect", sampler_name=sampler_of(settings)), 0], sigmas=[add("ManualSigmas", sigmas=written), 0],
+    drawn = add("SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=float(settings["scale"]),
+                positive=[told, 0], negative=[empty, 0],
+                sampler=[add("KSamplerSelect", sampler_name=sampler_of(settings)), 0],
+                sigmas=[add("ManualSigmas", sigmas=written), 0],
                 latent_image=[add("EmptyLatentImage", width=size[1], height=size[0], batch_size=1), 0])
-    add("SaveImage", images=[add("VAEDecode", samples=[drawn, 0], vae=[base, 2]), 0], filename_prefix=Path(settings["weights"]).stem)
+    add("SaveImage", images=[add("VAEDecode", samples=[drawn, 0], vae=[base, 2]), 0],
+        filename_prefix=Path(settings["weights"]).stem)
     return nodes
 
 
-def write_workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, size: tuple[int, int], folder: Path) -> None:
+def write_workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, size: tuple[int, int],
+                   folder: Path) -> None:
     """workflow.json, where there is one."""
     if (nodes := workflow(settings, sigmas, prompt, size)) is not None:
         (folder / FILE).write_text(json.dumps(nodes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,5 +17,6 @@ def folded(student: Student, sampler: Sampler, w: float | None) -> Lora:
     module = teacher.family.time.first
     weight, key = teacher.network.get_submodule(module).weight.double(), f"{module}.lora_A.weight"
     if key in lora.state:
-        weight = weight + lora.scaling(module) * lora.state[f"{module}.lora_B.weight"].double() @ lora.state[key].double()
+        weight = (weight + lora.scaling(module) * lora.state[f"{module}.lora_B.weight"].double()
+                  @ lora.state[key].double())
     return lora.extended(module, *teacher.folded(student.layers, student.reads, weight, sampler, w))

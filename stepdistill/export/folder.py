@@ -48,22 +48,27 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_call(path: Path, settings: Mapping[str, Any]) -> None:
-    """RequestError for what no call of a student is given, such as a function by its name, and for parts that no teacher has."""
+    """RequestError for what no call of a student is given, such as a function by its name, and for parts that no
+    teacher has."""
     call, parts = settings["call"], settings.get("teacher_parts", {})
-    if wrong := [name for name, value in call.items() if name not in (*SAMPLING, *SHAPING) and not isinstance(value, int | float)]:
-        raise RequestError(f"{path} gives its pipeline's call {wrong[0][:80]!r}, which no student's is given: there may be {', '.join((*SAMPLING, *SHAPING))}, and "
-                           f"numbers of a pipeline's own. {AGAIN}")
+    if wrong := [name for name, value in call.items() if name not in (*SAMPLING, *SHAPING)
+                 and not isinstance(value, int | float)]:
+        raise RequestError(f"{path} gives its pipeline's call {wrong[0][:80]!r}, which no student's is given: there "
+                           f"may be {', '.join((*SAMPLING, *SHAPING))}, and numbers of a pipeline's own. {AGAIN}")
     if not 1 <= call.get("num_inference_steps", 1) <= MOST:
-        raise RequestError(f"{path} is damaged: num_inference_steps is {call['num_inference_steps']}, and should be from 1 to {MOST}. {AGAIN}")
+        raise RequestError(f"{path} is damaged: num_inference_steps is {call['num_inference_steps']}, and should "
+                           f"be from 1 to {MOST}. {AGAIN}")
     if wrong := [name for name in parts if name not in PARTS]:
-        raise RequestError(f"{path} is damaged: teacher_parts has {wrong[0][:80]!r}; there may be {', '.join(PARTS)}. {AGAIN}")
+        raise RequestError(f"{path} is damaged: teacher_parts has {wrong[0][:80]!r}; there may be "
+                           f"{', '.join(PARTS)}. {AGAIN}")
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export, rather than a teacher whose stepdistill.json says what every call of it is
     given."""
     path = folder / SETTINGS
-    return path.is_file() and (not (folder / "model_index.json").is_file() or "method" in records.read(path, dict[str, Any], AGAIN))
+    return path.is_file() and (not (folder / "model_index.json").is_file()
+                               or "method" in records.read(path, dict[str, Any], AGAIN))
 
 
 def weights_of(folder: Path) -> dict[str, str]:
@@ -73,8 +78,8 @@ def weights_of(folder: Path) -> dict[str, str]:
 
 
 def check_weights(folder: str | Path, settings: Mapping[str, Any]) -> None:
-    """RequestError for weights that are not those that were proved. Exports of schema 1 did not write down which these were: of
-    them nothing is known but that they hold something."""
+    """RequestError for weights that are not those that were proved. Exports of schema 1 did not write down which these
+    were: of them nothing is known but that they hold something."""
     folder = Path(folder)
     if settings.get("schema", 1) == 1:
         files = sorted(folder.rglob("*.safetensors"))
@@ -84,10 +89,12 @@ def check_weights(folder: str | Path, settings: Mapping[str, Any]) -> None:
     if not settings.get("sha256"):
         raise RequestError(f"{folder / SETTINGS} is damaged: it has no sha256 of the weights. {AGAIN}")
     found = weights_of(folder)
-    wrong = [f"{name} is missing" if name not in found else f"{name} is another file" for name, said in settings["sha256"].items()
+    wrong = [f"{name} is missing" if name not in found else f"{name} is another file"
+             for name, said in settings["sha256"].items()
              if found.get(name) != said]
     if wrong:
-        raise RequestError(f"the weights in {folder} are not those that were exported and proved: {', '.join(wrong)}. {AGAIN}")
+        raise RequestError(f"the weights in {folder} are not those that were exported and proved: "
+                           f"{', '.join(wrong)}. {AGAIN}")
 
 
 def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "student") -> dict[str, Any]:
@@ -96,10 +103,10 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         settings = stepdistill.load(pipe, folder)
         image = pipe(prompt, **settings).images[0]
 
-    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it, where the
-    pipeline has them. Adapters that are active already, such as a style's, stay so at their weights, and a second student
-    wants an `adapter_name` of its own. A whole pipeline lends its denoiser. The scheduler is replaced by the folder's.
-    RequestError if the student does not fit.
+    A LoRA is loaded as `adapter_name`, so that `set_adapters`, `fuse_lora` and `unload_lora_weights` work on it, where
+    the pipeline has them. Adapters that are active already, such as a style's, stay so at their weights, and a second
+    student wants an `adapter_name` of its own. A whole pipeline lends its denoiser. The scheduler is replaced by the
+    folder's. RequestError if the student does not fit.
     """
     settings = read_settings(folder)
     check_weights(folder, settings)
@@ -110,15 +117,16 @@ def load(pipe: DiffusionPipeline, folder: str | Path, adapter_name: str = "stude
         _load_lora(pipe, folder, settings, adapter_name)
     scheduler = read_scheduler(folder)
     if parted := _parted(pipe.scheduler, scheduler):
-        log.warning(f"the student in {folder}, made for {settings['teacher']}, has learned another noise than this {type(pipe).__name__} has: "
-                    f"{'; '.join(parted)}. Its pictures will be wrong, unless the pipeline's scheduler was changed before")
+        log.warning(f"the student in {folder}, made for {settings['teacher']}, has learned another noise than this "
+                    f"{type(pipe).__name__} has: {'; '.join(parted)}. Its pictures will be wrong, unless the "
+                    "pipeline's scheduler was changed before")
     pipe.scheduler = scheduler
     return dict(settings["call"])
 
 
 def base_of(settings: dict[str, Any]) -> Source:
-    """The teacher of an export, with the LoRAs that were fused into it. settings: its stepdistill.json; exports of earlier versions name
-    the base and its revision alone."""
+    """The teacher of an export, with the LoRAs that were fused into it. settings: its stepdistill.json; exports of
+    earlier versions name the base and its revision alone."""
     loras = tuple(FusedLora(row["path"], row["weight"]) for row in settings.get("teacher_loras", []))
     return Source(settings["teacher"], settings["revision"], loras=loras, **settings.get("teacher_parts", {}))
 
@@ -137,7 +145,8 @@ def open_export(folder: str | Path, teacher: str | Path | Source | None = None,
         check_weights(folder, settings)
         return fresh_pipeline(cls, Source(str(folder))), dict(settings["call"])
     base = base_of(settings)
-    pipe = fresh_pipeline(cls, teacher if isinstance(teacher, Source) else replace(base, base=str(teacher or base.base)))
+    pipe = fresh_pipeline(cls, teacher if isinstance(teacher, Source)
+                          else replace(base, base=str(teacher or base.base)))
     call = load(pipe, folder)
     if fused and quantization_of(pipe.components[component(pipe)]) is None:
         fuse(pipe)
@@ -173,38 +182,48 @@ def read_scheduler(folder: str | Path) -> diffusers.SchedulerMixin:
 
 
 def _parted(here: SchedulerMixin, there: SchedulerMixin) -> list[str]:
-    """Where the noise of a pipeline is another than that of a student's scheduler: what its network predicts, and its schedule."""
+    """Where the noise of a pipeline is another than that of a student's scheduler: what its network predicts, and its
+    schedule."""
     flows = ["a flow" if is_flow(scheduler) else "a diffusion" for scheduler in (here, there)]
     if flows[0] != flows[1]:
         return [f"its scheduler is of {flows[0]}, the student's of {flows[1]}"]
-    # the count of a CMStochasticIterativeScheduler is of the nodes that a call's timesteps name: its network is told levels
+    # the count of a CMStochasticIterativeScheduler is of the nodes that a call's timesteps name: its network is told
+    # levels
     counts = not isinstance(there, CMStochasticIterativeScheduler)
-    both = [name for name in LAW if name in here.config and name in there.config and (counts or name != "num_train_timesteps")]
-    return [f"{name} is {here.config[name]} here and {there.config[name]} there" for name in both if here.config[name] != there.config[name]]
+    both = [name for name in LAW if name in here.config and name in there.config
+            and (counts or name != "num_train_timesteps")]
+    return [f"{name} is {here.config[name]} here and {there.config[name]} there" for name in both
+            if here.config[name] != there.config[name]]
 
 
 def _check_fused(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:
-    """RequestError where `pipe` is not the base with the LoRAs that the student was trained on, as far as the folder lends none of it."""
+    """RequestError where `pipe` is not the base with the LoRAs that the student was trained on, as far as the folder
+    lends none of it."""
     own = component(pipe) if settings["format"] == "pipeline" else None
     for trace in traces_of(settings.get("teacher_traces", [])):
         if trace.component != own and not trace.shows(pipe):
             lora = settings["teacher_loras"][trace.lora]
-            raise RequestError(f"the student in {folder} was trained on {settings['teacher']} with the LoRA {lora['path']} fused into it, and "
-                               f"{trace.weight} of the {trace.component} of this {type(pipe).__name__} is without it: first call "
-                               f"pipe.load_lora_weights, pipe.fuse_lora(lora_scale={lora['weight']:g}) and pipe.unload_lora_weights, as its card shows")
+            raise RequestError(f"the student in {folder} was trained on {settings['teacher']} with the LoRA "
+                               f"{lora['path']} fused into it, and {trace.weight} of the {trace.component} of this "
+                               f"{type(pipe).__name__} is without it: first call pipe.load_lora_weights, "
+                               f"pipe.fuse_lora(lora_scale={lora['weight']:g}) and pipe.unload_lora_weights, as "
+                               "its card shows")
 
 
 def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any], adapter_name: str) -> None:
     network = pipe.components[component(pipe)]
     refusal = f"the LoRA in {folder}, made for {settings['teacher']}, does not fit this {type(pipe).__name__}"
     if adapter_name in adapter_names(network):
-        raise RequestError(f"this {type(pipe).__name__} carries an adapter {adapter_name} already: load this student beside it by another "
-                           f'name, such as load(pipe, "{folder}", adapter_name="{adapter_name}-2"), or call pipe.unload_lora_weights() first')
+        raise RequestError(f"this {type(pipe).__name__} carries an adapter {adapter_name} already: load this student "
+                           "beside it by another "
+                           f'name, such as load(pipe, "{folder}", adapter_name="{adapter_name}-2"), or call '
+                           'pipe.unload_lora_weights() first')
     active = active_adapters(network)
     try:
         if loads_loras(pipe):
             with complaints():
-                pipe.load_lora_weights(folder, weight_name=FusedLora(str(Path(folder) / settings["weights"])).file().name,
+                pipe.load_lora_weights(folder,
+                                       weight_name=FusedLora(str(Path(folder) / settings["weights"])).file().name,
                                        adapter_name=adapter_name, use_safetensors=True)
             wrong = _astray(Path(folder) / settings["weights"], adapter_state(network, adapter_name))
         else:
@@ -219,21 +238,23 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
 
 
 def _astray(file: Path, landed: Mapping[str, Tensor]) -> list[str]:
-    """What of a LoRA's file found no layer, and what of the adapter on the network the file does not hold. Modules are compared by
-    their names without dots, as kohya writes them."""
+    """What of a LoRA's file found no layer, and what of the adapter on the network the file does not hold. Modules are
+    compared by their names without dots, as kohya writes them."""
     flat = lambda key: re.sub(r"^(unet|transformer|lora_unet)[._]", "", key.split(".lora_")[0]).replace(".", "_")
     with safe_open(file, "pt") as tensors:
         held = {flat(key): key for key in tensors.keys() if ".lora_" in key}
     found = {flat(f"unet.{key}"): key for key in landed}
     lost, odd = sorted(held.keys() - found.keys()), sorted(found.keys() - held.keys())
-    return ([f"{len(lost)} of its {len(held)} modules are none of this network's, first {held[lost[0]]}"] if lost else []) + (
+    return ([f"{len(lost)} of its {len(held)} modules are none of this network's, first {held[lost[0]]}"] if lost
+            else []) + (
         [f"{len(odd)} modules of the adapter are not in its file, first {found[odd[0]]}"] if odd else [])
 
 
 def _replace_denoiser(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, Any]) -> None:
     name = component(pipe)
     old = pipe.components[name]
-    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype, use_safetensors=True).to(old.device, old.dtype)
+    new = type(old).from_pretrained(folder, subfolder=name, dtype=old.dtype,
+                                    use_safetensors=True).to(old.device, old.dtype)
     shapes = [{key: tuple(value.shape) for key, value in network.state_dict().items() if "cond_proj" not in key}
               for network in (old, new)]
     differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))

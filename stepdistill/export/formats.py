@@ -84,8 +84,8 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
                            f"{family.denoiser}: "
                            "use --to lora, which ComfyUI reads for transformers")
     if to == "comfyui" and family.prompts.keyword != "prompt":
-        raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: use --to lora or "
-                           "--to pipeline")
+        raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: "
+                           "use --to lora or --to pipeline")
     if to == "pipeline" and quantization is not None:
         raise RequestError(f"this student's base is quantised ({quantization}), and the sum of a weight and a LoRA "
                            "would be rounded to few bits: use --to lora, which is loaded beside the quantised base, or "
@@ -106,7 +106,8 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
                            f"{trained[0]:g} to {trained[1]:g}")
     if guidance is not None and isinstance(trained, (int, float)) and guidance != trained:
         raise RequestError(f"--guidance {guidance:g} is not what this student was trained for: it has seen the scale "
-                           f"{trained:g} alone. Leave --guidance out, or train it with a range, such as guidance: [1, {max(trained, 2):g}]")
+                           f"{trained:g} alone. Leave --guidance out, or train it with a range, such as guidance: "
+                           f"[1, {max(trained, 2):g}]")
 
 
 def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:

@@ -1,7 +1,7 @@
 """What a LoRA's file says of itself where it is listed: by AUTOMATIC1111, ComfyUI and sites of models.
 
-The keys `modelspec.*` are those of Stability AI's Model Metadata Standard, 1.0.0; those with `ss_` are kohya's, of which
-AUTOMATIC1111 reads the base's version and the name.
+The keys `modelspec.*` are those of Stability AI's Model Metadata Standard, 1.0.0; those with `ss_` are kohya's, of
+which AUTOMATIC1111 reads the base's version and the name.
 """
 from __future__ import annotations
 
@@ -31,16 +31,21 @@ def described(student: Student, pipeline: type[DiffusionPipeline], weights: str,
     architecture, version = _architecture(student, pipeline.__name__)
     prediction = student.scheduler.config.get("prediction_type")
     hint = (f"{student.steps} step{'s' * (student.steps != 1)} of {type(student.scheduler).__name__}, "
-            + ("classifier-free guidance off" if scale is None else f"made for the guidance scale {scale:g}, classifier-free guidance off"))
+            + ("classifier-free guidance off" if scale is None else f"made for the guidance scale {scale:g}, "
+               "classifier-free guidance off"))
     found: dict[str, Any] = {
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": "diffusers",
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
         "modelspec.title": f"{Path(base).name} {student.method}, {student.steps} steps",
-        "modelspec.description": f"A LoRA that makes {base} sample in few steps, trained with {student.method} by stepdistill.",
+        "modelspec.description": f"A LoRA that makes {base} sample in few steps, trained with {student.method} "
+        "by stepdistill.",
         "modelspec.usage_hint": hint, "modelspec.tags": f"distillation, few-step, {student.method}",
         "modelspec.prediction_type": PREDICTIONS.get(prediction),
         "ss_base_model_version": version, "ss_v2": None if version is None else str(version.startswith("sd_v2")),
-        "ss_sd_model_name": base, "ss_output_name": weights.removesuffix(".safetensors"), "ss_network_module": "networks.lora",
-        "ss_network_dim": student.lora.rank, "ss_network_alpha": f"{student.lora.alpha:g}", "ss_steps": student.step, "ss_training_comment": hint,
+        "ss_sd_model_name": base, "ss_output_name": weights.removesuffix(".safetensors"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": student.lora.rank, "ss_network_alpha": f"{student.lora.alpha:g}", "ss_steps": student.step,
+        "ss_training_comment": hint,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -53,16 +58,18 @@ def _architecture(student: Student, pipeline: str) -> tuple[str, str | None]:
     version, v = WIDTHS.get(student.teacher.network.config.cross_attention_dim), student.teacher.kind == "v"
     if version is None:
         return "stable-diffusion", None            # of a width that none of those that are known has
-    return f"stable-diffusion-{version}" + {"v1": "", "v2": "-768-v" if v else "-512"}[version], f"sd_{version}" + "_v" * v
+    return (f"stable-diffusion-{version}" + {"v1": "", "v2": "-768-v" if v else "-512"}[version],
+            f"sd_{version}" + "_v" * v)
 
 
 def stamp(file: Path, entries: Mapping[str, str]) -> None:
-    """Adds entries to the metadata of a safetensors file, and the hash of its tensors. The library leaves the order of entries to
-    chance: here they are sorted, so that the same export is the same file."""
+    """Adds entries to the metadata of a safetensors file, and the hash of its tensors. The library leaves the order of
+    entries to chance: here they are sorted, so that the same export is the same file."""
     whole = file.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
     header, tensors = json.loads(whole[8:begin]), whole[begin:]
-    said = header.pop("__metadata__", {}) | entries | {"modelspec.hash_sha256": f"0x{hashlib.sha256(tensors).hexdigest()}"}
+    said = (header.pop("__metadata__", {}) | entries
+            | {"modelspec.hash_sha256": f"0x{hashlib.sha256(tensors).hexdigest()}"})
     text = json.dumps({"__metadata__": dict(sorted(said.items())), **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                # tensors begin at a multiple of 8
     file.write_bytes(len(text).to_bytes(8, "little") + text + tensors)

@@ -75,7 +75,8 @@ def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) 
     """The stock pipeline's images for the seed of the proof: (B, 3, H, W) in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return pictures(pipe, student.teacher.family.prompts, _prompts(student), generator=torch.Generator().manual_seed(SEED), **call)
+        return pictures(pipe, student.teacher.family.prompts, _prompts(student),
+                        generator=torch.Generator().manual_seed(SEED), **call)
 
 
 def within(images: Tensor, ours: Tensor, what: str, limit: float = TOLERANCE) -> float:
@@ -105,9 +106,9 @@ def reference(student: Student, scheduler: SchedulerMixin, call: Mapping[str, An
 
 @torch.no_grad()
 def sampled(teacher: Teacher, sampler: Sampler, role: Role, cond: Condition) -> Tensor:
-    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in [0, 1], on
-    the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise from the same generator or
-    the global one."""
+    """Our sampler's images from the numbers that the stock pipeline draws for the seed of the proof: (B, 3, H, W) in
+    [0, 1], on the CPU. It draws the start in the precision of its text, or in one of its own, and each step's noise
+    from the same generator or the global one."""
     shape = (len(cond), *teacher.latent_shape)
     told = (tensor.dtype for tensor in cond.tensors() if tensor.is_floating_point())
     dtype = teacher.family.noise_dtype or next(told, teacher.dtype)
@@ -133,4 +134,5 @@ def _same_adapter(pipe: DiffusionPipeline, lora: Lora) -> None:
                                if not torch.equal(written[key], loaded[key]))}
     found = "; ".join(f"{len(keys)} {name}, first {keys[0]}" for name, keys in wrong.items() if keys)
     if found:
-        raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; nothing was written")
+        raise RequestError(f"the export was refused: {type(pipe).__name__} reloaded the LoRA with keys {found}; "
+                           "nothing was written")

@@ -61,14 +61,17 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         _write(folder / SETTINGS, settings)
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher), "images": samples(student.teacher),
+        settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher),
+                             "images": samples(student.teacher),
                              "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
-        (folder / "README.md").write_text(card(settings, called or out.as_posix(), student.results, asked), encoding="utf-8")
+        (folder / "README.md").write_text(card(settings, called or out.as_posix(), student.results, asked),
+                                          encoding="utf-8")
         if to == "comfyui":
             times, schedule = student.sampler(call).times, student.teacher.schedule
-            write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0], tuple(proof.images.shape[-2:]), folder)
+            write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0],
+                           tuple(proof.images.shape[-2:]), folder)
         _picture(proof).save(folder / "samples.png")
     return proof
 
@@ -89,11 +92,14 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
     """What stepdistill.json says; `call` holds the literal keyword arguments of the pipeline call."""
     sampler, base = student.sampler(call), student.base_model or student.teacher.source
     return {"format": to, "pipeline": pipeline, "denoiser": student.teacher.family.denoiser,
-            "reads": student.teacher.family.reads(student.teacher.network), "call": call, "steps": student.steps, "method": student.method,
+            "reads": student.teacher.family.reads(student.teacher.network), "call": call, "steps": student.steps,
+            "method": student.method,
             "teacher": base.base, "revision": base.revision,
             **_beside(base, student.teacher.traces, student.teacher.source.quantization),
             "role": student.role_name, "run": student.run, "step": student.step,
-            "scheduler": type(student.scheduler).__name__, "prediction": student.scheduler.config.get("prediction_type"), "weights": weights, "told": student.guidance_embedding,
+            "scheduler": type(student.scheduler).__name__,
+            "prediction": student.scheduler.config.get("prediction_type"), "weights": weights,
+            "told": student.guidance_embedding,
             "keeps": keeps(to, student.teacher.family, student.reads),
             "within": student.teacher.guidance.within, "fixed_steps": "r" in student.reads, "guidance": scale,
             "unguided": student.teacher.guidance.none, "scale": student.teacher.guidance.scale(call),
@@ -106,7 +112,8 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
 
 def _beside(base: Source, traces: tuple[Trace, ...], quantization: str | None) -> dict[str, Any]:
     """What of the teacher is not its base's: only where there is such."""
-    parts = {name: value for name, value in vars(base).items() if value is not None and name not in ("base", "revision", "loras")}
+    parts = {name: value for name, value in vars(base).items() if value is not None
+             and name not in ("base", "revision", "loras")}
     loras = {"teacher_loras": [vars(lora) for lora in base.loras], "teacher_traces": [vars(trace) for trace in traces]}
     found = {"teacher_parts": parts} if parts else {}
     found |= loras if base.loras else {}
@@ -145,8 +152,8 @@ def _may_write(out: Path, student: Student) -> None:
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place on success and vanishes on any failure; nobody else writes there meanwhile. What a
-    killed export left is cleared, and the folder that it was about to replace put back."""
+    """A folder beside `out` that takes its place on success and vanishes on any failure; nobody else writes there
+    meanwhile. What a killed export left is cleared, and the folder that it was about to replace put back."""
     out = out.resolve()
     work = aside_of(out)
     new, old = work / "new", work / "old"

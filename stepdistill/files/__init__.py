@@ -1,2 +1,2 @@
-"""Files that are written here and read back, perhaps much later: whole or not at all, locked while they are written, and
-checked when they are read."""
+"""Files that are written here and read back, perhaps much later: whole or not at all, locked while they are written,
+and checked when they are read."""

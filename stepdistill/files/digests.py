@@ -13,7 +13,8 @@ DIGEST = "digest"                 # the entry of a file's metadata
 
 
 def digest(tensors: Mapping[str, Tensor], beside: Any) -> str:
-    """sha256 over names, dtypes, shapes and numbers of tensors on the CPU, and over what is kept beside them, in JSON."""
+    """sha256 over names, dtypes, shapes and numbers of tensors on the CPU, and over what is kept beside them, in
+    JSON."""
     made = hashlib.sha256(json.dumps(beside, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

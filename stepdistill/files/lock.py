@@ -1,4 +1,5 @@
-"""One process writes into a folder at a time. The lock is the operating system's: it ends with its process, however that ends."""
+"""One process writes into a folder at a time. The lock is the operating system's: it ends with its process, however
+that ends."""
 from __future__ import annotations
 
 import errno
@@ -32,8 +33,9 @@ class _Holder(TypedDict):
 
 @contextmanager
 def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Holds the lock file `path` while inside. what: names in messages what it guards. wait: until it is free; otherwise
-    RequestError, "in use by process N on HOST since ...". Folders that were made for it and stay empty are removed again.
+    """Holds the lock file `path` while inside. what: names in messages what it guards. wait: until it is free;
+    otherwise RequestError, "in use by process N on HOST since ...". Folders that were made for it and stay empty are
+    removed again.
     """
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     handle = _take(path, what, wait)

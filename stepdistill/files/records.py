@@ -1,7 +1,8 @@
-"""JSON that is read back, each file by its schema: what does not fit is named with its entry, and nothing else is raised.
+"""JSON that is read back, each file by its schema: what does not fit is named with its entry, and nothing else is
+raised.
 
-A schema is a type: str, int, float (any finite number), bool, None, Any, a union, list[...], dict[str, ...], Literal or a
-TypedDict. Entries that a TypedDict does not name are left alone: a later version may have written them.
+A schema is a type: str, int, float (any finite number), bool, None, Any, a union, list[...], dict[str, ...], Literal or
+a TypedDict. Entries that a TypedDict does not name are left alone: a later version may have written them.
 """
 from __future__ import annotations
 
@@ -16,12 +17,14 @@ from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_typ
 from ..errors import RequestError
 
 MOST = 64 << 20                                # bytes of a file
-WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", NoneType: "null", list: "a list", dict: "a table"}
+WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", NoneType: "null",
+         list: "a list", dict: "a table"}
 
 # -- the files that are read back ------------------------------------------------------------------------------------
 
 Metrics = dict[str, float]                     # a line of metrics.jsonl: the step, its losses, norms and rates
-Signals = dict[str, float | str]               # a line of signals.jsonl: the step and its signals, or what was not finite
+# a line of signals.jsonl: the step and its signals, or what was not finite
+Signals = dict[str, float | str]
 
 
 class Timing(TypedDict):
@@ -53,7 +56,8 @@ class _Row(TypedDict):
 
 
 class Row(_Row, total=False):
-    """A row of results.json. made: where and when it was measured, and of which weights; also: distances in further features."""
+    """A row of results.json. made: where and when it was measured, and of which weights; also: distances in further
+    features."""
 
     made: dict[str, Any]
     also: dict[str, dict[str, float | None]]
@@ -67,7 +71,8 @@ class _Protocol(TypedDict):
 
 
 class Protocol(_Protocol, total=False):
-    """Of results.json: its entries that are read. A bench against the teacher's own pictures has no dim, and need not have features."""
+    """Of results.json: its entries that are read. A bench against the teacher's own pictures has no dim, and need not
+    have features."""
 
     dim: int
     also: list[str]
@@ -81,7 +86,8 @@ class Results(TypedDict):
 
 
 class Unfinished(TypedDict):
-    """unfinished.json of a bench that was stopped. measured: (target, nfe, guidance) of its rows; targets: name -> identity."""
+    """unfinished.json of a bench that was stopped. measured: (target, nfe, guidance) of its rows; targets: name ->
+    identity."""
 
     protocol: str
     targets: dict[str, str]
@@ -230,8 +236,8 @@ class SchedulerConfig(TypedDict):
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 def read(path: Path, schema: Any, right: str, infinite: bool = False) -> Any:
-    """What a JSON file holds. right: what to do about a file that is damaged. infinite: diffusers wrote it, whose configs may
-    hold infinities as Python spells them.
+    """What a JSON file holds. right: what to do about a file that is damaged. infinite: diffusers wrote it, whose
+    configs may hold infinities as Python spells them.
 
     RequestError: "{path} is damaged: {what and where}. {right}".
     """
@@ -240,11 +246,13 @@ def read(path: Path, schema: Any, right: str, infinite: bool = False) -> Any:
             raise ValueError(f"it has {size:,} bytes, and such a file has at most {MOST:,}")
         return checked(path.read_bytes(), schema, infinite)
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path} is damaged: {error.strerror if isinstance(error, OSError) else error}. {right}") from error
+        raise RequestError(f"{path} is damaged: {error.strerror if isinstance(error, OSError) else error}. "
+                           f"{right}") from error
 
 
 def checked(text: str | bytes, schema: Any, infinite: bool = False) -> Any:
-    """What JSON text holds. ValueError where it is none, or not what the schema says. infinite: it may hold infinities."""
+    """What JSON text holds. ValueError where it is none, or not what the schema says. infinite: it may hold
+    infinities."""
     try:
         value = json.loads(text, parse_constant=_number if infinite else _no_number)
     except RecursionError:
@@ -255,8 +263,8 @@ def checked(text: str | bytes, schema: Any, infinite: bool = False) -> Any:
 
 
 def lines(text: bytes, schema: Any) -> Iterator[tuple[int, bytes, Any]]:
-    """Of JSON lines (number from 1, the line with its end, its value); of a damaged one the value is a ValueError, and of a last
-    one that was torn off nothing is said."""
+    """Of JSON lines (number from 1, the line with its end, its value); of a damaged one the value is a ValueError, and
+    of a last one that was torn off nothing is said."""
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         try:
             yield number, line, checked(line, schema)
@@ -286,7 +294,8 @@ def _fault(value: Any, schema: Any, path: str) -> str | None:
     if kind in (Union, UnionType):
         return None if any(_fault(value, one, path) is None for one in inner) else _wrong(path, value, *inner)
     if kind is Literal:
-        return None if value in inner else f"{_at(path)} is {shorten(value)}, and should be {' or '.join(map(repr, inner))}"
+        return (None if value in inner else f"{_at(path)} is {shorten(value)}, and should be "
+                f"{' or '.join(map(repr, inner))}")
     if not _is(value, kind):
         return _wrong(path, value, schema)
     if kind is list and inner:
@@ -311,7 +320,8 @@ def _finite(value: int | float) -> bool:
 
 
 def _wrong(path: str, value: Any, *kinds: Any) -> str:
-    return f"{_at(path)} is {shorten(value)}, and should be {' or '.join(WORDS[get_origin(kind) or (dict if is_typeddict(kind) else kind)] for kind in kinds)}"
+    return (f"{_at(path)} is {shorten(value)}, and should be "
+            f"{' or '.join(WORDS[get_origin(kind) or (dict if is_typeddict(kind) else kind)] for kind in kinds)}")
 
 
 def _at(path: str) -> str:

@@ -15,7 +15,8 @@ def aside_of(path: Path) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A process that is killed leaves the old file or the new one; its folder is made where there is none. OSError leaves the old one."""
+    """A process that is killed leaves the old file or the new one; its folder is made where there is none. OSError
+    leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
     try:
@@ -39,8 +40,8 @@ def sweep(folder: Path) -> None:
 
 
 def put_aside(path: Path, word: str = "damaged") -> Path:
-    """Renames a file or folder that is damaged, or whatever the word says, so that nothing takes it for what it was, and nothing of
-    it is lost. Its new name."""
+    """Renames a file or folder that is damaged, or whatever the word says, so that nothing takes it for what it was,
+    and nothing of it is lost. Its new name."""
     count = 1
     while (new := path.with_name(f"{word}-{count}-{path.name}")).exists():
         count += 1

@@ -1,7 +1,9 @@
-"""f-divergences D_f = E_q f(r) between a teacher's law p and a student's law q, by the ratio r = p / q of their densities.
+"""f-divergences D_f = E_q f(r) between a teacher's law p and a student's law q, by the ratio r = p / q of their
+densities.
 
-The gradient of D_f in a sample x of q is -h(r) (score of p - score of q) with h(r) = r^2 f''(r), so that every one of them is the
-reverse Kullback-Leibler divergence, for which h is 1, with another weight a sample: Xu et al. 2025, arXiv:2502.15681, theorem 1.
+The gradient of D_f in a sample x of q is -h(r) (score of p - score of q) with h(r) = r^2 f''(r), so that every one of
+them is the reverse Kullback-Leibler divergence, for which h is 1, with another weight a sample: Xu et al. 2025,
+arXiv:2502.15681, theorem 1.
 """
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ DIVERGENCES: dict[str, tuple[Function, Function, Function]] = {
 
 
 def ratio(logits: Tensor, low: float = 0.1, high: float = 20.0, beyond: float = 10.0) -> Tensor:
-    """p / q of each sample (B,), of a discriminator's logits (B, K), whose optimum is log p / q: their mean over the K heads, never beyond
-    +-`beyond`, and the ratio never outside [low, high], as released with arXiv:2502.15681."""
+    """p / q of each sample (B,), of a discriminator's logits (B, K), whose optimum is log p / q: their mean over the K
+    heads, never beyond +-`beyond`, and the ratio never outside [low, high], as released with arXiv:2502.15681."""
     return logits.flatten(1).mean(1).clamp(-beyond, beyond).exp().clamp(low, high)
 
 

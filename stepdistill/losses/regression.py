@@ -38,11 +38,11 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 def whole_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
-    """sqrt(m + c^2) - c, m the mean squared difference of a sample: m / 2c where sqrt(m) is far below c, `norm` where far
-    above.
+    """sqrt(m + c^2) - c, m the mean squared difference of a sample: m / 2c where sqrt(m) is far below c, `norm` where
+    far above.
 
-    Song & Dhariwal 2023, arXiv:2310.14189, section 3.3: sqrt(|x - y|^2 + k^2) - k of a whole sample of d numbers, whose k
-    they let grow as sqrt(d). Over sqrt(d) that is this one, with c = k / sqrt(d).
+    Song & Dhariwal 2023, arXiv:2310.14189, section 3.3: sqrt(|x - y|^2 + k^2) - k of a whole sample of d numbers, whose
+    k they let grow as sqrt(d). Over sqrt(d) that is this one, with c = k / sqrt(d).
     """
     return (squared(x, y) + c * c).sqrt() - c
 

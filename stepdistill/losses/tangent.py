@@ -61,8 +61,8 @@ def difference(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float, back: Tens
 @torch.no_grad()
 def pair(f: Field, x: Tensor, t: Tensor, dx: Tensor, dt: float, back: Tensor, step: Step = straight,
          first: float = 0.0) -> Tensor:
-    """`difference` extrapolated from a step and its half (Richardson 1911): of second order, three evaluations. It looks
-    back as well, and is the backward differentiation formula of order 2, which damps what errs."""
+    """`difference` extrapolated from a step and its half (Richardson 1911): of second order, three evaluations. It
+    looks back as well, and is the backward differentiation formula of order 2, which damps what errs."""
     with _precise(x):
         now = f(x, t)
         half, whole = (_secant(now, f, x, t, dx, dt, share * back, step, first) for share in (0.5, 1.0))

@@ -18,8 +18,8 @@ KINDS = ("images", "prompts", "samples", "pairs")      # what data can be, each 
 
 @dataclass(frozen=True)
 class Entry:
-    """module is relative to this package, and of a plugin's method absolute; steps: the fewest and the most evaluations at
-    which the method is at its best."""
+    """module is relative to this package, and of a plugin's method absolute; steps: the fewest and the most evaluations
+    at which the method is at its best."""
 
     module: str
     cls: str
@@ -36,7 +36,8 @@ METHODS: dict[str, Entry] = {
                 needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "flow_map": Entry("consistency.flow_map", "FlowMap", "Align Your Flow", "2506.14603", "consistency",
                       needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 8)),
-    "ict": Entry("consistency.ict", "ICT", "Improved Techniques for Training Consistency Models", "2310.14189", "consistency",
+    "ict": Entry("consistency.ict", "ICT", "Improved Techniques for Training Consistency Models", "2310.14189",
+                 "consistency",
                  needs=("student",), data=("images", "samples", "pairs"), steps=(1, 4)),
     "lcm": Entry("consistency.lcm", "LCM", "Latent Consistency Models", "2310.04378", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
@@ -53,11 +54,13 @@ METHODS: dict[str, Entry] = {
                  "2410.11081",
                  "consistency", needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "scott": Entry("consistency.scott", "SCott", "Stochastic Consistency Distillation", "2403.01505", "consistency",
-                   needs=("teacher", "student", "target", "critic", "discriminator"), data=("images", "samples", "pairs"),
+                   needs=("teacher", "student", "target", "critic", "discriminator"),
+                   data=("images", "samples", "pairs"),
                    steps=(1, 4)),
     "tcd": Entry("consistency.tcd", "TCD", "Trajectory Consistency Distillation", "2402.19159", "consistency",
                  needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(2, 8)),
-    "tscd": Entry("consistency.tscd", "TSCD", "Trajectory Segmented Consistency Distillation", "2404.13686", "consistency",
+    "tscd": Entry("consistency.tscd", "TSCD", "Trajectory Segmented Consistency Distillation", "2404.13686",
+                  "consistency",
                   needs=("teacher", "student", "critic", "discriminator"), data=("images", "samples", "pairs"),
                   steps=(1, 8)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
@@ -81,7 +84,8 @@ METHODS: dict[str, Entry] = {
                   "2405.14867", "distribution",
                   needs=("teacher", "student", "critic", "discriminator"),
                   data=("prompts", "images", "samples"), steps=(1, 4)),
-    "f_distill": Entry("distribution.f_distill", "FDistill", "One-step Diffusion Models with f-Divergence Distribution Matching",
+    "f_distill": Entry("distribution.f_distill", "FDistill", "One-step Diffusion Models with f-Divergence "
+                       "Distribution Matching",
                        "2502.15681", "distribution", needs=("teacher", "student", "critic", "discriminator"),
                        data=("images", "samples"), steps=(1, 4)),
     "sid": Entry("distribution.sid", "SiD", "Score identity Distillation", "2404.04057", "distribution",
@@ -124,10 +128,11 @@ REGISTERED: dict[str, type[Method]] = {}      # methods from outside, which have
 
 def register_method(name: str, method: type[Method], *, title: str, arxiv: str = "", family: str = "plugin",
                     steps: tuple[int, int] = (1, 4)) -> None:
-    """Makes a method from outside known by its name, in this process: recipes, `verify` and exports take it as one of ours.
+    """Makes a method from outside known by its name, in this process: recipes, `verify` and exports take it as one of
+    ours.
 
-    title, arxiv, steps: of its row in `stepdistill methods`. Registered again, it takes the place of what was registered
-    before. RequestError for a name of ours, and for a class that is no whole method.
+    title, arxiv, steps: of its row in `stepdistill methods`. Registered again, it takes the place of what was
+    registered before. RequestError for a name of ours, and for a class that is no whole method.
     """
     if name in METHODS and name not in REGISTERED:
         raise RequestError(f"{name} is a method of stepdistill's own, which is not replaced: choose another name")
@@ -142,13 +147,15 @@ def register_method(name: str, method: type[Method], *, title: str, arxiv: str =
 def _check(name: str, method: type[Method]) -> None:
     from .base import Method
     if not isinstance(method, type) or not issubclass(method, Method):
-        raise RequestError(f"the method {name} should be a subclass of stepdistill.methods.base.Method; found {method!r}")
+        raise RequestError(f"the method {name} should be a subclass of stepdistill.methods.base.Method; found "
+                           f"{method!r}")
     if inspect.isabstract(method):
         raise RequestError(f"the method {name} lacks {', '.join(sorted(method.__abstractmethods__))}")
     if missing := sorted({"Settings", "data"} - {entry for cls in method.__mro__ for entry in vars(cls)}):
         raise RequestError(f"the method {name} lacks {', '.join(missing)}")
     if not is_dataclass(method.Settings) or not method.Settings.__dataclass_params__.frozen:
-        raise RequestError(f"the Settings of {name} should be a frozen dataclass: @dataclass(frozen=True, kw_only=True)")
+        raise RequestError(f"the Settings of {name} should be a frozen dataclass: @dataclass(frozen=True, "
+                           "kw_only=True)")
     try:
         method.Settings()
     except TypeError as error:

@@ -182,8 +182,8 @@ def renoising(settings: StartSettings, steps: int) -> Inference:
     if settings.start_time is None:
         return Inference(steps, noise=1.0)
     if steps != 1:
-        raise ValueError("start_time is where a student of one step begins, and one of more steps begins at t = 1: leave "
-                         f"it out; found start_time = {settings.start_time:g} and {steps} steps")
+        raise ValueError("start_time is where a student of one step begins, and one of more steps begins at t "
+                         f"= 1: leave it out; found start_time = {settings.start_time:g} and {steps} steps")
     return Inference(steps, noise=1.0, times=(settings.start_time,))
 
 
@@ -277,8 +277,8 @@ class Method(ABC):
 
     @property
     def denoiser(self) -> Role | None:
-        """The critic as its loss asks it to denoise the student's samples; None where no role does. Whoever looks how far
-        it lags behind them asks this one."""
+        """The critic as its loss asks it to denoise the student's samples; None where no role does. Whoever looks how
+        far it lags behind them asks this one."""
         return self.roles.get("critic")
 
     @abstractmethod

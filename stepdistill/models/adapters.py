@@ -236,22 +236,25 @@ class AdapterBank:
         return plain
 
 
-# peft's own folders ----------------------------------------------------------------------------------------------------
+# peft's own folders ---------------------------------------------------------------------------------------------------
 
 PREFIX = "base_model.model."                       # of a weight's name in them
 
 
 def save_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """Writes an adapter as peft.PeftModel.from_pretrained(network, folder) reads it, and returns the name of its weights file.
+    """Writes an adapter as peft.PeftModel.from_pretrained(network, folder) reads it, and returns the name of its
+    weights file.
 
     state: as `AdapterBank.lora_state_dict`; config: keyword arguments of LoraConfig."""
     LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
-    save_file({PREFIX + key: value.contiguous() for key, value in state.items()}, Path(folder) / PEFT_WEIGHTS, {"format": "pt"})
+    save_file({PREFIX + key: value.contiguous() for key, value in state.items()}, Path(folder) / PEFT_WEIGHTS,
+              {"format": "pt"})
     return PEFT_WEIGHTS
 
 
 def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]:
-    """Puts such an adapter beside the network's weights and other adapters, and returns what does not fit; then nothing of it stays.
+    """Puts such an adapter beside the network's weights and other adapters, and returns what does not fit; then nothing
+    of it stays.
 
     ValueError where none of its modules is there, RuntimeError for weights of another shape."""
     state = {key.removeprefix(PREFIX): value for key, value in load_file(Path(folder) / PEFT_WEIGHTS).items()}
@@ -259,7 +262,8 @@ def load_adapter(network: nn.Module, folder: str | Path, name: str) -> list[str]
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, adapter_name=name)
         found = set_peft_model_state_dict(network, state, adapter_name=name)
-        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys if ".lora_" in key and f".{name}." in key]
+        wrong = [f"unknown {key}" for key in found.unexpected_keys] + [f"missing {key}" for key in found.missing_keys
+                                                                       if ".lora_" in key and f".{name}." in key]
     finally:
         if wrong:
             drop_adapter(network, name, active)
@@ -273,8 +277,9 @@ def active_adapters(network: nn.Module) -> list[str]:
     for layer in _tuned(network):
         if layer.merged:
             raise RequestError(f"the adapter {', '.join(layer.merged_adapters)} is fused into the weights of this "
-                               f"{type(network).__name__} and its layers are still there, so that no other adapter would be computed: "
-                               "call pipe.unload_lora_weights() first, which leaves the fused weights")
+                               f"{type(network).__name__} and its layers are still there, so that no other adapter "
+                               "would be computed: call pipe.unload_lora_weights() first, which leaves the "
+                               "fused weights")
         active |= dict.fromkeys(layer.active_adapters)
     return list(active)
 
@@ -365,8 +370,10 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _layers_alone(network: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The config, told to pass over modules that a target names but that are no layers, such as an activation of the same name."""
-    others = {name for name, _ in network.named_modules() if any(_matches(name, target) for target in config.target_modules)}
+    """The config, told to pass over modules that a target names but that are no layers, such as an activation of the
+    same name."""
+    others = {name for name, _ in network.named_modules()
+              if any(_matches(name, target) for target in config.target_modules)}
     if not (others := others - {*_layers(network)}):
         return config
     spared = copy(config)
@@ -380,6 +387,7 @@ def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
     for target in sorted(targets):
         if not any(_matches(name, target) for name in names):
             near = get_close_matches(target, sorted(ends), n=5, cutoff=0.5)
-            known = f"near names: {', '.join(near)}" if near else f"names that exist: {', '.join(sorted(ends)[:12])} ..."
+            known = (f"near names: {', '.join(near)}" if near
+                     else f"names that exist: {', '.join(sorted(ends)[:12])} ...")
             raise RequestError(f"the LoRA target {target!r} matches no linear layer or convolution of this "
                                f"{type(network).__name__}; {known}")

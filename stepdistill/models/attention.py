@@ -98,8 +98,8 @@ def set_attention(network: nn.Module, backend: str) -> None:
 @contextmanager
 def differentiable(network: nn.Module) -> Iterator[None]:
     """Within, the network has a derivative forward, torch.func.jvp: attention is computed as it is written, by torch's
-    math kernel. The kernels of flash and of xformers have none, and that of group norms has none for a transposed view, which
-    attention over pixels makes. The chosen backend comes back afterwards."""
+    math kernel. The kernels of flash and of xformers have none, and that of group norms has none for a transposed view,
+    which attention over pixels makes. The chosen backend comes back afterwards."""
     chosen = {layer: layer.processor for layer in _attentions(network)}
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     try:
@@ -153,7 +153,8 @@ def _xformers_refusal(device: torch.device, dtype: torch.dtype, heads: Iterable[
         return f"xformers computes in 16 bits or float32, found {dtype}: choose sdpa"
     step = 8 if dtype in HALF else 4                    # 128 bits, in which its matrix products read
     if wrong := [size for size in heads if size % step]:
-        return f"xformers takes heads whose size is a multiple of {step} in {dtype}, and this network's are {_listed(wrong)}: choose sdpa"
+        return (f"xformers takes heads whose size is a multiple of {step} in {dtype}, and this network's are "
+                f"{_listed(wrong)}: choose sdpa")
     return None
 
 
@@ -163,11 +164,14 @@ def _flash_refusal(device: torch.device, dtype: torch.dtype, heads: Iterable[int
     if device.type != "cuda":
         return f"torch has flash kernels for CUDA and the CPU, and this runs on {device.type}: choose sdpa"
     if dtype not in HALF:
-        return f"the flash kernel of CUDA computes in 16 bits alone, found {dtype}: let train.precision be bf16, or choose sdpa"
+        return (f"the flash kernel of CUDA computes in 16 bits alone, found {dtype}: let train.precision be bf16, "
+                "or choose sdpa")
     if wrong := [size for size in heads if size > WIDEST_HEAD]:
-        return f"the flash kernel takes heads of at most {WIDEST_HEAD}, and this network's are {_listed(wrong)}: choose sdpa"
+        return (f"the flash kernel takes heads of at most {WIDEST_HEAD}, and this network's are {_listed(wrong)}: "
+                "choose sdpa")
     if (found := torch.cuda.get_device_capability(device)) < OLDEST:
-        return f"the flash kernel takes a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, found {found[0]}.{found[1]}: choose sdpa"
+        return (f"the flash kernel takes a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, found "
+                f"{found[0]}.{found[1]}: choose sdpa")
     return None
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 class Codec:
     """An autoencoder whose latents are moved and scaled, by one number or by channel: latents = (z - shift) scale.
 
-    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1). patch: squares of so many latents a
-    side are folded into channels first.
+    network: an autoencoder of diffusers, frozen; shift and scale: numbers, or tensors (C, 1, 1). patch: squares of so
+    many latents a side are folded into channels first.
     """
 
     def __init__(self, network: nn.Module, scale: float | Tensor, shift: float | Tensor = 0.0, patch: int = 1) -> None:
@@ -84,7 +84,8 @@ class Video(Codec):
         """By the autoencoder's layers, frame after frame as its `decode` calls them, which clips pixels: those that it
         clips have no gradient."""
         decoder, patch = self.network.decoder, self.network.config.patch_size
-        memory = [None] * len([*decoder.modules()])        # what each convolution has seen last, in fewer places than these
+        # what each convolution has seen last, in fewer places than these
+        memory = [None] * len([*decoder.modules()])
         frames = [decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=i == 0)
                   for i, frame in enumerate(self.network.post_quant_conv(z).split(1, 2))]
         return unpatchify(torch.cat(frames, 2), patch or 1)

@@ -72,8 +72,8 @@ class TimeEmbedding:
 class ExtraEmbedding(nn.Module):
     """Takes the place of a network's sinusoids: timestep -> sinusoids + layer(the numbers' own sinusoids).
 
-    The layer is put there as `layer`. Outside `reading` the network computes what it did before. Where a class embeds more numbers
-    by the same module, such as a guidance scale, the time is the first, and to it alone the layer adds.
+    The layer is put there as `layer`. Outside `reading` the network computes what it did before. Where a class embeds
+    more numbers by the same module, such as a guidance scale, the time is the first, and to it alone the layer adds.
     """
 
     def __init__(self, sinusoids: nn.Module, layer: nn.Module | None = None) -> None:
@@ -126,7 +126,7 @@ def embedding(name: str, number: Tensor, width: int = WIDTH) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(number.device)
 
 
-# Folding ---------------------------------------------------------------------------------------------------------------
+# Folding --------------------------------------------------------------------------------------------------------------
 
 def added(time: TimeEmbedding, state: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> Tensor:
     """What the layers in `state` add to the sinusoids at these numbers, (k,) each, in the order of `reads`: (k, D)

@@ -1,4 +1,5 @@
-"""LoRAs that a teacher wears: loaded by the pipeline's own loader and added to its weights, before anything else lies on them."""
+"""LoRAs that a teacher wears: loaded by the pipeline's own loader and added to its weights, before anything else lies
+on them."""
 from __future__ import annotations
 
 import logging
@@ -23,7 +24,8 @@ _NO_KEYS = re.compile(r"No LoRA keys associated to ")
 
 @dataclass(frozen=True)
 class Trace:
-    """Where a fused LoRA shows: the numbers of one weight of a component that it changed most, without and with all LoRAs.
+    """Where a fused LoRA shows: the numbers of one weight of a component that it changed most, without and with all
+    LoRAs.
 
     lora: its number among them; at: places in the flattened weight.
     """
@@ -39,13 +41,15 @@ class Trace:
         """Whether that weight of `pipe` is nearer to the one with the LoRA than to the one without."""
         state = pipe.components[self.component].state_dict()
         stem, _, name = self.weight.rpartition(".")
-        weight = state[self.weight] if self.weight in state else state[f"{stem}.base_layer.{name}"]    # under another adapter
+        # under another adapter
+        weight = state[self.weight] if self.weight in state else state[f"{stem}.base_layer.{name}"]
         found = _at(weight, self.at)
         return _apart(found, self.fused) < _apart(found, self.plain)
 
 
 def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora], but: Container[str] = ()) -> tuple[Trace, ...]:
-    """Adds LoRAs to the weights of a pipeline, one after the other; it is a plain one then. but: components that have them already.
+    """Adds LoRAs to the weights of a pipeline, one after the other; it is a plain one then. but: components that have
+    them already.
 
     RequestError for a LoRA that does not fit: of another base, or with nothing for any component.
     """
@@ -56,7 +60,8 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora], but: Contain
     for number, lora in enumerate(loras):
         touched = [name for name in load_lora(pipe, lora) if name in components]
         widest = {name: _widest(pipe.components[name]) for name in touched}
-        before = {name: _weight(pipe.components[name], f"{module}.base_layer.weight").clone() for name, module in widest.items()}
+        before = {name: _weight(pipe.components[name], f"{module}.base_layer.weight").clone()
+                  for name, module in widest.items()}
         if touched:
             pipe.fuse_lora(components=touched, lora_scale=lora.weight, adapter_names=[ADAPTER])
         pipe.unload_lora_weights()
@@ -69,7 +74,8 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora], but: Contain
 
 
 def try_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora]) -> None:
-    """RequestError for LoRAs that do not fit networks on the meta device, which have shapes and no weights to add to."""
+    """RequestError for LoRAs that do not fit networks on the meta device, which have shapes and no weights to add
+    to."""
     loadable(pipe, loras)
     for lora in loras:
         load_lora(pipe, lora)
@@ -77,7 +83,8 @@ def try_loras(pipe: DiffusionPipeline, loras: Sequence[FusedLora]) -> None:
 
 
 def load_lora(pipe: DiffusionPipeline, lora: FusedLora) -> list[str]:
-    """Lays a LoRA on a pipeline, and returns the names of the components that it is for. RequestError where it does not fit."""
+    """Lays a LoRA on a pipeline, and returns the names of the components that it is for. RequestError where it does not
+    fit."""
     refusal = f"the LoRA {lora.path} does not fit this {type(pipe).__name__}"
     try:
         file = lora.file()
@@ -85,7 +92,8 @@ def load_lora(pipe: DiffusionPipeline, lora: FusedLora) -> list[str]:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True)
     except RequestError:
         raise
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:      # loaders fail in as many ways as there are files
+    # loaders fail in as many ways as there are files
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RequestError(f"{refusal}: {first_lines(error)}") from error
     found = [name for name, adapters in pipe.get_list_adapters().items() if ADAPTER in adapters]
     if not found:
@@ -146,4 +154,5 @@ def _apart(one: Sequence[float], other: Sequence[float]) -> float:
 
 def traces_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Trace, ...]:
     """Traces as `vars` of them went through JSON."""
-    return tuple(Trace(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}) for row in rows)
+    return tuple(Trace(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+                 for row in rows)

@@ -57,29 +57,33 @@ class Loading:
                 raise RequestError(f"{name} is {value!r}, but a call of {self.kind.__name__} takes none: leave it out")
         if len(self.index) > 1:
             self._check_kinds()
-        index = cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists() else Path(source.place) / "model_index.json"
+        index = (cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists()
+                 else Path(source.place) / "model_index.json")
         replaced = [name for name in ("vae", "scheduler") if vars(source)[name] is not None]
         if index is not None and index.is_file():
             check_components(index.parent, source, self.index, {*replaced, *self.family.arguments(self.kind.__name__)})
 
     def _check_kinds(self) -> None:
-        """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class than its pipeline's."""
+        """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class
+        than its pipeline's."""
         may_lack = {name for name in self.kind._optional_components if not name.startswith("text_encoder")}
         optional = {*self.family.optional, *may_lack} - {self.family.denoiser}
         absent = absent_parts(self.index)
         lacking = [name for name in slots(self.kind) if not name.startswith("tokenizer") and name not in optional
                    and (name not in self.index or name in absent)]
         if lacking:
-            raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no {', '.join(lacking)}")
+            raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no "
+                               f"{', '.join(lacking)}")
         types = self.kind._get_signature_types()
         for name in (name for name in ("vae", self.family.denoiser) if name in types):
             found = class_of(name, *self.index[name])
             if not issubclass(found, (*types[name], LegacyModelMixin)):        # whose early names stand for others
-                raise RequestError(f"the {name} of {self.source} is an {found.__name__}, which is not served: a {self.kind.__name__} is served "
-                                   f"with an {types[name][0].__name__}")
+                raise RequestError(f"the {name} of {self.source} is an {found.__name__}, which is not served: a "
+                                   f"{self.kind.__name__} is served with an {types[name][0].__name__}")
 
     def pipeline(self, parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
-        """The stock pipeline with these components, the others read; and where the LoRAs that were fused into those show."""
+        """The stock pipeline with these components, the others read; and where the LoRAs that were fused into those
+        show."""
         given = {**self.family.arguments(self.kind.__name__), **dict.fromkeys(self.without), **parts}
         return read_pipeline(self.kind, self.source, self.dtype, given)
 
@@ -90,7 +94,8 @@ class Loading:
             index = index_at(configs) if self.source.is_file else self.index
         dropped = self.family.arguments(self.kind.__name__)
         own = replaced_on_meta(self.source)
-        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed(index).items() if name not in (*dropped, *own)} | own
+        parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed(index).items()
+                 if name not in (*dropped, *own)} | own
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
@@ -113,7 +118,8 @@ def caller(source: Source, index: Index) -> str:
 
 def settings_of(index: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a pipeline's index that are no components, such as is_distilled."""
-    return {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list | tuple)}
+    return {name: value for name, value in index.items() if not name.startswith("_")
+            and not isinstance(value, list | tuple)}
 
 
 def slots(kind: type[DiffusionPipeline]) -> list[str]:
@@ -147,7 +153,8 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
-    for part in pipe.components.values():             # earlier diffusers do not know `dtype`; what stays float32 there, stays
+    # earlier diffusers do not know `dtype`; what stays float32 there, stays
+    for part in pipe.components.values():
         if isinstance(part, nn.Module) and part.dtype != dtype and quantization_of(part) is None:
             part.to(dtype)
     if fresh and family.denoiser not in parts:
@@ -182,12 +189,13 @@ def _configs_at_hand(source: Source) -> Iterator[None]:
     except (OSError, RequestError) as error:
         if not source.is_file or source.config is not None:
             raise
-        raise RequestError(f"{source} is one file of weights, which holds no configs; its pipeline's are those of {configs_of(source)}, which is "
-                           f"not in the cache here and was not supplied ({first_lines(error)}): let the teacher's config name a local folder with "
-                           "them, such as that pipeline saved without its weights") from error
+        raise RequestError(f"{source} is one file of weights, which holds no configs; its pipeline's are those "
+                           f"of {configs_of(source)}, which is not in the cache here and was not supplied "
+                           f"({first_lines(error)}): let the teacher's config name a local folder with them, such "
+                           "as that pipeline saved without its weights") from error
 
 
-# -- components of another source ----------------------------------------------------------------------------------------
+# -- components of another source --------------------------------------------------------------------------------------
 
 def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
     """The components that a source takes from elsewhere, read with their weights, as far as `parts` has none."""
@@ -219,11 +227,13 @@ def _check_vae(source: Source, config: Mapping[str, Any]) -> None:
     configs = Source(configs_of(source), source.revision)
     with blaming("the base's own vae", source.place):
         own = AutoencoderKL.load_config(configs.place, subfolder="vae", revision=configs.revision)
-    for name, found, known in (("class", config["_class_name"], "AutoencoderKL"), ("base's class", own["_class_name"], "AutoencoderKL"),
+    for name, found, known in (("class", config["_class_name"], "AutoencoderKL"),
+                               ("base's class", own["_class_name"], "AutoencoderKL"),
                                ("latent_channels", config.get("latent_channels"), own.get("latent_channels")),
                                ("pixels a latent", _pixels(config), _pixels(own))):
         if found != known:
-            raise RequestError(f"vae is {source.vae}, which does not know the latents of {source}: its {name} should be {known}; found {found}")
+            raise RequestError(f"vae is {source.vae}, which does not know the latents of {source}: its {name} should "
+                               f"be {known}; found {found}")
 
 
 def _pixels(config: Mapping[str, Any]) -> int:
@@ -243,7 +253,8 @@ def _scheduler(place: str) -> SchedulerMixin:
 
 
 def _within(place: str, component: str) -> dict[str, str]:
-    """Where a component lies in a folder that may be its own or a whole pipeline's. RequestError for a folder of pickles or with code."""
+    """Where a component lies in a folder that may be its own or a whole pipeline's. RequestError for a folder of
+    pickles or with code."""
     folder, whole = Path(place), (Path(place) / component).is_dir()
     if folder.is_dir():
         foreign.check_folder(folder, [component] if whole else [])
@@ -251,7 +262,7 @@ def _within(place: str, component: str) -> dict[str, str]:
     return {"subfolder": component} if whole else {}
 
 
-# -- the meta device -----------------------------------------------------------------------------------------------------
+# -- the meta device ---------------------------------------------------------------------------------------------------
 
 def _on_meta(configs: Source, name: str, library: str, class_name: str) -> nn.Module | SchedulerMixin | None:
     """A network made from its config, or the scheduler; None for what is neither, such as a tokenizer."""

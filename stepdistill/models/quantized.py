@@ -140,7 +140,8 @@ def saved_as(folder: Path) -> str | None:
     """How the weights in a component's folder are quantised; None where they are not. RequestError for a kind that is
     not served."""
     path = folder / "config.json"
-    read = records.read(path, records.NetworkConfig, "Save or download the teacher anew", infinite=True) if path.is_file() else {}
+    read = (records.read(path, records.NetworkConfig, "Save or download the teacher anew", infinite=True)
+            if path.is_file() else {})
     config = read.get("quantization_config")
     if config is None:
         return None

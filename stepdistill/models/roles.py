@@ -84,7 +84,8 @@ class Roles(Mapping[str, Role]):
                  networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]],
                  visions: Mapping[str, Vision | PlaneFeatures],
                  seed: int) -> None:
-        self.teacher, self.needs, self.reads, self.bank, self.networks = teacher, dict(needs), dict(reads), bank, dict(networks)
+        self.teacher, self.needs, self.reads, self.bank, self.networks = (teacher, dict(needs), dict(reads), bank,
+                                                                          dict(networks))
         self.visions = dict(visions)
         pixels = {name: teacher.pixels for name, need in needs.items() if isinstance(need, Codec)}
         self._denoisers = {name: self._denoiser(name) for name, need in needs.items()
@@ -163,8 +164,8 @@ class Roles(Mapping[str, Role]):
         if wrong:
             earlier = "" if not isinstance(self.needs[name], Heads) else (
                 ". Heads of ladd and add that were trained before they judged every position are of another form, and "
-                "no run goes on with them: its student can be sampled and exported as it is, and training be begun anew, "
-                "from it with student: {from: EXPORT}")
+                "no run goes on with them: its student can be sampled and exported as it is, and training be "
+                "begun anew, from it with student: {from: EXPORT}")
             raise ValueError(f"these are not the weights of role {name!r}: {len(wrong)} of {len(own)} tensors are "
                              f"missing, unknown or of another shape, the first is {wrong[0]}{earlier}")
         if name in self._modules:

@@ -1,7 +1,8 @@
 """FSDP2 for roles on one base: each process holds a part of the frozen weights, and gathers a block's while it runs.
 
-Adapters, heads and averages stay whole on every process: they are small, and so their optimizers, gradients and checkpoints
-are those of plain data parallelism. A run may begin sharded and go on on one process, or the other way round.
+Adapters, heads and averages stay whole on every process: they are small, and so their optimizers, gradients and
+checkpoints are those of plain data parallelism. A run may begin sharded and go on on one process, or the other way
+round.
 """
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .roles import Roles
 
 
 def shard(roles: Roles) -> None:
-    """Shards the base over the processes; with one it stays as it is. From here on every process must take part in every pass.
+    """Shards the base over the processes; with one it stays as it is. From here on every process must take part in
+    every pass.
 
     All trained roles are adapters.
     """

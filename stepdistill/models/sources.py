@@ -25,21 +25,27 @@ from ..files import foreign, records
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
-SHAPING = (                                        # keyword arguments of a call that a teacher may set for all its calls
-    "max_sequence_length", "height", "width", "num_frames", "clip_skip", "complex_human_instruction", "use_resolution_binning",
+# keyword arguments of a call that a teacher may set for all its calls
+SHAPING = (
+    "max_sequence_length", "height", "width", "num_frames", "clip_skip", "complex_human_instruction",
+    "use_resolution_binning",
     "text_encoder_out_layers", "clean_caption", "system_prompt", "frame_rate")
 SAMPLING = (                                       # further ones that a student's call may be given
-    "num_inference_steps", "timesteps", "sigmas", "eta", "guidance_scale", "true_cfg_scale", "guidance_rescale", "negative_prompt")
+    "num_inference_steps", "timesteps", "sigmas", "eta", "guidance_scale", "true_cfg_scale", "guidance_rescale",
+    "negative_prompt")
 _ELSEWHERE = {                                     # others -> where they belong
-    "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it", "num_inference_steps": "the recipe's steps "
-    "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's steps say them",
+    "guidance_scale": "the recipe's guidance says it", "true_cfg_scale": "the recipe's guidance says it",
+    "num_inference_steps": "the recipe's steps "
+    "say it", "timesteps": "the method and the recipe's steps say them", "sigmas": "the method and the recipe's "
+    "steps say them",
     "eta": "the method says it", "generator": "the seed says it", "prompt": "the data say it",
     "negative_prompt": "the recipe's negative_prompt says it",
     "guidance_rescale": "the recipe's guidance_rescale says it"}
 LIBRARIES = ("diffusers", "transformers")
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
-UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError, SafetensorError,
+UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError,
+              AssertionError, SafetensorError,
               StrictDataclassError)
 """What the libraries raise on configs and weights that do not fit each other."""
 
@@ -50,21 +56,23 @@ def blaming(component: str, place: str | Path) -> Iterator[None]:
     try:
         yield
     except UNLOADABLE as error:
-        if isinstance(error, RequestError) or isinstance(error, RuntimeError) and of_the_system(error) is not None:     # no memory
+        # no memory
+        if isinstance(error, RequestError) or isinstance(error, RuntimeError) and of_the_system(error) is not None:
             raise
         raise RequestError(f"{component} cannot be read at {place}: {first_lines(error)}") from error
 
 
 @dataclass(frozen=True)
 class FusedLora:
-    """A LoRA that is added to the weights of a teacher, `weight` times. path: a .safetensors file, a folder, or a Hub id, which the
-    file's name may follow."""
+    """A LoRA that is added to the weights of a teacher, `weight` times. path: a .safetensors file, a folder, or a Hub
+    id, which the file's name may follow."""
 
     path: str
     weight: float = 1.0
 
     def find(self) -> tuple[str, str | None]:
-        """(folder or Hub id, the file's name in it; None where the Hub is to choose). RequestError where a folder leaves it open."""
+        """(folder or Hub id, the file's name in it; None where the Hub is to choose). RequestError where a folder
+        leaves it open."""
         path = Path(self.path)
         if path.is_file():
             return str(path.parent), path.name
@@ -72,26 +80,26 @@ class FusedLora:
             owner, *rest = self.path.split("/")
             spelled = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (owner, *rest))
             if not spelled or not 1 <= len(rest) <= 2 or self.path.endswith(".safetensors") and len(rest) < 2:
-                raise RequestError(f"there is no LoRA {self.path}: it should be a .safetensors file, a folder, or a Hub id such as owner/name "
-                                   "or owner/name/file.safetensors")
+                raise RequestError(f"there is no LoRA {self.path}: it should be a .safetensors file, a folder, "
+                                   "or a Hub id such as owner/name or owner/name/file.safetensors")
             return "/".join((owner, rest[0])), rest[1] if len(rest) == 2 else None
         files = sorted(file.name for file in path.glob("*.safetensors"))
         for file in files:
             foreign.check_link(path / file, path)
         if LORA_FILE not in files and len(files) != 1:
-            raise RequestError(f"the folder {path} should hold a {LORA_FILE} or one .safetensors file; found {', '.join(files) or 'none'}: "
-                               "name the file")
+            raise RequestError(f"the folder {path} should hold a {LORA_FILE} or one .safetensors file; found "
+                               f"{', '.join(files) or 'none'}: name the file")
         return str(path), LORA_FILE if LORA_FILE in files else files[0]
 
 
     def file(self) -> Path:
-        """The file here, which was looked at; one of the Hub is fetched into its cache. RequestError for what is no safetensors file or
-        would make its loader import code, OSError where the Hub does not supply it."""
+        """The file here, which was looked at; one of the Hub is fetched into its cache. RequestError for what is no
+        safetensors file or would make its loader import code, OSError where the Hub does not supply it."""
         place, name = self.find()
         name = name or LORA_FILE
         if not name.endswith(".safetensors"):
-            raise RequestError(f"the LoRA {self.path} is no .safetensors file. Other files of weights are pickles or may hold one, which can run code, "
-                               "and are never read")
+            raise RequestError(f"the LoRA {self.path} is no .safetensors file. Other files of weights are pickles "
+                               "or may hold one, which can run code, and are never read")
         file = Path(place) / name if Path(place).is_dir() else Path(hub_file(place, name))
         check_safetensors(file)
         with safe_open(file, "pt") as opened:
@@ -149,43 +157,51 @@ class Source:
 
 
 def index_at(source: Source) -> Index:
-    """What a pipeline is made of. RequestError for what is no pipeline. Of a single file without the configs of its pipeline at
-    hand, the class alone."""
+    """What a pipeline is made of. RequestError for what is no pipeline. Of a single file without the configs of its
+    pipeline at hand, the class alone."""
     _check_spelling(source)
     index = _index_at(source)
     if not isinstance(index["_class_name"], str):
-        raise RequestError(f"{source} is of the class {' of '.join(map(str, reversed(index['_class_name'])))}, which is code beside the pipeline and is never run: supported "
-                           "are classes of diffusers")
+        raise RequestError(f"{source} is of the class {' of '.join(map(str, reversed(index['_class_name'])))}, "
+                           "which is code beside the pipeline and is never run: supported are classes of diffusers")
     if not index["_class_name"].isidentifier():
-        raise RequestError(f"{source} is of the class {index['_class_name'][:80]!r}, which is no name of a class of diffusers")
+        raise RequestError(f"{source} is of the class {index['_class_name'][:80]!r}, which is no name of a class "
+                           "of diffusers")
     listed(index)
     return index
 
 
 def listed(index: Index) -> dict[str, tuple[str, str]]:
-    """The components that a pipeline has: name -> library and class. RequestError for what is neither, and for other libraries' code."""
-    found = {name: made_by for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and name != "_class_name"
+    """The components that a pipeline has: name -> library and class. RequestError for what is neither, and for other
+    libraries' code."""
+    found = {name: made_by for name, made_by in index.items() if isinstance(made_by, (list, tuple))
+             and name != "_class_name"
              and any(isinstance(word, str) for word in made_by[:1])}
     for name, made_by in found.items():
-        if not name.isidentifier() or len(made_by) != 2 or not all(isinstance(word, str) and word.isidentifier() for word in made_by):
-            raise RequestError(f"model_index.json lists {name[:80]!r} as {list(made_by)!r}; a component is a name with a library and a class, such as "
+        if not name.isidentifier() or len(made_by) != 2 or not all(isinstance(word, str) and word.isidentifier()
+                                                                   for word in made_by):
+            raise RequestError(f"model_index.json lists {name[:80]!r} as {list(made_by)!r}; a component is a name "
+                               "with a library and a class, such as "
                                '"unet": ["diffusers", "UNet2DConditionModel"]')
         _check_library(name, *made_by)
     return {name: (made_by[0], made_by[1]) for name, made_by in found.items()}
 
 
 def _check_library(name: str, library: str, class_name: str) -> None:
-    """RequestError for a library that from_pretrained would import by its name. A module of diffusers.pipelines is code of diffusers."""
+    """RequestError for a library that from_pretrained would import by its name. A module of diffusers.pipelines is code
+    of diffusers."""
     if library not in LIBRARIES and not (Path(diffusers.__file__).parent / "pipelines" / library).is_dir():
-        raise RequestError(f"its component {name} is a {class_name} of {library}, which is code beside the pipeline and is never "
-                           f"run: a component is of {' or '.join(LIBRARIES)}")
+        raise RequestError(f"its component {name} is a {class_name} of {library}, which is code beside the pipeline "
+                           f"and is never run: a component is of {' or '.join(LIBRARIES)}")
 
 
 def _check_spelling(source: Source) -> None:
     """RequestError for entries that would lead out of the folder or the repository that they belong to."""
     if source.subfolder is not None and (Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts):
-        raise RequestError(f"subfolder is {source.subfolder}, which leads out of {source.base}: it is a part of that folder, such as pipeline")
-    for name, pattern, right in (("variant", r"\w[\w-]*", "fp16"), ("revision", r"\w[\w./-]*", "main, a tag or a commit")):
+        raise RequestError(f"subfolder is {source.subfolder}, which leads out of {source.base}: it is a part of "
+                           "that folder, such as pipeline")
+    for name, pattern, right in (("variant", r"\w[\w-]*", "fp16"),
+                                 ("revision", r"\w[\w./-]*", "main, a tag or a commit")):
         value = vars(source)[name]
         if value is not None and (not re.fullmatch(pattern, value) or ".." in value):
             raise RequestError(f"{name} is {value[:80]!r}, which is no such name: it should be one such as {right}")
@@ -194,12 +210,13 @@ def _check_spelling(source: Source) -> None:
 def _index_at(source: Source) -> Index:
     path = Path(source.place)
     if source.subfolder is not None and not Path(source.base).is_dir():
-        raise RequestError(f"subfolder is {source.subfolder}, but {source.base} is no folder here: from_pretrained finds no pipeline in a "
-                           "part of a Hub repository; download it and name the folder")
+        raise RequestError(f"subfolder is {source.subfolder}, but {source.base} is no folder here: from_pretrained "
+                           "finds no pipeline in a part of a Hub repository; download it and name the folder")
     if path.is_file():
         return _index_of_file(source)
     if source.config is not None:
-        raise RequestError(f"config is {source.config}, which holds the configs of a single .safetensors file, but {source} is none")
+        raise RequestError(f"config is {source.config}, which holds the configs of a single .safetensors file, "
+                           f"but {source} is none")
     return _index_of_folder(path) if path.is_dir() else _index_on_hub(source.place, source.revision)
 
 
@@ -209,22 +226,22 @@ def class_at(source: Source) -> str:
 
 
 def absent_parts(index: Index) -> dict[str, None]:
-    """The parts that a pipeline lists as null, for from_pretrained: it wants to be told them again where its class does not know
-    them as optional."""
+    """The parts that a pipeline lists as null, for from_pretrained: it wants to be told them again where its class does
+    not know them as optional."""
     return {name: None for name, made_by in index.items() if isinstance(made_by, (list, tuple)) and made_by[0] is None}
 
 
 def configs_of(source: Source) -> str:
-    """Where the configs of a pipeline lie: itself, or of a single file what `config` names, else the Hub repository that diffusers
-    takes for such a file."""
+    """Where the configs of a pipeline lie: itself, or of a single file what `config` names, else the Hub repository
+    that diffusers takes for such a file."""
     if not source.is_file:
         return source.place
     return source.config or _published(Path(source.place))
 
 
 def call_of(source: Source | str) -> dict[str, Any]:
-    """The keyword arguments that every call of a pipeline is given, as its stepdistill.json and its source say. RequestError
-    for those that do not shape conditions or sizes.
+    """The keyword arguments that every call of a pipeline is given, as its stepdistill.json and its source say.
+    RequestError for those that do not shape conditions or sizes.
 
     The file of an exported student says under "call" how the student samples; what its teacher's calls are given stands
     under "teacher_call".
@@ -241,14 +258,15 @@ def call_of(source: Source | str) -> dict[str, Any]:
         call = records.read(path, records.TeacherCall, right)["call"]
     if wrong := [name for name in call if name not in SHAPING]:
         where = _ELSEWHERE.get(wrong[0], "no call of a teacher is given it")
-        raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does not shape what its network is told: "
-                           f"{where}. What may stand there is {', '.join(SHAPING)}")
+        raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does "
+                           f"not shape what its network is told: {where}. What may stand there is {', '.join(SHAPING)}")
     return call | asked
 
 
 def cached_file(source: str, name: str, revision: str | None) -> Path | None:
     """A file of a Hub repository as the cache holds it; None where it is not there. Asks nothing of the network."""
-    found = hub_file(source, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+    found = hub_file(source, name, revision=revision, local_files_only=True,
+                     _raise_exceptions_for_missing_entries=False,
                      _raise_exceptions_for_connection_errors=False)
     return None if found is None else Path(found)
 
@@ -275,10 +293,11 @@ def _index_of_file(source: Source) -> Index:
     class_name = _class_of_file(Path(source.place))
     if source.config is None:
         return {"_class_name": class_name}
-    index = _index_of_folder(Path(source.config)) if Path(source.config).is_dir() else _index_on_hub(source.config, None)
+    index = (_index_of_folder(Path(source.config)) if Path(source.config).is_dir()
+             else _index_on_hub(source.config, None))
     if index["_class_name"] != class_name:
-        raise RequestError(f"config is {source.config}, which holds the configs of a {index['_class_name']}, but the file {source} is a "
-                           f"{class_name}")
+        raise RequestError(f"config is {source.config}, which holds the configs of a {index['_class_name']}, but "
+                           f"the file {source} is a {class_name}")
     return index
 
 
@@ -312,18 +331,19 @@ def _index_on_hub(source: str, revision: str | None) -> Index:
                            "a Hub id such as owner/name, or one .safetensors file")
     away = unreachable()
     if away is not None and cached_file(source, "model_index.json", revision) is None:
-        raise RequestError(f"there is no folder {source} here, and the Hub cannot be asked for such a pipeline ({away}): check the network, or "
-                           "download it where there is one and name its folder")
+        raise RequestError(f"there is no folder {source} here, and the Hub cannot be asked for such a pipeline "
+                           f"({away}): check the network, or download it where there is one and name its folder")
     try:
         return DiffusionPipeline.load_config(source, revision=revision, local_files_only=away is not None)
     except (OSError, ValueError) as error:
         reason = first_lines(error)
-        raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a pipeline: {reason}") from error
+        raise RequestError(f"there is no folder {source} here, and the Hub did not supply such a "
+                           f"pipeline: {reason}") from error
 
 
 def unreachable() -> str | None:
-    """Why the Hub has no address from here; None where it has one, or a proxy knows. Asked first: its library tries again for half a
-    minute."""
+    """Why the Hub has no address from here; None where it has one, or a proxy knows. Asked first: its library tries
+    again for half a minute."""
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
         if not getproxies():

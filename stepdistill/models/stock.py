@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class Guidance:
     """How a pipeline's call speaks of the guidance scale w, of which 1 is conditional only.
 
-    keyword: takes w - offset; None of a call that cannot guide. beside: what a guided call needs as well, such as a negative prompt. off: further
-    keywords that switch guidance off. embedded: the keyword of a scale that the network itself reads, where its class
-    has such an input.
-    within: this pipeline's own network reads its scale there: a step costs one evaluation, whatever the scale.
+    keyword: takes w - offset; None of a call that cannot guide. beside: what a guided call needs as well, such as a
+    negative prompt. off: further keywords that switch guidance off. embedded: the keyword of a scale that the network
+    itself reads, where its class has such an input. within: this pipeline's own network reads its scale there: a step
+    costs one evaluation, whatever the scale.
     """
 
     keyword: str | None = "guidance_scale"
@@ -70,9 +70,9 @@ class Prompts:
     """How a pipeline's call takes prompts, and what it gives. keyword: of the prompts; read: what stands there for one
     of them, None where this pipeline is told nothing.
 
-    output_type: of pictures, where "pt" is not known; gives: under which name a call gives them. each: keywords that a call takes once for
-    every prompt, as a list. count: the keyword of the number of pictures, where it does not follow from the prompts. any: a prompt that
-    this pipeline draws.
+    output_type: of pictures, where "pt" is not known; gives: under which name a call gives them. each: keywords that a
+    call takes once for every prompt, as a list. count: the keyword of the number of pictures, where it does not follow
+    from the prompts. any: a prompt that this pipeline draws.
     """
 
     keyword: str = "prompt"
@@ -95,7 +95,8 @@ class Prompts:
         return {**call, **spread, **counted, **({} if None in told else {self.keyword: told})}
 
     def written(self, pipeline: DiffusionPipeline, prompt: str) -> str:
-        """The argument of a call that asks for one prompt, as Python is written: by its name, unless a prompt is the first."""
+        """The argument of a call that asks for one prompt, as Python is written: by its name, unless a prompt is the
+        first."""
         value, first = self.read(pipeline, prompt), [*inspect.signature(type(pipeline).__call__).parameters][1]
         if value is None:
             return f"{self.count}=1"
@@ -104,15 +105,18 @@ class Prompts:
         return f"{self.keyword}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else [value]}"
 
 
-def cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequence[str], call: Mapping[str, Any]) -> tuple[int, int]:
-    """How many prompts are longer than each of a pipeline's text encoders reads, and how many tokens the most patient of them reads.
+def cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequence[str],
+        call: Mapping[str, Any]) -> tuple[int, int]:
+    """How many prompts are longer than each of a pipeline's text encoders reads, and how many tokens the most patient
+    of them reads.
 
-    CLIP reads as many as its tokenizer says; another encoder what the call or the pipeline's own default names max_sequence_length.
-    (0, 0) for a pipeline without tokenizers.
+    CLIP reads as many as its tokenizer says; another encoder what the call or the pipeline's own default names
+    max_sequence_length. (0, 0) for a pipeline without tokenizers.
     """
     asked = {**defaults(kind), **call}.get("max_sequence_length")
     found = [part for part in parts.values() if isinstance(part, PreTrainedTokenizerBase)]
-    limits = [(part, part.model_max_length if "CLIP" in type(part).__name__ or asked is None else asked) for part in found]
+    limits = [(part, part.model_max_length if "CLIP" in type(part).__name__ or asked is None else asked)
+              for part in found]
     if not limits:
         return 0, 0
     tokenizer, limit = max(limits, key=lambda pair: pair[1])
@@ -122,11 +126,12 @@ def cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequen
 
 def say_cut(kind: type[DiffusionPipeline], parts: Mapping[str, Any], prompts: Sequence[str], call: Mapping[str, Any],
             say: Callable[[str], None]) -> None:
-    """One line where prompts are longer than is read of them, which the libraries' own notices would say a time each."""
+    """One line where prompts are longer than is read of them, which the libraries' own notices would say a time
+    each."""
     count, limit = cut(kind, parts, prompts, call)
     if count:
-        say(f"{count:,} of {len(prompts):,} prompts are longer than the {limit} tokens that a {kind.__name__} reads: the rest of them "
-            "has no effect")
+        say(f"{count:,} of {len(prompts):,} prompts are longer than the {limit} tokens that a {kind.__name__} reads: "
+            "the rest of them has no effect")
 
 
 def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
@@ -140,7 +145,8 @@ def unknown(cls: type[DiffusionPipeline], call: Mapping[str, Any]) -> list[str]:
 def defaults(cls: type[DiffusionPipeline]) -> dict[str, Any]:
     """What a call of this class of pipelines is given where it says nothing. Its encode_prompt has others."""
     parameters = inspect.signature(cls.__call__).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+    return {name: parameter.default for name, parameter in parameters.items()
+            if parameter.default is not parameter.empty}
 
 
 def as_pil(images: Tensor) -> list[Image]:

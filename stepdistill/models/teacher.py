@@ -1,4 +1,5 @@
-"""A teacher: what all families share. Loading, null conditions, a network of its own for a role, a stock pipeline again."""
+"""A teacher: what all families share. Loading, null conditions, a network of its own for a role, a stock pipeline
+again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,8 @@ from .sources import Source, blaming, call_of, class_at, index_at
 from .stock import defaults, unknown
 from .weights import check_files, settled
 
-LEAST = 1e-3                                       # |alpha b - sigma a| below which x_0 is no more than the network's error
+# |alpha b - sigma a| below which x_0 is no more than the network's error
+LEAST = 1e-3
 
 
 class Teacher:
@@ -62,9 +64,11 @@ class Teacher:
         self.schedule, self.kind = family.schedule(self.scheduler), family.kind(self.scheduler)
         self.codec, self.latent_shape = family.codec(parts), family.latent_shape(parts, size)
         self.default_targets = matching(self.network, family.targets)
-        self.feature_shapes, self.default_features = family.feature_shapes(self.network, self.latent_shape), family.default_features(self.network)
+        self.feature_shapes, self.default_features = (family.feature_shapes(self.network, self.latent_shape),
+                                                      family.default_features(self.network))
         # Parameters of each component that has any, before adapters lie on the network.
-        self.sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if isinstance(part, nn.Module)}
+        self.sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()
+                      if isinstance(part, nn.Module)}
         self._null: Condition | None = None
 
     @property
@@ -111,8 +115,8 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Condition:
-        """The condition of prompts. null is what the stock pipeline subtracts; its tensors are one row, expanded. On the meta device
-        tensors of the same shapes and dtypes."""
+        """The condition of prompts. null is what the stock pipeline subtracts; its tensors are one row, expanded. On
+        the meta device tensors of the same shapes and dtypes."""
         make = self._shaped if self.device.type == "meta" else self._encoded
         if self._null is None:
             self._null = make([self.null_prompt], True)
@@ -124,7 +128,8 @@ class Teacher:
     def _shaped(self, prompts: list[str], null: bool) -> Condition:
         shapes = self.family.condition_shapes(self.parts, self.asked)
         dtypes = {name: torch.int64 if name in ("label", "mask") else self.dtype for name in shapes}
-        return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()})
+        return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta")
+                            for name, shape in shapes.items()})
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), -> latents as the network knows them, float32: the
@@ -133,12 +138,13 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), float32, clipped as the stock pipeline does;
-        points as they are."""
+        """Latents -> pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), float32, clipped as the stock pipeline
+        does; points as they are."""
         return self.pixels(latents).clamp(-1, 1) if self.family.samples == "pictures" else latents
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """As `decode`, but not clipped, and with gradients to the latents: a pixel beyond the range is to find its way back."""
+        """As `decode`, but not clipped, and with gradients to the latents: a pixel beyond the range is to find its way
+        back."""
         return self.codec.pixels(latents)
 
     # -- the network -------------------------------------------------------------------------------------------------
@@ -148,12 +154,14 @@ class Teacher:
         return self.family.timestep(t.double().cpu(), self.scheduler)
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
-        """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of cond.extra."""
+        """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of
+        cond.extra."""
         if cond is None:
             raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
         time, dtype = self.family.time, self._dtype_of(network)
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
-        seen = x_t if self.family.scaling is None else like(self.family.scaling(t.double().cpu(), self.scheduler), x_t) * x_t
+        seen = x_t if self.family.scaling is None else like(self.family.scaling(t.double().cpu(), self.scheduler),
+                                                            x_t) * x_t
         given = self.family.inputs(network, seen.to(dtype), timestep, cond)
         own = [name for name in time.own(tuple(cond.extra)) if name != "w" or not self.guidance.within]
         with reading(network, time.sinusoids, {name: cond.extra[name] for name in own}):
@@ -175,16 +183,18 @@ class Teacher:
         return self.family.inputs(self.network, x_t, timestep, self.scaled(self.encode([self.null_prompt] * batch)))
 
     def fresh_network(self, state: Mapping[str, Tensor], reads: Sequence[str] = ()) -> nn.Module:
-        """A float32 network of its own with these weights. reads: the numbers beside its time that it reads; their layers are zero
-        unless in `state`."""
+        """A float32 network of its own with these weights. reads: the numbers beside its time that it reads; their
+        layers are zero unless in `state`."""
         time = self.family.time
         network = self.family.fresh(self.network, time.config(reads))
         layers = time.layers(reads)
         if own := f"{time.sinusoids}.layer" if time.own(reads) else None:
             install(network, time.sinusoids, nn.Linear(layers[own], time.out(network, own), bias=False))
-        network = network.to_empty(device=self.device) if any(p.is_meta for p in network.parameters()) else network.to(self.device)
+        network = (network.to_empty(device=self.device) if any(p.is_meta for p in network.parameters())
+                   else network.to(self.device))
         kept = network.state_dict()
-        for path, buffer in self.network.named_buffers():              # tables that a class makes itself and keeps out of its state
+        # tables that a class makes itself and keeps out of its state
+        for path, buffer in self.network.named_buffers():
             if path not in kept:
                 network.get_buffer(path).copy_(buffer)
         network.load_state_dict({**self.silent(reads), **state})
@@ -204,8 +214,9 @@ class Teacher:
 
     def folded(self, layers: Mapping[str, Tensor], reads: Sequence[str], weight: Tensor, sampler: Sampler,
                w: float | None) -> tuple[Tensor, Tensor]:
-        """What these numbers add in a sampler's steps as a term b a on the weights of the time embedding's first linear layer:
-        (a (n, D), b (O, n)), see `extra_embedding.fold`. layers: the weights that read them; weight: (O, D); w: the guidance scale."""
+        """What these numbers add in a sampler's steps as a term b a on the weights of the time embedding's first linear
+        layer: (a (n, D), b (O, n)), see `extra_embedding.fold`. layers: the weights that read them; weight: (O, D); w:
+        the guidance scale."""
         every = torch.linspace(1 / LEVELS, 1, LEVELS, dtype=torch.float64)
         return fold(added(self.family.time, layers, numbers(reads, sampler, w)), weight.double(),
                     self.sinusoids(self.timestep(sampler.times)), self.sinusoids(self.timestep(every)))
@@ -219,8 +230,9 @@ class Teacher:
         found = stock_call(inference, self.schedule, self.guidance, self.scheduler, self.family.sigmas)
         call = {**found.call, **self.call}
         if self.cls is not None and (names := unknown(self.cls, call)):
-            raise ValueError(f"it asks its pipeline for {', '.join(names)}, which a call of {self.cls.__name__} does not take: choose a method "
-                             "or settings of even steps, which need nothing but their number")
+            raise ValueError(f"it asks its pipeline for {', '.join(names)}, which a call of {self.cls.__name__} "
+                             "does not take: choose a method or settings of even steps, which need nothing but "
+                             "their number")
         return StockCall(found.scheduler, found.config, call, found.components)
 
     def sampler(self, stock: StockCall) -> Sampler:
@@ -228,8 +240,8 @@ class Teacher:
         return sampler_of(stock, self.schedule, self.scheduler)
 
     def pipeline(self, network: nn.Module | None = None, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
-        """A new stock pipeline, its network and scheduler read from the source unless given. Codec and text encoders, which nobody
-        trains, are shared with this teacher. RequestError where the family has none."""
+        """A new stock pipeline, its network and scheduler read from the source unless given. Codec and text encoders,
+        which nobody trains, are shared with this teacher. RequestError where the family has none."""
         if self._read is None:
             raise RequestError(self.family.no_pipeline or f"{self.source} was opened without weights")
         given = {self.family.denoiser: network, "scheduler": scheduler}
@@ -238,7 +250,8 @@ class Teacher:
 
 
 def numbers(reads: Sequence[str], sampler: Sampler, w: float | None) -> dict[str, Tensor]:
-    """What a student reads at each evaluation of a sampler, (k,) float64: its guidance scale, and where its step lands."""
+    """What a student reads at each evaluation of a sampler, (k,) float64: its guidance scale, and where its step
+    lands."""
     if "w" in reads and w is None:
         raise RequestError("this student reads its guidance scale, and weights hold one: say which")
     known = {"w": torch.full((sampler.nfe,), 1.0 if w is None else w, dtype=torch.float64),
@@ -255,40 +268,45 @@ def _check(family: Family, parts: Mapping[str, Any], source: Source) -> None:
         asked = " or ".join(source.guided)
         reasons += [f"its network reads its guidance scale by itself, and no {asked}: leave it out"]
     if not reasons:
-        reasons = _noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]), parts["scheduler"])
+        reasons = _noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]),
+                                  parts["scheduler"])
     if reasons:
         raise RequestError(f"the teacher {source} cannot be distilled here: {'; '.join(reasons)}")
 
 
 def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
     """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
-    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "trained_betas")
+    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule",
+                                                     "trained_betas")
             if scheduler.config.get(key) not in (None, False)}
     if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
-        return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step students are read at {LEVELS} "
-                f"times only: a teacher of {LEVELS} is served"]
+        return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step "
+                f"students are read at {LEVELS} times only: a teacher of {LEVELS} is served"]
     end = torch.ones(1, dtype=torch.float64)
     a, b = PARAMETERISATIONS[kind](schedule, end)
     apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
     if apart >= LEAST:
         return []
     named = ", ".join(f"{key}: {value}" for key, value in config.items())
-    return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a network that predicts "
-            f"noise says nothing about the picture; its scheduler_config.json says {named}. A zero terminal signal-to-noise ratio "
-            "(rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
+    return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a "
+            f"network that predicts noise says nothing about the picture; its scheduler_config.json says {named}. "
+            "A zero terminal signal-to-noise ratio (rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
 
 
-# Loading ---------------------------------------------------------------------------------------------------------------
+# Loading --------------------------------------------------------------------------------------------------------------
 
-def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
-                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> Teacher:
-    """Loads a diffusers pipeline as a Source says; a folder, a Hub id or one .safetensors file stands for a Source of it alone.
+def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str | None = None,
+                 scale: float = 1.0, resolution: int | tuple[int, int] | None = None,
+                 frames: int | None = None) -> Teacher:
+    """Loads a diffusers pipeline as a Source says; a folder, a Hub id or one .safetensors file stands for a Source of
+    it alone.
 
-    dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU unless given;
-    on "meta" every network is built from its config, no weights are read, and conditions are shapes. scale: the guidance scale of a
-    network that reads one by itself. resolution: of its pictures in pixels, a side or height and width; its own unless given;
-    frames: of its videos, as many as its pipeline makes unless given. RequestError, before any weights are read, for what is
-    missing, damaged or of an unsupported class.
+    dtype: of the network, the text encoders and the codec, torch.float32 or torch.bfloat16. device: where to, the CPU
+    unless given; on "meta" every network is built from its config, no weights are read, and conditions are shapes.
+    scale: the guidance scale of a network that reads one by itself. resolution: of its pictures in pixels, a side or
+    height and width; its own unless given; frames: of its videos, as many as its pipeline makes unless given.
+    RequestError, before any weights are read, for what is missing, damaged or of an unsupported class.
     """
     source, meta = Source.of(source), device is not None and torch.device(device).type == "meta"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -303,10 +321,12 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
         with blaming("a teacher", source.place):
             teacher = Teacher(family, family.open(source.place, dtype), source, **options)
     else:
-        with blaming("a teacher", source.place):        # configs are read field by field, and any of them may hold anything
+        # configs are read field by field, and any of them may hold anything
+        with blaming("a teacher", source.place):
             loading = Loading(source, index, family, dtype)
             loading.check()
-            teacher = Teacher(family, loading.parts_on_meta(), source, cls=loading.kind, **options) if meta else _with_weights(loading, options)
+            teacher = (Teacher(family, loading.parts_on_meta(), source, cls=loading.kind, **options) if meta
+                       else _with_weights(loading, options))
     teacher = teacher if device is None else teacher.to(device)
     if not meta:
         with blaming("a text encoder", source.place):
@@ -324,18 +344,22 @@ def _with_weights(loading: Loading, options: Mapping[str, Any]) -> Teacher:
 
 
 def _check_prompts(teacher: Teacher) -> None:
-    """RequestError where the order of a prompt's words makes no difference: its tokenizer or its text encoder reads nothing."""
+    """RequestError where the order of a prompt's words makes no difference: its tokenizer or its text encoder reads
+    nothing."""
     if "text" not in teacher.family.condition_shapes(teacher.parts, teacher.asked):
         return
     found = teacher.encode(["a red blue", "a blue red"])
     if all(torch.equal(value[0], value[1]) for _, value in found._tensors()):
-        raise RequestError(f"the teacher {teacher.source} encodes two different prompts alike: its tokenizer knows none of their words, or its text "
-                           "encoder reads none of their tokens. Save or download the teacher anew")
+        raise RequestError(f"the teacher {teacher.source} encodes two different prompts alike: its tokenizer knows "
+                           "none of their words, or its text encoder reads none of their tokens. Save or download "
+                           "the teacher anew")
 
 
 def every_call(family: Family, parts: Mapping[str, Any], source: Source,
-               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size, dict[str, Any]]:
-    """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is given)."""
+               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size,
+                                                                                                    dict[str, Any]]:
+    """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is
+    given)."""
     call = call_of(source)
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
     if sides is None and {"height", "width"} <= call.keys():
@@ -345,6 +369,7 @@ def every_call(family: Family, parts: Mapping[str, Any], source: Source,
 
 
 def family_at(source: str | Path | Source) -> Family:
-    """The family of a pipeline, by what its folder, file or Hub index says. RequestError for what is no pipeline of a known one."""
+    """The family of a pipeline, by what its folder, file or Hub index says. RequestError for what is no pipeline of a
+    known one."""
     source = Source.of(source)
     return family_of(served(source, class_at(source)))

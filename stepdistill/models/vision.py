@@ -100,7 +100,8 @@ class VisionConfig:
         try:
             return cls.from_pretrained(self.source, dtype=torch.float32, use_safetensors=True).get_submodule(path)
         except (OSError, SafetensorError) as error:
-            raise RequestError(f"the weights of the vision network {self.source} cannot be loaded: {first_lines(error)}") from error
+            raise RequestError(f"the weights of the vision network {self.source} cannot be loaded: "
+                               f"{first_lines(error)}") from error
 
 
 class Vision(nn.Module):

@@ -40,14 +40,16 @@ def settled(source: Source, index: Index) -> Source:
     every = sorted({variant for variants in held.values() for variant in variants if variant is not None})
     if source.variant is not None:
         if source.variant not in every:
-            raise RequestError(f"{source} has no weights of the variant {source.variant}; it has {', '.join(every) or 'the plain ones alone'}")
+            raise RequestError(f"{source} has no weights of the variant {source.variant}; it has "
+                               f"{', '.join(every) or 'the plain ones alone'}")
         return source
     lacking = [variants for variants in held.values() if None not in variants]
     if not lacking:
         return source
     common = sorted(set.intersection(*lacking))
     if len(common) != 1:
-        raise RequestError(f"{source} has no plain weights; its files are of the variants {' and '.join(every)}: choose one by variant")
+        raise RequestError(f"{source} has no plain weights; its files are of the variants {' and '.join(every)}: "
+                           "choose one by variant")
     return replace(source, variant=common[0])
 
 
@@ -77,14 +79,15 @@ def _variants(folder: Path) -> set[str | None]:
     return {found["variant"] for path in folder.iterdir() if (found := _FILE.fullmatch(path.name))}
 
 
-# -- what the files hold -------------------------------------------------------------------------------------------------
+# -- what the files hold -----------------------------------------------------------------------------------------------
 
 def check_components(place: Path, source: Source, index: Index, dropped: Container[str] = ()) -> None:
-    """RequestError for a component whose files lack one of its tensors, or hold one that it has not; for weights that were saved under a
-    LoRA; and for a tokenizer without a vocabulary. Loaders report those in their logs alone, and train on random numbers.
+    """RequestError for a component whose files lack one of its tensors, or hold one that it has not; for weights that
+    were saved under a LoRA; and for a tokenizer without a vocabulary. Loaders report those in their logs alone, and
+    train on random numbers.
 
-    place: the local folder of the pipeline that `source` names, with its index. dropped: components that are not read from it. Those
-    without files of weights are left to from_pretrained.
+    place: the local folder of the pipeline that `source` names, with its index. dropped: components that are not read
+    from it. Those without files of weights are left to from_pretrained.
     """
     for folder in folders(place, index):
         if folder.name in dropped:
@@ -113,13 +116,15 @@ def _check_quantized(source: Source, folder: Path) -> None:
 
 
 def class_of(component: str, library: str, class_name: str) -> type:
-    """The class of a component. RequestError for code of its own, and for a class that the installed library has not."""
+    """The class of a component. RequestError for code of its own, and for a class that the installed library has
+    not."""
     if library not in LIBRARIES:
-        raise RequestError(f"its component {component} is a {class_name} of {library}, which is code beside the pipeline and is never "
-                           f"run: a component is of {' or '.join(LIBRARIES)}")
+        raise RequestError(f"its component {component} is a {class_name} of {library}, which is code beside the "
+                           f"pipeline and is never run: a component is of {' or '.join(LIBRARIES)}")
     found = getattr(MODULES[library], class_name) if class_name in dir(MODULES[library]) else None
     if not isinstance(found, type) or "from_pretrained" not in dir(found):
-        raise RequestError(f"its component {component} is a {class_name}, which {library} {MODULES[library].__version__} does not have"
+        raise RequestError(f"its component {component} is a {class_name}, which {library} "
+                           f"{MODULES[library].__version__} does not have"
                            + " as a class that is read from a folder" * (found is not None))
     return found
 
@@ -128,7 +133,8 @@ def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
     """A pipeline of diffusers by its name. RequestError for another class."""
     found = class_of("pipeline", "diffusers", class_name)
     if not issubclass(found, DiffusionPipeline):
-        raise RequestError(f"its pipeline is a {class_name}, which is no pipeline of diffusers, such as StableDiffusionPipeline")
+        raise RequestError(f"its pipeline is a {class_name}, which is no pipeline of diffusers, such as "
+                           "StableDiffusionPipeline")
     return found
 
 
@@ -136,7 +142,8 @@ def scheduler_class(class_name: str) -> type[SchedulerMixin]:
     """As `class_of`, of a config's scheduler. RequestError for a class that is none."""
     found = class_of("scheduler", "diffusers", class_name)
     if not issubclass(found, SchedulerMixin):
-        raise RequestError(f"its component scheduler is a {class_name}, which is no scheduler of diffusers, such as DDIMScheduler")
+        raise RequestError(f"its component scheduler is a {class_name}, which is no scheduler of diffusers, such "
+                           "as DDIMScheduler")
     return found
 
 
@@ -150,43 +157,50 @@ def _compared(kind: type[ModelMixin], folder: Path, found: dict[str, Tensor]) ->
         raise RequestError(f"{folder / 'config.json'} does not fit the weights beside it: {key} should have the shape "
                            f"{tuple(known[key].shape)}; found {tuple(found[key].shape)}")
     ignored = kind._keys_to_ignore_on_load_unexpected or []
-    return [key for key in known if key not in found], [key for key in found if key not in known and not any(re.search(p, key) for p in ignored)]
+    return ([key for key in known if key not in found],
+            [key for key in found if key not in known and not any(re.search(p, key) for p in ignored)])
 
 
-def _reported(source: Source, kind: type[PreTrainedModel], folder: Path, variant: str | None) -> tuple[list[str], list[str]]:
-    """As transformers itself reports them, which knows of tied weights, earlier names and what may be missing. On the meta device nothing
-    is read but headers."""
+def _reported(source: Source, kind: type[PreTrainedModel], folder: Path,
+              variant: str | None) -> tuple[list[str], list[str]]:
+    """As transformers itself reports them, which knows of tied weights, earlier names and what may be missing. On the
+    meta device nothing is read but headers."""
     try:
-        _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta", use_safetensors=True)
+        _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta",
+                                         use_safetensors=True)
     except UNLOADABLE as error:
         raise RequestError(f"the {folder.name} of {source} does not fit its config: {first_lines(error)}") from error
     return sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
 
 
 def _refuse(source: Source, component: str, missing: list[str], unexpected: list[str]) -> None:
-    wrong = [f"{len(keys)} {name}, first {keys[0]}" for name, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    wrong = [f"{len(keys)} {name}, first {keys[0]}"
+             for name, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
     if wrong:
-        raise RequestError(f"the {component} of {source} is not what its config.json says: of its tensors {'; '.join(wrong)}. "
-                           "Save or download the teacher anew")
+        raise RequestError(f"the {component} of {source} is not what its config.json says: of its tensors "
+                           f"{'; '.join(wrong)}. Save or download the teacher anew")
 
 
 def _check_saved_plain(source: Source, component: str, keys: Iterable[str]) -> None:
     if laid := [key for key in keys if _LAID.search(key)]:
-        raise RequestError(f"the {component} of {source} was saved while a LoRA lay on it ({len(laid)} of its tensors are the LoRA's or under it, "
-                           f"first {laid[0]}): call pipe.fuse_lora() and pipe.unload_lora_weights() before pipe.save_pretrained, or name the "
-                           "plain pipeline and the LoRA by loras")
+        raise RequestError(f"the {component} of {source} was saved while a LoRA lay on it ({len(laid)} of its tensors "
+                           f"are the LoRA's or under it, first {laid[0]}): call pipe.fuse_lora() and "
+                           "pipe.unload_lora_weights() before pipe.save_pretrained, or name the plain pipeline "
+                           "and the LoRA by loras")
 
 
 def _check_vocabulary(source: Source, folder: Path, kind: type[PreTrainedTokenizerBase]) -> None:
     names = dict(kind.vocab_files_names)
     whole = names.pop("tokenizer_file", "tokenizer.json")
-    if names and not (folder / whole).is_file() and (lacking := [name for name in names.values() if not (folder / name).is_file()]):
-        raise RequestError(f"the {folder.name} of {source} has no vocabulary: there is neither {whole} nor {' and '.join(lacking)} in its folder. "
-                           "Save or download the teacher anew")
+    if (names and not (folder / whole).is_file()
+        and (lacking := [name for name in names.values() if not (folder / name).is_file()])):
+        raise RequestError(f"the {folder.name} of {source} has no vocabulary: there is neither {whole} nor "
+                           f"{' and '.join(lacking)} in its folder. Save or download the teacher anew")
 
 
 def weight_files(folder: Path, variant: str | None) -> tuple[list[Path], str | None]:
-    """The .safetensors files that from_pretrained reads, and their variant: the plain ones where there is none of the one asked for."""
+    """The .safetensors files that from_pretrained reads, and their variant: the plain ones where there is none of the
+    one asked for."""
     held = variant if variant in _variants(folder) else None
     named = ((path, _FILE.fullmatch(path.name)) for path in sorted(folder.glob("*.safetensors")))
     return [path for path, found in named if found and found["variant"] == held], held

@@ -34,7 +34,8 @@ def first(method: str, plugins: Folder | None = None) -> str | dict[str, Any]:
     kind = entry.data[0]
     made = {"prompts": "shapes", "steps": 4, "nodes": 4} if kind == "pairs" else {"prompts": "shapes", "steps": 4}
     data = {kind: "shapes" if kind in ("images", "prompts") else made} | ({} if kind == "prompts" else {"count": COUNT})
-    return names[0] if names else {"method": method, "teacher": "assets/shapes-sd", "steps": entry.steps[0], "student": {"lora": {"rank": 4}},
+    return names[0] if names else {"method": method, "teacher": "assets/shapes-sd", "steps": entry.steps[0],
+                                   "student": {"lora": {"rank": 4}},
                                    "data": data | {"batch": BATCH}, "train": {"updates": STEPS}}
 
 
@@ -50,7 +51,8 @@ def recipe(method: str, plugins: Folder | None = None) -> Recipe:
             data[f"data.{made}.steps"] = data.get(f"data.{made}.steps", plain["data"][made].get("nodes", 1))
     # where the student waits for records, that is cut down to one of each
     waits = {f"settings.{name}": 1 for name in ("records", "record_every", "interval") if name in plain["settings"]}
-    short = {"train.updates": STEPS + 2 * bool(waits), "train.checkpoint_every": 1, "train.warmup": 0, "train.accumulate": 1,
+    short = {"train.updates": STEPS + 2 * bool(waits), "train.checkpoint_every": 1, "train.warmup": 0,
+             "train.accumulate": 1,
              "train.log_every": 1}
     return Recipe.load(name, data | waits | short | own)
 

@@ -1,7 +1,8 @@
 """Convergence: a method's Toy recipe, trained on a mixture drawn from the seed, measured against exact samples.
 
-The distance is the energy distance to 20,000 exact samples, the mean over the classes, in units of that of the teacher's
-one step of DDIM. Exact samples themselves have about 0.0003; the limits are 0.03 at one evaluation and 0.01 at four.
+The distance is the energy distance to 20,000 exact samples, the mean over the classes, in units of that of the
+teacher's one step of DDIM. Exact samples themselves have about 0.0003; the limits are 0.03 at one evaluation and 0.01
+at four.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from .problem import NAMES, Check, Problem
 
 COUNT, SHOWN, WAYS = 20_000, 3000, 24
 LIMITS = {1: 0.03, 2: 0.03, 4: 0.01}
-GAN_ONLY = {"ladd": 0.05, "lightning": 0.05, "add": 0.05}         # limits at one evaluation of those without a score to match
+# limits at one evaluation of those without a score to match
+GAN_ONLY = {"ladd": 0.05, "lightning": 0.05, "add": 0.05}
 SHOWN_AT = (1, 2, 4)
 DRAWN, IN = "drawn.safetensors", "shown "          # the file, and what the names of students' states in it begin with
 
@@ -78,7 +80,8 @@ class Distance:
 
 
 def problem(seed: int, method: str, folder: Path, recipe: Recipe) -> Path:
-    """The drawn mixture's folder, under the seed's own kind of noise if the method serves it. recipe: one of its Toy recipes."""
+    """The drawn mixture's folder, under the seed's own kind of noise if the method serves it. recipe: one of its Toy
+    recipes."""
     kind, first = load_method(method), Problem(seed, NAMES[0]).uniform() < 0.5
     for noise in NAMES if first else reversed(NAMES):
         drawn = Problem(seed, noise)
@@ -107,7 +110,8 @@ def on(name: str, teacher: Path, seed: int, plugins: Folder | None = None, **cha
 def sampler(work: Run, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
     teacher = work.teacher
-    return teacher.sampler(teacher.stock_call(type(work.method).inference(work.method.settings, steps, teacher.schedule, work.recipe.guidance)))
+    return teacher.sampler(teacher.stock_call(type(work.method).inference(work.method.settings, steps, teacher.schedule,
+                                                                          work.recipe.guidance)))
 
 
 @torch.no_grad()
@@ -135,17 +139,23 @@ def convergence(name: str, seed: int, out: Path, plugins: Folder | None = None) 
                 raise
             continue
         found = states(work, found, distance)
-        shown[f"{name.removeprefix('toy/')}, {steps} step{'s' * (steps > 1)}"] = torch.stack([points_of(x)[:SHOWN] for x in found])
+        shown[f"{name.removeprefix('toy/')}, {steps} step{'s' * (steps > 1)}"] = torch.stack([points_of(x)[:SHOWN]
+                                                                                              for x in found])
         if measured:
             limit = GAN_ONLY.get(method, LIMITS[1]) if steps == 1 else LIMITS[steps]
-            yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher {distance.of_teacher(work, steps) / unit:.3f}",
+            yield Check(f"energy distance at {steps} evaluations; {name}, {teacher.name}; teacher "
+                        f"{distance.of_teacher(work, steps) / unit:.3f}",
                         distance.of(found[-1]) / unit, limit)
-    kept = {"exact": points_of(distance.exact)[:SHOWN], "labels": distance.labels[:SHOWN], "classes": distance.classes[:SHOWN]}
-    save_file({name: tensor.contiguous() for name, tensor in (kept | {f"{IN}{title}": ways for title, ways in shown.items()}).items()}, out / DRAWN)
+    kept = {"exact": points_of(distance.exact)[:SHOWN], "labels": distance.labels[:SHOWN],
+            "classes": distance.classes[:SHOWN]}
+    save_file({name: tensor.contiguous()
+               for name, tensor in (kept | {f"{IN}{title}": ways for title, ways in shown.items()}).items()},
+               out / DRAWN)
 
 
 def draw(folders: Iterable[Path], picture: Path) -> None:
-    """Exact samples, and the students' of these convergences with some of their ways. Nothing where none came to an end."""
+    """Exact samples, and the students' of these convergences with some of their ways. Nothing where none came to an
+    end."""
     panels, ways = {}, {}
     for kept in [load_file(folder / DRAWN) for folder in folders if (folder / DRAWN).is_file()]:
         shown = {name.removeprefix(IN): states for name, states in kept.items() if name.startswith(IN)}

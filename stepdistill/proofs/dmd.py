@@ -1,5 +1,5 @@
-"""DMD: the gradient is the normalised difference of exact scores, beside that of the distance to the teacher's own pictures; both
-vanish where the student is the teacher, the one in law, the other picture by picture."""
+"""DMD: the gradient is the normalised difference of exact scores, beside that of the distance to the teacher's own
+pictures; both vanish where the student is the teacher, the one in law, the other picture by picture."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -19,7 +19,8 @@ COUNT, MANY = 256, 5_000
 
 def made(problem: Problem, student: Affine, critic: Role) -> DMD:
     roles = {"teacher": problem.teacher, "student": student, "critic": critic}
-    return DMD(Settings(regression_weight=0.4), roles, problem.w, problem.sampler(DMD.inference(Settings(), 1, problem.schedule)))
+    return DMD(Settings(regression_weight=0.4), roles, problem.w,
+               problem.sampler(DMD.inference(Settings(), 1, problem.schedule)))
 
 
 def paired(problem: Problem, count: int) -> Batch:
@@ -49,7 +50,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     yield Check("student's gradient against that of (fake - real) x / |x - real|, exact guided scores; relative",
                 difference(gradient(losses["matching"], student), known), 1e-5)
 
-    noise, off = batch.pairs.noise, 0.4 * 2 / problem.dim * (student(batch.pairs.noise, t, batch.cond).x0 - batch.x0).detach()
+    noise, off = batch.pairs.noise, 0.4 * 2 / problem.dim * (student(batch.pairs.noise, t, batch.cond).x0
+                                                             - batch.x0).detach()
     pulled = torch.cat([off.mean(0), (off.T @ noise / COUNT).flatten()])
     yield Check("gradient of the distance to the pairs against 2 weight (x - y) of each one's own noise; relative",
                 difference(gradient(losses["regression"], student), pulled), 1e-6)
@@ -61,10 +63,13 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
                 (gradient(rest, right).norm() / known.norm()).item(), 1e-5)
 
     one, none = torch.eye(problem.dim).double(), torch.zeros(1, problem.dim).double()
-    flow = lambda z: problem.teacher.of(problem.guided_cond(len(z), problem.w)).flow(z, torch.ones(len(z)).double(), torch.zeros(len(z)).double())
-    carried = Affine(problem.schedule, flow(none)[0].requires_grad_(), (flow(one) - flow(none)).T.clone().requires_grad_())
+    flow = lambda z: problem.teacher.of(problem.guided_cond(len(z), problem.w)).flow(z, torch.ones(len(z)).double(),
+                                                                                     torch.zeros(len(z)).double())
+    carried = Affine(problem.schedule, flow(none)[0].requires_grad_(),
+                     (flow(one) - flow(none)).T.clone().requires_grad_())
     rest = gradient(made(problem, carried, method.critic).student_loss(batch, step)["regression"], carried)
-    yield Check("gradient of the distance where the student is the teacher's flow, over its usual size", (rest.norm() / pulled.norm()).item(), 1e-6)
+    yield Check("gradient of the distance where the student is the teacher's flow, over its usual size",
+                (rest.norm() / pulled.norm()).item(), 1e-6)
 
     pupil, batch = OffsetRole(problem.law(*reversed(student.law)), MANY, problem.dim), paired(problem, MANY)
     first, step = problem.step(MANY), problem.step(MANY, "critic")
@@ -74,4 +79,5 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     x, t = student(first.normal("start", batch.shape), t, batch.cond).x0.detach(), method.trained(step.uniform("t"))
     known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
     yield from pupil.checks(method.critic_loss(batch, step)["denoising"], known)
-    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic), stock_times(*Settings().t_range), stock_times())
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic),
+                           stock_times(*Settings().t_range), stock_times())

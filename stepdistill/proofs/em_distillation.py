@@ -1,5 +1,5 @@
-"""EM Distillation: a chain of one step is DMD's, none moves a student that draws as its teacher, and the chain's mean of
-linear laws is what they say."""
+"""EM Distillation: a chain of one step is DMD's, none moves a student that draws as its teacher, and the chain's mean
+of linear laws is what they say."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ COUNT, MANY = 256, 5_000
 
 def made(problem: Problem, student: Role, critic: Role, **settings: float) -> EMDistillation:
     roles, chosen = {"teacher": problem.teacher, "student": student, "critic": critic}, Settings(**settings)
-    return EMDistillation(chosen, roles, problem.w, problem.sampler(EMDistillation.inference(chosen, 1, problem.schedule)))
+    return EMDistillation(chosen, roles, problem.w,
+                          problem.sampler(EMDistillation.inference(chosen, 1, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -36,7 +37,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     dmd2 = DMD2(plain, {"teacher": problem.teacher, "student": student, "critic": critic}, problem.w,
                 problem.sampler(DMD2.inference(plain, 1, problem.schedule)))
     known = gradient(dmd2.student_loss(batch, step)["matching"], student)
-    found = gradient(made(problem, student, critic, langevin_steps=1, latent_rate=0.0).student_loss(batch, step)["matching"],
+    found = gradient(made(problem, student, critic, langevin_steps=1, latent_rate=0.0).student_loss(batch,
+                                                                                                    step)["matching"],
                      student)
     yield Check("gradient after one step, z at rest, against DMD2's; relative", difference(found, known), 1e-6)
 
@@ -45,7 +47,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     law = problem.law(covariance, mean.detach())
     rest = gradient(made(problem, right, law).student_loss(batch, step)["matching"], right)
     usual = gradient(made(problem, student, critic).student_loss(batch, step)["matching"], student)
-    yield Check("gradient where the student draws as the guided teacher, over its usual size", (rest.norm() / usual.norm()).item(), 1e-5)
+    yield Check("gradient where the student draws as the guided teacher, over its usual size",
+                (rest.norm() / usual.norm()).item(), 1e-5)
     yield from chains(problem, student)
     pupil, many = OffsetRole(critic, MANY, problem.dim), problem.batch(MANY)
     method, moment = made(problem, student, pupil), problem.step(MANY, "critic")
@@ -59,8 +62,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
 
 
 def chains(problem: Problem, student: Affine) -> Iterator[Check]:
-    """Of a student and a teacher that are Gaussian, everything in a chain is linear: the mean of z and of what is left of
-    eps follow a recursion, with A the matrix of real - fake in x_t."""
+    """Of a student and a teacher that are Gaussian, everything in a chain is linear: the mean of z and of what is left
+    of eps follow a recursion, with A the matrix of real - fake in x_t."""
     settings = {"langevin_steps": 5, "noise_rate": 0.3, "latent_rate": 0.05}
     method = made(problem, student, problem.law(*reversed(student.law)), **settings)
     t = problem.times(1, 0.3, 0.7).expand(MANY)
@@ -71,7 +74,8 @@ def chains(problem: Problem, student: Affine) -> Iterator[Check]:
     at, eps, drift = torch.zeros(problem.dim).double(), torch.zeros(problem.dim).double(), 0.0
     for _ in range(5):
         x_t = alpha * (m + S @ at) + sigma * eps
-        apart = denoised(problem, x_t, mean, problem.covariance, alpha, sigma) - denoised(problem, x_t, m, S @ S.T, alpha, sigma)
+        apart = denoised(problem, x_t, mean, problem.covariance, alpha, sigma) - denoised(problem, x_t, m, S @ S.T,
+                                                                                          alpha, sigma)
         drift = (1 - g) * drift + g * apart
         eps = (1 - g) * eps + g * alpha / sigma * apart
         at = (1 - u) * at + u * (alpha / sigma) ** 2 * S.T @ apart

@@ -1,5 +1,5 @@
-"""f-distill: with a discriminator at its optimum the step is the gradient of the divergence between noised laws; of the reverse KL it is
-DMD2's to the last bit."""
+"""f-distill: with a discriminator at its optimum the step is the gradient of the divergence between noised laws; of the
+reverse KL it is DMD2's to the last bit."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,10 @@ PLAIN = Settings(gan_weight=0)
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 
-def made(problem: Problem, student: Affine, critic, w: float, logits: Logits, settings: Settings = PLAIN, steps: int = 1) -> FDistill:
-    roles = {"teacher": problem.teacher, "student": student, "critic": critic, "discriminator": lambda x_t, t, cond: logits(x_t, t)}
+def made(problem: Problem, student: Affine, critic, w: float, logits: Logits, settings: Settings = PLAIN,
+         steps: int = 1) -> FDistill:
+    roles = {"teacher": problem.teacher, "student": student, "critic": critic,
+             "discriminator": lambda x_t, t, cond: logits(x_t, t)}
     return FDistill(settings, roles, w, problem.sampler(FDistill.inference(settings, steps, problem.schedule)))
 
 
@@ -47,12 +49,14 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
                            gradient(plain.student_loss(batch, problem.step(COUNT))["matching"], student)), 1e-12)
     yield from weighted(problem, student, logits)
     yield from separation(problem, student)
-    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic, w, logits, Settings(), STEPS),
+    yield from role_inputs(problem, lambda student, critic: made(problem, student, critic, w, logits,
+                                                                 Settings(), STEPS),
                            stock_times(*Settings().t_range), stock_times(), STEPS, shares=False)
 
 
 def weighted(problem: Problem, student: Affine, logits: Logits) -> Iterator[Check]:
-    """Of every divergence: DMD2's pull of a sample times h(r) / h(1), with h from its own f by two derivatives, r^2 f''(r)."""
+    """Of every divergence: DMD2's pull of a sample times h(r) / h(1), with h from its own f by two derivatives, r^2
+    f''(r)."""
     batch, w, worst = problem.batch(COUNT), problem.w, 0.0
     critic = problem.law(*reversed(student.law))
     for name, (f, *_) in DIVERGENCES.items():
@@ -69,7 +73,8 @@ def weighted(problem: Problem, student: Affine, logits: Logits) -> Iterator[Chec
         pull = like(h, x) * (critic(x_t, t, batch.cond).x0 - real)
         known = gradient((pull / (x.detach() - real).abs().mean(1, keepdim=True) * x).mean(), student)
         worst = largest(worst, difference(found, known))
-    yield Check("gradient of every divergence against r^2 f''(r) times the difference of the scores; relative", worst, 1e-5)
+    yield Check("gradient of every divergence against r^2 f''(r) times the difference of the scores; relative",
+                worst, 1e-5)
 
 
 def curvature(f: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
@@ -81,7 +86,8 @@ def curvature(f: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
 
 
 def separation(problem: Problem, student: Affine) -> Iterator[Check]:
-    """At the log ratio of the noised densities the discriminator rests: slopes of an affine of x_t that is added to it."""
+    """At the log ratio of the noised densities the discriminator rests: slopes of an affine of x_t that is added to
+    it."""
     batch, step = problem.batch(MANY), problem.step(MANY, "critic")
     mean, covariance = student.law
     fake = problem.law(covariance, mean)

@@ -153,8 +153,8 @@ class Hand:
 
 @dataclass
 class Learner:
-    """x_0 = m + S x_t + T text + n t, and + u (w - 1), + k r where it reads a guidance scale, or where to land; all take
-    gradients."""
+    """x_0 = m + S x_t + T text + n t, and + u (w - 1), + k r where it reads a guidance scale, or where to land; all
+    take gradients."""
 
     problem: Problem
     reads: tuple[str, ...] = ()

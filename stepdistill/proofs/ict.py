@@ -1,5 +1,5 @@
-"""iCT: on average over the noise, its fixed point is the product of the DDIM steps that the data's own teacher would make;
-what it asks twice it asks under one dropout."""
+"""iCT: on average over the noise, its fixed point is the product of the DDIM steps that the data's own teacher would
+make; what it asks twice it asks under one dropout."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,9 +23,11 @@ def made(problem: Problem, student: Role, steps: int = STEPS, **settings) -> ICT
 
 
 def pulls(problem: Problem, student: Role) -> Tensor:
-    """Slopes of the loss in each sample's own additions, (B, 2 D): c is so large that the distance is the mean square."""
+    """Slopes of the loss in each sample's own additions, (B, 2 D): c is so large that the distance is the mean
+    square."""
     add, times = (torch.zeros(MANY, problem.dim, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss = made(problem, bent(student, add, times), huber_c=1e4).loss(problem.batch(MANY), problem.step(MANY))["consistency"]
+    loss = made(problem, bent(student, add, times), huber_c=1e4).loss(problem.batch(MANY),
+                                                                      problem.step(MANY))["consistency"]
     return torch.cat(torch.autograd.grad(loss, (add, times)), 1)
 
 
@@ -53,5 +55,6 @@ def identities(problem: Problem) -> Iterator[Check]:
         method.loss(batch, data.step(COUNT, index=index))
     unlike = (masks[0] != masks[1]).sum() + (masks[2] != masks[3]).sum()
     yield Check("units dropped in one of the two passes alone", unlike.item(), 0)
-    yield Check("share of units dropped alike at two steps, from a half", abs((masks[0] == masks[2]).double().mean().item() - 0.5), 0.1)
+    yield Check("share of units dropped alike at two steps, from a half",
+                abs((masks[0] == masks[2]).double().mean().item() - 0.5), 0.1)
     yield from paths(problem)

@@ -102,7 +102,8 @@ def landings(problem: Problem) -> Iterator[Check]:
 
 def game(problem: Problem, objective: str) -> Iterator[Check]:
     figures = [played(problem, objective, at) for at in ((), (0.25, 0.75))]
-    names = "student's gradient against -sigmoid(-l) u down its one step", "heads' slope against sigmoid(l) fake - sigmoid(-l) real"
+    names = ("student's gradient against -sigmoid(-l) u down its one step", "heads' slope against sigmoid(l) fake "
+             "- sigmoid(-l) real")
     for name, found in zip(names, zip(*figures)):
         yield Check(f"{objective}: {name}, with noise on the data and without; relative", largest(*found), 1e-5)
     yield Check(f"{objective}: losses from log 2 and 2 log 2, and the critic's slope, where the student lands as the "

@@ -43,7 +43,8 @@ def identities(problem: Problem) -> Iterator[Check]:
     student = fine.landing(zero)
     rest, usual = (made(problem, each, stage="whole").loss(batch, step)["consistency"]
                    for each in (student, path.segmented(2)))
-    yield Check("loss of the whole at the guided teacher's DDIM steps, over that at two segments", (rest / usual).item(),
+    yield Check("loss of the whole at the guided teacher's DDIM steps, over that at two segments",
+                (rest / usual).item(),
                 1e-8)
     found = made(problem, student, 1, stage="whole").sampler(student, noise, batch.cond)
     yield Check(f"its sample in one step against the teacher's in {ENDS * BRIDGE}; relative",
@@ -79,7 +80,8 @@ def states(problem: Problem) -> Iterator[Check]:
 
 
 def walked(problem: Problem, start: Tensor, t: Tensor, count: int) -> Tensor:
-    """Where `count` even DDIM steps down from noise arrive at t, the last of them cut short: a factor a step and axis."""
+    """Where `count` even DDIM steps down from noise arrive at t, the last of them cut short: a factor a step and
+    axis."""
     (variances, axes), mean = problem.axes, problem.guided_cond(len(t), problem.w).text
     one = torch.ones_like(t)
     along, at = (start - problem.schedule.alpha(one)[:, None] * mean) @ axes, one

@@ -276,7 +276,8 @@ NOISE = {"noise_law": "uniform", "t_range": (0.02, 0.98), "mean": -1.2, "std": 1
 def laws(**settings: Any) -> tuple[Path, ...]:
     """A path for each law of noise levels, and for each of its numbers, and for a first time below 1."""
     return (Path("begun at 0.4, in one step", {"start_time": 0.4} | settings, elsewhere=True),
-            Path("begun at 0.626, in one step, a range of guidance", {"start_time": 0.626} | settings, guidance=(1.5, 4.0)),
+            Path("begun at 0.626, in one step, a range of guidance", {"start_time": 0.626} | settings,
+                 guidance=(1.5, 4.0)),
             Path("log-normal levels", {"noise_law": "lognormal"} | settings),
             Path("log-normal levels, mean 0.4", {"noise_law": "lognormal", "mean": 0.4} | settings),
             Path("log-normal levels, std 0.6", {"noise_law": "lognormal", "std": 0.6} | settings),

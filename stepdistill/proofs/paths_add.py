@@ -159,7 +159,8 @@ def of_heads(turn: Turn) -> Known:
         maps = features(shown(turn, decode(latents), name))
         shorts = [1 - sign * logits for logits in heads(maps, turn.batch.cond)]           # of the margin
         values["discriminator"] = values["discriminator"] + sum(short.clamp(min=0).mean() for short in shorts)
-        slope = slope + heads.slopes([-sign * (short > 0).double() / short.numel() for short in shorts], maps, turn.text)
+        slope = slope + heads.slopes([-sign * (short > 0).double() / short.numel() for short in shorts],
+                                     maps, turn.text)
         if name == "real" and s.r1_weight:
             penalty, of_penalty = heads.r1(maps)
             values["r1"], slope = s.r1_weight * penalty.mean(), slope + s.r1_weight * of_penalty

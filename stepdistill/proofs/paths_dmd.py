@@ -12,7 +12,8 @@ from .problem import Check, Problem
 ENDS = (0, 60, 99)                      # moments, hundredths of the training
 PATHS = (
     Path("the defaults, shapes/dmd", moments=ENDS, elsewhere=True),
-    Path("toy/dmd, regression_weight 1, not guided", {"regression_weight": 1.0}, guidance=1.0, moments=ENDS, elsewhere=True),
+    Path("toy/dmd, regression_weight 1, not guided", {"regression_weight": 1.0}, guidance=1.0, moments=ENDS,
+         elsewhere=True),
     Path("regression_end 0.5", {"regression_end": 0.5}, moments=(0, 20, 50, 90)),
     Path("pairs to the end", {"regression_end": None}, moments=ENDS),
     Path("a range of guidance", guidance=(1.5, 4.0)),

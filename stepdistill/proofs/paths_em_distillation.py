@@ -44,7 +44,8 @@ def known(turn: Turn) -> Known:
         real, fake = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale)), critic.x0(x_t, t, turn.text)
         scores = alpha / sigma**2 * (real - fake)
         eps = eps + g * (sigma * scores - eps) + (2 * g) ** 0.5 * turn.noise(f"noise {i}")
-        z = z + u * (student.back(alpha * scores, begins) - z) + (2 * u) ** 0.5 * (turn.noise(f"latent {i}") if u else 0)
+        z = z + u * (student.back(alpha * scores, begins) - z) + (2 * u) ** 0.5 * (turn.noise(f"latent {i}")
+                                                                                   if u else 0)
         drifts.append(g * sigma * scores)
     left = sum((1 - g) ** (len(drifts) - 1 - i) * drift for i, drift in enumerate(drifts)) * sigma / alpha
     left = left / sum(g * (1 - g) ** i for i in range(len(drifts)))

@@ -17,13 +17,15 @@ from .problem import Check, Problem
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
 SHARED = {"critic_steps": 2, "share_rollout": True}
 H: dict[str, Callable[[Tensor], Tensor]] = {        # h(r) / h(1)
-    "reverse_kl": torch.ones_like, "forward_kl": lambda r: r, "js": lambda r: 2 * r / (r + 1), "softened_rkl": lambda r: 2 / (r + 1),
+    "reverse_kl": torch.ones_like, "forward_kl": lambda r: r, "js": lambda r: 2 * r / (r + 1),
+    "softened_rkl": lambda r: 2 / (r + 1),
     "hellinger": torch.sqrt, "jeffreys": lambda r: (1 + r) / 2}
 PATHS = (
     Path("the defaults", elsewhere=True),
     Path("shapes/f_distill", SHARED, steps=4, moments=MANY, elsewhere=True),
     *(Path(f"divergence {name}", {"divergence": name, "critic_steps": 1}) for name in H),
-    Path("toy/f_distill, not guided", {"critic_steps": 3, "share_rollout": True, "gan_weight": 0.0, "t_range": (0.02, 0.7)}, guidance=1.0,
+    Path("toy/f_distill, not guided", {"critic_steps": 3, "share_rollout": True, "gan_weight": 0.0,
+                                       "t_range": (0.02, 0.7)}, guidance=1.0,
          elsewhere=True),
     Path("a range of guidance", {"critic_steps": 1}, guidance=(1.5, 4.0)),
     Path("critic_steps 3, fresh samples after the first", {"critic_steps": 3}, steps=2, moments=MANY),
@@ -70,7 +72,8 @@ def of_critic(turn: Turn) -> Known:
     t = noise_level(turn, turn.step.uniform("t"), whole=True)
     sample = rolled(turn.before or turn)                          # the student's own where it is shared
     value, slope = denoised(turn, sample.x, t, turn.text, output_scale(turn, t) ** 2)
-    heads, t_real = QuadraticHeads(turn.roles["discriminator"].numbers), noise_level(turn, turn.step.uniform("real t"), whole=True)
+    heads, t_real = (QuadraticHeads(turn.roles["discriminator"].numbers),
+                     noise_level(turn, turn.step.uniform("real t"), whole=True))
     game, slope_of_heads = torch.zeros(()), 0
     for x_t, at, sign in ((turn.noised(sample.x, t), t, 1), (turn.noised(turn.x0, t_real, "real noise"), t_real, -1)):
         logits = logits_at(turn, x_t, at)
@@ -87,7 +90,8 @@ def orders(settings: Any) -> list[Order]:
 
 ALGORITHM = Algorithm(
     FDistill, roles, orders,
-    needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher"), "discriminator": Heads("teacher")},
+    needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher"),
+                            "discriminator": Heads("teacher")},
     known=known,
     defaults={"divergence": "js", "critic_steps": 5, "share_rollout": False, **NOISE, "gan_weight": 3e-3},
 )

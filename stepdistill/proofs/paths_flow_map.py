@@ -54,7 +54,8 @@ def times(found: Cast) -> tuple[Tensor, Tensor]:
 
 
 def along(found: Cast, field: Callable[[Tensor], Tensor], room: Tensor) -> Tensor:
-    """d field(h) / dh at h = 0, where field(-b) is what lies b before: exactly, or by steps of no more than the room."""
+    """d field(h) / dh at h = 0, where field(-b) is what lies b before: exactly, or by steps of no more than the
+    room."""
     if found.settings.derivative == "exact":
         zero = torch.zeros_like(room)
         return torch.func.jvp(field, (zero,), (torch.ones_like(zero),))[1]
@@ -122,7 +123,8 @@ def flow_map(problem: Problem) -> Iterator[Check]:
     for path in all_paths("flow_map"):
         settings = path.settings_of("flow_map")
         whole = settings.form == "trajectory"
-        known, moments = (trajectory_loss, (0.0,)) if whole else (tangent_loss, [share * settings.warmup for share in SHARES])
+        known, moments = ((trajectory_loss, (0.0,)) if whole
+                          else (tangent_loss, [share * settings.warmup for share in SHARES]))
         yield Check(f"{path.name}: gradient against that of the loss written out, on {len(places)} noises; relative",
                     largest(*(trained("flow_map", path, place, known, value=whole, progress=moment)
                               for place in places for moment in moments)), 1e-6)
@@ -131,7 +133,8 @@ def flow_map(problem: Problem) -> Iterator[Check]:
     path = Path("mean and deviation", {"mean": 0.9, "std": 1.1, "alike": 0.3})
     found = cast("flow_map", path, problem)
     yield Check(f"{path.name}: moments of its times against those of their law, in standard errors",
-                largest(*(off_law(times, law) for times, law in zip(found.method.times(problem.step(MANY)), laws(found)))), 6)
+                largest(*(off_law(times, law) for times, law in zip(found.method.times(problem.step(MANY)),
+                                                                    laws(found)))), 6)
 
 
 def laws(found: Cast) -> tuple[Tensor, Tensor]:

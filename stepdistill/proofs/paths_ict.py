@@ -26,8 +26,8 @@ def levels(found: Cast, t: Tensor) -> Tensor:
 
 
 def grid(found: Cast) -> Tensor:
-    """sigma_i^(1/7) evenly between the ends, which are the data's time and 1, at whole times where the noise has a table,
-    and the sampler's times. Ascending."""
+    """sigma_i^(1/7) evenly between the ends, which are the data's time and 1, at whole times where the noise has a
+    table, and the sampler's times. Ascending."""
     hand, n = found.hand, node_count(found)
     reach = hand.angle(torch.tensor([1 / LEVELS, 1.0], dtype=torch.float64)).tan()
     low, high = max(LEAST, reach[0].item()) ** (1 / 7), min(MOST, reach[1].item()) ** (1 / 7)

@@ -19,7 +19,8 @@ ENDS = (0, 60, 499, 500)                # moments: of the warm-up's end at its d
 TOY = {"warmup_updates": 0, "mean": -1.0, "shares": (1.0,), "warmup_shares": (1.0,)}
 PATHS = (
     Path("the defaults, before and after the warm-up", moments=ENDS, steps=4, elsewhere=True),
-    Path("shapes/ladd", {"warmup_updates": 150, "mean": -1.0, "shares": (0.25,) * 4, "critic_steps": 2}, moments=(0, 149, 150),
+    Path("shapes/ladd", {"warmup_updates": 150, "mean": -1.0, "shares": (0.25,) * 4, "critic_steps": 2},
+         moments=(0, 149, 150),
          steps=4, elsewhere=True),
     Path("toy/ladd, one node", TOY, moments=ENDS, guidance=1.0, elsewhere=True),
     Path("no warm-up", {"warmup_updates": 0}, moments=ENDS, steps=2),
@@ -82,7 +83,8 @@ def known(turn: Turn) -> Known:
         x, x_t, t = sample(turn)
         x_s, s, logits = seen(turn, x, "fake")
         pull = heads.back(-token_shares(len(x)).expand_as(logits), x_s) * turn.problem.schedule.alpha(s)[:, None]
-        return Known({"gan": -mean_of_tokens(logits)}, {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
+        return Known({"gan": -mean_of_tokens(logits)},
+                     {"student": turn.roles["student"].slopes(pull, x_t, t, turn.text)},
                      unchecked=("discriminator",))
     value, slope = torch.zeros(()), 0
     for x, name, sign in ((turn.x0, "real", 1), (sample(turn.before)[0], "fake", -1)):

@@ -45,7 +45,8 @@ def told(turn: Turn) -> Tensor | None:
 
 
 def sample(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's x_0, what it is given, and the time: unit noise as a state of TrigFlow, or data noised to a draw."""
+    """The student's x_0, what it is given, and the time: unit noise as a state of TrigFlow, or data noised to a
+    draw."""
     problem, hand = turn.problem, Hand(turn.problem)
     begins = hand.angle(torch.tensor([latest(problem)], dtype=torch.float64))
     pure, theta = turn.step.uniform("pure") < turn.settings.noise_share, angles(turn, turn.step.uniform("judged t"))

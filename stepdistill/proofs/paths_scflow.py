@@ -17,7 +17,8 @@ from .problem import Check, Problem
 JOINED = {"warmup_updates": 0}
 PATHS = (
     Path("the defaults, before and after the warm-up", steps=4, moments=(0, 999, 1000), elsewhere=True),
-    Path("toy/scflow", {"anchor": 0.02, "gan_weight": 0.0, **JOINED}, steps=4, guidance=1.0, elsewhere=True, within=True),
+    Path("toy/scflow", {"anchor": 0.02, "gan_weight": 0.0, **JOINED}, steps=4, guidance=1.0, elsewhere=True,
+         within=True),
     Path("1 step", JOINED, steps=1),
     Path("2 steps", JOINED, steps=2),
     Path("reach 0.3", {"reach": 0.3, **JOINED}, steps=2),
@@ -91,7 +92,8 @@ def of_student(turn: Turn) -> Known:
     if s.gan_weight:
         x, time, logits = judged(turn, z_1)
         values["gan"] = s.gan_weight * softplus(-logits).mean()
-        back = QuadraticHeads(turn.roles["discriminator"].numbers).back(-s.gan_weight * (-logits).sigmoid() / logits.numel(), x)
+        back = QuadraticHeads(turn.roles["discriminator"].numbers).back(-s.gan_weight * (-logits).sigmoid()
+                                                                        / logits.numel(), x)
         slopes = slopes + student.slopes(problem.schedule.alpha(time)[:, None] * back, e, torch.ones_like(t), turn.text)
     return Known(values, {"student": slopes}, unchecked=("discriminator",))
 
@@ -102,7 +104,8 @@ def of_heads(turn: Turn) -> Known:
         noised, time, logits = judged(turn, x)
         value = value + softplus(-sign * logits).mean()
         pull = -sign * (-sign * logits).sigmoid() / logits.numel()
-        slope = slope + QuadraticHeads(turn.roles["discriminator"].numbers).slopes(pull, noised, time[:, None], turn.text)
+        slope = slope + QuadraticHeads(turn.roles["discriminator"].numbers).slopes(pull, noised,
+                                                                                   time[:, None], turn.text)
     return Known({"discriminator": value}, {"discriminator": slope})
 
 

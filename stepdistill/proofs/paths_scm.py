@@ -108,7 +108,8 @@ def scm(problem: Problem) -> Iterator[Check]:
     path = Path("mean and deviation", {"mean": 0.9, "std": 1.1})
     found = cast("scm", path, problem)
     yield Check(f"{path.name}: moments of its times against those of their law, in standard errors",
-                off_law(found.method.consistency.times(problem.step(MANY).uniform("t")), published_times(problem, found.settings)), 6)
+                off_law(found.method.consistency.times(problem.step(MANY).uniform("t")),
+                        published_times(problem, found.settings)), 6)
 
 
 def last_trained(problem: Problem) -> float:

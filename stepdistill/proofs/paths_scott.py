@@ -20,7 +20,8 @@ RANGE = (1.5, 4.0)
 PATHS = (
     Path("the defaults", steps=4, elsewhere=True),
     Path("shapes/scott", {"nodes": 20, "skip": 1, "substeps": 2, "gan_weight": 0.05}, steps=4, elsewhere=True),
-    Path("toy/scott", {"nodes": 50, "skip": 1, "substeps": 2, "gan_weight": 0.001}, steps=2, guidance=1.0, elsewhere=True),
+    Path("toy/scott", {"nodes": 50, "skip": 1, "substeps": 2, "gan_weight": 0.001}, steps=2, guidance=1.0,
+         elsewhere=True),
     Path("one sub-step over 3 nodes", SMALL | {"skip": 3, "substeps": 1}, steps=4),
     Path("7 sub-steps", SMALL | {"substeps": 7}, steps=2),
     Path("a step to the data", {"nodes": 4, "skip": 4, "gan_weight": 0.0}, steps=2),
@@ -30,14 +31,15 @@ PATHS = (
     Path("Huber, c = 0.3", SMALL | {"loss": "huber", "huber_c": 0.3}, steps=2),
     Path("gan_weight 2", SMALL | {"gan_weight": 2.0}, steps=2),
     Path("a range of scales", SMALL, steps=2, guidance=RANGE),
-    Path("guidance embedding, a range of scales", SMALL | {"guidance_embedding": True, "gan_weight": 0.4}, steps=2, guidance=RANGE),
+    Path("guidance embedding, a range of scales", SMALL | {"guidance_embedding": True, "gan_weight": 0.4}, steps=2,
+         guidance=RANGE),
     Path("a teacher with its guidance within", SMALL, steps=2, within=True),
 )
 
 
 def bridged(turn: Turn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Down even sub-steps: alpha_r x_0 + (sigma_r^2 - f^2)^(1/2) eps + f z, f = eta sigma_r / sigma_t (sigma_t^2 - (alpha_t
-    sigma_r / alpha_r)^2)^(1/2)."""
+    """Down even sub-steps: alpha_r x_0 + (sigma_r^2 - f^2)^(1/2) eps + f z, f = eta sigma_r / sigma_t (sigma_t^2 -
+    (alpha_t sigma_r / alpha_r)^2)^(1/2)."""
     schedule, h, text = turn.problem.schedule, turn.settings.substeps, turn.guided(turn.scale)
     for i in range(h):
         here, there = (t + (s - t) * j / h for j in (i, i + 1))

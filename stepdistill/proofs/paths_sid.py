@@ -25,10 +25,12 @@ PATHS = (
     Path("a critic that is not guided", {"critic_training_guidance": 1.0}, elsewhere=True),
     Path("Zero-CFG, a critic without prompts", {"critic_training_guidance": 0.0}, guidance=1.0, moments=(0, 1),
          elsewhere=True),
-    Path("Zero-CFG at 4 steps with images, as published", {"critic_training_guidance": 0.0, "gan_weight": 0.01}, steps=4,
+    Path("Zero-CFG at 4 steps with images, as published", {"critic_training_guidance": 0.0, "gan_weight": 0.01},
+         steps=4,
          guidance=1.0, moments=(0, 1, 155, 156)),
     Path("Anti-CFG, a critic at -1", {"critic_training_guidance": -1.0}, guidance=1.0, moments=(0, 1), elsewhere=True),
-    Path("a critic trained at -0.5, used at 0", {"critic_training_guidance": -0.5, "critic_guidance": 0.0, "drop": 0.5}),
+    Path("a critic trained at -0.5, used at 0", {"critic_training_guidance": -0.5, "critic_guidance": 0.0,
+                                                 "drop": 0.5}),
     Path("images, from the second update, a guided critic", {"gan_weight": 0.7, "gan_start": 1}, moments=(0, 1, 2),
          elsewhere=True),
     Path("images, critic_gan_weight 0.9, exit embedding, half of the prompts dropped",
@@ -97,8 +99,8 @@ def known(turn: Turn) -> Known:
 
 @torch.no_grad()
 def judged(turn: Turn, x_t: Tensor, t: Tensor, text: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at all positions, (B, 5), cut off at -10 and 10; the critic's features of which they are; 1 where nothing was cut off,
-    beyond which no slope leads, else 0."""
+    """Logits at all positions, (B, 5), cut off at -10 and 10; the critic's features of which they are; 1 where nothing
+    was cut off, beyond which no slope leads, else 0."""
     logits = torch.cat(turn.roles["discriminator"](x_t, t, Condition(text=text, w=w)), 1)
     return logits.clamp(-10, 10), turn.roles["critic"].x0(x_t, t, text, w), (logits.abs() <= 10).double()
 

@@ -44,7 +44,8 @@ def known(turn: Turn) -> Known:
 def of_student(turn: Turn) -> Known:
     s, sample, critic, t = turn.settings, rolled(turn), turn.roles["critic"], noise_level(turn, turn.step.uniform("t"))
     a = (s.shares[0] + (s.shares[1] - s.shares[0]) * turn.step.uniform("share"))[:, None]
-    x_t, slopes = turn.noised(sample.x, t), lambda pull: turn.roles["student"].slopes(pull, sample.given, sample.t, turn.text)
+    x_t, slopes = turn.noised(sample.x, t), lambda pull: turn.roles["student"].slopes(pull, sample.given,
+                                                                                      sample.t, turn.text)
     if s.source == "data":                                        # by what the critic says at 0, a and 1
         at = lambda share: critic.x0(x_t, t, turn.text, share[:, 0])
         zero, mixed, one = at(0 * a), at(a), at(0 * a + 1)
@@ -105,7 +106,8 @@ def learned(turn: Turn) -> Known:
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: Net.of(problem) for name in ("teacher", "student", "critic")}
     heads = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)
-    return found | {"discriminator": heads} if settings.source == "teacher" else {k: found[k] for k in ("student", "critic")}
+    return (found | {"discriminator": heads} if settings.source == "teacher"
+            else {k: found[k] for k in ("student", "critic")})
 
 
 def needs(settings: Any) -> dict[str, Any]:

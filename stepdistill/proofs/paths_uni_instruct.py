@@ -50,8 +50,10 @@ def of_student(turn: Turn) -> Known:
     """L = w h [ (1 - e) / 2 |d|^2 + <d, fake - x> ] over the numbers of a sample, e the elasticity of h."""
     s, sample, t = turn.settings, rolled(turn), noise_level(turn, turn.step.uniform("t"))
     teacher, student, critic = (turn.roles[name] for name in ("teacher", "student", "critic"))
-    x_t, at, heads = turn.noised(sample.x, t), turn.problem.schedule.alpha(t)[:, None], turn.roles["discriminator"].heads
-    real, fake, logits = teacher.x0(x_t, t, turn.guided(turn.scale)), critic.x0(x_t, t, turn.text), logits_at(turn, x_t, t, None)
+    x_t, at, heads = (turn.noised(sample.x, t), turn.problem.schedule.alpha(t)[:, None],
+                      turn.roles["discriminator"].heads)
+    real, fake, logits = (teacher.x0(x_t, t, turn.guided(turn.scale)), critic.x0(x_t, t, turn.text),
+                          logits_at(turn, x_t, t, None))
     log_r = logits.mean(1).clamp(-10, 10)
     r, begun = log_r.exp().clamp(0.1, 20), turn.step.index >= s.ratio_start
     within = begun * ((log_r.exp() > 0.1) & (log_r.exp() < 20)).double()      # elsewhere r stands still

@@ -124,4 +124,5 @@ def clean(pipeline: DiffusionPipeline, x: Tensor, raw: Tensor) -> Tensor:
 
 
 def stock_of(teacher: Teacher) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(teacher.source.place, **absent_parts(index_at(teacher.source))).to(torch.float32)
+    return DiffusionPipeline.from_pretrained(teacher.source.place,
+                                             **absent_parts(index_at(teacher.source))).to(torch.float32)

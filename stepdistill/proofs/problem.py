@@ -197,7 +197,8 @@ class Problem:
         self.w = 1.5 + 3 * self.uniform()
         self.kind = KINDS[name][int(self.uniform() * len(KINDS[name]))]
         self.scheduler = self._scheduler()
-        self.schedule: Schedule = RectifiedFlow() if name == "flow" else VariancePreserving.of(self.scheduler.alphas_cumprod.double())
+        self.schedule: Schedule = (RectifiedFlow() if name == "flow"
+                                   else VariancePreserving.of(self.scheduler.alphas_cumprod.double()))
         self.covariance = self.drawn_covariance()
         self.means = self.normal(2, self.dim)
         self.teacher = Law(self.schedule, self.covariance, self.kind)

@@ -77,7 +77,8 @@ def rest(problem: Problem) -> Iterator[Check]:
         found = [method.student_loss(batch, step) for step in rolls(problem)]
         tangents.append(largest(*(losses["consistency"].sqrt().item() for losses in found)))
         slopes.append(largest(*(gradient(losses["matching"], by).norm().item() for losses in found)))
-    yield Check("tangent at the guided flow map, over that of one that adds 0.1 + 0.1 x_t", tangents[0] / tangents[1], 1e-9)
+    yield Check("tangent at the guided flow map, over that of one that adds 0.1 + 0.1 x_t",
+                tangents[0] / tangents[1], 1e-9)
     yield Check("gradient of the matching there, after rollouts of 1 to 4 steps, over that beside",
                 slopes[0] / slopes[1], 1e-4)
 

@@ -1,5 +1,5 @@
-"""Reflow: the coupling by the teacher's map is straightened with no loss, and then one step is exact; the independent coupling
-is not, and one step of it is the mean, whatever the noise."""
+"""Reflow: the coupling by the teacher's map is straightened with no loss, and then one step is exact; the independent
+coupling is not, and one step of it is the mean, whatever the noise."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ def along_axes(problem: Problem, x: Tensor, share: Tensor) -> Tensor:
 
 
 def straight(problem: Problem, w: float) -> FunctionRole:
-    """It knows the y of the pair whose line it is on: y - m = G (e - alpha_1 m), G = (C / (alpha_1^2 C + sigma_1^2))^(1/2), so
-    y = m + (a + b / G)^-1 (x_t - alpha_t m)."""
+    """It knows the y of the pair whose line it is on: y - m = G (e - alpha_1 m), G = (C / (alpha_1^2 C +
+    sigma_1^2))^(1/2), so y = m + (a + b / G)^-1 (x_t - alpha_t m)."""
     schedule, variances = problem.schedule, torch.linalg.eigvalsh(problem.covariance)
     alpha, sigma = (f(torch.ones(1, dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma))
     gain = (variances / (alpha**2 * variances + sigma**2)).sqrt()
@@ -59,13 +59,17 @@ def independent(problem: Problem, offset: Tensor) -> FunctionRole:
 
 
 def places(problem: Problem) -> Iterator[Check]:
-    """What the student is told: a uniform place on the line, from the first stock time's, sigma / (alpha + sigma); or a step's own."""
+    """What the student is told: a uniform place on the line, from the first stock time's, sigma / (alpha + sigma); or a
+    step's own."""
     place = lambda t: problem.schedule.sigma(t) / (problem.schedule.alpha(t) + problem.schedule.sigma(t))
-    ends, steps = place(torch.tensor([1e-3, 1.0], dtype=torch.float64)), torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    for distil, law, label in ((False, evenly(*ends.tolist()), "uniform law's on the line"), (True, place(steps), "4 steps'")):
+    ends, steps = (place(torch.tensor([1e-3, 1.0], dtype=torch.float64)),
+                   torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64))
+    for distil, law, label in ((False, evenly(*ends.tolist()), "uniform law's on the line"),
+                               (True, place(steps), "4 steps'")):
         student = FunctionRole(problem.schedule, lambda x, t, cond: x)
         made(problem, student, 4, distil=distil).loss(problem.paired(FEW), problem.step(FEW))
-        yield Check(f"moments of its places against the {label}, in standard errors", off_law(place(student.calls[0][1]), law), 6)
+        yield Check(f"moments of its places against the {label}, in standard errors",
+                    off_law(place(student.calls[0][1]), law), 6)
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -85,14 +89,17 @@ def identities(problem: Problem) -> Iterator[Check]:
     t = method.time(step.uniform("t"))
     (a, b), sigma = (like(each, batch.x0) for each in shares(problem, t)), like(problem.schedule.sigma(t), batch.x0)
     x_t, ratio = a * batch.x0 + b * batch.pairs.noise, like(problem.schedule.alpha(t), batch.x0) / sigma
-    slope = 2 * (1 + ratio) ** 2 * (affine.m + x_t @ affine.S.T - batch.x0) / problem.dim        # u = x_t / sigma - (1 + ratio) x_0
+    # u = x_t / sigma - (1 + ratio) x_0
+    slope = 2 * (1 + ratio) ** 2 * (affine.m + x_t @ affine.S.T - batch.x0) / problem.dim
     known = torch.cat([slope.mean(0), (slope[:, :, None] * x_t[:, None, :]).mean(0).flatten()]).detach()
     yield Check("gradient against that of the velocity's regression; relative", difference(found, known), 1e-9)
 
     offset = torch.zeros(MANY, problem.dim, dtype=torch.float64, requires_grad=True)
     batch, best = replace(problem.batch(MANY), pairs=problem.paired(MANY).pairs), independent(problem, offset)
     slope = MANY * torch.autograd.grad(made(problem, best).loss(batch, problem.step(MANY))["velocity"], offset)[0]
-    yield Check("independent pairs: slope at their optimum, in standard errors", standard_errors(slope, best.calls[0][0]), 6)
+    yield Check("independent pairs: slope at their optimum, in standard errors",
+                standard_errors(slope, best.calls[0][0]), 6)
     once = made(problem, best).sampler(best, batch.pairs.noise, batch.cond).detach()
-    yield Check("its one step against the mean, over the deviation of the data", ((once - problem.means[0]).abs().max() / 0.3).item(), 1e-9)
+    yield Check("its one step against the mean, over the deviation of the data",
+                ((once - problem.means[0]).abs().max() / 0.3).item(), 1e-9)
     yield from paths(problem)

@@ -46,13 +46,13 @@ class Row:
 
 def verify(*methods: str, seed: int = 0, out: str | Path = "verify",
            done: Callable[[list[Row]], None] = lambda rows: None, plugins: str | Path | None = None) -> dict[str, Any]:
-    """Proves methods, all of ours unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind, check,
-    figure, tolerance, passed}]}.
+    """Proves methods, all of ours unless named, on problems drawn from the seed: {seed, seconds, rows: [{method, kind,
+    check, figure, tolerance, passed}]}.
 
     Writes verify.json, a picture METHOD.png and logs to `out`. done: called with the rows of a method and a kind once
-    they are measured. plugins: a folder with methods from outside, its own unless named, whose proofs/NAME.py and recipes/toy/NAME.yaml are read where
-    they are; what of a method nothing proves is listed: {..., unproved: [{method, kind, why}]}. RequestError for an unknown
-    method. A failing row is a row, not an error.
+    they are measured. plugins: a folder with methods from outside, its own unless named, whose proofs/NAME.py and
+    recipes/toy/NAME.yaml are read where they are; what of a method nothing proves is listed: {..., unproved: [{method,
+    kind, why}]}. RequestError for an unknown method. A failing row is a row, not an error.
     """
     start, out = time.perf_counter(), Path(out)
     folder = None if plugins is None else outside.Folder.open(plugins)
@@ -78,7 +78,8 @@ def verify(*methods: str, seed: int = 0, out: str | Path = "verify",
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures. part: of a convergence the Toy recipe, else the method. plugins: where its method may lie."""
+    """What one process measures. part: of a convergence the Toy recipe, else the method. plugins: where its method may
+    lie."""
 
     method: str
     kind: str
@@ -119,8 +120,8 @@ def _found(method: str, folder: outside.Folder | None) -> None:
     outside.load("methods", method, METHODS, folder)
     load_method(method)
     if method in REGISTERED and outside.mark_of("methods", method) is None:
-        raise RequestError(f"{method} was registered in this process, and others measure it: put it into a folder as methods/{method}.py, "
-                           "and give that as plugins")
+        raise RequestError(f"{method} was registered in this process, and others measure it: put it into a folder "
+                           f"as methods/{method}.py, and give that as plugins")
 
 
 def unproved(method: str, folder: outside.Folder | None) -> list[dict[str, str]]:
@@ -148,7 +149,8 @@ def measure(task: Task) -> list[Row]:
     os.environ["STEPDISTILL_CACHE"] = str(task.work / "cache")
     rows = []
     with (task.out / "logs" / f"{task.name}.log").open("w",
-                                                       encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+                                                       encoding="utf-8") as log, redirect_stdout(
+                                                           log), redirect_stderr(log):
         api.quiet()
         try:
             outside.load("methods", task.method, METHODS, task.plugins)
@@ -170,7 +172,8 @@ def _checks(task: Task) -> Iterator[Check]:
     elif task.kind == "contract":
         yield from contract(task.method, task.seed, task.folder, folder)
     else:
-        proofs = folder.module("proofs", task.method) if task.method in REGISTERED else import_module(f"{__package__}.{task.method}")
+        proofs = (folder.module("proofs", task.method) if task.method in REGISTERED
+                  else import_module(f"{__package__}.{task.method}"))
         identities = proofs.identities
         for noise in NAMES:
             for check in identities(Problem(task.seed, noise)):

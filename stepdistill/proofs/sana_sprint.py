@@ -1,4 +1,5 @@
-"""SANA-Sprint: its tangent vanishes at the flow map of the scale that the student reads, and its heads at the data's law."""
+"""SANA-Sprint: its tangent vanishes at the flow map of the scale that the student reads, and its heads at the data's
+law."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ def drawn(problem: Problem) -> Iterator[Check]:
 
 
 def law(problem: Problem) -> Iterator[Check]:
-    """Heads that see mean and covariance, where every sample has the law of the data, and where it has its mean alone."""
+    """Heads that see mean and covariance, where every sample has the law of the data, and where it has its mean
+    alone."""
     found, usual = (apart(problem, student) for student in (data_law(problem), problem.teacher))
     yield Check("slope of quadratic heads where the student draws the data's law, in standard errors", found, 6)
     yield Check("6 standard errors over their slope, where it draws the mean of what is noised", 6 / usual, 1)

@@ -1,5 +1,5 @@
-"""SCFlow: consistency on both sides rests at the ends of the guided teacher's trajectories, self-correction where all ways
-are lines; the two agree where the teacher's ways are lines, and are apart by a known gap where they are curved."""
+"""SCFlow: consistency on both sides rests at the ends of the guided teacher's trajectories, self-correction where all
+ways are lines; the two agree where the teacher's ways are lines, and are apart by a known gap where they are curved."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -32,7 +32,8 @@ def ends(problem: Problem, w: float) -> FunctionRole:
 
 def lines(problem: Problem) -> FunctionRole:
     """A student of a flow whose every way from noise e is the line to m + A e."""
-    A, m, eye = torch.linalg.cholesky(problem.drawn_covariance()), problem.normal(problem.dim), torch.eye(problem.dim).double()
+    A, m, eye = (torch.linalg.cholesky(problem.drawn_covariance()), problem.normal(problem.dim),
+                 torch.eye(problem.dim).double())
 
     def x0_of(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         a, s = (c(t)[:, None, None] for c in (problem.schedule.alpha, problem.schedule.sigma))
@@ -60,14 +61,16 @@ def identities(problem: Problem) -> Iterator[Check]:
 def closed_forms(problem: Problem) -> Iterator[Check]:
     far, near = (roots(beside(problem, ends(problem, w)), problem) for w in (2.0, 1.0))
     for name, side in (("consistency", "below"), ("high", "above")):
-        yield Check(f"distance from the neighbour {side} at the ends of the teacher's trajectories, over that at another scale's",
+        yield Check(f"distance from the neighbour {side} at the ends of the teacher's trajectories, over that at "
+                    "another scale's",
                     near[name] / far[name], 0.02)
     yield from corrected(problem)
     yield from game(problem)
     t, low, high = made(problem, problem.teacher, 1.0, reach=0.2).times(problem.step(MANY))
     inner = (t > 0.2) & (t < 0.8)
     yield Check("moments of t, and of its neighbours within reach, against uniform laws, in standard errors",
-                largest(off_law(t, stock_times()), off_law((t - low)[inner], evenly(0, 0.2)), off_law((high - t)[inner], evenly(0, 0.2))), 6)
+                largest(off_law(t, stock_times()), off_law((t - low)[inner], evenly(0, 0.2)),
+                        off_law((high - t)[inner], evenly(0, 0.2))), 6)
 
 
 def corrected(problem: Problem) -> Iterator[Check]:
@@ -108,4 +111,5 @@ def game(problem: Problem) -> Iterator[Check]:
     yield Check("real - fake that the heads are shown, under one noise, from data - z_1; relative",
                 difference(real - fake, kept * (batch.x0 - z_1)), 1e-5)
     low = method.times(step)[1].clamp(min=1 / 1000)
-    yield Check("times at which they judge, from the neighbour below", largest(*((each - low).abs().max().item() for each in (judged, t, again))), 1e-12)
+    yield Check("times at which they judge, from the neighbour below",
+                largest(*((each - low).abs().max().item() for each in (judged, t, again))), 1e-12)

@@ -139,7 +139,8 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
                 worst, 1e-6)
 
     yield Check("moments of its times against those of ln tan theta ~ N(mean, std^2), in standard errors",
-                off_law(method.consistency.times(problem.step(MANY).uniform("t")), published_times(problem, method.settings)), 6)
+                off_law(method.consistency.times(problem.step(MANY).uniform("t")),
+                        published_times(problem, method.settings)), 6)
 
     tame = problem.law(problem.drawn_covariance())
     slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).consistency.slope(x, t, x, batch.cond)

@@ -1,5 +1,5 @@
-"""SCott: on average over the fresh noise, its fixed point is the product of the stochastic steps' mean factors, which draws
-the data in; the heads judge the data and the student's x_0 as they are."""
+"""SCott: on average over the fresh noise, its fixed point is the product of the stochastic steps' mean factors, which
+draws the data in; the heads judge the data and the student's x_0 as they are."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -76,4 +76,5 @@ def game(problem: Problem, learner: Affine) -> Iterator[Check]:
     yield Check("what they are shown as real against the data, and as fake against the student's x_0",
                 largest(difference(real, batch.x0), difference(fake, x)), 0)
     told = method.times(step)[0]
-    yield Check("the time that they are told against the student's", largest(*((u - told).abs().max().item() for u in (t, at, again))), 0)
+    yield Check("the time that they are told against the student's",
+                largest(*((u - told).abs().max().item() for u in (t, at, again))), 0)

@@ -91,7 +91,8 @@ def pathwise(problem: Problem) -> Check:
         slope = at * times(D, 2 * (1 - alpha) * d + fake - x) + at * times(B.mT, d) - d
         slope = slope / (x - real).abs().mean(1, keepdim=True) / x.numel()
         worst = largest(worst, difference(found, torch.cat([slope.sum(0), (slope.T @ z).flatten()])))
-    return Check(f"student's gradient at each of {STEPS} exits against the slope in x, through both denoisers; relative", worst, 1e-5)
+    return Check(f"student's gradient at each of {STEPS} exits against the slope in x, through both "
+                 "denoisers; relative", worst, 1e-5)
 
 
 # -- the loss in expectation
@@ -134,7 +135,7 @@ def divergences(problem: Problem) -> Iterator[Check]:
     yield Check("expected loss against 1 - alpha times the Fisher divergence, over the divergence", far / known, 1e-9)
 
 
-# -- guidance -----------------------------------------------------------------------------------------------------------------
+# -- guidance ----------------------------------------------------------------------------------------------------------
 
 def guidances(problem: Problem) -> Iterator[Check]:
     """A student that draws as the teacher guided at some scale, with the critic that is fitted to it at kappa_1.
@@ -154,8 +155,8 @@ def guidances(problem: Problem) -> Iterator[Check]:
                                 own).norm()
                        for at in (scale, scale + 0.5))
         worst = largest(worst, (rest / usual).item())
-    yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at w with -1, at another; "
-                "over that 0.5 higher", worst, 1e-9)
+    yield Check("gradient at the teacher's law guided at w kappa_1 / kappa_2: at w, unguided, at w with -1, "
+                "at another; over that 0.5 higher", worst, 1e-9)
     yield text_free(problem)
     student, critic = fitted(scale, kappa_1)
     pupil, batch = OffsetRole(critic, MANY, problem.dim), problem.batch(MANY, data=False)
@@ -187,5 +188,6 @@ def text_free(problem: Problem) -> Check:
         return norm, largest(*((cond.text - problem.means[1]).abs().max().item() for *_, cond in critic.calls))
 
     (rest, told), (usual, _) = slope(0.0), slope(0.5)
-    return Check("Zero-CFG: gradient at the unguided teacher's law over that 0.5 beside, and the critic's prompts from none",
+    return Check("Zero-CFG: gradient at the unguided teacher's law over that 0.5 beside, and the critic's "
+                 "prompts from none",
                  largest(rest / usual, told), 1e-5)

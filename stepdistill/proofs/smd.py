@@ -1,5 +1,5 @@
-"""SMD: at a share of 1 it is DMD's step; the heads rest at the ratio of the densities, and SMT's critic at the mixtures'
-denoiser."""
+"""SMD: at a share of 1 it is DMD's step; the heads rest at the ratio of the densities, and SMT's critic at the
+mixtures' denoiser."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -77,8 +77,8 @@ def heads(problem: Problem, student: Affine) -> Iterator[Check]:
 
 
 def mixtures(problem: Problem, student: Affine) -> Iterator[Check]:
-    """SMT: D_a E[x | x_t] of data + (1 - D_a) E[x | x_t] of samples is what a critic that reads a rests at; and by which
-    the student moves as by the difference of the scores."""
+    """SMT: D_a E[x | x_t] of data + (1 - D_a) E[x | x_t] of samples is what a critic that reads a rests at; and by
+    which the student moves as by the difference of the scores."""
     batch, step, fake = problem.batch(MANY), problem.step(MANY, "critic"), problem.law(*reversed(student.law))
 
     def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -100,7 +100,8 @@ def mixtures(problem: Problem, student: Affine) -> Iterator[Check]:
     a = DATA.shares[0] + (DATA.shares[1] - DATA.shares[0]) * moment.uniform("share")
     D = like(torch.sigmoid(log_ratio(problem, student, x_t, t, few.cond) + a.logit()), x)
     size = (mine - real).square().mean(1, keepdim=True)
-    pull = D * (mine - real) * ((size + 1e-6) / (D**2 * size + 1e-6)).sqrt() / (x.detach() - real).abs().mean(1, keepdim=True)
+    pull = D * (mine - real) * ((size + 1e-6) / (D**2 * size + 1e-6)).sqrt() / (x.detach()
+                                                                                - real).abs().mean(1, keepdim=True)
     yield Check("SMT's gradient with that denoiser against the difference of the scores, of its size at 1; relative",
                 difference(found, gradient((pull * x).mean(), student)), 1e-4)
 

@@ -1,5 +1,5 @@
-"""Uni-Instruct: with exact critic and ratio the step is the gradient of the weighted Fisher divergence, of the student's
-law too; of the reverse KL it is SiD's to the last bit."""
+"""Uni-Instruct: with exact critic and ratio the step is the gradient of the weighted Fisher divergence, of the
+student's law too; of the reverse KL it is SiD's to the last bit."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,8 @@ def made(problem: Problem, student: Role, critic: Role, logits: Callable[[Tensor
          settings: Settings = PLAIN) -> UniInstruct:
     roles = {"teacher": problem.teacher, "student": student, "critic": critic,
              "discriminator": FunctionDiscriminator(critic, logits)}
-    return UniInstruct(settings, roles, problem.w, problem.sampler(UniInstruct.inference(settings, STEPS, problem.schedule)))
+    return UniInstruct(settings, roles, problem.w,
+                       problem.sampler(UniInstruct.inference(settings, STEPS, problem.schedule)))
 
 
 def identities(problem: Problem) -> Iterator[Check]:
@@ -47,9 +48,11 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     sid = SiD(chosen, roles, problem.w, problem.sampler(SiD.inference(chosen, STEPS, problem.schedule)))
     by_sid = [gradient(sid.student_loss(batch, step)["identity"], student) for step in exits(problem, COUNT, STEPS)]
     for name, settings in (("of the reverse KL", replace(PLAIN, divergence="reverse_kl")),
-                           ("before the ratio is read, of the reverse KL", replace(PLAIN, divergence="reverse_kl", ratio_start=100))):
+                           ("before the ratio is read, of the reverse KL",
+                            replace(PLAIN, divergence="reverse_kl", ratio_start=100))):
         method = made(problem, student, critic, logits, settings)
-        found = [gradient(method.student_loss(batch, step)["identity"], student) for step in exits(problem, COUNT, STEPS)]
+        found = [gradient(method.student_loss(batch, step)["identity"], student)
+                 for step in exits(problem, COUNT, STEPS)]
         yield Check(f"gradient {name} against SiD's at alpha 1/2, at each exit; relative",
                     largest(*map(difference, found, by_sid)), 1e-12)
     worst = largest(*(of_law(problem, name) for name in DIVERGENCES))
@@ -68,7 +71,8 @@ def of_law(problem: Problem, name: str) -> float:
     t = problem.times(1, 0.3, 0.7)
     alpha, sigma = problem.schedule.alpha(t).item(), problem.schedule.sigma(t).item()
     real = torch.tensor([problem.uniform(-0.2, 0.2), problem.uniform(0.5, 0.7)], dtype=torch.float64)
-    fake = torch.tensor([problem.uniform(-0.2, 0.2), problem.uniform(0.8, 1.0)], dtype=torch.float64, requires_grad=True)
+    fake = torch.tensor([problem.uniform(-0.2, 0.2), problem.uniform(0.8, 1.0)], dtype=torch.float64,
+                        requires_grad=True)
     nodes, weights = (torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(POINTS))
     weights = weights / weights.sum()
 
@@ -90,6 +94,7 @@ def of_law(problem: Problem, name: str) -> float:
     held, x = fake.detach(), fake[0] + fake[1] * z
     x_t = alpha * x + sigma * eps
     r = ratio(x_t, held)[:, 0]
-    losses = score_identity(x, clean(x_t, real), clean(x_t, held), (1 + elasticity(name, r)) / 2, relative_weight(name, r))
+    losses = score_identity(x, clean(x_t, real), clean(x_t, held), (1 + elasticity(name, r)) / 2,
+                            relative_weight(name, r))
     found, = torch.autograd.grad((torch.outer(weights, weights).flatten() * losses).sum(), fake)
     return difference(found, known)

@@ -48,7 +48,8 @@ def algorithm(name: str) -> str:
 
 
 def recipes(name: str | None = None, plugins: str | Path | None = None) -> list[dict[str, str]]:
-    """[{name, path, method, teacher}] of the recipes that ship and those of a folder of plugins, or of the one that `name` finds."""
+    """[{name, path, method, teacher}] of the recipes that ship and those of a folder of plugins, or of the one that
+    `name` finds."""
     found = builtin(plugins) if name is None else {name: find(name, plugins)}
     rows = []
     for key, path in found.items():
@@ -60,8 +61,10 @@ def recipes(name: str | None = None, plugins: str | Path | None = None) -> list[
 
 
 def find(name: str | Path, plugins: str | Path | None = None) -> Path:
-    """A recipe by its path, by its built-in name, or by its name in a folder of plugins, whose recipes/ is as that which ships."""
-    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}", *(() if plugins is None else (Path(plugins) / f"recipes/{name}.yaml",))):
+    """A recipe by its path, by its built-in name, or by its name in a folder of plugins, whose recipes/ is as that
+    which ships."""
+    for candidate in (str(name), f"recipes/{name}.yaml", f"recipes/{name}",
+                      *(() if plugins is None else (Path(plugins) / f"recipes/{name}.yaml",))):
         path = resources.locate(candidate)
         if path is not None and path.is_file():
             return path
@@ -73,4 +76,5 @@ def find(name: str | Path, plugins: str | Path | None = None) -> Path:
 def builtin(plugins: str | Path | None = None) -> dict[str, Path]:
     """Name -> file of the recipes that ship, which go before those of a folder of plugins."""
     roots = [*(() if plugins is None else (Path(plugins).resolve() / "recipes",)), resources.SHARE / "recipes"]
-    return {path.relative_to(root).with_suffix("").as_posix(): path for root in roots for path in sorted(root.glob("*/*.yaml"))}
+    return {path.relative_to(root).with_suffix("").as_posix(): path for root in roots
+            for path in sorted(root.glob("*/*.yaml"))}

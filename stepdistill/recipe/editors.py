@@ -23,24 +23,32 @@ def schema() -> dict[str, Any]:
             if said.get(entry):
                 kind["description"] = said[entry]
     entries = found["properties"]
-    entries["method"] = {"description": entries["method"]["description"], "anyOf": [{"enum": [*METHODS]}, {"type": "string"}]}
-    entries["revision"] = {"type": ["string", "null"], "deprecated": True, "description": "teacher.revision, as earlier versions wrote it"}
-    entries["stages"] = {"description": "small tables, each of which changes entries for its stage", "type": "array", "minItems": 1,
+    entries["method"] = {"description": entries["method"]["description"],
+                         "anyOf": [{"enum": [*METHODS]}, {"type": "string"}]}
+    entries["revision"] = {"type": ["string", "null"], "deprecated": True, "description": "teacher.revision, as "
+                           "earlier versions wrote it"}
+    entries["stages"] = {"description": "small tables, each of which changes entries for its stage", "type": "array",
+                         "minItems": 1,
                          "items": _stage(entries)}
-    return {"$schema": DRAFT, **found, "title": "A recipe of stepdistill", "description": "The choices of one distillation."}
+    return {"$schema": DRAFT, **found, "title": "A recipe of stepdistill", "description": "The choices of one "
+            "distillation."}
 
 
 def meanings(model: type) -> dict[str, str]:
     """Entry -> the comment beside it in a table's source."""
     lines, _ = inspect.getsourcelines(model)
     tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
-    nodes = [node for node in tree.body[0].body if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_")]
+    nodes = [node for node in tree.body[0].body if isinstance(node, ast.AnnAssign)
+             and not node.target.id.startswith("_")]
     fields = model.model_fields
-    return {fields[node.target.id].alias or node.target.id: lines[node.end_lineno - 1].partition("  #")[2].strip() for node in nodes}
+    return {fields[node.target.id].alias or node.target.id: lines[node.end_lineno - 1].partition("  #")[2].strip()
+            for node in nodes}
 
 
 def _stage(entries: dict[str, Any]) -> dict[str, Any]:
-    """Of a stage's table: entries of the recipe, which lie in it by dotted name too; a number of steps for each of several stages."""
+    """Of a stage's table: entries of the recipe, which lie in it by dotted name too; a number of steps for each of
+    several stages."""
     steps = {"anyOf": [entries["steps"], {"type": "array", "minItems": 1, "items": entries["steps"]}]}
-    free = {name: {} for name in entries if name not in ("teacher", "steps", "stages", "revision", "negative_prompt", "guidance_rescale", "plugins")}
+    free = {name: {} for name in entries if name not in ("teacher", "steps", "stages", "revision", "negative_prompt",
+                                                         "guidance_rescale", "plugins")}
     return {"type": "object", "properties": {**free, "teacher": {"enum": ["base", "previous"]}, "steps": steps}}

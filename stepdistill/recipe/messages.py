@@ -34,8 +34,8 @@ _EXPECTED = {
 
 
 def current(source: Source, overrides: Mapping[str, Any]) -> Source:
-    """The recipe with the names and places of today, and with these entries put over its own. RequestError where an entry
-    stands in it under both."""
+    """The recipe with the names and places of today, and with these entries put over its own. RequestError where an
+    entry stands in it under both."""
     whole = source.renamed(EARLIER_NAMES).overridden(overrides, EARLIER_NAMES)
     return whole.moved(EARLIER_PLACES)
 

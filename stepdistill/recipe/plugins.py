@@ -1,9 +1,10 @@
-"""Plugins: methods, families, metrics and sources of data from outside, in a folder of one's own or in an installed package.
+"""Plugins: methods, families, metrics and sources of data from outside, in a folder of one's own or in an installed
+package.
 
 A folder holds a file for each name, such as `methods/halves.py`; a package has an entry point of that name in the group
-`stepdistill.methods`. What a recipe or a command asks for is imported, and nothing else. The file registers its name, by
-`stepdistill.register_method` and its like. The files of a folder are modules of one package: `from ..shared import f` reads
-shared.py beside methods/. Nothing here imports torch.
+`stepdistill.methods`. What a recipe or a command asks for is imported, and nothing else. The file registers its name,
+by `stepdistill.register_method` and its like. The files of a folder are modules of one package: `from ..shared import
+f` reads shared.py beside methods/. Nothing here imports torch.
 """
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ from types import ModuleType
 from .. import resources
 from ..errors import RequestError, first_lines
 
-REGISTERS = {"methods": "register_method", "families": "register_family", "metrics": "register_metric", "data": "register_data"}
-PACKAGE = "stepdistill_plugins_"           # and the first digits of the folder's hash: a folder that has changed is read anew
+REGISTERS = {"methods": "register_method", "families": "register_family", "metrics": "register_metric",
+             "data": "register_data"}
+# and the first digits of the folder's hash: a folder that has changed is read anew
+PACKAGE = "stepdistill_plugins_"
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,17 @@ class Folder:
         """RequestError for what is no folder of plugins."""
         path = resources.locate(name)
         if path is None or not path.is_dir():
-            raise RequestError(f"there is no folder of plugins {name} (looked in {Path.cwd()}): put it back, or name where it lies now")
-        files = sorted(file for file in path.rglob("*.py") if not any(part.startswith(".") for part in file.relative_to(path).parts))
+            raise RequestError(f"there is no folder of plugins {name} (looked in {Path.cwd()}): put it back, or "
+                               "name where it lies now")
+        files = sorted(file for file in path.rglob("*.py")
+                       if not any(part.startswith(".") for part in file.relative_to(path).parts))
         if not any(file.parent == path / kind for file in files for kind in REGISTERS):
-            raise RequestError(f"{name} holds no plugins: expected a file for each name, such as {name}/methods/mine.py, in "
-                               f"{', '.join(REGISTERS)}")
+            raise RequestError(f"{name} holds no plugins: expected a file for each name, such as "
+                               f"{name}/methods/mine.py, in {', '.join(REGISTERS)}")
         digest = hashlib.sha256()
         for file in files:
-            digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0"
+                          + hashlib.sha256(file.read_bytes()).digest())
         return cls(path, digest.hexdigest())
 
     def file(self, kind: str, name: str) -> Path | None:
@@ -83,8 +89,8 @@ class Folder:
 def load(kind: str, name: str, table: Mapping[str, object], folder: Folder | None = None) -> None:
     """Has a plugin register `name` in the table of its kind; does nothing for a name that no plugin has.
 
-    RequestError, with file and line, for one that cannot be imported; for one that registers another name; and where the
-    folder has a file for a name that is there already, which is never replaced.
+    RequestError, with file and line, for one that cannot be imported; for one that registers another name; and where
+    the folder has a file for a name that is there already, which is never replaced.
     """
     file = None if folder is None else folder.file(kind, name)
     known = BROUGHT.get((kind, name))
@@ -123,26 +129,31 @@ def mark_of(kind: str, name: str) -> str | None:
 
 def _must_be_free(name: str, file: Path, table: Mapping[str, object], known: Brought | None, mark: str) -> None:
     if known is None and name in table:
-        raise RequestError(f"{file}: {name} is there already, and is not replaced: give the file, and what it registers, another name")
+        raise RequestError(f"{file}: {name} is there already, and is not replaced: give the file, and what it "
+                           "registers, another name")
     if known is not None and known.place != str(file) and known.mark != mark:
-        raise RequestError(f"{file}: {name} was read from {known.place} in this process already: give it another name, or begin anew")
+        raise RequestError(f"{file}: {name} was read from {known.place} in this process already: give it another "
+                           "name, or begin anew")
 
 
 def _must_be_there(kind: str, name: str, place: str, table: Mapping[str, object]) -> None:
     if name not in table:
-        raise RequestError(f"{place}: registers no {name!r}; it should call stepdistill.{REGISTERS[kind]}({name!r}, ...)")
+        raise RequestError(f"{place}: registers no {name!r}; it should call "
+                           f"stepdistill.{REGISTERS[kind]}({name!r}, ...)")
 
 
 def _import(read: Callable[[], object], place: str, within: Path | None = None) -> None:
     try:
         read()
     except (Exception, SystemExit) as error:
-        said = str(error) if isinstance(error, RequestError) else f"cannot be imported: {type(error).__name__}: {first_lines(error)}"
+        said = (str(error) if isinstance(error, RequestError) else f"cannot be imported: {type(error).__name__}: "
+                f"{first_lines(error)}")
         raise RequestError(f"{_line(error, within) or place}: {said}") from error
 
 
 def _line(error: BaseException, within: Path | None) -> str | None:
-    """FILE:LINE of the plugin's own that an error came from: of a folder's files the last one, of a package the first."""
+    """FILE:LINE of the plugin's own that an error came from: of a folder's files the last one, of a package the
+    first."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)

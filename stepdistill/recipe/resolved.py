@@ -17,7 +17,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     plain = _of_stage(recipe)
     if recipe.previous is None:
         return plain
-    return plain | {"stages": [{"teacher": "previous" if stage.taught_by_previous else "base"} | _changes(plain, _of_stage(stage))
+    return plain | {"stages": [{"teacher": "previous" if stage.taught_by_previous else "base"}
+                               | _changes(plain, _of_stage(stage))
                                for stage in recipe.stages]}
 
 
@@ -34,7 +35,8 @@ def _of_stage(recipe: Recipe) -> dict[str, Any]:
         plain["student"] = {"from": resources.portable(recipe.student.begins_with), "lora": given}
     elif plain["student"] != "full":
         del plain["student"]["begins_with"]
-    paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"), (plain["evaluate"], "features")]
+    paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"),
+             (plain["evaluate"], "features")]
     paths += [] if plain["discriminator"] is None else [(plain["discriminator"], "network")]
     paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"]) if table is not None
               for name in ("prompts", "path") if name in table]

@@ -40,7 +40,8 @@ def staged(source: Source) -> list[tuple[str, Source]]:
         for one in _each(source, at, table):
             found.append((_teacher(source, at, one, not found), _merged(source, at, one)))
             if len(found) > MOST:
-                raise RequestError(f"{source.where(at)}: stages are more than {MOST}, a list of steps being one for each: halving 1,024 steps takes 10")
+                raise RequestError(f"{source.where(at)}: stages are more than {MOST}, a list of steps being one "
+                                   "for each: halving 1,024 steps takes 10")
     return found
 
 

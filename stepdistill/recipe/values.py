@@ -15,7 +15,8 @@ def under(name: str) -> Callable[[Any], Any]:
 
 def read_resolution(value: Any) -> int | tuple[int, int]:
     sides = value if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= SIDE for side in sides):
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= SIDE
+                                  for side in sides):
         raise ValueError(f"should be pixels, of a side at most {SIDE}: 768, or [height, width] such as [832, 1216]")
     return tuple(sides) if isinstance(value, list | tuple) else value
 
@@ -27,7 +28,8 @@ def read_guidance(value: Any) -> float | tuple[float, float]:
     if not all(map(math.isfinite, scales)):
         raise ValueError("should be a finite number, or a range of two")
     if min(scales) < 1 or max(scales) > SCALE or list(scales) != sorted(scales):
-        raise ValueError(f"should be scales of at least 1 (1 is no guidance) and at most {SCALE}, a range from low to high")
+        raise ValueError(f"should be scales of at least 1 (1 is no guidance) and at most {SCALE}, a range from "
+                         "low to high")
     return (float(scales[0]), float(scales[1])) if len(scales) == 2 else float(scales[0])
 
 

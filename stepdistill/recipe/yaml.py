@@ -18,10 +18,13 @@ from ..errors import RequestError
 
 EntryPath = tuple[str | int, ...]          # an entry's place in the recipe: ("train", "lr")
 SET = "--set "
-LENGTH, MARKS, DEPTH, MERGES = 131_072, 5_000, 64, 100     # of a recipe at most: characters, marks of YAML, brackets within each other, <<
-ROOM = 0.9                                 # of those for what is given: the resolved recipe, with all defaults, is read again
+# of a recipe at most: characters, marks of YAML, brackets within each other, <<
+LENGTH, MARKS, DEPTH, MERGES = 131_072, 5_000, 64, 100
+# of those for what is given: the resolved recipe, with all defaults, is read again
+ROOM = 0.9
 _MARKS, _BRACKETS, _MERGE = re.compile(r"[,:\[\]{}?&*!|>-]"), re.compile(r"[\[\]{}]"), re.compile(r"<<\s*:")
-SHORT: dict[EntryPath, str] = {("teacher",): "base", ("plugins",): "folder"}      # tables that may be written as a text -> the entry that the text is
+# tables that may be written as a text -> the entry that the text is
+SHORT: dict[EntryPath, str] = {("teacher",): "base", ("plugins",): "folder"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Source:
         return cls("recipe", unwrapped(values), {})
 
     def overridden(self, overrides: Mapping[str, Any], names: Mapping[EntryPath, str]) -> Source:
-        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's. names: as of `renamed`."""
+        """Each entry of `overrides` ("train.lr": 1e-3, or "train": {"lr": 1e-3}) put over the file's. names: as of
+        `renamed`."""
         entries = [(_renamed(path, names), value) for path, value in leaves(overrides)]
         return self.changed(entries, lambda path: f"{SET}{'.'.join(path)}")
 
@@ -103,8 +107,8 @@ class Source:
             value, place = found.values[old[0]], found.where(old)
             table = found.values.get(new[0])
             if value is not None and isinstance(table, dict) and table.get(new[1]) not in (None, value):
-                raise RequestError(f"{place}: {old[0]} is {value!r}, and {'.'.join(new)}, where it belongs now, is {table[new[1]]!r}: "
-                                   "leave one of them out")
+                raise RequestError(f"{place}: {old[0]} is {value!r}, and {'.'.join(new)}, where it belongs now, "
+                                   f"is {table[new[1]]!r}: leave one of them out")
             rest = Source(found.name, {key: inner for key, inner in found.values.items() if key != old[0]},
                           {path: said for path, said in found.places.items() if path != old})
             found = rest if value is None else rest.changed([(new, value)], {new: place}.__getitem__)
@@ -114,12 +118,15 @@ class Source:
         """Itself. RequestError for whole numbers that nothing can count to, and for more than could be read again."""
         for path, value in entries(self.values):
             if isinstance(value, int) and abs(value) >= 2**63:
-                found = f"{str(value)[:20]}..., a number of {len(str(abs(value)))} digits" if value.bit_length() < 10_000 else "a number of thousands of digits"
-                raise RequestError(f"{self.where(path)}: {'.'.join(map(str, path))} is {found}; it should be below {2**63}")
+                found = (f"{str(value)[:20]}..., a number of {len(str(abs(value)))} digits"
+                         if value.bit_length() < 10_000 else "a number of thousands of digits")
+                raise RequestError(f"{self.where(path)}: {'.'.join(map(str, path))} is {found}; it should be "
+                                   f"below {2**63}")
         text = json.dumps(self.values, ensure_ascii=False, default=str)
         if (marks := len(_MARKS.findall(text))) > ROOM * MARKS or len(text) > ROOM * LENGTH:
-            raise RequestError(f"{self.name}: the recipe has {len(text):,} characters with {marks:,} commas, dashes, colons and the like, and at most "
-                               f"{ROOM * LENGTH:,.0f} with {ROOM * MARKS:,.0f} can be: put long lists of prompts into a .txt file, one a line")
+            raise RequestError(f"{self.name}: the recipe has {len(text):,} characters with {marks:,} commas, dashes, "
+                               f"colons and the like, and at most {ROOM * LENGTH:,.0f} with {ROOM * MARKS:,.0f} "
+                               "can be: put long lists of prompts into a .txt file, one a line")
         return self
 
     def was_set(self, path: EntryPath) -> bool:
@@ -175,44 +182,50 @@ def parse_set(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def read(text: str) -> Any:
-    """YAML of plain values. YAMLError for what is none, ValueError for tags, for what is no plain value, and for more or deeper than a
-    recipe is: reading takes time for every mark, and for nested ones the square of it."""
+    """YAML of plain values. YAMLError for what is none, ValueError for tags, for what is no plain value, and for more
+    or deeper than a recipe is: reading takes time for every mark, and for nested ones the square of it."""
     depth = deepest = 0
     for bracket in _BRACKETS.findall(text):
         depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
         deepest = max(deepest, depth)
     if deepest > DEPTH:
-        raise ValueError(f"it is nested too deeply: {deepest:,} brackets stand within each other, and at most {DEPTH} may")
+        raise ValueError(f"it is nested too deeply: {deepest:,} brackets stand within each other, and at most "
+                         f"{DEPTH} may")
     marks = len(_MARKS.findall(text))
     if marks > MARKS or len(text) > LENGTH:
-        raise ValueError(f"it has {len(text):,} characters with {marks:,} commas, dashes, colons, brackets and the like, and a recipe has at most "
-                         f"{LENGTH:,} with {MARKS:,}: long lists of prompts belong into a .txt file, one a line")
+        raise ValueError(f"it has {len(text):,} characters with {marks:,} commas, dashes, colons, brackets and "
+                         f"the like, and a recipe has at most {LENGTH:,} with {MARKS:,}: long lists of prompts "
+                         "belong into a .txt file, one a line")
     if (merges := len(_MERGE.findall(text))) > MERGES:
-        raise ValueError(f"it takes tables into tables {merges} times (<<), and a recipe does so at most {MERGES} times")
+        raise ValueError(f"it takes tables into tables {merges} times (<<), and a recipe does so at most "
+                         f"{MERGES} times")
     try:
         tree = YAML().load(text)
         _count(tree, {})
     except RecursionError:
         raise ValueError("it is nested too deeply, or an entry stands within itself") from None
-    except (AttributeError, TypeError, KeyError, IndexError, AssertionError, NotImplementedError) as error:     # ruamel.yaml on odd marks
+    # ruamel.yaml on odd marks
+    except (AttributeError, TypeError, KeyError, IndexError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"its marks stand where none can be ({type(error).__name__})") from None
     return tree
 
 
 def _count(node: Any, known: dict[int, int]) -> int:
-    """How many values a tree holds once anchors are written out. ValueError for too many, and for what is no plain value."""
+    """How many values a tree holds once anchors are written out. ValueError for too many, and for what is no plain
+    value."""
     if id(node) in known:
         return known[id(node)]
     if isinstance(node, CommentedMap | CommentedSeq):
         if node.tag.value is not None:
-            raise ValueError(f"it has the tag {str(node.tag.value)[:80]}: a recipe is made of plain values, which have none")
+            raise ValueError(f"it has the tag {str(node.tag.value)[:80]}: a recipe is made of plain values, "
+                             "which have none")
         inner = node.values() if isinstance(node, CommentedMap) else node
         found = 1 + sum(_count(value, known) for value in inner)
     elif node is None or isinstance(node, bool | int | float | str):
         return 1
     else:
-        raise ValueError(f"it has a {type(node).__name__} ({str(node)[:80]}): a recipe is made of tables, lists, texts and numbers; write "
-                         "a text in quotes")
+        raise ValueError(f"it has a {type(node).__name__} ({str(node)[:80]}): a recipe is made of tables, lists, "
+                         "texts and numbers; write a text in quotes")
     if found > MARKS:
         raise ValueError(f"its anchors stand for more than {MARKS:,} values: write out what is meant")
     known[id(node)] = found

@@ -56,8 +56,8 @@ def check_memory(recipe: Recipe, peak: float, card: torch._C._CudaDeviceProperti
 
 @dataclass(frozen=True)
 class Fit:
-    """How a training is made to fit. switches: entry -> value, those that it takes, or all where none of them is enough;
-    peak: the forecast with them, in bytes."""
+    """How a training is made to fit. switches: entry -> value, those that it takes, or all where none of them is
+    enough; peak: the forecast with them, in bytes."""
 
     switches: dict[str, str]
     peak: float
@@ -65,7 +65,8 @@ class Fit:
 
 
 def fit(recipe: Recipe, peak: float, memory: float) -> Fit:
-    """The first switches, cheapest first, with which the forecast is at most `memory` bytes. peak: the forecast without."""
+    """The first switches, cheapest first, with which the forecast is at most `memory` bytes. peak: the forecast
+    without."""
     tried: dict[str, str] = {}
     if peak <= memory:
         return Fit(tried, peak, True)
@@ -105,4 +106,5 @@ def switches(recipe: Recipe) -> Iterator[tuple[str, object, Recipe]]:
 def advice(recipe: Recipe) -> str:
     """A sentence for a training that ran out of memory."""
     left = [f"{name}: {value}" for name, value, _ in switches(recipe)]
-    return f"What helps, cheapest first: {', '.join(left)}." if left else "Every switch is on already: take a larger card or a smaller teacher."
+    return (f"What helps, cheapest first: {', '.join(left)}." if left else "Every switch is on already: take a "
+            "larger card or a smaller teacher.")

@@ -78,7 +78,8 @@ def check(recipe: Recipe) -> Checked:
         raise recipe.refuse("train.optimizer", "is adamw8bit, which wants bitsandbytes, and that is not installed: "
                             "pip install stepdistill[bitsandbytes], or take adamw")
     if "wandb" in recipe.train.trackers and find_spec("wandb") is None:
-        raise recipe.refuse("train.trackers", "names wandb, which is not installed: pip install stepdistill[wandb], or take tensorboard")
+        raise recipe.refuse("train.trackers", "names wandb, which is not installed: pip install stepdistill[wandb], "
+                            "or take tensorboard")
     if recipe.previous is not None:
         _check_succession(recipe, needs, roles)
     return Checked(settings, needs, roles)
@@ -105,7 +106,8 @@ def configured(recipe: Recipe, needs: Mapping[str, Need]) -> dict[str, Setting]:
         roles["discriminator"] = _places(recipe, needs)
         if recipe.discriminator.lr is not None and _weightless(needs):
             raise recipe.refuse("discriminator.lr", f"is {recipe.discriminator.lr:g}, but the discriminator of "
-                                f"{recipe.method} is the mean of its critic's features, and has no weights: leave it out")
+                                f"{recipe.method} is the mean of its critic's features, and has no weights: "
+                                "leave it out")
     return roles
 
 
@@ -117,11 +119,11 @@ def _weightless(needs: Mapping[str, Need]) -> bool:
 
 def _check_fsdp(recipe: Recipe, roles: Mapping[str, Setting]) -> None:
     if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
-        raise recipe.refuse("train.fsdp", f"is on, which shards a frozen base, but the {full[0]} trains all its weights: "
-                            f"let it be a LoRA, such as {full[0]}: {{lora: {{rank: 32}}}}")
+        raise recipe.refuse("train.fsdp", f"is on, which shards a frozen base, but the {full[0]} trains all "
+                            f"its weights: let it be a LoRA, such as {full[0]}: {{lora: {{rank: 32}}}}")
     if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are taken of whole networks, and "
-                            "train.fsdp shards the base: leave it out, and `stepdistill bench` the run")
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are taken of whole "
+                            "networks, and train.fsdp shards the base: leave it out, and `stepdistill bench` the run")
 
 
 def found(name: str) -> str:
@@ -131,11 +133,13 @@ def found(name: str) -> str:
 
 
 def reference_source(recipe: Recipe) -> ReferenceSource:
-    """What a training's figures are measured against. RequestError, with the recipe's line, for what could not be measured."""
+    """What a training's figures are measured against. RequestError, with the recipe's line, for what could not be
+    measured."""
     choices = recipe.evaluate
     with recipe.blaming("evaluate.reference", f"is {choices.reference}, which nothing can be measured against"):
         source = load_source(found(choices.reference), choices.samples)
-        return admitted(choices.samples, None if source.captioned else ["of the data"], [found(choices.features)], found(choices.reference))
+        return admitted(choices.samples, None if source.captioned else ["of the data"], [found(choices.features)],
+                        found(choices.reference))
 
 
 def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
@@ -248,17 +252,20 @@ def check_attention(recipe: Recipe, backend: str, device: torch.device) -> None:
 
 
 def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) -> None:
-    """RequestError for a role with an embedding of a scale or an exit on a network that reads its guidance scale by itself, `within`."""
+    """RequestError for a role with an embedding of a scale or an exit on a network that reads its guidance scale by
+    itself, `within`."""
     if not within:
         return
     for name, scale in vars(recipe.method_settings()).items():
         if name in ("critic_training_guidance", "critic_guidance") and scale is not None and scale < 1:
-            raise recipe.refuse(f"settings.{name}", f"is {scale:g}, but the teacher's network reads its guidance scale by "
-                                "itself, and so does a critic on it, which reads the prompt at any: let it be at least 1")
+            raise recipe.refuse(f"settings.{name}", f"is {scale:g}, but the teacher's network reads its "
+                                "guidance scale by itself, and so does a critic on it, which reads the prompt at "
+                                "any: let it be at least 1")
     named = [name for name, need in needs.items() if isinstance(need, Trained) and "w" in need.reads]
     if named:
-        raise recipe.refuse("settings", f"give {' and '.join(named)} an embedding, but the teacher's network reads its guidance scale by "
-                            "itself, and so does a student of it: let guidance_embedding and exit_embedding be false")
+        raise recipe.refuse("settings", f"give {' and '.join(named)} an embedding, but the teacher's network reads "
+                            "its guidance scale by itself, and so does a student of it: let guidance_embedding "
+                            "and exit_embedding be false")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -313,8 +320,8 @@ def _check_landings(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     """A student that reads where to land is no teacher, which nobody tells it, and no start of one that does not."""
     before = recipe.previous
     if "r" in needs_of(before)["student"].reads and (recipe.taught_by_previous or "r" not in needs["student"].reads):
-        raise recipe.refuse("method", f"is {recipe.method} after {before.method}, whose student reads where its steps land: "
-                            f"only {before.method} can go on with it, taught by the base")
+        raise recipe.refuse("method", f"is {recipe.method} after {before.method}, whose student reads where its "
+                            f"steps land: only {before.method} can go on with it, taught by the base")
 
 
 def _check_kept_form(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[str, Setting]) -> None:

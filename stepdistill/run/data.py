@@ -51,7 +51,8 @@ def captions(run: Run) -> Captions:
 def _opened(run: Run) -> Captions:
     data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
     if data.kind == "images" and is_outside(run.recipe, "data.images", data.images):
-        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher), seed, data.count)
+        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher),
+                             seed, data.count)
         return Uncaptioned(source) if reads == "nothing" else source
     if data.kind == "images":
         return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
@@ -60,7 +61,8 @@ def _opened(run: Run) -> Captions:
         return open_source(named, plugins.mark_of("data", named), None, seed, None)
     if (named == "none") != (reads == "nothing"):
         right = f"reads {reads}: name some" if named == "none" else "reads neither texts nor classes: let it be none"
-        raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None), f"is {named}, but the teacher {right}")
+        raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None),
+                                f"is {named}, but the teacher {right}")
     return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
@@ -69,7 +71,8 @@ def dataset(run: Run, report: Report = silent) -> Dataset:
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
     if data.kind == "images":
         images = captions(run)
-        return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images, encoders, cache)
+        return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images,
+                                                              encoders, cache)
     if data.kind == "prompts":
         return prompts_only(captions(run), encoders, cache)
     if data.kind == "pairs":

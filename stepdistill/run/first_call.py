@@ -1,6 +1,7 @@
 """Before the first update: one stock call of the base, as the student will be called, against our sampler.
 
-What the stock pipeline cannot call, or calls otherwise than we think, shows here and not at the export, after the training.
+What the stock pipeline cannot call, or calls otherwise than we think, shows here and not at the export, after the
+training.
 """
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ STEPS = 2
 
 
 def check_first_call(run: Run) -> float | None:
-    """The largest difference of a pixel in [0, 1] between the teacher's stock pipeline, called as the student will be, and our
-    sampler, for one prompt; None for what has no pipeline. The call takes 2 steps, or as many as are served; its network is the
-    base, which an untrained student is.
+    """The largest difference of a pixel in [0, 1] between the teacher's stock pipeline, called as the student will be,
+    and our sampler, for one prompt; None for what has no pipeline. The call takes 2 steps, or as many as are served;
+    its network is the base, which an untrained student is.
 
-    RequestError where the pipeline refuses the call, or differs by more than 1e-4 in float32. In 16 bits the limit is three times
-    what another attention kernel changes, and at least 2^-5.
+    RequestError where the pipeline refuses the call, or differs by more than 1e-4 in float32. In 16 bits the limit is
+    three times what another attention kernel changes, and at least 2^-5.
     """
     if run.teacher.loaded is None:
         return None
@@ -48,16 +49,17 @@ def check_first_call(run: Run) -> float | None:
             limit = max(COARSE, 3 * (again - ours).abs().max().item())
     difference = (theirs - ours).abs().max().item()
     if not difference <= limit:
-        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)}, called with {call}, differs from our "
-                                f"sampler by {difference:.2e} on [0, 1] pixels, where {limit:.1e} is allowed: a student would not "
-                                "leave as it was trained. Nothing was trained")
+        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)}, called with "
+                                f"{call}, differs from our sampler by {difference:.2e} on [0, 1] pixels, where "
+                                f"{limit:.1e} is allowed: a student would not leave as it was trained. Nothing "
+                                "was trained")
     return difference
 
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """Inside, a card's float32 products keep all their digits. TensorFloat-32, which torch's convolutions use unless told otherwise,
-    keeps ten bits: there a difference in the last place of an input is one of 1e-3 in the output."""
+    """Inside, a card's float32 products keep all their digits. TensorFloat-32, which torch's convolutions use unless
+    told otherwise, keeps ten bits: there a difference in the last place of an input is one of 1e-3 in the output."""
     places = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     for place in places:
@@ -89,9 +91,10 @@ def _theirs(run: Run, stock: StockCall, call: Mapping[str, Any], prompt: list[st
         pipe.scheduler = stock_scheduler(stock.scheduler, stock.config, run.teacher.scheduler)
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            return pictures(pipe, run.teacher.family.prompts, prompt, generator=torch.Generator().manual_seed(SEED), **call)
+            return pictures(pipe, run.teacher.family.prompts, prompt, generator=torch.Generator().manual_seed(SEED),
+                            **call)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
-        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)} cannot be called with {call}: "
-                                f"{first_lines(error)}. Nothing was trained") from error
+        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)} cannot be called "
+                                f"with {call}: {first_lines(error)}. Nothing was trained") from error
     finally:
         pipe.scheduler = own

@@ -31,7 +31,8 @@ from .resuming import CHANGES, RECIPE, STAGES, resumed
 from .telling import FILE as LOG
 
 ENVIRONMENT, RESULTS, SAMPLES = "environment.json", "results.json", "samples"
-BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "signals.jsonl", "signals.png", "tensorboard", "wandb", "wandb.id",
+BEGUN = (RECIPE, ENVIRONMENT, "metrics.jsonl", "timings.jsonl", "evaluations.jsonl", "signals.jsonl", "signals.png",
+         "tensorboard", "wandb", "wandb.id",
          SAMPLES, "checkpoints", STAGES, CHANGES,
          LOG, LOCK)
 """What a run writes before its first checkpoint."""
@@ -39,14 +40,16 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 
 
 def place(recipe: Recipe, out: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Recipe, bool]:
-    """(the folder of a run: `out`, or runs/<recipe>-<time>; the recipe to train; whether to go on with what lies there).
+    """(the folder of a run: `out`, or runs/<recipe>-<time>; the recipe to train; whether to go on with what lies
+    there).
 
-    resume: go on with the run there; "auto": if there is one. RequestError where the folder holds what must not be touched.
-    Nothing is written yet. Every rank gets the same answer.
+    resume: go on with the run there; "auto": if there is one. RequestError where the folder holds what must not be
+    touched. Nothing is written yet. Every rank gets the same answer.
     """
     if out is None:
         if resume:
-            raise RequestError("--resume goes on with a run: say which by --out, such as --out runs/lcm-20260101-120000")
+            raise RequestError("--resume goes on with a run: say which by --out, such as --out "
+                               "runs/lcm-20260101-120000")
         now = int(parallel.gather(torch.tensor([int(time.time())]))[0])
         return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}", recipe, False
     run = Path(out)
@@ -87,8 +90,8 @@ def _may_resume(run: Path, recipe: Recipe) -> Recipe:
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """Holds the folder of a run, and clears what killed writes left there. On several ranks the first one holds it for all;
-    RequestError on all where another process does."""
+    """Holds the folder of a run, and clears what killed writes left there. On several ranks the first one holds it for
+    all; RequestError on all where another process does."""
     refused: RequestError | None = None
     with ExitStack() as stack:
         if parallel.rank() == 0:
@@ -113,7 +116,8 @@ def stage_folders(recipe: Recipe, run: Path) -> list[Path]:
 def finished(run: Path, recipe: Recipe) -> bool:
     """Whether a stage is trained to its end, and shown."""
     folder = checkpoints.latest(run)
-    return folder is not None and checkpoints.step_of(folder) == recipe.train.updates and picture_of(run, recipe.train.updates).is_file()
+    return (folder is not None and checkpoints.step_of(folder) == recipe.train.updates
+            and picture_of(run, recipe.train.updates).is_file())
 
 
 def picture_of(run: Path, step: int) -> Path:
@@ -122,8 +126,8 @@ def picture_of(run: Path, step: int) -> Path:
 
 
 def begin(run: Path, recipe: Recipe, device: torch.device) -> None:
-    """Writes what a run starts from: the resolved recipe, and the machine. Whatever a run before it wrote, that came to no
-    checkpoint, goes. The recipe comes last: with it the folder is a run."""
+    """Writes what a run starts from: the resolved recipe, and the machine. Whatever a run before it wrote, that came to
+    no checkpoint, goes. The recipe comes last: with it the folder is a run."""
     parallel.barrier()                    # every rank has found the folder to be free
     if parallel.rank() == 0:
         for name in BEGUN[:-1]:                                    # its recipe first
@@ -147,7 +151,8 @@ def pinned(recipe: Recipe) -> Recipe:
 
 def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": [redacted(argument) for argument in sys.argv],
+    return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": [redacted(argument) for argument in sys.argv],
             "python": platform.python_version(), "platform": platform.platform(), "device": f"{device.type}: {name}",
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": parallel.world_size(),
             "packages": {"stepdistill": __version__} | {name: version(name) for name in PACKAGES}} | (
@@ -157,7 +162,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def moment(device: torch.device) -> dict[str, Any]:
     """Where and when something is measured."""
     here = environment(device)
-    return {"date": here["started"], "device": here["device"], "threads": here["threads"], "command": here["command"], "versions": here["packages"]}
+    return {"date": here["started"], "device": here["device"], "threads": here["threads"], "command": here["command"],
+            "versions": here["packages"]}
 
 
 def resumption(run: Path) -> str:
@@ -183,16 +189,17 @@ def results_of(run: Path) -> dict[str, Any] | None:
 
 
 def state_of(run: Path, role: str, step: int | None = None) -> tuple[Path, dict[str, Tensor]]:
-    """(the newest checkpoint whose file of a role is whole, that role's state). Those that are damaged are named in a warning.
-    step: that of a checkpoint that is asked for.
+    """(the newest checkpoint whose file of a role is whole, that role's state). Those that are damaged are named in a
+    warning. step: that of a checkpoint that is asked for.
 
     RequestError where there is none.
     """
     if step is not None:
         kept = {checkpoints.step_of(place): place for place in checkpoints.found(run)}
         if step not in kept:
-            raise RequestError(f"{run} has no checkpoint of step {step}; it has those of {', '.join(map(str, sorted(kept))) or 'none'} "
-                               "(train.checkpoint_every and train.keep say which are kept)")
+            raise RequestError(f"{run} has no checkpoint of step {step}; it has those of "
+                               f"{', '.join(map(str, sorted(kept))) or 'none'} (train.checkpoint_every and train.keep "
+                               "say which are kept)")
         return kept[step], checkpoints.load_role(kept[step], role)
     found = checkpoints.newest(run, lambda folder: checkpoints.load_role(folder, role))
     if found is None:

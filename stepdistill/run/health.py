@@ -30,14 +30,17 @@ from .telling import log
 
 PICTURE = "signals.png"
 SLOWER = 10                                            # what rates are divided by on the way back
-PROMPTS, LEAST, MOST, NUMBERS = 4, 8, 128, 4096        # of a probe: prompts, samples at least and at most, and numbers in all
+# of a probe: prompts, samples at least and at most, and numbers in all
+PROMPTS, LEAST, MOST, NUMBERS = 4, 8, 128, 4096
 
 
 def attend(run: Run, trainer: Trainer) -> None:
-    """Gives a training its doctor, if the recipe wants one, and if it is long enough for what takes several looks to find."""
+    """Gives a training its doctor, if the recipe wants one, and if it is long enough for what takes several looks to
+    find."""
     train = run.recipe.train
     if train.doctor != "off" and train.updates >= PATIENCE * train.doctor_every:
-        doctor = Doctor(trainer, patient(run), Orders(train.doctor_every, train.doctor, bands_of(run.recipe.method), facts(run.recipe), not train.fsdp))
+        doctor = Doctor(trainer, patient(run), Orders(train.doctor_every, train.doctor, bands_of(run.recipe.method),
+                                                      facts(run.recipe), not train.fsdp))
         trainer.hear(doctor, doctor.start)
 
 
@@ -49,7 +52,8 @@ def patient(run: Run) -> Patient:
     cond = run.teacher.encode([text for text in texts for _ in range(each)])
     noise = _noise(run, each, len(texts))
     student = lambda noise, cond: student_samples(run, noise, cond, "student")
-    teacher: Callable[[float], Callable[[], Tensor]] = lambda w: _in_pieces(lambda noise, cond: base_samples(run, noise, cond, w), noise, cond, size)
+    teacher: Callable[[float], Callable[[], Tensor]] = lambda w: _in_pieces(
+        lambda noise, cond: base_samples(run, noise, cond, w), noise, cond, size)
     critic, critic_cond = run.method.denoiser, cond
     if critic is not None and "w" in run.roles.reads["critic"]:
         critic_cond = with_scale(cond, float(run.method.sampler.nfe))            # the last exit, which is the sample
@@ -57,16 +61,20 @@ def patient(run: Run) -> Patient:
     return Patient(
         prompts=len(texts), noise=noise("start"), cond=cond, sample=_in_pieces(student, noise, cond, size),
         teacher=teacher(run.guidance), plain=teacher(1.0) if run.guidance > 1 else None,
-        base=Pieces(guided(run.roles.base, run.guidance), size), frozen=[p for p in run.teacher.network.parameters() if id(p) not in trained],
+        base=Pieces(guided(run.roles.base, run.guidance), size),
+        frozen=[p for p in run.teacher.network.parameters() if id(p) not in trained],
         critic=None if critic is None else Pieces(critic, size), critic_cond=critic_cond,
         heads=list(run.roles["discriminator"].heads.values()) if "discriminator" in run.roles else [])
 
 
-def _in_pieces(draw: Callable[[Callable[[str], Tensor], Condition], Tensor], noise: Callable[[str], Tensor], cond: Condition,
+def _in_pieces(draw: Callable[[Callable[[str], Tensor], Condition], Tensor], noise: Callable[[str], Tensor],
+               cond: Condition,
                size: int) -> Callable[[], Tensor]:
-    """All samples of a probe, no more at a time than a micro-batch of the training holds: the doctor needs no memory that it does not."""
+    """All samples of a probe, no more at a time than a micro-batch of the training holds: the doctor needs no memory
+    that it does not."""
     parts = [slice(first, first + size) for first in range(0, len(cond), size)]
-    return torch.no_grad()(lambda: torch.cat([draw(lambda name, part=part: noise(name)[part], cond[part]) for part in parts]))
+    return torch.no_grad()(lambda: torch.cat([draw(lambda name, part=part: noise(name)[part], cond[part])
+                                              for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Pieces:
 
 def _noise(run: Run, each: int, prompts: int) -> Callable[[str], Tensor]:
     """The same noises for every prompt."""
-    return lambda name: noises(run, "doctor", name, torch.arange(each)).repeat(prompts, *[1] * len(run.teacher.latent_shape))
+    return lambda name: noises(run, "doctor", name, torch.arange(each)).repeat(prompts,
+                                                                               *[1] * len(run.teacher.latent_shape))
 
 
 def note(place: Path, step: int, recipe: Recipe, says: str) -> None:
@@ -98,20 +107,25 @@ def note(place: Path, step: int, recipe: Recipe, says: str) -> None:
 
 
 def go_back(whole: Recipe, place: Path, run: Path, finding: Finding, left: int) -> Recipe:
-    """Puts the checkpoints of a stage aside that its sickness may have reached, and lowers the rates of the recipe, whose training can
-    then go on from the last one before, or from the beginning. left: how often that may be done yet. Stopped where it may not."""
+    """Puts the checkpoints of a stage aside that its sickness may have reached, and lowers the rates of the recipe,
+    whose training can then go on from the last one before, or from the beginning. left: how often that may be done yet.
+    Stopped where it may not."""
     if not left:
-        raise Stopped(f"stopped, as train.doctor asks: {finding.words} It has gone back often enough, each time to smaller rates.")
+        raise Stopped(f"stopped, as train.doctor asks: {finding.words} It has gone back often enough, each time "
+                      "to smaller rates.")
     sick = [saved for saved in checkpoints.found(place) if checkpoints.step_of(saved) >= finding.since]
     healthy = next((saved for saved in checkpoints.found(place) if checkpoints.step_of(saved) < finding.since), None)
     parallel.barrier()
     for saved in sick if parallel.rank() == 0 else ():
         put_aside(saved, "sick")
     parallel.barrier()
-    rates = {"train.lr": whole.train.lr} | {f"{name}.lr": choice.lr for name, choice in (("critic", whole.critic), ("discriminator", whole.discriminator))
+    rates = {"train.lr": whole.train.lr} | {f"{name}.lr": choice.lr
+                                            for name, choice in (("critic", whole.critic),
+                                                                 ("discriminator", whole.discriminator))
                                             if choice is not None and choice.lr is not None}
     lowered = {entry: rate / SLOWER for entry, rate in rates.items()}
-    log.warning(f"back to {healthy or 'the beginning'}, with {', '.join(f'{entry} {rate:g}' for entry, rate in lowered.items())}: {finding.words}")
+    log.warning(f"back to {healthy or 'the beginning'}, with "
+                f"{', '.join(f'{entry} {rate:g}' for entry, rate in lowered.items())}: {finding.words}")
     recipe = Recipe.load(whole.resolved(), lowered)
     write_down(run, recipe)
     return recipe
@@ -121,10 +135,12 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     """What an advice names."""
     low = recipe.guidance if isinstance(recipe.guidance, int | float) else max(recipe.guidance)
     known = {"updates": recipe.train.updates, "guidance": float(low), "train.lr": recipe.train.lr}
-    own = {f"{name}.lr": choice.lr for name, choice in (("critic", recipe.critic), ("discriminator", recipe.discriminator))
+    own = {f"{name}.lr": choice.lr for name, choice in (("critic", recipe.critic),
+                                                        ("discriminator", recipe.discriminator))
            if choice is not None and choice.lr is not None}
     settings = asdict(recipe.method_settings())
-    return known | own | {f"settings.{name}": settings[name] for name in ("critic_steps", "gan_weight") if name in settings}
+    return known | own | {f"settings.{name}": settings[name] for name in ("critic_steps", "gan_weight")
+                          if name in settings}
 
 
 @dataclass(frozen=True)
@@ -141,14 +157,16 @@ class Health:
     @property
     def words(self) -> str:
         verdict = [finding.words for finding in self.now] or ["healthy: every signal is in its band"]
-        before = [f"before, until step {finding.found:,}: {finding.name} (since step {finding.since:,}): {finding.says}" for finding in self.was]
+        before = [f"before, until step {finding.found:,}: {finding.name} (since step {finding.since:,}): "
+                  f"{finding.says}" for finding in self.was]
         seen = [] if self.picture is None else [f"its signals: {self.picture}"]
         return "\n".join([f"{self.folder}, step {self.step:,}", *verdict, *before, *seen])
 
     @property
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"folder": str(self.folder), "step": self.step, "healthy": not self.now, "now": [asdict(finding) for finding in self.now],
+        return {"folder": str(self.folder), "step": self.step, "healthy": not self.now,
+                "now": [asdict(finding) for finding in self.now],
                 "was": [asdict(finding) for finding in self.was], "signals": dict(self.signals),
                 "picture": None if self.picture is None else str(self.picture)}
 
@@ -159,10 +177,12 @@ def health(run: Path) -> list[Health]:
     RequestError for what is no run, and for one that no doctor has looked at.
     """
     recipe = folder.recipe_of(run)
-    pairs = [(stage, place) for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True) if (place / SIGNALS).is_file()]
+    pairs = [(stage, place) for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True)
+             if (place / SIGNALS).is_file()]
     if not pairs:
-        raise RequestError(f"{run} holds no {SIGNALS}: its training has not begun, train.doctor is off, or the run is shorter than {PATIENCE} looks; "
-                           "--set train.doctor=warn and train.doctor_every have it looked at from its next step on")
+        raise RequestError(f"{run} holds no {SIGNALS}: its training has not begun, train.doctor is off, or the "
+                           f"run is shorter than {PATIENCE} looks; --set train.doctor=warn and train.doctor_every "
+                           "have it looked at from its next step on")
     return [_health(stage, place) for stage, place in pairs]
 
 

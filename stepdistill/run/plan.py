@@ -36,8 +36,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     previous: Previous | None = None
     for stage in recipe.stages:
         if family(stage).no_pipeline:
-            raise stage.refuse("teacher", f"is {stage.teacher.base}, a Toy, which there is nothing to plan of: its recipes "
-                                          "train within a "
+            raise stage.refuse("teacher", f"is {stage.teacher.base}, a Toy, which there is nothing to plan of: "
+                                          "its recipes train within a "
                                "minute, by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
         run = setup(stage, META, previous=previous, attention="auto")
         found.append(_stage(run))
@@ -100,7 +100,7 @@ def _width(network: nn.Module) -> int:
     return min(parameter.dtype.itemsize for parameter in network.parameters())
 
 
-# -- disk and net ----------------------------------------------------------------------------------------------------------
+# -- disk and net ------------------------------------------------------------------------------------------------------
 
 def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
     """Bytes of checkpoints (every role and both moments), the export, and the cache, unless an earlier stage has filled

@@ -35,8 +35,8 @@ FIGURES = "evaluations.jsonl"
 
 
 class Preview:
-    """Called after every step; speaks when evaluate.every is due and after the last one. Rank 0 alone works, unless the base is sharded:
-    then all ranks take part in its passes, and rank 0 alone writes."""
+    """Called after every step; speaks when evaluate.every is due and after the last one. Rank 0 alone works, unless the
+    base is sharded: then all ranks take part in its passes, and rank 0 alone writes."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
@@ -67,14 +67,16 @@ class Preview:
 
     def _speaks(self, step: int) -> bool:
         recipe = self.run.recipe
-        return (due(step, recipe.evaluate.every) or step == recipe.train.updates) and (parallel.rank() == 0 or recipe.train.fsdp)
+        return ((due(step, recipe.evaluate.every) or step == recipe.train.updates)
+                and (parallel.rank() == 0 or recipe.train.fsdp))
 
     def picture(self, step: int) -> Path:
         return picture_of(self.folder, step)
 
     @torch.no_grad()
     def pictures(self, step: int) -> None:
-        """samples/step-000200.png: the teacher's row above the student's, from the same noise; of videos a pair of rows each."""
+        """samples/step-000200.png: the teacher's row above the student's, from the same noise; of videos a pair of rows
+        each."""
         if self.teacher is None:
             self.teacher = self.seen(base_samples(self.run, self.noise, self.cond, self.run.guidance))
         student = self.seen(student_samples(self.run, self.noise, self.cond))

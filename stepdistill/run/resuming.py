@@ -14,16 +14,18 @@ from ..recipe.yaml import Source
 from ..training import checkpoints
 
 RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
-FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers",
-        "train.doctor", "train.doctor_every", "train.gradient_checkpointing", "critic.lr", "discriminator.lr", "evaluate", "plugins.folder")
+FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep",
+        "train.log_every", "train.trackers",
+        "train.doctor", "train.doctor_every", "train.gradient_checkpointing", "critic.lr", "discriminator.lr",
+        "evaluate", "plugins.folder")
 """Entries that hold from the next step on, and of which nothing that is saved depends."""
 
 
 def resumed(run: Path, recipe: Recipe) -> Recipe:
     """The recipe to go on with: as asked, on the teacher's commit that the run was begun on.
 
-    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have. A folder of plugins may lie
-    elsewhere now, with the same files.
+    RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have. A
+    folder of plugins may lie elsewhere now, with the same files.
     """
     begun = _begun(run, recipe)
     revision = begun.teacher.revision
@@ -31,8 +33,8 @@ def resumed(run: Path, recipe: Recipe) -> Recipe:
         recipe = recipe.pinned(revision)
     changed = changes(begun, recipe)
     if fixed := [f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items() if not _is_free(key)]:
-        raise RequestError(f"{run} was begun with another recipe: {'; '.join(fixed)}. Resume with {run / RECIPE}, or begin a new run "
-                           f"with another --out. What may change on the way is {', '.join(FREE)}")
+        raise RequestError(f"{run} was begun with another recipe: {'; '.join(fixed)}. Resume with {run / RECIPE}, "
+                           f"or begin a new run with another --out. What may change on the way is {', '.join(FREE)}")
     if counts := {key: values for key, values in changed.items() if key.endswith("train.updates")}:
         _check_updates(run, begun, recipe, counts)
     return recipe
@@ -50,7 +52,8 @@ def write_down(run: Path, recipe: Recipe) -> None:
         return
     path, saved = run / CHANGES, checkpoints.latest(run)
     step = 0 if saved is None else checkpoints.step_of(saved)
-    lines = "".join(json.dumps({"step": step, "entry": key, "was": was, "now": now}) + "\n" for key, (was, now) in changed.items())
+    lines = "".join(json.dumps({"step": step, "entry": key, "was": was, "now": now}) + "\n"
+                    for key, (was, now) in changed.items())
     write_whole(path, (path.read_bytes() if path.is_file() else b"") + lines.encode())
     write_whole(run / RECIPE, recipe.dump().encode())
 
@@ -58,20 +61,23 @@ def write_down(run: Path, recipe: Recipe) -> None:
 def _begun(run: Path, recipe: Recipe) -> Recipe:
     """The recipe that a run was begun with, with its plugins where they lie now."""
     had = Source.of_file(run / RECIPE).values.get("plugins") is not None
-    return Recipe.load(run / RECIPE, {"plugins.folder": recipe.plugins.folder} if had and recipe.plugins is not None else {})
+    return Recipe.load(run / RECIPE, {"plugins.folder": recipe.plugins.folder} if had and recipe.plugins is not None
+                       else {})
 
 
 def _check_updates(run: Path, begun: Recipe, recipe: Recipe, changed: dict[str, tuple[Any, Any]]) -> None:
     was, now = begun.train.updates, recipe.train.updates
     if recipe.previous is not None:
         said = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in changed.items())
-        raise RequestError(f"{run} was begun with other updates: {said}. A stage that is done is not gone on with, so in stages they are fixed")
+        raise RequestError(f"{run} was begun with other updates: {said}. A stage that is done is not gone on with, "
+                           "so in stages they are fixed")
     if now < was:
-        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: they can be raised, and a run that is to end "
-                            "earlier is stopped with Ctrl-C")
+        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: they can be raised, and "
+                            "a run that is to end earlier is stopped with Ctrl-C")
     if recipe.train.decay == "cosine":
-        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: the learning rate falls to 0 at its last update "
-                            "(train.decay is cosine), so all updates so far would have had another; begin a new run with another --out")
+        raise recipe.refuse("train.updates", f"is {now}, and {run} was begun with {was}: the learning rate falls "
+                            "to 0 at its last update (train.decay is cosine), so all updates so far would have "
+                            "had another; begin a new run with another --out")
 
 
 def _is_free(key: str) -> bool:

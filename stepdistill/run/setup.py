@@ -48,7 +48,8 @@ class Previous:
 @dataclass(frozen=True)
 class Run:
     """A recipe with everything that it names. stock: how a stock pipeline samples the student. previous: the checksum
-    of the student that it began with. role: what samples, where that was chosen; checkpoint: where its weights were read from."""
+    of the student that it began with. role: what samples, where that was chosen; checkpoint: where its weights were
+    read from."""
 
     recipe: Recipe
     teacher: Teacher
@@ -59,7 +60,8 @@ class Run:
     previous: str | None = None
     role: str | None = None
     checkpoint: Path | None = None
-    opened: dict[str, Captions] = field(default_factory=dict, init=False, compare=False, repr=False)    # its data, looked through once
+    opened: dict[str, Captions] = field(default_factory=dict, init=False, compare=False, repr=False)
+        # its data, looked through once
 
     @property
     def sampling_role(self) -> str:
@@ -118,8 +120,8 @@ def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
 
 def _check_landings(recipe: Recipe, teacher: Teacher, sampler: Sampler) -> None:
     """RequestError for so many steps that their landings could not be folded into a stock network's weights."""
-    with recipe.blaming("steps", f"is {recipe.steps}, but the student of {recipe.method} reads where each lands, which no stock "
-                                 "pipeline says"):
+    with recipe.blaming("steps", f"is {recipe.steps}, but the student of {recipe.method} reads where each lands, "
+                                 "which no stock pipeline says"):
         selectors(teacher.sinusoids(teacher.timestep(sampler.times)))
 
 
@@ -142,8 +144,8 @@ def student_weights(recipe: Recipe, state: Mapping[str, Tensor]) -> Weights:
 
 
 def open_run(run: str | Path, step: int | None = None, weights: str | None = None) -> Run:
-    """A run with its sampling role as a checkpoint left it, in float32 on the CPU. step: of the checkpoint, the last one's
-    unless given; weights: "ema" or "student", where a run has both."""
+    """A run with its sampling role as a checkpoint left it, in float32 on the CPU. step: of the checkpoint, the last
+    one's unless given; weights: "ema" or "student", where a run has both."""
     recipe = folder.recipe_of(Path(run))
     check_weights(recipe, weights)
     opened = setup(recipe, torch.device("cpu"), torch.float32, attention="auto")
@@ -161,12 +163,14 @@ def check_weights(recipe: Recipe, weights: str | None) -> None:
     if weights not in (None, "ema", "student"):
         raise RequestError(f"--weights {weights}: there are ema and student")
     if weights == "ema" and recipe.train.ema is None:
-        raise RequestError(f"--weights ema: {recipe.name} keeps no average (train.ema is none): take student, or leave it out")
+        raise RequestError(f"--weights ema: {recipe.name} keeps no average (train.ema is none): take student, or "
+                           "leave it out")
 
 
 def train_config(recipe: Recipe) -> TrainConfig:
     """What of the recipe's `train` is the loop's; the rest is the networks'."""
-    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention", "fsdp", "doctor", "doctor_every"})
+    entries = recipe.train.model_dump(exclude={"ema", "gradient_checkpointing", "attention", "fsdp", "doctor",
+                                               "doctor_every"})
     return TrainConfig(**entries, rates=learning_rates(recipe))
 
 

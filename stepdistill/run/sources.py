@@ -32,12 +32,15 @@ def named(recipe: Recipe) -> Source:
 
 
 def located(source: Source) -> Source:
-    """With absolute paths for what lies here or ships. RequestError for a base that can only be a folder and is none."""
-    return _with_paths(replace(source, base=resources.pipeline(source.base)), lambda name: str(resources.locate(name) or name))
+    """With absolute paths for what lies here or ships. RequestError for a base that can only be a folder and is
+    none."""
+    return _with_paths(replace(source, base=resources.pipeline(source.base)),
+                       lambda name: str(resources.locate(name) or name))
 
 
 def base_of(run: Run) -> Source:
-    """What users call a run's teacher: with paths that hold from any folder, what ships by its name, and the variant that was found."""
+    """What users call a run's teacher: with paths that hold from any folder, what ships by its name, and the variant
+    that was found."""
     source = replace(named(run.recipe), variant=run.teacher.source.variant)
     return _with_paths(replace(source, base=resources.portable(source.base)), resources.portable)
 
@@ -48,14 +51,15 @@ def bring_family(pipeline: str, folder: plugins.Folder | None) -> None:
 
 
 def is_outside(recipe: Recipe, path: str, name: object) -> bool:
-    """Whether the images or prompts at this entry are a plugin's, which then is registered. RequestError for a name that is also a
-    file or a folder."""
+    """Whether the images or prompts at this entry are a plugin's, which then is registered. RequestError for a name
+    that is also a file or a folder."""
     if not isinstance(name, str) or name in data.OWN or not name.isidentifier():
         return False
     with recipe.blaming(path, f"is {name}, of a plugin"):
         plugins.load("data", name, data.SOURCES, recipe.plugged)
     if name in data.SOURCES and (found := resources.locate(name)) is not None:
-        raise recipe.refuse(path, f"is {name}, which a plugin has and {found} is too: name the file as ./{name}, or the plugin otherwise")
+        raise recipe.refuse(path, f"is {name}, which a plugin has and {found} is too: name the file as ./{name}, "
+                            "or the plugin otherwise")
     return name in data.SOURCES
 
 
@@ -64,7 +68,8 @@ def marked(metrics: Sequence[str], folder: plugins.Folder | None) -> dict[str, s
     for name in metrics:
         plugins.load("metrics", name, METRICS, folder)
         if name not in METRICS:
-            raise RequestError(f"the metric {name} " + unknown(name, [*METRICS, *plugins.names("metrics", folder)], "metric of a plugin"))
+            raise RequestError(f"the metric {name} " + unknown(name, [*METRICS, *plugins.names("metrics", folder)],
+                                                               "metric of a plugin"))
     return {name: plugins.mark_of("metrics", name) or "registered in this process" for name in metrics}
 
 

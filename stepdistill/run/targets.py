@@ -48,8 +48,9 @@ def open_target(name: str | Path | Source, called: str, few_step: bool = False, 
                 plugins: Folder | None = None, checkpoint: int | None = None, weights: str | None = None) -> Opened:
     """A run folder, an export folder, or a pipeline by folder, Hub id or Source. called: its name in tables.
 
-    few_step: the pipeline is a few-step generator, whoever made it. One whose scheduler is made for such is taken for one with a word.
-    plugins: where the family of a pipeline may lie; a run has its own. checkpoint, weights: of a run, as of `open_run`.
+    few_step: the pipeline is a few-step generator, whoever made it. One whose scheduler is made for such is taken for
+    one with a word. plugins: where the family of a pipeline may lie; a run has its own. checkpoint, weights: of a run,
+    as of `open_run`.
     """
     found = None if isinstance(name, Source) else resources.locate(name)
     if found is not None and is_run(found):
@@ -59,7 +60,8 @@ def open_target(name: str | Path | Source, called: str, few_step: bool = False, 
         target = replace(target, made=made, identity=fingerprint(run.checkpoint))
         return Opened(target, Source(str(found)), run.teacher.source, run.guidance)
     if checkpoint is not None or weights is not None:
-        raise RequestError(f"{name} is no run folder, and checkpoints and a choice of ema or student are a run's: leave --checkpoint and --weights out")
+        raise RequestError(f"{name} is no run folder, and checkpoints and a choice of ema or student are a run's: "
+                           "leave --checkpoint and --weights out")
     if found is not None and is_export(found):
         return _open_export(found, called, plugins)
     source = located(Source.of(name))
@@ -68,11 +70,12 @@ def open_target(name: str | Path | Source, called: str, few_step: bool = False, 
     pipeline = _pipeline(source)
     given = _given(pipeline, source)
     if not few_step and (sign := _few_step_sign(pipeline)):
-        say(f"{called} has {sign}: it is called as the few-step generator that this makes it, under its own scheduler and in {FEW} steps "
-            "unless told otherwise")
+        say(f"{called} has {sign}: it is called as the few-step generator that this makes it, under its own scheduler "
+            f"and in {FEW} steps unless told otherwise")
         few_step = True
     call = few_step_call(pipeline) if few_step else None
-    return Opened(Target(called, pipeline, call=call, given=given, guided=source.guided, identity=fingerprint(source.place),
+    return Opened(Target(called, pipeline, call=call, given=given, guided=source.guided,
+                         identity=fingerprint(source.place),
                          made=made_of(source)), source)
 
 
@@ -90,8 +93,8 @@ def made_of(source: Source, lora: str | None = None) -> dict[str, Any]:
 
 
 def _few_step_sign(pipeline: DiffusionPipeline) -> str | None:
-    """What shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring their schedulers, SD-Turbo and
-    SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none of their own."""
+    """What shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring their schedulers,
+    SD-Turbo and SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none of their own."""
     kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     if kind in FEW_STEP or kind == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing":
         return f"an {kind}" + " on trailing steps" * (kind not in FEW_STEP)
@@ -99,8 +102,8 @@ def _few_step_sign(pipeline: DiffusionPipeline) -> str | None:
 
 
 def few_step_call(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """How few-step generators are meant to be called: without classifier-free guidance; one whose network reads a scale, at its
-    pipeline's own."""
+    """How few-step generators are meant to be called: without classifier-free guidance; one whose network reads a
+    scale, at its pipeline's own."""
     reads = stock_guidance(pipeline).within or "LatentConsistency" in type(pipeline).__name__
     return {"num_inference_steps": FEW} | ({} if reads else stock_guidance(pipeline).none)
 
@@ -110,13 +113,14 @@ def student_target(run: Run, name: str) -> Target:
     network = run.roles.stock_network(run.sampling_role, run.method.sampler, run.guidance)
     pipeline = run.teacher.pipeline(network.to(run.teacher.codec.dtype), run.scheduler())
     reads = run.roles.reads[run.sampling_role]
-    return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance, fixed_steps="r" in reads,
+    return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance,
+                  fixed_steps="r" in reads,
                   made={"lora": "merged"} if run.recipe.student.lora is not None else {})
 
 
 def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> list[Target]:
-    """The pipelines that were asked for and those that students were made from, each once. Of the latter one that cannot be loaded is
-    left out, with a word."""
+    """The pipelines that were asked for and those that students were made from, each once. Of the latter one that
+    cannot be loaded is left out, with a word."""
     given = {o.source: o.target.pipeline for o in opened if o.target.call is None}
     made = dict.fromkeys(o.teacher for o in opened if o.teacher is not None and o.teacher not in given)
     pipelines = dict(given)
@@ -126,13 +130,15 @@ def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> li
         except RequestError as error:
             say(f"the teacher {source} does not stand beside its student: {error}")
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided, companion=source in made,
+    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided,
+                   companion=source in made,
                    identity=fingerprint(source.place), made=made_of(source)) for source, pipeline in pipelines.items()]
 
 
-def call_as_asked(target: Target, steps: int | None, guidance: float | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """The keyword arguments of a call of a target in so many steps and at this scale, its own where None. RequestError for what it
-    does not serve."""
+def call_as_asked(target: Target, steps: int | None, guidance: float | None,
+                  say: Callable[[str], None]) -> dict[str, Any]:
+    """The keyword arguments of a call of a target in so many steps and at this scale, its own where None. RequestError
+    for what it does not serve."""
     if target.call is None:
         call = {**target.given} | ({} if steps is None else {"num_inference_steps": steps})
         if steps is not None:
@@ -151,25 +157,30 @@ def _given(pipeline: DiffusionPipeline, source: Source) -> dict[str, Any]:
 def _must_draw(pipeline: DiffusionPipeline) -> None:
     """RequestError for a pipeline whose call takes no prompt, or something beside it that it does not do without."""
     spelled, takes = stock_prompts(pipeline), signature(pipeline.__call__).parameters
-    needs = [name for name, one in takes.items() if one.default is Parameter.empty and one.kind is not Parameter.VAR_KEYWORD and name != spelled.keyword]
-    if not {spelled.keyword, spelled.count} & takes.keys() or needs or re.search("Img2Img|Inpaint", type(pipeline).__name__):
-        lacks = f"needs {', '.join(needs)}" if needs else "needs a picture" if spelled.keyword in takes else f"takes no {spelled.keyword}"
+    needs = [name for name, one in takes.items() if one.default is Parameter.empty
+             and one.kind is not Parameter.VAR_KEYWORD and name != spelled.keyword]
+    if (not {spelled.keyword, spelled.count} & takes.keys() or needs
+        or re.search("Img2Img|Inpaint", type(pipeline).__name__)):
+        lacks = (f"needs {', '.join(needs)}" if needs else "needs a picture" if spelled.keyword in takes
+                 else f"takes no {spelled.keyword}")
         raise RequestError(f"a {type(pipeline).__name__} {lacks}: `sample` and `bench` draw pictures of prompts alone")
 
 
 @contextmanager
 def asking(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """A pipeline that no family describes may want what only its call can say, and any may have a scheduler's config that no call can
-    do with: RequestError with its words."""
+    """A pipeline that no family describes may want what only its call can say, and any may have a scheduler's config
+    that no call can do with: RequestError with its words."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         if isinstance(error, RequestError):
             raise
         if type(pipeline).__name__ in FAMILIES:
-            raise RequestError(f"a call of this {type(pipeline).__name__} under its {type(pipeline.scheduler).__name__} fails: {first_lines(error)}. Save, download or "
-                               "export it anew") from error
-        raise RequestError(f"a {type(pipeline).__name__} draws nothing of a prompt alone, as `sample` and `bench` ask it to: {first_lines(error)}") from error
+            raise RequestError(f"a call of this {type(pipeline).__name__} under its "
+                               f"{type(pipeline.scheduler).__name__} fails: {first_lines(error)}. Save, download "
+                               "or export it anew") from error
+        raise RequestError(f"a {type(pipeline).__name__} draws nothing of a prompt alone, as `sample` and `bench` "
+                           f"ask it to: {first_lines(error)}") from error
 
 
 def _open_export(folder: Path, called: str, plugins: Folder | None) -> Opened:
@@ -181,7 +192,8 @@ def _open_export(folder: Path, called: str, plugins: Folder | None) -> Opened:
     guidance = None if trained is None else middle(trained)
     target = Target(called, pipeline, settings["method"], call, identity=fingerprint(folder), trained=trained,
                     fixed_steps=settings.get("fixed_steps", False),
-                    made=made_of(Source(str(folder)), None if settings["format"] == "pipeline" else "fused") | {"teacher": made_of(teacher)})
+                    made=made_of(Source(str(folder)), None if settings["format"] == "pipeline" else "fused")
+                    | {"teacher": made_of(teacher)})
     return Opened(target, Source(str(folder)), teacher, guidance)
 
 
@@ -193,7 +205,8 @@ def _pipeline(source: Source) -> DiffusionPipeline:
     try:
         if source.is_file:
             return load_teacher(source).pipeline()
-        pipeline = fresh_pipeline(getattr(diffusers, caller(source, index)) if kind in FAMILIES else DiffusionPipeline, source)
+        pipeline = fresh_pipeline(getattr(diffusers, caller(source, index)) if kind in FAMILIES
+                                  else DiffusionPipeline, source)
     except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{source} cannot be loaded as a diffusers pipeline: {first_lines(error)}") from error
     _must_draw(pipeline)

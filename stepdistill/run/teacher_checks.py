@@ -35,8 +35,8 @@ def check_family(recipe: Recipe) -> None:
     points, (path, data) = served.samples == "points", _data(recipe)
     is_outside(recipe, path, data)
     if points and not _are_points(data):
-        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: give its own "
-                            f"folder, {recipe.teacher.base}")
+        raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: "
+                            f"give its own folder, {recipe.teacher.base}")
     if not points and _are_points(data):
         raise recipe.refuse(path, f"is {data}, a folder of Toy, whose samples are points of the plane, but the teacher "
                             f"{recipe.teacher.base} is none: give shapes, or {path.rsplit('.', 1)[-1]} of your own")
@@ -51,14 +51,15 @@ def check_family(recipe: Recipe) -> None:
 def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     """RequestError for what is made for pictures alone, where the teacher makes videos."""
     if recipe.data.kind == "images" and recipe.frames != 1:
-        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture is a video of one "
-                            "frame: let frames be 1, or take prompts, samples or pairs, which need no data of yours")
+        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture "
+                            "is a video of one frame: let frames be 1, or take prompts, samples or pairs, which "
+                            "need no data of yours")
     if recipe.evaluate.reference is not None:
-        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, and the teacher "
-                            "makes videos: leave it out")
+        raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, "
+                            "and the teacher makes videos: leave it out")
     if any(isinstance(need, Features) for need in needs.values()):
-        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but the teacher makes "
-                            "videos: ladd and dmd2 judge by the features of its own network")
+        raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but "
+                            "the teacher makes videos: ladd and dmd2 judge by the features of its own network")
 
 
 def _entry(recipe: Recipe, path: str) -> object:
@@ -93,7 +94,8 @@ def quantization(recipe: Recipe) -> str | None:
 
 
 def check_quantization(recipe: Recipe, kind: str, settings: Any, roles: Mapping[str, Setting]) -> None:
-    """RequestError for what a base of few bits cannot carry, and where its library is missing. kind: as `quantization` found it."""
+    """RequestError for what a base of few bits cannot carry, and where its library is missing. kind: as `quantization`
+    found it."""
     asked = recipe.teacher.quantization is not None
     base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
     path = "teacher.quantization" if asked else "teacher"
@@ -121,11 +123,13 @@ def check_asked(recipe: Recipe, needs: Mapping[str, Need]) -> None:
         return
     made, free = recipe.data.made, f"{recipe.method} asks no teacher"
     if recipe.guidance != 1:
-        raise recipe.refuse("guidance", f"is {recipe.guidance}, but {free} that could be guided: let it be 1, or train on pictures that a "
-                            "guided teacher made, such as data: {samples: {prompts: shapes, guidance: 3.0}, count: 4096}")
+        raise recipe.refuse("guidance", f"is {recipe.guidance}, but {free} that could be guided: let it be 1, or "
+                            "train on pictures that a guided teacher made, such as data: {samples: {prompts: shapes, "
+                            "guidance: 3.0}, count: 4096}")
     if recipe.taught_by_previous:
-        raise recipe.refuse("method", f"is {free.replace(' asks', ', which asks')}, but that of this stage is previous: leave teacher: "
-                            "previous out; the student begins with that of the stage before all the same")
+        raise recipe.refuse("method", f"is {free.replace(' asks', ', which asks')}, but that of this stage is "
+                            "previous: leave teacher: previous out; the student begins with that of the stage before "
+                            "all the same")
     if (made is None or made.guidance in (None, 1)) and (guided := source_of(recipe).guided):
         raise recipe.refuse([*guided][0], f"is given, but {free} that could read it: leave it out")
 
@@ -144,8 +148,8 @@ ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range
 
 
 def check_times(recipe: Recipe, settings: Any) -> None:
-    """RequestError for a number of steps that the method serves under no noise, and for times that no call of the teacher's
-    pipeline takes, and no scheduler makes of their number."""
+    """RequestError for a number of steps that the method serves under no noise, and for times that no call of the
+    teacher's pipeline takes, and no scheduler makes of their number."""
     if vars(settings).get("start_time") is not None:
         return _check_start(recipe, settings)
     method, refusals = load_method(recipe.method), []
@@ -159,7 +163,8 @@ def check_times(recipe: Recipe, settings: Any) -> None:
     if family(recipe).sigmas:
         return
     try:
-        stock_call(method.inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(), sigmas=False)
+        stock_call(method.inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(),
+                   sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 

@@ -35,7 +35,8 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def spoken() -> Iterator[None]:
-    """While it lasts, or the function that it decorates, rank 0 says on standard error what `log` is told, with the time where that is no terminal."""
+    """While it lasts, or the function that it decorates, rank 0 says on standard error what `log` is told, with the
+    time where that is no terminal."""
     if log.handlers:
         yield
         return

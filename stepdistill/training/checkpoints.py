@@ -53,7 +53,8 @@ def save(run_dir: Path, step: int, tensors: Tensors) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         kept = latest(run_dir)
         raise Stopped(f"the checkpoint of step {step} could not be written to {final.parent}: {error}. "
-                      f"{f'{kept.name} is kept' if kept else 'Nothing was saved before'}; make room and resume.") from error
+                      f"{f'{kept.name} is kept' if kept else 'Nothing was saved before'}; make room "
+                      "and resume.") from error
     return final
 
 
@@ -87,19 +88,22 @@ def roles_in(folder: Path) -> list[str]:
 
 
 def found(run_dir: Path) -> list[Path]:
-    """The folders that are named as checkpoints are, the greatest step first; whatever else lies there is left alone."""
-    return sorted((path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()),
+    """The folders that are named as checkpoints are, the greatest step first; whatever else lies there is left
+    alone."""
+    return sorted((path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)
+                   and path.is_dir()),
                   key=step_of, reverse=True)
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The checkpoint of the greatest step, or None. Its files are all there; that they hold what was written is checked when they
-    are read."""
+    """The checkpoint of the greatest step, or None. Its files are all there; that they hold what was written is checked
+    when they are read."""
     return next((folder for folder in found(run_dir) if _is_whole(folder)), None)
 
 
 def newest(run_dir: Path, use: Callable[[Path], T], aside: bool = False) -> tuple[Path, T] | None:
-    """(the checkpoint of the greatest step for which `use` raises no RequestError, what it made of it); None without checkpoints.
+    """(the checkpoint of the greatest step for which `use` raises no RequestError, what it made of it); None without
+    checkpoints.
 
     Those of greater steps are named in a warning and skipped; aside: and renamed, which all ranks ask for together.
     RequestError where there are checkpoints and none can be used.
@@ -145,7 +149,8 @@ def _sums(folder: Path) -> dict[str, str]:
         raise RequestError(f"the checkpoint file {path} is damaged: it is missing")
     said: records.Checksums = records.read(path, records.Checksums, "The checkpoint cannot be used")
     if said["step"] != step_of(folder):
-        raise RequestError(f"the checkpoint {folder} is not what its name says: its {CHECKSUMS} is of step {said['step']}")
+        raise RequestError(f"the checkpoint {folder} is not what its name says: its {CHECKSUMS} is of step "
+                           f"{said['step']}")
     for name in said["sha256"]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise _damaged(path, f"it lists {name}, which is no safetensors file of its folder")

@@ -1,7 +1,8 @@
-"""From signals to words: what ails a run, and what helps. A pure function of the rows of signals.jsonl, of bands and of facts.
+"""From signals to words: what ails a run, and what helps. A pure function of the rows of signals.jsonl, of bands and of
+facts.
 
-bands: signal -> (low, high) within which healthy runs stayed, and out of which they never were for long; recorded, see bands.json.
-facts: entry of the recipe -> its value, as far as an advice names it.
+bands: signal -> (low, high) within which healthy runs stayed, and out of which they never were for long; recorded, see
+bands.json. facts: entry of the recipe -> its value, as far as an advice names it.
 """
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ BANDS = Path(__file__).with_name("bands.json")
 
 @dataclass(frozen=True)
 class Finding:
-    """name: of the sickness. since: the step at which it began, found: the one at which it was known. grave: a run is not to go on so."""
+    """name: of the sickness. since: the step at which it began, found: the one at which it was known. grave: a run is
+    not to go on so."""
 
     name: str
     found: int
@@ -39,8 +41,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A signal that leaves its band on one side. says and helps: formats of value, edge and role. limit: in place of a band's edge,
-    what no healthy run has; such a rule holds from the first step on."""
+    """A signal that leaves its band on one side. says and helps: formats of value, edge and role. limit: in place of a
+    band's edge, what no healthy run has; such a rule holds from the first step on."""
 
     name: str
     signal: str
@@ -71,7 +73,8 @@ def bands_of(method: str) -> dict[str, list[float]]:
 
 
 def judge(rows: Sequence[Row], bands: Bands, facts: Facts) -> list[Finding]:
-    """What holds at the last row, the gravest first. rows: by rising steps, the first of them of step 0 or of a resumption."""
+    """What holds at the last row, the gravest first. rows: by rising steps, the first of them of step 0 or of a
+    resumption."""
     if not rows:
         return []
     if "not_finite" in rows[-1]:
@@ -92,10 +95,12 @@ def history(rows: Sequence[Row], bands: Bands, facts: Facts) -> list[Finding]:
 def _ruled(rows: Sequence[Row], bands: Bands, facts: Facts) -> Iterator[Finding]:
     young = _young(rows, facts)
     for rule in RULES:
-        for signal in [name for name in rows[-1] if name == rule.signal or rule.signal.endswith("/") and name.startswith(rule.signal)]:
+        for signal in [name for name in rows[-1] if name == rule.signal or rule.signal.endswith("/")
+                       and name.startswith(rule.signal)]:
             edge = rule.edge(bands, signal)
             seen = [row for row in rows if signal in row and (rule.limit is not None or _step(row) > young)]
-            if edge is None or len(seen) < PATIENCE or not all(rule.broken(row[signal], edge) for row in seen[-PATIENCE:]):
+            if edge is None or len(seen) < PATIENCE or not all(rule.broken(row[signal], edge)
+                                                               for row in seen[-PATIENCE:]):
                 continue
             out = next((row for row in reversed(rows) if signal in row and not rule.broken(row[signal], edge)), None)
             since = next(_step(row) for row in rows if signal in row and (out is None or _step(row) > _step(out)))
@@ -114,12 +119,13 @@ def _falling(rows: Sequence[Row], facts: Facts) -> Iterator[Finding]:
     last = values[-PATIENCE - 1:]
     if max(last[1:]) < FALLEN * best and last == sorted(last, reverse=True):
         since = next(step for step, value in reversed([*zip(map(_step, seen), values)]) if value >= FALLEN * best)
-        yield Finding("diversity falls", _step(rows[-1]), since, f"samples of one prompt are {values[-1]:.2f} as far apart as the teacher's, and were "
-                      f"{best:.2f}", diverse(facts))
+        yield Finding("diversity falls", _step(rows[-1]), since, f"samples of one prompt are {values[-1]:.2f} as "
+                      f"far apart as the teacher's, and were {best:.2f}", diverse(facts))
 
 
 def _young(rows: Sequence[Row], facts: Facts) -> float:
-    """The step until which a student is on its way into the bands; it begins with the first look, for which one that waits is not there."""
+    """The step until which a student is on its way into the bands; it begins with the first look, for which one that
+    waits is not there."""
     first = _step(rows[0])
     return first + YOUNG * (facts["updates"] - first)
 
@@ -138,7 +144,8 @@ def lower(facts: Facts, role: str) -> str:
 
 def raised(facts: Facts, role: str) -> str:
     entry = f"{role}.lr" if f"{role}.lr" in facts else "train.lr"
-    return f"raise {entry} from {facts[entry]:g}" + ("" if entry != "train.lr" else f", or give the {role} a rate of its own, {role}.lr")
+    return f"raise {entry} from {facts[entry]:g}" + ("" if entry != "train.lr" else f", or give the {role} a rate "
+                                                     f"of its own, {role}.lr")
 
 
 def quicker(facts: Facts, role: str) -> str:
@@ -168,49 +175,66 @@ def _diverse(facts: Facts, role: str) -> str:
 
 
 RULES = (
-    Rule("the teacher changes", "drift/teacher", "high", "the frozen network answers otherwise than at the start, by {value:.2g} of the deviation of its samples",
+    Rule("the teacher changes", "drift/teacher", "high", "the frozen network answers otherwise than at the start, "
+         "by {value:.2g} of the deviation of its samples",
          _same("find what writes into its weights: it is to be frozen"), limit=1e-3),
-    Rule("gradients reach the teacher", "leak/teacher", "high", "its weights are frozen and hold a gradient of norm {value:.2g}",
-         _same("call it under torch.no_grad() or on detached inputs, and leave its weights requires_grad=False"), limit=0.0),
+    Rule("gradients reach the teacher", "leak/teacher", "high", "its weights are frozen and hold a gradient of "
+         "norm {value:.2g}",
+         _same("call it under torch.no_grad() or on detached inputs, and leave its weights requires_grad=False"),
+         limit=0.0),
     Rule("overflow", "skipped/", "high", "{value:.0%} of the steps of the {role} are left out, since float16 overflows",
          _same("train.precision: bf16 or fp32, or a smaller rate"), limit=0.5),
-    Rule("wrong adapter", "unheard/student", "high", "the student's weights move by {value:.2g} of their size, and its samples not at all: what is "
-         "trained is not what is sampled", _same("look which adapter is active where the student is sampled, and which where it is trained"), limit=1e-9),
-    Rule("frozen student", "moved/student", "low", "its weights do not move", lambda facts, role: f"look whether the student's loss reaches its weights; "
+    Rule("wrong adapter", "unheard/student", "high", "the student's weights move by {value:.2g} of their size, "
+         "and its samples not at all: what is trained is not what is sampled",
+         _same("look which adapter is active where the student is sampled, and which where it is trained"), limit=1e-9),
+    Rule("frozen student", "moved/student", "low", "its weights do not move",
+         lambda facts, role: f"look whether the student's loss reaches its weights; "
          f"{raised(facts, 'student')}", limit=1e-9),
     Rule("dead discriminator", "variation/discriminator", "low", "it says the same of every sample",
          _same("begin anew with a smaller discriminator.lr: its heads are dead"), limit=1e-6),
-    Rule("dead discriminator", "moved/discriminator", "low", "its weights do not move", lambda facts, role: raised(facts, "discriminator"), limit=1e-9),
-    Rule("rate too high", "moved/", "high", "a step moves the weights of the {role} by {value:.2g} of their size, where at most {edge:.2g} is healthy", lower),
-    Rule("constant pictures", "detail/student", "low", "its pictures vary within by {value:.2f} of what the teacher's do, where {edge:.2f} is the least that "
-         "is healthy", lambda facts, role: f"{lower(facts, 'student')}, go back to a checkpoint before it"),
-    Rule("one picture for all", "diversity/student", "low", "samples of one prompt are {value:.2f} as far apart as the teacher's, where {edge:.2f} is the "
-         "least that is healthy", _diverse),
-    Rule("wrong captions", "following/student", "low", "what a prompt changes in its samples has a correlation of {value:.2f} with what it changes in the "
-         "teacher's, where {edge:.2f} is the least that is healthy", _same("look whether the captions of the data are those of their pictures, and whether "
+    Rule("dead discriminator", "moved/discriminator", "low", "its weights do not move",
+         lambda facts, role: raised(facts, "discriminator"), limit=1e-9),
+    Rule("rate too high", "moved/", "high", "a step moves the weights of the {role} by {value:.2g} of their size, "
+         "where at most {edge:.2g} is healthy", lower),
+    Rule("constant pictures", "detail/student", "low", "its pictures vary within by {value:.2f} of what the teacher's "
+         "do, where {edge:.2f} is the least that is healthy", lambda facts, role: f"{lower(facts, 'student')}, "
+         "go back to a checkpoint before it"),
+    Rule("one picture for all", "diversity/student", "low", "samples of one prompt are {value:.2f} as far apart "
+         "as the teacher's, where {edge:.2f} is the least that is healthy", _diverse),
+    Rule("wrong captions", "following/student", "low", "what a prompt changes in its samples has a correlation "
+         "of {value:.2f} with what it changes in the teacher's, where {edge:.2f} is the least that is healthy",
+         _same("look whether the captions of the data are those of their pictures, and whether "
                                                                           "the student is told its prompt")),
-    Rule("guidance too high", "saturation/teacher", "high", "{value:.0%} of the guided teacher's values lie beyond all that it gives without guidance, where "
-         "{edge:.0%} is healthy", unguided, limit=0.1),
-    Rule("guidance too high", "spread/teacher", "high", "the guided teacher's samples are {value:.2f} times as wide as without guidance", unguided, limit=2.0),
-    Rule("critic lags", "unfit/critic", "high", "a scale and a shift would take away {value:.0%} of its error at the student's samples, where at most {edge:.0%} "
-         "is healthy", quicker),
-    Rule("critic lags", "lag/critic", "high", "its error at fresh samples of the student is {value:.2f} times that at earlier ones, where at most {edge:.2f} is "
-         "healthy", quicker),
-    Rule("critic lags", "pace/critic", "low", "a step moves its weights by {value:.2g} of what it moves the student's, where {edge:.2g} is the least that is "
-         "healthy", quicker),
-    Rule("discriminator wins", "accuracy/discriminator", "high", "it tells {value:.0%} of the samples apart, where at most {edge:.0%} is healthy, and so teaches "
-         "little", lambda facts, role: lower(facts, "discriminator")),
-    Rule("saturated", "saturation/student", "high", "{value:.0%} of the student's values lie beyond all of the teacher's, where at most {edge:.0%} is healthy",
+    Rule("guidance too high", "saturation/teacher", "high", "{value:.0%} of the guided teacher's values lie beyond "
+         "all that it gives without guidance, where {edge:.0%} is healthy", unguided, limit=0.1),
+    Rule("guidance too high", "spread/teacher", "high", "the guided teacher's samples are {value:.2f} times as "
+         "wide as without guidance", unguided, limit=2.0),
+    Rule("critic lags", "unfit/critic", "high", "a scale and a shift would take away {value:.0%} of its error at "
+         "the student's samples, where at most {edge:.0%} is healthy", quicker),
+    Rule("critic lags", "lag/critic", "high", "its error at fresh samples of the student is {value:.2f} times that "
+         "at earlier ones, where at most {edge:.2f} is healthy", quicker),
+    Rule("critic lags", "pace/critic", "low", "a step moves its weights by {value:.2g} of what it moves the student's, "
+         "where {edge:.2g} is the least that is healthy", quicker),
+    Rule("discriminator wins", "accuracy/discriminator", "high", "it tells {value:.0%} of the samples apart, where "
+         "at most {edge:.0%} is healthy, and so teaches little", lambda facts, role: lower(facts, "discriminator")),
+    Rule("saturated", "saturation/student", "high", "{value:.0%} of the student's values lie beyond all of the "
+         "teacher's, where at most {edge:.0%} is healthy",
          lambda facts, role: f"{lower(facts, 'student')}, lower guidance"),
-    Rule("too wide", "spread/student", "high", "the student's samples are {value:.2f} times as wide as the teacher's, where at most {edge:.2f} is healthy",
+    Rule("too wide", "spread/student", "high", "the student's samples are {value:.2f} times as wide as the teacher's, "
+         "where at most {edge:.2f} is healthy",
          lambda facts, role: lower(facts, "student")),
-    Rule("too narrow", "spread/student", "low", "the student's samples are {value:.2f} times as wide as the teacher's, where at least {edge:.2f} is healthy", _diverse),
-    Rule("off centre", "offset/student", "high", "the student's mean lies {value:.2f} deviations from the teacher's, where at most {edge:.2f} is healthy",
+    Rule("too narrow", "spread/student", "low", "the student's samples are {value:.2f} times as wide as the teacher's, "
+         "where at least {edge:.2f} is healthy", _diverse),
+    Rule("off centre", "offset/student", "high", "the student's mean lies {value:.2f} deviations from the teacher's, "
+         "where at most {edge:.2f} is healthy",
          lambda facts, role: lower(facts, "student")),
-    Rule("terms pull apart", "angle/", "low", "the gradients of the terms of {role} have a cosine of {value:.2f}, where at least {edge:.2f} is healthy",
+    Rule("terms pull apart", "angle/", "low", "the gradients of the terms of {role} have a cosine of {value:.2f}, "
+         "where at least {edge:.2f} is healthy",
          _same("change the weights of its terms"), grave=False),
-    Rule("one term drowns the others", "share/", "high", "{role} holds {value:.0%} of the gradient, where at most {edge:.0%} is healthy",
+    Rule("one term drowns the others", "share/", "high", "{role} holds {value:.0%} of the gradient, where at most "
+         "{edge:.0%} is healthy",
          _same("lower the weight of this term"), grave=False),
-    Rule("always clipped", "clipped/", "high", "{value:.0%} of the steps of the {role} are clipped, where at most {edge:.0%} is healthy",
+    Rule("always clipped", "clipped/", "high", "{value:.0%} of the steps of the {role} are clipped, where at most "
+         "{edge:.0%} is healthy",
          lambda facts, role: f"{lower(facts, role)}, or raise train.clip", grave=False),
 )

@@ -1,8 +1,9 @@
-"""The doctor of a run: every so many steps a look at what it trains, a row of signals, and words where something is wrong.
+"""The doctor of a run: every so many steps a look at what it trains, a row of signals, and words where something is
+wrong.
 
-What the loop knows anyway (losses, gradient norms, steps that overflowed) is read off its log. The rest is taken of a small fixed
-probe: some prompts with some noises each. All draws are keyed by names of the doctor's own, so training is the same to the bit with
-it and without.
+What the loop knows anyway (losses, gradient norms, steps that overflowed) is read off its log. The rest is taken of a
+small fixed probe: some prompts with some noises each. All draws are keyed by names of the doctor's own, so training is
+the same to the bit with it and without.
 """
 from __future__ import annotations
 
@@ -50,10 +51,10 @@ class Relapse(Exception):
 
 @dataclass(frozen=True)
 class Patient:
-    """What is looked at. sample and teacher give (P M, ...) samples of the same P prompts with the same M noises; plain the
-    teacher's without guidance, None where it is not guided. noise, cond: theirs. base: the network that never changes, and frozen
-    its weights. critic: as it is asked to denoise the student's samples, None where there is none; critic_cond: what it is told.
-    heads: of the discriminator, each of which gives logits (B, ...)."""
+    """What is looked at. sample and teacher give (P M, ...) samples of the same P prompts with the same M noises; plain
+    the teacher's without guidance, None where it is not guided. noise, cond: theirs. base: the network that never
+    changes, and frozen its weights. critic: as it is asked to denoise the student's samples, None where there is none;
+    critic_cond: what it is told. heads: of the discriminator, each of which gives logits (B, ...)."""
 
     prompts: int
     noise: Tensor
@@ -70,8 +71,8 @@ class Patient:
 
 @dataclass(frozen=True)
 class Orders:
-    """every: steps from look to look. then: what is done about a finding, beside saying it. bands: signal -> its band. facts: what the
-    advice names, entry -> value. alone: rank 0 looks, which on a sharded base all do."""
+    """every: steps from look to look. then: what is done about a finding, beside saying it. bands: signal -> its band.
+    facts: what the advice names, entry -> value. alone: rank 0 looks, which on a sharded base all do."""
 
     every: int
     then: str
@@ -92,7 +93,8 @@ class Doctor:
         self.teacher = self.held = self.answer = None
         self.constant: Row = {}
         self.since = 0
-        self.begins = min((update.since for update in trainer.updates if "student" in update.trains), default=0)      # till then it waits
+        # till then it waits
+        self.begins = min((update.since for update in trainer.updates if "student" in update.trains), default=0)
 
     def start(self, done: int) -> None:
         """Before the first step: forgets the signals after `done`, and draws what all later looks are held against."""
@@ -112,7 +114,8 @@ class Doctor:
         self._watch(done)
 
     def __call__(self, step: int) -> None:
-        looked = step >= self.begins and (due(step, self.orders.every) or step in (self.begins, self.trainer.config.updates))
+        looked = step >= self.begins and (due(step, self.orders.every)
+                                          or step in (self.begins, self.trainer.config.updates))
         if self._looks():
             if looked:
                 self.look(step)
@@ -163,7 +166,8 @@ class Doctor:
         found = {}
         for role, before in self.weights.items():
             now = self._some(role)
-            found[f"moved/{role}"] = (size([p - q for p, q in zip(now, before, strict=True)]) / size(now).clamp_min(1e-12)).item()
+            found[f"moved/{role}"] = (size([p - q for p, q in zip(now, before, strict=True)])
+                                      / size(now).clamp_min(1e-12)).item()
         if "moved/critic" in found and found["moved/student"]:
             found["pace/critic"] = found["moved/critic"] / found["moved/student"]
         return found
@@ -191,10 +195,12 @@ class Doctor:
     @torch.no_grad()
     def _answer(self) -> Tensor:
         """The base's, at fixed inputs."""
-        return self.patient.base(self.patient.noise, torch.full((len(self.patient.noise),), 0.5, dtype=torch.float64), self.patient.cond).x0
+        return self.patient.base(self.patient.noise, torch.full((len(self.patient.noise),), 0.5, dtype=torch.float64),
+                                 self.patient.cond).x0
 
     def _terms(self, index: int) -> Row:
-        """Of the losses at a few samples: how their terms' gradients lie to each other, and how often the discriminator is right."""
+        """Of the losses at a few samples: how their terms' gradients lie to each other, and how often the discriminator
+        is right."""
         row: Row = {}
         for update, repeat, shared in self.trainer.due(index):
             if not repeat:
@@ -212,7 +218,8 @@ class Doctor:
             row |= signals.of_logits(logits, slopes)
         if len(terms) > 1:
             watched = [p for role in update.trains for p in self._some(role)]
-            gradients = {name: torch.autograd.grad(loss, watched, retain_graph=True, materialize_grads=True) for name, loss in terms.items()}
+            gradients = {name: torch.autograd.grad(loss, watched, retain_graph=True, materialize_grads=True)
+                         for name, loss in terms.items()}
             row |= signals.of_terms(update.name, gradients)
         return row
 
@@ -220,7 +227,8 @@ class Doctor:
         """What a loss is given: the first samples of the batch, under draws of the doctor's own."""
         config, device = self.trainer.config, self.trainer.device
         batch = head(next(self.trainer.micro_batches(index, shared)), len(self.patient.noise), device)
-        step = Step(key(config.seed, "doctor"), index, index / config.updates, update.name, 0, batch.ids, device, shared.kept[0])
+        step = Step(key(config.seed, "doctor"), index, index / config.updates, update.name, 0, batch.ids, device,
+                    shared.kept[0])
         return batch, step
 
     # -- what is done about it ---------------------------------------------------------------------------------------
@@ -255,11 +263,14 @@ class Doctor:
 
 
 def written(path: Path, row: Mapping[str, float | str]) -> dict[str, float | str]:
-    """Adds a row to signals.jsonl, and gives it as it stands there: of a signal that is not finite only that it was not."""
+    """Adds a row to signals.jsonl, and gives it as it stands there: of a signal that is not finite only that it was
+    not."""
     lost = [name for name, value in row.items() if not isinstance(value, str) and not math.isfinite(value)]
-    kept = {name: value if isinstance(value, str | int) else float(f"{value:.6g}") for name, value in row.items() if name not in lost}
+    kept = {name: value if isinstance(value, str | int) else float(f"{value:.6g}") for name, value in row.items()
+            if name not in lost}
     if lost:
-        kept |= {"not_finite": f"{', '.join(lost[:SHOWN])} of step {row['step']} {'are' if len(lost) > 1 else 'is'} not finite."}
+        kept |= {"not_finite": f"{', '.join(lost[:SHOWN])} of step {row['step']} {'are' if len(lost) > 1 else 'is'} "
+                 "not finite."}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(kept) + "\n")
     return kept
@@ -269,7 +280,8 @@ def written(path: Path, row: Mapping[str, float | str]) -> dict[str, float | str
 def heard(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Yields a list that fills with what these modules return while it lasts."""
     found: list[Tensor] = []
-    hook = register_module_forward_hook(lambda module, args, output: found.append(output) if any(module is one for one in modules) else None)
+    hook = register_module_forward_hook(lambda module, args, output: found.append(output)
+                                        if any(module is one for one in modules) else None)
     try:
         yield found
     finally:
@@ -280,7 +292,8 @@ def head(batch: Batch, count: int, device: torch.device) -> Batch:
     """Its first samples, on the device; ids and times stay on the CPU."""
     pairs = batch.pairs
     if pairs is not None:
-        pairs = replace(pairs, noise=pairs.noise[:count], nodes=pairs.nodes[:count], times=pairs.times[:count]).to(device)
+        pairs = replace(pairs, noise=pairs.noise[:count], nodes=pairs.nodes[:count],
+                        times=pairs.times[:count]).to(device)
     x0 = None if batch.x0 is None else batch.x0[:count].to(device)
     return Batch(batch.ids[:count], batch.cond[:count].to(device), x0, batch.shape, pairs)
 

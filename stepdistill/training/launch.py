@@ -16,7 +16,8 @@ from ..errors import RequestError
 
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed keeps one optimizer for the whole model, and roles are trained by one each",
-    "ACCELERATE_USE_FSDP": "accelerate's FSDP wraps one model, and roles share one base. `train.fsdp: true` in the recipe shards that base",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP wraps one model, and roles share one base. `train.fsdp: true` in "
+    "the recipe shards that base",
 }
 
 
@@ -33,7 +34,8 @@ WANDB_ID = "wandb.id"                     # in a run's folder: resumed, it is th
 
 
 def trackers(names: Sequence[str], run_dir: Path, done: int, config: Mapping[str, Any]) -> list[GeneralTracker]:
-    """Those that are asked for, started. done: steps that a resumed run has; config: what a tracker shows beside the figures."""
+    """Those that are asked for, started. done: steps that a resumed run has; config: what a tracker shows beside the
+    figures."""
     return [_MAKERS[name](run_dir, done, config) for name in names]
 
 
@@ -44,11 +46,13 @@ def _tensorboard(run_dir: Path, done: int, config: Mapping[str, Any]) -> General
 
 
 def _wandb(run_dir: Path, done: int, config: Mapping[str, Any]) -> GeneralTracker:
-    """WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline hold as ever; the project is stepdistill unless they say otherwise."""
+    """WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline hold as ever; the project is stepdistill unless they say
+    otherwise."""
     known = run_dir / WANDB_ID
     if not known.is_file():
         known.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
-    tracker = WandBTracker(os.environ.get("WANDB_PROJECT", "stepdistill"), name=run_dir.resolve().name, id=known.read_text(encoding="utf-8").strip(),
+    tracker = WandBTracker(os.environ.get("WANDB_PROJECT", "stepdistill"), name=run_dir.resolve().name,
+                           id=known.read_text(encoding="utf-8").strip(),
                            resume="allow", dir=str(run_dir), config=dict(config))
     tracker.start()
     return tracker

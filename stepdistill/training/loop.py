@@ -61,8 +61,8 @@ class Trainer:
 
     on_step: called after every training step with its number, from 1: pictures, evaluation, benchmarks. They may use
     the global random generators as they like: training draws from none. on_start: called before the first step with
-    the steps that are done: a run that was killed after it saved may owe pictures of that step. picture: where the picture of a step
-    lies, if on_step made one.
+    the steps that are done: a run that was killed after it saved may owe pictures of that step. picture: where the
+    picture of a step lies, if on_step made one.
     """
 
     def __init__(self, method: Method, roles: Roles, stream: Stream, config: TrainConfig, run_dir: Path,
@@ -111,13 +111,15 @@ class Trainer:
         except KeyboardInterrupt:                       # Ctrl-C for the second time
             raise Stopped(f"interrupted within step {self.done + 1}. {self.kept()}") from None
         except torch.OutOfMemoryError as error:
-            raise Stopped(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. {self.kept()}") from error
+            raise Stopped(f"out of memory in step {self.done + 1}: {held(self.optimizers, self.device)}. "
+                          f"{self.kept()}") from error
         except OSError as error:
             raise Stopped(f"stopped after step {self.done}: {error}. {self.kept()}") from error
         except RuntimeError as error:
             if not parallel.lost(error):
                 raise
-            raise Stopped(f"another process of this training has ended, within step {self.done + 1}: what it said last says why. {self.kept()}") from error
+            raise Stopped(f"another process of this training has ended, within step {self.done + 1}: what it said "
+                          f"last says why. {self.kept()}") from error
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One training step: every update that is due. Returns losses and gradient norms by name, () each."""
@@ -166,7 +168,8 @@ class Trainer:
     def micro_batches(self, index: int, shared: Shared) -> Iterator[Batch]:
         """This rank's share of an optimizer step's data."""
         rank, world, micros = parallel.rank(), parallel.world_size(), self.config.accumulate
-        return (self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, micros) for micro in range(micros))
+        return (self.stream.batch(index, shared.update, shared.repeat, rank, world, micro, micros)
+                for micro in range(micros))
 
     def apply(self, update: Update, index: int, logs: dict[str, Tensor]) -> None:
         """Steps the roles of this update, and those that follow them. In fp16 a step whose gradient overflowed is left
@@ -184,7 +187,8 @@ class Trainer:
     def backward(self, update: Update, batch: Batch, index: int, repeat: int, micro: int,
                  kept: dict[str, Any]) -> dict[str, Tensor]:
         """Adds a micro-batch's gradients, under generators that are a function of the moment: dropout is part of the
-        run. torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to come."""
+        run. torch.manual_seed would, without a GPU, keep every one of its calls, and the stack of it, for one to
+        come."""
         step = Step(self.config.seed, index, index / self.config.updates, update.name, repeat, batch.ids, self.device,
                     kept)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -198,8 +202,8 @@ class Trainer:
         return losses
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """As the recipe's precision says. It keeps no copies of weights: one made by a pass without gradients would serve the
-        student's pass too, which then had none."""
+        """As the recipe's precision says. It keeps no copies of weights: one made by a pass without gradients would
+        serve the student's pass too, which then had none."""
         dtype = DTYPES.get(self.config.precision)
         return torch.autocast(self.device.type, dtype, dtype is not None, cache_enabled=False)
 
@@ -249,7 +253,8 @@ class Trainer:
                 says = f"{name} of the {role} is not finite after step {step}, which is not saved."
                 raise Stopped(f"{says} {self.kept()} {nonfinite.advice(self.config)}", says)
         if parallel.rank() == 0:
-            kept = checkpoints.save(self.run_dir, step, {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
+            kept = checkpoints.save(self.run_dir, step,
+                                    {f"role-{role}": self.roles.state_dict(role) for role in self.saved}
                              | {f"optimizer-{role}": optimizer.state() for role, optimizer in self.optimizers.items()}
                              | ({"scales": scales(self.scalers)} if self.config.precision == "fp16" else {}))
             log.info(f"step {step:,} of {self.config.updates:,} is kept: {kept}")
@@ -258,8 +263,8 @@ class Trainer:
         parallel.barrier()
 
     def resume(self) -> None:
-        """Puts roles, optimizers and the step back to the newest checkpoint that can be used, if there is any. Those that cannot are
-        named and put aside. RequestError where none of them can."""
+        """Puts roles, optimizers and the step back to the newest checkpoint that can be used, if there is any. Those
+        that cannot are named and put aside. RequestError where none of them can."""
         taken = checkpoints.newest(self.run_dir, self.take, aside=True)
         if taken is not None:
             self.done = checkpoints.step_of(taken[0])

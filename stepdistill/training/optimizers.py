@@ -45,7 +45,8 @@ class TrainConfig:
         for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1; found {value}")
-        if min((self.lr, *self.rates.values())) <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
+        if (min((self.lr, *self.rates.values())) <= 0 or self.clip is not None and self.clip <= 0 or self.warmup < 0
+            or self.weight_decay < 0):
             raise ValueError("train.lr and train.clip must be above 0, train.warmup and train.weight_decay not below; "
                              "found "
                              f"{(self.lr, *self.rates.values())}, {self.clip}, {self.warmup}, {self.weight_decay}")
@@ -116,7 +117,8 @@ class RoleOptimizer:
                 raise ValueError(f"its optimizer's {key} belongs to none of {len(self.parameters)} parameters")
             shape = self.parameters[int(i)].shape
             if name in MOMENTS and tensor.shape != shape:
-                raise ValueError(f"its optimizer's {key} is of shape {tuple(tensor.shape)}, and its parameter of {tuple(shape)}")
+                raise ValueError(f"its optimizer's {key} is of shape {tuple(tensor.shape)}, and its parameter of "
+                                 f"{tuple(shape)}")
             if self.whole and name not in (*MOMENTS[:2], "step"):
                 raise ValueError(f"its optimizer's {key} is nothing that AdamW keeps")
         for i in {key.rpartition(".")[2] for key in tensors}:
@@ -126,7 +128,8 @@ class RoleOptimizer:
 
 
 def _flat(state: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value): bitsandbytes keeps its tensors in a table of the state, and a step that is Python's number."""
+    """(dotted name, value): bitsandbytes keeps its tensors in a table of the state, and a step that is Python's
+    number."""
     for name, value in state.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{path}{name}.")

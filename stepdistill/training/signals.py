@@ -1,7 +1,7 @@
 """What is measured of a run while it trains: pure functions of samples, of a critic and of a log.
 
-Samples x (P M, C, ...) are of P prompts in order, each with the same M noises; `like` are those that they are held against, of
-the same shape. Shares and ratios have no unit, so one band serves points, pictures and latents.
+Samples x (P M, C, ...) are of P prompts in order, each with the same M noises; `like` are those that they are held
+against, of the same shape. Shares and ratios have no unit, so one band serves points, pictures and latents.
 """
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ def diversity(x: Tensor, like: Tensor, prompts: int) -> float:
 
 
 def following(x: Tensor, like: Tensor, prompts: int) -> float | None:
-    """The correlation of what prompts change in the mean sample with what they change in `like`: 1 is right, 0 where prompts are
-    not heard, below 0 where they are taken for others. None where prompts change nothing to speak of in `like`."""
+    """The correlation of what prompts change in the mean sample with what they change in `like`: 1 is right, 0 where
+    prompts are not heard, below 0 where they are taken for others. None where prompts change nothing to speak of in
+    `like`."""
     own, theirs = _effects(x, prompts), _effects(like, prompts)
     if theirs.square().mean().sqrt() < 0.05 * _deviation(like):
         return None
@@ -74,8 +75,9 @@ def change(x: Tensor, before: Tensor, like: Tensor) -> float:
 
 
 def of_critic(critic: Role, schedule: Schedule, x: Tensor, held: Tensor | None, cond: Condition, eps: Tensor) -> Row:
-    """unfit: the share of the critic's squared error at the student's samples that the best a f + b x_t + c would take away, f its
-    x_0: an E[x_0 | x_t] leaves none. lag: its error at fresh samples over that at held ones, which it has had time to learn."""
+    """unfit: the share of the critic's squared error at the student's samples that the best a f + b x_t + c would take
+    away, f its x_0: an E[x_0 | x_t] leaves none. lag: its error at fresh samples over that at held ones, which it has
+    had time to learn."""
     unfit, lag = [], []
     for level in LEVELS:
         t = torch.full((len(x),), level, dtype=torch.float64)
@@ -84,10 +86,12 @@ def of_critic(critic: Role, schedule: Schedule, x: Tensor, held: Tensor | None, 
         error = (f - x).double().square().mean()
         if not error.isfinite():
             return {"unfit/critic": error.item()}
-        columns = torch.stack([f.double().flatten(), x_t.double().flatten(), torch.ones(f.numel(), dtype=torch.float64, device=f.device)], 1)
+        columns = torch.stack([f.double().flatten(), x_t.double().flatten(),
+                               torch.ones(f.numel(), dtype=torch.float64, device=f.device)], 1)
         # the normal equations, of three unknowns, once the columns are of one size
         columns = columns / columns.norm(dim=0).clamp_min(1e-12)
-        weights = torch.linalg.lstsq((columns.T @ columns).cpu(), (columns.T @ x.double().flatten()).cpu()[:, None], driver="gelsd").solution
+        weights = torch.linalg.lstsq((columns.T @ columns).cpu(), (columns.T @ x.double().flatten()).cpu()[:, None],
+                                     driver="gelsd").solution
         best = (x.double().flatten() - (columns @ weights.to(columns))[:, 0]).square().mean()
         unfit.append((1 - best / error.clamp_min(1e-12)).clamp(0, 1).item())
         if held is not None:
@@ -97,7 +101,8 @@ def of_critic(critic: Role, schedule: Schedule, x: Tensor, held: Tensor | None, 
 
 
 def of_terms(update: str, gradients: Mapping[str, Sequence[Tensor]]) -> Row:
-    """Of the terms of an update's loss: each one's share of the norms of their gradients, and the least cosine of two of them."""
+    """Of the terms of an update's loss: each one's share of the norms of their gradients, and the least cosine of two
+    of them."""
     flat = {name: torch.cat([g.flatten().double() for g in parts]) for name, parts in gradients.items()}
     norms = {name: g.norm().item() for name, g in flat.items()}
     whole = sum(norms.values())
@@ -106,19 +111,22 @@ def of_terms(update: str, gradients: Mapping[str, Sequence[Tensor]]) -> Row:
     names = list(flat)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:] if norms[a] and norms[b]]
     cosines = [(flat[a] @ flat[b]).item() / (norms[a] * norms[b]) for a, b in pairs]
-    return {f"share/{update}/{name}": norm / whole for name, norm in norms.items()} | ({f"angle/{update}": min(cosines)} if cosines else {})
+    return ({f"share/{update}/{name}": norm / whole for name, norm in norms.items()}
+            | ({f"angle/{update}": min(cosines)} if cosines else {}))
 
 
 def of_logits(logits: Sequence[Tensor], slopes: Sequence[Tensor]) -> Row:
-    """accuracy: the share of logits (B, ...) that are right. slopes: of the discriminator's loss in them, which is below 0 where
-    the sample is real and above where it is not, or 0 where the logit is so right that no more is asked. variation: their deviation."""
+    """accuracy: the share of logits (B, ...) that are right. slopes: of the discriminator's loss in them, which is
+    below 0 where the sample is real and above where it is not, or 0 where the logit is so right that no more is asked.
+    variation: their deviation."""
     z, slope = (torch.cat([one.reshape(len(one), -1).mean(1) for one in some]).double() for some in (logits, slopes))
-    return {"accuracy/discriminator": 1 - (z * slope > 0).double().mean().item(), "variation/discriminator": z.std().item()}
+    return {"accuracy/discriminator": 1 - (z * slope > 0).double().mean().item(),
+            "variation/discriminator": z.std().item()}
 
 
 def of_log(rows: Sequence[Mapping[str, float]], clip: float | None) -> Row:
-    """Of the steps since the last look: medians of losses and of gradient norms, the share of steps that were clipped, and that
-    were left out because float16 overflowed."""
+    """Of the steps since the last look: medians of losses and of gradient norms, the share of steps that were clipped,
+    and that were left out because float16 overflowed."""
     found: Row = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if name in row]

@@ -12,8 +12,8 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if name in dir(signal)) 
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether the process was asked to end: by Ctrl-C, SIGTERM or SIGHUP. They only raise the flag;
-    Ctrl-C for the second time stops at once. A signal that was ignored before, as nohup has it, stays so.
+    """Yields a function that says whether the process was asked to end: by Ctrl-C, SIGTERM or SIGHUP. They only raise
+    the flag; Ctrl-C for the second time stops at once. A signal that was ignored before, as nohup has it, stays so.
 
     Outside the main thread, where Python delivers no signals, the flag stays down.
     """

@@ -1,4 +1,5 @@
-"""What a run says about itself: metrics.jsonl, timings.jsonl, trackers, a progress bar, and lines where there is none."""
+"""What a run says about itself: metrics.jsonl, timings.jsonl, trackers, a progress bar, and lines where there is
+none."""
 from __future__ import annotations
 
 import json
@@ -50,7 +51,8 @@ def truncate(path: Path, step: int, schema: Any = records.Metrics) -> list[dict[
             kept.append(line)
             stay.append(row)
     if damaged:
-        log.warning("%s is damaged (%s): these rows are left out, and the file is kept as %s", path, "; ".join(damaged[:3]),
+        log.warning("%s is damaged (%s): these rows are left out, and the file is kept as %s", path,
+                    "; ".join(damaged[:3]),
                     put_aside(path).name)
     write_whole(path, b"".join(kept))
     return stay
@@ -119,7 +121,8 @@ class Tracker:
             self.drawn = time.perf_counter()
 
     def flush(self) -> tuple[int, str] | None:
-        """Writes down what has been added, up to the first value that is not finite. Returns its step and what it is."""
+        """Writes down what has been added, up to the first value that is not finite. Returns its step and what it
+        is."""
         flat = torch.stack([value.detach().float() for _, _, values in self.pending for value in values.values()])
         parallel.all_reduce_mean_([flat])
         numbers = iter(flat.tolist())
@@ -134,7 +137,8 @@ class Tracker:
         if len(finite) == len(rows):
             return None
         bad = rows[len(finite)]
-        return bad["step"], ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items() if not math.isfinite(value))
+        return bad["step"], ", ".join(f"{name} of step {bad['step']} is {value}" for name, value in bad.items()
+                                      if not math.isfinite(value))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -155,7 +159,8 @@ class Tracker:
             return
         pixels = ((read_picture(file) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)[None].numpy()
         for board in self.boards:
-            board.log_images({"samples": pixels}, step=step, **({"dataformats": "NHWC"} if board.name == "tensorboard" else {}))
+            board.log_images({"samples": pixels}, step=step,
+                             **({"dataformats": "NHWC"} if board.name == "tensorboard" else {}))
 
     def _write(self, rows: list[dict[str, float]], seconds: float) -> None:
         last, held = rows[-1], memory(self.device)

@@ -32,7 +32,8 @@ def test_the_share_of_captions_is_left_out_and_nothing_else_changes():
     for step in range(8):
         one, other = whole.batch(step, "student"), kept.batch(step, "student")
         gone = other.cond.label == -1
-        assert torch.equal(one.x0, other.x0) and torch.equal(one.cond.label[~gone], other.cond.label[~gone]) and torch.equal(one.ids, other.ids)
+        assert (torch.equal(one.x0, other.x0) and torch.equal(one.cond.label[~gone], other.cond.label[~gone])
+                and torch.equal(one.ids, other.ids))
         dropped.append(gone)
     share = torch.stack(dropped).double().mean().item()
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 8000) ** 0.5                 # four standard errors of 8,000 draws
@@ -83,14 +84,16 @@ def test_endless_pictures_are_mirrored_by_their_number():
     ids = torch.arange(2000)
     pixels = BothWays(Ramps(None)).pixels(ids)
     mirrored = pixels[:, 0, 0, 0] > 0
-    assert torch.equal(pixels.abs(), Ramps(None).pixels(ids).abs()) and abs(mirrored.double().mean().item() - 0.5) < 0.045
+    assert (torch.equal(pixels.abs(), Ramps(None).pixels(ids).abs())
+            and abs(mirrored.double().mean().item() - 0.5) < 0.045)
     assert torch.equal(BothWays(Ramps(None)).pixels(ids[700:703]), pixels[700:703])
 
 
 @pytest.mark.parametrize(("name", "entries", "message"), [
     ("shapes/lcm", {"data.flip": True}, "data.flip is on, but the captions of Shapes tell left from right"),
     ("shapes/swiftbrush", {"data.flip": True}, "data.flip is on, but data.prompts have no images of yours"),
-    ("shapes/kd", {"data.caption_dropout": 0.1}, "data.caption_dropout is 0.1, but pairs are ways that the teacher took by their captions"),
+    ("shapes/kd", {"data.caption_dropout": 0.1}, "data.caption_dropout is 0.1, but pairs are ways that the teacher "
+     "took by their captions"),
     ("shapes/lcm", {"data.caption_dropout": 1.0}, "data.caption_dropout is 1.0; it should be below 1")])
 def test_where_they_cannot_hold_they_are_refused(name, entries, message):
     with pytest.raises(RequestError, match=message):
@@ -103,7 +106,8 @@ def test_points_have_no_mirror_image(tmp_path):
 
 
 def test_a_resumed_run_leaves_out_the_same_captions(tmp_path):
-    short = {"train.updates": 3, "train.checkpoint_every": 2, "train.log_every": 1, "train.warmup": 0, "train.decay": "constant", "data.batch": 16,
+    short = {"train.updates": 3, "train.checkpoint_every": 2, "train.log_every": 1, "train.warmup": 0,
+             "train.decay": "constant", "data.batch": 16,
              "data.caption_dropout": 0.5}
     whole = stepdistill.train("toy/lcm", out=tmp_path / "whole", **short)
     half = stepdistill.train("toy/lcm", out=tmp_path / "half", **short | {"train.updates": 2})

@@ -28,7 +28,8 @@ class Maker:
         if self.fail_at in indices.tolist():
             raise KeyboardInterrupt
         self.asked += indices.tolist()
-        return {"x": indices[:, None, None] + torch.arange(6.0).reshape(2, 3) / 7, "n": indices * 2}, [f"row {i}" for i in indices.tolist()]
+        return ({"x": indices[:, None, None] + torch.arange(6.0).reshape(2, 3) / 7, "n": indices * 2},
+                [f"row {i}" for i in indices.tolist()])
 
 
 def make(root, maker=None, count=25, per_file=10, identity=(("source", 1),), **settings):
@@ -39,7 +40,8 @@ def check(store):
     indices = torch.tensor([24, 0, 9, 10, 3, 3])
     want, texts = Maker()(indices)
     assert len(store) == 25 and [store.texts[i] for i in indices] == texts
-    assert all(torch.equal(store.rows(name, indices), want[name]) for name in store.names) and set(store.names) == {"x", "n"}
+    assert (all(torch.equal(store.rows(name, indices), want[name]) for name in store.names)
+            and set(store.names) == {"x", "n"})
 
 
 def files(root):
@@ -94,7 +96,8 @@ def test_a_file_of_another_length_is_no_file_of_this_store(tmp_path, caplog):
 
 def test_every_change_leads_to_another_store(tmp_path):
     make(tmp_path)
-    for change in ({"count": 24}, {"identity": (("source", 2),)}, {"identity": (("source", 1), ("seed", 0))}, {"per_file": 11},
+    for change in ({"count": 24}, {"identity": (("source", 2),)}, {"identity": (("source", 1), ("seed", 0))},
+                   {"per_file": 11},
                    {"dtype": torch.float16}):
         maker = Maker()
         make(tmp_path, maker, **change)
@@ -127,7 +130,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 def test_progress_is_told(tmp_path):
     reports = []
     make(tmp_path, report=lambda *row: reports.append(row))
-    assert reports[0] == ("rows", 4, 25) and reports[-1] == ("rows", 25, 25) and [row[1] for row in reports] == sorted(row[1] for row in reports)
+    assert (reports[0] == ("rows", 4, 25) and reports[-1] == ("rows", 25, 25) and [row[1] for row in reports]
+            == sorted(row[1] for row in reports))
 
 
 def test_a_disk_without_room_is_refused_with_the_need(tmp_path, monkeypatch):
@@ -189,15 +193,18 @@ def test_contents_are_the_same_wherever_a_pipeline_lies(tmp_path):
     (tmp_path / "there/README.md").write_text("of no concern")
     here, there = tmp_path / "here", tmp_path / "there"
     assert contents(here) == contents(there) and fingerprint(here) != fingerprint(there)
-    for path, text in ((there / "unet/weights", b"1235"), (there / "model_index.json", b"{ }"), (there / "unet/more", b"")):
+    for path, text in ((there / "unet/weights", b"1235"), (there / "model_index.json", b"{ }"),
+                       (there / "unet/more", b"")):
         before = contents(there)
         path.write_bytes(text)
         assert contents(there) not in (before, contents(here))
-    assert contents("owner/name") == "owner/name" and contents(here / "unet/weights") != contents(there / "unet/weights")
+    assert (contents("owner/name") == "owner/name" and contents(here / "unet/weights")
+            != contents(there / "unet/weights"))
 
 
 def test_a_named_folder_says_what_it_holds(tmp_path):
-    spec = lambda count=25, source=1: Cache(tmp_path, batch=4).spec("rows", {"source": {"seed": source}}, count, ("x", "n"), 10, tmp_path / "mine")
+    spec = lambda count=25, source=1: Cache(tmp_path, batch=4).spec("rows", {"source": {"seed": source}}, count,
+                                                                    ("x", "n"), 10, tmp_path / "mine")
     assert spec().found_otherwise() == [] and spec().made() == 0
     check(Cache(tmp_path, batch=4).fill(spec(), Maker()))
     assert spec().found_otherwise() == [] and spec().made() == 25
@@ -220,10 +227,12 @@ def rewritten(path, change):
 CHANGES = {
     "a number": (lambda tensors, metadata: tensors["x"][3].zero_(), "not those that were written"),
     "a NaN": (lambda tensors, metadata: tensors["x"][3].fill_(float("nan")), "not those that were written"),
-    "a text": (lambda tensors, metadata: metadata.update(rows=metadata["rows"].replace("row 13", "row 31")), "not those that were written"),
+    "a text": (lambda tensors, metadata: metadata.update(rows=metadata["rows"].replace("row 13", "row 31")),
+               "not those that were written"),
     "another dtype": (lambda tensors, metadata: tensors.update(n=tensors["n"].int()), "not those that were written"),
     "a tensor less": (lambda tensors, metadata: tensors.pop("n"), "it holds x, and should hold n, x"),
-    "a tensor more": (lambda tensors, metadata: tensors.update(y=tensors["x"].clone()), "it holds n, x, y, and should hold n, x"),
+    "a tensor more": (lambda tensors, metadata: tensors.update(y=tensors["x"].clone()),
+                      "it holds n, x, y, and should hold n, x"),
     "no texts": (lambda tensors, metadata: metadata.pop("rows"), "should be a list"),
     "texts of another kind": (lambda tensors, metadata: metadata.update(rows='{"texts": [1]}'), "should be a text"),
 }
@@ -241,7 +250,8 @@ def test_what_changed_on_disk_is_named_and_made_again(tmp_path, caplog, name):
 
 def test_files_of_earlier_versions_are_taken_as_they_are(tmp_path):
     make(tmp_path)
-    rewritten(files(tmp_path)[1], lambda tensors, metadata: metadata.update(texts=json.dumps(json.loads(metadata.pop("rows"))["texts"])))
+    rewritten(files(tmp_path)[1],
+              lambda tensors, metadata: metadata.update(texts=json.dumps(json.loads(metadata.pop("rows"))["texts"])))
     again = Maker()
     check(make(tmp_path, again))
     assert not again.asked

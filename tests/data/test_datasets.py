@@ -40,7 +40,8 @@ def encoders():
 
 
 def same(a: Condition, b: Condition) -> bool:
-    return all(torch.equal(getattr(x, name), getattr(y, name)) for x, y in ((a, b), (a.null, b.null)) for name in ("text", "mask"))
+    return all(torch.equal(getattr(x, name), getattr(y, name)) for x, y in ((a, b), (a.null, b.null))
+               for name in ("text", "mask"))
 
 
 def test_cached_images_equal_live_ones_and_are_encoded_once(tmp_path, encoders):
@@ -59,7 +60,8 @@ def test_another_teacher_count_seed_or_size_is_another_cache(tmp_path, encoders)
     images, folders = open_images("shapes", 32, count=20), lambda: len(list(tmp_path.glob("images-*")))
     cached_images(images, encoders, Cache(tmp_path))
     for i, (changed, by) in enumerate([
-            (images, dataclasses.replace(encoders, identity="teacher-2")), (dataclasses.replace(images, count=21), encoders),
+            (images, dataclasses.replace(encoders, identity="teacher-2")),
+            (dataclasses.replace(images, count=21), encoders),
             (dataclasses.replace(images, seed=1), encoders), (dataclasses.replace(images, size=64), encoders)]):
         cached_images(changed, by, Cache(tmp_path))
         assert folders() == i + 2
@@ -135,7 +137,8 @@ def test_the_teacher_s_samples_are_made_once_from_their_numbers(tmp_path, encode
         given.update(zip(indices.tolist(), prompts))
         return indices[:, None, None, None] * torch.ones(1, 2, 4, 4)
 
-    make = lambda **made_by: teacher_samples(open_prompts(["a cat", "a dog"]), 300, generate, made_by, encoders, Cache(tmp_path))
+    make = lambda **made_by: teacher_samples(open_prompts(["a cat", "a dog"]), 300, generate, made_by, encoders,
+                                             Cache(tmp_path))
     data = make(steps=20, guidance=3.0, solver="dpmpp_2m", seed=0)
     x0, cond = data[torch.tensor([299, 4])]
     assert data.count == 300 and x0[:, 0, 0, 0].tolist() == [299, 4] and same(cond, Text()(["a dog", "a cat"]))

@@ -57,7 +57,8 @@ def test_a_folder_for_each_class(tmp_path):
     with pytest.raises(RequestError, match="a.png' has no caption"):
         open_images(tmp_path, 8)
     assert open_images(tmp_path, 8, reads="nothing").captions(ALL(4)) == [""] * 4
-    table(tmp_path, [{"file_name": name, "text": "class 9"} for name in ("0/a.png", "03/b.png", "tench/c.png", "d.png")])
+    table(tmp_path, [{"file_name": name, "text": "class 9"}
+                     for name in ("0/a.png", "03/b.png", "tench/c.png", "d.png")])
     assert open_images(tmp_path, 8, reads="classes").captions(ALL(4)) == ["class 9"] * 4
 
 
@@ -150,9 +151,11 @@ def test_tables_as_datasets_reads_them(folder, name, column):
     """A folder's own table names its pictures from there; the nearest one holds."""
     rows = {"c.webp": "one, and two"} if "/" in name else {"a.jpg": "a", "b.png": "b", "deep/c.webp": "one, and two"}
     if name.endswith("jsonl"):
-        (folder / name).write_text("\n".join(json.dumps({"file_name": each, column: [text, "another"]}) for each, text in rows.items()))
+        (folder / name).write_text("\n".join(json.dumps({"file_name": each, column: [text, "another"]})
+                                             for each, text in rows.items()))
     else:
-        (folder / name).write_text(f"file_name,{column}\n" + "".join(f'{each},"{text}"\n' for each, text in rows.items()))
+        (folder / name).write_text(f"file_name,{column}\n" + "".join(f'{each},"{text}"\n'
+                                                                     for each, text in rows.items()))
         if "/" in name:
             table(folder, [{"file_name": each, "text": each[0]} for each in ("a.jpg", "b.png", "deep/c.webp")])
     assert open_images(folder, 8).captions(ALL(3)) == ["a", "b", "one, and two"]
@@ -201,7 +204,8 @@ def test_missing_and_empty_captions_are_named(folder):
         open_images(folder, 8)
 
 
-@pytest.mark.parametrize("row", [{"file": "a.jpg", "text": "a"}, {"file_name": "z.jpg", "text": "a"}, "a.jpg", {"file_name": "a.jpg"},
+@pytest.mark.parametrize("row", [{"file": "a.jpg", "text": "a"}, {"file_name": "z.jpg", "text": "a"}, "a.jpg",
+                                 {"file_name": "a.jpg"},
                                  {"file_name": "a.jpg", "text": 3}])
 def test_bad_lines_are_numbered(folder, row):
     table(folder, [{"file_name": "b.png", "text": "b"}, row])

@@ -1,4 +1,5 @@
-"""The teacher's pairs of noise and picture: true to their solver, made once, resumed, refused where they are others'."""
+"""The teacher's pairs of noise and picture: true to their solver, made once, resumed, refused where they are
+others'."""
 from __future__ import annotations
 
 import os
@@ -95,16 +96,19 @@ def test_the_nodes_lie_on_the_solver_s_own_path(work, solver, nodes):
     torch.testing.assert_close(pairs.times, torch.linspace(1, 0, nodes + 1, dtype=torch.float64)[1:].expand(2, -1))
     for j in range(nodes):
         assert_same(pairs.nodes[:, j], solved(made, pairs, indices, (j + 1) * every))
-        if solver == "ddim":                                  # a one-step rule goes on from a node as if it had never stopped
+        # a one-step rule goes on from a node as if it had never stopped
+        if solver == "ddim":
             on = solved(made, pairs, indices, 4, (j + 1) * every, pairs.nodes[:, j])
             assert_same(on, pairs.nodes[:, -1])
 
 
 def test_pairs_end_in_the_samples_of_the_same_recipe(work, tiny_teacher):
     pairs = dataset(work())
-    table = {**RECIPE, "teacher": str(tiny_teacher), "data": {"samples": RECIPE["data"]["pairs"], "count": 5, "batch": 4}}
+    table = {**RECIPE, "teacher": str(tiny_teacher), "data": {"samples": RECIPE["data"]["pairs"], "count": 5,
+                                                              "batch": 4}}
     samples = dataset(replace(work(), recipe=Recipe.load(table)))
-    assert torch.equal(pairs[torch.arange(5)][0], samples[torch.arange(5)][0]) and samples.pairs(torch.arange(5)) is None
+    assert (torch.equal(pairs[torch.arange(5)][0], samples[torch.arange(5)][0])
+            and samples.pairs(torch.arange(5)) is None)
 
 
 def test_an_interrupted_making_goes_on_bit_for_bit(work, tmp_path):
@@ -134,7 +138,8 @@ CHANGES = {"guidance": {"data__pairs__guidance": 3.0}, "solver": {"data__pairs__
 def test_whatever_changes_the_pairs_leads_to_others_in_the_cache(work, cache):
     folders = {pairs_spec(work(**changes), Cache()).folder for changes in ({}, *CHANGES.values())}
     assert len(folders) == 1 + len(CHANGES)
-    assert pairs_spec(work(guidance=3.0, data__pairs__guidance=2.0), Cache()).folder == pairs_spec(work(), Cache()).folder
+    assert pairs_spec(work(guidance=3.0, data__pairs__guidance=2.0), Cache()).folder == pairs_spec(work(),
+                                                                                                   Cache()).folder
 
 
 def test_training_makes_the_pairs_that_are_absent(recipe, cache, tmp_path):
@@ -146,14 +151,16 @@ def test_training_makes_the_pairs_that_are_absent(recipe, cache, tmp_path):
 
 def test_a_plan_counts_the_states_that_are_kept(recipe):
     disks = [plan(recipe(data__pairs__nodes=nodes))["disk"] for nodes in (1, 4)]
-    assert disks[1] - disks[0] == 3 * 4 * 4 * 8 * 8 * 5              # states, bytes a number, channels, height, width, pairs
+    # states, bytes a number, channels, height, width, pairs
+    assert disks[1] - disks[0] == 3 * 4 * 4 * 8 * 8 * 5
 
 
-# -- a folder by its name ------------------------------------------------------------------------------------------------
+# -- a folder by its name ----------------------------------------------------------------------------------------------
 
 def test_a_named_folder_is_trained_on_and_its_pairs_are_those_of_the_cache(recipe, work, named):
     assert api.pairs(recipe(), out=named).made == 0
-    carried, cached = (dataset(work(**changes)).pairs(torch.arange(5)) for changes in ({"data__pairs__path": str(named)}, {}))
+    carried, cached = (dataset(work(**changes)).pairs(torch.arange(5))
+                       for changes in ({"data__pairs__path": str(named)}, {}))
     assert torch.equal(carried.noise, cached.noise) and torch.equal(carried.nodes, cached.nodes)
 
 
@@ -201,7 +208,8 @@ def test_a_folder_that_does_not_hold_them_all_is_not_trained_on(work, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"data__pairs__solver": "sde_ddim"}, r"data.pairs.solver is sde_ddim; pairs are made by one of ddim, .*no other noise"),
+    ({"data__pairs__solver": "sde_ddim"}, r"data.pairs.solver is sde_ddim; pairs are made by one of ddim, .*no "
+     r"other noise"),
     ({"data__pairs__solver": "dimm"}, "data.pairs.solver is dimm; pairs are made by one of ddim, euler"),
     ({"data__pairs__nodes": 3}, "data.pairs.nodes is 3, which does not divide the 4 steps"),
     ({"data__count": None}, "pairs without a count"),
@@ -218,14 +226,15 @@ def test_pairs_are_made_for_recipes_that_train_on_them(tiny_teacher):
         api.pairs({**RECIPE, "teacher": str(tiny_teacher), "data": {"images": "shapes", "batch": 4}})
 
 
-# -- batches of pairs ----------------------------------------------------------------------------------------------------
+# -- batches of pairs --------------------------------------------------------------------------------------------------
 
 def test_batches_are_slices_of_the_joined_batch(work):
     source = Stream(dataset(work(data__pairs__nodes=2)), 4, seed=3)
     whole = source.batch(2, "student")
     assert torch.equal(whole.x0, whole.pairs.nodes[:, -1]) and whole.shape == (4, 8, 8)
     for world, micros in ((1, 2), (2, 1), (2, 2)):
-        parts = [source.batch(2, "student", 0, rank, world, micro, micros) for rank in range(world) for micro in range(micros)]
+        parts = [source.batch(2, "student", 0, rank, world, micro, micros) for rank in range(world)
+                 for micro in range(micros)]
         for name in ("noise", "nodes", "times"):
             assert torch.equal(torch.cat([getattr(part.pairs, name) for part in parts]), getattr(whole.pairs, name))
         assert torch.equal(Condition.cat([part.cond for part in parts]).text, whole.cond.text)
@@ -250,7 +259,8 @@ class Imitates(Method):
 
     def loss(self, batch, step):
         pairs, student = batch.pairs, self.roles["student"]
-        starts = {"noise": (pairs.noise, torch.ones(len(batch), dtype=torch.float64)), "node": (pairs.nodes[:, 0], pairs.times[:, 0])}
+        starts = {"noise": (pairs.noise, torch.ones(len(batch), dtype=torch.float64)),
+                  "node": (pairs.nodes[:, 0], pairs.times[:, 0])}
         return {name: (student(x, t, batch.cond).x0 - batch.x0).square().mean() for name, (x, t) in starts.items()}
 
 

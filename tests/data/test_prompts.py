@@ -25,14 +25,17 @@ def test_a_file_has_one_prompt_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("name, held", [("p.csv", 'prompt,seed\n"a cat, red",1\na dog,2\n'),
-                                        ("p.jsonl", '{"caption": "a cat, red"}\n\n{"caption": ["a dog", "a hound"]}\n')])
+                                        ("p.jsonl", '{"caption": "a cat, red"}\n\n{"caption": ["a dog", "a '
+                                         'hound"]}\n')])
 def test_tables_of_prompts(tmp_path, name, held):
     (tmp_path / name).write_text(held)
     assert all_captions(open_prompts(tmp_path / name)) == ["a cat, red", "a dog"]
 
 
-@pytest.mark.parametrize("name, held, what", [("p.csv", "words\na cat\n", "line 2 of .*p.csv' has no text, caption or prompt"),
-                                              ("p.csv", "text\n", "has no prompt in it"), ("p.jsonl", "a cat\n", "line 1 of .*should be a table in JSON"),
+@pytest.mark.parametrize("name, held, what",
+                         [("p.csv", "words\na cat\n", "line 2 of .*p.csv' has no text, caption or prompt"),
+                                              ("p.csv", "text\n", "has no prompt in it"),
+                                              ("p.jsonl", "a cat\n", "line 1 of .*should be a table in JSON"),
                                               ("p.jsonl", '{"text": 3}\n', "line 1")])
 def test_bad_tables_of_prompts(tmp_path, name, held, what):
     (tmp_path / name).write_text(held)

@@ -12,7 +12,8 @@ def test_a_scene_and_its_picture_do_not_depend_on_the_batch():
     pictures = render(together)
     for i in range(len(ids)):
         alone = scenes(ids[i:i + 1], seed=3)
-        assert torch.equal(alone.attributes[0], together.attributes[i]) and torch.equal(alone.uncaptioned[0], together.uncaptioned[i])
+        assert torch.equal(alone.attributes[0], together.attributes[i]) and torch.equal(alone.uncaptioned[0],
+                                                                                        together.uncaptioned[i])
         assert torch.allclose(render(alone)[0], pictures[i], atol=1e-6)
     assert not torch.equal(scenes(ids, seed=4).attributes, together.attributes)
 
@@ -56,7 +57,8 @@ def test_other_texts_have_no_attributes(text):
 def test_the_two_objects_differ_and_every_value_occurs():
     attributes = scenes(torch.arange(50_000)).attributes
     names = list(SLOTS)
-    first, second = (attributes[:, [names.index(f"{which}_shape"), names.index(f"{which}_colour")]] for which in ("first", "second"))
+    first, second = (attributes[:, [names.index(f"{which}_shape"), names.index(f"{which}_colour")]]
+                     for which in ("first", "second"))
     assert (first != second).any(1).all()
     for column, values in enumerate(SLOTS.values()):
         shares = torch.bincount(attributes[:, column], minlength=len(values)) / len(attributes)

@@ -39,7 +39,8 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 def test_samples_of_several_shards_in_order(tmp_path):
     """The part of a name before its first point is the sample's."""
     shard(tmp_path / "b.tar", {"000.txt": b"blue", "000.seg.png": picture(BLUE)})
-    shard(tmp_path / "a.tar", {"x/1.0.png": b"", "x/000.png": picture(RED), "x/000.json": json.dumps({"caption": "red"}).encode(), "._000.png": b"no"}
+    shard(tmp_path / "a.tar", {"x/1.0.png": b"", "x/000.png": picture(RED),
+                               "x/000.json": json.dumps({"caption": "red"}).encode(), "._000.png": b"no"}
           | {"x/1.0.png": picture(BLUE), "x/1.txt": "grün".encode()})
     images = open_images(tmp_path, 8)
     assert images.captions(torch.arange(3)) == ["grün", "red", "blue"] and images.count == 3
@@ -77,4 +78,5 @@ def test_what_is_no_tar_and_too_large_a_count(tmp_path):
 def test_nothing_is_unpacked_wherever_names_lead(tmp_path):
     place = shard(tmp_path / "a.tar", {"../../out.png": picture(RED), "../../out.txt": b"red"})
     images = open_images(place, 8)
-    assert images.pixels(torch.tensor([0])).shape == (1, 3, 8, 8) and [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+    assert (images.pixels(torch.tensor([0])).shape == (1, 3, 8, 8) and [path.name for path in tmp_path.iterdir()]
+            == ["a.tar"])

@@ -68,7 +68,8 @@ def test_ranks_and_micro_batches_are_slices_of_one_joined_batch(count):
     source = stream(count)
     whole = source.batch(7, "critic", 2)
     for world, micros in ((1, 1), (2, 1), (1, 3), (2, 3), (4, 3)):
-        parts = [source.batch(7, "critic", 2, rank, world, micro, micros) for rank in range(world) for micro in range(micros)]
+        parts = [source.batch(7, "critic", 2, rank, world, micro, micros) for rank in range(world)
+                 for micro in range(micros)]
         assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
         assert torch.equal(torch.cat([part.x0 for part in parts]), whole.x0)
         assert torch.equal(Condition.cat([part.cond for part in parts]).label, whole.cond.label)

@@ -75,11 +75,13 @@ def test_a_dataset_of_the_hub_is_asked_for_by_name_and_revision(monkeypatch, tmp
 
     def given(name, **how):
         asked.update(how, name=name)
-        return datasets.Dataset.from_dict({"image": pictures(RED), "text": ["red"]}, features=datasets.Features(image=datasets.Image(),
+        return datasets.Dataset.from_dict({"image": pictures(RED), "text": ["red"]},
+                                          features=datasets.Features(image=datasets.Image(),
                                                                                                                   text=datasets.Value("string")))
     monkeypatch.setattr(datasets, "load_dataset", given)
     assert open_images("someone/pictures@abc", 8).captions(torch.tensor([0])) == ["red"]
-    assert (asked["name"], asked["revision"], asked["split"]) == ("someone/pictures", "abc", "train") and "trust_remote_code" not in asked
+    assert ((asked["name"], asked["revision"], asked["split"]) == ("someone/pictures", "abc", "train")
+            and "trust_remote_code" not in asked)
     assert not is_table(tmp_path) and not is_table("folder") and not is_table("a cat")
 
 

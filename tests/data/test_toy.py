@@ -34,7 +34,8 @@ def test_points_have_the_law_that_the_folder_tells(folder):
     assert x.mean(0).abs().max() < 0.02 and (x.flatten(1).T.cov() - torch.eye(2)).abs().max() < 0.03
     for part, weight in zip(law.components, law.weights):                  # each component by itself, at its own points
         near = (x.flatten(1).double() - part.mean.flatten()) @ torch.linalg.inv(part.covariance)
-        inside = ((near * (x.flatten(1).double() - part.mean.flatten())).sum(1) < 1.386).double().mean()     # half of its mass
+        # half of its mass
+        inside = ((near * (x.flatten(1).double() - part.mean.flatten())).sum(1) < 1.386).double().mean()
         assert inside > 0.5 * weight - 0.01
     shares = torch.zeros(2).double().index_add_(0, toy.labels, law.weights)
     assert (labels.bincount() / len(MANY) - shares).abs().max() < 0.02
@@ -55,5 +56,6 @@ def test_it_opens_as_images_and_as_prompts(folder):
 
 def test_captions_are_read_back_and_others_refused():
     assert labels_of(["class 1", "", "class 0"], 2).tolist() == [1, -1, 0]
-    with pytest.raises(RequestError, match="knows no prompt 'class 2': its prompts are class 0, class 1 and the empty one"):
+    with pytest.raises(RequestError, match="knows no prompt 'class 2': its prompts are class 0, class 1 and the "
+                       "empty one"):
         labels_of(["class 2"], 2)

@@ -1,4 +1,5 @@
-"""A network that is not a neural network, our role on it, and the loop of the stock pipelines around the same function."""
+"""A network that is not a neural network, our role on it, and the loop of the stock pipelines around the same
+function."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ def schedule_of(scheduler) -> Schedule:
     return VariancePreserving.of(scheduler.alphas_cumprod) if "beta_start" in scheduler.config else RectifiedFlow()
 
 
-def stock_loop(scheduler, noise: Tensor, generator: torch.Generator | None = None, eta: float | None = None, **grid) -> Tensor:
+def stock_loop(scheduler, noise: Tensor, generator: torch.Generator | None = None, eta: float | None = None,
+               **grid) -> Tensor:
     """What StableDiffusionPipeline and StableDiffusion3Pipeline do between prepare_latents and decode."""
     scheduler.set_timesteps(**grid)
     flow = "beta_start" not in scheduler.config

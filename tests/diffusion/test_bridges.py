@@ -47,7 +47,8 @@ def test_each_sample_goes_its_own_way(name, solver):
     role, x = setting(name)
     found = bridge(SOLVERS[solver], role, x, T, S, n=3)
     for i in range(4):
-        alone = SOLVERS[solver](role, x[i:i + 1], torch.stack([T[i], *(T[i] + (S[i] - T[i]) * j / 3 for j in (1, 2)), S[i]]))
+        alone = SOLVERS[solver](role, x[i:i + 1],
+                                torch.stack([T[i], *(T[i] + (S[i] - T[i]) * j / 3 for j in (1, 2)), S[i]]))
         assert torch.allclose(found[i:i + 1], alone, rtol=1e-10)
     assert torch.isfinite(found).all()
 
@@ -56,24 +57,28 @@ def test_each_sample_goes_its_own_way(name, solver):
 def test_sub_steps_come_to_the_flow_map_on_either_side(solver, order):
     role, x = setting("flow")
     for t, s in ((T[:2], S[:2]), (S[:2], T[:2])):
-        errors = [(bridge(SOLVERS[solver], role, x[:2], t, s, n=n) - role.flow(x[:2], t, s)).abs().max() for n in (8, 16, 32)]
+        errors = [(bridge(SOLVERS[solver], role, x[:2], t, s, n=n) - role.flow(x[:2], t, s)).abs().max()
+                  for n in (8, 16, 32)]
         assert all(a / b > 0.85 * 2**order for a, b in zip(errors, errors[1:]))
 
 
 def contraction(eta):
-    """b_1 of 48 steps, where b_t = b_s (alpha_s alpha_t C^2 + sqrt(sigma_s^2 - fresh^2) sigma_t) / v_t^2 is the fixed point of the
-    squared loss, E[f(x_s) | x_t] = m + b_t (x - alpha_t m)."""
-    role, times = Gaussian(SCHEDULES["trig"], torch.zeros(1, dtype=F64), torch.tensor([C**2], dtype=F64)), torch.linspace(1, 0, 49, dtype=F64)
+    """b_1 of 48 steps, where b_t = b_s (alpha_s alpha_t C^2 + sqrt(sigma_s^2 - fresh^2) sigma_t) / v_t^2 is the fixed
+    point of the squared loss, E[f(x_s) | x_t] = m + b_t (x - alpha_t m)."""
+    role, times = (Gaussian(SCHEDULES["trig"], torch.zeros(1, dtype=F64), torch.tensor([C**2], dtype=F64)),
+                   torch.linspace(1, 0, 49, dtype=F64))
     b = torch.ones((), dtype=F64)
     for t, s in zip(times[:-1], times[1:]):
         unit = torch.ones(1, 1, dtype=F64)
-        kept, fresh = (bridge(partial(sde_ddim, eta=eta), role, x, t[None], s[None], noise=lambda i, shape, z=z: z * torch.ones(shape, dtype=F64)).item()
+        kept, fresh = (bridge(partial(sde_ddim, eta=eta), role, x, t[None], s[None],
+                              noise=lambda i, shape, z=z: z * torch.ones(shape, dtype=F64)).item()
                        for x, z in ((unit, 0.0), (0 * unit, 1.0)))
         b = b * kept
         (a, g), (a_s, g_s) = ((role.schedule.alpha(u), role.schedule.sigma(u)) for u in (t, s))
         sigma = eta * g_s / g * (1 - (a / a_s) ** 2).sqrt()           # as alpha^2 + sigma^2 = 1
         assert fresh == pytest.approx(sigma.item(), abs=1e-12)
-        assert kept == pytest.approx(((a_s * a * C**2 + (g_s**2 - fresh**2) ** 0.5 * g) / (a**2 * C**2 + g**2)).item(), abs=1e-9)
+        assert kept == pytest.approx(((a_s * a * C**2 + (g_s**2 - fresh**2) ** 0.5 * g) / (a**2 * C**2 + g**2)).item(),
+                                     abs=1e-9)
     return b.item()
 
 

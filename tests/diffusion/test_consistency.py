@@ -13,12 +13,14 @@ from .schedules import SCHEDULES
 def test_scalings_are_the_scheduler_s():
     scheduler = LCMScheduler()
     timesteps = torch.arange(0, 1000, 3)
-    theirs = torch.tensor([scheduler.get_scalings_for_boundary_condition_discrete(t) for t in timesteps.tolist()], dtype=torch.float64)
+    theirs = torch.tensor([scheduler.get_scalings_for_boundary_condition_discrete(t) for t in timesteps.tolist()],
+                          dtype=torch.float64)
     ours = torch.stack(scalings(SCHEDULES["vp"], (timesteps + 1).double() / 1000), 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, kind", [("vp", "eps"), ("vp", "v"), ("vp", "x0"), ("vp-zero", "v"), ("flow", "velocity")])
+@pytest.mark.parametrize("name, kind", [("vp", "eps"), ("vp", "v"), ("vp", "x0"), ("vp-zero", "v"),
+                                        ("flow", "velocity")])
 def test_at_the_origin_it_is_the_state_whatever_is_predicted(name, kind):
     x, raw = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.full((5,), origin(SCHEDULES[name]), dtype=torch.float64)

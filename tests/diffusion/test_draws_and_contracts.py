@@ -42,7 +42,8 @@ def test_names_and_samples_are_independent_and_the_laws_right():
     noise, other, u = many.normal("a", (2,)), many.normal("b", (2,)), many.uniform("u")
     both = torch.cat([noise, other], 1).T
     assert torch.allclose(both.cov(), torch.eye(4), atol=0.08) and both.mean(1).abs().max() < 0.06
-    assert u.dtype == torch.float64 and u.mean().item() == pytest.approx(0.5, abs=0.02) and u.var().item() == pytest.approx(1 / 12, abs=0.005)
+    assert (u.dtype == torch.float64 and u.mean().item() == pytest.approx(0.5, abs=0.02)
+            and u.var().item() == pytest.approx(1 / 12, abs=0.005))
     assert many.integers("i", 4).bincount().tolist() == pytest.approx([1000] * 4, abs=120)
 
 
@@ -56,7 +57,8 @@ def test_passes_under_one_name_share_their_dropout_and_leave_the_generator_where
     torch.manual_seed(3)
     before, masks = torch.get_rng_state(), {}
     for label, step, name in (("one", STEP, "pair"), ("two", STEP, "pair"), ("name", STEP, "other"),
-                              ("step", replace(STEP, index=18), "pair"), ("slice", replace(STEP, ids=STEP.ids[1:]), "pair")):
+                              ("step", replace(STEP, index=18), "pair"),
+                              ("slice", replace(STEP, ids=STEP.ids[1:]), "pair")):
         torch.rand(len(masks))                                      # whatever was drawn before
         with step.same_dropout(name):
             masks[label] = torch.nn.functional.dropout(torch.ones(400), 0.5)
@@ -87,7 +89,8 @@ def test_a_number_is_the_hash_of_its_place_however_many_are_drawn():
             word = splitmix((start + (column + 1) * golden) % 2**64)
             assert found[row, column].item() == ((word >> 12) + 0.5) * 2.0**-52
     assert torch.equal(found[:, :3], fractions(seed, torch.tensor(ids), 3))
-    assert torch.equal(STEP.normal("noise", (2, 3)), torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, 6)).float().view(4, 2, 3))
+    assert torch.equal(STEP.normal("noise", (2, 3)),
+                       torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, 6)).float().view(4, 2, 3))
     large = STEP.normal("noise", (count,))
     assert torch.equal(large, torch.special.ndtri(fractions(STEP._key("noise"), STEP.ids, count)).float())
     assert fractions(seed, torch.tensor(ids)[:0], 5).shape == (0, 5)

@@ -26,7 +26,8 @@ EDM = TrigFlow(atan(SIGMA_MAX))
 def test_time_is_the_angle_up_to_the_most_noise_that_is_known():
     t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
     ratio = EDM.sigma(t) / EDM.alpha(t)
-    torch.testing.assert_close(ratio, torch.tensor([0.0, torch.tensor(atan(80) / 4).tan().item(), 80.0], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ratio, torch.tensor([0.0, torch.tensor(atan(80) / 4).tan().item(), 80.0],
+                                                   dtype=torch.float64), rtol=1e-6, atol=0)
     torch.testing.assert_close(EDM.alpha(t) ** 2 + EDM.sigma(t) ** 2, torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(EDM.time_at(EDM.angle(t)), t)
     assert EDM.time_at(torch.tensor([1.57], dtype=torch.float64)).item() == 1.0
@@ -74,7 +75,8 @@ class ByClock:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         sigma = self.schedule.angle(t).tan()
         x = x_t / like(self.schedule.alpha(t), x_t)
-        return Prediction(network(x / like((sigma**2 + DATA**2).sqrt(), x), self.clock * sigma.log()), x_t, t, self.schedule, "edm")
+        return Prediction(network(x / like((sigma**2 + DATA**2).sqrt(), x), self.clock * sigma.log()), x_t, t,
+                          self.schedule, "edm")
 
 
 def stock_loop(scheduler, noise: Tensor, seed: int, **grid) -> Tensor:
@@ -100,19 +102,24 @@ def test_consistency_models_are_sampled_as_the_stock_scheduler_does(k, config):
     scheduler, noise = CMStochasticIterativeScheduler(**config), torch.randn(2, 3, 8)
     schedule = TrigFlow(atan(scheduler.config.sigma_max))
     theirs = stock_loop(scheduler, noise, 1, num_inference_steps=k)
-    torch.testing.assert_close(ours(Sampler.of(scheduler, k, schedule), ByClock(250.0, schedule), noise, 1), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(Sampler.of(scheduler, k, schedule), ByClock(250.0, schedule), noise, 1), theirs,
+                               rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
-@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), EDMEulerScheduler(sigma_schedule="exponential"), EDMDPMSolverMultistepScheduler()])
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), EDMEulerScheduler(sigma_schedule="exponential"),
+                                       EDMDPMSolverMultistepScheduler()])
 def test_edm_is_sampled_as_the_stock_schedulers_do(k, scheduler):
     noise = torch.randn(2, 3, 8)
     theirs = stock_loop(scheduler, noise, 1, num_inference_steps=k)
-    torch.testing.assert_close(ours(Sampler.of(scheduler, k, EDM), ByClock(0.25), noise, 1), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(Sampler.of(scheduler, k, EDM), ByClock(0.25), noise, 1), theirs,
+                               rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [{}, {"clip_sample": False, "variance_type": "fixed_large"}, {"timestep_spacing": "trailing"},
-                                    {"prediction_type": "v_prediction", "timestep_spacing": "linspace", "clip_sample_range": 0.5}])
+@pytest.mark.parametrize("config", [{}, {"clip_sample": False, "variance_type": "fixed_large"},
+                                    {"timestep_spacing": "trailing"},
+                                    {"prediction_type": "v_prediction", "timestep_spacing": "linspace",
+                                     "clip_sample_range": 0.5}])
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_ddpm_is_sampled_as_the_stock_scheduler_does(k, config):
     scheduler, noise = DDPMScheduler(**config), torch.randn(2, 3, 8)
@@ -126,7 +133,7 @@ def test_ddpm_is_sampled_as_the_stock_scheduler_does(k, config):
     torch.testing.assert_close(ours(Sampler.of(scheduler, k, schedule), role, noise, 1), theirs, rtol=1e-4, atol=1e-4)
 
 
-# -- how students leave ---------------------------------------------------------------------------------------------------
+# -- how students leave ------------------------------------------------------------------------------------------------
 
 def sampler_of(inference: Inference, own) -> tuple[Sampler, dict]:
     found = stock_call(inference, EDM, own=own)
@@ -136,9 +143,11 @@ def sampler_of(inference: Inference, own) -> tuple[Sampler, dict]:
 
 @pytest.mark.parametrize("steps, nodes", [(1, None), (2, None), (4, None), (3, 50), (8, 10)])
 def test_students_of_consistency_models_are_asked_at_the_times_of_their_training(steps, nodes):
-    sampler, call = sampler_of(Inference(steps, noise=1.0, nodes=nodes), CMStochasticIterativeScheduler(num_train_timesteps=18))
+    sampler, call = sampler_of(Inference(steps, noise=1.0, nodes=nodes),
+                               CMStochasticIterativeScheduler(num_train_timesteps=18))
     count = nodes or steps
-    wanted = torch.tensor([(count - count * i // steps) / count if nodes else 1 - i / steps for i in range(steps)], dtype=torch.float64)
+    wanted = torch.tensor([(count - count * i // steps) / count if nodes else 1 - i / steps for i in range(steps)],
+                          dtype=torch.float64)
     torch.testing.assert_close(EDM.angle(sampler.times).tan().log(), EDM.angle(wanted).tan().log(), rtol=0, atol=1e-4)
     assert sampler.times[0] == 1 and sampler.start == pytest.approx(SIGMA_MAX / (SIGMA_MAX**2 + 1) ** 0.5)
     assert call["timesteps"] == sorted(call["timesteps"], reverse=True) and sampler.stochastic == (steps > 1)
@@ -148,18 +157,22 @@ def test_students_of_consistency_models_are_asked_at_the_times_of_their_training
 def test_students_of_edm_take_even_steps(steps):
     sampler, call = sampler_of(Inference(steps), EDMDPMSolverMultistepScheduler())
     torch.testing.assert_close(sampler.times, torch.tensor([1.0, 0.5][:steps], dtype=torch.float64), rtol=0, atol=1e-6)
-    torch.testing.assert_close(sampler.landings, torch.tensor([0.5, 0.0][-steps:], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sampler.landings, torch.tensor([0.5, 0.0][-steps:], dtype=torch.float64),
+                               rtol=0, atol=1e-6)
     assert sampler.start == pytest.approx(1.0) and call == {"num_inference_steps": steps, "guidance_scale": 1.0}
 
 
 @pytest.mark.parametrize("inference, own, reason", [
     (Inference(2), CMStochasticIterativeScheduler(), "adds fresh noise in each step"),
-    (Inference(2, noise=1.0), EDMEulerScheduler(), "none adds fresh noise"), (Inference(4), EDMEulerScheduler(), "where they are 1 or 2"),
-    (Inference(1, end=0.001), EDMEulerScheduler(), "end on the data"), (Inference(2), None, "no stock scheduler samples on a TrigFlow")])
+    (Inference(2, noise=1.0), EDMEulerScheduler(), "none adds fresh noise"),
+    (Inference(4), EDMEulerScheduler(), "where they are 1 or 2"),
+    (Inference(1, end=0.001), EDMEulerScheduler(), "end on the data"),
+    (Inference(2), None, "no stock scheduler samples on a TrigFlow")])
 def test_what_no_stock_scheduler_does(inference, own, reason):
     with pytest.raises(ValueError, match=reason):
         stock_call(inference, EDM, own=own)
 
 
 def test_the_least_noise_is_a_time():
-    assert EDM.angle(torch.tensor([origin(EDM)], dtype=torch.float64)).tan().log().item() == pytest.approx(log(SIGMA_MIN))
+    assert (EDM.angle(torch.tensor([origin(EDM)], dtype=torch.float64)).tan().log().item()
+            == pytest.approx(log(SIGMA_MIN)))

@@ -39,7 +39,8 @@ def test_the_score_is_the_gradient_of_the_log_density(schedule, make):
 
 
 def test_the_density_integrates_to_one_and_the_posterior_mean_is_the_integral():
-    role = GaussianMixture.of(SCHEDULES["flow"], torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [0.8]]), torch.tensor([0.2, 0.4]))
+    role = GaussianMixture.of(SCHEDULES["flow"], torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [0.8]]),
+                              torch.tensor([0.2, 0.4]))
     grid = torch.linspace(-8, 8, 20001, dtype=torch.float64)[:, None]
     step, zero = 16 / 20000, torch.zeros(20001, dtype=torch.float64)
     prior = role.log_density(grid, zero).exp()

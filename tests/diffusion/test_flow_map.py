@@ -48,7 +48,8 @@ def test_on_a_flow_the_secant_is_the_mean_velocity():
 
 
 def test_two_halves_of_progressive_distillation_agree_with_the_paper():
-    """Salimans & Ho 2022, algorithm 2: x = (z_t'' - (sigma_t'' / sigma_t) z_t) / (alpha_t'' - (sigma_t'' / sigma_t) alpha_t)."""
+    """Salimans & Ho 2022, algorithm 2: x = (z_t'' - (sigma_t'' / sigma_t) z_t) / (alpha_t'' - (sigma_t'' / sigma_t)
+    alpha_t)."""
     role, x = setting("vp")
     s, t, middle, end = role.schedule, *(torch.full((3,), v, dtype=F64) for v in (0.8, 0.6, 0.4))
     z = ddim_step(role(ddim_step(role(x, t), middle), middle), end)

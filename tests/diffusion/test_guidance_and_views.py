@@ -124,7 +124,8 @@ def test_a_role_that_is_told_its_scale_is_told_it_for_each_sample():
     for w in (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=F64)):
         guided(role, w)(x, t, cond)
     role(x, t, cond)
-    assert scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None and role.schedule is SCHEDULES["vp"]
+    assert (scales[0].tolist() == [1, 1, 1] and scales[1].tolist() == [1, 2, 3] and scales[2] is None
+            and role.schedule is SCHEDULES["vp"])
     assert with_scale(cond, 2).w.dtype == F64 and cond.w is None
     with pytest.raises(ValueError, match="goes into a condition"):
         with_scale(None, 2.0)
@@ -147,9 +148,11 @@ def capped(given, without, w):
     return without + w * (given - without).clamp(max=0.4)
 
 
-VIEWS = {"viewed": lambda role: viewed(role, SCHEDULES["flow"]), "viewed in trig": lambda role: viewed(role, SCHEDULES["trig"]),
+VIEWS = {"viewed": lambda role: viewed(role, SCHEDULES["flow"]),
+         "viewed in trig": lambda role: viewed(role, SCHEDULES["trig"]),
          "autoguided": lambda role: autoguided(role, role, 1.5)}
-WITHIN = {"self-guided": lambda role: self_guided(role, guidance_embedding=False), "self-guided, told": lambda role: self_guided(role, guidance_embedding=True)}
+WITHIN = {"self-guided": lambda role: self_guided(role, guidance_embedding=False),
+          "self-guided, told": lambda role: self_guided(role, guidance_embedding=True)}
 WRAPPERS = VIEWS | WITHIN
 
 
@@ -197,13 +200,15 @@ def test_an_interval_is_of_the_times_that_are_seen():
 
 
 def test_every_role_that_is_made_of_a_role_is_a_wrapper():
-    """So that `guided` sees what lies in it: a class of the maths or the models that holds a Role and answers as one."""
+    """So that `guided` sees what lies in it: a class of the maths or the models that holds a Role and answers as
+    one."""
     found = []
     for part in ("diffusion", "models", "methods", "losses"):
         for path in sorted((Path(guidance.__file__).parents[1] / part).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ClassDef):
-                    holds = [a for a in node.body if isinstance(a, ast.AnnAssign) and ast.unparse(a.annotation) == "Role"]
+                    holds = [a for a in node.body if isinstance(a, ast.AnnAssign)
+                             and ast.unparse(a.annotation) == "Role"]
                     calls = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__call__"]
                     bases = [ast.unparse(base) for base in node.bases]
                     if "Wrapper" in bases:

@@ -20,13 +20,15 @@ def vp(**config) -> VariancePreserving:
     return VariancePreserving.of(DDIMScheduler(**config).alphas_cumprod.double())
 
 
-NOISY = {"zero terminal SNR": zero_terminal_snr(), "rescaled": vp(beta_schedule="scaled_linear", rescale_betas_zero_snr=True),
+NOISY = {"zero terminal SNR": zero_terminal_snr(),
+         "rescaled": vp(beta_schedule="scaled_linear", rescale_betas_zero_snr=True),
          "2^-24": VariancePreserving.of(torch.cat([ALPHAS_CUMPROD[:-1], torch.tensor([2.0**-24], dtype=F64)])),
          "cosine": vp(beta_schedule="squaredcos_cap_v2"), "linear": vp(beta_schedule="linear"), "trig": TrigFlow()}
 
 
 def mixture(schedule) -> GaussianMixture:
-    return GaussianMixture.of(schedule, torch.tensor([0.4, 0.6]), torch.tensor([[-0.9], [0.7]]), torch.tensor([0.5, 0.35]))
+    return GaussianMixture.of(schedule, torch.tensor([0.4, 0.6]), torch.tensor([[-0.9], [0.7]]),
+                              torch.tensor([0.5, 0.35]))
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in (*STOCHASTIC, "addim", "ddim", "euler")])

@@ -1,4 +1,5 @@
-"""The student's own states: those of its sampler, with the gradient of one prediction, on Gaussian data in closed form."""
+"""The student's own states: those of its sampler, with the gradient of one prediction, on Gaussian data in closed
+form."""
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -27,7 +28,8 @@ class Exact(Step):
 
 
 def setting(name: str, noise: float = 0.0) -> tuple[Gaussian, Sampler, Exact, torch.Tensor]:
-    role = Gaussian(SCHEDULES[name], torch.zeros(2, dtype=F64), torch.full((2,), C**2, dtype=F64), "v" if name == "vp" else "velocity")
+    role = Gaussian(SCHEDULES[name], torch.zeros(2, dtype=F64), torch.full((2,), C**2, dtype=F64), "v" if name == "vp"
+                    else "velocity")
     sampler = sampler_of(stock_call(Inference(STEPS, noise=noise), SCHEDULES[name]), SCHEDULES[name], TEACHERS[name])
     step = Exact(3, 0, 0.0, "student", 0, torch.arange(COUNT))
     return role, sampler, step, step.integers("exit", STEPS)

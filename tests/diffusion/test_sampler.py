@@ -32,7 +32,8 @@ def compare(scheduler, k: int, kind: str, digits: float = 3e-5, **call) -> None:
     sampler = Sampler.of(scheduler, k, schedule, **call)
     ours = sampler(NetworkRole(schedule, kind), noise, None, lambda i: torch.randn(SHAPE, generator=stream))
     stochastic = torch.Generator().manual_seed(7) if sampler.stochastic else None
-    theirs = stock_loop(scheduler, noise, stochastic, **({} if call.keys() & {"timesteps", "sigmas"} else {"num_inference_steps": k}), **call)
+    theirs = stock_loop(scheduler, noise, stochastic,
+                        **({} if call.keys() & {"timesteps", "sigmas"} else {"num_inference_steps": k}), **call)
     assert torch.isfinite(theirs).all()
     assert (ours - theirs).abs().max() <= digits * max(1.0, theirs.abs().max())
 
@@ -95,7 +96,8 @@ def test_lcm_with_its_own_timesteps_and_truncated_betas():
     whole = LCMScheduler(**SD15)
     short = LCMScheduler(trained_betas=whole.betas[:400].tolist(), num_train_timesteps=400, original_inference_steps=4)
     sampler = Sampler.of(short, 1, VariancePreserving.of(whole.alphas_cumprod))
-    assert sampler.times.tolist() == pytest.approx([0.4]) and sampler.evaluations[0].level == pytest.approx(0.4, abs=1e-6)
+    assert (sampler.times.tolist() == pytest.approx([0.4]) and sampler.evaluations[0].level
+            == pytest.approx(0.4, abs=1e-6))
 
 
 @pytest.mark.parametrize("k", STEPS)
@@ -118,12 +120,14 @@ def test_flow_lcm(k, shift):
 
 def test_grids_are_those_of_the_recipes():
     schedule = VariancePreserving.of(LCMScheduler(**SD15).alphas_cumprod)
-    timesteps = lambda scheduler, k, **call: (1000 * Sampler.of(scheduler, k, schedule, **call).times - 1).round().int().tolist()
+    timesteps = lambda scheduler, k, **call: (1000 * Sampler.of(scheduler, k, schedule, **call).times
+                                              - 1).round().int().tolist()
     assert timesteps(LCMScheduler(**SD15), 4) == [999, 759, 499, 259]
     assert timesteps(LCMScheduler(**SD15, original_inference_steps=4), 4) == [999, 749, 499, 249]
     assert timesteps(LCMScheduler(**SD15), 4, original_inference_steps=4) == [999, 749, 499, 249]
     assert timesteps(DDIMScheduler(**SD15, clip_sample=False, timestep_spacing="trailing"), 4) == [999, 749, 499, 249]
-    assert Sampler.of(EulerDiscreteScheduler(**SD15, timestep_spacing="trailing"), 4, schedule).start == pytest.approx(0.9977, abs=5e-5)
+    assert (Sampler.of(EulerDiscreteScheduler(**SD15, timestep_spacing="trailing"), 4, schedule).start
+            == pytest.approx(0.9977, abs=5e-5))
     assert Sampler.of(HeunDiscreteScheduler(**SD15), 5, schedule).nfe == 9
 
 

@@ -1,4 +1,5 @@
-"""The sampler gives what a real StableDiffusionPipeline gives: guidance, the order of its draws and its clock included."""
+"""The sampler gives what a real StableDiffusionPipeline gives: guidance, the order of its draws and its clock
+included."""
 from __future__ import annotations
 
 import pytest
@@ -28,7 +29,8 @@ def pipeline():
 SCHEDULERS = [LCMScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
 
 
-@pytest.mark.parametrize("make, own_call", [*((make, {}) for make in SCHEDULERS), *((TCDScheduler, {"eta": eta}) for eta in (0.0, 0.3, 1.0)),
+@pytest.mark.parametrize("make, own_call", [*((make, {}) for make in SCHEDULERS),
+                                            *((TCDScheduler, {"eta": eta}) for eta in (0.0, 0.3, 1.0)),
                                         (TCDScheduler, {})])
 @pytest.mark.parametrize("w", [1.0, 3.0])
 @torch.no_grad()
@@ -51,5 +53,6 @@ def test_the_same_latents_as_the_pipeline(pipeline, make, own_call, w):
     stream = torch.Generator().manual_seed(0)
     noise = torch.randn(theirs.shape, generator=stream)
     ours = Sampler.of_call(pipeline.scheduler, 4, schedule, call)(
-        guided(Denoiser(), w), noise, Condition(text=text, null=Condition(text=null)), lambda i: torch.randn(theirs.shape, generator=stream))
+        guided(Denoiser(), w), noise, Condition(text=text, null=Condition(text=null)),
+        lambda i: torch.randn(theirs.shape, generator=stream))
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

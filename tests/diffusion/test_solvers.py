@@ -24,8 +24,10 @@ F64 = torch.float64
 
 
 def teachers(schedule):
-    mixture = GaussianMixture.of(schedule, torch.tensor([0.4, 0.6]), torch.tensor([[-0.9], [0.7]]), torch.tensor([0.5, 0.35]))
-    return {"gaussian": Gaussian(schedule, torch.tensor([0.7, -0.2], dtype=F64), torch.tensor([0.36, 2.0], dtype=F64)), "mixture": mixture}
+    mixture = GaussianMixture.of(schedule, torch.tensor([0.4, 0.6]), torch.tensor([[-0.9], [0.7]]),
+                                 torch.tensor([0.5, 0.35]))
+    return {"gaussian": Gaussian(schedule, torch.tensor([0.7, -0.2], dtype=F64), torch.tensor([0.36, 2.0], dtype=F64)),
+            "mixture": mixture}
 
 
 def error(name: str, role, x, start: float, end: float, steps: int) -> float:
@@ -55,7 +57,8 @@ def test_the_whole_way_from_pure_noise_to_data():
 
 @pytest.mark.parametrize("schedule", ["flow", "vp", "trig"])
 def test_one_step_multiplies_by_the_known_coefficient(schedule):
-    """A DDIM step multiplies x_t - alpha_t m by (alpha_r alpha_t C^2 + sigma_r sigma_t) / (alpha_t^2 C^2 + sigma_t^2)."""
+    """A DDIM step multiplies x_t - alpha_t m by (alpha_r alpha_t C^2 + sigma_r sigma_t) / (alpha_t^2 C^2 +
+    sigma_t^2)."""
     s = SCHEDULES[schedule]
     role = Gaussian(s, torch.tensor([0.7], dtype=F64), torch.tensor([0.36], dtype=F64))
     t, r, x = torch.tensor([0.8], dtype=F64), torch.tensor([0.3], dtype=F64), torch.tensor([[1.1]], dtype=F64)
@@ -67,7 +70,8 @@ def test_one_step_multiplies_by_the_known_coefficient(schedule):
 @pytest.mark.parametrize("k", [1, 2, 4, 8, 25])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, make, more", [
-    ("ddim", DDIMScheduler, {"clip_sample": False}), ("euler", EulerDiscreteScheduler, {}), ("heun", HeunDiscreteScheduler, {}),
+    ("ddim", DDIMScheduler, {"clip_sample": False}), ("euler", EulerDiscreteScheduler, {}),
+    ("heun", HeunDiscreteScheduler, {}),
     ("dpmpp_2m", DPMSolverMultistepScheduler, {})])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 def test_equal_to_the_stock_scheduler(name, make, more, k, kind, spacing):
@@ -84,7 +88,8 @@ def test_equal_to_the_stock_scheduler(name, make, more, k, kind, spacing):
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8, 25])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("name, make", [("euler", FlowMatchEulerDiscreteScheduler), ("heun", FlowMatchHeunDiscreteScheduler)])
+@pytest.mark.parametrize("name, make", [("euler", FlowMatchEulerDiscreteScheduler),
+                                        ("heun", FlowMatchHeunDiscreteScheduler)])
 def test_equal_to_the_stock_flow_scheduler(name, make, k, shift):
     scheduler = make(shift=shift)
     noise = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(3))
@@ -98,7 +103,8 @@ def test_equal_to_the_stock_flow_scheduler(name, make, k, shift):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sde_ddim_equals_the_stock_ddim_with_eta(eta, kind):
     scheduler = DDIMScheduler(**SD15, clip_sample=False, timestep_spacing="trailing", prediction_type=KINDS[kind])
-    role, noise = NetworkRole(schedule_of(scheduler), kind), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    role, noise = (NetworkRole(schedule_of(scheduler), kind),
+                   torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)))
     fresh = lambda i, shape: torch.randn(shape, generator=torch.Generator().manual_seed(10 + i))
     scheduler.set_timesteps(8)
     x = noise
@@ -110,14 +116,16 @@ def test_sde_ddim_equals_the_stock_ddim_with_eta(eta, kind):
 
 
 def test_sde_ddim_reaches_the_variance_with_order_one():
-    """On centred Gaussian data the solver is linear, so unit vectors as start and as noises show its variance exactly."""
+    """On centred Gaussian data the solver is linear, so unit vectors as start and as noises show its variance
+    exactly."""
     role = Gaussian(SCHEDULES["trig"], torch.zeros(1, dtype=F64), torch.tensor([0.36], dtype=F64))
     errors = []
     for n in (40, 80, 160, 320):
         unit = torch.eye(n + 1, dtype=F64)
         times = torch.linspace(0.95, 0.05, n + 1, dtype=F64)
         variance_t, variance_r = (role._variances(t[None])[0, 0] for t in (times[0], times[-1]))
-        parts = sde_ddim(role, variance_t.sqrt() * unit[:, :1], times, noise=lambda i, shape, unit=unit: unit[:, i + 1:i + 2])
+        parts = sde_ddim(role, variance_t.sqrt() * unit[:, :1], times,
+                         noise=lambda i, shape, unit=unit: unit[:, i + 1:i + 2])
         errors.append(((parts**2).sum() - variance_r).abs().log2())
     assert [float(a - b) for a, b in zip(errors, errors[1:])] == pytest.approx([1, 1, 1], abs=0.15)
 
@@ -125,7 +133,8 @@ def test_sde_ddim_reaches_the_variance_with_order_one():
 @pytest.mark.parametrize("name", sorted(SOLVERS))
 def test_every_state_is_shown_on_the_way(name):
     """Step by step: what is seen after step i is the end of a solve that stops there."""
-    role, x, times = teachers(SCHEDULES["flow"])["gaussian"], torch.ones(2, 2, dtype=F64), torch.linspace(0.9, 0.1, 5, dtype=F64)
+    role, x, times = (teachers(SCHEDULES["flow"])["gaussian"], torch.ones(2, 2, dtype=F64),
+                      torch.linspace(0.9, 0.1, 5, dtype=F64))
     noise, found = lambda i, shape: torch.full(shape, 0.1 * i, dtype=F64), {}
     end = SOLVERS[name](role, x, times, noise=noise, seen=found.setdefault)
     assert list(found) == [0, 1, 2, 3] and torch.equal(found[3], end)
@@ -134,9 +143,11 @@ def test_every_state_is_shown_on_the_way(name):
 
 
 def test_the_end_of_a_stochastic_solver_is_no_function_of_its_start():
-    role, x, times = teachers(SCHEDULES["flow"])["gaussian"], torch.ones(2, 2, dtype=F64), torch.linspace(0.9, 0.1, 5, dtype=F64)
+    role, x, times = (teachers(SCHEDULES["flow"])["gaussian"], torch.ones(2, 2, dtype=F64),
+                      torch.linspace(0.9, 0.1, 5, dtype=F64))
     for name in SOLVERS:
-        ends = [SOLVERS[name](role, x, times, noise=lambda i, shape, value=value: torch.full(shape, value, dtype=F64)) for value in (0.0, 1.0)]
+        ends = [SOLVERS[name](role, x, times, noise=lambda i, shape, value=value: torch.full(shape, value, dtype=F64))
+                for value in (0.0, 1.0)]
         assert torch.equal(*ends) == (name not in STOCHASTIC)
 
 
@@ -146,7 +157,8 @@ def test_sde_ddim_needs_its_noise():
 
 
 def test_addim_restores_variance_as_the_formula_says():
-    """One step 0.8 -> 0.3 on a flow, N(0.7, 0.6^2) in many dimensions: variance 0.129 by DDIM, 0.289 by aDDIM, 0.266 true."""
+    """One step 0.8 -> 0.3 on a flow, N(0.7, 0.6^2) in many dimensions: variance 0.129 by DDIM, 0.289 by aDDIM, 0.266
+    true."""
     d = 200_000
     role = Gaussian(SCHEDULES["flow"], torch.full((d,), 0.7, dtype=F64), torch.full((d,), 0.36, dtype=F64))
     t, r = torch.tensor([0.8], dtype=F64), torch.tensor([0.3], dtype=F64)

@@ -50,7 +50,8 @@ def test_a_weighted_grid_gives_each_node_its_own():
     u = (torch.arange(1000, dtype=F64) + 0.5) / 1000
     t = times.weighted(times.nodes(4).flip(0), (0.7, 0.0, 0.1, 0.2))(u)
     assert [(t == node).sum().item() for node in (1.0, 0.75, 0.5, 0.25)] == [700, 0, 100, 200]
-    assert times.weighted(times.nodes(4), (0.0, 0.0, 0.5, 0.5))(torch.tensor([0.0, 1 - 2.0**-53], dtype=F64)).tolist() == [0.75, 1.0]
+    assert (times.weighted(times.nodes(4), (0.0, 0.0, 0.5, 0.5))(torch.tensor([0.0, 1 - 2.0**-53], dtype=F64)).tolist()
+            == [0.75, 1.0])
 
 
 @pytest.mark.parametrize("name, top", [("ve", 80.0), ("flow", 80.0), ("vp", 14.0)])
@@ -102,12 +103,14 @@ def test_the_learned_variance_is_least_where_it_equals_the_loss():
 @pytest.mark.parametrize("law", times.NOISE_LAWS)
 @pytest.mark.parametrize("t_range", [(0.0, 1.0), (0.02, 0.9)])
 def test_a_law_of_noise_levels_is_what_its_name_says(name, law, t_range):
-    """Against draws of the continuous law, each moved to the nearest time that networks know, those outside t_range left out."""
+    """Against draws of the continuous law, each moved to the nearest time that networks know, those outside t_range
+    left out."""
     s, u = SCHEDULES[name], (torch.arange(400_000, dtype=F64) + 0.5) / 400_000
     near = lambda t: (1000 * t).round().clamp(1, 1000) / 1000
     low, high = (times.levels(*t_range)[i] for i in (0, -1))
     kept = lambda t: t[(t > low - 1e-9) & (t < high + 1e-9)]
-    cut = {"uniform": times.discrete(times.levels(*t_range))(u), "lognormal": kept(near(times.log_normal(s, -0.8, 1.4)(u))),
+    cut = {"uniform": times.discrete(times.levels(*t_range))(u),
+           "lognormal": kept(near(times.log_normal(s, -0.8, 1.4)(u))),
            "shifted": kept(near(times.shifted(times.uniform(), 2.5)(u)))}
     mean = lambda t: torch.stack([t.mean(), (t**2).mean(), (t < 0.3).double().mean()])
     known = (mean(cut["uniform"]) + mean(cut["lognormal"])) / 2 if law == "mixture" else mean(cut[law])
@@ -118,7 +121,8 @@ def test_a_law_of_noise_levels_is_what_its_name_says(name, law, t_range):
 
 def test_a_uniform_law_is_that_of_the_stock_times():
     u = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=F64)
-    assert torch.equal(times.noise_law("uniform", SCHEDULES["vp"], (0.02, 0.98))(u), times.discrete(times.levels(0.02, 0.98))(u))
+    assert torch.equal(times.noise_law("uniform", SCHEDULES["vp"], (0.02, 0.98))(u),
+                       times.discrete(times.levels(0.02, 0.98))(u))
 
 
 def test_a_law_that_is_none_is_refused():

@@ -67,8 +67,8 @@ def test_among_is_uniform_on_the_nodes_between_and_both_ends_count():
 
 
 def test_among_nodes_that_do_not_hold_the_ends():
-    """The edges of Hyper-SD's segments do not lie on its solver's grid of 50: between 1/8 and 0.3 these are 0.14 .. 0.3;
-    below the first node above an edge there is none, and the state itself is the landing."""
+    """The edges of Hyper-SD's segments do not lie on its solver's grid of 50: between 1/8 and 0.3 these are 0.14 ..
+    0.3; below the first node above an edge there is none, and the state itself is the landing."""
     low, high = (torch.full((len(U),), u, dtype=F64) for u in (0.125, 0.31))
     found = among(grid(50), low, high, U)
     assert torch.allclose(found.unique(), torch.arange(7, 16, dtype=F64) / 50)
@@ -89,18 +89,21 @@ def test_both_sides_are_within_reach_and_within_time():
     low, high = beside(t, 0.1, U.repeat(3), U.flip(0).repeat(3))
     assert (low <= t).all() and (low >= 0).all() and (high >= t).all() and (high <= 1).all()
     means = [(t - low).reshape(3, -1).mean(1), (high - t).reshape(3, -1).mean(1)]
-    assert means[0].tolist() == pytest.approx([0.025, 0.05, 0.05]) and means[1].tolist() == pytest.approx([0.05, 0.05, 0.015])
+    assert (means[0].tolist() == pytest.approx([0.025, 0.05, 0.05])
+            and means[1].tolist() == pytest.approx([0.05, 0.05, 0.015]))
 
 
 def test_two_draws_in_order():
     law = log_normal(SCHEDULES["flow"], -0.4, 1.0)
     one, other, alike = law(U), law(U.roll(5000)), U < 0.75
     t, r = ordered(one, other, alike)
-    assert (r <= t).all() and torch.equal(r[alike], t[alike]) and torch.equal(t + r, torch.where(alike, 2 * t, one + other))
+    assert ((r <= t).all() and torch.equal(r[alike], t[alike])
+            and torch.equal(t + r, torch.where(alike, 2 * t, one + other)))
 
 
 def test_curricula_begin_and_end_where_they_say():
-    for curriculum in (linear(64, 1280), exponential(64, 1280), linear(64, 1280, 0.5), exponential(64, 1280, 0.5), doubling(10, 1280)):
+    for curriculum in (linear(64, 1280), exponential(64, 1280), linear(64, 1280, 0.5), exponential(64, 1280, 0.5),
+                       doubling(10, 1280)):
         counts = [curriculum(i / 1000) for i in range(1000)]
         assert counts[0] in (10, 64) and counts[-1] == pytest.approx(1280, rel=0.01) and counts == sorted(counts)
     assert {constant(18)(p) for p in (0.0, 0.5, 0.999)} == {18}

@@ -27,14 +27,16 @@ def clip_folder(tmp_path_factory) -> Path:
                           num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
                           bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                           pad_token_id=tokenizer.pad_token_id)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                              image_size=32,
                               patch_size=8)
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=DIM))
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     heads = {f"{slot}.{part}": torch.randn(shape).half() for slot, values in SLOTS.items()
              for part, shape in (("weight", (len(values), DIM)), ("bias", (len(values),)))}
-    save_file(heads, folder / "judge.safetensors", metadata={"slots": json.dumps({s: list(v) for s, v in SLOTS.items()})})
+    save_file(heads, folder / "judge.safetensors",
+              metadata={"slots": json.dumps({s: list(v) for s, v in SLOTS.items()})})
     return folder
 
 

@@ -29,14 +29,17 @@ def known(moments: Moments) -> Reference:
 
 
 def problem(size: float, seed: int = 0) -> tuple[Moments, Moments, float]:
-    """Generated, reference and their distance, in closed form: the second is the first moved by a symmetric map A > 0."""
+    """Generated, reference and their distance, in closed form: the second is the first moved by a symmetric map A >
+    0."""
     basis, _ = torch.linalg.qr(gaussian(DIM, DIM, seed=seed))
     covariance = (basis * torch.linspace(0.05, 2, DIM, dtype=torch.float64)) @ basis.T
     turned, _ = torch.linalg.qr(gaussian(DIM, DIM, seed=seed + 1))
-    stretch = torch.eye(DIM, dtype=torch.float64) + (turned * torch.linspace(-size, size, DIM, dtype=torch.float64)) @ turned.T
+    stretch = (torch.eye(DIM, dtype=torch.float64) + (turned * torch.linspace(-size, size, DIM, dtype=torch.float64))
+               @ turned.T)
     shift = size * 0.3 * gaussian(DIM, seed=seed + 2)
     step = stretch - torch.eye(DIM, dtype=torch.float64)
-    truth = shift.square().sum() + (step @ covariance @ step).trace()          # E |A x + shift - x|^2 is optimal for A > 0
+    # E |A x + shift - x|^2 is optimal for A > 0
+    truth = shift.square().sum() + (step @ covariance @ step).trace()
     start = Moments(10**9, torch.zeros(DIM, dtype=torch.float64), covariance)
     return Moments(10**9, shift, stretch @ covariance @ stretch), start, truth.item()
 
@@ -57,7 +60,8 @@ def test_moments_of_two_sets_add_up():
 
 @pytest.mark.parametrize("size", [pytest.param(0.04, marks=pytest.mark.long), 0.4])
 def test_extrapolation_is_unbiased_and_its_interval_covers(size):
-    """At n = 2,000 and D = 64, as the protocol has it: the plug-in distance is off by many intervals, this one is not."""
+    """At n = 2,000 and D = 64, as the protocol has it: the plug-in distance is off by many intervals, this one is
+    not."""
     generated, reference, truth = problem(size)
     trials, n = 16, 2000
     found, plug_in = [], []
@@ -91,7 +95,8 @@ def test_the_finite_reference_is_extrapolated_too():
 @pytest.mark.parametrize("pictures", [130, 400])
 @pytest.mark.parametrize("size", [0.0, 0.4])
 def test_the_interval_against_a_small_reference_covers(size, pictures):
-    """The chance of its pictures counts, and what their number adds is removed: scripts/check_interval.py has more repetitions."""
+    """The chance of its pictures counts, and what their number adds is removed: scripts/check_interval.py has more
+    repetitions."""
     generated, reference, truth = problem(size)
     trials, held = 24, 0
     for trial in range(trials):
@@ -141,7 +146,8 @@ def test_fifty_thousand_samples_are_worked_on_in_chunks(monkeypatch):
 
 def test_too_few_samples_or_pictures_are_said_with_what_it_takes():
     assert too_few(51, 34, 16) is None
-    assert "50 samples are too few for a Fréchet distance in 16 dimensions, which takes at least 51" in too_few(50, 34, 16)
+    assert ("50 samples are too few for a Fréchet distance in 16 dimensions, which takes "
+            "at least 51" in too_few(50, 34, 16))
     assert "33 pictures of the reference are too few" in too_few(51, 33, 16) and "at least 34" in too_few(51, 33, 16)
 
 
@@ -160,6 +166,7 @@ x = torch.cat([torch.randn(1000, 64, generator=draw) for _ in range(int(sys.argv
 Space(SimpleNamespace(dim=64, clip=True), reference).distances(x, 0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-    few, many = (float(subprocess.run([sys.executable, "-c", script, count], capture_output=True, text=True, check=True).stdout)
+    few, many = (float(subprocess.run([sys.executable, "-c", script, count], capture_output=True, text=True,
+                                      check=True).stdout)
                  for count in ("2000", "50000"))
     assert many - few <= 50, f"{few:.0f} and {many:.0f} MiB"

@@ -45,7 +45,8 @@ def test_the_judge_reads_each_slot(clip_folder):
     features = load_features(clip_folder)
     weight, bias = features.attribute_classifier.heads[2]
     wanted = torch.tensor([4])
-    x = torch.linalg.lstsq(weight, 10 * torch.nn.functional.one_hot(wanted, len(weight)).float().T - bias[:, None]).solution.T
+    x = torch.linalg.lstsq(weight, 10 * torch.nn.functional.one_hot(wanted, len(weight)).float().T
+                           - bias[:, None]).solution.T
     seen = features.attribute_classifier(x)
     assert seen.shape == (1, len(SLOTS)) and seen[0, 2] == 4
 
@@ -82,7 +83,8 @@ def dino_folder(tmp_path_factory):
     config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
     Dinov2Model(config).save_pretrained(folder)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}, "image_mean": mean, "image_std": std}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28},
+                                                                 "image_mean": mean, "image_std": std}))
     return folder
 
 
@@ -93,11 +95,13 @@ def test_dinos_class_token_of_pictures_as_its_processor_reads_them(dino_folder):
     with torch.no_grad():
         expected = model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state[:, 0]
     torch.testing.assert_close(features.images(pixels), expected, atol=1e-5, rtol=1e-5)
-    assert features.dim == dimensions(dino_folder) == 24 and features.texts(["a"]) is None and "28 px" in features.resize
+    assert (features.dim == dimensions(dino_folder) == 24 and features.texts(["a"]) is None
+            and "28 px" in features.resize)
 
 
 def test_a_module_of_ones_own_is_a_feature_space():
-    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 5, dtype=torch.float32))
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(),
+                                 torch.nn.Linear(12, 5, dtype=torch.float32))
     features, pixels = load_features(module), render(scenes(torch.arange(3)))
     torch.testing.assert_close(features.images(pixels), module(pixels).detach())
     assert features.dim == dimensions(module) == 5 and features.name == f"Sequential@{features.id[:12]}"
@@ -187,7 +191,8 @@ class Extractor(torch.nn.Module):
 def test_torchmetrics_finds_the_same_distances_with_our_extractor(clip_folder):
     extractor, pictures = Extractor(clip_folder), [render(scenes(torch.arange(60), seed)) for seed in (1, 2)]
     pictures[1] = (1.3 * pictures[1]).clamp(-1, 1)
-    fid, kernel = FrechetInceptionDistance(extractor, input_img_size=(3, 32, 32)), KernelInceptionDistance(extractor, subsets=2, subset_size=60)
+    fid, kernel = (FrechetInceptionDistance(extractor, input_img_size=(3, 32, 32)),
+                   KernelInceptionDistance(extractor, subsets=2, subset_size=60))
     for metric in (fid.set_dtype(torch.float64), kernel):
         metric.update(pictures[0], real=True)
         metric.update(pictures[1], real=False)

@@ -41,9 +41,11 @@ def test_kid_averages_over_blocks():
 
 
 def expected_kid(shift: float, dim: int) -> float:
-    """Of N(0, 1) and N(shift, 1): (u + 1)^3 with u = x . y / D has the mean 1 + 3 E u + 3 E u^2 + E u^3, and E over x, x' of one law."""
+    """Of N(0, 1) and N(shift, 1): (u + 1)^3 with u = x . y / D has the mean 1 + 3 E u + 3 E u^2 + E u^3, and E over x,
+    x' of one law."""
     s = shift**2                                     # |mean|^2 / D
-    of = lambda one, two, both: 1 + 3 * both + 3 * (both**2 + (1 + one + two) / dim) + both**3 + 3 * both * (1 + one + two) / dim + 6 * both / dim**2
+    of = (lambda one, two, both: 1 + 3 * both + 3 * (both**2 + (1 + one + two) / dim) + both**3
+          + 3 * both * (1 + one + two) / dim + 6 * both / dim**2)
     return of(0, 0, 0) + of(s, s, s) - 2 * of(0, s, 0)
 
 
@@ -53,14 +55,17 @@ def test_the_interval_of_kid_holds_what_it_says(shift, n, m):
     found = [kid(shift + gaussian(n, 16, seed=3000 + i), gaussian(m, 16, seed=7000 + i)) for i in range(100)]
     truth, values = expected_kid(shift, 16), torch.tensor([e.value for e in found])
     assert abs(values.mean() - truth) < 3.5 * values.std() / 10
-    assert held(found, truth) >= 0.88, "of 100 repetitions 95 % would be 95; fewer than 88 come about by chance in one case of 300"
-    assert sum(e.high - e.low for e in found) / 200 < 3 * values.std(), "an interval that covers by being wide says nothing"
+    assert held(found, truth) >= 0.88, (
+        "of 100 repetitions 95 % would be 95; fewer than 88 come about by chance in one case of 300")
+    assert sum(e.high - e.low for e in found) / 200 < 3 * values.std(), (
+        "an interval that covers by being wide says nothing")
 
 
 def test_cmmd_is_the_published_one():
     x, y = gaussian(30, 8, seed=0), 0.5 + gaussian(40, 8, seed=1)
     unit = lambda side: [a / a.norm() for a in side]
-    mean = lambda a, b: sum(torch.exp(-(u - v).square().sum() / 200) for u in unit(a) for v in unit(b)) / (len(a) * len(b))
+    mean = (lambda a, b: sum(torch.exp(-(u - v).square().sum() / 200) for u in unit(a) for v in unit(b))
+            / (len(a) * len(b)))
     assert cmmd(x, y).value == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)).item(), rel=1e-8)
     assert cmmd(x, x).value == pytest.approx(0, abs=1e-9)
     assert cmmd(x, y).value == pytest.approx(cmmd(3 * x, y).value)                     # of directions alone

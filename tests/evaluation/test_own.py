@@ -25,12 +25,14 @@ PROMPTS = ["a red ring", "a blue cross", "a green square"]
 def targets():
     pipeline = tiny_pipeline(seed=1)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=4)
-    student = Target("student", pipeline, "lcm", {"guidance_scale": 1.0, "num_inference_steps": 4}, made={"weights": "mine"})
+    student = Target("student", pipeline, "lcm", {"guidance_scale": 1.0, "num_inference_steps": 4},
+                     made={"weights": "mine"})
     return student, Target("teacher", tiny_pipeline(), companion=True)
 
 
 def bench(targets, out, **more):
-    return bench_own(targets, targets[1], [1, 4], out, guidance=[1.0, 2.0], solvers=["ddim", "dpmpp_2m"], prompts=PROMPTS, samples=6,
+    return bench_own(targets, targets[1], [1, 4], out, guidance=[1.0, 2.0], solvers=["ddim", "dpmpp_2m"],
+                     prompts=PROMPTS, samples=6,
                      say=lambda text: None, **more)
 
 
@@ -40,9 +42,11 @@ def test_figures_are_those_of_the_pictures(targets, tmp_path):
     rows = results["rows"]
     assert json.loads((tmp_path / "results.json").read_text()) == read_results(tmp_path / "results.json") == results
     assert "Features none, reference the teacher's own pictures" in _table(results) and "to teacher" in _table(results)
-    assert (rows[0]["target"], rows[0]["steps"], rows[0]["nfe"], rows[0]["guidance"]) == ("teacher:dpmpp_2m", STEPS, 2 * STEPS, 2.0)
+    assert (rows[0]["target"], rows[0]["steps"], rows[0]["nfe"], rows[0]["guidance"]) == ("teacher:dpmpp_2m", STEPS,
+                                                                                          2 * STEPS, 2.0)
     assert rows[0]["metrics"]["to_teacher"] is None and all(row["metrics"]["clip_score"] is None for row in rows)
-    assert [row["nfe"] for row in rows if row["target"] == "student"] == [1, 4] and rows[1]["made"] == {"date": "today", "weights": "mine"}
+    assert ([row["nfe"] for row in rows if row["target"] == "student"] == [1, 4]
+            and rows[1]["made"] == {"date": "today", "weights": "mine"})
 
     ids, asked = torch.arange(6), PROMPTS * 2
     best = next(p for p in plans(teacher, [2 * STEPS], [2.0], ["dpmpp_2m"], print))
@@ -51,7 +55,8 @@ def test_figures_are_those_of_the_pictures(targets, tmp_path):
     row = next(r for r in rows if r["target"] == "student" and r["nfe"] == 4)
     assert row["metrics"]["to_teacher"] == pytest.approx(((ours - theirs) / 2).square().mean().sqrt().item(), rel=1e-4)
     coarse = torch.nn.functional.adaptive_avg_pool2d(ours / 2, 32)
-    apart = (coarse[:3] - coarse[3:]).square().flatten(1).mean(1).sqrt().mean()        # samples 0 and 3 are of one prompt
+    # samples 0 and 3 are of one prompt
+    apart = (coarse[:3] - coarse[3:]).square().flatten(1).mean(1).sqrt().mean()
     assert row["metrics"]["diversity"] == pytest.approx(apart.item(), rel=1e-4)
     assert row["latency_ms"] > 0
 
@@ -92,7 +97,8 @@ def test_the_page_serves_every_reader(targets, tmp_path):
     page.feed(text)
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
     assert page.of("html") == [{"lang": "en"}] and len(page.of("main")) == 1 and "prefers-color-scheme: dark" in text
-    assert all(image["alt"] for image in page.of("img")) and all(div["tabindex"] == "0" and div["aria-label"] for div in page.of("div"))
+    assert all(image["alt"] for image in page.of("img")) and all(div["tabindex"] == "0" and div["aria-label"]
+                                                                 for div in page.of("div"))
     assert len(page.of("button")) == 8 and SORT in text and "date: today; versions: torch 2" in text
     assert "http" not in text
     assert Image.open(io.BytesIO((tmp_path / "samples" / "together.png").read_bytes())).format == "PNG"

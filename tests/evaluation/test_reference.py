@@ -64,7 +64,8 @@ def test_what_cannot_be_measured_is_refused_from_configs_alone(clip_folder, tmp_
     monkeypatch.setattr("stepdistill.evaluation.features.CLIPModel", None)
     with pytest.raises(RequestError, match="its images have no captions: give a list of prompts"):
         admitted(51, None, [clip_folder], tmp_path)
-    with pytest.raises(RequestError, match="9 samples against 50000 pictures of shapes:50000@7 are too few for any figure: at least 10 of each"):
+    with pytest.raises(RequestError, match="9 samples against 50000 pictures of shapes:50000@7 are too few for "
+                       "any figure: at least 10 of each"):
         admitted(9, None, [clip_folder], "shapes")
     with pytest.raises(RequestError, match="holds 110 images; 56 samples need at least 112"):
         admitted(56, ["a cat"], [clip_folder], tmp_path)

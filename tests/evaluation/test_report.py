@@ -20,13 +20,15 @@ from stepdistill.evaluation.sheets import sheet
 
 
 def row(target: str, nfe: int, fd: float, guidance: float | None = 2.0, attributes: float | None = 0.5) -> dict:
-    return {"target": target, "method": None, "nfe": nfe, "steps": nfe, "guidance": guidance, "samples": 2000, "seed": 0,
+    return {"target": target, "method": None, "nfe": nfe, "steps": nfe, "guidance": guidance,
+            "samples": 2000, "seed": 0,
             "metrics": {"fd": fd, "fd_low": fd - 0.1, "fd_high": fd + 0.1, "kid": 0.0, "precision": 1.0, "recall": 1.0,
                         "clip_score": None, "diversity": 1.0, "all_attributes": attributes},
             "latency_ms": 1.0, "images_per_s": None}
 
 
-ROWS = [row("real", 0, -0.01, None), row("teacher:ddim", 4, 3.0), row("teacher:ddim", 4, 2.5, 1.0), row("teacher:heun", 4, 2.8),
+ROWS = [row("real", 0, -0.01, None), row("teacher:ddim", 4, 3.0), row("teacher:ddim", 4, 2.5, 1.0),
+        row("teacher:heun", 4, 2.8),
         row("teacher:heun", 50, 0.05), row("lcm", 1, 2.0), row("lcm", 4, 1.0)]
 PROTOCOL = Protocol("a/b@123", 64, None, "shapes:9@7", "none", "float32", "p", 2000, 0)
 
@@ -92,14 +94,18 @@ def test_the_ratios_interval_holds_what_it_says():
 
 def test_tables_for_others(tmp_path):
     lines = as_csv(ROWS).splitlines()
-    assert lines[0].startswith("target,method,nfe,steps,guidance,samples,seed,latency_ms,images_per_s,fd,fd_low,fd_high,kid")
+    assert lines[0].startswith(
+        "target,method,nfe,steps,guidance,samples,seed,latency_ms,images_per_s,fd,fd_low,fd_high,kid")
     assert len(lines) == 1 + len(ROWS) and lines[-1].startswith("lcm,,4,4,2.0,2000,0,1.0,,1.0,0.9,1.1,0.0,")
     made = as_markdown(ROWS).splitlines()
-    assert made[0] == "| target | NFE | w | FD [95 %] | all attributes | ms |" and made[-1] == "| lcm | 4 | 2 | 1.000 [0.900, 1.100] | 50.0% | 1.0 |"
+    assert (made[0] == "| target | NFE | w | FD [95 %] | all attributes | ms |" and made[-1] == "| lcm | 4 | 2 "
+            "| 1.000 [0.900, 1.100] | 50.0% | 1.0 |")
     write_report({"protocol": PROTOCOL.record(), "rows": ROWS}, tmp_path)
-    assert (tmp_path / "table.csv").read_text() == as_csv(ROWS) and (tmp_path / "table.md").read_text() == as_markdown(ROWS)
+    assert ((tmp_path / "table.csv").read_text() == as_csv(ROWS) and (tmp_path / "table.md").read_text()
+            == as_markdown(ROWS))
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img class=\"figure\"") == 2 and "× teacher is FD over that of teacher:heun, 50 NFE" in page and "20.00 [" in page
+    assert (page.count("<img class=\"figure\"") == 2 and "× teacher is FD over that of teacher:heun, 50 NFE" in page
+            and "20.00 [" in page)
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[5:], [row("lcm", 1, -0.2), row("lcm", 4, -0.3)]])
@@ -109,10 +115,12 @@ def test_the_front_can_be_drawn(rows):
 
 def test_the_protocols_id_forgets_the_folder_and_nothing_else():
     assert replace(PROTOCOL, features="c/d@123").id == PROTOCOL.id
-    others = {"features": "a/b@124", "dim": 65, "judge": "j", "reference": "r", "resize": "z", "dtype": "d", "prompts": "q",
+    others = {"features": "a/b@124", "dim": 65, "judge": "j", "reference": "r", "resize": "z", "dtype": "d",
+              "prompts": "q",
               "samples": 1, "seed": 1, "estimator": "e", "also": ("x@1",), "metrics": {"contrast": "1"}}
     assert set(others) == {field.name for field in fields(Protocol)}
-    assert not {"also", "metrics"} & PROTOCOL.record().keys() and replace(PROTOCOL, also=("c/x@1",)).id == replace(PROTOCOL, also=("d/x@1",)).id
+    assert (not {"also", "metrics"} & PROTOCOL.record().keys() and replace(PROTOCOL, also=("c/x@1",)).id
+            == replace(PROTOCOL, also=("d/x@1",)).id)
     assert PROTOCOL.id == "e06cfeb4668bdfab", "figures of before stay comparable"
     for name, other in others.items():
         assert replace(PROTOCOL, **{name: other}).id != PROTOCOL.id, name
@@ -120,7 +128,8 @@ def test_the_protocols_id_forgets_the_folder_and_nothing_else():
 
 def test_joining_prefers_the_later_row_and_sorts():
     ours = {"protocol": PROTOCOL.record(), "rows": [row("lcm", 4, 1.0), row("lcm", 1, 9.0)]}
-    theirs = {"protocol": PROTOCOL.record(), "rows": [row("lcm", 4, 0.5), row("teacher:ddim", 4, 3.0), row("real", 0, 0.0, None)]}
+    theirs = {"protocol": PROTOCOL.record(), "rows": [row("lcm", 4, 0.5), row("teacher:ddim", 4, 3.0),
+                                                      row("real", 0, 0.0, None)]}
     found = [(r["target"], r["nfe"], r["metrics"]["fd"]) for r in join(ours, theirs)["rows"]]
     assert found == [("real", 0, 0.0), ("teacher:ddim", 4, 3.0), ("lcm", 1, 9.0), ("lcm", 4, 0.5)]
 

@@ -42,7 +42,8 @@ def student() -> Target:
 
 
 def run(targets, clip_folder, out, nfe=(1, 2), **more):
-    return bench(targets, nfe, more.pop("samples", SAMPLES), out, features=[clip_folder], reference="shapes:200", say=quiet, **more)
+    return bench(targets, nfe, more.pop("samples", SAMPLES), out, features=[clip_folder], reference="shapes:200",
+                 say=quiet, **more)
 
 
 def test_every_teacher_row_takes_the_evaluations_it_claims(teacher):
@@ -57,7 +58,8 @@ def test_every_teacher_row_takes_the_evaluations_it_claims(teacher):
 def test_flow_teachers_have_solvers_of_their_own():
     """Every call is given what the teacher's folder says; the network hears it as 20 text tokens rather than 276."""
     messages, lengths, target = [], [], Target("flow", tiny_sd3(shift=3.0), given={"max_sequence_length": 0})
-    target.pipeline.transformer.context_embedder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    target.pipeline.transformer.context_embedder.register_forward_pre_hook(
+        lambda _, args: lengths.append(args[0].shape[1]))
     rows = plans(target, [1, 2, 6], [1.0, 2.0], ["ddim", "euler", "heun", "dpmpp_2m"], messages.append)
     assert {(row.name, row.nfe, row.guidance): row.steps for row in rows} == {
         **{(f"flow:{solver}", n, 1.0): n for solver in ("euler", "dpmpp_2m") for n in (1, 2, 6)},
@@ -67,7 +69,8 @@ def test_flow_teachers_have_solvers_of_their_own():
     assert messages == ["flow is not run with ddim, which has no form for flow matching"]
     schedulers = {row.name.split(":")[1]: row.scheduler for row in rows}
     assert type(schedulers["heun"]) is FlowMatchHeunDiscreteScheduler and schedulers["heun"].config.shift == 3.0
-    assert type(schedulers["dpmpp_2m"]) is DPMSolverMultistepScheduler and schedulers["dpmpp_2m"].config.flow_shift == 3.0
+    assert (type(schedulers["dpmpp_2m"]) is DPMSolverMultistepScheduler
+            and schedulers["dpmpp_2m"].config.flow_shift == 3.0)
     assert next(row for row in rows if row.name == "flow:euler" and row.steps == 2).call["sigmas"] == [1.0, 0.5]
 
 
@@ -84,10 +87,12 @@ def test_solvers_whose_scheduler_takes_no_grid_of_the_pipelines_own_are_left_out
 
 def test_a_flow_that_comes_with_a_solver_is_swept_as_a_flow():
     given = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 8}
-    rows = plans(Target("flow", tiny_sana(solver=True), given=given), [1, 4], [2.0], ["ddim", "euler", "heun", "dpmpp_2m"], quiet)
+    rows = plans(Target("flow", tiny_sana(solver=True), given=given), [1, 4], [2.0],
+                 ["ddim", "euler", "heun", "dpmpp_2m"], quiet)
     assert [(row.name, row.nfe) for row in rows] == [("flow:euler", 4), ("flow:dpmpp_2m", 4)]
     assert [evaluations(row) for row in rows] == [4, 4]
-    assert rows[0].scheduler.config.shift == rows[1].scheduler.config.flow_shift == 3.0 and rows[1].scheduler.config.use_flow_sigmas
+    assert (rows[0].scheduler.config.shift == rows[1].scheduler.config.flow_shift == 3.0
+            and rows[1].scheduler.config.use_flow_sigmas)
 
 
 @torch.no_grad()
@@ -109,7 +114,8 @@ def test_counting_leaves_no_trace(teacher):
 def test_student_rows_keep_their_call_and_leave_out_what_the_sampler_does_not_serve(student):
     messages = []
     rows = plans(student, [1, 4, 8], [3.0], ["ddim"], messages.append)
-    assert [(row.nfe, row.steps, row.guidance, row.call["num_inference_steps"]) for row in rows] == [(1, 1, 1.0, 1), (4, 4, 1.0, 4)]
+    assert [(row.nfe, row.steps, row.guidance, row.call["num_inference_steps"]) for row in rows] == [(1, 1, 1.0, 1),
+                                                                                                     (4, 4, 1.0, 4)]
     assert len(messages) == 1 and "student is not run at 8 steps" in messages[0]
 
 
@@ -117,7 +123,8 @@ def test_a_companion_that_nobody_asked_for_never_refuses_a_request(teacher, stud
     """One guided step takes two evaluations, so that this teacher has no row at one."""
     beside, messages = replace(teacher, companion=True), []
     assert plans(beside, [1], [2.0], ["ddim"], messages.append) == []
-    assert len(messages) == 1 and "teacher, which stands beside the students, is left out: teacher can be run at none of nfe=[1]" in messages[0]
+    assert (len(messages) == 1 and "teacher, which stands beside the students, is left out: teacher can be run "
+            "at none of nfe=[1]" in messages[0])
     results = run([student, beside], clip_folder, tmp_path, nfe=[1], guidance=[2.0], solvers=["ddim"])
     assert [row["target"] for row in results["rows"]] == ["real", "student"]
     with pytest.raises(RequestError, match="unknown solver 'dmi'"):
@@ -125,7 +132,8 @@ def test_a_companion_that_nobody_asked_for_never_refuses_a_request(teacher, stud
 
 
 def test_real_pictures_are_not_held(clip_folder, monkeypatch):
-    """Of the 24 blocks that are given out, the one at work, the one before and the last of the row's first part may be alive."""
+    """Of the 24 blocks that are given out, the one at work, the one before and the last of the row's first part may be
+    alive."""
     context = Evaluation(SAMPLES, features=[clip_folder], reference="shapes:200", say=quiet)
     alive, blocks = [], torch.rand(12, 3, 3, 32, 32) * 2 - 1
 
@@ -137,7 +145,8 @@ def test_real_pictures_are_not_held(clip_folder, monkeypatch):
             yield fresh
     monkeypatch.setattr(context.source, "real", stream)
     monkeypatch.setattr(context.source, "alike", lambda prompts, each: stream(prompts))
-    monkeypatch.setattr(context, "measure", lambda images, alike, captioned, means: {"metrics": {"images": images[0], "alike": alike}})
+    monkeypatch.setattr(context, "measure",
+                        lambda images, alike, captioned, means: {"metrics": {"images": images[0], "alike": alike}})
     row, shown = context.real()
     assert torch.equal(shown, blocks.flatten(0, 1)[:10])
     torch.testing.assert_close(row["metrics"]["images"], context.features.images(blocks.flatten(0, 1)))
@@ -215,11 +224,14 @@ def test_bench_writes_the_contract(teacher, student, clip_folder, tmp_path):
 
 def test_a_frechet_distance_of_too_few_samples_is_not_taken_and_kid_stands_for_it(student, clip_folder, tmp_path):
     said = []
-    results = bench([student], (1, 2), SAMPLES - 1, tmp_path, features=[clip_folder], reference="shapes:200", say=said.append)
-    assert any(f"{SAMPLES - 1} samples are too few for a Fréchet distance in {DIM} dimensions, which takes at least {SAMPLES}: in" in line
+    results = bench([student], (1, 2), SAMPLES - 1, tmp_path, features=[clip_folder], reference="shapes:200",
+                    say=said.append)
+    assert any(f"{SAMPLES - 1} samples are too few for a Fréchet distance in {DIM} dimensions, which takes at least "
+               f"{SAMPLES}: in" in line
                for line in said)
     for row in results["rows"]:
-        assert row["metrics"]["fd"] is row["metrics"]["fd_low"] is None and row["metrics"]["kid_low"] < row["metrics"]["kid"]
+        assert (row["metrics"]["fd"] is row["metrics"]["fd_low"] is None and row["metrics"]["kid_low"]
+                < row["metrics"]["kid"])
     assert any("student, 1 NFE, w = 1: KID 0." in line or "student, 1 NFE, w = 1: KID -0." in line for line in said)
     assert "Kernel" not in (tmp_path / "report.html").read_text() and (tmp_path / "curve.png").is_file()
     assert read_results(tmp_path / "results.json") == results
@@ -229,7 +241,8 @@ def test_distances_in_several_feature_spaces(student, clip_folder, tmp_path):
     """One alone misranks. The others' figures stand beside, and enter the protocol."""
     module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     alone = run([student], clip_folder, tmp_path / "alone")
-    results = bench([student], (1, 2), SAMPLES, tmp_path / "both", features=[clip_folder, module], reference="shapes:200", say=quiet)
+    results = bench([student], (1, 2), SAMPLES, tmp_path / "both", features=[clip_folder, module],
+                    reference="shapes:200", say=quiet)
     (name,) = results["protocol"]["also"]
     assert name.startswith("Sequential@") and results["protocol"]["id"] != alone["protocol"]["id"]
     for row, before in zip(results["rows"], alone["rows"], strict=True):
@@ -249,7 +262,8 @@ def test_pictures_that_are_no_numbers_are_counted(student, clip_folder, tmp_path
         pixels[ids == 3] = torch.nan
         return pixels
     monkeypatch.setattr(Plan, "images", broken)
-    with pytest.raises(RequestError, match=f"1 of {SAMPLES + 3} pictures of student at 1 NFE have pixels that are no finite number"):
+    with pytest.raises(RequestError, match=f"1 of {SAMPLES + 3} pictures of student at 1 NFE have pixels that are "
+                       "no finite number"):
         run([student], clip_folder, tmp_path)
 
 
@@ -289,7 +303,8 @@ def test_a_stopped_bench_keeps_its_finished_rows(student, clip_folder, tmp_path,
     assert [row["target"] for row in before] == ["real", "student"]
 
     measured = []
-    monkeypatch.setattr(Evaluation, "row", lambda self, plan, *rest: measured.append(plan.nfe) or row(self, plan, *rest))
+    monkeypatch.setattr(Evaluation, "row", lambda self, plan, *rest: measured.append(plan.nfe)
+                        or row(self, plan, *rest))
     assert run([student], clip_folder, tmp_path)["rows"][:2] == before and measured == [2], "it goes on"
     assert not (tmp_path / "unfinished.json").exists() and not (tmp_path / ".lock").exists()
     run([student], clip_folder, tmp_path)
@@ -310,7 +325,8 @@ def test_a_stopped_bench_measures_a_changed_student_anew(student, clip_folder, t
             run([replace(student, identity=identity)], clip_folder, tmp_path)
     assert measured == [1, 1]
     (tmp_path / "unfinished.json").write_text('{"protocol": 3}')
-    with pytest.raises(RequestError, match="unfinished.json is damaged: what it holds has no measured, targets. Remove it"):
+    with pytest.raises(RequestError, match="unfinished.json is damaged: what it holds has no measured, targets. "
+                       "Remove it"):
         run([student], clip_folder, tmp_path)
 
 

@@ -25,7 +25,8 @@ from tiny import save_tiny, save_tiny_sd3
 LCM = StockCall("LCMScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0})
 FLOW_LCM = StockCall("FlowMatchLCMScheduler", {"shift": 2.0},
                      {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]})
-TRANSFORMERS = {"dit": tiny_dit, "pixart": lambda: tiny_pixart(PixArtSigmaPipeline, 8, 2), "sana": lambda: tiny_sana(solver=True, scale=0.5)}
+TRANSFORMERS = {"dit": tiny_dit, "pixart": lambda: tiny_pixart(PixArtSigmaPipeline, 8, 2),
+                "sana": lambda: tiny_sana(solver=True, scale=0.5)}
 LORA = Lora(rank=4, alpha=6.0)           # alpha other than the rank: a loader that loses it shows
 
 
@@ -37,15 +38,18 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, folder in others.items():
         TRANSFORMERS[kind]().save_pretrained(folder)
     return others | {kind: save_tiny(place(kind), kind) for kind in ("epsilon", "v_prediction")} | {
-        "sd3": save_tiny_sd3(place("sd3"), call={"max_sequence_length": 0}), "sd3-t5": save_tiny_sd3(place("sd3-t5"), t5=True)}
+        "sd3": save_tiny_sd3(place("sd3"), call={"max_sequence_length": 0}),
+        "sd3-t5": save_tiny_sd3(place("sd3-t5"), t5=True)}
 
 
 @pytest.fixture(scope="session")
 def make(teachers: dict[str, Path]) -> Callable[..., Student]:
-    """make(kind="epsilon", setting=LORA, guidance_embedding=False, stock=its kind's LCM, reads=(), **fields of Student): the "ema" of a run."""
+    """make(kind="epsilon", setting=LORA, guidance_embedding=False, stock=its kind's LCM, reads=(), **fields of
+    Student): the "ema" of a run."""
     def student(kind: str = "epsilon", setting: Lora | Full = LORA, guidance_embedding: bool = False,
                 stock: StockCall | None = None, reads: tuple[str, ...] = (), **more) -> Student:
-        needs = {"teacher": Frozen(), "student": Trained("teacher", reads or ("w",) * guidance_embedding), "ema": Follows("student", 0.9)}
+        needs = {"teacher": Frozen(), "student": Trained("teacher", reads or ("w",) * guidance_embedding),
+                 "ema": Follows("student", 0.9)}
         stock = stock or (FLOW_LCM if kind.startswith(("sd3", "sana")) else LCM)
         roles = build_roles(load_teacher(teachers[kind]), needs, {"student": setting})
         generator = torch.Generator().manual_seed(1)

@@ -19,8 +19,10 @@ def save_style(pipe, folder):
     """A LoRA as a trainer of styles leaves it; the pipeline is spent."""
     torch.manual_seed(3)
     name = component(pipe)
-    pipe.components[name].add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
-    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": get_peft_model_state_dict(pipe.components[name], adapter_name="style")})
+    pipe.components[name].add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False),
+                                      "style")
+    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": get_peft_model_state_dict(pipe.components[name],
+                                                                                       adapter_name="style")})
     return folder
 
 
@@ -112,6 +114,7 @@ def test_another_noise_is_said(make, teachers, tmp_path, caplog):
         load(stock(teachers["epsilon"]), tmp_path)
         assert not [r for r in caplog.records if r.name == "stepdistill"]
         load(stock(teachers["v_prediction"]), tmp_path)
-    assert not _parted(EDMEulerScheduler(), CMStochasticIterativeScheduler(num_train_timesteps=100_001))      # of one clock
+    # of one clock
+    assert not _parted(EDMEulerScheduler(), CMStochasticIterativeScheduler(num_train_timesteps=100_001))
     said = [r.getMessage() for r in caplog.records if r.name == "stepdistill"]
     assert len(said) == 1 and "prediction_type is v_prediction here and epsilon there" in said[0]

@@ -30,7 +30,8 @@ def emptied(folder):
 
 def changed(folder):
     tensors = load_file(folder / LORA)
-    save_file(tensors | {name: torch.zeros_like(value) for name, value in tensors.items() if "lora_B" in name}, folder / LORA)
+    save_file(tensors | {name: torch.zeros_like(value) for name, value in tensors.items() if "lora_B" in name},
+              folder / LORA)
 
 
 def said(folder, **entries):
@@ -44,14 +45,18 @@ def said(folder, **entries):
     (lambda folder: (folder / LORA).unlink(), f"not those that were exported and proved: {LORA} is missing"),
     (lambda folder: said(folder, sha256={}), f"{SETTINGS} is damaged: it has no sha256"),
     (lambda folder: (emptied(folder), said(folder, schema=1)), "holds no weights. Export again"),
-    (lambda folder: said(folder, call=None), f"{SETTINGS} is damaged: call is None, and should be a table. Export again"),
-    (lambda folder: said(folder, steps="four"), f"{SETTINGS} is damaged: steps is 'four', and should be a whole number"),
+    (lambda folder: said(folder, call=None), f"{SETTINGS} is damaged: call is None, and should be a table. "
+     "Export again"),
+    (lambda folder: said(folder, steps="four"), f"{SETTINGS} is damaged: steps is 'four', and should be a "
+     "whole number"),
     (lambda folder: said(folder, format="zip"), "format is 'zip', and should be 'lora' or 'pipeline' or 'comfyui'"),
     (lambda folder: said(folder, pipeline="NoPipeline"), "NoPipeline, which diffusers"),
     (lambda folder: (folder / SETTINGS).write_text("{"), f"{SETTINGS} is damaged"),
     (lambda folder: (folder / SCHEDULER).unlink(), "scheduler_config.json is damaged: No such file"),
-    (lambda folder: (folder / SCHEDULER).write_text("{}"), "scheduler_config.json is damaged: what it holds has no _class_name"),
-    (lambda folder: (folder / SCHEDULER).write_text('{"_class_name": "LCMScheduler", "num_train_timesteps": "many"}'), "no LCMScheduler can be made of it"),
+    (lambda folder: (folder / SCHEDULER).write_text("{}"), "scheduler_config.json is damaged: what it holds has "
+     "no _class_name"),
+    (lambda folder: (folder / SCHEDULER).write_text('{"_class_name": "LCMScheduler", "num_train_timesteps": "many"}'),
+     "no LCMScheduler can be made of it"),
     (lambda folder: (folder / SCHEDULER).write_text('{"_class_name": "Trainer"}'), "Trainer, which diffusers"),
 ])
 def test_damage_is_named(exported, tmp_path, damage, message):

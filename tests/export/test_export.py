@@ -41,8 +41,10 @@ DDIM = StockCall("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to
 TCD = StockCall("TCDScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.3})
 
 
-BEGUN = StockCall("LCMScheduler", {"original_inference_steps": 1}, {"num_inference_steps": 1, "guidance_scale": 1.0, "timesteps": [625]})
-FLOW_BEGUN = StockCall("FlowMatchLCMScheduler", {"shift": 1.0}, {"num_inference_steps": 1, "guidance_scale": 1.0, "sigmas": [0.626]})
+BEGUN = StockCall("LCMScheduler", {"original_inference_steps": 1},
+                  {"num_inference_steps": 1, "guidance_scale": 1.0, "timesteps": [625]})
+FLOW_BEGUN = StockCall("FlowMatchLCMScheduler", {"shift": 1.0}, {"num_inference_steps": 1, "guidance_scale": 1.0,
+                                                                 "sigmas": [0.626]})
 FLOW_EULER = StockCall("FlowMatchEulerDiscreteScheduler", {},
                        {"num_inference_steps": 2, "guidance_scale": 3.0, "sigmas": [1.0, 0.5]})
 
@@ -79,7 +81,8 @@ def test_every_form_is_proved(make, tmp_path, kind, to, setting, guidance_embedd
     assert proof.difference < 1e-5
     assert proof.images.std() > 0.05
     settings = read_settings(tmp_path / "out")
-    assert settings["proof"]["difference"] == proof.difference and settings["role"] == "ema" and settings["format"] == to
+    assert (settings["proof"]["difference"] == proof.difference and settings["role"] == "ema"
+            and settings["format"] == to)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -110,7 +113,8 @@ def test_the_scheduler_keeps_the_teachers_noise(make, tmp_path, teachers):
     teacher = stock(teachers["v_prediction"]).scheduler
     assert config["_class_name"] == "LCMScheduler" and config["original_inference_steps"] == 50
     assert config["prediction_type"] == "v_prediction"
-    assert torch.equal(diffusers.LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler").alphas_cumprod, teacher.alphas_cumprod)
+    assert torch.equal(diffusers.LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler").alphas_cumprod,
+                       teacher.alphas_cumprod)
 
 
 def test_load_gives_the_settings_of_a_plain_call(make, tmp_path, teachers):
@@ -118,7 +122,8 @@ def test_load_gives_the_settings_of_a_plain_call(make, tmp_path, teachers):
     pipe = stock(teachers["epsilon"])
     before = images(pipe, num_inference_steps=4, guidance_scale=1.0)
     settings = load(pipe, tmp_path)
-    assert settings == {"num_inference_steps": 4, "guidance_scale": 1.0} and type(pipe.scheduler).__name__ == "LCMScheduler"
+    assert (settings == {"num_inference_steps": 4, "guidance_scale": 1.0} and type(pipe.scheduler).__name__
+            == "LCMScheduler")
     again = pipe(["a large red ring", "a small blue square on green", "two triangles", "a large red ring"],
                  generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
     torch.testing.assert_close(again, proof.images, atol=1e-5, rtol=0)
@@ -136,9 +141,11 @@ def test_a_pipeline_export_loads_into_its_base(make, tmp_path, teachers):
 
 
 @pytest.mark.parametrize("cls,kind,guidance", [
-    *((cls, "epsilon", guidance) for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
+    *((cls, "epsilon", guidance) for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline,
+                                             StableDiffusionInpaintPipeline)
       for guidance in (None, 3.3)),
-    *((cls, "sd3", None) for cls in (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline))])
+    *((cls, "sd3", None) for cls in (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline,
+                                     StableDiffusion3InpaintPipeline))])
 def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, teachers, cls, kind, guidance):
     export_student(make(kind, guidance_embedding=guidance is not None), "lora", tmp_path, guidance)
     pipe = stock(teachers[kind])
@@ -166,7 +173,8 @@ def test_the_lora_runs_in_sibling_pipelines_weighted_and_fused(make, tmp_path, t
 
 @pytest.mark.parametrize("kind,to,guidance", [
     ("epsilon", "lora", None), ("epsilon", "lora", 3.3), ("epsilon", "comfyui", None), ("epsilon", "pipeline", None),
-    ("sd3", "lora", None), ("sd3", "pipeline", None), ("sana", "lora", 3.3), ("pixart", "lora", None), ("pixart", "lora", 3.3),
+    ("sd3", "lora", None), ("sd3", "pipeline", None), ("sana", "lora", 3.3), ("pixart", "lora", None),
+    ("pixart", "lora", 3.3),
     ("pixart", "pipeline", None)])
 def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, guidance):
     setting = Full() if to == "pipeline" else Lora(4, 6.0)
@@ -176,28 +184,33 @@ def test_the_snippet_of_the_card_runs(make, tmp_path, monkeypatch, kind, to, gui
     exec(code, {})
     pipe, settings = open_export(tmp_path / "out")
     torch.manual_seed(0)
-    expected = pipe("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
+    expected = pipe("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt",
+                    **settings).images[0]
     torch.testing.assert_close(to_tensor("sample.png"), expected, atol=0.51 / 255, rtol=0)
     beside, _ = open_export(tmp_path / "out", fused=False)
     layers = [any("lora" in name for name, _ in p.components[component(p)].named_modules()) for p in (pipe, beside)]
     assert layers == [False, to != "pipeline"]
     torch.manual_seed(0)
-    again = beside("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images[0]
+    again = beside("a large red ring", generator=torch.Generator().manual_seed(0), output_type="pt",
+                   **settings).images[0]
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)
 
 
 def test_what_an_sd3_export_says(make, tmp_path, teachers):
     export_student(make("sd3"), "lora", tmp_path / "lora")
     settings = read_settings(tmp_path / "lora")
-    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 0}
-    assert settings["teacher_call"] == {"max_sequence_length": 0} and settings["without"] == ["text_encoder_3", "tokenizer_3"]
+    assert settings["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25],
+                                "max_sequence_length": 0}
+    assert settings["teacher_call"] == {"max_sequence_length": 0} and settings["without"] == ["text_encoder_3",
+                                                                                              "tokenizer_3"]
     assert settings["global_noise"] and settings["scheduler"] == "FlowMatchLCMScheduler"
     scheduler = json.loads((tmp_path / "lora/scheduler/scheduler_config.json").read_text())
     assert scheduler["shift"] == 2.0                     # the student's, not the teacher's 3
     with safe_open(tmp_path / "lora" / LORA, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 6.0
         assert all(key.startswith("transformer.") for key in file.keys())
-    with pytest.raises(RequestError, match="kohya's LoRA keys are written for UNets; the network of the family sd3 is a transformer"):
+    with pytest.raises(RequestError, match="kohya's LoRA keys are written for UNets; the network of the family "
+                       "sd3 is a transformer"):
         export_student(make("sd3"), "comfyui", tmp_path / "kohya")
 
 
@@ -214,7 +227,8 @@ def test_an_exported_pipeline_is_a_teacher_whose_calls_are_its_teachers(make, tm
 def test_a_student_that_has_seen_one_scale_leaves_at_it(make, tmp_path):
     student = make(guidance_embedding=True, guidance=2.0)
     for w in (1.0, 5.0):
-        with pytest.raises(RequestError, match=f"--guidance {w:g} is not what this student was trained for: it has seen the scale 2 alone"):
+        with pytest.raises(RequestError, match=f"--guidance {w:g} is not what this student was trained for: it "
+                           "has seen the scale 2 alone"):
             export_student(student, "lora", tmp_path, w)
     export_student(student, "lora", tmp_path)
     assert read_settings(tmp_path)["guidance"] == 2.0
@@ -230,18 +244,26 @@ def test_kohya_keys_are_those_comfyui_maps(make, tmp_path):
 
 
 NODES = {                          # of ComfyUI's core: the inputs that each asks for, and what it gives
-    "CheckpointLoaderSimple": ({"ckpt_name": str}, ("MODEL", "CLIP", "VAE")), "LoraLoaderModelOnly": ({"model": "MODEL", "lora_name": str,
-     "strength_model": float}, ("MODEL",)), "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool}, ("MODEL",)),
-    "CLIPTextEncode": ({"clip": "CLIP", "text": str}, ("CONDITIONING",)), "KSamplerSelect": ({"sampler_name": str}, ("SAMPLER",)),
-    "ManualSigmas": ({"sigmas": str}, ("SIGMAS",)), "EmptyLatentImage": ({"width": int, "height": int, "batch_size": int}, ("LATENT",)),
-    "SamplerCustom": ({"model": "MODEL", "add_noise": bool, "noise_seed": int, "cfg": float, "positive": "CONDITIONING", "negative": "CONDITIONING",
+    "CheckpointLoaderSimple": ({"ckpt_name": str}, ("MODEL", "CLIP", "VAE")),
+    "LoraLoaderModelOnly": ({"model": "MODEL", "lora_name": str,
+     "strength_model": float}, ("MODEL",)), "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool},
+                                                                      ("MODEL",)),
+    "CLIPTextEncode": ({"clip": "CLIP", "text": str}, ("CONDITIONING",)),
+    "KSamplerSelect": ({"sampler_name": str}, ("SAMPLER",)),
+    "ManualSigmas": ({"sigmas": str}, ("SIGMAS",)),
+    "EmptyLatentImage": ({"width": int, "height": int, "batch_size": int}, ("LATENT",)),
+    "SamplerCustom": ({"model": "MODEL", "add_noise": bool, "noise_seed": int, "cfg": float, "positive": "CONDITIONING",
+                       "negative": "CONDITIONING",
                        "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"}, ("LATENT", "LATENT")),
-    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)), "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, ())}
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
+    "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, ())}
 
 
-@pytest.mark.parametrize("kind,inference,sampler", [("epsilon", LCM, "lcm"), ("v_prediction", DDIM, "euler"), ("epsilon", TCD, None)])
+@pytest.mark.parametrize("kind,inference,sampler", [("epsilon", LCM, "lcm"), ("v_prediction", DDIM, "euler"),
+                                                    ("epsilon", TCD, None)])
 def test_the_workflow_is_the_students_own_call(make, tmp_path, kind, inference, sampler):
-    """Every link is of the kind that its end asks for; the sigmas are sqrt(1 / alphas_cumprod - 1) at the student's timesteps."""
+    """Every link is of the kind that its end asks for; the sigmas are sqrt(1 / alphas_cumprod - 1) at the student's
+    timesteps."""
     student = make(kind, stock=inference)
     export_student(student, "comfyui", tmp_path)
     if sampler is None:
@@ -253,19 +275,25 @@ def test_the_workflow_is_the_students_own_call(make, tmp_path, kind, inference, 
         assert set(asked) == set(node["inputs"])
         for name, kind_of in asked.items():
             given = node["inputs"][name]
-            assert NODES[nodes[given[0]]["class_type"]][1][given[1]] == kind_of if isinstance(kind_of, str) else type(given) is kind_of
+            assert (NODES[nodes[given[0]]["class_type"]][1][given[1]] == kind_of if isinstance(kind_of, str)
+                    else type(given) is kind_of)
     by_kind = {node["class_type"]: node["inputs"] for node in nodes.values()}
-    assert by_kind["KSamplerSelect"]["sampler_name"] == sampler and by_kind["LoraLoaderModelOnly"]["lora_name"] == settings["weights"]
-    assert by_kind["SamplerCustom"]["cfg"] == settings["scale"] and ("ModelSamplingDiscrete" in by_kind) == (kind == "v_prediction")
+    assert (by_kind["KSamplerSelect"]["sampler_name"] == sampler and by_kind["LoraLoaderModelOnly"]["lora_name"]
+            == settings["weights"])
+    assert (by_kind["SamplerCustom"]["cfg"] == settings["scale"] and ("ModelSamplingDiscrete" in by_kind)
+            == (kind == "v_prediction"))
     kept = student.teacher.scheduler.alphas_cumprod.double()[torch.tensor(settings["told_times"]).long()]
     sigmas = [float(number) for number in by_kind["ManualSigmas"]["sigmas"].split(", ")]
     assert sigmas == pytest.approx([*(1 / kept - 1).sqrt().tolist(), 0.0], rel=1e-5)
 
 
 def test_a_schedule_that_ends_in_pure_noise_begins_at_comfyuis_last_sigma():
-    settings = {"scheduler": "DDIMScheduler", "teacher": "base", "weights": "x.safetensors", "prediction": "v_prediction", "scale": 1}
-    nodes = {node["class_type"]: node["inputs"] for node in workflow(settings, [float("inf"), 1.0], "a", (8, 16)).values()}
-    assert nodes["ManualSigmas"]["sigmas"] == "4518.760000, 1.000000, 0.000000" and nodes["ModelSamplingDiscrete"]["zsnr"] is True
+    settings = {"scheduler": "DDIMScheduler", "teacher": "base", "weights": "x.safetensors",
+                "prediction": "v_prediction", "scale": 1}
+    nodes = {node["class_type"]: node["inputs"] for node in workflow(settings, [float("inf"), 1.0], "a",
+                                                                     (8, 16)).values()}
+    assert (nodes["ManualSigmas"]["sigmas"] == "4518.760000, 1.000000, 0.000000"
+            and nodes["ModelSamplingDiscrete"]["zsnr"] is True)
 
 
 def test_a_refuted_export_leaves_nothing(make, tmp_path):
@@ -362,18 +390,20 @@ def test_the_card_shows_what_was_measured(make, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| lcm | 4 | 1 | 1.23 | 0.875 |" in text and "| real |  |  | 0.01 |  |" in text
     front = text.split("---")[1]
-    assert all(f"{key}: " in front for key in ("tags", "license")) and "base_model" not in front        # the Hub refuses paths
+    # the Hub refuses paths
+    assert all(f"{key}: " in front for key in ("tags", "license")) and "base_model" not in front
     export_student(make(base_model=Source("someone/a-model"), results=results), "lora", tmp_path / "hub")
     assert 'base_model: "someone/a-model"\n' in (tmp_path / "hub/README.md").read_text()
 
 
 @pytest.mark.parametrize("inference,said", [
     (LCM, "steps 4, cfg 1, denoise 1, sampler_name `lcm` and none of its schedulers"),
-    (replace(LCM, config={"original_inference_steps": 4}), "sampler_name `lcm` scheduler `simple`, whose time steps are those this student was "
-                                                           "made for: 999, 749, 499, 249."),
+    (replace(LCM, config={"original_inference_steps": 4}), "sampler_name `lcm` scheduler `simple`, whose time steps "
+                                                           "are those this student was made for: 999, 749, 499, 249."),
     (DDIM, "steps 4, cfg 3, denoise 1, sampler_name `euler` scheduler `simple`"),
     (TCD, "sampler_name none of its own: no sampler of ComfyUI's core does what a TCDScheduler does")])
 def test_the_card_says_what_to_set_in_comfyui(make, tmp_path, inference, said):
     export_student(make("v_prediction", stock=inference), "comfyui", tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert said in text and "put *ModelSamplingDiscrete* with `v_prediction` before the sampler" in text, text.split("## ComfyUI")[1]
+    assert said in text and "put *ModelSamplingDiscrete* with `v_prediction` before the sampler" in text, (
+        text.split("## ComfyUI")[1])

@@ -18,7 +18,8 @@ from stepdistill.models.schedulers import StockCall
 from stepdistill.models.teacher import numbers
 
 TIMES = torch.arange(1000)
-EULER = {"vp": StockCall("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True}, {"num_inference_steps": 4, "guidance_scale": 1.0}),
+EULER = {"vp": StockCall("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+                         {"num_inference_steps": 4, "guidance_scale": 1.0}),
          "flow": StockCall("FlowMatchEulerDiscreteScheduler", {"shift": 1.0},
                            {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]})}
 
@@ -59,13 +60,15 @@ def test_times_that_are_alike_are_refused():
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("differing", [False, True])
 def test_the_folded_layer_is_the_layer_that_reads(trained, differing):
-    """W (s + c) at the times of the steps, or at all times where c is one vector, on the base's and on an adapted weight."""
+    """W (s + c) at the times of the steps, or at all times where c is one vector, on the base's and on an adapted
+    weight."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     weight, module = draw(128, 64) / 8, "time.linear_1"
     state = {f"{module}.lora_A.weight": draw(3, 64) / 8, f"{module}.lora_B.weight": draw(128, 3)} if trained else {}
     lora, times = Lora(state, alpha=5.0, rank=3), torch.tensor([999, 749, 499, 249])
-    adapted = lambda lora: weight + (lora.scaling(module) * lora.state[f"{module}.lora_B.weight"] @ lora.state[f"{module}.lora_A.weight"]
+    adapted = lambda lora: weight + (lora.scaling(module) * lora.state[f"{module}.lora_B.weight"]
+                                     @ lora.state[f"{module}.lora_A.weight"]
                                      if f"{module}.lora_A.weight" in lora.state else 0)
     c = draw(4, 64) if differing else draw(1, 64).expand(4, 64)
     s, every = sinusoids(64, times), sinusoids(64, TIMES)
@@ -73,27 +76,33 @@ def test_the_folded_layer_is_the_layer_that_reads(trained, differing):
     if not differing:
         s, c = every, c[:1]
     torch.testing.assert_close(s @ adapted(after).T, (s + c) @ adapted(lora).T, atol=2e-4, rtol=1e-4)
-    assert after.rank == 3 and after.metadata()["rank_pattern"] == {r"time\.linear_1": 3 * trained + (4 if differing else 1)}
+    assert after.rank == 3 and after.metadata()["rank_pattern"] == {r"time\.linear_1": 3 * trained
+                                                                    + (4 if differing else 1)}
 
 
 @pytest.mark.parametrize("reads", [("w",), ("r",), ("w", "r")], ids="+".join)
 @pytest.mark.parametrize("kind, to, setting", [
-    ("v_prediction", "lora", Adapter(4, 6.0)), ("v_prediction", "pipeline", Adapter(4, 6.0)), ("v_prediction", "pipeline", Full()),
-    ("sd3", "lora", Adapter(4, 6.0)), ("sd3", "lora", Adapter(2, targets=("to_q", "time_text_embed.timestep_embedder.linear_1"))),
+    ("v_prediction", "lora", Adapter(4, 6.0)), ("v_prediction", "pipeline", Adapter(4, 6.0)),
+    ("v_prediction", "pipeline", Full()),
+    ("sd3", "lora", Adapter(4, 6.0)),
+    ("sd3", "lora", Adapter(2, targets=("to_q", "time_text_embed.timestep_embedder.linear_1"))),
     ("sd3", "pipeline", Adapter(4, 6.0)), ("sd3", "pipeline", Full())])
 def test_pictures_of_a_folded_student_are_its_samplers(make, tmp_path, kind, to, setting, reads):
-    """A stock pipeline, whose network reads its time alone, against our sampler, which tells the student its scale and landings."""
+    """A stock pipeline, whose network reads its time alone, against our sampler, which tells the student its scale and
+    landings."""
     student = make(kind, setting, stock=EULER["flow" if kind == "sd3" else "vp"], reads=reads)
     scale = 3.3 if "w" in reads else None
     found = export_student(student, to, tmp_path / "out", scale)
     assert found.difference < 1e-4 and found.images.std() > 0.05
     settings = read_settings(tmp_path / "out")
-    assert settings["fixed_steps"] == ("r" in reads) and settings["keeps"] == (to == "pipeline" and kind != "sd3" and reads == ("w",))
+    assert settings["fixed_steps"] == ("r" in reads) and settings["keeps"] == (to == "pipeline" and kind != "sd3"
+                                                                               and reads == ("w",))
     if setting != Full():
         export_student(student, to, tmp_path / "plain", scale, dtype="float32")
         written = replace(student, lora=adapter(student, student.call, scale) if to == "lora" else None)
         with torch.no_grad():
-            for weight in student.layers.values():                   # the role's own: what they add is seen in the pictures
+            # the role's own: what they add is seen in the pictures
+            for weight in student.layers.values():
                 weight.zero_()
         with pytest.raises(RequestError, match="differs from this run's own sampler"):
             prove(written, tmp_path / "plain", scale)

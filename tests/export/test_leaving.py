@@ -1,4 +1,5 @@
-"""What leaves of a run: any of its checkpoints, the average or the student; what the file says of itself; and the Hub."""
+"""What leaves of a run: any of its checkpoints, the average or the student; what the file says of itself; and the
+Hub."""
 from __future__ import annotations
 
 import hashlib
@@ -18,8 +19,10 @@ from stepdistill.export.metadata import stamp
 from stepdistill.run.setup import open_run
 from stepdistill.training import checkpoints
 
-RECIPE = {"method": "lcm", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2, "data": {"images": "shapes", "batch": 2},
-          "train": {"updates": 2, "ema": 0.5, "checkpoint_every": 1, "log_every": 1}, "evaluate": {"prompts": ["a red ring"]}}
+RECIPE = {"method": "lcm", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
+          "data": {"images": "shapes", "batch": 2},
+          "train": {"updates": 2, "ema": 0.5, "checkpoint_every": 1, "log_every": 1},
+          "evaluate": {"prompts": ["a red ring"]}}
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +34,18 @@ def state(run, step, role):
     return checkpoints.load_role(run / f"checkpoints/step-{step:06d}", role)
 
 
-@pytest.mark.parametrize(("step", "weights", "known"), [(None, None, (2, "ema")), (1, None, (1, "ema")), (1, "student", (1, "student")),
+@pytest.mark.parametrize(("step", "weights", "known"), [(None, None, (2, "ema")), (1, None, (1, "ema")),
+                                                        (1, "student", (1, "student")),
                                                         (2, "student", (2, "student"))])
 def test_the_chosen_weights_leave(run, tmp_path, step, weights, known):
     folder = stepdistill.export(run, out=tmp_path / "out", dtype="float32", checkpoint=step, weights=weights)
-    held, settings = load_file(folder / "pytorch_lora_weights.safetensors"), json.loads((folder / "stepdistill.json").read_text())
+    held, settings = (load_file(folder / "pytorch_lora_weights.safetensors"),
+                      json.loads((folder / "stepdistill.json").read_text()))
     role = state(run, *known)
     assert len(held) == len(role) and all(torch.equal(held[f"unet.{name}"], role[name]) for name in role)
     assert (settings["step"], settings["role"]) == known and f"role `{known[1]}`" in (folder / "README.md").read_text()
-    others = [state(run, *other) for other in ((1, "ema"), (1, "student"), (2, "ema"), (2, "student")) if other != known]
+    others = [state(run, *other) for other in ((1, "ema"), (1, "student"), (2, "ema"), (2, "student"))
+              if other != known]
     assert not any(all(torch.equal(other[name], role[name]) for name in role) for other in others)
 
 
@@ -55,7 +61,8 @@ def test_what_a_run_has_not_is_refused(run, tiny_teacher, tmp_path):
         stepdistill.export(run, weights="best", out=tmp_path / "out")
     with pytest.raises(RequestError, match="is no run folder, and checkpoints .* are a run's"):
         stepdistill.sample(tiny_teacher, "a", checkpoint=1)
-    plain = stepdistill.train("toy/lcm", out=tmp_path / "toy", **{"train.updates": 1, "train.ema": None, "train.warmup": 0, "data.batch": 4})
+    plain = stepdistill.train("toy/lcm", out=tmp_path / "toy",
+                              **{"train.updates": 1, "train.ema": None, "train.warmup": 0, "data.batch": 4})
     with pytest.raises(RequestError, match="--weights ema: recipe keeps no average"):
         open_run(plain, weights="ema")
 
@@ -67,9 +74,12 @@ def test_a_file_says_what_it_is(run, tmp_path, to):
     with safe_open(file, "pt") as opened:
         said = opened.metadata()
     assert said["modelspec.sai_model_spec"] == "1.0.0" and said["modelspec.implementation"] == "diffusers"
-    assert said["modelspec.architecture"] == "stable-diffusion/lora" and "ss_base_model_version" not in said       # of no known width
-    assert said["modelspec.usage_hint"].startswith("2 steps of LCMScheduler") and said["modelspec.prediction_type"] == "epsilon"
-    assert (said["ss_network_dim"], said["ss_network_alpha"], said["ss_steps"], said["ss_output_name"]) == ("2", "2", "2", file.stem)
+    # of no known width
+    assert said["modelspec.architecture"] == "stable-diffusion/lora" and "ss_base_model_version" not in said
+    assert (said["modelspec.usage_hint"].startswith("2 steps of LCMScheduler") and said["modelspec.prediction_type"]
+            == "epsilon")
+    assert ((said["ss_network_dim"], said["ss_network_alpha"], said["ss_steps"], said["ss_output_name"])
+            == ("2", "2", "2", file.stem))
     whole = file.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
     assert begin % 8 == 0 and said["modelspec.hash_sha256"] == f"0x{hashlib.sha256(whole[begin:]).hexdigest()}"
@@ -129,7 +139,8 @@ def test_an_export_goes_to_the_hub_private_and_its_card_names_it(run, tmp_path, 
     folder = stepdistill.export(run, out=tmp_path / "out", push="me/few-steps")
     create, upload = Api.asked
     assert create == ("create", "me/few-steps", True, True)
-    assert upload == ("upload", "me/few-steps", sorted(path.name for path in folder.iterdir())) and "README.md" in upload[2]
+    assert (upload == ("upload", "me/few-steps", sorted(path.name for path in folder.iterdir()))
+            and "README.md" in upload[2])
     assert 'folder = "me/few-steps"' in (folder / "README.md").read_text()
     hub.push(folder, "me/few-steps", public=True)
     assert Api.asked[2] == ("create", "me/few-steps", False, True)
@@ -139,8 +150,10 @@ def test_an_export_goes_to_the_hub_private_and_its_card_names_it(run, tmp_path, 
     ("few-steps", "t", None, "--push few-steps: should be a repository of the Hub, OWNER/NAME"),
     ("me/few steps", "t", None, "--push me/few steps: "),
     ("me/few-steps", None, None, "there is no token of the Hub here: log in by `hf auth login`, or set HF_TOKEN"),
-    ("me/few-steps", "t", "huggingface.co: Name or service not known", "the Hub cannot be asked .* export without --push")])
-def test_what_cannot_go_is_refused_before_anything_is_written(run, tmp_path, at_hand, monkeypatch, name, token, away, message):
+    ("me/few-steps", "t", "huggingface.co: Name or service not known", "the Hub cannot be asked .* export "
+     "without --push")])
+def test_what_cannot_go_is_refused_before_anything_is_written(run, tmp_path, at_hand, monkeypatch, name, token,
+                                                              away, message):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     monkeypatch.setattr(hub, "unreachable", lambda: away)
     with pytest.raises(RequestError, match=message):
@@ -149,6 +162,7 @@ def test_what_cannot_go_is_refused_before_anything_is_written(run, tmp_path, at_
 
 
 def test_a_refusal_of_the_hub_leaves_the_export(run, tmp_path, at_hand):
-    with pytest.raises(RequestError, match="--push others/few-steps: the Hub did not take it .* The export is whole in"):
+    with pytest.raises(RequestError, match="--push others/few-steps: the Hub did not take it .* The export "
+                       "is whole in"):
         stepdistill.export(run, out=tmp_path / "out", push="others/few-steps")
     assert (tmp_path / "out/stepdistill.json").is_file()

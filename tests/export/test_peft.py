@@ -1,4 +1,5 @@
-"""LoRAs of pipelines that load none by themselves, which leave as folders of peft; and a pipeline whose prompts are classes."""
+"""LoRAs of pipelines that load none by themselves, which leave as folders of peft; and a pipeline whose prompts are
+classes."""
 from __future__ import annotations
 
 import json
@@ -48,7 +49,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(make, teachers, tmp_pat
 @pytest.mark.parametrize("to", ["lora", "pipeline"])
 def test_the_snippet_of_a_class_runs(make, tmp_path, monkeypatch, to):
     """Its card asks for a class, and a whole pipeline keeps the names of classes."""
-    export_student(make("dit", Full(), prompts=CLASSES) if to == "pipeline" else make("dit", prompts=CLASSES), to, tmp_path / "out")
+    export_student(make("dit", Full(), prompts=CLASSES) if to == "pipeline" else make("dit", prompts=CLASSES), to,
+                   tmp_path / "out")
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL).group(1)
     assert "pipe(class_labels=[3], " in code
     monkeypatch.chdir(tmp_path)
@@ -56,5 +58,6 @@ def test_the_snippet_of_a_class_runs(make, tmp_path, monkeypatch, to):
     pipe, settings = open_export(tmp_path / "out")
     assert pipe.labels == {"tench": 0, "Tinca tinca": 0, "goldfish": 1}
     torch.manual_seed(0)
-    expected = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np", **settings).images[0]
+    expected = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np",
+                    **settings).images[0]
     np.testing.assert_allclose(np.array(Image.open("sample.png")) / 255, expected, atol=0.51 / 255)

@@ -30,7 +30,8 @@ from stepdistill.run.targets import open_target, teachers
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A run of a base that is there in half precision alone, with two LoRAs and another autoencoder, and its exports."""
+    """A run of a base that is there in half precision alone, with two LoRAs and another autoencoder, and its
+    exports."""
     root = tmp_path_factory.mktemp("teachers")
     tiny_pipeline().save_pretrained(root / "base", variant="fp16")
     save_tiny(root / "plain")
@@ -51,9 +52,11 @@ def test_an_export_says_what_its_teacher_is(work):
     for folder in exports.values():
         said = read_settings(folder)
         assert said["teacher"] == str(root / "base") and said["proof"]["difference"] <= 1e-4
-        assert said["teacher_loras"] == [{"path": str(root / "style"), "weight": 0.5}, {"path": str(root / "pose" / FILE), "weight": 1.0}]
+        assert said["teacher_loras"] == [{"path": str(root / "style"), "weight": 0.5},
+                                         {"path": str(root / "pose" / FILE), "weight": 1.0}]
         assert said["teacher_parts"] == {"variant": "fp16", "vae": str(root / "vae")}
-        assert {(row["lora"], row["component"]) for row in said["teacher_traces"]} == {(0, "unet"), (0, "text_encoder"), (1, "unet")}
+        assert {(row["lora"], row["component"]) for row in said["teacher_traces"]} == {(0, "unet"), (0, "text_encoder"),
+                                                                                       (1, "unet")}
         assert f"`{root / 'base'}` with the LoRA `{root / 'style'}` at 0.5" in (folder / "README.md").read_text()
     assert f"Before it, `{root / 'style'}` at strength 0.5. Before it" in (exports["comfyui"] / "README.md").read_text()
 
@@ -79,10 +82,12 @@ def test_the_card_s_snippet_gives_the_students_picture(work, to, tmp_path, monke
 def test_load_wants_the_loras_fused_first(work):
     root, _, exports = work
     vae = AutoencoderKL.from_pretrained(root / "vae")
-    plain = StableDiffusionPipeline.from_pretrained(root / "base", variant="fp16", safety_checker=None, vae=vae).to(torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained(root / "base", variant="fp16", safety_checker=None,
+                                                    vae=vae).to(torch.float32)
     for to in ("lora", "comfyui", "pipeline"):            # a pipeline lends its network, and not its text encoder
         with pytest.raises(RequestError, match=f"was trained on .*base with the LoRA {root / 'style'} fused into it.*"
-                                               r"is without it: first call pipe.load_lora_weights, pipe.fuse_lora\(lora_scale=0.5\)"):
+                                               r"is without it: first call pipe.load_lora_weights, "
+                                               r"pipe.fuse_lora\(lora_scale=0.5\)"):
             load(plain, exports[to])
     for place, weight in ((root / "style", 0.5), (root / "pose", 1.0)):
         plain.load_lora_weights(place, weight_name=FILE)
@@ -100,8 +105,10 @@ def test_commands_read_the_whole_teacher(work):
     known = open_run(run).teacher
     found = teachers(opened)
     assert [target.companion for target in found] == [True] and same(found[0].pipeline.vae, known.parts["vae"])
-    assert same(found[0].pipeline.unet, known.pipeline().unet) and same(found[0].pipeline.text_encoder, known.parts["text_encoder"])
-    assert len(teachers([*opened, open_target(known.source, "base")])) == 1, "a teacher that is asked for too is drawn of once"
+    assert same(found[0].pipeline.unet, known.pipeline().unet) and same(found[0].pipeline.text_encoder,
+                                                                        known.parts["text_encoder"])
+    assert len(teachers([*opened, open_target(known.source, "base")])) == 1, (
+        "a teacher that is asked for too is drawn of once")
     assert open_target(root / "base", "base").source == Source(str(root / "base"), variant="fp16")
     assert plan(Recipe.load(run / "recipe.yaml"))["downloads"] == []
 
@@ -115,7 +122,8 @@ def test_whatever_a_teacher_is_made_of_changes_the_print_of_what_it_makes(work, 
         return json.dumps(_identity(load_teacher(source, resolution=resolution)), sort_keys=True)
 
     other = [{"path": str(root / "style"), "weight": 0.25}, {"path": str(root / "pose" / FILE)}]
-    prints = [print_of(), print_of(loras=other), print_of(loras=[]), print_of(vae=None), print_of(base=str(root / "plain")),
+    prints = [print_of(), print_of(loras=other), print_of(loras=[]), print_of(vae=None),
+              print_of(base=str(root / "plain")),
               print_of(resolution=24)]
     assert len(set(prints)) == len(prints) and print_of() == prints[0]
     save_lora(root / "style", encoder=True, seed=9)
@@ -124,7 +132,8 @@ def test_whatever_a_teacher_is_made_of_changes_the_print_of_what_it_makes(work, 
 
 def test_a_plain_teacher_is_named_as_ever(tmp_path):
     base = save_tiny(tmp_path / "base")
-    run = api.train({"method": "lcm", "teacher": str(base), "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": 2.0,
+    run = api.train({"method": "lcm", "teacher": str(base), "student": {"lora": {"rank": 2}}, "steps": 2,
+                     "guidance": 2.0,
                      "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}, out=tmp_path / "run")
     assert Recipe.load(run / "recipe.yaml").resolved()["teacher"] == str(base)
     assert not {"teacher_loras", "teacher_parts", "teacher_traces"} & read_settings(api.export(run)).keys()

@@ -34,11 +34,12 @@ def as_they_are(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 class Case:
     """build: the pipeline, of its real class with a tiny config and random weights.
 
-    sizes: two sizes of pictures, (height, width) in pixels; frames: of videos. scales: guidance scales. call: what every call is given, such as
-    max_sequence_length. latents: the last latents of a call; unpacked: these, as our sampler's state of `shape` (B, C, H, W).
-    reconstructed: pixels (B, 3, H, W), of videos (B, F, 3, H, W), there and back by the pipeline's autoencoder.
-    ignored: fields of a condition that do not change the prediction. still: parts of the names of adapter weights that never get a
-    gradient. guidance: of what is trained. forms: of export. methods: what is trained for two updates, beside their settings; data: on what, as a recipe says it.
+    sizes: two sizes of pictures, (height, width) in pixels; frames: of videos. scales: guidance scales. call: what
+    every call is given, such as max_sequence_length. latents: the last latents of a call; unpacked: these, as our
+    sampler's state of `shape` (B, C, H, W). reconstructed: pixels (B, 3, H, W), of videos (B, F, 3, H, W), there and
+    back by the pipeline's autoencoder. ignored: fields of a condition that do not change the prediction. still: parts
+    of the names of adapter weights that never get a gradient. guidance: of what is trained. forms: of export. methods:
+    what is trained for two updates, beside their settings; data: on what, as a recipe says it.
     """
 
     build: Callable[[], DiffusionPipeline]

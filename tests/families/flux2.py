@@ -14,17 +14,23 @@ TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.content }}<|im_
 
 
 def tiny_klein() -> Flux2KleinPipeline:
-    """Of 16-channel latents of 4 pixels, with two blocks of each kind and a codec whose statistics are far from 0 and 1."""
+    """Of 16-channel latents of 4 pixels, with two blocks of each kind and a codec whose statistics are far from 0 and
+    1."""
     torch.manual_seed(0)
-    tokenizer = Qwen2TokenizerFast({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, [], chat_template=TEMPLATE,
+    tokenizer = Qwen2TokenizerFast({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, [],
+                                   chat_template=TEMPLATE,
                                    additional_special_tokens=["<|im_start|>", "<|im_end|>"])
-    text = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=4,
-                                        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64))
+    text = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                                        num_hidden_layers=4,
+                                        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                                        max_position_embeddings=64))
     transformer = Flux2Transformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48,
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48,
         timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
     vae = AutoencoderKLFlux2(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                             block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+                             block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                             sample_size=16,
                              batch_norm_eps=0.01)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.1, 4)
@@ -46,4 +52,5 @@ def reconstructed(vae: nn.Module, pixels: Tensor) -> Tensor:
 
 
 CALL = {"max_sequence_length": 24, "text_encoder_out_layers": [1, 2, 4], "height": 16, "width": 16}
-CASES = {"flux2-klein": Case(tiny_klein, sizes=((16, 16), (16, 24)), call=CALL, unpacked=unpacked, reconstructed=reconstructed)}
+CASES = {"flux2-klein": Case(tiny_klein, sizes=((16, 16), (16, 24)), call=CALL, unpacked=unpacked,
+                             reconstructed=reconstructed)}

@@ -1,4 +1,5 @@
-"""FLUX pipelines beside the matrix: what their networks are told in bfloat16, numbers beside a guidance scale, and refusals."""
+"""FLUX pipelines beside the matrix: what their networks are told in bfloat16, numbers beside a guidance scale, and
+refusals."""
 from __future__ import annotations
 
 import json
@@ -26,7 +27,8 @@ def told(pipe: DiffusionPipeline, **call) -> list[dict]:
     seen: list[dict] = []
     pipe.transformer.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
     pipe.set_progress_bar_config(disable=True)
-    pipe(prompt=PROMPTS, output_type="latent", num_inference_steps=3, generator=torch.Generator().manual_seed(0), **call)
+    pipe(prompt=PROMPTS, output_type="latent", num_inference_steps=3, generator=torch.Generator().manual_seed(0),
+         **call)
     return seen
 
 
@@ -75,13 +77,15 @@ def test_numbers_beside_the_time_are_folded_into_a_stock_network(case, folder, r
         for parameter in roles.parameters("student"):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     scheduler = teacher.scheduler.from_config(teacher.scheduler.config, use_dynamic_shifting=False)
-    sampler, cond, x = Sampler.of(scheduler, 3, teacher.schedule), teacher.encode(PROMPTS), torch.randn(2, *teacher.latent_shape)
+    sampler, cond, x = (Sampler.of(scheduler, 3, teacher.schedule), teacher.encode(PROMPTS),
+                        torch.randn(2, *teacher.latent_shape))
     network = roles.stock_network("student", sampler, 3.3)
     for time, landing in zip(sampler.times, sampler.landings, strict=True):
         numbers = {"w": torch.full((2,), 3.3, dtype=torch.float64), "r": landing.expand(2)}
         reading = cond.replace(**{name: numbers[name] for name in reads})
         ours = roles["student"](x, time.expand(2), reading).raw
-        torch.testing.assert_close(teacher.predict(network, x, time.expand(2), teacher.scaled(cond)), ours, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(teacher.predict(network, x, time.expand(2), teacher.scaled(cond)), ours,
+                                   rtol=1e-3, atol=1e-4)
         assert (teacher.predict(teacher.network, x, time.expand(2), teacher.scaled(cond)) - ours).abs().max() > 1e-2
 
 
@@ -90,7 +94,8 @@ def test_pictures_of_a_stock_call_are_1024_pixels(case, folder):
     call = {name: value for name, value in case.call.items() if name not in ("height", "width")}
     (folder / "stepdistill.json").write_text(json.dumps({"call": call}))
     teacher, stock = load_teacher(folder, device="meta"), case.build()
-    packed, _ = stock.prepare_latents(1, stock.transformer.config.in_channels // 4, *[stock.default_sample_size * stock.vae_scale_factor] * 2,
+    packed, _ = stock.prepare_latents(1, stock.transformer.config.in_channels // 4,
+                                      *[stock.default_sample_size * stock.vae_scale_factor] * 2,
                                       torch.float32, "cpu", torch.Generator())
     assert case.unpacked(packed, (1, *teacher.latent_shape)).shape[1:] == teacher.latent_shape
 
@@ -114,11 +119,14 @@ def test_a_klein_that_is_distilled_or_reads_a_scale(tmp_path):
             load_teacher(tmp_path, device=device)
 
 
-@pytest.mark.parametrize("method, settings", [("lcm", {"guidance_embedding": True}), ("dmd2", {"exit_embedding": True, "gan_weight": 0})])
+@pytest.mark.parametrize("method, settings",
+                         [("lcm", {"guidance_embedding": True}), ("dmd2", {"exit_embedding": True, "gan_weight": 0})])
 def test_no_embedding_of_ours_where_the_network_reads_its_scale(tmp_path, method, settings):
     flux.tiny_flux(True).save_pretrained(tmp_path / "teacher")
     lora = {"lora": {"rank": 2}}
-    recipe = {"method": method, "teacher": str(tmp_path / "teacher"), "resolution": [16, 16], "student": lora, "guidance": 2.0, "steps": 2,
+    recipe = {"method": method, "teacher": str(tmp_path / "teacher"), "resolution": [16, 16], "student": lora,
+              "guidance": 2.0, "steps": 2,
               "settings": settings, "data": {"images": "shapes", "count": 2, "batch": 2}, "train": {"updates": 1}}
-    with pytest.raises(RequestError, match="an embedding, but the teacher's network reads its guidance scale by itself"):
+    with pytest.raises(RequestError, match="an embedding, but the teacher's network reads its guidance scale "
+                       "by itself"):
         api.train(recipe | ({"critic": lora} if method == "dmd2" else {}), out=tmp_path / "run")

@@ -1,4 +1,5 @@
-"""What a guided call is given beside its scale, a negative prompt and a rescale, against stock calls of every family."""
+"""What a guided call is given beside its scale, a negative prompt and a rescale, against stock calls of every
+family."""
 from __future__ import annotations
 
 import json
@@ -45,9 +46,11 @@ def drawn(teacher: Teacher, prompts: tuple[str, ...]) -> tuple[torch.Tensor, tor
     stock.set_progress_bar_config(disable=True)
     grid, asked = recorded(stock), {"num_inference_steps": 3, **teacher.guidance.call(3.0), **teacher.call}
     theirs = pictures(stock, teacher.family.prompts, prompts, generator=seed(), **asked)
-    sampler, role = Sampler.of(stock.scheduler, 3, teacher.schedule, **grid), guided(Denoiser(teacher, teacher.network), 3.0)
+    sampler, role = (Sampler.of(stock.scheduler, 3, teacher.schedule, **grid),
+                     guided(Denoiser(teacher, teacher.network), 3.0))
     with torch.no_grad():
-        ours = sampler(role, torch.randn(len(prompts), *teacher.latent_shape, generator=seed()), teacher.encode(list(prompts)))
+        ours = sampler(role, torch.randn(len(prompts), *teacher.latent_shape, generator=seed()),
+                       teacher.encode(list(prompts)))
     return teacher.decode(ours) / 2 + 0.5, theirs
 
 
@@ -64,12 +67,15 @@ def test_a_negative_prompt_is_what_the_stock_call_is_drawn_away_from(folder_of, 
 def rescaling(tmp_path_factory):
     """Folders of the pipelines whose calls take a rescale."""
     place = lambda name: tmp_path_factory.mktemp("rescaling") / name
-    return {"sd": save_tiny(place("sd")), "sd-v": save_tiny(place("sd-v"), "v_prediction"), "sdxl": save_tiny_xl(place("sdxl"), zeros=True)}
+    return {"sd": save_tiny(place("sd")), "sd-v": save_tiny(place("sd-v"), "v_prediction"),
+            "sdxl": save_tiny_xl(place("sdxl"), zeros=True)}
 
 
-@pytest.mark.parametrize("name, negative", [("sd", NEGATIVE), ("sd-v", None), ("sdxl", None), ("sdxl", ""), ("sdxl", NEGATIVE)])
+@pytest.mark.parametrize("name, negative", [("sd", NEGATIVE), ("sd-v", None), ("sdxl", None), ("sdxl", ""),
+                                            ("sdxl", NEGATIVE)])
 def test_guidance_is_rescaled_as_in_the_stock_call(rescaling, name, negative):
-    """An SDXL pipeline subtracts zeros where nobody gives a negative prompt, and the encoding of "" where somebody gives that."""
+    """An SDXL pipeline subtracts zeros where nobody gives a negative prompt, and the encoding of "" where somebody
+    gives that."""
     teacher = load_teacher(Source(str(rescaling[name]), negative_prompt=negative, guidance_rescale=0.7))
     assert teacher.guidance.call(3.0)["guidance_rescale"] == 0.7
     ours, theirs = drawn(teacher, PROMPTS)
@@ -99,16 +105,20 @@ def test_a_rescaled_mix_has_the_spread_of_the_conditional_output():
 
 
 @pytest.mark.parametrize("name, given, said", [
-    *((name, {"negative_prompt": NEGATIVE}, "negative_prompt is 'blue square', but a call of .*Pipeline takes none") for name in NONE if name != "flux-dev"),
-    ("flux-dev", {"negative_prompt": NEGATIVE}, "its network reads its guidance scale by itself, and no negative_prompt"),
-    ("sd3", {"guidance_rescale": 0.7}, "guidance_rescale is 0.7, but a call of StableDiffusion3Pipeline takes none: leave it out")])
+    *((name, {"negative_prompt": NEGATIVE}, "negative_prompt is 'blue square', but a call of .*Pipeline takes none")
+      for name in NONE if name != "flux-dev"),
+    ("flux-dev", {"negative_prompt": NEGATIVE}, "its network reads its guidance scale by itself, and no "
+     "negative_prompt"),
+    ("sd3", {"guidance_rescale": 0.7}, "guidance_rescale is 0.7, but a call of StableDiffusion3Pipeline takes none: "
+     "leave it out")])
 def test_calls_without_such_an_argument_are_refused(folder_of, name, given, said):
     with pytest.raises(RequestError, match=said):
         load_teacher(Source(str(folder_of(name)), **given))
 
 
 def written(base, **entries) -> dict:
-    return {"method": "lcm", "teacher": str(base), "student": {"lora": {"rank": 2}}, "guidance": 3.0, "steps": 2, "negative_prompt": NEGATIVE,
+    return {"method": "lcm", "teacher": str(base), "student": {"lora": {"rank": 2}}, "guidance": 3.0, "steps": 2,
+            "negative_prompt": NEGATIVE,
             "data": {"images": "shapes", "count": 4, "batch": 2}, "train": {"updates": 1}, **entries}
 
 
@@ -118,17 +128,20 @@ def test_a_recipe_names_them_and_a_run_is_compared_with_that_teacher(tmp_path):
     assert Recipe.load(run / "recipe.yaml").resolved()["negative_prompt"] == NEGATIVE
     folder = api.export(run)
     said = read_settings(folder)
-    assert said["teacher_parts"] == {"negative_prompt": NEGATIVE, "guidance_rescale": 0.7} and not {"negative_prompt", "guidance_rescale"} & said["call"].keys()
+    assert (said["teacher_parts"] == {"negative_prompt": NEGATIVE, "guidance_rescale": 0.7}
+            and not {"negative_prompt", "guidance_rescale"} & said["call"].keys())
     assert f'the scale 3 was trained in, away from `"{NEGATIVE}"`' in (folder / "README.md").read_text()
     for opened in (open_target(run, "run"), open_target(folder, "lora")):
         teacher = teachers([opened])[0]
         call = teacher.guidance.call(3.0)
-        assert call["negative_prompt"] == NEGATIVE and call["guidance_rescale"] == 0.7 and not {*call} & {*teacher.given}
+        assert (call["negative_prompt"] == NEGATIVE and call["guidance_rescale"] == 0.7 and not {*call}
+                & {*teacher.given})
         assert teacher.guidance.none == {"guidance_scale": 1.0}
         known = load_teacher(Source(str(base), negative_prompt=NEGATIVE, guidance_rescale=0.7))
         ours, theirs = drawn(known, ("a red ring",))
         stock: DiffusionPipeline = teacher.pipeline
-        again = pictures(stock, known.family.prompts, ["a red ring"], generator=torch.Generator().manual_seed(7), num_inference_steps=3, **call)
+        again = pictures(stock, known.family.prompts, ["a red ring"], generator=torch.Generator().manual_seed(7),
+                         num_inference_steps=3, **call)
         assert torch.equal(theirs, again) and (ours - theirs).abs().max() < 1e-4
 
 
@@ -142,7 +155,8 @@ def test_caches_are_told_apart(tmp_path):
 @pytest.mark.parametrize("changed, said", [
     ({"guidance": 1.0}, "negative_prompt is given, but guidance is 1, and a teacher without guidance does not read it"),
     ({"negative_prompt": None, "guidance_rescale": 1.5}, "guidance_rescale is 1.5; it should be at most 1"),
-    ({"stages": [{"steps": 4}, {"steps": 2, "negative_prompt": "ugly"}]}, "negative_prompt is no entry of a stage: it is the whole recipe's"),
+    ({"stages": [{"steps": 4}, {"steps": 2, "negative_prompt": "ugly"}]}, "negative_prompt is no entry of a stage: "
+     "it is the whole recipe's"),
 ])
 def test_slips_are_refused(tmp_path, changed, said):
     base = save_tiny(tmp_path / "base")

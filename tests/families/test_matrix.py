@@ -1,4 +1,5 @@
-"""Every family against its own stock pipeline: calls, conditions, features, adapters, and two updates that leave and are proved."""
+"""Every family against its own stock pipeline: calls, conditions, features, adapters, and two updates that leave and
+are proved."""
 from __future__ import annotations
 
 import json
@@ -25,8 +26,10 @@ from stepdistill.models.teacher import load_teacher
 
 from .case import Case
 
-MODULES = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "case" and not module.name.startswith("test_")]
-CASES: dict[str, Case] = {name: case for module in MODULES for name, case in import_module(f".{module}", __package__).CASES.items()}
+MODULES = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "case"
+           and not module.name.startswith("test_")]
+CASES: dict[str, Case] = {name: case for module in MODULES
+                          for name, case in import_module(f".{module}", __package__).CASES.items()}
 CALLS = [(name, size, scale) for name, case in CASES.items() for size in case.sizes for scale in case.scales]
 TRAINED = [(name, method) for name, case in CASES.items() for method in case.methods]
 
@@ -64,7 +67,8 @@ def test_the_stock_call_is_our_sampler(folder_of, name, size, scale):
     role = guided(role, scale) if teacher.scale is None else role
     with torch.no_grad():
         generator = seed()
-        noise = lambda: torch.randn(shape, generator=generator)         # the start, and where the scheduler draws too, of its steps
+        # the start, and where the scheduler draws too, of its steps
+        noise = lambda: torch.randn(shape, generator=generator)
         ours = sampler(role, noise(), teacher.encode(list(case.prompts)), lambda i: noise())
     torch.testing.assert_close(ours, case.unpacked(theirs, shape), rtol=1e-4, atol=1e-4)
     drawn = pictures(stock, spelled, case.prompts, generator=seed(), **asked)
@@ -79,7 +83,8 @@ def recorded(stock: Any) -> dict[str, Any]:
 
     @wraps(own)                                       # pipelines look at what it takes
     def keep(num_inference_steps=None, device=None, **more):
-        grid.update({key: list(value) if key == "sigmas" else value for key, value in more.items() if value is not None})
+        grid.update({key: list(value) if key == "sigmas" else value for key, value in more.items()
+                     if value is not None})
         return own(num_inference_steps, device=device, **more)
 
     stock.scheduler.set_timesteps = keep
@@ -105,12 +110,15 @@ def test_every_input_matters(folder_of, name):
     with torch.no_grad():
         raw = role(x, t, cond).raw
         assert not close(role(x + 0.1, t, cond).raw, raw) and not close(role(x, t + 0.1, cond).raw, raw)
-        assert teacher.scale is None or not close(role(x, t, teacher.scaled(cond.replace(w=torch.full((2,), 5.0)))).raw, raw)
+        assert teacher.scale is None or not close(role(x, t, teacher.scaled(cond.replace(w=torch.full((2,), 5.0)))).raw,
+                                                  raw)
         for field in fields:
-            changed = role(x, t, cond.replace(**{field: different(field, getattr(cond, field), getattr(other, field))})).raw
+            changed = role(x, t,
+                           cond.replace(**{field: different(field, getattr(cond, field), getattr(other, field))})).raw
             assert close(changed, raw) == (field in CASES[name].ignored), field
         alone = role(x[1:], t[1:], cond[1:]).raw
-    torch.testing.assert_close(alone, raw[1:], rtol=1e-4, atol=1e-5 * max(1.0, raw.abs().max().item()))        # of float32 sums
+    # of float32 sums
+    torch.testing.assert_close(alone, raw[1:], rtol=1e-4, atol=1e-5 * max(1.0, raw.abs().max().item()))
 
 
 def different(field: str, own: Tensor, other: Tensor) -> Tensor:
@@ -130,7 +138,8 @@ def test_features_are_maps_of_the_shapes_that_heads_are_made_for(folder_of, name
     with torch.no_grad(), tap(teacher.network, tuple(teacher.feature_shapes)) as found:
         Denoiser(teacher, teacher.network)(x, t, teacher.encode(list(CASES[name].prompts)))
     assert list(found) == list(teacher.feature_shapes), "they are listed in the order in which they run"
-    assert {place: tuple(teacher.feature_map(output, x).shape[1:]) for place, output in found.items()} == teacher.feature_shapes
+    assert ({place: tuple(teacher.feature_map(output, x).shape[1:]) for place, output in found.items()}
+            == teacher.feature_shapes)
     assert {*teacher.default_features} <= {*teacher.feature_shapes}
 
 
@@ -139,7 +148,8 @@ def test_every_adapter_weight_gets_a_gradient(folder_of, name):
     teacher = load_teacher(folder_of(name))
     cond = teacher.encode(list(CASES[name].prompts))
     x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 0.7], dtype=torch.float64)
-    roles = build_roles(teacher, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)}, gradient_checkpointing=True)
+    roles = build_roles(teacher, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)},
+                        gradient_checkpointing=True)
     before = roles["teacher"](x, t, cond).raw.detach()
     assert torch.equal(roles["student"](x, t, cond).raw, before)
     with torch.no_grad():
@@ -147,7 +157,8 @@ def test_every_adapter_weight_gets_a_gradient(folder_of, name):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     roles["student"](x, t, cond).raw.square().mean().backward()
     names = roles.state_dict("student")
-    still = {key for key, p in zip(names, roles.parameters("student"), strict=True) if p.grad is None or not p.grad.any()}
+    still = {key for key, p in zip(names, roles.parameters("student"), strict=True) if p.grad is None
+             or not p.grad.any()}
     assert still == {key for key in names if any(part in key for part in CASES[name].still)}
     assert torch.equal(roles["teacher"](x, t, cond).raw, before)
     torch.testing.assert_close(teacher.predict(roles.network("student"), x, t, teacher.scaled(cond)),
@@ -156,13 +167,15 @@ def test_every_adapter_weight_gets_a_gradient(folder_of, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_codec_is_the_pipelines(folder_of, name):
-    """Its latents, back in pixels, are the autoencoder's own reconstruction; that of latents alone is a call's pictures, see above."""
+    """Its latents, back in pixels, are the autoencoder's own reconstruction; that of latents alone is a call's
+    pictures, see above."""
     case, teacher = CASES[name], load_teacher(folder_of(name), resolution=CASES[name].sizes[1])
     pixels = torch.rand(2, *case.picture(case.sizes[1]), generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = teacher.encode_images(pixels)
     assert latents.shape[1:] == teacher.latent_shape and latents.dtype == torch.float32
     with torch.no_grad():
-        torch.testing.assert_close(teacher.pixels(latents), case.reconstructed(teacher.codec.network, pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(teacher.pixels(latents), case.reconstructed(teacher.codec.network, pixels),
+                                   rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long
@@ -171,7 +184,8 @@ def test_two_updates_leave_and_are_proved(folder_of, tmp_path, name, method):
     """An export is refused unless the stock pipeline, reloaded, draws our sampler's pictures to 1e-4."""
     case, lora = CASES[name], {"lora": {"rank": 2}}
     recipe: dict[str, Any] = {
-        "method": method, "teacher": str(folder_of(name)), "resolution": list(case.sizes[0]), "student": lora, "guidance": case.guidance,
+        "method": method, "teacher": str(folder_of(name)), "resolution": list(case.sizes[0]), "student": lora,
+        "guidance": case.guidance,
         "steps": 2,
         "settings": dict(case.methods[method]), "data": dict(case.data),
         "train": {"updates": 2, "lr": 1e-2}, "evaluate": {"prompts": list(case.prompts)}}

@@ -39,7 +39,8 @@ def folder(tmp_path_factory):
 
 
 def recipe(teacher: Path, method: str = "lcm", **more: Any) -> dict[str, Any]:
-    entries = {"steps": 2, "guidance": 2.0, "data": dict(DATA), "evaluate": {"prompts": PROMPTS}, "train": {"updates": 1}}
+    entries = {"steps": 2, "guidance": 2.0, "data": dict(DATA), "evaluate": {"prompts": PROMPTS},
+               "train": {"updates": 1}}
     return {"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}}, **entries, **more}
 
 
@@ -116,7 +117,8 @@ def test_one_time_a_sample_is_one_time_a_token():
     network, x = tiny(residual=True).transformer, torch.randn(2, 6, 2, 4, 6)
     text, t = torch.randn(2, 8, 16), torch.tensor([900.0, 123.4])
     with torch.no_grad():
-        once, each = (network(x, time, text, return_dict=False)[0] for time in (t, t[:, None].expand(2, 12).contiguous()))
+        once, each = (network(x, time, text, return_dict=False)[0]
+                      for time in (t, t[:, None].expand(2, 12).contiguous()))
     torch.testing.assert_close(once, each, rtol=1e-5, atol=1e-6)
 
 
@@ -148,7 +150,8 @@ def test_pixels_beyond_the_range_find_their_way_back(tmp_path, residual):
 
 @pytest.mark.long
 def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
-    """As released: a solver of diffusion that is told of a flow. The student takes four shifted steps with fresh noise."""
+    """As released: a solver of diffusion that is told of a flow. The student takes four shifted steps with fresh
+    noise."""
     pipe = tiny()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     teacher = saved(tmp_path / "teacher", pipe)
@@ -168,7 +171,8 @@ def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
         assert preview.height == 4 * (3 * 16 + 4) + 4
     drawn = api.sample(exported, PROMPTS, out=tmp_path / "sample.png")
     assert [len(frames) for frames in drawn] == [5, 5] and drawn[0][0].size == (32, 16)
-    with pytest.raises(RequestError, match="made for 4 steps, whose times its scheduler was made to give: it cannot be sampled in 2"):
+    with pytest.raises(RequestError, match="made for 4 steps, whose times its scheduler was made to give: it cannot "
+                       "be sampled in 2"):
         api.sample(exported, PROMPTS, steps=2)
     with pytest.raises(RequestError, match="figures are of pictures"):
         api.bench(exported, nfe=[4], samples=100, out=tmp_path / "bench")
@@ -184,7 +188,8 @@ def test_pictures_are_videos_of_one_frame(tmp_path, folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize("method, settings, data", [
-    ("reflow", {}, {"pairs": DATA["samples"], "count": 4, "batch": 2}), ("dmd2", {"gan_weight": 0.0}, {"prompts": PROMPTS, "batch": 2})])
+    ("reflow", {}, {"pairs": DATA["samples"], "count": 4, "batch": 2}),
+    ("dmd2", {"gan_weight": 0.0}, {"prompts": PROMPTS, "batch": 2})])
 def test_methods_on_pairs_and_prompts(tmp_path, folder, method, settings, data):
     """One of even steps without fresh noise, and one that reads no data."""
     run = api.train(recipe(folder, method, data=data, settings=settings), out=tmp_path / "run")

@@ -27,7 +27,8 @@ with locked(Path(sys.argv[1]), "it"):
 
 
 def holder(path: Path, seconds: float) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(path), str(seconds)], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(path), str(seconds)],
+                               stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline() == "held\n"
     return process
@@ -36,7 +37,8 @@ def holder(path: Path, seconds: float) -> subprocess.Popen:
 def test_another_process_is_refused_by_name_and_the_dead_hold_nothing(tmp_path):
     path = tmp_path / "run/.lock"
     process = holder(path, 60)
-    with pytest.raises(RequestError, match=rf"^the run is in use by process {process.pid} on {socket.gethostname()} since 20\d\d-"), locked(path, "the run"):
+    with pytest.raises(RequestError, match=rf"^the run is in use by process {process.pid} on {socket.gethostname()} "
+                       r"since 20\d\d-"), locked(path, "the run"):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()

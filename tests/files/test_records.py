@@ -25,7 +25,8 @@ class Outer(TypedDict):
     flag: bool
 
 
-GOOD = {"kind": "a", "inner": [{"x": 1}, {"x": 0.5}], "table": {"n": 3, "m": None}, "anything": [1, {}], "flag": True, "more": "of a later version"}
+GOOD = {"kind": "a", "inner": [{"x": 1}, {"x": 0.5}], "table": {"n": 3, "m": None}, "anything": [1, {}], "flag": True,
+        "more": "of a later version"}
 
 
 def test_what_fits_is_given_back():
@@ -48,12 +49,14 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_configs_of_diffusers_may_hold_infinities():
     """DPMSolverMultistepScheduler's lambda_min_clipped is one."""
-    assert records.checked('{"_class_name": "A", "x": -Infinity}', records.SchedulerConfig, infinite=True)["x"] == -float("inf")
+    assert (records.checked('{"_class_name": "A", "x": -Infinity}', records.SchedulerConfig, infinite=True)["x"]
+            == -float("inf"))
     with pytest.raises(ValueError, match="holds NaN"):
         records.checked('{"_class_name": "A", "x": NaN}', records.SchedulerConfig, infinite=True)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"x": NaN}', b'{"x": -Infinity}', b'{"x": ' + b"9" * 5000 + b"}",
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"x": NaN}', b'{"x": -Infinity}',
+                                  b'{"x": ' + b"9" * 5000 + b"}",
                                   b'{"x": 1e999}', b"null", b'{"x": "1"}'])
 def test_no_damage_raises_anything_else(tmp_path, text):
     path = tmp_path / "file.json"
@@ -70,5 +73,6 @@ def test_a_missing_file_is_named(tmp_path):
 def test_what_ships_fits():
     for path in ROOT.glob("assets/**/results.json"):
         assert records.read(path, records.Results, "")["rows"]
-    for path in [*ROOT.glob("assets/students/*/stepdistill.json"), *ROOT.glob("tests/fixtures/*/export/stepdistill.json")]:
+    for path in [*ROOT.glob("assets/students/*/stepdistill.json"),
+                 *ROOT.glob("tests/fixtures/*/export/stepdistill.json")]:
         assert records.read(path, records.Export, "")["method"]

@@ -36,4 +36,5 @@ def test_what_is_damaged_keeps_all_its_states(tmp_path):
     for text in ("one", "two"):
         (tmp_path / "log").write_text(text)
         whole.put_aside(tmp_path / "log")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"damaged-1-log": "one", "damaged-2-log": "two"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"damaged-1-log": "one",
+                                                                            "damaged-2-log": "two"}

@@ -1,5 +1,5 @@
-"""The command's own main function in this process, held to its contract: status 0 or 2, one paragraph, no traceback, no hang, and no
-file changed but where it was to write."""
+"""The command's own main function in this process, held to its contract: status 0 or 2, one paragraph, no traceback, no
+hang, and no file changed but where it was to write."""
 from __future__ import annotations
 
 import io
@@ -17,8 +17,10 @@ import psutil
 from stepdistill import cli
 from stepdistill.training.stopping import SIGNALS
 
-SECONDS = 20                                        # of this process; on the clock, where others compute too, ten times as long
-MOST = 16 << 30                                     # bytes of addresses beyond those of the moment: what takes more must say so, and not take the machine
+# of this process; on the clock, where others compute too, ten times as long
+SECONDS = 20
+# bytes of addresses beyond those of the moment: what takes more must say so, and not take the machine
+MOST = 16 << 30
 
 
 class Hang(BaseException):
@@ -88,5 +90,6 @@ def _bounded() -> Iterator[None]:
 
 def held(folder: Path, but: Sequence[Path] = ()) -> dict[str, tuple[int, int]]:
     """Every file under a folder with its size and time of change, without what lies in some of its folders."""
-    return {path.relative_to(folder).as_posix(): ((stat := path.lstat()).st_size, stat.st_mtime_ns) for path in sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): ((stat := path.lstat()).st_size, stat.st_mtime_ns)
+            for path in sorted(folder.rglob("*"))
             if (path.is_symlink() or not path.is_dir()) and not any(path.is_relative_to(place) for place in but)}

@@ -12,12 +12,17 @@ from pydantic import BaseModel
 
 from stepdistill.recipe.schema import Recipe
 
-WORDS = ("", " ", "full", "shapes", "none", "nf4", "previous", "../../x", "/etc/passwd", "~", "$HOME", "a/b", "teacher", "teacher/unet", "pictures",
-         "prompts.txt", "\x1b[31m", "\u202e", "[bold]", "<b>", "!!python/name:os.system", "1e400", "0x10", "inception", "auto", "null", "lcm", "é" * 9)
+WORDS = ("", " ", "full", "shapes", "none", "nf4", "previous", "../../x", "/etc/passwd", "~", "$HOME", "a/b", "teacher",
+         "teacher/unet", "pictures",
+         "prompts.txt", "\x1b[31m", "\u202e", "[bold]", "<b>", "!!python/name:os.system", "1e400", "0x10", "inception",
+         "auto", "null", "lcm", "é" * 9)
 NUMBERS = (-1, 0, 1, 2, 3, 4, 7, 999, 1000, 1001, 2**31, 2**53, 2**63 - 1, 2**63, 10**30, -10**30)
-plain = st.one_of(st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(-5, 5), st.floats(), st.sampled_from((1e-30, 1e30, 0.5, 1.5)),
+plain = st.one_of(st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(-5, 5), st.floats(),
+                  st.sampled_from((1e-30, 1e30, 0.5, 1.5)),
                   st.sampled_from(WORDS), st.text(max_size=6))
-junk = st.one_of(plain, st.lists(plain, max_size=3), st.dictionaries(st.sampled_from((*WORDS[:9], "lora", "rank", "base", "prompts", "steps")), plain, max_size=2))
+junk = st.one_of(plain, st.lists(plain, max_size=3),
+                 st.dictionaries(st.sampled_from((*WORDS[:9], "lora", "rank", "base", "prompts", "steps")), plain,
+                                 max_size=2))
 
 
 def entries(model: type[BaseModel] = Recipe, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -34,7 +39,8 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation, *(kind for inner in get_args(annotation) for kind in _kinds(inner))]
 
 
-ENTRIES = (*entries(), ("settings", "nodes"), ("settings", "loss"), ("settings", "nothing"), ("stages",), ("nothing",), ("train", "nothing"))
+ENTRIES = (*entries(), ("settings", "nodes"), ("settings", "loss"), ("settings", "nothing"), ("stages",), ("nothing",),
+           ("train", "nothing"))
 
 
 def changed(table: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -57,8 +63,10 @@ def recipes(draw: st.DrawFn, base: Mapping[str, Any], least: int = 0) -> str:
     return json.dumps(table).replace("-Infinity", "-.inf").replace("Infinity", ".inf").replace("NaN", ".nan")
 
 
-PIECES = (b"", b"\0", b"\xff", b":", b"- ", b"[", b"]", b"{", b"}", b"&a ", b"*a", b"<<: ", b"!!str ", b"!x ", b"|\n", b">\n", b"'", b'"', b"#", b"? ", b"\t",
-          b"\n", b"---\n", b"%", b"@", b"`", b"\\", b"\xc3\x28", b"\xef\xbb\xbf", b"9" * 40, b"1e999", b"null", b"true", b"~", b"\r", b"\x1b[31m", b"{" * 70)
+PIECES = (b"", b"\0", b"\xff", b":", b"- ", b"[", b"]", b"{", b"}", b"&a ", b"*a", b"<<: ", b"!!str ", b"!x ", b"|\n",
+          b">\n", b"'", b'"', b"#", b"? ", b"\t",
+          b"\n", b"---\n", b"%", b"@", b"`", b"\\", b"\xc3\x28", b"\xef\xbb\xbf", b"9" * 40, b"1e999", b"null", b"true",
+          b"~", b"\r", b"\x1b[31m", b"{" * 70)
 
 
 @st.composite
@@ -77,7 +85,8 @@ def damage(draw: st.DrawFn, folder: Path, pattern: str = "*") -> list[tuple[str,
     found = []
     for name in draw(st.lists(st.sampled_from(files), min_size=1, max_size=2)):
         data = (folder / name).read_bytes()
-        how = draw(st.sampled_from(("gone", "cut", "bytes", "folder", "link", "empty") + ("entry",) * 6 * (name.endswith(".json"))))
+        how = draw(st.sampled_from(("gone", "cut", "bytes", "folder", "link", "empty")
+                                   + ("entry",) * 6 * (name.endswith(".json"))))
         if how == "bytes":
             found.append((name, how, draw(edited(data[:4000], 2)) + data[4000:]))
         elif how == "entry":
@@ -97,7 +106,8 @@ def _entry(draw: st.DrawFn, value: Any) -> Any:
         return [*value[:at], draw(_entry(value[at])), *value[at + 1:]]
     name = draw(st.sampled_from(sorted(value)[:200]))
     if draw(st.integers(0, 5)) == 0:
-        return {key: inner for key, inner in value.items() if key != name} | {draw(st.sampled_from((*WORDS, "_class_name", "auto_map"))): value[name]}
+        return ({key: inner for key, inner in value.items() if key != name}
+                | {draw(st.sampled_from((*WORDS, "_class_name", "auto_map"))): value[name]})
     return value | {name: draw(_entry(value[name]))}
 
 

@@ -26,14 +26,16 @@ ROOT = Path(__file__).parents[2]
 TOY = {"method": "lcm", "teacher": "toy", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
        "data": {"images": "toy", "batch": 4}, "train": {"updates": 1}, "evaluate": {"nfe": [1]}}
 TINY = {"method": "lcm", "teacher": "teacher", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
-        "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}, "evaluate": {"nfe": [1], "prompts": ["a red ring"]}}
+        "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1},
+        "evaluate": {"nfe": [1], "prompts": ["a red ring"]}}
 PAIRS = {**TOY, "method": "kd", "steps": 1, "guidance": 2.0,
          "data": {"pairs": {"prompts": "toy", "solver": "ddim", "steps": 2, "path": "pairs"}, "count": 6, "batch": 2}}
 
 
 def cases(count: int):
     """So many, the same each time, none of them tried again in a smaller form."""
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, phases=(Phase.explicit, Phase.generate),
+    return settings(max_examples=count, derandomize=True, deadline=None, database=None,
+                    phases=(Phase.explicit, Phase.generate),
                     suppress_health_check=list(HealthCheck))
 
 
@@ -104,10 +106,13 @@ def test_bytes_for_recipes_are_refused(world):
 def test_what_is_set_is_planned_or_refused(world):
     path = world / "out/set.yaml"
     path.write_text(json.dumps(TINY))
-    names = ("steps", "train.lr", "student", "student.lora.rank", "data.batch", "guidance", "teacher", "stages", "settings.nodes", "data", "..", "a.b", "")
+    names = ("steps", "train.lr", "student", "student.lora.rank", "data.batch", "guidance", "teacher", "stages",
+             "settings.nodes", "data", "..", "a.b", "")
 
     @cases(200)
-    @given(name=st.sampled_from(names), value=st.one_of(st.text(max_size=9), st.sampled_from(("[1,2]", "{lora: null}", ".nan", "1e400", "[[[[", "&a [*a]", "!!set {a}", "full"))))
+    @given(name=st.sampled_from(names),
+           value=st.one_of(st.text(max_size=9), st.sampled_from(("[1,2]", "{lora: null}", ".nan", "1e400", "[[[[",
+                                                                 "&a [*a]", "!!set {a}", "full"))))
     def case(name, value):
         checked(world, "plan", path, "--set", f"{name}={value}")
     case()
@@ -115,15 +120,22 @@ def test_what_is_set_is_planned_or_refused(world):
 
 def test_recipes_of_toys_train_or_are_refused(world):
     """What is accepted trains: numbers are drawn small, so that it does at once."""
-    some = lambda sound, *unsound: st.sampled_from(sound * 6 + unsound)          # mostly what holds, or nothing would train
+    # mostly what holds, or nothing would train
+    some = lambda sound, *unsound: st.sampled_from(sound * 6 + unsound)
     small = st.fixed_dictionaries({
-        "method": some(("lcm", "cd", "tcd", "sid", "swiftbrush"), "dmd2", "ladd", "nothing"), "steps": some((1, 2, 4), 0, 5),
-        "guidance": some((1, 2.0, [1, 3]), 0.5), "student": some(("full", {"lora": {"rank": 1}}), {"lora": {"rank": 0}}),
-        "data": some(({"images": "toy", "batch": 4}, {"images": "toy", "batch": 3}), {"images": "toy", "batch": 0}, {"prompts": "toy", "batch": 2},
-                     {"images": "pictures", "batch": 2}, {"images": "toy", "prompts": "none", "batch": 2}, {"batch": 2}),
+        "method": some(("lcm", "cd", "tcd", "sid", "swiftbrush"), "dmd2", "ladd", "nothing"),
+        "steps": some((1, 2, 4), 0, 5),
+        "guidance": some((1, 2.0, [1, 3]), 0.5), "student": some(("full", {"lora": {"rank": 1}}),
+                                                                 {"lora": {"rank": 0}}),
+        "data": some(({"images": "toy", "batch": 4}, {"images": "toy", "batch": 3}), {"images": "toy", "batch": 0},
+                     {"prompts": "toy", "batch": 2},
+                     {"images": "pictures", "batch": 2}, {"images": "toy", "prompts": "none", "batch": 2},
+                     {"batch": 2}),
         "train": st.fixed_dictionaries({"updates": st.integers(1, 2)}, optional={
-            "accumulate": some((1,), 2, 3), "ema": some((0.5, 0.9), 1.0), "warmup": st.integers(0, 3), "lr": some((1e-4, 1e-30), 1e30),
-            "clip": st.sampled_from((None, 1e-9)), "precision": st.sampled_from(("fp32", "bf16")), "decay": some(("cosine", "constant"), "none")})})
+            "accumulate": some((1,), 2, 3), "ema": some((0.5, 0.9), 1.0), "warmup": st.integers(0, 3),
+            "lr": some((1e-4, 1e-30), 1e30),
+            "clip": st.sampled_from((None, 1e-9)), "precision": st.sampled_from(("fp32", "bf16")),
+            "decay": some(("cosine", "constant"), "none")})})
     trained = []
 
     @cases(100)
@@ -153,7 +165,8 @@ def test_folders_of_teachers_are_planned_or_refused(world):
 
 def test_folders_of_toys_train_or_are_refused(world):
     path, out = world / "out/teacher.yaml", world / "out/run"
-    path.write_text(json.dumps(TOY | {"teacher": str(world / "out/toy"), "data": {"images": str(world / "out/toy"), "batch": 4}}))
+    path.write_text(json.dumps(TOY | {"teacher": str(world / "out/toy"),
+                                      "data": {"images": str(world / "out/toy"), "batch": 4}}))
 
     @cases(100)
     @given(done=damage(world / "in/toy"))
@@ -182,7 +195,8 @@ def test_pictures_are_read_or_refused(world):
 
     @cases(300)
     @given(done=damage(world / "in/pictures"), table=st.one_of(st.none(), st.binary(max_size=30), st.sampled_from((
-        b'{"file_name": "0.png", "text": "a"}', b'{"file_name": "../in/pictures/0.png", "text": "a"}', b'{"file_name": 1, "text": 2}', b'[1]', b'"', b'null',
+        b'{"file_name": "0.png", "text": "a"}', b'{"file_name": "../in/pictures/0.png", "text": "a"}',
+        b'{"file_name": 1, "text": 2}', b'[1]', b'"', b'null',
         b'{"file_name": "a\\u0000.png", "text": ""}', b'{"file_name": {}, "text": []}', b"[" * 3000))))
     def case(done, table):
         spoil(copied(world / "in/pictures", folder), done)
@@ -199,7 +213,8 @@ def test_pictures_decode_or_are_refused(world):
     path.write_text(json.dumps(TINY | {"data": {"images": str(folder), "batch": 1}}))
 
     @cases(24)
-    @given(data=st.one_of(edited(picture), st.sampled_from((16, 30, 40, 60)).map(lambda n: picture[:n] + picture[n + 1:])))
+    @given(data=st.one_of(edited(picture),
+                          st.sampled_from((16, 30, 40, 60)).map(lambda n: picture[:n] + picture[n + 1:])))
     def case(data):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(world / "out/run", ignore_errors=True)
@@ -234,13 +249,15 @@ def test_folders_of_runs_export_or_are_refused(world, finished):
     def case(done):
         folder = copied(finished, world / "out/run")
         spoil(folder, done)
-        (folder / "recipe.yaml").write_bytes((folder / "recipe.yaml").read_bytes().replace(b"lcm", random.Random(repr(done)).choice((b"lcm", b"kd", b"\xff"))))
+        (folder / "recipe.yaml").write_bytes((folder / "recipe.yaml").read_bytes().replace(
+            b"lcm", random.Random(repr(done)).choice((b"lcm", b"kd", b"\xff"))))
         checked(world, "export", folder, "--out", world / "out/exported")
     case()
 
 
 def test_folders_of_exports_sample_or_are_refused(world, tiny_teacher):
-    made = stepdistill.export(stepdistill.train(TINY | {"teacher": str(tiny_teacher)}, out=world / "in/of-export"), out=world / "in/export")
+    made = stepdistill.export(stepdistill.train(TINY | {"teacher": str(tiny_teacher)}, out=world / "in/of-export"),
+                              out=world / "in/export")
 
     @cases(160)
     @given(done=damage(made))

@@ -10,7 +10,8 @@ import pytest
 from .command import Done, check_message
 
 pytestmark = pytest.mark.long
-TOY = {"method": "lcm", "teacher": "assets/toy", "steps": 2, "data": {"images": "assets/toy", "batch": 4}, "train": {"updates": 1}}
+TOY = {"method": "lcm", "teacher": "assets/toy", "steps": 2, "data": {"images": "assets/toy", "batch": 4},
+       "train": {"updates": 1}}
 
 
 def written(name: str, data: bytes | dict):
@@ -39,8 +40,10 @@ REQUESTS = {
     "a wrong number": (written("a.yaml", TOY | {"train": {"updates": -1}}), ("train", "a.yaml")),
     "an escape": (written("a.yaml", TOY | {"method": "\x1b[31mlcm"}), ("train", "a.yaml")),
     "a teacher that is a folder": (folder_of("t"), ("sample", "t", "--prompt", "a")),
-    "a teacher without parts": (folder_of("t", model_index__json=b'{"_class_name": "StableDiffusionPipeline"}'), ("sample", "t", "--prompt", "a")),
-    "a teacher of a class": (folder_of("t", model_index__json=b'{"_class_name": "os.system"}'), ("sample", "t", "--prompt", "a")),
+    "a teacher without parts": (folder_of("t", model_index__json=b'{"_class_name": "StableDiffusionPipeline"}'),
+                                ("sample", "t", "--prompt", "a")),
+    "a teacher of a class": (folder_of("t", model_index__json=b'{"_class_name": "os.system"}'),
+                             ("sample", "t", "--prompt", "a")),
     "an index of brackets": (folder_of("t", model_index__json=b"[" * 90_000), ("sample", "t", "--prompt", "a")),
     "an export of nothing": (folder_of("e", stepdistill__json=b'{"method": "lcm"}'), ("sample", "e", "--prompt", "a")),
     "a run of nothing": (folder_of("r", recipe__yaml=b"{}"), ("export", "r")),

@@ -21,12 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A line in $STEPDISTILL_GPU_OUTCOMES as soon as a test is done, so that a run that is stopped keeps what it found."""
+    """A line in $STEPDISTILL_GPU_OUTCOMES as soon as a test is done, so that a run that is stopped keeps what it
+    found."""
     place = os.environ.get("STEPDISTILL_GPU_OUTCOMES")
     if place is None or "PYTEST_XDIST_WORKER" in os.environ or report.when != "call" and report.passed:
         return
     reason = "" if report.passed else str(report.longrepr).strip().splitlines()[-1][-300:]
-    line = {"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "reason": reason, "seconds": round(report.duration, 1)}
+    line = {"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "reason": reason,
+            "seconds": round(report.duration, 1)}
     with open(place, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

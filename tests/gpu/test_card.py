@@ -17,7 +17,8 @@ from stepdistill.run.setup import setup
 from stepdistill.training import checkpoints
 
 METHODS = {"lcm": ("images", 2), "tcd": ("images", 2), "progressive": ("images", 2), "kd": ("pairs", 1),
-           "dmd2": ("images", 2), "sid": ("prompts", 1), "lightning": ("images", 2), "ladd": ("images", 2)}   # two of each family
+           # two of each family
+           "dmd2": ("images", 2), "sid": ("prompts", 1), "lightning": ("images", 2), "ladd": ("images", 2)}
 PAIRS = {"prompts": "shapes", "solver": "ddim", "steps": 4}
 
 
@@ -25,7 +26,8 @@ def recipe(teacher: Path, method: str, **changes: Any) -> Recipe:
     kind, steps = METHODS[method]
     data = {kind: PAIRS if kind == "pairs" else "shapes", "batch": 4} | ({} if kind == "prompts" else {"count": 16})
     data |= {"cache": True} if kind == "images" else {}
-    return Recipe.load({"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": steps,
+    return Recipe.load({"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0,
+                        "steps": steps,
                         "data": data, "train": {"updates": 3, "log_every": 1}}, changes)
 
 
@@ -68,7 +70,8 @@ def test_the_first_call_of_a_shipped_recipe_lets_it_train(card, name):
 
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
 def test_losses_are_the_cpus(tiny_teacher, tmp_path, card, exact, method, monkeypatch):
-    """The first is computed from the same weights; those after it from weights that AdamW has moved by rounding, too."""
+    """The first is computed from the same weights; those after it from weights that AdamW has moved by rounding,
+    too."""
     there = stepdistill.train(recipe(tiny_teacher, method), out=tmp_path / "card")
     for module in ("api", "training.loop"):
         monkeypatch.setattr(f"stepdistill.{module}.launched", lambda: torch.device("cpu"))
@@ -80,7 +83,8 @@ def test_losses_are_the_cpus(tiny_teacher, tmp_path, card, exact, method, monkey
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
 def test_a_resumed_run_is_the_same_run_to_the_bit(tiny_teacher, tmp_path, device, exact, method, precision):
-    asked = recipe(tiny_teacher, method, **{"train.precision": precision, "train.updates": 4, "train.checkpoint_every": 2, "train.ema": 0.9})
+    asked = recipe(tiny_teacher, method, **{"train.precision": precision, "train.updates": 4,
+                                            "train.checkpoint_every": 2, "train.ema": 0.9})
     whole = stepdistill.train(asked, out=tmp_path / "whole")
     part = stepdistill.train(asked, out=tmp_path / "part")
     for file in (part / "checkpoints" / "step-000004").iterdir():
@@ -124,14 +128,16 @@ def test_nothing_waits_for_the_card_between_logging_steps(tiny_teacher, tmp_path
 
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
 def test_gradient_checkpointing_changes_nothing(tiny_teacher, tmp_path, device, exact, method):
-    runs = [stepdistill.train(recipe(tiny_teacher, method, **{"train.gradient_checkpointing": on}), out=tmp_path / str(on))
+    runs = [stepdistill.train(recipe(tiny_teacher, method, **{"train.gradient_checkpointing": on}),
+                              out=tmp_path / str(on))
             for on in (False, True)]
     for one, two in zip(*map(rows, runs)):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-6)
 
 
 def test_a_compiled_run_of_the_shipped_teacher_has_the_losses_of_the_eager_one(tmp_path, card, exact):
-    runs = [stepdistill.train(recipe(Path("assets/shapes-sd"), "lcm", **{"train.compile": on}), out=tmp_path / str(on)) for on in (False, True)]
+    runs = [stepdistill.train(recipe(Path("assets/shapes-sd"), "lcm", **{"train.compile": on}), out=tmp_path / str(on))
+            for on in (False, True)]
     for one, two in zip(*map(rows, runs)):
         assert one["student/consistency"] == pytest.approx(two["student/consistency"], rel=1e-3)
 

@@ -11,7 +11,8 @@ from stepdistill.models.teacher import load_teacher
 
 from ..models.test_sources import save_lora
 
-RECIPE = {"method": "lcm", "student": {"lora": {"rank": 2}}, "steps": 2, "data": {"prompts": ["a red ring", "a blue square"], "batch": 2},
+RECIPE = {"method": "lcm", "student": {"lora": {"rank": 2}}, "steps": 2,
+          "data": {"prompts": ["a red ring", "a blue square"], "batch": 2},
           "train": {"updates": 1}}
 
 

@@ -1,4 +1,5 @@
-"""Recipes, captions and names that somebody made to do harm, and tokens of the environment: refused, escaped, or hidden."""
+"""Recipes, captions and names that somebody made to do harm, and tokens of the environment: refused, escaped, or
+hidden."""
 from __future__ import annotations
 
 import json
@@ -25,10 +26,12 @@ from stepdistill.run.telling import spoken
 SOUND = "method: lcm\nteacher: assets/toy\ndata: {images: assets/toy, batch: 4}\ntrain: {updates: 1}\n"
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 
-LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n"
+                                                           for i in range(1, 9))
 DOUBLES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  k: *a{i - 1}\n  l: *a{i - 1}\n" for i in range(1, 40))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: *a{i - 1}\n  k{i}: 1\n" for i in range(1, 1000))
-WIDE = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 20)}]\n  k{i}: 1\n" for i in range(1, 99))
+WIDE = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 20)}]\n  k{i}: 1\n"
+                                    for i in range(1, 99))
 YAMLS = {
     "a billion laughs": (LAUGHS, "its anchors stand for more than"),
     "doubled tables": (DOUBLES, "its anchors stand for more than"),
@@ -64,8 +67,10 @@ YAMLS = {
     "code in settings": (SOUND + "settings: {__class__: os.system}\n", "is no setting of lcm"),
     "a plugin": (SOUND + "plugins: evil.py\n", "there is no folder of plugins evil.py"),
     "trust": (SOUND + "trust_remote_code: true\n", "is no entry of a recipe"),
-    "trust in the teacher": (SOUND.replace("teacher: assets/toy", "teacher: {base: assets/toy, trust_remote_code: true}"), "is no entry of teacher"),
-    "a pickled teacher": (SOUND.replace("teacher: assets/toy", "teacher: model.ckpt"), "there is no pipeline at|cannot be loaded"),
+    "trust in the teacher": (SOUND.replace("teacher: assets/toy", "teacher: {base: assets/toy, "
+                                           "trust_remote_code: true}"), "is no entry of teacher"),
+    "a pickled teacher": (SOUND.replace("teacher: assets/toy", "teacher: model.ckpt"),
+                          "there is no pipeline at|cannot be loaded"),
     "1,000 stages": (SOUND + "stages:\n  - steps: [" + ", ".join(["4"] * 1000) + "]\n", "stages are more than 64"),
     "1,000 unknown entries": (SOUND + "".join(f"entry{i}: 1\n" for i in range(1000)), "and 992 more entries are wrong"),
 }
@@ -85,7 +90,8 @@ def test_hostile_recipes_are_refused_within_a_second(name, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a=" + "[" * 1000, "nested too deeply"), ("a=!!python/name:os.system x", "made of tables, lists"), ("a=" + "1," * 10_000, "is no valid YAML"),
+    ("a=" + "[" * 1000, "nested too deeply"), ("a=!!python/name:os.system x", "made of tables, lists"),
+    ("a=" + "1," * 10_000, "is no valid YAML"),
     ("a=&x [*x, *x]", "refused|valid"), ("a=!!binary aGVsbG8=", "it has a bytes")])
 def test_hostile_sets_are_refused(text, message):
     with pytest.raises(RequestError, match=message):
@@ -96,11 +102,13 @@ def test_hostile_sets_are_refused(text, message):
 def test_what_is_accepted_can_be_read_again(tmp_path):
     """The resolved recipe of the largest that is accepted is within the bounds."""
     prompts = [f"a red ring, number {i}" for i in range(MARKS // 4)]
-    recipe = Recipe.load({"method": "dmd2", "teacher": "assets/shapes-sd", "data": {"prompts": prompts, "batch": 4}, "train": {"updates": 1}})
+    recipe = Recipe.load({"method": "dmd2", "teacher": "assets/shapes-sd", "data": {"prompts": prompts, "batch": 4},
+                          "train": {"updates": 1}})
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
     assert Recipe.load(tmp_path / "recipe.yaml").resolved() == recipe.resolved()
     with pytest.raises(RequestError, match="put long lists of prompts into a .txt file"):
-        Recipe.load({"method": "dmd2", "teacher": "assets/shapes-sd", "data": {"prompts": prompts * 5, "batch": 4}, "train": {"updates": 1}})
+        Recipe.load({"method": "dmd2", "teacher": "assets/shapes-sd", "data": {"prompts": prompts * 5, "batch": 4},
+                     "train": {"updates": 1}})
 
 
 def test_merges_are_still_served(tmp_path):
@@ -108,7 +116,7 @@ def test_merges_are_still_served(tmp_path):
     assert Source.of_file(tmp_path / "mine.yaml").values["train"] == {"lr": 1, "seed": 3}
 
 
-# -- pictures and captions -------------------------------------------------------------------------------------------------
+# -- pictures and captions ---------------------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
 def kept(tmp_path, monkeypatch):
@@ -122,11 +130,13 @@ def picture(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["../outside.png", "/outside.png", "a/../../outside.png", ["a.png"], None, "nowhere.png", "a.png\0"])
+@pytest.mark.parametrize("name", ["../outside.png", "/outside.png", "a/../../outside.png", ["a.png"], None,
+                                  "nowhere.png", "a.png\0"])
 def test_tables_of_captions_name_nothing_outside(tmp_path, name):
     picture(tmp_path / "outside.png")
     folder = picture(tmp_path / "pictures/a.png").parent
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a"}) + "\n" + json.dumps({"file_name": name, "text": "b"}))
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a"}) + "\n"
+                                           + json.dumps({"file_name": name, "text": "b"}))
     with pytest.raises(RequestError, match="line 2 of"):
         FolderImages.open(folder, 8)
 
@@ -134,9 +144,12 @@ def test_tables_of_captions_name_nothing_outside(tmp_path, name):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch REACHED) (w) file\n"
 
 
-@pytest.mark.parametrize(("data", "kind"), [(POSTSCRIPT, "PostScript"), (b"%PDF-1.4\n", "PDF"), (b"\x80\x02cos\nsystem\n", "a pickle"), (b"", "nothing"),
-                                            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"), (b"GIF89a" + b"\0" * 20, "GIF"),
-                                            (b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\x7f\xff\xff\xff" * 2 + b"\x08\x02\0\0\0" + b"\0" * 4, "a bomb")])
+@pytest.mark.parametrize(("data", "kind"), [(POSTSCRIPT, "PostScript"), (b"%PDF-1.4\n", "PDF"),
+                                            (b"\x80\x02cos\nsystem\n", "a pickle"), (b"", "nothing"),
+                                            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+                                            (b"GIF89a" + b"\0" * 20, "GIF"),
+                                            (b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\x7f\xff\xff\xff" * 2
+                                             + b"\x08\x02\0\0\0" + b"\0" * 4, "a bomb")])
 def test_what_is_no_picture_by_its_bytes_is_refused(tmp_path, monkeypatch, data, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
@@ -154,7 +167,7 @@ def test_prompt_files_that_are_no_text_are_refused(tmp_path, data):
         open_prompts(tmp_path / "prompts.txt")
 
 
-# -- what terminals, cards and pages are given -----------------------------------------------------------------------------
+# -- what terminals, cards and pages are given -------------------------------------------------------------------------
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\x1b]8;;http://evil\x1b\\link\u202egnp.exe\x9b31m"
 
@@ -172,25 +185,32 @@ def test_terminals_obey_nothing_of_a_name(capsys, monkeypatch):
     assert "\x1b]" not in said.out + said.err and "\u202e" not in said.out + said.err and "\\x1b" in said.err
 
 
-ROW = {"target": "<script>alert(1)</script>$\\frac{$|`x`", "method": None, "nfe": 2, "steps": 2, "guidance": 1.0, "samples": 4, "seed": 0,
-       "metrics": {"fd": 1.0, "fd_low": 0.9, "fd_high": 1.1, "kid": 0.1, "precision": 0.5, "recall": 0.5, "clip_score": 1.0, "diversity": 0.5,
+ROW = {"target": "<script>alert(1)</script>$\\frac{$|`x`", "method": None, "nfe": 2, "steps": 2, "guidance": 1.0,
+       "samples": 4, "seed": 0,
+       "metrics": {"fd": 1.0, "fd_low": 0.9, "fd_high": 1.1, "kid": 0.1, "precision": 0.5, "recall": 0.5,
+                   "clip_score": 1.0, "diversity": 0.5,
                    "all_attributes": None}, "latency_ms": None, "images_per_s": None}
 
 
 def test_pages_tables_and_curves_take_names_as_they_are(capsys):
-    text = page("<b>", "</p><script>", [("\"><script>", b"")], ("<i>",), [("student", [ROW["target"]])], [Strip("'><script>", 2, b"")], {"<a>": "</dd><script>"})
+    text = page("<b>", "</p><script>", [("\"><script>", b"")], ("<i>",), [("student", [ROW["target"]])],
+                [Strip("'><script>", 2, b"")], {"<a>": "</dd><script>"})
     assert text.count("<script>") == 1 and "alert(1)</script>" not in text
     assert curve([ROW], 4)[:4] == b"\x89PNG"
-    cli.show(table({"protocol": {"samples": 4, "reference": "[bold]x[/nothing]", "features": "\x1b[31m[link=http://evil]y"}, "rows": [ROW]}))
-    assert r"\<script\>" in as_markdown([ROW]) and ",'=cmd" in "," + as_csv([ROW | {"target": "=cmd|' /C calc'!A0"}]).splitlines()[1]
-    assert "[bold]x[/nothing]" in (out := capsys.readouterr().out) and "\x1b" not in out and "[link=http://evil]y" in out
+    cli.show(table({"protocol": {"samples": 4, "reference": "[bold]x[/nothing]",
+                                 "features": "\x1b[31m[link=http://evil]y"}, "rows": [ROW]}))
+    assert (r"\<script\>" in as_markdown([ROW]) and ",'=cmd" in ","
+            + as_csv([ROW | {"target": "=cmd|' /C calc'!A0"}]).splitlines()[1])
+    assert ("[bold]x[/nothing]" in (out := capsys.readouterr().out) and "\x1b" not in out
+            and "[link=http://evil]y" in out)
 
 
 def test_cards_are_no_markup_but_their_own(world):
     settings = json.loads((world / "export/stepdistill.json").read_text())
     settings["call"]["negative_prompt"] = "```\n# heading\n<script>alert(1)</script>` " + TOKEN
     settings["teacher"] = "a`b<script>"
-    results = {"protocol": {"features": "<img src=x>", "reference": "[x](javascript:y)", "id": "|", "samples": 4}, "rows": [ROW]}
+    results = {"protocol": {"features": "<img src=x>", "reference": "[x](javascript:y)", "id": "|", "samples": 4},
+               "rows": [ROW]}
     text = card(settings, "folder\n```\n# x", results, '"a red ring"')
     inside = text.split("## Use\n\n")[1].split("\n\n## Settings")[0]
     fence = inside.split("python")[0]
@@ -201,9 +221,10 @@ def test_cards_are_no_markup_but_their_own(world):
     assert unmarked("<b>") == r"\<b\>" and _code("a`b") == "``a`b``" and _block("x\n") == "```python\nx\n```"
 
 
-# -- tokens ----------------------------------------------------------------------------------------------------------------
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text", [TOKEN, "https://user:" + "secret99@hub.example/a", "gh" + "p_" + "a1" * 18, "AKIA" + "ABCDEFGH12345678", "Bearer abcdefgh.ijkl",
+@pytest.mark.parametrize("text", [TOKEN, "https://user:" + "secret99@hub.example/a", "gh" + "p_" + "a1" * 18,
+                                  "AKIA" + "ABCDEFGH12345678", "Bearer abcdefgh.ijkl",
                                   "token=abcdef123", "PASSWORD=abcdef123", "sk-" + "a1b2" * 8, "glpat-" + "a1" * 10])
 def test_what_looks_like_a_token_is_hidden(text):
     found = redacted(f"teacher is {text}, which")
@@ -211,7 +232,8 @@ def test_what_looks_like_a_token_is_hidden(text):
 
 
 def test_plain_words_are_not_taken_for_tokens():
-    text = "teacher is stabilityai/sdxl-turbo at 0123456789abcdef0123456789abcdef01234567, token 3, a secret garden, hf_hub"
+    text = ("teacher is stabilityai/sdxl-turbo at 0123456789abcdef0123456789abcdef01234567, token 3, a secret "
+            "garden, hf_hub")
     assert redacted(text) == text
 
 
@@ -220,8 +242,10 @@ def test_tokens_reach_no_file_and_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("sys.argv", ["stepdistill", "train", "x", "--set", "teacher=correct horse battery", TOKEN])
     folder = tmp_path / "run"
-    recipe = {"method": "lcm", "teacher": "assets/toy", "steps": 2, "guidance": 2.0, "data": {"images": "assets/toy", "batch": 4}, "train": {"updates": 1}}
-    stepdistill.train(recipe, out=folder, on_step=lambda step: logging.getLogger("stepdistill").info("%s correct horse battery", TOKEN))
+    recipe = {"method": "lcm", "teacher": "assets/toy", "steps": 2, "guidance": 2.0,
+              "data": {"images": "assets/toy", "batch": 4}, "train": {"updates": 1}}
+    stepdistill.train(recipe, out=folder,
+                      on_step=lambda step: logging.getLogger("stepdistill").info("%s correct horse battery", TOKEN))
     with pytest.raises(SystemExit):
         cli._fail(f"no permission for {TOKEN}", 2)
     held = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file()).decode(errors="replace")

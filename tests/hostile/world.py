@@ -1,4 +1,5 @@
-"""A small world for hostile inputs: a tiny pipeline, a Toy, an export and a run of them, each copied before it is spoiled."""
+"""A small world for hostile inputs: a tiny pipeline, a Toy, an export and a run of them, each copied before it is
+spoiled."""
 from __future__ import annotations
 
 import io

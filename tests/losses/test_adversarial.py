@@ -10,7 +10,8 @@ F64 = torch.float64
 
 def test_what_each_game_costs_where_nobody_can_tell():
     zero = torch.zeros(3, 2, dtype=F64)
-    assert generator_loss(zero).tolist() == [[pytest.approx(log(2))] * 2] * 3 and discriminator_loss(zero, zero)[0, 0].item() == pytest.approx(2 * log(2))
+    assert (generator_loss(zero).tolist() == [[pytest.approx(log(2))] * 2] * 3
+            and discriminator_loss(zero, zero)[0, 0].item() == pytest.approx(2 * log(2)))
     assert hinge_generator_loss(zero).abs().max() == 0 and (hinge_discriminator_loss(zero, zero) == 2).all()
 
 
@@ -20,8 +21,10 @@ def test_to_tell_right_costs_nothing(loss):
 
 
 def test_the_hinge_has_margins_and_the_student_has_none():
-    real, fake = (torch.tensor(values, dtype=F64, requires_grad=True) for values in ([-2.0, 0.5, 1.5], [-1.5, -0.5, 2.0]))
-    assert [g.tolist() for g in torch.autograd.grad(hinge_discriminator_loss(real, fake).sum(), (real, fake))] == [[-1, -1, 0], [0, 1, 1]]
+    real, fake = (torch.tensor(values, dtype=F64, requires_grad=True)
+                  for values in ([-2.0, 0.5, 1.5], [-1.5, -0.5, 2.0]))
+    assert ([g.tolist() for g in torch.autograd.grad(hinge_discriminator_loss(real, fake).sum(), (real, fake))]
+            == [[-1, -1, 0], [0, 1, 1]])
     assert torch.autograd.grad(hinge_generator_loss(fake).sum(), fake)[0].tolist() == [-1, -1, -1]
 
 

@@ -55,7 +55,8 @@ def test_the_elasticity_of_h(name):
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_the_weight_of_a_mixture_is_that_of_its_skewed_js(share):
-    """f = a r log r - (a r + 1 - a) log(a r + 1 - a): a KL(p, m) + (1 - a) KL(q, m), m = a p + (1 - a) q; r^2 f'' over that at 1."""
+    """f = a r log r - (a r + 1 - a) log(a r + 1 - a): a KL(p, m) + (1 - a) KL(q, m), m = a p + (1 - a) q; r^2 f'' over
+    that at 1."""
     r, mixed = R.clone().requires_grad_(), lambda r: share * r + 1 - share
     f = lambda r: share * r * r.log() - mixed(r) * mixed(r).log()
     slope = torch.autograd.grad(f(r).sum(), r, create_graph=True)[0]
@@ -64,7 +65,8 @@ def test_the_weight_of_a_mixture_is_that_of_its_skewed_js(share):
 
 
 def test_mixtures_at_their_ends_and_the_odds_of_a_part():
-    assert mixture_weight(torch.ones(()), R).tolist() == pytest.approx([1] * 5) and torch.equal(mixture_weight(torch.zeros(()), R), R)
+    assert (mixture_weight(torch.ones(()), R).tolist() == pytest.approx([1] * 5)
+            and torch.equal(mixture_weight(torch.zeros(()), R), R))
     shares = torch.full((5,), 0.3, dtype=torch.float64)
     D = mixture_logits(R.log()[:, None], shares).sigmoid()[:, 0]
     torch.testing.assert_close(D, 0.3 * mixture_weight(shares, R))

@@ -16,7 +16,8 @@ def gradient(mean: float, deviation: float, real_variance: float, alpha: float) 
     x = m + s * Z
     x_t = x + SIGMA2**0.5 * EPS
     denoised = lambda m, v: (v * x_t + SIGMA2 * m) / (v + SIGMA2)
-    loss = score_identity(x, denoised(REAL_MEAN, real_variance), denoised(mean, deviation**2), alpha, torch.ones(4)).mean()
+    loss = score_identity(x, denoised(REAL_MEAN, real_variance), denoised(mean, deviation**2), alpha,
+                          torch.ones(4)).mean()
     return tuple(g.item() for g in torch.autograd.grad(loss, (m, s)))
 
 
@@ -85,8 +86,8 @@ def test_a_critic_of_noisy_states_learns_the_denoiser_of_their_law(name, s):
 
 
 def test_a_critic_that_is_told_the_clean_guess_is_unbiased_under_its_importance():
-    """x_0 ~ N(0, 0.5), and a state that the same number makes, x_s = alpha_s x_0 + sigma_s h x_0: unweighted it regresses x_0 on
-    x_t of another law; weighted, on x_t = alpha_t x_0 + sigma_t e."""
+    """x_0 ~ N(0, 0.5), and a state that the same number makes, x_s = alpha_s x_0 + sigma_s h x_0: unweighted it
+    regresses x_0 on x_t of another law; weighted, on x_t = alpha_t x_0 + sigma_t e."""
     schedule, v, h = SCHEDULES["flow"], 0.5, 0.3
     s, t = torch.tensor([0.2], dtype=F64), torch.tensor([0.6], dtype=F64)
     line = torch.linspace(-9, 9, 1201, dtype=F64)
@@ -101,6 +102,7 @@ def test_a_critic_that_is_told_the_clean_guess_is_unbiased_under_its_importance(
     assert abs(slope(x_t, x0, shares) / right - 1) > 0.05
     tempered = importance(x_t, x0, eps, t.expand(len(x0)), schedule, 4.0)
     torch.testing.assert_close(tempered**4, weight)
-    mass = [(shares[unit[:, 0] == u] * weight[unit[:, 0] == u]).sum() / shares[unit[:, 0] == u].sum() for u in line[::300]]
+    mass = [(shares[unit[:, 0] == u] * weight[unit[:, 0] == u]).sum() / shares[unit[:, 0] == u].sum()
+            for u in line[::300]]
     fresh = (0.6**2 - (0.4 / 0.8 * 0.2) ** 2) ** 0.5
     assert torch.stack(mass).tolist() == pytest.approx([0.6 / fresh] * len(mass), rel=1e-6)      # one factor for all

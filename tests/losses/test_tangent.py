@@ -84,7 +84,8 @@ def test_attention_has_a_derivative(dtype, width, tolerance):
     assert found.dtype == dtype and ((found - secant).norm() / found.norm()).item() < tolerance
 
 
-@pytest.mark.parametrize("derivative", [lambda *given: exact(*given, 2 / pi), lambda *given: trig_difference(*given, 1e-3)],
+@pytest.mark.parametrize("derivative",
+                         [lambda *given: exact(*given, 2 / pi), lambda *given: trig_difference(*given, 1e-3)],
                          ids=["exact", "difference"])
 def test_no_gradient_flows_through_and_autocast_is_off(derivative):
     weight = torch.eye(2, requires_grad=True)
@@ -105,8 +106,10 @@ def test_the_tangent_is_that_of_the_consistency_function():
     v, velocity = student(x, t).v, law(x, t).v
     slope = exact(lambda x, t: student(x, t).v, x, t, velocity, radian)
     after, before = (student(law.flow(x, t, t + s * radian), t + s * radian).x0 for s in (h, -h))
-    torch.testing.assert_close(trig_tangent(x, t, v, velocity, slope), trig.alpha(t)[:, None] * (after - before) / (2 * h), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(trig_tangent(x, t, v, velocity, slope, 0.0), trig.alpha(t)[:, None] ** 2 * (velocity - v))
+    torch.testing.assert_close(trig_tangent(x, t, v, velocity, slope),
+                               trig.alpha(t)[:, None] * (after - before) / (2 * h), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(trig_tangent(x, t, v, velocity, slope, 0.0),
+                               trig.alpha(t)[:, None] ** 2 * (velocity - v))
 
 
 def test_normalised_is_free_of_size_and_regular_at_zero():

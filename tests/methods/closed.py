@@ -11,7 +11,8 @@ from stepdistill.diffusion.prediction import PARAMETERISATIONS, Prediction
 from stepdistill.diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving, like
 
 STD = 0.6
-CONDITIONAL, UNCONDITIONAL = torch.tensor([0.8, -0.5], dtype=torch.float64), torch.tensor([-0.2, 0.3], dtype=torch.float64)
+CONDITIONAL, UNCONDITIONAL = (torch.tensor([0.8, -0.5], dtype=torch.float64),
+                              torch.tensor([-0.2, 0.3], dtype=torch.float64))
 
 
 def stable_diffusion() -> VariancePreserving:

@@ -1,4 +1,5 @@
-"""Two-player distillation in closed form: a one-step affine student of a Gaussian, its exact critic, and their roles."""
+"""Two-player distillation in closed form: a one-step affine student of a Gaussian, its exact critic, and their
+roles."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ REAL_MEAN, REAL_VARIANCE = 0.7, 0.5
 
 def gaussian(schedule: Schedule, mean: float, variance: float, kind: str) -> Gaussian:
     """One number a sample."""
-    return Gaussian(schedule, torch.tensor([mean], dtype=torch.float64), torch.tensor([variance], dtype=torch.float64), kind)
+    return Gaussian(schedule, torch.tensor([mean], dtype=torch.float64), torch.tensor([variance], dtype=torch.float64),
+                    kind)
 
 
 @dataclass
@@ -52,7 +54,8 @@ def affine(schedule: Schedule, mean: float, deviation: float) -> Affine:
 
 def few_steps(steps: int, schedule: str = "vp") -> Sampler:
     """Of students whose x_0 is noised again, for teachers of Stable Diffusion's or Stable Diffusion 3's noise."""
-    return sampler_of(stock_call(Inference(steps, noise=1.0), SCHEDULES[schedule][0]), SCHEDULES[schedule][0], TEACHERS[schedule])
+    return sampler_of(stock_call(Inference(steps, noise=1.0), SCHEDULES[schedule][0]), SCHEDULES[schedule][0],
+                      TEACHERS[schedule])
 
 
 def spelled(method, settings, steps: int, schedule: str, *guidance) -> StockCall:

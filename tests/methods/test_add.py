@@ -22,7 +22,8 @@ def made(problem, student=None, w=1.0, decode=lambda x: x, **settings) -> ADD:
     return ADD(Settings(**settings), roles, w, problem.sampler(ADD.inference(Settings(), 4, problem.schedule)))
 
 
-@pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1}, {"noise": -1},
+@pytest.mark.parametrize("settings", [{"nodes": 0}, {"critic_steps": 0}, {"distillation_weight": -1}, {"r1_weight": -1},
+                                      {"noise": -1},
                                       {"distance": "lpips"}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
@@ -32,7 +33,9 @@ def test_settings_that_mean_nothing_are_refused(settings):
 def test_it_samples_at_the_times_that_it_trains_at():
     problem = Problem(0, "vp")
     for steps in (1, 2, 4):
-        assert {round(4 * t, 9) for t in problem.sampler(ADD.inference(Settings(), steps, problem.schedule)).times.tolist()} <= {1, 2, 3, 4}
+        assert {round(4 * t, 9)
+                for t in problem.sampler(ADD.inference(Settings(), steps, problem.schedule)).times.tolist()} <= {1, 2,
+                                                                                                                 3, 4}
     with pytest.raises(ValueError, match="divide 4; found 3 steps"):
         spelled(ADD, Settings(), 3, "vp")
 
@@ -43,7 +46,8 @@ def test_the_student_is_asked_at_four_times_and_of_noise_alone_at_the_last():
     step = problem.step(100)
     made(problem, student).student_loss(problem.batch(100), step)
     (x_t, t, _), = student.calls
-    assert set(t.tolist()) == {0.25, 0.5, 0.75, 1.0} and torch.equal(x_t[t == 1], step.normal("start", (problem.dim,)).double()[t == 1])
+    assert (set(t.tolist()) == {0.25, 0.5, 0.75, 1.0}
+            and torch.equal(x_t[t == 1], step.normal("start", (problem.dim,)).double()[t == 1]))
 
 
 @pytest.mark.parametrize("distance, decoded", [("pixels", [True, False]), ("latents", [True])])
@@ -56,27 +60,32 @@ def test_only_the_student_s_own_picture_takes_gradients(distance, decoded):
     losses = method.student_loss(batch, step)
     assert passed == decoded and not step.kept["pixels"].requires_grad
     for loss in losses.values():
-        grads = torch.autograd.grad(loss, (student.m, student.S, problem.teacher.covariance), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, (student.m, student.S, problem.teacher.covariance), retain_graph=True,
+                                    allow_unused=True)
         assert grads[0].any() and grads[1].any() and grads[2] is None
 
 
 def test_the_heads_see_the_student_s_picture_and_leave_the_student_alone():
     problem = Problem(0, "flow")
     method, batch, step = made(problem, critic_steps=2), problem.batch(8), problem.step(8)
-    assert [(u.trains, u.repeat, u.shares) for u in method.updates()] == [(("student",), 1, 0), (("discriminator",), 2, 2)]
+    assert [(u.trains, u.repeat, u.shares) for u in method.updates()] == [(("student",), 1, 0),
+                                                                          (("discriminator",), 2, 2)]
     method.student_loss(batch, step)
     losses = method.critic_loss(batch, problem.step(8, "discriminator", kept=step.kept))
     assert not torch.autograd.grad(losses["discriminator"], method.student.m, allow_unused=True)[0]
     x0, fake = batch.x0, step.kept["pixels"]
-    known = torch.relu(1 - x0.sum(1)) + torch.relu(1 + fake.sum(1)) + torch.relu(1 - (x0**2).sum(1)) + torch.relu(1 + (fake**2).sum(1))
+    known = (torch.relu(1 - x0.sum(1)) + torch.relu(1 + fake.sum(1)) + torch.relu(1 - (x0**2).sum(1))
+             + torch.relu(1 + (fake**2).sum(1)))
     torch.testing.assert_close(losses["discriminator"], known.mean())
     torch.testing.assert_close(losses["r1"], 1e-5 * torch.tensor(2.0 * problem.dim, dtype=torch.float64))
 
 
 def test_every_position_has_a_margin_of_its_own_and_r1_is_of_their_mean():
-    """One position that is wrong teaches on beside three that are right beyond the margin, where their mean would not."""
+    """One position that is wrong teaches on beside three that are right beyond the margin, where their mean would
+    not."""
     problem = Problem(0, "vp")
-    method, batch, step = made(problem, decode=lambda x: x[:, :1] * 0 + 1, r1_weight=1.0), problem.batch(2), problem.step(2)
+    method, batch, step = (made(problem, decode=lambda x: x[:, :1] * 0 + 1, r1_weight=1.0), problem.batch(2),
+                           problem.step(2))
     scale = torch.tensor([5.0, 5.0, 5.0, -1.0], dtype=torch.float64, requires_grad=True)
     method.features, method.discriminator = lambda pixels: [pixels], lambda maps, cond: [maps[0] * scale]
     method.student_loss(batch, step)
@@ -98,8 +107,10 @@ def test_all_that_the_heads_see_may_be_noised_and_what_is_kept_is_not():
     method.critic_loss(batch, problem.step(4000, "discriminator", kept=step.kept))
     clean.student_loss(batch, other := problem.step(4000))
     assert torch.equal(step.kept["pixels"], other.kept["pixels"])
-    noises = [found - known for found, known in zip(seen, (step.kept["pixels"], batch.x0, step.kept["pixels"]), strict=True)]
-    for noise in noises:                                   # the square of a deviation that is uniform up to 0.5 is 0.25 / 3 on average
+    noises = [found - known for found, known in zip(seen, (step.kept["pixels"], batch.x0, step.kept["pixels"]),
+                                                    strict=True)]
+    # the square of a deviation that is uniform up to 0.5 is 0.25 / 3 on average
+    for noise in noises:
         assert noise.square().mean().item() == pytest.approx(0.25 / 3, rel=0.1)
     assert not torch.equal(noises[0], noises[2])
     assert abs(torch.corrcoef(torch.stack([noise.flatten() for noise in noises])) - torch.eye(3)).max() < 0.1
@@ -112,11 +123,12 @@ def test_without_its_weight_the_teacher_is_not_asked():
     assert set(method.student_loss(problem.batch(4), problem.step(4))) == {"gan"}
 
 
-# -- in a recipe -----------------------------------------------------------------------------------------------------------
+# -- in a recipe -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def recipe(tiny_teacher):
-    entries = {"method": "add", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 1,
+    entries = {"method": "add", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+               "guidance": 2.0, "steps": 1,
             "discriminator": {"network": "assets/shapes-clip", "features": ["embeddings", "layers.2"]},
             "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
     return lambda **changes: Recipe.load(entries, changes)
@@ -126,7 +138,8 @@ def test_a_plan_counts_the_roles_that_are_made(recipe):
     found, roles = plan(recipe()), setup(recipe(), torch.device("cpu")).roles
     count = lambda parameters: sum(p.numel() for p in parameters)
     assert found["roles"]["discriminator"]["parameters"] == count(roles.parameters("discriminator"))
-    assert found["roles"]["features"] == {"parameters": (n := count(roles["features"].parameters())), "trained": 0, "bytes": 4 * n}
+    assert found["roles"]["features"] == {"parameters": (n := count(roles["features"].parameters())), "trained": 0,
+                                          "bytes": 4 * n}
     assert "decode" not in found["roles"] and found["passes"] == {"forward": 3, "backward": 1, "batch": 2, "updates": 1}
 
 
@@ -134,6 +147,6 @@ def test_a_recipe_keeps_the_network_s_name_and_refuses_one_that_nobody_reads(rec
     resolved = recipe().resolved()
     assert resolved["discriminator"]["network"] == "assets/shapes-clip" and Recipe.load(resolved).resolved() == resolved
     needs = LADD.needs(LADD.Settings(), full=False)
-    with pytest.raises(RequestError, match="discriminator.network is assets/shapes-clip, but the discriminator of ladd reads the features of its "
-                                           "teacher, not of pictures"):
+    with pytest.raises(RequestError, match="discriminator.network is assets/shapes-clip, but the discriminator "
+                                           "of ladd reads the features of its teacher, not of pictures"):
         configured(recipe(method="ladd"), needs)

@@ -13,8 +13,10 @@ from .closed import predict
 from .players import SCHEDULES
 
 TEACHERS = {
-    "vp": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),   # it clips, from "leading"
-    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, shift_terminal=0.1, use_karras_sigmas=True),
+    # it clips, from "leading"
+    "vp": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, shift_terminal=0.1,
+                                            use_karras_sigmas=True),
 }
 
 
@@ -26,12 +28,14 @@ def sampler(schedule: str, steps: int, **fields) -> Sampler:
     return sampler_of(stock(schedule, steps, **fields), SCHEDULES[schedule][0], TEACHERS[schedule])
 
 
-@pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in DIVISORS), *(("flow", k) for k in (1, 2, 3, 4, 7, 8, 50))])
+@pytest.mark.parametrize("schedule, steps",
+                         [*(("vp", k) for k in DIVISORS), *(("flow", k) for k in (1, 2, 3, 4, 7, 8, 50))])
 def test_a_deterministic_sampler_takes_equal_steps_that_meet(schedule, steps):
     """Told time, level and the landing before are one number, from 1 down to 0."""
     made = sampler(schedule, steps)
     edges = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    time, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("time", "level", "landing"))
+    time, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations])
+                            for name in ("time", "level", "landing"))
     for found, known in [(time, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
         torch.testing.assert_close(found.double(), known, rtol=0, atol=1e-5)
     assert made.start == 1 and not made.stochastic and landing[-1] == 0
@@ -54,11 +58,13 @@ def test_the_refused_numbers_land_elsewhere_than_the_network_is_told():
     assert round(1000 * rows[1].landing - 1, 3) == 333 and round(1000 * rows[2].time - 1) == 332
 
 
-@pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in (1, 3, 8, 16, 32, 64, 80, 500)), *(("flow", k) for k in (1, 3, 16))])
+@pytest.mark.parametrize("schedule, steps", [*(("vp", k) for k in (1, 3, 8, 16, 32, 64, 80, 500)),
+                                             *(("flow", k) for k in (1, 3, 16))])
 def test_any_number_of_equal_steps_meets_at_the_trailing_times_which_the_doubled_grid_holds(schedule, steps):
     made, s = sampler(schedule, steps, exact_grid=False), SCHEDULES[schedule][0]
     edges = trailing(steps, s)
-    time, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations]) for name in ("time", "level", "landing"))
+    time, level, landing = (torch.tensor([getattr(e, name) for e in made.evaluations])
+                            for name in ("time", "level", "landing"))
     for found, known in [(time, edges[:-1]), (level, edges[:-1]), (landing, edges[1:])]:
         torch.testing.assert_close(found.double(), known, rtol=0, atol=1e-5)
     assert torch.equal(trailing(2 * steps, s)[::2], edges) and landing[-1] == 0
@@ -67,7 +73,8 @@ def test_any_number_of_equal_steps_meets_at_the_trailing_times_which_the_doubled
 
 def test_equal_steps_tell_a_scale_and_are_refused_where_there_are_no_times():
     assert stock("vp", 16, guidance=2.5, exact_grid=False).call == {"num_inference_steps": 16, "guidance_scale": 2.5}
-    assert stock("vp", 4, guidance=2.5, exact_grid=False).call["guidance_scale"] == 2.5 and stock("vp", 4, exact_grid=False).call["guidance_scale"] == 1
+    assert (stock("vp", 4, guidance=2.5, exact_grid=False).call["guidance_scale"] == 2.5
+            and stock("vp", 4, exact_grid=False).call["guidance_scale"] == 1)
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"found {steps}"):
             stock("vp", steps, exact_grid=False)
@@ -78,11 +85,13 @@ def test_equal_steps_tell_a_scale_and_are_refused_where_there_are_no_times():
 def test_a_renoised_flow_is_asked_at_equal_steps_whatever_the_teacher_s_grid(steps):
     """The teacher's own grid is shifted, dynamic, terminal and Karras's."""
     made = sampler("flow", steps, noise=1.0)
-    assert made.times.tolist() == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6) and made.stochastic == (steps > 1)
+    assert (made.times.tolist() == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6)
+            and made.stochastic == (steps > 1))
 
 
 @pytest.mark.parametrize("schedule, fields, says", [
-    ("vp", {"shift": 3.0}, "not shifted; found shift = 3"), ("vp", {"noise": 0.3}, "share of fresh noise"), ("vp", {"nodes": 8}, "finer"),
+    ("vp", {"shift": 3.0}, "not shifted; found shift = 3"), ("vp", {"noise": 0.3}, "share of fresh noise"),
+    ("vp", {"nodes": 8}, "finer"),
     ("vp", {"end": 0.1, "noise": 0.3}, "TCDScheduler ends"), ("vp", {"times": (0.6, 0.3)}, "LCMScheduler alone takes"),
     ("flow", {"noise": 0.3}, "FlowMatchEulerDiscreteScheduler adds none, FlowMatchLCMScheduler all of it; found 0.3"),
     ("flow", {"end": 0.001}, "end on the data")])
@@ -116,7 +125,8 @@ def test_who_begins_in_pure_noise_may_begin_below_its_time():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_step_begins_at_start_time_with_unit_noise_in_training_as_in_the_stock_scheduler(name, schedule):
     found, s = begun(name, schedule, 0.626), SCHEDULES[schedule][0]
-    assert found.call == {"num_inference_steps": 1, "guidance_scale": 1.0} | ({"timesteps": [625]} if schedule == "vp" else {"sigmas": [0.626]})
+    assert found.call == {"num_inference_steps": 1, "guidance_scale": 1.0} | ({"timesteps": [625]} if schedule == "vp"
+                                                                              else {"sigmas": [0.626]})
     ours = sampler_of(found, s, TEACHERS[schedule])
     assert ours.start == 1 and ours.times.tolist() == pytest.approx([0.626]) and ours.landings.tolist() == [0]
     asked, noise = [], torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -131,7 +141,8 @@ def test_one_step_begins_at_start_time_with_unit_noise_in_training_as_in_the_sto
     scheduler.set_timesteps(**{name: value for name, value in found.call.items() if name in ("timesteps", "sigmas")})
     (time,) = scheduler.timesteps
     assert time.item() == pytest.approx(625 if schedule == "vp" else 626)
-    stepped = scheduler.step(network(noise, torch.full((5,), 0.626, dtype=torch.float64)).raw, time, noise, return_dict=False)[0]
+    stepped = scheduler.step(network(noise, torch.full((5,), 0.626, dtype=torch.float64)).raw, time, noise,
+                             return_dict=False)[0]
     for made in (sampled, simulated, stepped):
         torch.testing.assert_close(made.double(), 0.3 * noise.double() + 1, atol=1e-5, rtol=0)
     assert all(torch.equal(x, noise) and t.tolist() == pytest.approx([0.626] * 5) for x, t in asked)
@@ -145,7 +156,8 @@ def test_without_a_start_time_the_first_time_is_the_grid_s(name):
         with pytest.raises(ValueError, match=f"start_time must be a time from 0.001.*to 1; found {wrong}"):
             begun(name, "vp", wrong)
     with pytest.raises(ValueError, match="takes no times.*asks for 0.4"):
-        stock_call(load_method(name).inference(load_method(name).Settings(start_time=0.4), 1, SCHEDULES["flow"][0]), SCHEDULES["flow"][0],
+        stock_call(load_method(name).inference(load_method(name).Settings(start_time=0.4), 1, SCHEDULES["flow"][0]),
+                   SCHEDULES["flow"][0],
                    sigmas=False)
 
 

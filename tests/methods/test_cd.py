@@ -22,7 +22,8 @@ F64 = torch.float64
 def test_the_grid_holds_the_ends_and_the_times_that_the_student_is_asked_at(name, steps):
     asked = few_steps(steps, name.split("-")[0]).times
     times, schedule = grid(SCHEDULES[name], 40, asked), SCHEDULES[name]
-    assert (times.diff() < 0).all() and times[0] == (0.999 if (name, steps) == ("vp-zero", 3) else 1) and times[-1] == (0 if name == "flow" else 0.001)
+    assert ((times.diff() < 0).all() and times[0] == (0.999 if (name, steps) == ("vp-zero", 3) else 1)
+            and times[-1] == (0 if name == "flow" else 0.001))
     assert 32 <= len(times) <= 42 + steps and all((times == t).any() for t in asked)
     if name != "flow":                                                   # what an integer can tell the network
         assert torch.equal((1000 * times).round() / 1000, times)
@@ -33,7 +34,8 @@ def test_the_grid_holds_the_ends_and_the_times_that_the_student_is_asked_at(name
 @pytest.mark.parametrize("name", ["vp", "flow"])
 def test_the_bridge_is_of_second_order_and_finite_at_the_ends(name):
     schedule = SCHEDULES[name]
-    role = Gaussian(schedule, torch.zeros(2, dtype=F64), torch.full((2,), STD**2, dtype=F64), "v" if name == "vp" else "velocity")
+    role = Gaussian(schedule, torch.zeros(2, dtype=F64), torch.full((2,), STD**2, dtype=F64), "v" if name == "vp"
+                    else "velocity")
     x, t = torch.ones(3, 2, dtype=F64), torch.full((3,), 0.6, dtype=F64)
     s = t - torch.tensor([0.1, 0.05, 0.025], dtype=F64)
     error = (bridge(heun, role, x, t, s, None) - role.flow(x, t, s)).abs()[:, 0]

@@ -28,7 +28,8 @@ def test_the_gradient_is_that_of_the_divergence_between_gaussians(schedule, rati
     method(schedule, student, critic, ratio).student_loss(prompts(COUNT), moment(COUNT))["matching"].backward()
     v, r2 = s * s, ratio * ratio
     assert student.m.grad.item() == pytest.approx(r2 * (m - REAL_MEAN) / (REAL_VARIANCE + r2), rel=0.03)
-    assert student.s.grad.item() == pytest.approx(s * r2 * (v - REAL_VARIANCE) / ((v + r2) * (REAL_VARIANCE + r2)), rel=0.05)
+    assert student.s.grad.item() == pytest.approx(s * r2 * (v - REAL_VARIANCE) / ((v + r2) * (REAL_VARIANCE + r2)),
+                                                  rel=0.05)
 
 
 def test_a_student_of_the_right_law_gets_no_gradient_at_all():
@@ -44,7 +45,8 @@ def test_the_critic_s_optimum_is_the_student_s_exact_denoiser():
     student, ratio, losses = affine(schedule, -0.3, 1.2), 1.5, []
     for error in (-0.2, 0.0, 0.2):
         critic = gaussian(schedule, -0.3 + error, 1.44, kind)
-        losses.append(method("vp", student, critic, ratio).critic_loss(prompts(COUNT), moment(COUNT, "critic"))["denoising"].item())
+        losses.append(method("vp", student, critic, ratio).critic_loss(prompts(COUNT),
+                                                                       moment(COUNT, "critic"))["denoising"].item())
     k = 1.44 / (1.44 + ratio**2)
     expected = (1 / ratio**2 + 1) * ((1 - k) * 0.2) ** 2
     assert losses[0] + losses[2] - 2 * losses[1] == pytest.approx(2 * expected, rel=1e-3)

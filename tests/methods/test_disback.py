@@ -54,9 +54,11 @@ def test_records_do_not_move_when_a_run_is_made_longer(run, tmp_path):
 
 
 def real_at(index: int, **settings) -> float:
-    """The mean of the law that is the real score of a step: 1 of the first record, 2 of the second, -1 of the teacher."""
+    """The mean of the law that is the real score of a step: 1 of the first record, 2 of the second, -1 of the
+    teacher."""
     s, kind = SCHEDULES["vp"]
-    roles = {name: gaussian(s, mean, 0.5, kind) for name, mean in (("teacher", -1.0), ("record1", 1.0), ("record2", 2.0), ("critic", 0.0))}
+    roles = {name: gaussian(s, mean, 0.5, kind) for name, mean in (("teacher", -1.0), ("record1", 1.0),
+                                                                   ("record2", 2.0), ("critic", 0.0))}
     method = DisBack(Settings(**{**SHORT, **settings}), roles | {"student": affine(s, 0.0, 1.0)}, 1.0, few_steps(1))
     seen = method.real(moment(4, index=index))
     return round(seen.mean.item(), 6)
@@ -77,7 +79,8 @@ def test_the_student_s_update_begins_after_the_last_record():
 
 
 def test_records_of_an_adapter_are_adapters(tiny_teacher):
-    made = {"method": "disback", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 1,
+    made = {"method": "disback", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+            "guidance": 2.0, "steps": 1,
             "settings": SHORT, "data": {"prompts": "shapes", "batch": 4}, "train": {"updates": 4}}
     found = plan(Recipe.load(made))
     assert found["passes"]["forward"] == 7 and found["passes"]["backward"] == 3

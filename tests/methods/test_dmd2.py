@@ -104,16 +104,19 @@ def test_guidance_moves_the_fixed_point_and_is_the_teacher_s_alone(w, at_rest):
     """Denoisers of one variance mix into that of the mixed mean: a student there, with its own critic, is at rest."""
     s, kind = SCHEDULES["vp"]
     text = torch.full((COUNT, 1), 0.8, dtype=torch.float64)
-    batch = Batch(torch.arange(COUNT), Condition(text=text, null=Condition(text=torch.full_like(text, -0.2))), shape=(1,))
+    batch = Batch(torch.arange(COUNT), Condition(text=text, null=Condition(text=torch.full_like(text, -0.2))),
+                  shape=(1,))
     for mean, moves in ((at_rest, False), (at_rest + 0.5, True)):
         student = affine(s, mean, REAL_VARIANCE**0.5)
-        method, _ = make(student=student, teacher=Conditional(s), guidance=w, critic=gaussian(s, mean, REAL_VARIANCE, kind))
+        method, _ = make(student=student, teacher=Conditional(s), guidance=w,
+                         critic=gaussian(s, mean, REAL_VARIANCE, kind))
         method.student_loss(batch, moment(COUNT))["matching"].backward()
         assert (student.m.grad.item() > 0.1) == moves and (moves or abs(student.m.grad.item()) < 1e-5)
 
 
 def test_the_critic_learns_the_student_s_law():
-    """Fitted by the loss to samples of N(-0.3, 1.44), an affine denoiser a x_t + b at each level finds the posterior mean."""
+    """Fitted by the loss to samples of N(-0.3, 1.44), an affine denoiser a x_t + b at each level finds the posterior
+    mean."""
     s, kind = SCHEDULES["flow"]
     mean = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
     variance = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
@@ -202,7 +205,7 @@ def test_a_critic_may_be_told_the_exit_of_the_very_sample_that_it_is_shown():
         scales.clear()
 
 
-# -- the discriminator --------------------------------------------------------------------------------------------------
+# -- the discriminator -------------------------------------------------------------------------------------------------
 
 GAN = Settings(gan_weight=0.5, critic_gan_weight=2.0)
 
@@ -253,7 +256,8 @@ def test_who_is_needed_and_what_for():
     assert (every.trains, every.shares) == (("critic", "discriminator"), 3)
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}, {"gan_weight": -1.0}])
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)},
+                                     {"gan_weight": -1.0}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):
         Settings(**changes)

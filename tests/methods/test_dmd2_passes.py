@@ -1,4 +1,5 @@
-"""What a cycle of dmd2 costs, counted with torch's own counter: one student update and five of the critic, GAN and guidance on."""
+"""What a cycle of dmd2 costs, counted with torch's own counter: one student update and five of the critic, GAN and
+guidance on."""
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,8 +31,8 @@ def flops(run) -> int:
 
 @pytest.mark.parametrize("shared, full, partial", [(False, 25, 16), (True, 21, 16)])
 def test_passes_of_a_cycle(tmp_path, shared, full, partial):
-    """25 + 16 e full forwards: 5 rollouts, the student's backward 2, its critic 1, guidance 2, five critics at 3, and of the
-    encoder five times 3 for real images and 1 to fool the discriminator. With one rollout 4 fewer."""
+    """25 + 16 e full forwards: 5 rollouts, the student's backward 2, its critic 1, guidance 2, five critics at 3, and
+    of the encoder five times 3 for real images and 1 to fool the discriminator. With one rollout 4 fewer."""
     settings = Settings(critic_steps=5, share_rollout=shared)
     family = load_teacher(save_tiny(tmp_path / "teacher"))
     roles = build_roles(family, DMD2.needs(settings, full=True), {"student": Full(), "critic": Full()})

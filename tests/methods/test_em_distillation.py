@@ -43,7 +43,8 @@ def test_a_student_of_the_teacher_s_law_has_no_drift_and_its_latents_stay_normal
 
 
 def test_long_chains_of_one_latent_reach_the_tilted_law():
-    """At fixed z, E eps of the law e^(-eps^2 / 2) p / q solves eps = sigma (score p - score q) at alpha x + sigma eps."""
+    """At fixed z, E eps of the law e^(-eps^2 / 2) p / q solves eps = sigma (score p - score q) at alpha x + sigma
+    eps."""
     method, roles = make(langevin_steps=60, noise_rate=0.1, latent_rate=0.0)
     t = torch.full((COUNT,), 0.3, dtype=torch.float64)
     step, s = moment(COUNT), SCHEDULES["vp"][0]
@@ -73,7 +74,8 @@ def test_who_is_needed_and_what_is_refused():
         EMDistillation.inference(Settings(), 2, SCHEDULES["vp"][0])
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"langevin_steps": 0}, {"noise_rate": 0.0}, {"noise_rate": 1.1},
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"langevin_steps": 0},
+                                     {"noise_rate": 0.0}, {"noise_rate": 1.1},
                                      {"latent_rate": -0.1}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):

@@ -26,7 +26,8 @@ def make(schedule="vp", settings=PLAIN, logits=None, student=None):
     def discriminator(x_t: Tensor, t: Tensor, cond=None) -> Tensor:
         asked.append(t)
         return (exact(s, x_t, t) if logits is None else logits(x_t, t)).expand(-1, 3)          # three heads
-    roles = {"teacher": teacher, "student": student or affine(s, MEAN, DEVIATION), "critic": critic, "discriminator": discriminator}
+    roles = {"teacher": teacher, "student": student or affine(s, MEAN, DEVIATION), "critic": critic,
+             "discriminator": discriminator}
     return FDistill(settings, roles, 1.0, few_steps(1, schedule)), roles, asked
 
 
@@ -50,7 +51,8 @@ def test_each_sample_is_pulled_by_its_ratio(schedule, name):
     x, t = (MEAN + DEVIATION * z).detach(), method.matched(step.uniform("t"))
     x_t = s.add_noise(x, step.normal("noise", (1,)), t)
     r = exact(s, x_t, t).exp().clamp(0.1, 20)
-    h = {"reverse_kl": r**0, "forward_kl": r, "js": 2 * r / (1 + r), "softened_rkl": 2 / (1 + r), "hellinger": r.sqrt(), "jeffreys": (1 + r) / 2}
+    h = {"reverse_kl": r**0, "forward_kl": r, "js": 2 * r / (1 + r), "softened_rkl": 2 / (1 + r), "hellinger": r.sqrt(),
+         "jeffreys": (1 + r) / 2}
     real, fake = roles["teacher"](x_t, t).x0, roles["critic"](x_t, t).x0
     pull = h[name] * (fake - real) / (x - real).abs()
     assert list(losses) == ["matching"] and torch.equal(asked[0], t)
@@ -83,8 +85,10 @@ def test_the_discriminator_tells_noised_real_from_noised_fake():
     fake = s.add_noise(MEAN + DEVIATION * step.normal("start", (1,)).double(), step.normal("noise", (1,)), t)
     real = s.add_noise(batch.x0, step.normal("real noise", (1,)), real_t)
     softplus = torch.nn.functional.softplus
-    assert losses["discriminator"].item() == pytest.approx((softplus(-c * real) + softplus(c * fake)).mean().item(), rel=1e-5)
-    assert roles["student"].m.grad is None and [torch.equal(*pair) for pair in zip(asked, (real_t, t), strict=True)] == [True, True]
+    assert losses["discriminator"].item() == pytest.approx((softplus(-c * real) + softplus(c * fake)).mean().item(),
+                                                           rel=1e-5)
+    assert (roles["student"].m.grad is None and [torch.equal(*pair) for pair in zip(asked, (real_t, t), strict=True)]
+            == [True, True])
 
 
 def test_who_is_needed_and_what_for():
@@ -93,7 +97,8 @@ def test_who_is_needed_and_what_for():
     assert (student.trains, both.trains, both.repeat, both.shares) == (("student",), ("critic", "discriminator"), 3, 3)
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0}, {"divergence": "kl"}])
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0},
+                                     {"divergence": "kl"}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):
         Settings(**changes)

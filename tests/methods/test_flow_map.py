@@ -79,7 +79,8 @@ def test_at_equal_times_the_tangent_points_to_the_teacher_s_velocity():
 
 
 def test_a_run_tells_its_student_where_it_lands(tmp_path):
-    run = train(Recipe.load("toy/flow_map", {"train.updates": 2, "train.warmup": 0, "data.batch": 8}), out=tmp_path / "run")
+    run = train(Recipe.load("toy/flow_map", {"train.updates": 2, "train.warmup": 0, "data.batch": 8}),
+                out=tmp_path / "run")
     assert (run / "samples" / "step-000002.png").is_file()
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
@@ -90,7 +91,8 @@ def test_a_run_tells_its_student_where_it_lands(tmp_path):
 ])
 def test_a_student_that_reads_its_landing_is_no_teacher_and_no_start_of_another_method(stages, found):
     plain = Recipe.load("toy/flow_map").resolved()
-    with pytest.raises(RequestError, match=f"{found}, whose student reads where its steps land: only flow_map can go on"):
+    with pytest.raises(RequestError, match=f"{found}, whose student reads where its steps land: only flow_map "
+                       "can go on"):
         check(Recipe.load({**plain, "stages": stages}))
     check(Recipe.load({**plain, "stages": [{}, {"steps": 2}]}))
 
@@ -102,8 +104,10 @@ def test_what_is_served():
         spelled(FlowMap, Settings(), 3, "vp")
 
 
-@pytest.mark.parametrize("wrong", [{"form": "semi"}, {"derivative": "central"}, {"std": 0.0}, {"damping": 0.0}, {"width": 1e-4}, {"warmup": 1.1},
-                                   {"alike": 1.0}, {"solver_steps": 0}, {"output_weight": -1.0}, {"velocity_weight": -1.0}])
+@pytest.mark.parametrize("wrong", [{"form": "semi"}, {"derivative": "central"}, {"std": 0.0}, {"damping": 0.0},
+                                   {"width": 1e-4}, {"warmup": 1.1},
+                                   {"alike": 1.0}, {"solver_steps": 0}, {"output_weight": -1.0},
+                                   {"velocity_weight": -1.0}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)

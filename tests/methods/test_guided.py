@@ -17,8 +17,10 @@ STAGES = [{"method": "guided", "settings": {}, "steps": 8}, {"steps": [4, 2], "t
 
 
 def recipe(teacher) -> dict:
-    return {"method": "progressive", "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": [1.0, 3.0], "settings": {"guidance_embedding": True},
-            "data": {"images": "shapes", "count": 8, "cache": True, "batch": 4}, "train": {"updates": 1, "lr": 1e-2, "ema": 0.5},
+    return {"method": "progressive", "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": [1.0, 3.0],
+            "settings": {"guidance_embedding": True},
+            "data": {"images": "shapes", "count": 8, "cache": True, "batch": 4},
+            "train": {"updates": 1, "lr": 1e-2, "ema": 0.5},
             "evaluate": {"prompts": ["a red ring"]}, "stages": STAGES}
 
 
@@ -41,9 +43,11 @@ def test_its_student_is_told_unless_said_otherwise():
 
 
 def test_what_comes_after_is_told_too(tiny_teacher):
-    with pytest.raises(RequestError, match="has no guidance embedding, and that of the stage before has a guidance embedding"):
+    with pytest.raises(RequestError, match="has no guidance embedding, and that of the stage before has a guidance "
+                       "embedding"):
         check(Recipe.load(recipe(tiny_teacher) | {"settings": {}}).stages[1])
-    with pytest.raises(RequestError, match="guidance is 4.0, but the teacher is the student of the stage before, which has learned"):
+    with pytest.raises(RequestError, match="guidance is 4.0, but the teacher is the student of the stage before, "
+                       "which has learned"):
         check(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 4.0}]}).stages[1])
     assert check(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 2.0}]}).stages[1])
 
@@ -53,10 +57,13 @@ def test_both_stages_on_a_real_pipeline_leave_as_one_lora_at_a_scale(tiny_teache
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     run = api.train(recipe(tiny_teacher), out=tmp_path / "run")
     last = Recipe.load(run / "recipe.yaml")
-    assert [(stage.method, stage.steps) for stage in last.stages] == [("guided", 8), ("progressive", 4), ("progressive", 2)]
+    assert [(stage.method, stage.steps) for stage in last.stages] == [("guided", 8), ("progressive", 4),
+                                                                      ("progressive", 2)]
     work = setup(last, torch.device("cpu"), previous=previous_student(last, run / "stages/2"))
     assert {name for name, numbers in work.roles.reads.items() if "w" in numbers} == {"teacher", "student", "ema"}
-    assert work.roles.state_dict("teacher")["time_embedding.cond_proj.weight"].any(), "the layer that reads the scale has learned"
+    assert work.roles.state_dict("teacher")["time_embedding.cond_proj.weight"].any(), (
+        "the layer that reads the scale has learned")
     folder = api.export(run, guidance=1.5, out=tmp_path / "lora")
     settings = read_settings(folder)
-    assert settings["guidance"] == 1.5 and settings["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0} and settings["scheduler"] == "DDIMScheduler"
+    assert (settings["guidance"] == 1.5 and settings["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0}
+            and settings["scheduler"] == "DDIMScheduler")

@@ -1,4 +1,5 @@
-"""iCT beyond its identities: growing grids, by which law pairs are drawn, one dropout for both passes, and what is refused."""
+"""iCT beyond its identities: growing grids, by which law pairs are drawn, one dropout for both passes, and what is
+refused."""
 from __future__ import annotations
 
 import math
@@ -24,9 +25,11 @@ def halved(problem: Problem) -> FunctionRole:
     return FunctionRole(problem.schedule, lambda x, t, cond: x / 2, "x0")
 
 
-@pytest.mark.parametrize("progress, count", [(0.0, 10), (0.12, 10), (0.126, 20), (0.5, 160), (0.87, 640), (0.88, 1280), (0.999, 1280)])
+@pytest.mark.parametrize("progress, count", [(0.0, 10), (0.12, 10), (0.126, 20), (0.5, 160), (0.87, 640), (0.88, 1280),
+                                             (0.999, 1280)])
 def test_the_grid_doubles_seven_times_at_equal_intervals(progress, count):
-    """Of sigma / alpha from 0 to infinity; t = 1 and 0.5, where a student of two steps is asked, are nodes, 0.5 one more."""
+    """Of sigma / alpha from 0 to infinity; t = 1 and 0.5, where a student of two steps is asked, are nodes, 0.5 one
+    more."""
     problem = Problem(0, "flow")
     method = made(problem, halved(problem), 2, first_nodes=10, last_nodes=1280)
     t, s = method.times(problem.step(200_000, progress=progress))
@@ -35,12 +38,14 @@ def test_the_grid_doubles_seven_times_at_equal_intervals(progress, count):
     nodes = torch.cat([t, s]).unique()
     assert torch.equal(s, nodes[torch.searchsorted(nodes, t) - 1]) or count > 600
     high = (nodes[-2] / (1 - nodes[-2])).item()                          # one step below 80
-    assert count > 600 or high == pytest.approx((80 ** (1 / 7) - (80 ** (1 / 7) - 0.002 ** (1 / 7)) / count) ** 7, rel=1e-9)
+    assert count > 600 or high == pytest.approx((80 ** (1 / 7) - (80 ** (1 / 7) - 0.002 ** (1 / 7)) / count) ** 7,
+                                                rel=1e-9)
 
 
 def test_a_discrete_schedule_has_no_more_nodes_than_times():
     problem = Problem(0, "vp")
-    t, s = made(problem, halved(problem), 4, first_nodes=10, last_nodes=1280).times(problem.step(200_000, progress=0.99))
+    t, s = made(problem, halved(problem), 4, first_nodes=10,
+                last_nodes=1280).times(problem.step(200_000, progress=0.99))
     for u in (t, s):
         assert torch.equal((u * 1000).round() / 1000, u)
     assert 0.001 == s.min() and t.max() == 1 and (s < t).all() and ((t - s) < 0.02).all()
@@ -52,7 +57,8 @@ def test_the_levels_are_drawn_by_a_log_normal_law(noise):
     problem = Problem(1, noise)
     method = made(problem, halved(problem), 4, first_nodes=40, last_nodes=40, mean=-0.5, std=1.2)
     t, s = method.times(problem.step(100_000))
-    place = lambda u: 0.5 * (1 + math.erf((math.log(method.level(torch.tensor([u], dtype=F64)).item()) + 0.5) / 1.2 / math.sqrt(2)))
+    place = lambda u: 0.5 * (1 + math.erf((math.log(method.level(torch.tensor([u], dtype=F64)).item()) + 0.5) / 1.2
+                                          / math.sqrt(2)))
     low, high = place(s.min().item()), place(t.max().item())
     for node in t.unique()[::7].tolist():
         assert (t <= node).double().mean().item() == pytest.approx((place(node) - low) / (high - low), abs=0.006)
@@ -86,7 +92,8 @@ def test_the_target_is_the_student_itself_under_one_dropout_and_takes_no_gradien
     assert torch.equal(target, mask) and not torch.equal(mask, later) and (off, on) == (False, True)
     assert torch.equal(torch.get_rng_state(), before) and torch.isfinite(leaf.grad)
     t, s = method.times(problem.step(300))
-    assert torch.equal(student.calls[0][1], s) and torch.equal(student.calls[1][1], t) and student.calls[1][2] is batch.cond
+    assert (torch.equal(student.calls[0][1], s) and torch.equal(student.calls[1][1], t)
+            and student.calls[1][2] is batch.cond)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -112,13 +119,16 @@ SAMPLES = {"images": None, "cache": False, "count": 64, "samples": {"prompts": "
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("shapes/ict", {"guidance": 3.0}, "--set guidance: guidance is 3.0, but ict asks no teacher that could be guided: let it be 1, or train on "
-                                      "pictures that a guided teacher made"),
+    ("shapes/ict", {"guidance": 3.0}, "--set guidance: guidance is 3.0, but ict asks no teacher that could be guided: "
+                                      "let it be 1, or train on pictures that a guided teacher made"),
     ("toy/ict", {"guidance": 2.0}, "guidance is 2.0, but ict asks no teacher"),
     ("shapes/ict", {"guidance": [1.0, 3.0]}, "guidance is (1.0, 3.0), but ict asks no teacher"),
-    ("shapes/ict", {"negative_prompt": "blurred"}, "negative_prompt is given, but ict asks no teacher that could read it: leave it out"),
-    ("shapes/ict", {"guidance_rescale": 0.7}, "guidance_rescale is given, but ict asks no teacher that could read it: leave it out"),
-    ("shapes/ict", {"stages": [{"method": "lcm"}, {"teacher": "previous"}]}, "method is ict, which asks no teacher, but that of this stage is "
+    ("shapes/ict", {"negative_prompt": "blurred"}, "negative_prompt is given, but ict asks no teacher that could "
+     "read it: leave it out"),
+    ("shapes/ict", {"guidance_rescale": 0.7}, "guidance_rescale is given, but ict asks no teacher that could read "
+     "it: leave it out"),
+    ("shapes/ict", {"stages": [{"method": "lcm"}, {"teacher": "previous"}]},
+     "method is ict, which asks no teacher, but that of this stage is "
                                                                              "previous: leave teacher: previous out"),
 ])
 def test_what_only_a_teacher_reads_is_refused_before_anything_is_loaded(name, changes, message):

@@ -23,7 +23,8 @@ def test_the_student_is_asked_at_the_nodes_and_nowhere_else(noise):
     assert made(problem, student, 4).loss(batch, problem.step(400))["regression"] < 1e-20
     ((x_t, t, cond),) = student.calls
     assert sorted(t.unique().tolist()) == [0.25, 0.5, 0.75, 1.0] and all((t == each).sum() > 60 for each in t.unique())
-    assert torch.equal(x_t[t == 1], batch.pairs.noise[t == 1]) and torch.equal(x_t[t == 0.5], batch.pairs.nodes[t == 0.5, 3])
+    assert (torch.equal(x_t[t == 1], batch.pairs.noise[t == 1])
+            and torch.equal(x_t[t == 0.5], batch.pairs.nodes[t == 0.5, 3]))
     assert cond is batch.cond
 
 
@@ -47,7 +48,8 @@ def test_on_a_flow_the_loss_is_that_of_the_velocity_over_the_steps_squared():
         def __call__(self, x_t, t, cond):
             return Prediction(right(x_t, t, cond).velocity + wrong, x_t, t, problem.schedule, "velocity")
 
-    assert made(problem, Off(), 4).loss(batch, problem.step(64))["regression"].item() == pytest.approx(wrong**2 / 16, rel=1e-9)
+    assert (made(problem, Off(), 4).loss(batch, problem.step(64))["regression"].item()
+            == pytest.approx(wrong**2 / 16, rel=1e-9))
 
 
 def test_pairs_that_lack_the_nodes_are_refused():
@@ -67,9 +69,12 @@ def test_gradients_reach_the_student_alone():
 
 
 def test_a_recipe_without_the_nodes_is_refused_before_a_pair_is_made(tiny_teacher):
-    table = {"method": "kd", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 4, "train": {"updates": 1},
-             "data": {"pairs": {"prompts": ["a red ring"], "solver": "ddim", "steps": 4, "nodes": 2}, "count": 4, "batch": 4}}
-    with pytest.raises(RequestError, match="data.pairs.nodes is 2; a student of 4 steps lands on 4 evenly spaced states"):
+    table = {"method": "kd", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 4,
+             "train": {"updates": 1},
+             "data": {"pairs": {"prompts": ["a red ring"], "solver": "ddim", "steps": 4, "nodes": 2}, "count": 4,
+                      "batch": 4}}
+    with pytest.raises(RequestError, match="data.pairs.nodes is 2; a student of 4 steps lands on 4 evenly "
+                       "spaced states"):
         setup(Recipe.load(table), torch.device("cpu"))
     table["data"]["pairs"]["nodes"] = 4
     assert setup(Recipe.load(table), torch.device("cpu")).method.steps == 4

@@ -15,11 +15,13 @@ COUNT = 400
 def made(problem, student=None, discriminator=None, **settings) -> LADD:
     """A student that believes in what it is given."""
     student = student or FunctionRole(problem.schedule, lambda x_t, t, cond: x_t)
-    roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator or (lambda x, t, cond: [x[:, :2]])}
+    roles = {"teacher": problem.teacher, "student": student, "discriminator": discriminator
+             or (lambda x, t, cond: [x[:, :2]])}
     return LADD(Settings(**settings), roles, 1.0, problem.sampler(LADD.inference(Settings(), 4, problem.schedule)))
 
 
-@pytest.mark.parametrize("settings", [{"shares": (0.5, 0.4)}, {"shares": (1.5, -0.5, 0, 0)}, {"shares": ()}, {"shares": (1.0,)},
+@pytest.mark.parametrize("settings", [{"shares": (0.5, 0.4)}, {"shares": (1.5, -0.5, 0, 0)}, {"shares": ()},
+                                      {"shares": (1.0,)},
                                       {"warmup_updates": -1}, {"std": 0.0}, {"critic_steps": 0}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
@@ -41,7 +43,8 @@ def test_other_numbers_of_steps_are_refused(steps):
         spelled(LADD, Settings(), steps, "vp")
 
 
-@pytest.mark.parametrize("index, expected", [(0, [0, 0, 0.5, 0.5]), (499, [0, 0, 0.5, 0.5]), (500, [0.7, 0.1, 0.1, 0.1])])
+@pytest.mark.parametrize("index, expected", [(0, [0, 0, 0.5, 0.5]), (499, [0, 0, 0.5, 0.5]),
+                                             (500, [0.7, 0.1, 0.1, 0.1])])
 def test_it_warms_up_on_little_noise(index, expected):
     problem = Problem(0, "flow")
     method, batch = made(problem), problem.batch(COUNT)
@@ -72,7 +75,8 @@ def test_what_is_judged_lies_at_the_levels_of_a_flow(noise):
     for t in seen:
         alpha, sigma = problem.schedule.alpha(t), problem.schedule.sigma(t)
         logit = (sigma / alpha).log()[t < 1]
-        assert logit.median().item() == pytest.approx(1.0, abs=0.2) and logit.quantile(0.1).item() == pytest.approx(1 - 1.2816, abs=0.3)
+        assert (logit.median().item() == pytest.approx(1.0, abs=0.2) and logit.quantile(0.1).item()
+                == pytest.approx(1 - 1.2816, abs=0.3))
 
 
 def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
@@ -84,11 +88,13 @@ def test_the_heads_train_on_the_student_s_sample_and_not_the_student():
     loss = method.student_loss(batch, step)["gan"]
     assert all(grad is not None and grad.any() for grad in torch.autograd.grad(loss, (student.m, student.S)))
     assert not step.kept["sample"].requires_grad
-    assert not method.critic_loss(batch, problem.step(8, "discriminator", kept=step.kept))["discriminator"].requires_grad
+    assert not method.critic_loss(batch,
+                                  problem.step(8, "discriminator", kept=step.kept))["discriminator"].requires_grad
 
 
 def test_every_position_has_a_margin_of_its_own():
-    """One position that is wrong teaches on beside three that are right beyond the margin; heads weigh alike, whatever their sizes."""
+    """One position that is wrong teaches on beside three that are right beyond the margin; heads weigh alike, whatever
+    their sizes."""
     problem = Problem(0, "flow")
     logits = [torch.tensor([[5.0, 5.0, 5.0, -1.0]]).double().requires_grad_(), torch.tensor([[0.5]]).double()]
     method, batch, step = made(problem, discriminator=lambda x, t, cond: logits), problem.batch(1), problem.step(1)
@@ -96,7 +102,8 @@ def test_every_position_has_a_margin_of_its_own():
     loss = method.critic_loss(batch, problem.step(1, "discriminator", kept=step.kept))["discriminator"]
     assert loss.item() == pytest.approx(((2 + 18) / 4 + 2) / 2)
     torch.autograd.backward(loss)
-    assert logits[0].grad.tolist() == [[0.125, 0.125, 0.125, -0.125]], "as real and as fake; wrong where it is real and too low"
+    assert logits[0].grad.tolist() == [[0.125, 0.125, 0.125, -0.125]], (
+        "as real and as fake; wrong where it is real and too low")
 
 
 @pytest.mark.parametrize("count, served", [(3, False), (7, False), (5, True)])

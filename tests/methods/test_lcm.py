@@ -23,8 +23,8 @@ from .players import spelled
 
 @dataclass
 class FixedPoint:
-    """The student at which the loss vanishes: f(x, t) = m_w + prod k (x - alpha_t m_w), through LCM's boundary scalings.
-    On a flow f is x_0."""
+    """The student at which the loss vanishes: f(x, t) = m_w + prod k (x - alpha_t m_w), through LCM's boundary
+    scalings. On a flow f is x_0."""
 
     schedule: Schedule
     kind: str
@@ -34,7 +34,8 @@ class FixedPoint:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         m = guided_mean(cond, self.scale(cond))
-        f = m + like(contraction(self.schedule, t, self.nodes, self.skip), x_t) * (x_t - like(self.schedule.alpha(t), x_t) * m)
+        f = m + like(contraction(self.schedule, t, self.nodes, self.skip),
+                     x_t) * (x_t - like(self.schedule.alpha(t), x_t) * m)
         scaled = 10 * (1000 * t - 1)
         flow = isinstance(self.schedule, RectifiedFlow)
         c_skip, c_out = (0 * t, 1 + 0 * t) if flow else (0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt())
@@ -92,7 +93,8 @@ def test_an_untold_student_sees_no_scale_and_the_range_is_averaged():
 
 
 def test_without_the_anchor_constants_would_be_optimal():
-    """A student that collapses is punished at s = 0 alone: with one node always, with fifty on a fiftieth of the draws."""
+    """A student that collapses is punished at s = 0 alone: with one node always, with fifty on a fiftieth of the
+    draws."""
     @dataclass
     class Collapsed:
         schedule: Schedule = SCHEDULES["vp"][0]
@@ -128,13 +130,15 @@ def test_the_target_role_is_asked_without_gradient_and_with_the_same_condition()
     assert target_cond is cond and torch.allclose((t - s)[t > 0.021], torch.tensor(0.02, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("steps, timesteps", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None), (50, None)])
+@pytest.mark.parametrize("steps, timesteps", [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, None),
+                                              (50, None)])
 def test_sampling_times_are_training_nodes(steps, timesteps):
     inference = spelled(LCM, Settings(), steps, "vp", 3.0)
     scheduler = LCMScheduler.from_config(DDIMScheduler(beta_schedule="scaled_linear").config, **inference.config)
     scheduler.set_timesteps(inference.call["num_inference_steps"])
     assert timesteps is None or scheduler.timesteps.tolist() == timesteps
-    assert set(scheduler.timesteps.tolist()) <= {20 * (i + 1) - 1 for i in range(50)} and len(scheduler.timesteps) == steps
+    assert (set(scheduler.timesteps.tolist()) <= {20 * (i + 1) - 1 for i in range(50)}
+            and len(scheduler.timesteps) == steps)
     assert not scheduler.config.clip_sample                # DDIM's default would clip latents
 
 
@@ -149,14 +153,16 @@ def test_the_call():
             spelled(LCM, wrong, 4, "vp")
 
 
-@pytest.mark.parametrize("nodes, steps, shift", [(50, 1, 1.0), (50, 4, 1.0), (10, 4, 3.0), (7, 3, 3.0), (8, 8, 1.0), (16, 4, 1.0)])
+@pytest.mark.parametrize("nodes, steps, shift", [(50, 1, 1.0), (50, 4, 1.0), (10, 4, 3.0), (7, 3, 3.0), (8, 8, 1.0),
+                                                 (16, 4, 1.0)])
 def test_sampling_times_of_a_flow_are_training_nodes(nodes, steps, shift):
     """The stock scheduler of a teacher with another shift, as a pipeline would call it."""
     settings = Settings(nodes=nodes, shift=shift)
     inference = spelled(LCM, settings, steps, "flow", 3.0)
     scheduler = stock_scheduler(inference.scheduler, inference.config, FlowMatchEulerDiscreteScheduler(shift=2.0))
     assert type(scheduler) is FlowMatchLCMScheduler
-    assert inference.call["num_inference_steps"] == len(inference.call["sigmas"]) == steps and inference.call["guidance_scale"] == 1.0
+    assert (inference.call["num_inference_steps"] == len(inference.call["sigmas"]) == steps
+            and inference.call["guidance_scale"] == 1.0)
     times = Sampler.of(scheduler, steps, RectifiedFlow(), sigmas=inference.call["sigmas"]).times
     method = LCM(settings, {"teacher": None, "student": None}, 1.0, steps)
     trained, _ = method.times(Step(seed=0, index=0, progress=0.0, update="student", repeat=0, ids=torch.arange(400)))
@@ -185,7 +191,8 @@ def test_shifted_nodes_keep_their_fixed_point():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_on_the_data_s_path_no_teacher_is_asked_and_the_scale_is_still_told(schedule):
-    """With one node the path ends at the data, and the loss is a denoiser's: its least value is the variance of x_0 given x_t."""
+    """With one node the path ends at the data, and the loss is a denoiser's: its least value is the variance of x_0
+    given x_t."""
     def asked(*_):
         raise AssertionError("the teacher was asked")
 
@@ -193,7 +200,8 @@ def test_on_the_data_s_path_no_teacher_is_asked_and_the_scale_is_still_told(sche
     point = FixedPoint(*SCHEDULES[schedule], lambda cond: told.append(cond.w) or 1.0, 1)
     settings = Settings(nodes=1, loss="squared", bridge="data", guidance_embedding=True)
     found = loss(point, (2.0, 6.0), settings, 4000, schedule, teacher=asked)
-    a, s = (f(torch.ones(1, dtype=torch.float64)).item() for f in (SCHEDULES[schedule][0].alpha, SCHEDULES[schedule][0].sigma))
+    a, s = (f(torch.ones(1, dtype=torch.float64)).item()
+            for f in (SCHEDULES[schedule][0].alpha, SCHEDULES[schedule][0].sigma))
     assert found == pytest.approx(STD**2 * s**2 / (a**2 * STD**2 + s**2), rel=0.05) and told[-1].std() > 1
 
 
@@ -204,7 +212,8 @@ def test_the_data_s_path_has_nothing_to_guide():
     assert spelled(LCM, Settings(bridge="data", guidance_embedding=True), 4, "vp", 3.0).call["guidance_scale"] == 3.0
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"shift": 0.0}, {"skip": 0}, {"skip": 51}, {"loss": "l1"}, {"huber_c": 0.0},
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"shift": 0.0}, {"skip": 0}, {"skip": 51}, {"loss": "l1"},
+                                   {"huber_c": 0.0},
                                    {"target_decay": 1.0}, {"bridge": "heun"}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -213,6 +222,8 @@ def test_settings_are_checked(wrong):
 
 def test_needs_are_those_of_the_table():
     assert load_method("lcm") is LCM
-    assert LCM.needs(Settings(), full=True) == {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
-    assert LCM.needs(Settings(guidance_embedding=True), full=False) == {"teacher": Frozen(), "student": Trained("teacher", reads=("w",))}
+    assert LCM.needs(Settings(), full=True) == {"teacher": Frozen(), "student": Trained("teacher"),
+                                                "target": Follows("student", 0.95)}
+    assert LCM.needs(Settings(guidance_embedding=True), full=False) == {"teacher": Frozen(),
+                                                                        "student": Trained("teacher", reads=("w",))}
     assert METHODS["lcm"].needs == tuple(LCM.needs(Settings(), full=True)) and METHODS["lcm"].data == LCM.data

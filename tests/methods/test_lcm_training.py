@@ -22,14 +22,16 @@ class Student(nn.Module):
     def __init__(self, teacher: Teacher, guidance_embedding: bool) -> None:
         super().__init__()
         self.teacher, self.guidance_embedding, self.schedule = teacher, guidance_embedding, teacher.schedule
-        self.net = nn.Sequential(nn.Linear(4 + guidance_embedding, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        self.net = nn.Sequential(nn.Linear(4 + guidance_embedding, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+                                 nn.Linear(64, 2))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, x_t, t, cond) -> Prediction:
         guess = self.teacher(x_t, t, cond.replace(w=None))
         angle = self.schedule.angle(t)[:, None]
-        inputs = [x_t, angle.to(x_t), angle.cos().to(x_t)] + ([cond.w[:, None].to(x_t)] if self.guidance_embedding else [])
+        inputs = [x_t, angle.to(x_t), angle.cos().to(x_t)] + ([cond.w[:, None].to(x_t)]
+                                                              if self.guidance_embedding else [])
         return Prediction(guess.raw + self.net(torch.cat(inputs, 1)), x_t, t, self.schedule, guess.kind)
 
 
@@ -73,7 +75,8 @@ def test_a_student_learns_the_guided_flow_map(tmp_path, schedule, guidance_embed
     teacher = Teacher(*SCHEDULES[schedule])
     settings = Settings(nodes=NODES, loss="squared", guidance_embedding=guidance_embedding)
     needs = LCM.needs(settings, full)
-    roles = Roles({"teacher": teacher} | {name: Student(teacher, guidance_embedding) for name in needs if name != "teacher"},
+    roles = Roles({"teacher": teacher} | {name: Student(teacher, guidance_embedding) for name in needs
+                                          if name != "teacher"},
                   needs["target"].decay if full else 0)
     for name in needs.keys() - {"teacher"}:
         roles[name].net.load_state_dict(roles["student"].net.state_dict())
@@ -82,4 +85,5 @@ def test_a_student_learns_the_guided_flow_map(tmp_path, schedule, guidance_embed
     config = TrainConfig(updates=300, lr=5e-3, warmup=10, decay="cosine", weight_decay=0.0, log_every=100)
     Trainer(LCM(settings, roles, guidance, None), roles, Data(), config, tmp_path).train()
     after = [distance(roles["student"], w) for w in asked]
-    assert all(b > 0.8 for b in before) and all(a < 0.15 * b for a, b in zip(after, before, strict=True)), (before, after)
+    assert all(b > 0.8 for b in before) and all(a < 0.15 * b for a, b in zip(after, before, strict=True)), (
+        (before, after))

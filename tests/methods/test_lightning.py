@@ -21,14 +21,16 @@ def made(problem, steps=2, w=1.0, discriminator=None, student=None, **settings) 
     return Lightning(settings, roles, w, problem.sampler(Lightning.inference(settings, steps, problem.schedule)))
 
 
-@pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0}, {"discriminator_times": (0.0,)},
+@pytest.mark.parametrize("settings", [{"objective": "both"}, {"nodes": 0}, {"nodes": 32, "starts": 3}, {"starts": 0},
+                                      {"discriminator_times": (0.0,)},
                                       {"discriminator_times": (1.5,)}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="found"):
         Settings(**settings)
 
 
-@pytest.mark.parametrize("settings, steps", [({"nodes": 32}, 3), ({"nodes": 32, "starts": 4}, 8), ({"nodes": 3}, 3), ({}, 0)])
+@pytest.mark.parametrize("settings, steps", [({"nodes": 32}, 3), ({"nodes": 32, "starts": 4}, 8),
+                                             ({"nodes": 3}, 3), ({}, 0)])
 def test_stages_that_no_stock_scheduler_samples_are_refused(settings, steps):
     with pytest.raises(ValueError, match=f"found {steps}"):
         spelled(Lightning, Settings(**settings), steps, "vp")
@@ -41,10 +43,12 @@ def test_each_objective_has_its_roles():
     assert needs("single")["discriminator"] == Heads("critic")
     problem = Problem(0, "vp")
     trains = lambda objective: [update.trains for update in made(problem, objective=objective).updates()]
-    assert trains("mse") == [("student",)] and trains("pair") == trains("single") == [("student",), ("critic", "discriminator")]
+    assert trains("mse") == [("student",)] and trains("pair") == trains("single") == [("student",),
+                                                                                      ("critic", "discriminator")]
 
 
-@pytest.mark.parametrize("starts, expected", [(None, {0.5: 0.0, 1.0: 0.5}), (4, {0.25: 0.0, 0.5: 0.0, 0.75: 0.25, 1.0: 0.5})])
+@pytest.mark.parametrize("starts, expected",
+                         [(None, {0.5: 0.0, 1.0: 0.5}), (4, {0.25: 0.0, 0.5: 0.0, 0.75: 0.25, 1.0: 0.5})])
 def test_a_step_begins_at_the_student_s_times_and_lands_one_of_its_steps_below_or_on_the_data(starts, expected):
     problem = Problem(0, "flow")
     x_t, times = made(problem, starts=starts).started(problem.batch(COUNT), problem.step(COUNT))
@@ -58,7 +62,8 @@ def test_a_step_begins_at_the_student_s_times_and_lands_one_of_its_steps_below_o
 def test_the_teacher_is_guided_the_student_and_its_judge_are_not(w):
     problem, seen = Problem(0, "vp"), []
     asked = FunctionRole(problem.schedule, lambda x_t, t, cond: cond.text)
-    method = made(problem, w=w, discriminator=FunctionDiscriminator(lambda x_r, r, x_t, t, cond: seen.append(cond) or x_r))
+    method = made(problem, w=w, discriminator=FunctionDiscriminator(lambda x_r, r, x_t, t, cond: seen.append(cond)
+                                                                    or x_r))
     method.teacher, batch, step = asked, problem.batch(4), problem.step(4)
     method.student_loss(batch, step)
     method.critic_loss(batch, problem.step(4, kept=step.kept))
@@ -80,14 +85,16 @@ def test_a_landing_on_the_data_is_noised_again_before_it_is_judged(noise):
     onto, noised = times[-1] == 0, critic.normal("judged noise", (problem.dim,))
     (real, r, x_t, t), (fake, again, *_) = seen[1:]
     assert torch.equal(r, again) and set(r[onto].tolist()) == {0.01, 0.5, 0.75} and (r[~onto] == 0.5).all()
-    assert torch.equal(fake[~onto], x_r[~onto]) and torch.equal(fake[onto], problem.schedule.add_noise(x_r, noised, r)[onto])
+    assert torch.equal(fake[~onto], x_r[~onto]) and torch.equal(fake[onto],
+                                                                problem.schedule.add_noise(x_r, noised, r)[onto])
     clean = problem.schedule.add_noise(method.teacher_landing(x_t, times, batch, step), noised, r)
     assert torch.equal(real[onto], clean[onto]) and torch.equal(t, times[0])
 
 
 def test_without_that_the_critic_is_told_the_least_time_there_is():
     problem, times = Problem(0, "vp"), []
-    method = made(problem, objective="single", discriminator=FunctionDiscriminator(lambda x_r, r, x_t, t, cond: times.append(r) or x_r))
+    method = made(problem, objective="single",
+                  discriminator=FunctionDiscriminator(lambda x_r, r, x_t, t, cond: times.append(r) or x_r))
     method.student_loss(problem.batch(COUNT), problem.step(COUNT))
     assert set(times[0].tolist()) == {0.001, 0.5}
 
@@ -108,7 +115,8 @@ def test_gradients_reach_whom_they_train_and_nobody_else():
 
 @pytest.mark.parametrize("kind", ["x0", "v"])
 def test_a_teacher_that_has_landed_is_asked_no_more_of_the_data(kind):
-    """From the student's later times one step takes the teacher to the data early: there a network of x_0 has no eps."""
+    """From the student's later times one step takes the teacher to the data early: there a network of x_0 has no
+    eps."""
     problem = Problem(1, "vp")
     teacher = FunctionRole(problem.schedule, lambda x_t, t, cond: 0.5 * x_t, kind)
     method = made(problem, steps=1, starts=4)

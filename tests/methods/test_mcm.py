@@ -86,7 +86,8 @@ def test_what_is_served():
         spelled(MCM, Settings(bridge="data"), 4, "vp", 2.0)
 
 
-@pytest.mark.parametrize("wrong", [{"first_nodes": 0}, {"last_nodes": 63}, {"grown": 0.0}, {"grown": 1.1}, {"eta": -0.1}, {"bridge": "ddim"},
+@pytest.mark.parametrize("wrong", [{"first_nodes": 0}, {"last_nodes": 63}, {"grown": 0.0}, {"grown": 1.1},
+                                   {"eta": -0.1}, {"bridge": "ddim"},
                                    {"loss": "huber"}, {"weight": "snr"}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

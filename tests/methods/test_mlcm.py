@@ -129,13 +129,15 @@ def test_data_are_refused():
 
 def test_stages_of_fewer_segments_and_then_the_whole():
     stages = Recipe.load("toy/mlcm").stages
-    assert [(stage.method_settings().stage, stage.steps) for stage in stages] == [("segments", 8), ("segments", 4), ("whole", 4)]
+    assert [(stage.method_settings().stage, stage.steps) for stage in stages] == [("segments", 8), ("segments", 4),
+                                                                                  ("whole", 4)]
     assert not any(stage.taught_by_previous for stage in stages)
     for stage in stages:
         check(stage)
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"stage": "all"}, {"state_steps": 0}, {"ends": 0}, {"bridge_steps": 0}])
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"stage": "all"}, {"state_steps": 0}, {"ends": 0},
+                                   {"bridge_steps": 0}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)

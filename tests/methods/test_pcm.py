@@ -38,7 +38,8 @@ def test_the_heads_are_shown_the_landings_noised_within_their_phase(noise):
     leaf = torch.ones((), dtype=F64, requires_grad=True)
     method, batch, step = made(problem, student, discriminator=heads), problem.batch(4000), problem.step(4000)
     losses = method.student_loss(batch, step)
-    assert losses.keys() == {"consistency", "gan"} and torch.autograd.grad(losses["gan"], leaf, retain_graph=True)[0] != 0
+    assert losses.keys() == {"consistency", "gan"} and torch.autograd.grad(losses["gan"], leaf,
+                                                                           retain_graph=True)[0] != 0
     assert not any(step.kept[name].requires_grad for name in ("real", "fake", "r"))
     method.critic_loss(batch, problem.step(4000, "discriminator", kept=step.kept))
     (fake, t, cond), (real, first, _), (again, second, _) = shown
@@ -54,7 +55,8 @@ def test_the_heads_are_shown_the_landings_noised_within_their_phase(noise):
 
 def test_at_the_start_of_a_phase_the_teacher_s_step_is_the_target_whatever_the_student_says():
     problem = Problem(2, "flow")
-    student = FunctionRole(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), problem.w)).x0, "x0")
+    student = FunctionRole(problem.schedule,
+                           lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), problem.w)).x0, "x0")
     method = made(problem, student, 40)
     assert method.student_loss(problem.batch(200), problem.step(200))["consistency"] < 1e-18
 

@@ -29,7 +29,8 @@ def test_at_the_last_step_the_target_is_what_the_teacher_predicts_between(noise)
     problem = Problem(1, noise)
     method, cond = made(problem, problem.teacher, problem.teacher), problem.cond(8)
     t, m, r = (u.expand(8) for u in method.grid[-3:])
-    x_t, asked = problem.normal(8, problem.dim), FunctionRole(problem.schedule, lambda x, t, c: problem.teacher(x, t, c).x0, problem.kind)
+    x_t, asked = (problem.normal(8, problem.dim),
+                  FunctionRole(problem.schedule, lambda x, t, c: problem.teacher(x, t, c).x0, problem.kind))
     method.teacher = self_guided(asked, guidance_embedding=False)
     target = method.target(x_t, t, m, r, cond, problem.w)
     x_m = asked.calls[1][0]
@@ -67,10 +68,14 @@ def test_the_step_counts_that_are_served():
 def test_a_halving_is_of_powers_of_two_before_anything_is_loaded(tmp_path):
     (tmp_path / "teacher").mkdir()                   # nothing to load in it
     (tmp_path / "teacher" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    recipe = {"method": "progressive", "teacher": str(tmp_path / "teacher"), "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
-    stages = lambda first, *rest: Recipe.load(recipe | {"stages": [{"steps": first}, {"steps": list(rest), "teacher": "previous"}]}).stages
+    recipe = {"method": "progressive", "teacher": str(tmp_path / "teacher"), "data": {"images": "shapes", "batch": 2},
+              "train": {"updates": 1}}
+    stages = lambda first, *rest: Recipe.load(recipe | {"stages": [{"steps": first}, {"steps": list(rest),
+                                                                                      "teacher": "previous"}]}).stages
     assert all(check(stage) for stage in stages(32, 16, 8, 4, 2, 1)) and all(check(stage) for stage in stages(12, 6, 3))
-    for wrong, message in (((12, 8, 4), "steps is 8 after 12: .* the stage before has 16. A halving to 8 begins at a power of two times 8"),
-                        ((32, 8), "steps is 8 after 32"), ((4, 4), "steps is 4 after 4"), ((2, 4), "steps is 4 after 2")):
+    for wrong, message in (((12, 8, 4), "steps is 8 after 12: .* the stage before has 16. A halving to 8 begins "
+                            "at a power of two times 8"),
+                        ((32, 8), "steps is 8 after 32"), ((4, 4), "steps is 4 after 4"),
+                        ((2, 4), "steps is 4 after 2")):
         with pytest.raises(RequestError, match=message):
             [check(stage) for stage in stages(*wrong)]

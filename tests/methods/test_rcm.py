@@ -29,7 +29,8 @@ def test_rollouts_have_every_length_and_descend_from_where_sampling_begins(noise
         student.calls.clear()
         x = method.rolled(problem.batch(256), step)
         times = [t for _, t, _ in student.calls]
-        assert len(times) == length and (times[0] - start(problem.schedule)).abs().max() < 1e-9 and x.shape == (256, problem.dim)
+        assert (len(times) == length and (times[0] - start(problem.schedule)).abs().max() < 1e-9
+                and x.shape == (256, problem.dim))
         assert all((after <= before + 1e-9).all() for before, after in zip(times, times[1:]))
 
 
@@ -52,12 +53,14 @@ def test_the_scores_come_in_where_the_tangent_is_whole():
 
 @pytest.mark.parametrize("weight, known", [(None, 3**0.5 / 50), (0.7, 0.7)])
 def test_the_weight_of_the_scores(weight, known):
-    """Beside a weight of 1: by default the released 1 beside 100, of sums and a tangent of norm 1, is sqrt(D) / 50 of means."""
+    """Beside a weight of 1: by default the released 1 beside 100, of sums and a tangent of norm 1, is sqrt(D) / 50 of
+    means."""
     problem = next(found for seed in range(20) if (found := Problem(seed, "vp")).dim == 3)
     slopes = []
     for chosen in (weight, 1.0):
         student = halved(problem)
-        method = made(problem, student, problem.law(problem.covariance * 2), matching_weight=chosen, derivative="difference")
+        method = made(problem, student, problem.law(problem.covariance * 2), matching_weight=chosen,
+                      derivative="difference")
         losses = method.student_loss(problem.batch(64), problem.step(64, progress=0.5))
         slopes.append(torch.autograd.grad(losses["matching"], student.leaf)[0].item())
     assert slopes[0] / slopes[1] == pytest.approx(known, rel=1e-6)
@@ -85,7 +88,8 @@ def test_who_is_needed_and_how_it_is_sampled():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"std": 0.0}, "std"), ({"warmup": -0.1}, "share of the training"), ({"derivative": "jvp"}, "found 'jvp'"), ({"critic_steps": 0}, "critic_steps"),
+    ({"std": 0.0}, "std"), ({"warmup": -0.1}, "share of the training"), ({"derivative": "jvp"}, "found 'jvp'"),
+    ({"critic_steps": 0}, "critic_steps"),
     ({"rollout_steps": 0}, "rollout_steps"), ({"matching_weight": 0.0}, "matching_weight"), ({"shift": 0.0}, "shift")])
 def test_settings_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):

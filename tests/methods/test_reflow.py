@@ -36,7 +36,8 @@ def test_the_loss_is_that_of_the_velocity_of_the_student_viewed_as_a_flow(noise)
     x_t, _, cond = student.calls[0]
     x = x_t / (problem.schedule.alpha(t) + problem.schedule.sigma(t))[:, None]
     velocity = (x - batch.x0) / place[:, None]                 # from y, where the line is at 0, to x
-    assert squared(viewed(student, flow)(x, place, cond).velocity, velocity).mean().item() == pytest.approx(found.item(), rel=1e-9)
+    assert (squared(viewed(student, flow)(x, place, cond).velocity, velocity).mean().item()
+            == pytest.approx(found.item(), rel=1e-9))
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -46,7 +47,8 @@ def test_times_are_uniform_along_the_line(noise):
     t = along(schedule)(u)
     place = RectifiedFlow().time_at(schedule.angle(t))
     torch.testing.assert_close(place.diff(), (place[-1] - place[0]).expand(100) / 100, rtol=1e-6, atol=0)
-    assert t[0].item() == pytest.approx(1e-3, abs=1e-12) and t[-1].item() == pytest.approx(1.0, abs=1e-9) and t.max() <= 1
+    assert (t[0].item() == pytest.approx(1e-3, abs=1e-12) and t[-1].item() == pytest.approx(1.0, abs=1e-9)
+            and t.max() <= 1)
 
 
 @pytest.mark.parametrize("noise", NAMES)

@@ -20,7 +20,8 @@ def test_neighbours_lie_within_reach_on_both_sides():
     problem = Problem(0, "flow")
     t, low, high = made(problem, halved(problem), 1.0, reach=0.3).times(problem.step(20_000))
     assert (low <= t).all() and (high >= t).all() and low.min() >= 0 and high.max() <= 1
-    assert (t - low).max() <= 0.3 and (high - t).max() <= 0.3 and torch.allclose(1000 * t, (1000 * t).round(), atol=1e-9)
+    assert ((t - low).max() <= 0.3 and (high - t).max() <= 0.3
+            and torch.allclose(1000 * t, (1000 * t).round(), atol=1e-9))
     near = t < 0.2                                     # there the reach below is t itself
     assert (low / t)[near].mean() == pytest.approx(0.5, abs=0.02)
 
@@ -34,7 +35,8 @@ def test_the_teacher_is_asked_once_and_the_average_below_and_above(noise):
     batch, step = problem.batch(300), problem.step(300)
     losses = method.student_loss(batch, step)
     t, low, high = method.times(step)
-    assert losses.keys() == {"consistency", "high", "self"} and len(teacher.calls) == 1 and torch.equal(teacher.calls[0][1], t)
+    assert (losses.keys() == {"consistency", "high", "self"} and len(teacher.calls) == 1
+            and torch.equal(teacher.calls[0][1], t))
     (_, first, _), (_, second, _) = target.calls
     inside = low >= 0.1
     assert torch.equal(first, torch.where(inside, low, t)) and torch.equal(second, high)
@@ -92,8 +94,10 @@ def test_what_is_served():
     assert spelled(SCFlow, Settings(), 4, "flow").call["sigmas"] == [1.0, 0.75, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("wrong", [{"reach": 0.0}, {"reach": 1.1}, {"anchor": 0.0}, {"loss": "l1"}, {"huber_c": 0.0}, {"high_weight": -1.0},
-                                   {"self_weight": -1.0}, {"gan_weight": -1.0}, {"warmup_updates": -1}, {"target_decay": 1.0}])
+@pytest.mark.parametrize("wrong", [{"reach": 0.0}, {"reach": 1.1}, {"anchor": 0.0}, {"loss": "l1"}, {"huber_c": 0.0},
+                                   {"high_weight": -1.0},
+                                   {"self_weight": -1.0}, {"gan_weight": -1.0}, {"warmup_updates": -1},
+                                   {"target_decay": 1.0}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)

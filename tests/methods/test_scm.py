@@ -31,7 +31,8 @@ def moment(count: int, progress: float = 1.0) -> Step:
 
 @dataclass
 class FlowMap:
-    """Believes in the end of the teacher's trajectory at scale w: m + STD / sqrt(alpha^2 STD^2 + sigma^2) (x_t - alpha m)."""
+    """Believes in the end of the teacher's trajectory at scale w: m + STD / sqrt(alpha^2 STD^2 + sigma^2) (x_t - alpha
+    m)."""
 
     name: str
     w: float
@@ -85,7 +86,8 @@ def test_times_are_log_normal_and_end_where_the_schedule_does(name):
     last = trig_time(own, torch.tensor([latest(own)], dtype=torch.float64)).item()
     assert method.consistency.first < times.min() and times.max() <= last
     at_end = (times > last - 1e-3).double().mean().item()
-    if name == "vp":                                                  # sigma / alpha ends at 14.6: ln 14.6 is 1.8 deviations up
+    # sigma / alpha ends at 14.6: ln 14.6 is 1.8 deviations up
+    if name == "vp":
         assert 0.02 < at_end < 0.06 and last == pytest.approx(RADIAN * 1.5025, abs=1e-3) and latest(own) == 0.9999
     else:
         assert at_end < 0.001 and last == pytest.approx(RADIAN * atan(999), abs=1e-9)
@@ -113,7 +115,8 @@ def test_one_pass_takes_a_gradient_and_the_teacher_s_takes_none(settings, passes
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"std": 0.0}, "std"), ({"damping": 0.0}, "damping"), ({"width": -0.1}, "width"), ({"warmup": 1.5}, "share of the training"),
+    ({"std": 0.0}, "std"), ({"damping": 0.0}, "damping"), ({"width": -0.1}, "width"),
+    ({"warmup": 1.5}, "share of the training"),
     ({"derivative": "jvp"}, "'exact', 'pair' or 'difference'; found 'jvp'")])
 def test_settings_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -172,10 +175,11 @@ def test_a_student_learns_the_guided_flow_map(name):
 
 
 def test_the_derivative_goes_through_adapters_attention_and_recomputation():
-    """A real network in float64. Along x alone, differences see the derivative to 1e-7. Its times are read in float32, and it
-    wiggles between two of them, so that backward differences see it to a twentieth where times move as well."""
+    """A real network in float64. Along x alone, differences see the derivative to 1e-7. Its times are read in float32,
+    and it wiggles between two of them, so that backward differences see it to a twentieth where times move as well."""
     family = load_teacher("assets/shapes-sd")
-    roles = build_roles(family, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(rank=4)}, gradient_checkpointing=True)
+    roles = build_roles(family, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(rank=4)},
+                        gradient_checkpointing=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in roles.parameters("student"):
@@ -199,13 +203,17 @@ def test_the_derivative_goes_through_adapters_attention_and_recomputation():
 def test_defaults_cover_the_noise_that_sampling_starts_in():
     """One of twenty draws lies within the last fiftieth of a Stable Diffusion schedule, where the first step is."""
     method = SCM(Settings(), {"teacher": Teacher(*SCHEDULES["vp"]), "student": Teacher(*SCHEDULES["vp"])}, 1.0, None)
-    times, last = method.consistency.times(moment(2000).uniform("t")), trig_time(SCHEDULES["vp"][0], torch.ones(1, dtype=torch.float64))
+    times, last = (method.consistency.times(moment(2000).uniform("t")),
+                   trig_time(SCHEDULES["vp"][0], torch.ones(1, dtype=torch.float64)))
     assert (times > 0.98 * last).double().mean() > 0.05
 
 
-@pytest.mark.parametrize("config, index", [({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, 999),
-                                           ({"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True, "beta_start": 0.00085, "beta_end": 0.012}, None),
-                                           ({"beta_schedule": "squaredcos_cap_v2"}, None), ({"beta_schedule": "linear"}, None)])
+@pytest.mark.parametrize("config, index",
+                         [({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, 999),
+                                           ({"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True,
+                                             "beta_start": 0.00085, "beta_end": 0.012}, None),
+                                           ({"beta_schedule": "squaredcos_cap_v2"}, None),
+                                           ({"beta_schedule": "linear"}, None)])
 def test_sampling_begins_at_the_last_node_that_is_trained(config, index):
     s = VariancePreserving.of(DDIMScheduler(**config).alphas_cumprod.double())
     timestep = 1000 * start(s) - 1
@@ -218,6 +226,7 @@ def test_sampling_begins_at_the_last_node_that_is_trained(config, index):
 def test_a_teacher_with_its_guidance_within_is_not_guided_again(name):
     """As stages of `guided` and then this method have it."""
     teacher = Asked(Teacher(*SCHEDULES[name]))
-    method = SCM(EXACT, {"teacher": self_guided(teacher, guidance_embedding=False), "student": FlowMap(name, 1.0)}, 3.0, None)
+    method = SCM(EXACT, {"teacher": self_guided(teacher, guidance_embedding=False), "student": FlowMap(name, 1.0)},
+                 3.0, None)
     assert method.loss(batch(64), moment(64))["consistency"].item() < 1e-20
     assert [len(t) for _, t in teacher.calls] == [64]

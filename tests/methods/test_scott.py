@@ -1,4 +1,5 @@
-"""SCott beyond its identities: how far the teacher goes and on which noise, what the heads are shown, and what is refused."""
+"""SCott beyond its identities: how far the teacher goes and on which noise, what the heads are shown, and what is
+refused."""
 from __future__ import annotations
 
 import pytest
@@ -36,7 +37,8 @@ def test_the_teacher_is_asked_at_even_times_from_t_down_to_s_and_the_target_ther
 
 
 def test_every_sub_step_has_noise_of_its_own_as_large_as_eta_says():
-    """Of a teacher that says 0, eps is x / sigma: one step from t = 1 to 1 / 2 leaves x sqrt(1/4 - f^2) + f z on a flow, f = eta / 2."""
+    """Of a teacher that says 0, eps is x / sigma: one step from t = 1 to 1 / 2 leaves x sqrt(1/4 - f^2) + f z on a
+    flow, f = eta / 2."""
     problem = Problem(1, "flow")
     target = halved(problem)
     method = made(problem, halved(problem), target, nodes=2, substeps=1, eta=0.6)
@@ -58,7 +60,8 @@ def test_at_the_data_the_target_is_the_teacher_s_end_whatever_it_says():
     batch, step = problem.batch(200), problem.step(200)
     noise = step.normal("noise", batch.shape).double()
     known = problem.teacher(noise, torch.ones(200, dtype=F64), problem.guided_cond(200, problem.w)).x0
-    assert whole.student_loss(batch, step)["consistency"].item() == pytest.approx((noise / 2 - known).square().mean().item(), rel=1e-9)
+    assert (whole.student_loss(batch, step)["consistency"].item()
+            == pytest.approx((noise / 2 - known).square().mean().item(), rel=1e-9))
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -91,7 +94,8 @@ def test_without_weight_there_are_no_heads():
 def test_a_shift_moves_the_nodes_and_the_sampler_s_times():
     problem = Problem(5, "flow")
     t, s = made(problem, halved(problem), nodes=4, shift=3.0).times(problem.step(500))
-    assert sorted(t.unique().tolist()) == pytest.approx([0.5, 0.75, 0.9, 1.0]) and s.unique().tolist() == pytest.approx([0, 0.5, 0.75, 0.9])
+    assert (sorted(t.unique().tolist()) == pytest.approx([0.5, 0.75, 0.9, 1.0])
+            and s.unique().tolist() == pytest.approx([0, 0.5, 0.75, 0.9]))
     assert SCott.inference(Settings(shift=3.0), 4, problem.schedule) == Inference(4, noise=1.0, nodes=1000, shift=3.0)
     assert spelled(SCott, Settings(shift=3.0), 4, "flow").config["shift"] == 3.0
 
@@ -107,7 +111,8 @@ def test_what_is_served():
             spelled(SCott, Settings(**wrong), 4, "vp")
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"skip": 1001}, {"substeps": 0}, {"eta": 1.1}, {"eta": -0.1}, {"loss": "l1"}, {"huber_c": 0.0},
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"skip": 1001}, {"substeps": 0}, {"eta": 1.1}, {"eta": -0.1},
+                                   {"loss": "l1"}, {"huber_c": 0.0},
                                    {"gan_weight": -1.0}, {"target_decay": 1.0}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

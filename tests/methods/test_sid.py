@@ -51,7 +51,8 @@ def prompted(count: int = COUNT) -> Batch:
 
 @pytest.mark.parametrize("w", [1.0, 1.2, 1.4])
 def test_at_one_noise_level_the_guided_fixed_point_is_narrower_and_beyond_the_mean(w):
-    """Denoisers k x + (1 - k) m in x_t / alpha: the guided one's k is w k_c - (w - 1) k_u, and (1 - k) m = w (1 - k_c) m_c."""
+    """Denoisers k x + (1 - k) m in x_t / alpha: the guided one's k is w k_c - (w - 1) k_u, and (1 - k) m = w (1 - k_c)
+    m_c."""
     s, kind, t = *SCHEDULES["vp"], torch.tensor([0.501], dtype=torch.float64)
     ratio2 = (s.sigma(t) / s.alpha(t)).item() ** 2
     given, without = 0.5 / (0.5 + ratio2), 2 / (2 + ratio2)
@@ -60,7 +61,8 @@ def test_at_one_noise_level_the_guided_fixed_point_is_narrower_and_beyond_the_me
     assert k > 0 and (w == 1 or (v < 0.5 and m > 0.8))
     for shift, moves in ((0.0, False), (0.3, True)):
         student = affine(s, m + shift, v**0.5)
-        method = make(student, gaussian(s, m + shift, v, kind), TwoLaws(), w, t_range=(0.5, 0.5004), critic_training_guidance=1.0)
+        method = make(student, gaussian(s, m + shift, v, kind), TwoLaws(), w, t_range=(0.5, 0.5004),
+                      critic_training_guidance=1.0)
         assert method.level(torch.tensor([0.0, 0.99])).tolist() == [0.501, 0.501]
         method.student_loss(prompted(), moment(COUNT))["identity"].backward()
         size = student.m.grad.abs() + student.s.grad.abs()
@@ -69,7 +71,8 @@ def test_at_one_noise_level_the_guided_fixed_point_is_narrower_and_beyond_the_me
 
 def test_scales_left_out_are_the_teacher_s():
     student = affine(SCHEDULES["vp"][0], 0.0, 1.0)
-    scales = lambda w, **settings: (lambda m: (m.critic_training_guidance, m.critic_guidance, m.drop))(make(student, guidance=w, **settings))
+    scales = lambda w, **settings: (lambda m: (m.critic_training_guidance, m.critic_guidance,
+                                               m.drop))(make(student, guidance=w, **settings))
     assert scales(1.0) == (1.0, 1.0, 0.0), "nothing is guided, and no prompt need be dropped"
     assert scales(3.0) == (3.0, 3.0, 0.1) and scales((2.0, 5.0)) == (3.5, 3.5, 0.1)
     assert scales(3.0, critic_training_guidance=1.0) == (1.0, 1.0, 0.0)
@@ -86,7 +89,8 @@ def test_a_scale_of_zero_asks_the_critic_without_the_prompt_in_one_pass():
         loss(prompted(), moment(COUNT, update))
         (told,) = critic.critic_condition
         assert told.shape == (COUNT, 1) and not told.any()
-    assert all((text == 1).all() for text in teacher.critic_condition + student.critic_condition), "both are told the prompt"
+    assert all((text == 1).all() for text in teacher.critic_condition + student.critic_condition), (
+        "both are told the prompt")
     anti = make(student, critic, teacher, guidance=1.0, critic_training_guidance=-1.0)
     assert (anti.critic_guidance, anti.drop) == (-1.0, 0.1)
     critic.critic_condition.clear()
@@ -108,7 +112,8 @@ class Judge:
 
 def judged(judge: Judge, **settings) -> SiD:
     s, kind = SCHEDULES["vp"]
-    roles = {"teacher": gaussian(s, REAL_MEAN, REAL_VARIANCE, kind), "student": affine(s, -0.3, 1.2), "critic": gaussian(s, -0.3, 1.44, kind),
+    roles = {"teacher": gaussian(s, REAL_MEAN, REAL_VARIANCE, kind), "student": affine(s, -0.3, 1.2),
+             "critic": gaussian(s, -0.3, 1.44, kind),
              "discriminator": judge}
     return SiD(Settings(gan_weight=0.01, **settings), roles, 1.0, few_steps(1))
 
@@ -137,7 +142,8 @@ def test_the_student_is_taken_for_an_image_from_its_start_on_at_the_weight_of_th
     x = -0.3 + 1.2 * step.normal("start", (1,)).double()
     real = method.teacher(x_t.detach(), t, None).x0
     fooled = (softplus(-judge.logits[:3]).mean() + softplus(-judge.logits[3:]).mean()) / 2
-    assert after["gan"].item() == pytest.approx((0.01 * (1 / (x - real).abs().mean(1)).mean() * fooled).item(), rel=1e-5)
+    assert after["gan"].item() == pytest.approx((0.01 * (1 / (x - real).abs().mean(1)).mean() * fooled).item(),
+                                                rel=1e-5)
 
 
 def test_images_are_wanted_where_they_weigh():
@@ -147,8 +153,10 @@ def test_images_are_wanted_where_they_weigh():
 
 
 def test_a_discriminator_without_weights_trains_with_the_critic_and_is_not_saved(tiny_teacher, tmp_path):
-    made = {"method": "sid", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "critic": {"lora": {"rank": 2}, "lr": 1e-4},
-            "steps": 1, "settings": {"gan_weight": 0.01, "gan_start": 0, "critic_training_guidance": 0, "start_time": 0.626},
+    made = {"method": "sid", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+            "critic": {"lora": {"rank": 2}, "lr": 1e-4},
+            "steps": 1, "settings": {"gan_weight": 0.01, "gan_start": 0, "critic_training_guidance": 0,
+                                     "start_time": 0.626},
             "data": {"images": "shapes", "count": 4, "batch": 2}, "train": {"updates": 2, "checkpoint_every": 1}}
     run = train(Recipe.load(made), out=tmp_path / "run")
     files = {path.name for path in (run / "checkpoints/step-000002").iterdir()}
@@ -161,7 +169,8 @@ def test_student_and_critic_miss_the_same_prompts():
     critic, student, asked = TwoLaws(), TwoLaws(), moment(1000, "critic")
     make(student, critic, TwoLaws(), guidance=3.0).critic_loss(prompted(1000), asked)
     (sampled,), (seen,) = student.critic_condition, critic.critic_condition
-    torch.testing.assert_close(torch.cat([torch.zeros_like(sampled), sampled]), seen)       # guided: without, then given
+    # guided: without, then given
+    torch.testing.assert_close(torch.cat([torch.zeros_like(sampled), sampled]), seen)
     assert 60 < (sampled == 0).sum() < 140
     make(student, critic, TwoLaws(), guidance=3.0).student_loss(prompted(), moment(COUNT))
     assert (student.critic_condition[-1] == 1).all(), "the student learns from whole prompts"
@@ -213,7 +222,8 @@ def test_a_guided_critic_may_be_told_the_exit_of_its_sample():
 def test_a_critic_that_is_the_teacher_gives_no_gradient():
     s, kind = SCHEDULES["flow"]
     teacher, student = gaussian(s, REAL_MEAN, REAL_VARIANCE, kind), affine(s, -2.0, 3.0)
-    method = SiD(Settings(alpha=1.2), {"teacher": teacher, "student": student, "critic": teacher}, 1.0, few_steps(1, "flow"))
+    method = SiD(Settings(alpha=1.2), {"teacher": teacher, "student": student, "critic": teacher}, 1.0,
+                 few_steps(1, "flow"))
     loss = method.student_loss(prompts(COUNT), moment(COUNT))["identity"]
     loss.backward()
     assert loss == 0 and student.m.grad.abs() < 1e-7 and student.s.grad.abs() < 1e-7      # two halves that cancel
@@ -238,10 +248,12 @@ def slope(teacher, critic, cond) -> torch.Tensor:
 
 
 def test_gradients_pass_through_adapters_and_dropped_activations_to_what_networks_are_shown(tiny_teacher):
-    """Teacher and critic as one network with an adapter, frozen and recomputed in backward, against two plain networks."""
+    """Teacher and critic as one network with an adapter, frozen and recomputed in backward, against two plain
+    networks."""
     family = load_teacher(tiny_teacher)
     cond = family.encode(["a red ring", "a blue square"])
-    roles = build_roles(family, SiD.needs(Settings(), full=False), {"student": Lora(2), "critic": Lora(4)}, gradient_checkpointing=True)
+    roles = build_roles(family, SiD.needs(Settings(), full=False), {"student": Lora(2), "critic": Lora(4)},
+                        gradient_checkpointing=True)
     with torch.no_grad():
         for i, parameter in enumerate(roles.parameters("critic")):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
@@ -254,14 +266,16 @@ def test_gradients_pass_through_adapters_and_dropped_activations_to_what_network
 
 @pytest.mark.parametrize("guidance, forward, backward", [(1.0, 5, 4), (2.0, 8, 7)])
 def test_passes_of_a_step(tiny_teacher, guidance, forward, backward):
-    """Forward: the critic's update has a sample and the critic, the student's a sample, teacher and critic; guided ones count
-    twice. All but the critic's sample go back."""
-    made = {"method": "sid", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": guidance, "steps": 1,
+    """Forward: the critic's update has a sample and the critic, the student's a sample, teacher and critic; guided ones
+    count twice. All but the critic's sample go back."""
+    made = {"method": "sid", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+            "guidance": guidance, "steps": 1,
             "data": {"prompts": "shapes", "batch": 4}, "train": {"updates": 2}}
     assert plan(Recipe.load(made))["passes"] == {"forward": forward, "backward": backward, "batch": 4, "updates": 2}
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"drop": 1.0}, {"gan_weight": -1.0}, {"critic_gan_weight": -1.0}, {"gan_start": -1},
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"drop": 1.0}, {"gan_weight": -1.0},
+                                     {"critic_gan_weight": -1.0}, {"gan_start": -1},
                                      {"t_range": (0.5, 0.5)}, {"t_range": (0.0, 1.2)}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):

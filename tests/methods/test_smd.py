@@ -65,7 +65,8 @@ def data() -> Batch:
 
 
 def test_heads_regress_the_mixtures_score():
-    """(1 - a) |f_a - fake|^2 at noised samples and a |f_a - real|^2 at noised data, in v, f_a = D real + (1 - D) fake."""
+    """(1 - a) |f_a - fake|^2 at noised samples and a |f_a - real|^2 at noised data, in v, f_a = D real + (1 - D)
+    fake."""
     method, roles = make()
     step, s = moment(COUNT, "critic+discriminator"), SCHEDULES["vp"][0]
     found = method.critic_loss(data(), step)["mixture"].item()
@@ -84,11 +85,13 @@ class Reader:
     """A critic whose x_0 is its share times c."""
 
     def __init__(self, c: float) -> None:
-        self.schedule, self.c, self.read = SCHEDULES["vp"][0], torch.tensor(c, dtype=torch.float64, requires_grad=True), []
+        self.schedule, self.c, self.read = (SCHEDULES["vp"][0],
+                                            torch.tensor(c, dtype=torch.float64, requires_grad=True), [])
 
     def __call__(self, x_t: Tensor, t: Tensor, cond) -> Prediction:
         self.read.append(cond.extra["share"])
-        return Prediction((self.c * cond.extra["share"])[:, None].expand(len(t), 1) + 0 * x_t, x_t, t, self.schedule, "x0")
+        return Prediction((self.c * cond.extra["share"])[:, None].expand(len(t), 1) + 0 * x_t, x_t, t,
+                          self.schedule, "x0")
 
 
 def test_smt_moves_by_what_a_critic_says_of_a_share_as_far_as_at_1():
@@ -117,12 +120,14 @@ def test_smt_trains_its_critic_on_both_parts_of_each_mixture():
 def test_who_is_needed():
     assert SMD.needs(Settings(), full=False)["discriminator"] == Heads("teacher") and "prompts" not in SMD.data
     assert SMD.needs(DATA, full=True) == {"student": Trained("teacher"), "critic": Trained("teacher", reads=("share",))}
-    for settings, trains in ((Settings(critic_steps=3), ("critic", "discriminator")), (Settings(source="data", critic_steps=3), ("critic",))):
+    for settings, trains in ((Settings(critic_steps=3), ("critic", "discriminator")),
+                             (Settings(source="data", critic_steps=3), ("critic",))):
         student, critic = make(settings=settings)[0].updates()
         assert (student.trains, critic.trains, critic.repeat) == (("student",), trains, 3)
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0}, {"source": "images"},
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0},
+                                     {"source": "images"},
                                      {"shares": (0.6, 0.5)}, {"shares": (0.5, 1.1)}, {"none": 1.0}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):

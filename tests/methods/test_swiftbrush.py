@@ -44,7 +44,8 @@ class Conditional:
 
 @pytest.mark.parametrize("w", [1.0, 4.5])
 def test_the_unguided_teacher_is_a_fixed_point_at_any_scale(w):
-    """Both are guided: a critic that equals the teacher, as at the start, gives no gradient whatever the student draws."""
+    """Both are guided: a critic that equals the teacher, as at the start, gives no gradient whatever the student
+    draws."""
     text = torch.full((COUNT, 1), 0.8, dtype=torch.float64)
     batch = Batch(torch.arange(COUNT), Condition(text=text, null=Condition(text=torch.zeros_like(text))), shape=(1,))
     student = affine(SCHEDULES["vp"][0], 3.0, 0.1)

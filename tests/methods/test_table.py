@@ -17,7 +17,8 @@ def test_every_row_loads_and_is_true():
         method = load_method(name)
         assert entry.module.split(".")[-1] == name and method.data == entry.data
         assert tuple(method.needs(method.Settings(), full=True)) == entry.needs
-        assert entry.arxiv in sys.modules[method.__module__].__doc__ and entry.title in sys.modules[method.__module__].__doc__
+        assert (entry.arxiv in sys.modules[method.__module__].__doc__
+                and entry.title in sys.modules[method.__module__].__doc__)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

@@ -1,4 +1,5 @@
-"""TCD beyond its identities: the law of r, what a network that is not told r can learn, and the call of the pipeline."""
+"""TCD beyond its identities: the law of r, what a network that is not told r can learn, and the call of the
+pipeline."""
 import pytest
 import torch
 from diffusers import TCDScheduler
@@ -17,7 +18,8 @@ F64 = torch.float64
 
 def made(settings: Settings, schedule: str, steps: int = 4, **roles) -> TCD:
     found = spelled(TCD, settings, steps, schedule)
-    sampler = Sampler.of_call(stock_scheduler(found.scheduler, found.config, TEACHERS[schedule]), steps, SCHEDULES[schedule][0], found.call)
+    sampler = Sampler.of_call(stock_scheduler(found.scheduler, found.config, TEACHERS[schedule]), steps,
+                              SCHEDULES[schedule][0], found.call)
     teacher = Teacher(*SCHEDULES[schedule])
     return TCD(settings, {"teacher": teacher, "student": teacher} | roles, 1.0, sampler)
 
@@ -40,7 +42,8 @@ def test_shifted_nodes():
     t, s, r = made(Settings(nodes=4, gamma=0.0, shift=3.0), "flow").times(moment(500))
     nodes = [0, 0.5, 0.75, 0.9, 1]
     assert all(min(abs(u - n) for n in nodes) < 1e-9 for u in torch.cat([t, s, r]).tolist())
-    assert torch.allclose(made(Settings(nodes=4, gamma=0.0, shift=3.0), "flow").sampler.times, torch.tensor([1, 0.9, 0.75, 0.5], dtype=F64))
+    assert torch.allclose(made(Settings(nodes=4, gamma=0.0, shift=3.0), "flow").sampler.times,
+                          torch.tensor([1, 0.9, 0.75, 0.5], dtype=F64))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -51,8 +54,8 @@ def test_where_r_is_s_the_target_is_the_teacher_s_step_itself(schedule):
 
 
 def test_one_network_cannot_land_on_every_r_and_its_best_is_between():
-    """From t = 1 with two nodes: to r = 1/2 the teacher's x_0 is right, to the end that of two steps. Alone each is attained,
-    together the loss has a floor."""
+    """From t = 1 with two nodes: to r = 1/2 the teacher's x_0 is right, to the end that of two steps. Alone each is
+    attained, together the loss has a floor."""
     class Mixed(Teacher):
         share = 0.0
 
@@ -62,7 +65,8 @@ def test_one_network_cannot_land_on_every_r_and_its_best_is_between():
                 return p
             half = torch.full_like(t, 0.5)
             two = super().__call__(flow_map(self.teacher, x_t, t, half, cond), half, cond).x0
-            return type(p)(p.raw - self.share * (two - p.x0), x_t, t, p.schedule, p.kind)       # a velocity at t = 1: x_t - x_0
+            # a velocity at t = 1: x_t - x_0
+            return type(p)(p.raw - self.share * (two - p.x0), x_t, t, p.schedule, p.kind)
 
     student = Mixed(*SCHEDULES["flow"])
     student.teacher = Teacher(*SCHEDULES["flow"])
@@ -80,15 +84,18 @@ def test_one_network_cannot_land_on_every_r_and_its_best_is_between():
 
 def test_the_call_says_eta_and_the_sampler_ends_where_the_targets_do():
     found = spelled(TCD, Settings(), 4, "vp")
-    assert found == StockCall("TCDScheduler", {"original_inference_steps": 50}, {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.2})
+    assert found == StockCall("TCDScheduler", {"original_inference_steps": 50},
+                              {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.2})
     method = made(Settings(), "vp")
-    assert method.sampler.stochastic and method.end == 0.001 == pytest.approx(method.sampler.evaluations[-1].landing, abs=1e-7)
+    assert method.sampler.stochastic and method.end == 0.001 == pytest.approx(method.sampler.evaluations[-1].landing,
+                                                                              abs=1e-7)
     assert method.sampler.times.tolist() == pytest.approx([1.0, 0.76, 0.5, 0.26])
     scheduler = stock_scheduler(found.scheduler, found.config, TEACHERS["vp"])
     assert type(scheduler) is TCDScheduler and scheduler.config.original_inference_steps == 50
 
 
-@pytest.mark.parametrize("gamma, scheduler, stochastic", [(0.0, "FlowMatchEulerDiscreteScheduler", False), (1.0, "FlowMatchLCMScheduler", True)])
+@pytest.mark.parametrize("gamma, scheduler, stochastic", [(0.0, "FlowMatchEulerDiscreteScheduler", False),
+                                                          (1.0, "FlowMatchLCMScheduler", True)])
 def test_a_flow_is_served_at_both_ends_of_gamma(gamma, scheduler, stochastic):
     settings = Settings(nodes=8, gamma=gamma)
     assert spelled(TCD, settings, 4, "flow").scheduler == scheduler
@@ -99,13 +106,15 @@ def test_a_flow_is_served_at_both_ends_of_gamma(gamma, scheduler, stochastic):
 
 @pytest.mark.parametrize("settings, steps, schedule, says", [
     (Settings(), 4, "flow", "gamma: 0, none, or 1, all of it; found 0.2"), (Settings(), 51, "vp", "1 to 50 steps"),
-    (Settings(), 0, "vp", "1 to 50 steps"), (Settings(nodes=30), 4, "vp", "divide 1000.*nodes = 30"), (Settings(shift=3.0), 4, "vp", "no shift")])
+    (Settings(), 0, "vp", "1 to 50 steps"), (Settings(nodes=30), 4, "vp", "divide 1000.*nodes = 30"),
+    (Settings(shift=3.0), 4, "vp", "no shift")])
 def test_what_no_scheduler_serves_is_refused(settings, steps, schedule, says):
     with pytest.raises(ValueError, match=says):
         spelled(TCD, settings, steps, schedule)
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"skip": 51}, {"gamma": 1.5}, {"gamma": -0.1}, {"loss": "l1"}, {"huber_c": 0.0},
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"skip": 51}, {"gamma": 1.5}, {"gamma": -0.1}, {"loss": "l1"},
+                                   {"huber_c": 0.0},
                                    {"target_decay": 1.0}, {"shift": 0.0}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -22,7 +22,8 @@ def halved(problem: Problem) -> FunctionRole:
 
 def played(problem: Problem, steps: int, count: int = COUNT, **settings):
     """The method after one turn of its critic, and the student's moment."""
-    method, batch, step = made(problem, halved(problem), halved(problem), steps, **settings), problem.batch(count, False), problem.step(count, "critic")
+    method, batch, step = (made(problem, halved(problem), halved(problem), steps, **settings),
+                           problem.batch(count, False), problem.step(count, "critic"))
     method.critic_loss(batch, step)
     return method, batch, problem.step(count, kept=step.kept)
 
@@ -49,7 +50,8 @@ def test_levels_above_and_random_ends():
     exit = step.integers("exit", 4)
     end = 1 - exit.double() / 4
     place = (end - s) * 4                                                    # 1 where the segment begins
-    assert place.max() <= 1 + 1e-6 and place.min() >= 0.08 - 1e-6 and place.mean().item() == pytest.approx(0.54, abs=0.01)
+    assert (place.max() <= 1 + 1e-6 and place.min() >= 0.08 - 1e-6
+            and place.mean().item() == pytest.approx(0.54, abs=0.01))
     assert (t > s).all() and t[exit == 3].max() == 0.99 and 0.02 <= t[exit == 3].min() < 0.05
 
 
@@ -58,7 +60,8 @@ def test_both_see_states_of_one_rollout(noise):
     """The student is asked 3 times for the states, and once more by each loss, there alone with gradients."""
     problem = Problem(2, noise)
     leaf, grads = torch.ones((), dtype=F64, requires_grad=True), []
-    student = FunctionRole(problem.schedule, lambda x, t, cond: grads.append(torch.is_grad_enabled()) or leaf * x / 2, "x0")
+    student = FunctionRole(problem.schedule, lambda x, t, cond: grads.append(torch.is_grad_enabled())
+                           or leaf * x / 2, "x0")
     method, batch = made(problem, student, halved(problem), 4, critic_steps=2), problem.batch(64, data=False)
     critic = problem.step(64, "critic")
     method.critic_loss(batch, critic)
@@ -73,7 +76,8 @@ def test_both_see_states_of_one_rollout(noise):
 
 
 def test_the_temperature_is_the_mean_over_a_sample_unless_it_is_given():
-    """With e the noise that x_t has for the student's x_0, the loss is min(SNR, 5) e^((|eps|^2 - |e|^2) / 2 T) |error|^2."""
+    """With e the noise that x_t has for the student's x_0, the loss is min(SNR, 5) e^((|eps|^2 - |e|^2) / 2 T)
+    |error|^2."""
     problem = Problem(3, "flow")
     batch, step = problem.batch(256, data=False), Exact(3, 0, 0.0, "critic", 0, torch.arange(256))
     critic = FunctionRole(problem.schedule, lambda x, t, cond: 0 * x, "x0")
@@ -84,7 +88,8 @@ def test_the_temperature_is_the_mean_over_a_sample_unless_it_is_given():
         (x_t, at, _), eps = critic.calls[-1], step.normal("noise", batch.shape)
         e = (x_t - (1 - t)[:, None] * x0) / t[:, None]
         weight = ((eps**2 - e**2).sum(1) / (2 * known)).exp() * ((1 - t) / t).square().clamp(max=5)
-        assert torch.equal(at, t) and found.item() == pytest.approx((weight * x0.square().mean(1)).mean().item(), rel=1e-9)
+        assert torch.equal(at, t) and found.item() == pytest.approx((weight * x0.square().mean(1)).mean().item(),
+                                                                    rel=1e-9)
 
 
 def test_the_state_is_the_sampler_s_own_next_one():
@@ -108,14 +113,18 @@ def test_the_student_leaves_by_the_stock_deterministic_sampler():
 
 @pytest.mark.parametrize("guidance, forward", [(1.0, 8), (2.0, 9)])
 def test_passes_of_a_step(tiny_teacher, guidance, forward):
-    """Three steps of the rollout, and of each loss the student and the critic; the teacher, twice where it is guided."""
-    made = {"method": "tdm", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "guidance": guidance, "steps": 4,
+    """Three steps of the rollout, and of each loss the student and the critic; the teacher, twice where it is
+    guided."""
+    made = {"method": "tdm", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+            "guidance": guidance, "steps": 4,
             "data": {"prompts": "shapes", "batch": 4}, "train": {"updates": 2}}
     assert plan(Recipe.load(made))["passes"] == {"forward": forward, "backward": 2, "batch": 4, "updates": 2}
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"temperature": 0.0}, {"critic_target": "noise"}, {"levels": "below"},
-                                     {"critic_target": "state", "temperature": 2.0}, {"loss": "norm"}, {"huber_c": 0.0}])
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"temperature": 0.0}, {"critic_target": "noise"},
+                                     {"levels": "below"},
+                                     {"critic_target": "state", "temperature": 2.0}, {"loss": "norm"},
+                                     {"huber_c": 0.0}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must be|of critic_target x0"):
         Settings(**changes)

@@ -45,7 +45,8 @@ def test_at_the_end_of_a_segment_the_teacher_s_step_is_the_target_whatever_the_t
     """With as many segments as nodes the student is the teacher."""
     problem = Problem(2, noise)
     nonsense = FunctionRole(problem.schedule, lambda x, t, cond: x * 1e3, "x0")
-    student = FunctionRole(problem.schedule, lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), problem.w)).x0, "x0")
+    student = FunctionRole(problem.schedule,
+                           lambda x, t, cond: problem.teacher(x, t, problem.guided_cond(len(t), problem.w)).x0, "x0")
     assert made(problem, NODES, student, nonsense).loss(problem.batch(200), problem.step(200))["closure"] < 1e-18
 
 
@@ -64,7 +65,8 @@ def test_all_nodes_of_a_segment_lead_to_one_place_at_the_fixed_point():
 def test_the_step_counts_that_are_served():
     assert spelled(TRACT, Settings(), 4, "vp").scheduler == "DDIMScheduler"
     for schedule, steps in (("vp", 25), ("flow", 16)):
-        with pytest.raises(ValueError, match=f"nodes, 40, into one segment a step: {steps} steps want a multiple of {steps}"):
+        with pytest.raises(ValueError, match=f"nodes, 40, into one segment a step: {steps} steps want a multiple "
+                           f"of {steps}"):
             spelled(TRACT, Settings(), steps, schedule)
     with pytest.raises(ValueError, match="found 3, and 2 or 4 would be right"):
         spelled(TRACT, Settings(nodes=30), 3, "vp")

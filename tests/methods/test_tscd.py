@@ -29,11 +29,13 @@ def test_r_is_any_node_from_the_start_of_the_segment_to_s(nodes, steps):
     assert len(t.unique()) == nodes and torch.allclose(t - s, torch.full_like(t, 1 / nodes))
     assert (r >= start).all() and (r <= s).all()
     noisiest = t == 1                                      # of a segment's end the most places to land on, all alike
-    shares = torch.stack([(r[noisiest] - 1 + i / nodes).abs() < 1e-9 for i in range(1, nodes // steps + 1)]).double().mean(1)
+    shares = torch.stack([(r[noisiest] - 1 + i / nodes).abs() < 1e-9
+                          for i in range(1, nodes // steps + 1)]).double().mean(1)
     assert shares.sum().item() == pytest.approx(1) and (shares - steps / nodes).abs().max() < 0.12
     to_start = made(problem, halved(problem), steps, nodes=nodes, landing="start").times(problem.step(count))
     assert torch.equal(to_start[0], t) and torch.equal(to_start[1], s) and torch.equal(to_start[2], start)
-    assert sorted(start.unique().tolist()) == pytest.approx(sorted(e.landing for e in method.sampler.evaluations), abs=1e-6)
+    assert sorted(start.unique().tolist()) == pytest.approx(sorted(e.landing for e in method.sampler.evaluations),
+                                                            abs=1e-6)
 
 
 @pytest.mark.parametrize("noise", NAMES)
@@ -46,7 +48,8 @@ def test_where_r_is_s_the_target_is_the_teacher_s_step_whatever_the_student_says
     loss = method.student_loss(batch, step)["consistency"]
     t, s, r = method.times(step)
     (_, inner, _), (x_t, asked, cond) = student.calls
-    assert torch.equal(inner, torch.where(s > r, s, t)) and torch.equal(asked, t) and cond is batch.cond and (s == r).any()
+    assert (torch.equal(inner, torch.where(s > r, s, t)) and torch.equal(asked, t) and cond is batch.cond
+            and (s == r).any())
     guided = problem.guided_cond(500, problem.w)
     x_s = flow_map(problem.teacher, x_t, t, s, guided)
     onward = flow_map(halved(problem), x_s, torch.where(s > r, s, t), r)
@@ -66,7 +69,8 @@ def test_real_and_fake_are_noised_alike_within_the_segment(noise):
     student = FunctionRole(problem.schedule, lambda x, t, cond: leaf * x / 2, "x0")
     method, batch, step = made(problem, student, discriminator=heads), problem.batch(2000), problem.step(2000)
     losses = method.student_loss(batch, step)
-    assert losses.keys() == {"consistency", "gan"} and torch.autograd.grad(losses["gan"], leaf, retain_graph=True)[0] != 0
+    assert losses.keys() == {"consistency", "gan"} and torch.autograd.grad(losses["gan"], leaf,
+                                                                           retain_graph=True)[0] != 0
     assert not any(step.kept[name].requires_grad for name in ("real", "fake", "r"))
     method.critic_loss(batch, problem.step(2000, "critic+discriminator", kept=step.kept))
     (fake, t, cond), (real, first, _), (again, second, _) = shown

@@ -1,5 +1,5 @@
-"""Methods on two processes, with the real roles: each update's gradients are those of the joined batch, and a run may move
-from two processes to one and back.
+"""Methods on two processes, with the real roles: each update's gradients are those of the joined batch, and a run may
+move from two processes to one and back.
 
 The networks compute in float64: in float32 the order of sums alone, which is another for another size of batch, moves a
 gradient by some 3e-5 of itself. A discriminator's heads are float32 always.
@@ -35,10 +35,13 @@ LORA = {"lora": {"rank": 2}}
 pytestmark = pytest.mark.long      # tests/training: test_parallel.py and test_adversarial.py hold the same in seconds
 CASES = {
     "lcm": {"method": "lcm", "guidance": [2.0, 4.0], "data": IMAGES},
-    "dmd2": {"method": "dmd2", "guidance": 2.0, "data": PROMPTS, "critic": LORA, "settings": {"critic_steps": 2, "gan_weight": 0.0}},
-    "dmd2-gan": {"method": "dmd2", "guidance": 2.0, "data": IMAGES, "critic": LORA, "settings": {"critic_steps": 2, "gan_weight": 0.1}},
+    "dmd2": {"method": "dmd2", "guidance": 2.0, "data": PROMPTS, "critic": LORA,
+             "settings": {"critic_steps": 2, "gan_weight": 0.0}},
+    "dmd2-gan": {"method": "dmd2", "guidance": 2.0, "data": IMAGES, "critic": LORA,
+                 "settings": {"critic_steps": 2, "gan_weight": 0.1}},
 }
-ROLES = {"lcm": ("student",), "dmd2": ("student", "critic"), "dmd2-gan": ("student", "critic", "discriminator")}      # that updates train
+# that updates train
+ROLES = {"lcm": ("student",), "dmd2": ("student", "critic"), "dmd2-gan": ("student", "critic", "discriminator")}
 CLOSE = {"lcm": 1e-9, "dmd2": 1e-9, "dmd2-gan": 1e-5}
 CASES |= {f"{name}-fsdp": {**CASES[name], "train": {"fsdp": True}} for name in ("lcm", "dmd2-gan")}
 ROLES |= {f"{name}-fsdp": roles for name, roles in ROLES.items()}
@@ -78,7 +81,8 @@ def train(name: str, folder: Path, teacher: str, until: int, accumulate: int = 1
         trainer = Trainer(work.method, work.roles, stream, config, folder / name, [stop])
     with pytest.MonkeyPatch.context() as patch, suppress(StopForward):
         seen = {"gradients": gradients(trainer), "exits": exits(trainer, patch)}
-        normal = Step.normal                            # a network answers in the precision of the state that it is asked about
+        # a network answers in the precision of the state that it is asked about
+        normal = Step.normal
         patch.setattr(Step, "normal", lambda self, name, shape: normal(self, name, shape).double())
         trainer.train(resume=True)
     torch.save(seen, folder / f"{name}-{until}-{parallel.rank()}.pt")
@@ -161,5 +165,6 @@ def test_a_run_moves_from_two_processes_to_one_and_back(runs, name):
     begun = checkpoints.load(runs / "whole" / name / "checkpoints/step-000001")
     for part in whole:
         for key, tensor in whole[part].items():
-            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name], msg=lambda message: f"{part} {key}: {message}")
+            torch.testing.assert_close(moved[part][key], tensor, rtol=0, atol=CLOSE[name],
+                                       msg=lambda message: f"{part} {key}: {message}")
         assert any(not torch.allclose(tensor, begun[part][key], atol=1e-4) for key, tensor in whole[part].items())

@@ -63,7 +63,8 @@ def test_the_loss_of_each_divergence(schedule, name):
 def test_until_the_ratio_is_read_it_counts_as_1():
     """JS at r = 1: h / h(1) = 1 and e = 1 / 2."""
     early, late = make(settings=Settings(gan_weight=0, ratio_start=5)), make(slope=0.0)
-    losses = [method.student_loss(prompts(COUNT), moment(COUNT, index=4))["identity"].item() for method, _ in (early, late)]
+    losses = [method.student_loss(prompts(COUNT), moment(COUNT, index=4))["identity"].item()
+              for method, _ in (early, late)]
     assert losses[0] == losses[1] != early[0].student_loss(prompts(COUNT), moment(COUNT, index=5))["identity"].item()
 
 
@@ -82,12 +83,14 @@ def test_heads_tell_data_from_samples_under_one_noise():
 
 
 def test_who_is_needed_and_in_which_order():
-    assert UniInstruct.needs(PLAIN, full=False)["discriminator"] == Heads("critic") and "prompts" not in UniInstruct.data
+    assert (UniInstruct.needs(PLAIN, full=False)["discriminator"] == Heads("critic")
+            and "prompts" not in UniInstruct.data)
     both, student = make(settings=Settings(critic_steps=3))[0].updates()
     assert (both.trains, both.repeat, student.trains) == (("critic", "discriminator"), 3, ("student",))
 
 
-@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0}, {"divergence": "kl"}, {"ratio_start": -1}])
+@pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0},
+                                     {"divergence": "kl"}, {"ratio_start": -1}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):
         Settings(**changes)

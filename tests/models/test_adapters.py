@@ -50,7 +50,8 @@ def gradients(bank, remember, during_backward, times=1):
 def test_plain_checkpointing_gives_another_adapters_gradients_and_the_banks_does_not(bank):
     right = gradients(bank, None, "student")
     plain = gradients(bank, lambda f, x: checkpoint(f, x, use_reentrant=False), "critic")
-    assert any(found is None or (found - true).norm() > 0.1 * true.norm() for found, true in zip(plain, right, strict=True))
+    assert any(found is None or (found - true).norm() > 0.1 * true.norm()
+               for found, true in zip(plain, right, strict=True))
     for other in ("critic", None, "student"):
         torch.testing.assert_close(gradients(bank, bank.checkpoint, other), right)
         assert bank.active is None
@@ -115,9 +116,12 @@ def test_first_values_are_a_function_of_the_seed_and_the_name():
         return bank
 
     one, two, other = bank_of(3, "student"), bank_of(3, "critic", "student"), bank_of(4, "student")
-    assert torch.equal(one.state_dict("student")["first.lora_A.weight"], two.state_dict("student")["first.lora_A.weight"])
-    assert not torch.equal(two.state_dict("critic")["first.lora_A.weight"], two.state_dict("student")["first.lora_A.weight"])
-    assert not torch.equal(one.state_dict("student")["first.lora_A.weight"], other.state_dict("student")["first.lora_A.weight"])
+    assert torch.equal(one.state_dict("student")["first.lora_A.weight"],
+                       two.state_dict("student")["first.lora_A.weight"])
+    assert not torch.equal(two.state_dict("critic")["first.lora_A.weight"],
+                           two.state_dict("student")["first.lora_A.weight"])
+    assert not torch.equal(one.state_dict("student")["first.lora_A.weight"],
+                           other.state_dict("student")["first.lora_A.weight"])
     assert not one.state_dict("student")["first.lora_B.weight"].any()
 
 

@@ -1,4 +1,5 @@
-"""Each backend really computes the attention of each family, gives the same, goes with adapters and recomputation, and has a JVP."""
+"""Each backend really computes the attention of each family, gives the same, goes with adapters and recomputation, and
+has a JVP."""
 from __future__ import annotations
 
 import types
@@ -36,11 +37,13 @@ NEEDS = {"teacher": Frozen(), "student": Trained("teacher")}
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
-    return {"sd": save_tiny(folder / "sd"), "sdxl": save_tiny_xl(folder / "sdxl", True), "sd3": save_tiny_sd3(folder / "sd3")}
+    return {"sd": save_tiny(folder / "sd"), "sdxl": save_tiny_xl(folder / "sdxl", True),
+            "sd3": save_tiny_sd3(folder / "sd3")}
 
 
 class Calls(TorchDispatchMode):
-    """Counts the kernels that ran: attention by torch's flash kernel, by a softmax that is written out, or by xformers."""
+    """Counts the kernels that ran: attention by torch's flash kernel, by a softmax that is written out, or by
+    xformers."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +114,8 @@ def test_auto_leaves_a_network_as_diffusers_made_it(sources):
 @pytest.mark.parametrize("backend", ["flash", "xformers"])
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_it_goes_with_adapters_and_with_recomputation(sources, calls, perturb, name, backend, setting):
-    """Gradients are those of plain attention without recomputation, and every attention runs twice: forward, and in backward."""
+    """Gradients are those of plain attention without recomputation, and every attention runs twice: forward, and in
+    backward."""
     def gradients(counting, **more):
         family = load_teacher(sources[name])
         roles = build_roles(family, NEEDS, {"student": setting}, **more)
@@ -127,7 +131,8 @@ def test_it_goes_with_adapters_and_with_recomputation(sources, calls, perturb, n
     layers = count(roles.teacher.network)
     assert forward == {kernel: layers * (kernel == backend) for kernel in forward}
     again = {kernel: layers * (2 if kernel == backend else 0) for kernel in forward}
-    assert all(again[kernel] - 3 <= calls.found[kernel] <= again[kernel] for kernel in again), "one may lie outside of the blocks"
+    assert all(again[kernel] - 3 <= calls.found[kernel] <= again[kernel] for kernel in again), (
+        "one may lie outside of the blocks")
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -137,7 +142,8 @@ def test_it_goes_with_adapters_and_with_recomputation(sources, calls, perturb, n
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_it_has_a_derivative_forward(sources, calls, perturb, name, backend):
-    """Along x, against central differences in float64 (the norms of SD3 are computed in float32), with adapters and recomputation; afterwards the chosen backend is back."""
+    """Along x, against central differences in float64 (the norms of SD3 are computed in float32), with adapters and
+    recomputation; afterwards the chosen backend is back."""
     family = load_teacher(sources[name])
     roles = build_roles(family, NEEDS, {"student": Lora(2)}, gradient_checkpointing=True, attention=backend)
     perturb(roles.parameters("student"))
@@ -182,17 +188,19 @@ def test_the_kernels_have_no_derivative_of_their_own():
         torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, q, q), (q,), (q,))
 
 
-# -- networks that ask diffusers' dispatcher ---------------------------------------------------------------------------------
+# -- networks that ask diffusers' dispatcher ---------------------------------------------------------------------------
 
 def flux():
     torch.manual_seed(0)
-    return FluxTransformer2DModel(patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+    return FluxTransformer2DModel(patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                                  num_attention_heads=2,
                                   joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)).eval()
 
 
 def through(network):
     made = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    return network(hidden_states=made(1, 16, 4), encoder_hidden_states=made(1, 5, 32), pooled_projections=made(1, 8), timestep=torch.ones(1),
+    return network(hidden_states=made(1, 16, 4), encoder_hidden_states=made(1, 5, 32), pooled_projections=made(1, 8),
+                   timestep=torch.ones(1),
                    txt_ids=torch.zeros(5, 3), img_ids=torch.zeros(16, 3), return_dict=False)[0]
 
 
@@ -218,17 +226,20 @@ def test_a_dispatched_network_can_be_differentiated(calls, backend):
     set_attention(network, backend)
     with differentiable(network):
         network_input = torch.randn(1, 16, 4, dtype=torch.float64)
-        field = lambda x: network(hidden_states=x, encoder_hidden_states=torch.ones(1, 5, 32).double(), timestep=torch.ones(1).double(),
-                                  pooled_projections=torch.ones(1, 8).double(), txt_ids=torch.zeros(5, 3), img_ids=torch.zeros(16, 3),
+        field = lambda x: network(hidden_states=x, encoder_hidden_states=torch.ones(1, 5, 32).double(),
+                                  timestep=torch.ones(1).double(),
+                                  pooled_projections=torch.ones(1, 8).double(), txt_ids=torch.zeros(5, 3),
+                                  img_ids=torch.zeros(16, 3),
                                   return_dict=False)[0]
         found = torch.func.jvp(field, (network_input,), (torch.ones_like(network_input),))[1]
         width = 1e-3
         difference = (field(network_input + width) - field(network_input - width)) / (2 * width)
     assert ((found - difference).norm() / found.norm()).item() < 5e-6
-    assert {layer.processor._attention_backend for layer in attention._attentions(network)} == {attention.DISPATCHER[backend]}
+    assert ({layer.processor._attention_backend for layer in attention._attentions(network)}
+            == {attention.DISPATCHER[backend]})
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 def test_attention_of_another_kind_is_refused_and_nothing_is_changed(sources):
     network = load_teacher(sources["sd"]).network
@@ -284,7 +295,8 @@ def test_head_sizes_are_read_off_a_config(sources, calls):
 
 
 def asked(source, backend, **train):
-    return Recipe.load({"method": "lcm", "teacher": str(source), "student": {"lora": {"rank": 2}}, "data": {"images": "shapes", "batch": 2},
+    return Recipe.load({"method": "lcm", "teacher": str(source), "student": {"lora": {"rank": 2}},
+                        "data": {"images": "shapes", "batch": 2},
                         "train": {"updates": 1, "attention": backend, **train}})
 
 
@@ -293,7 +305,8 @@ def test_a_recipe_is_refused_at_its_line_before_anything_is_loaded(sources, monk
     monkeypatch.setattr(attention, "is_xformers_available", lambda: True)
     with pytest.raises(RequestError, match=r": train.attention is xformers, which cannot serve: .* this runs on cpu"):
         work.setup(asked(sources["sd"], "xformers"), CPU)
-    with pytest.raises(RequestError, match=r"train.attention is flash, which cannot serve: .* let train.precision be bf16"):
+    with pytest.raises(RequestError, match=r"train.attention is flash, which cannot serve: .* let "
+                       r"train.precision be bf16"):
         work.setup(asked(sources["sd"], "flash"), CUDA)
 
 
@@ -311,7 +324,8 @@ def test_a_recipe_chooses_for_every_network_that_it_builds(sources, calls):
 @torch.no_grad()
 def test_the_real_xformers_gives_the_same():
     torch.manual_seed(0)
-    network = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, norm_num_groups=8,
+    network = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
+                                   cross_attention_dim=16, norm_num_groups=8,
                                    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
                                    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).cuda().eval()
     x, text = torch.randn(2, 4, 8, 8, device="cuda"), torch.randn(2, 5, 16, device="cuda")

@@ -17,7 +17,8 @@ from stepdistill.models.teacher import load_teacher
 
 @pytest.mark.parametrize(("name", "value", "where"), [
     ("guidance_scale", 9.0, "the recipe's guidance says it"), ("num_inference_steps", 3, "the recipe's steps say it"),
-    ("negative_prompt", "ugly", "the recipe's negative_prompt says it"), ("eta", 0.5, "the method says it"), ("tiling", True, "no call of a teacher is given it")])
+    ("negative_prompt", "ugly", "the recipe's negative_prompt says it"), ("eta", 0.5, "the method says it"),
+    ("tiling", True, "no call of a teacher is given it")])
 @pytest.mark.parametrize("device", [None, "meta"])
 def test_what_does_not_shape_a_condition_is_refused_by_name(tmp_path, device, name, value, where):
     folder = save_tiny_sd3(tmp_path, call={"max_sequence_length": 0, name: value})
@@ -36,13 +37,15 @@ def test_a_skipped_layer_of_clip_is_skipped_in_training_too(tmp_path, kind):
     folder = save_tiny_sd3(tmp_path) if kind == "sd3" else save_tiny_xl(tmp_path, True)
     pipe = load_teacher(folder).pipeline()
     others = {"prompt_2": None, "prompt_3": None} if kind == "sd3" else {}
-    plain, known = (pipe.encode_prompt(["a red ring"], **others, do_classifier_free_guidance=False, clip_skip=skip)[0] for skip in (None, 1))
+    plain, known = (pipe.encode_prompt(["a red ring"], **others, do_classifier_free_guidance=False, clip_skip=skip)[0]
+                    for skip in (None, 1))
     (tmp_path / "stepdistill.json").write_text(json.dumps({"call": {"clip_skip": 1}}))
     found = load_teacher(tmp_path).encode(["a red ring"])
     assert torch.equal(found.text, known) and not torch.equal(known, plain)
     (tmp_path / "stepdistill.json").unlink()
     asked = load_teacher(Source(str(tmp_path), clip_skip=1))
-    assert torch.equal(asked.encode(["a red ring"]).text, known) and asked.stock_call(Inference(4)).call["clip_skip"] == 1
+    assert (torch.equal(asked.encode(["a red ring"]).text, known)
+            and asked.stock_call(Inference(4)).call["clip_skip"] == 1)
 
 
 def test_a_pipeline_without_clip_has_nothing_to_skip(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from stepdistill.recipe import Recipe
 
 
 def recipe(teacher, method: str, **changes) -> Recipe:
-    return Recipe.load({"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
+    return Recipe.load({"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}},
+                        "guidance": 2.0, "steps": 2,
                         "data": {"images": "shapes", "count": 8, "batch": 2, "cache": True},
                         "train": {"updates": 4, "log_every": 1}}, changes)
 
@@ -67,7 +68,8 @@ def test_a_feature_inside_a_compiled_block_is_refused_by_name(tiny_teacher):
     compiled.check_features(network, ["mid_block", "down_blocks.0"])        # these hold blocks, and are called eagerly
     inside = "down_blocks.0.attentions.0.transformer_blocks.0"
     for name in (inside, f"{inside}.ff"):
-        with pytest.raises(RequestError, match=f"the discriminator reads {name}, and {inside}, a BasicTransformerBlock, is compiled"):
+        with pytest.raises(RequestError, match=f"the discriminator reads {name}, and {inside}, a "
+                           "BasicTransformerBlock, is compiled"):
             compiled.check_features(network, [name])
 
 

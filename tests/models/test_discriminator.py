@@ -47,15 +47,18 @@ def hooks(network):
     return [name for name, module in network.named_modules() if module._forward_hooks]
 
 
-@pytest.mark.parametrize(("features", "ran"), [(("down_blocks.0",), ALL[:1]), (None, ALL[:3]), (("up_blocks.0", "down_blocks.1"), ALL[:4])])
+@pytest.mark.parametrize(("features", "ran"), [(("down_blocks.0",), ALL[:1]), (None, ALL[:3]),
+                                               (("up_blocks.0", "down_blocks.1"), ALL[:4])])
 def test_a_pass_ends_at_the_last_feature(family, inputs, perturb, features, ran):
     roles = made(family, perturb, features)
     with calls(family.network) as counted:
         logits = roles["discriminator"](*inputs)
     assert logits.shape == (3, len(features or "1")) and logits.dtype == torch.float32
     inside = lambda name: any(f"{name}.".startswith(f"{block}.") for block in ran)
-    blocks = {name for name, _ in family.network.named_modules() if name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")}
-    assert {name for name in counted if name in blocks and "." in name and not inside(name)} == set(), "what lies after did not run"
+    blocks = {name for name, _ in family.network.named_modules()
+              if name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")}
+    assert {name for name in counted if name in blocks and "." in name and not inside(name)} == set(), (
+        "what lies after did not run")
     assert all(counted[block] == (block in ran) for block in ALL)
     assert not counted["conv_out"] and not counted[""] and roles.bank.active is None and not hooks(family.network)
 
@@ -83,16 +86,19 @@ def test_heads_read_the_critic_under_its_own_adapter(family, inputs, perturb):
         assert torch.equal(roles["discriminator"](*inputs), before) and roles.bank.active == "student"
     perturb(roles.parameters("critic"), 8)
     assert ((roles["discriminator"](*inputs) - before).abs().amax(0) > 1e-3).all()
-    one = build_roles(load_teacher(family.source), NEEDS, {"student": Lora(4), "discriminator": Places(("up_blocks.0",))})
+    one = build_roles(load_teacher(family.source), NEEDS,
+                      {"student": Lora(4), "discriminator": Places(("up_blocks.0",))})
     one.load_state_dict("critic", roles.state_dict("critic"))
-    one.load_state_dict("discriminator", {k: v for k, v in roles.state_dict("discriminator").items() if ".up_blocks_0." in k})
+    one.load_state_dict("discriminator", {k: v for k, v in roles.state_dict("discriminator").items()
+                                          if ".up_blocks_0." in k})
     torch.testing.assert_close(one["discriminator"](*inputs)[:, 0], roles["discriminator"](*inputs)[:, 3])
 
 
 @CRITICS
 @pytest.mark.parametrize("features", [None, ALL], ids=["bottleneck", "all"])
 @pytest.mark.parametrize("during", ["student", "critic", None])
-def test_gradients_are_those_without_checkpointing_whatever_role_is_active(folders, inputs, perturb, critic, features, during):
+def test_gradients_are_those_without_checkpointing_whatever_role_is_active(folders, inputs, perturb, critic,
+                                                                           features, during):
     """The student's case, to x, and the critic's, to adapter and heads; early and whole passes in one graph."""
     found = []
     for checkpointing in (False, True):
@@ -115,8 +121,10 @@ def test_a_pass_can_end_within_a_checkpointed_region(perturb, during, leave):
     """A transformer checkpoints the very blocks that are tapped; here also a layer inside of one is the last."""
     names, tapped = ("student", "critic"), ("transformer_blocks.0", "transformer_blocks.1.attn.to_q")
     torch.manual_seed(0)
-    network = SD3Transformer2DModel(sample_size=4, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-                                    joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4)
+    network = SD3Transformer2DModel(sample_size=4, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
+                                    num_attention_heads=2,
+                                    joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8,
+                                    out_channels=4)
     bank = AdapterBank(network, {name: lora_config(4, ("to_q", "to_v", "ff.net.2")) for name in names})
     for seed, name in enumerate(names):
         perturb(bank.parameters_of(name), seed, 0.3)
@@ -125,12 +133,15 @@ def test_a_pass_can_end_within_a_checkpointed_region(perturb, during, leave):
         x = torch.linspace(-1, 1, 2 * 4 * 4 * 4).reshape(2, 4, 4, 4).requires_grad_()
         network.zero_grad()
         with bank.use("critic"), tap(network, tapped, leave) as found:
-            network(x, torch.linspace(0, 1, 2 * 5 * 16).reshape(2, 5, 16), torch.ones(2, 8), torch.tensor([10.0, 900.0]))
+            network(x, torch.linspace(0, 1, 2 * 5 * 16).reshape(2, 5, 16), torch.ones(2, 8),
+                    torch.tensor([10.0, 900.0]))
         loss = found[tapped[0]][1].square().mean() + found[tapped[1]].tanh().mean()
         with calls(network) as again, bank.use(during):
             loss.backward()
-        assert again["transformer_blocks.0.attn.to_q"] == network.gradient_checkpointing, "computed again in backward, and once"
-        assert not again["transformer_blocks.2"] and not again["transformer_blocks.1"], "and not beyond what was asked for"
+        assert again["transformer_blocks.0.attn.to_q"] == network.gradient_checkpointing, (
+            "computed again in backward, and once")
+        assert not again["transformer_blocks.2"] and not again["transformer_blocks.1"], (
+            "and not beyond what was asked for")
         return [x.grad, *(p.grad for p in bank.parameters_of("critic") if p.grad is not None)]
 
     right = gradients()
@@ -142,7 +153,8 @@ def test_a_pass_can_end_within_a_checkpointed_region(perturb, during, leave):
 
 
 def test_an_early_end_leaves_no_region_open():
-    """Not even while somebody holds the exception, as a debugger does: what comes afterwards is not computed again with it."""
+    """Not even while somebody holds the exception, as a debugger does: what comes afterwards is not computed again with
+    it."""
     runs = []
 
     class Early(nn.Module):
@@ -198,7 +210,8 @@ def test_frozen_critic_and_heads_let_gradients_through_to_x(family, inputs, pert
     logits.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in roles.parameters("student"))
     own = {id(p) for p in roles.parameters("student")}
-    assert all(p.grad is None for p in (*family.network.parameters(), *roles.parameters("discriminator")) if id(p) not in own)
+    assert all(p.grad is None for p in (*family.network.parameters(), *roles.parameters("discriminator"))
+               if id(p) not in own)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -206,12 +219,15 @@ def test_heads_are_float32_on_a_bfloat16_base(folders, inputs, perturb, autocast
     roles = made(load_teacher(folders["epsilon"], dtype=torch.bfloat16), perturb, ALL, gradient_checkpointing=True)
     x, t, cond = inputs[0].clone().requires_grad_(), *inputs[1:]
     seen = []
-    roles["discriminator"].heads["mid_block"].register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    roles["discriminator"].heads["mid_block"].register_forward_hook(
+        lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
     with torch.autocast("cpu", torch.bfloat16, autocast):
         _, logits = roles["discriminator"].with_prediction(x, t, cond)
     logits.sum().backward()
-    assert {p.dtype for p in roles.parameters("discriminator")} == {torch.float32} == {logits.dtype} and seen == [(torch.float32,) * 2]
-    assert x.grad.isfinite().all() and x.grad.any() and all(p.grad.isfinite().all() for p in roles.parameters("discriminator"))
+    assert ({p.dtype for p in roles.parameters("discriminator")} == {torch.float32} == {logits.dtype}
+            and seen == [(torch.float32,) * 2])
+    assert x.grad.isfinite().all() and x.grad.any() and all(p.grad.isfinite().all()
+                                                            for p in roles.parameters("discriminator"))
 
 
 def test_first_values_are_a_function_of_the_seed_and_the_feature(folders):
@@ -224,8 +240,10 @@ def test_first_values_are_a_function_of_the_seed_and_the_feature(folders):
     one, two, other = heads(3, "mid_block"), heads(3, "up_blocks.1", "mid_block"), heads(4, "mid_block")
     assert one.keys() < two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     first = "heads.mid_block.0.weight"
-    assert not torch.equal(one[first], other[first]) and not torch.equal(two["heads.up_blocks_1.0.weight"][:, :16], one[first][:, :16])
-    assert all(value.any() for key, value in two.items() if key.endswith("weight")), "a zero layer would pass no gradient on"
+    assert not torch.equal(one[first], other[first]) and not torch.equal(two["heads.up_blocks_1.0.weight"][:, :16],
+                                                                         one[first][:, :16])
+    assert all(value.any() for key, value in two.items() if key.endswith("weight")), (
+        "a zero layer would pass no gradient on")
 
 
 def test_the_discriminator_is_a_role_of_heads_alone(folders, family, inputs, perturb):
@@ -248,11 +266,13 @@ def test_the_discriminator_is_a_role_of_heads_alone(folders, family, inputs, per
 
 
 @pytest.mark.parametrize(("needs", "settings", "error", "says"), [
-    (NEEDS, {"discriminator": Places(("mid_blok",))}, RequestError, "mid_blok.*its features are down_blocks.0.*mid_block.*up_blocks.1"),
+    (NEEDS, {"discriminator": Places(("mid_blok",))}, RequestError,
+     "mid_blok.*its features are down_blocks.0.*mid_block.*up_blocks.1"),
     (NEEDS, {"discriminator": Places(())}, RequestError, "name some of down_blocks.0"),
     (NEEDS, {"discriminator": Lora(4)}, ValueError, "discriminator: heads are made at Places"),
     (NEEDS, {"critic": Places(ALL)}, ValueError, "critic: heads are made at Places"),
-    (NEEDS | {"discriminator": Heads("judge")}, {}, ValueError, "'judge', which is no network: teacher, student, critic are"),
+    (NEEDS | {"discriminator": Heads("judge")}, {}, ValueError, "'judge', which is no network: teacher, student, "
+     "critic are"),
     (NEEDS | {"second": Heads("discriminator")}, {}, ValueError, "'discriminator', which is no network"),
     (NEEDS | {"slow": Follows("discriminator", 0.9)}, {}, ValueError, "'slow' follows 'discriminator'"),
     ({"teacher": Frozen(), "critic": Trained()}, {"critic": Lora(4)}, ValueError, "needs have none: teacher, critic"),
@@ -264,13 +284,16 @@ def test_what_cannot_be_judged_is_refused(family, needs, settings, error, says):
 
 
 @CRITICS
-def test_heads_on_the_teacher_pass_gradients_to_the_student_s_sample_and_none_to_its_weights(folders, inputs, perturb, critic):
-    """The same ones with and without checkpointing, whether the student is an adapter on that network or one of its own."""
+def test_heads_on_the_teacher_pass_gradients_to_the_student_s_sample_and_none_to_its_weights(folders, inputs,
+                                                                                             perturb, critic):
+    """The same ones with and without checkpointing, whether the student is an adapter on that network or one of its
+    own."""
     found = []
     for checkpointing in (False, True):
         family = load_teacher(folders["epsilon"])
         needs = {"teacher": Frozen(), "student": Trained(), "discriminator": Heads("teacher")}
-        roles = build_roles(family, needs, {"student": critic, "discriminator": Places(ALL)}, gradient_checkpointing=checkpointing)
+        roles = build_roles(family, needs, {"student": critic, "discriminator": Places(ALL)},
+                            gradient_checkpointing=checkpointing)
         assert family.network.is_gradient_checkpointing == checkpointing
         perturb(roles.parameters("student"))
         roles["discriminator"](roles["student"](*inputs).x0, *inputs[1:]).square().sum().backward()
@@ -302,7 +325,8 @@ def test_heads_on_pairs_see_both_states(family, inputs, perturb, critic, checkpo
             roles["critic"](state, time, cond)
         maps.append([family.feature_map(found[name], state) for name in features])
     for k, head in enumerate(discriminator.heads.values()):
-        torch.testing.assert_close(head(torch.cat([maps[0][k], maps[1][k]], 1)).mean((1, 2, 3)), logits[:, k], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(head(torch.cat([maps[0][k], maps[1][k]], 1)).mean((1, 2, 3)), logits[:, k],
+                                   rtol=1e-4, atol=1e-5)
     logits.sum().backward()
     assert x_r.grad.any() and all(p.grad.any() for p in roles.parameters("discriminator"))
     assert any(p.grad is not None and p.grad.any() for p in roles.parameters("critic"))

@@ -1,4 +1,5 @@
-"""Numbers beside the time on every family: contribute nothing at first, train, stay apart from role to role, and leave the base alone."""
+"""Numbers beside the time on every family: contribute nothing at first, train, stay apart from role to role, and leave
+the base alone."""
 from __future__ import annotations
 
 import pytest
@@ -14,7 +15,8 @@ from stepdistill.models.teacher import load_teacher
 
 @pytest.fixture(params=["unet", "sd3", "toy"])
 def teacher(request, tmp_path):
-    made = {"unet": lambda: save_tiny(tmp_path), "sd3": lambda: save_tiny_sd3(tmp_path, call={"max_sequence_length": 0}),
+    made = {"unet": lambda: save_tiny(tmp_path),
+            "sd3": lambda: save_tiny_sd3(tmp_path, call={"max_sequence_length": 0}),
             "toy": lambda: write(tmp_path, 2, "vp")}
     return load_teacher(made[request.param]())
 
@@ -30,7 +32,8 @@ def moment(teacher):
 def test_a_role_reads_numbers_that_say_nothing_at_first(teacher, perturb, setting, numbers):
     if teacher.name == "toy" and setting != Full():
         pytest.skip("adapters of Toy lie before a layer that is zero")
-    needs = {"teacher": Frozen(), "student": Trained("teacher", numbers), "critic": Trained(), "ema": Follows("student", 0.0)}
+    needs = {"teacher": Frozen(), "student": Trained("teacher", numbers), "critic": Trained(),
+             "ema": Follows("student", 0.0)}
     roles = build_roles(teacher, needs, {"student": setting, "critic": setting})
     x, t, cond = moment(teacher)
     low, high = (cond.replace(w=torch.full((3,), w), r=torch.full((3,), r)) for w, r in ((2.0, 0.1), (7.0, 0.4)))
@@ -47,7 +50,8 @@ def test_a_role_reads_numbers_that_say_nothing_at_first(teacher, perturb, settin
     assert all(own[f"{path}.weight"].grad.any() for path in paths)
     roles.follow("student")
     torch.testing.assert_close(roles["ema"](x, t, low).raw, roles["student"](x, t, low).raw)
-    torch.testing.assert_close(teacher.predict(roles.network("student"), x, t, low.replace(extra={n: low.extra[n] for n in numbers})),
+    torch.testing.assert_close(teacher.predict(roles.network("student"), x, t,
+                                               low.replace(extra={n: low.extra[n] for n in numbers})),
                                roles["student"](x, t, low).raw, rtol=1e-4, atol=1e-5)
     missing = numbers[-1]
     with pytest.raises(ValueError, match=f"the condition has no {missing}: pass cond.replace"):
@@ -63,8 +67,10 @@ def test_a_student_of_another_run_goes_on_and_may_read_more(teacher, perturb, be
     cond = cond.replace(w=torch.full((3,), 2.0), r=torch.full((3,), 0.1))
     known, state = old["student"](x, t, cond).raw, {k: v.clone() for k, v in old.state_dict("student").items()}
     again = load_teacher(teacher.source)
-    stock = "w" in teacher.family.time.stock                      # one layer of ours reads all of its numbers: its width is fixed
-    roles = build_roles(again, needs(("w", "r") if stock else ("w",)), {"student": after}, begin={"student": Weights(before, state, ("w",))})
+    # one layer of ours reads all of its numbers: its width is fixed
+    stock = "w" in teacher.family.time.stock
+    roles = build_roles(again, needs(("w", "r") if stock else ("w",)), {"student": after},
+                        begin={"student": Weights(before, state, ("w",))})
     torch.testing.assert_close(roles["student"](x, t, cond).raw, known, rtol=1e-4, atol=1e-5)
 
 
@@ -80,6 +86,8 @@ def test_guidance_mixes_as_the_family_says(teacher):
     roles = build_roles(teacher, {"teacher": Frozen()}, {})
     x, t, cond = moment(teacher)
     plain = roles["teacher"](x, t, cond).raw, roles["teacher"](x, t, cond.null).raw
-    torch.testing.assert_close(guided(roles["teacher"], 3.0)(x, t, cond).raw, plain[1] + 3 * (plain[0] - plain[1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(guided(roles["teacher"], 3.0)(x, t, cond).raw, plain[1] + 3 * (plain[0] - plain[1]),
+                               rtol=1e-4, atol=1e-4)
     teacher.family = replace(teacher.family, combine=lambda given, without, w: torch.maximum(given, without))
-    torch.testing.assert_close(guided(roles["teacher"], 3.0)(x, t, cond).raw, torch.maximum(*plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(guided(roles["teacher"], 3.0)(x, t, cond).raw, torch.maximum(*plain),
+                               rtol=1e-4, atol=1e-4)

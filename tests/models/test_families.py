@@ -105,7 +105,8 @@ def test_a_fresh_network_is_stock_and_computes_the_same(family, inputs):
 
 def test_pipeline_is_new_and_takes_a_network_and_a_scheduler(family):
     stock = family.pipeline()
-    assert type(stock) is StableDiffusionPipeline and stock.unet is not family.network and stock.scheduler is not family.scheduler
+    assert (type(stock) is StableDiffusionPipeline and stock.unet is not family.network
+            and stock.scheduler is not family.scheduler)
     scheduler = DDIMScheduler.from_config(family.scheduler.config)
     mine = family.pipeline(family.network, scheduler)
     assert mine.unet is family.network and mine.scheduler is scheduler
@@ -185,7 +186,8 @@ def test_teachers_that_this_family_does_not_translate(copy):
     config = json.loads((copy / "unet" / "config.json").read_text(encoding="utf-8"))
     pipeline = StableDiffusionPipeline.from_pretrained(copy, safety_checker=None)
     embedding = type(pipeline.unet).from_config(config | {"time_cond_proj_dim": 256})
-    StableDiffusionPipeline(**pipeline.components | {"unet": embedding}, requires_safety_checker=False).save_pretrained(copy)
+    StableDiffusionPipeline(**pipeline.components | {"unet": embedding},
+                            requires_safety_checker=False).save_pretrained(copy)
     refused(copy, "student already")
 
 

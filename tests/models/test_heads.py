@@ -32,7 +32,8 @@ def test_a_token_head_is_one_tap_nine_taps_beside_a_skip_and_a_projection():
     beside = F.conv2d(seen, head.beside[0].weight, head.beside[0].bias, padding=1)
     beside = F.leaky_relu(F.group_norm(beside, 32, head.beside[1].weight, head.beside[1].bias), 0.2)
     both = ((seen + beside) / sqrt(2)).permute(0, 2, 3, 1).reshape(2, 16, 128)
-    known = both @ head.last.weight.reshape(128) + head.last.bias + (both * (told @ head.told.weight.T)[:, None]).sum(2) / sqrt(128)
+    known = (both @ head.last.weight.reshape(128) + head.last.bias
+             + (both * (told @ head.told.weight.T)[:, None]).sum(2) / sqrt(128))
     torch.testing.assert_close(head(x, told), known, atol=1e-5, rtol=1e-4)
     turned = head(x.flip(3), told).reshape(2, 4, 4).flip(2).reshape(2, 16)
     assert (turned - head(x, told)).abs().max() > 1e-3, "it sees where its neighbours lie"
@@ -56,7 +57,8 @@ def test_heads_on_a_network_are_told_the_level_and_the_prompt_beside_its_feature
     maps = {name: torch.randn(3, *shape) for name, shape in zip(BLOCKS, shapes)}
     usual, later, other = (heads._read(maps, *given) for given in
                            ((t, cond), (t / 2, cond), (t, cond.replace(text=cond.text.flip(0)))))
-    assert all((a - b).abs().min() > 0 for a, b in zip(usual, later)) and all((a - b)[0].abs().min() > 0 for a, b in zip(usual, other))
+    assert (all((a - b).abs().min() > 0 for a, b in zip(usual, later))
+            and all((a - b)[0].abs().min() > 0 for a, b in zip(usual, other)))
     again = made(family, "tokens")["discriminator"](x_t, t, cond)
     assert all(torch.equal(a, b) for a, b in zip(again, logits)), "first values are a function of the seed"
 

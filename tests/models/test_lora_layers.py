@@ -91,7 +91,8 @@ def test_without_gradients_too(kind, perturb):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False),
+                                                 (torch.float16, False)])
 def test_in_16_bits_they_are_as_near_the_exact_ones_as_pefts(kind, dtype, autocast, perturb):
     """By the mean of the relative errors over outputs and gradients, of ten inputs."""
     layer, shape = LAYERS[kind]
@@ -110,7 +111,8 @@ def test_in_16_bits_they_are_as_near_the_exact_ones_as_pefts(kind, dtype, autoca
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_update_too_small_for_a_16_bit_weight_is_kept(dtype, perturb):
-    """2^-12 added to weights of 1 would be lost in each of them. The base's output is 0 here, and the adapter's is not."""
+    """2^-12 added to weights of 1 would be lost in each of them. The base's output is 0 here, and the adapter's is
+    not."""
     bank = made(lambda: nn.Linear(64, 4, bias=False), perturb, dtype)
     bank.network[0].base_layer.weight.data.fill_(1.0)
     a, b = (parameter.data.zero_() for parameter in bank.parameters_of("student"))
@@ -191,4 +193,5 @@ def test_a_trained_adapter_computes_the_same_in_a_stock_pipeline(family, inputs,
     with bank.use("student"):
         ours = family.predict(family.network, *inputs)
     assert (ours - before).abs().max() > 1e-2
-    torch.testing.assert_close(pipeline.unet(x, torch.tensor([999, 499, 19]), cond.text).sample, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipeline.unet(x, torch.tensor([999, 499, 19]), cond.text).sample, ours,
+                               rtol=0, atol=1e-5)

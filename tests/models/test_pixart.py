@@ -29,7 +29,8 @@ def test_the_tokens_of_a_call_are_its_class_own(folders):
 
 def test_no_call_picks_a_size_from_a_table(folders):
     assert load_teacher(folders["sigma"]).call == {"use_resolution_binning": False}
-    assert load_teacher(folders["sigma"], resolution=(16, 32)).call == {"height": 16, "width": 32, "use_resolution_binning": False}
+    assert load_teacher(folders["sigma"], resolution=(16, 32)).call == {"height": 16, "width": 32,
+                                                                        "use_resolution_binning": False}
 
 
 def test_sizes_are_told_in_pixels(folders):
@@ -41,9 +42,11 @@ def test_sizes_are_told_in_pixels(folders):
 
 def test_a_network_that_reads_sizes_which_nobody_tells(tmp_path):
     pipeline = tiny_pixart(PixArtAlphaPipeline, 8, 2)
-    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, use_additional_conditions=True)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config,
+                                                                  use_additional_conditions=True)
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match="sample_size 8 reads the sizes of pictures, which PixArtAlphaPipeline tells at 128 alone"):
+    with pytest.raises(RequestError, match="sample_size 8 reads the sizes of pictures, which PixArtAlphaPipeline "
+                       "tells at 128 alone"):
         load_teacher(tmp_path)
 
 

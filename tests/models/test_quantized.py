@@ -28,7 +28,8 @@ from stepdistill.run.first_call import check_first_call
 from stepdistill.run.plan import plan
 from stepdistill.run.setup import open_run, setup
 
-needs_library = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="wants bitsandbytes: pip install stepdistill[bitsandbytes]")
+needs_library = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="wants bitsandbytes: pip install "
+                                   "stepdistill[bitsandbytes]")
 FIRST = "time_embedding.linear_1"
 TIMES = torch.tensor([0.5, 0.7], dtype=torch.float64)
 
@@ -45,8 +46,10 @@ def installed(monkeypatch):
 
 
 def recipe(base, quantization: str | None = "nf4", **entries) -> dict:
-    return {"method": "lcm", "teacher": {"base": str(base)} | ({} if quantization is None else {"quantization": quantization}),
-            "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2, "data": {"images": "shapes", "count": 4, "batch": 2},
+    return {"method": "lcm", "teacher": {"base": str(base)} | ({} if quantization is None
+                                                               else {"quantization": quantization}),
+            "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
+            "data": {"images": "shapes", "count": 4, "batch": 2},
             "train": {"updates": 2, "lr": 1e-2}, **entries}
 
 
@@ -56,20 +59,24 @@ def refused(written: dict) -> str:
     return str(caught.value)
 
 
-# -- refusals and plans, which use nothing of the library ----------------------------------------------------------------
+# -- refusals and plans, which use nothing of the library --------------------------------------------------------------
 
 def test_a_missing_library_is_named_before_anything_is_loaded(base, monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
-    assert "teacher.quantization is nf4: a quantised base wants bitsandbytes, and that is not installed: pip install stepdistill[bitsandbytes]" in refused(recipe(base))
+    assert ("teacher.quantization is nf4: a quantised base wants bitsandbytes, and that is not installed: pip install "
+            "stepdistill[bitsandbytes]" in refused(recipe(base)))
 
 
 @pytest.mark.parametrize("entries, said", [
-    ({"student": "full"}, "student trains all its weights, but the base is quantised (nf4), whose weights take no updates: let it be a LoRA"),
+    ({"student": "full"}, "student trains all its weights, but the base is quantised (nf4), whose weights take "
+     "no updates: let it be a LoRA"),
     ({"method": "dmd2", "critic": "full", "data": {"prompts": "shapes", "batch": 2}, "settings": {"gan_weight": 0.0}},
      "critic trains all its weights, but the base is quantised"),
-    ({"train": {"updates": 1, "fsdp": True}}, "train.fsdp is on, but the base is quantised (nf4), whose layers it does not serve"),
+    ({"train": {"updates": 1, "fsdp": True}}, "train.fsdp is on, but the base is quantised (nf4), whose layers "
+     "it does not serve"),
     ({"train": {"updates": 1, "compile": True}}, "train.compile is on, but the base is quantised"),
-    ({"method": "scm", "settings": {"derivative": "exact"}}, "settings.derivative is exact, but the base is quantised (nf4), whose layers have no derivative forward"),
+    ({"method": "scm", "settings": {"derivative": "exact"}}, "settings.derivative is exact, but the base is quantised "
+     "(nf4), whose layers have no derivative forward"),
 ])
 def test_what_a_quantised_base_cannot_carry_is_refused(base, installed, entries, said):
     assert said in refused(recipe(base, **entries))
@@ -88,18 +95,21 @@ def test_toy_has_nothing_to_quantise():
 
 
 def test_the_table_of_bytes():
-    assert BYTES["nf4"](64, 48) == 64 * 48 // 2 + 4 * 48 and BYTES["nf4"](3, 5) == 7 + 4 and BYTES["int8"](64, 48) == 64 * 48 + 4 * 64
+    assert (BYTES["nf4"](64, 48) == 64 * 48 // 2 + 4 * 48 and BYTES["nf4"](3, 5) == 7 + 4
+            and BYTES["int8"](64, 48) == 64 * 48 + 4 * 64)
 
 
 @pytest.mark.parametrize("kind", BYTES)
 def test_a_plan_counts_packed_weights(base, installed, kind):
     plain, packed = (plan(Recipe.load(recipe(base, quantization)))["roles"]["teacher"] for quantization in (None, kind))
-    linear = {path: module.weight.shape for path, module in load_teacher(base).network.named_modules() if type(module) is nn.Linear and path != FIRST}
+    linear = {path: module.weight.shape for path, module in load_teacher(base).network.named_modules()
+              if type(module) is nn.Linear and path != FIRST}
     saved = sum(4 * rows * columns - BYTES[kind](rows, columns) for rows, columns in linear.values())
-    assert len(linear) == 49 and packed["parameters"] == plain["parameters"] and packed["bytes"] == plain["bytes"] - saved
+    assert (len(linear) == 49 and packed["parameters"] == plain["parameters"]
+            and packed["bytes"] == plain["bytes"] - saved)
 
 
-# -- what is computed ----------------------------------------------------------------------------------------------------
+# -- what is computed --------------------------------------------------------------------------------------------------
 
 def opened(base, kind: str, dtype: torch.dtype = torch.float32):
     return load_teacher(Source(str(base), quantization=kind), dtype)
@@ -108,8 +118,9 @@ def opened(base, kind: str, dtype: torch.dtype = torch.float32):
 @needs_library
 @pytest.mark.parametrize("kind, error, near", [("nf4", 0.304 / 2, 1e-5), ("int8", 0.5 / 127, 0.02)])
 def test_a_base_computes_what_its_numbers_stand_for(base, kind, error, near):
-    """The levels of NF4 are at most 0.304 of a block's largest apart, those of int8 1/127 of a row's; int8 rounds inputs too. (On a CPU
-    bitsandbytes 0.50 reads rows of half a block by another block's scale, in every use alike: those are left out.)"""
+    """The levels of NF4 are at most 0.304 of a block's largest apart, those of int8 1/127 of a row's; int8 rounds
+    inputs too. (On a CPU bitsandbytes 0.50 reads rows of half a block by another block's scale, in every use alike:
+    those are left out.)"""
     teacher, plain = opened(base, kind), load_teacher(base)
     weights = dequantized(teacher.network)
     assert weights.keys() == layers(plain.network, FIRST).keys() and quantization_of(teacher.network) == kind
@@ -120,9 +131,11 @@ def test_a_base_computes_what_its_numbers_stand_for(base, kind, error, near):
         assert all((a - b).abs().max() <= 1.01 * error * a.abs().max() for a, b in rows), path
     known = plain.network
     known.load_state_dict(known.state_dict() | {f"{path}.weight": weight for path, weight in weights.items()})
-    x, cond = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0)), plain.encode(["a red ring", "a blue square"])
+    x, cond = (torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0)),
+               plain.encode(["a red ring", "a blue square"]))
     with torch.no_grad():
-        ours, theirs = Denoiser(teacher, teacher.network)(x, TIMES, cond).raw, Denoiser(plain, known)(x, TIMES, cond).raw
+        ours, theirs = (Denoiser(teacher, teacher.network)(x, TIMES, cond).raw,
+                        Denoiser(plain, known)(x, TIMES, cond).raw)
     assert (ours - theirs).abs().max() <= near * theirs.abs().max()
 
 
@@ -130,20 +143,24 @@ def test_a_base_computes_what_its_numbers_stand_for(base, kind, error, near):
 @pytest.mark.parametrize("kind", BYTES)
 def test_a_base_is_the_same_in_every_precision(base, kind):
     whole, half = (dequantized(opened(base, kind, dtype).network) for dtype in (torch.float32, torch.bfloat16))
-    rounded = torch.bfloat16 if kind == "nf4" else torch.float32      # in which the layer says what its numbers stand for
+    # in which the layer says what its numbers stand for
+    rounded = torch.bfloat16 if kind == "nf4" else torch.float32
     assert all(torch.equal(whole[path].to(rounded), half[path].to(rounded)) for path in whole)
 
 
 @needs_library
 def test_adapters_on_it_have_the_gradients_of_the_network_that_it_stands_for(base):
     teacher, plain = opened(base, "nf4"), load_teacher(base)
-    plain.network.load_state_dict(plain.network.state_dict() | {f"{path}.weight": w for path, w in dequantized(teacher.network).items()})
+    plain.network.load_state_dict(plain.network.state_dict()
+                                  | {f"{path}.weight": w for path, w in dequantized(teacher.network).items()})
     x, found = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0)), []
     for one in (teacher, plain):
-        roles = build_roles(one, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)}, gradient_checkpointing=True)
+        roles = build_roles(one, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)},
+                            gradient_checkpointing=True)
         cond, generator = one.encode(["a red ring", "a blue square"]), torch.Generator().manual_seed(1)
         with torch.no_grad():
-            before = roles["teacher"](x, TIMES, cond).raw           # a pass without gradients comes first, as in training
+            # a pass without gradients comes first, as in training
+            before = roles["teacher"](x, TIMES, cond).raw
             for parameter in roles.parameters("student"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         roles["student"](x, TIMES, cond).raw.square().mean().backward()
@@ -165,7 +182,8 @@ def test_a_student_of_it_leaves_as_a_lora_that_is_proved(base, tmp_path, kind, p
     said, card = read_settings(folder), (folder / "README.md").read_text()
     assert said["quantization"] == said["teacher_parts"]["quantization"] == kind
     assert said["proof"]["difference"] <= said["proof"]["tolerance"] == (1e-4 if kind == "nf4" else 2**-5)
-    assert "quantization_config=bits" in card and "fuse_lora" not in card and f'llm_int8_skip_modules=["{FIRST}"]' in card
+    assert ("quantization_config=bits" in card and "fuse_lora" not in card
+            and f'llm_int8_skip_modules=["{FIRST}"]' in card)
     with pytest.raises(RequestError, match=rf"base is quantised \({kind}\).* use --to lora"):
         api.export(run, to="pipeline")
     known = open_run(run)
@@ -175,8 +193,10 @@ def test_a_student_of_it_leaves_as_a_lora_that_is_proved(base, tmp_path, kind, p
     drawn = pictures(pipe, known.teacher.family.prompts, prompts, generator=torch.Generator().manual_seed(0), **call)
     student = known.roles[known.sampling_role]
     noise = torch.randn(1, *known.teacher.latent_shape, generator=(generator := torch.Generator().manual_seed(0)))
-    latents = known.method.sampler(student, noise, known.teacher.encode(prompts), lambda i: torch.randn(noise.shape, generator=generator))
-    assert (known.teacher.decode(latents) / 2 + 0.5 - drawn).abs().max() <= (5e-3 if kind == "int8" else 1e-3)    # the LoRA is float16
+    latents = known.method.sampler(student, noise, known.teacher.encode(prompts),
+                                   lambda i: torch.randn(noise.shape, generator=generator))
+    # the LoRA is float16
+    assert (known.teacher.decode(latents) / 2 + 0.5 - drawn).abs().max() <= (5e-3 if kind == "int8" else 1e-3)
 
 
 @needs_library
@@ -206,7 +226,8 @@ def test_a_folder_that_was_saved_quantised(base, tmp_path, kind):
     pipe.save_pretrained(tmp_path / "saved")
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if kind == "nf4" else {"load_in_8bit": True}
     path = tmp_path / "saved" / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": BitsAndBytesConfig(**options).to_dict()}))
+    path.write_text(json.dumps(json.loads(path.read_text())
+                               | {"quantization_config": BitsAndBytesConfig(**options).to_dict()}))
     teacher, known = load_teacher(tmp_path / "saved"), opened(base, kind)
     assert teacher.source.quantization == kind and type(teacher.network.get_submodule(FIRST)) is nn.Linear
     x, cond = torch.randn(2, *teacher.latent_shape), teacher.encode(["a red ring", "a blue square"])
@@ -215,16 +236,21 @@ def test_a_folder_that_was_saved_quantised(base, tmp_path, kind):
     with torch.no_grad():
         assert Denoiser(teacher, teacher.network)(x, TIMES, cond).raw.isfinite().all()
     assert "has a base that was saved as" not in json.dumps(plan(Recipe.load(recipe(tmp_path / "saved", None))))
-    assert plan(Recipe.load(recipe(tmp_path / "saved", None)))["roles"]["teacher"]["bytes"] == plan(Recipe.load(recipe(base, kind)))["roles"]["teacher"]["bytes"]
+    assert (plan(Recipe.load(recipe(tmp_path / "saved", None)))["roles"]["teacher"]["bytes"]
+            == plan(Recipe.load(recipe(base, kind)))["roles"]["teacher"]["bytes"])
     run = api.train(recipe(tmp_path / "saved", None), out=tmp_path / "run")
     folder = api.export(run)
-    assert read_settings(folder)["quantization"] == kind and "quantization_config" not in (folder / "README.md").read_text()
+    assert (read_settings(folder)["quantization"] == kind
+            and "quantization_config" not in (folder / "README.md").read_text())
     other = {"nf4": "int8", "int8": "nf4"}[kind]
-    assert f"quantization is {other}, but the unet of {tmp_path / 'saved'} was saved quantised as {kind}: leave it out" in refused(recipe(tmp_path / "saved", other))
+    assert (f"quantization is {other}, but the unet of {tmp_path / 'saved'} was saved quantised as {kind}: "
+            "leave it out" in refused(recipe(tmp_path / "saved", other)))
 
 
-@pytest.mark.parametrize("config, said", [({"quant_method": "torchao"}, "are quantised by torchao; a base is served in nf4 or int8 of bitsandbytes"),
-                                          ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "by bitsandbytes as fp4;")])
+@pytest.mark.parametrize("config, said", [({"quant_method": "torchao"}, "are quantised by torchao; a base is served "
+                                           "in nf4 or int8 of bitsandbytes"),
+                                          ({"quant_method": "bitsandbytes", "load_in_4bit": True,
+                                            "bnb_4bit_quant_type": "fp4"}, "by bitsandbytes as fp4;")])
 def test_other_kinds_of_quantisation_are_refused(tmp_path, config, said):
     path = save_tiny(tmp_path / "saved") / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))

@@ -14,12 +14,16 @@ from stepdistill.models.roles import Lora, Places, build_roles
 from stepdistill.models.sources import Source
 from stepdistill.models.teacher import Teacher
 
-CONFIGS = {                                            # as published, with the parameters that the published weights have
-    "sd15": ({"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8},
+# as published, with the parameters that the published weights have
+CONFIGS = {
+    "sd15": ({"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280),
+              "attention_head_dim": 8},
              859_520_964),
-    "sdxl": ({"sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+    "sdxl": ({"sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280),
+              "attention_head_dim": (5, 10, 20),
               "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-              "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
+              "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+              "transformer_layers_per_block": (1, 2, 10),
               "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
               "projection_class_embeddings_input_dim": 2816}, 2_567_463_684),
 }
@@ -43,7 +47,8 @@ def size(parameters) -> int:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("setting, most", [(Lora(64), 1.5), (Lora(32, targets=ATTENTION), 1.15)], ids=["lcm targets", "attention"])
+@pytest.mark.parametrize("setting, most", [(Lora(64), 1.5), (Lora(32, targets=ATTENTION), 1.15)],
+                         ids=["lcm targets", "attention"])
 def test_student_critic_average_and_heads_weigh_little_beside_the_base(name, setting, most):
     made = family(name)
     base = size(made.network.parameters())
@@ -61,7 +66,8 @@ def test_student_critic_average_and_heads_weigh_little_beside_the_base(name, set
 def test_heads_on_every_block_have_less_than_ten_million_parameters(name):
     made = family(name)
     with torch.device("meta"):
-        roles = build_roles(made, NEEDS, {"student": Lora(1, targets=("to_q",)), "discriminator": Places(tuple(made.feature_shapes))})
+        roles = build_roles(made, NEEDS, {"student": Lora(1, targets=("to_q",)),
+                                          "discriminator": Places(tuple(made.feature_shapes))})
     heads = roles.parameters("discriminator")
     print(f"{name}: {sum(p.numel() for p in heads):,} parameters of {len(made.feature_shapes)} heads")
     assert {p.dtype for p in heads} == {torch.float32} and 1e6 < sum(p.numel() for p in heads) < 10e6
@@ -76,7 +82,8 @@ def test_features_have_the_shapes_that_heads_are_made_for(name, sample_size):
     config = unet.config
     side = sample_size or (config.sample_size,) * 2
     shapes = FAMILY.feature_shapes(unet, (config.in_channels, *side))
-    inputs = {"sample": (config.in_channels, *side), "timestep": (), "encoder_hidden_states": (77, config.cross_attention_dim)}
+    inputs = {"sample": (config.in_channels, *side), "timestep": (),
+              "encoder_hidden_states": (77, config.cross_attention_dim)}
     added = {"text_embeds": (1280,), "time_ids": (6,)} if name == "sdxl" else {}
     empty = lambda shapes: {key: torch.empty(2, *shape, device="meta") for key, shape in shapes.items()}
     with torch.no_grad(), tap(unet, tuple(shapes)) as found:

@@ -62,7 +62,8 @@ def test_followers_step_in_float32_and_others_stay(family, perturb, setting):
 
 @SETTINGS
 def test_a_record_is_its_leader_of_the_step_before_it_stood_still(family, perturb, setting):
-    needs = {"teacher": Frozen(), "student": Trained(), "record": Follows("student", 0.0, until=2), "slow": Follows("record", 0.0)}
+    needs = {"teacher": Frozen(), "student": Trained(), "record": Follows("student", 0.0, until=2),
+             "slow": Follows("record", 0.0)}
     roles, passed = build_roles(family, needs, {"student": setting}), []
     for step in range(4):
         perturb(roles.parameters("student"))
@@ -95,7 +96,8 @@ def test_only_the_student_gets_gradients(family, inputs, perturb, setting):
 def test_checkpointing_changes_no_gradient(folders, perturb, setting, inputs):
     found = []
     for checkpointing in (False, True):
-        roles = build_roles(load_teacher(folders["epsilon"]), NEEDS, {"student": setting}, gradient_checkpointing=checkpointing)
+        roles = build_roles(load_teacher(folders["epsilon"]), NEEDS, {"student": setting},
+                            gradient_checkpointing=checkpointing)
         perturb(roles.parameters("student"))
         prediction = roles["student"](*inputs)
         roles["target"](*inputs)
@@ -106,7 +108,8 @@ def test_checkpointing_changes_no_gradient(folders, perturb, setting, inputs):
 
 @SETTINGS
 def test_states_round_trip(folders, inputs, perturb, setting):
-    one, two = (build_roles(load_teacher(folders["epsilon"]), reading(NEEDS, "student"), {"student": setting}) for _ in range(2))
+    one, two = (build_roles(load_teacher(folders["epsilon"]), reading(NEEDS, "student"), {"student": setting})
+                for _ in range(2))
     for seed, name in enumerate(("student", "target", "ema")):
         perturb(one.parameters(name), seed)
         two.load_state_dict(name, one.state_dict(name))
@@ -139,7 +142,8 @@ def test_an_untold_student_does_not_see_w(family, inputs, perturb):
     roles = build_roles(family, NEEDS, {"student": Lora(4)})
     perturb(roles.parameters("student"))
     x, t, cond = inputs
-    assert torch.equal(roles["student"](x, t, cond.replace(w=torch.full((3,), 9.0))).raw, roles["student"](x, t, cond).raw)
+    assert torch.equal(roles["student"](x, t, cond.replace(w=torch.full((3,), 9.0))).raw,
+                       roles["student"](x, t, cond).raw)
 
 
 @SETTINGS
@@ -214,7 +218,8 @@ def test_a_critic_that_is_told_begins_as_a_teacher_that_is_not(folders, family, 
     wanted = before["student"](x, t, cond).raw.detach()
     family = load_teacher(folders["epsilon"])
     needs = {"teacher": Frozen(), "student": Trained(), "critic": Trained()}
-    roles = build_roles(family, reading(needs, "critic"), {"student": setting, "critic": setting}, begin={"teacher": weights})
+    roles = build_roles(family, reading(needs, "critic"), {"student": setting, "critic": setting},
+                        begin={"teacher": weights})
     assert {name for name, numbers in roles.reads.items() if numbers} == {"critic"}
     for name in needs:
         found = roles[name](x, t, cond.replace(w=torch.tensor([1.0, 2.0, 4.0]))).raw

@@ -34,7 +34,8 @@ def test_prompts_follow_the_instruction_of_a_stock_call_and_the_null_does_not(fo
 def test_calls_say_its_own_size_and_pick_none_from_a_table(folder):
     assert load_teacher(folder).call == {"height": 32, "width": 32, "use_resolution_binning": False}
     wide = load_teacher(folder, resolution=(32, 64))
-    assert wide.call == {"height": 32, "width": 64, "use_resolution_binning": False} and wide.latent_shape == (4, 16, 32)
+    assert (wide.call == {"height": 32, "width": 64, "use_resolution_binning": False}
+            and wide.latent_shape == (4, 16, 32))
 
 
 def test_its_sinusoids_are_of_the_time_that_gets_there(folder):
@@ -53,5 +54,6 @@ def test_teachers_that_it_does_not_translate(tmp_path):
     pipeline.scheduler = DDIMScheduler()
     pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, guidance_embeds=True)
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match="reads a guidance scale, which its pipeline does not say; .*DDIMScheduler is none of flow"):
+    with pytest.raises(RequestError, match="reads a guidance scale, which its pipeline does not say; .*DDIMScheduler "
+                       "is none of flow"):
         load_teacher(tmp_path)

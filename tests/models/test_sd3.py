@@ -1,4 +1,5 @@
-"""The family of flow transformers on tiny random Stable Diffusion 3 pipelines: with T5, without it, and with nothing in its place."""
+"""The family of flow transformers on tiny random Stable Diffusion 3 pipelines: with T5, without it, and with nothing in
+its place."""
 from __future__ import annotations
 
 import json
@@ -19,7 +20,8 @@ from stepdistill.models.sources import call_of
 from stepdistill.models.teacher import load_teacher
 
 PROMPTS = ["a red ring", "a blue square"]
-KINDS = {"t5": (True, {"max_sequence_length": 6}), "zeros": (False, None), "clip alone": (False, {"max_sequence_length": 0})}
+KINDS = {"t5": (True, {"max_sequence_length": 6}), "zeros": (False, None),
+         "clip alone": (False, {"max_sequence_length": 0})}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ def test_conditions_are_the_pipelines_own(any_family):
     assert cond.text.shape[1] == 20 + any_family.call.get("max_sequence_length", 256)
     torch.testing.assert_close((cond.text, cond.pooled), (text, pooled))
     torch.testing.assert_close((cond.null.text, cond.null.pooled), (null, null_pooled))
-    first, second = (cond.pooled[0] - cond.pooled[1]).abs().split([16, 8])        # a wrong eos_token_id would make them equal
+    # a wrong eos_token_id would make them equal
+    first, second = (cond.pooled[0] - cond.pooled[1]).abs().split([16, 8])
     assert min(first.max(), second.max()) > 1e-2
 
 
@@ -65,7 +68,8 @@ def test_the_sampler_gives_the_latents_of_the_pipeline(any_family, scale):
     """Guidance, the condition, the shifted grid of the teacher's own scheduler and its clock."""
     stock, x = any_family.pipeline(), latents()
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(PROMPTS, num_inference_steps=3, guidance_scale=scale, latents=x, output_type="latent", **any_family.call).images
+    theirs = stock(PROMPTS, num_inference_steps=3, guidance_scale=scale, latents=x, output_type="latent",
+                   **any_family.call).images
     sampler = Sampler.of(stock.scheduler, 3, any_family.schedule)
     ours = sampler(guided(Denoiser(any_family, any_family.network), scale), x, any_family.encode(PROMPTS))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -76,7 +80,8 @@ def test_a_stochastic_sampler_draws_as_the_pipeline_from_the_global_generator(fa
     stock.set_progress_bar_config(disable=True)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        theirs = stock(PROMPTS, guidance_scale=1.0, sigmas=sigmas, latents=latents(), output_type="latent", **family.call).images
+        theirs = stock(PROMPTS, guidance_scale=1.0, sigmas=sigmas, latents=latents(), output_type="latent",
+                       **family.call).images
     stream = torch.Generator().manual_seed(3)
     sampler = Sampler.of(stock.scheduler, 3, family.schedule, sigmas=sigmas)
     ours = sampler(Denoiser(family, family.network), latents(), family.encode(PROMPTS),
@@ -105,7 +110,8 @@ def test_told_times_are_noise_levels(family):
 
 def test_an_adapter_on_it(any_family, perturb):
     cond, x, t = any_family.encode(PROMPTS), latents(), torch.tensor([0.5, 1.0], dtype=torch.float64)
-    roles = build_roles(any_family, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)}, gradient_checkpointing=True)
+    roles = build_roles(any_family, {"teacher": Frozen(), "student": Trained()}, {"student": Lora(4)},
+                        gradient_checkpointing=True)
     before = roles["teacher"](x, t, cond).raw
     assert torch.equal(roles["student"](x, t, cond).raw, before)
     perturb(roles.parameters("student"))
@@ -114,7 +120,8 @@ def test_an_adapter_on_it(any_family, perturb):
              if not parameter.grad.any()]
     assert still == [f"transformer_blocks.2.attn.add_q_proj.lora_{part}.weight" for part in "AB"]
     assert torch.equal(roles["teacher"](x, t, cond).raw, before)
-    torch.testing.assert_close(any_family.predict(roles.network("student"), x, t, cond), roles["student"](x, t, cond).raw,
+    torch.testing.assert_close(any_family.predict(roles.network("student"), x, t, cond),
+                               roles["student"](x, t, cond).raw,
                                rtol=1e-4, atol=1e-5)
 
 
@@ -129,15 +136,18 @@ def test_every_linear_layer_of_the_blocks_is_adapted(family):
 def test_a_fresh_network_is_stock_and_computes_the_same(family):
     cond, t = family.encode(PROMPTS), torch.tensor([0.3, 0.8], dtype=torch.float64)
     fresh = family.fresh_network(family.network.state_dict())
-    torch.testing.assert_close(family.predict(fresh, latents(), t, cond), family.predict(family.network, latents(), t, cond))
+    torch.testing.assert_close(family.predict(fresh, latents(), t, cond),
+                               family.predict(family.network, latents(), t, cond))
     assert fresh.config == family.network.config and not any(p.requires_grad for p in fresh.parameters())
 
 
 def test_blocks_give_maps(family):
-    """Row by row, as the network itself puts tokens back: the last block's map, normed and projected, is the raw output."""
+    """Row by row, as the network itself puts tokens back: the last block's map, normed and projected, is the raw
+    output."""
     network, found, x = family.network, {}, latents()[:, :, :, :4]
     for name in family.feature_shapes:
-        network.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: found.update({name: output}))
+        network.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: found.update(
+            {name: output}))
     cond, t = family.encode(PROMPTS), torch.tensor([0.2, 0.9], dtype=torch.float64)
     raw = family.predict(network, x, t, cond)
     maps = {name: family.feature_map(output, x) for name, output in found.items()}

@@ -28,10 +28,13 @@ def save_tiny_xl(folder, zeros):
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=16 + 6 * 8)
     codec = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                          block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16)
+                          block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                          sample_size=16)
     StableDiffusionXLPipeline(
-        vae=codec.eval(), text_encoder=CLIPTextModel(text).eval(), text_encoder_2=CLIPTextModelWithProjection(text).eval(),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(), force_zeros_for_empty_prompt=zeros, add_watermarker=False,
+        vae=codec.eval(), text_encoder=CLIPTextModel(text).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text).eval(),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(), force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                          timestep_spacing="leading", steps_offset=1)).save_pretrained(folder)
     return folder
@@ -57,7 +60,8 @@ def test_conditions_are_the_pipelines_own(family):
 def test_one_guided_step_is_the_pipelines(family):
     """The pipeline's clean sample after one step at 5 times guidance, from raw outputs under cond and cond.null."""
     stock, x, scale = family.pipeline(), torch.randn(2, *family.latent_shape), 5.0
-    theirs = stock(PROMPTS, num_inference_steps=1, guidance_scale=scale, latents=x, height=16, width=16, output_type="latent").images
+    theirs = stock(PROMPTS, num_inference_steps=1, guidance_scale=scale, latents=x, height=16, width=16,
+                   output_type="latent").images
     timestep = stock.scheduler.timesteps[:1].double()
     t = ((timestep + 1) / 1000).expand(2)
     sigma = stock.scheduler.sigmas[0].item()
@@ -70,7 +74,8 @@ def test_one_guided_step_is_the_pipelines(family):
 
 
 def test_an_adapter_on_it(family, perturb):
-    cond, x, t = family.encode(PROMPTS), torch.randn(2, *family.latent_shape), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    cond, x, t = (family.encode(PROMPTS), torch.randn(2, *family.latent_shape),
+                  torch.tensor([0.5, 1.0], dtype=torch.float64))
     roles = build_roles(family, {"teacher": Frozen(), "student": Trained(reads=("w",))}, {"student": Lora(4)},
                         gradient_checkpointing=True)
     scaled = cond.replace(w=torch.tensor([2.0, 8.0]))
@@ -80,5 +85,6 @@ def test_an_adapter_on_it(family, perturb):
     roles["student"](x, t, scaled).raw.square().mean().backward()
     assert all(parameter.grad is not None for parameter in roles.parameters("student"))
     assert torch.equal(roles["teacher"](x, t, cond).raw, before)
-    torch.testing.assert_close(family.predict(roles.network("student"), x, t, scaled), roles["student"](x, t, scaled).raw,
+    torch.testing.assert_close(family.predict(roles.network("student"), x, t, scaled),
+                               roles["student"](x, t, scaled).raw,
                                rtol=1e-4, atol=1e-5)

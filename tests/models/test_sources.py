@@ -60,7 +60,8 @@ def stock_fused(base: Path, *loras: tuple[Path, float]) -> StableDiffusionPipeli
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     states = one.state_dict(), other.state_dict()
-    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key])
+                                                        for key in states[0])
 
 
 # ---- LoRAs
@@ -71,10 +72,12 @@ def test_loras_are_fused_as_the_stock_pipeline_fuses_them(tmp_path, base):
     teacher = load_teacher(Source(str(base), loras=(FusedLora(str(one), 0.7), FusedLora(str(two / FILE), -0.5))))
     known = stock_fused(base, (one, 0.7), (two, -0.5))
     assert same(teacher.network, known.unet) and same(teacher.parts["text_encoder"], known.text_encoder)
-    assert not same(teacher.network, plain.network) and not same(teacher.parts["text_encoder"], plain.parts["text_encoder"])
+    assert not same(teacher.network, plain.network) and not same(teacher.parts["text_encoder"],
+                                                                 plain.parts["text_encoder"])
     assert not torch.equal(teacher.encode(["a red ring"]).text, plain.encode(["a red ring"]).text)
     again = teacher.pipeline()
-    assert same(again.unet, known.unet) and same(again.text_encoder, known.text_encoder), "the shared encoder is fused once"
+    assert same(again.unet, known.unet) and same(again.text_encoder, known.text_encoder), (
+        "the shared encoder is fused once")
     assert again.unet is not teacher.network and again.text_encoder is teacher.parts["text_encoder"]
     given = teacher.pipeline(plain.network)
     assert given.unet is plain.network and same(given.unet, load_teacher(base).network)
@@ -92,7 +95,8 @@ def test_a_trace_tells_fused_weights_from_plain_ones(tmp_path, base):
     assert [(trace.lora, trace.component) for trace in traces] == [(0, "unet"), (0, "text_encoder")]
     plain, fused = StableDiffusionPipeline.from_pretrained(base, safety_checker=None), stock_fused(base, (lora, 0.5))
     for trace in traces:
-        weights = [pipe.components[trace.component].state_dict()[trace.weight].flatten()[list(trace.at)] for pipe in (plain, fused)]
+        weights = [pipe.components[trace.component].state_dict()[trace.weight].flatten()[list(trace.at)]
+                   for pipe in (plain, fused)]
         assert torch.equal(torch.tensor(trace.plain), weights[0]) and torch.equal(torch.tensor(trace.fused), weights[1])
         assert trace.shows(fused) and not trace.shows(plain)
     assert all(trace.shows(fused.to(torch.float16)) for trace in traces)
@@ -130,7 +134,8 @@ def of_other_layers(tmp_path: Path) -> Path:
 def partly_of_other_layers(tmp_path: Path) -> Path:
     from safetensors.torch import load_file
     folder = save_lora(tmp_path / "partly")
-    state = load_file(folder / FILE) | {f"unet.down_blocks.7.nothing.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    state = load_file(folder / FILE) | {f"unet.down_blocks.7.nothing.to_q.lora_{side}.weight": torch.ones(2, 2)
+                                        for side in "AB"}
     save_file(state, folder / FILE)
     return folder
 
@@ -151,7 +156,8 @@ def test_a_lora_that_fits_changes_no_shape_on_the_meta_device(tmp_path, base):
 
 def test_where_a_lora_lies(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "mine.safetensors")
-    assert FusedLora(str(tmp_path / "mine.safetensors")).find() == FusedLora(str(tmp_path)).find() == (str(tmp_path), "mine.safetensors")
+    assert (FusedLora(str(tmp_path / "mine.safetensors")).find() == FusedLora(str(tmp_path)).find()
+            == (str(tmp_path), "mine.safetensors"))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(RequestError, match="found mine.safetensors, other.safetensors: name the file"):
         FusedLora(str(tmp_path)).find()
@@ -181,8 +187,10 @@ def test_another_autoencoder_takes_the_base_s_place(tmp_path, base):
 def test_an_autoencoder_of_other_latents_is_refused(tmp_path, base):
     config = dict(AutoencoderKL.load_config(base, subfolder="vae"))
     for name, changed, said in (("channels", {"latent_channels": 8}, "latent_channels should be 4; found 8"),
-                                ("deeper", {"block_out_channels": (8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3,
-                                            "up_block_types": ("UpDecoderBlock2D",) * 3}, "pixels a latent should be 2; found 4")):
+                                ("deeper", {"block_out_channels": (8, 8, 8),
+                                            "down_block_types": ("DownEncoderBlock2D",) * 3,
+                                            "up_block_types": ("UpDecoderBlock2D",) * 3},
+                                            "pixels a latent should be 2; found 4")):
         AutoencoderKL.from_config(config | changed).save_pretrained(tmp_path / name)
         for device in (None, "meta"):
             with pytest.raises(RequestError, match=said):
@@ -196,10 +204,12 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path, base):
 
 
 def test_another_scheduler_takes_the_base_s_place(tmp_path, base):
-    DDPMScheduler(beta_start=0.001, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction").save_pretrained(tmp_path / "noise")
+    DDPMScheduler(beta_start=0.001, beta_end=0.02, beta_schedule="linear",
+                  prediction_type="v_prediction").save_pretrained(tmp_path / "noise")
     for device in (None, "meta"):
         teacher = load_teacher(Source(str(base), scheduler=str(tmp_path / "noise")), device=device)
-        assert type(teacher.scheduler) is DDPMScheduler and teacher.kind == "v" and teacher.scheduler.config.beta_start == 0.001
+        assert (type(teacher.scheduler) is DDPMScheduler and teacher.kind == "v"
+                and teacher.scheduler.config.beta_start == 0.001)
         assert teacher.schedule != load_teacher(base, device="meta").schedule
 
 
@@ -212,9 +222,11 @@ def test_a_variant_is_read_where_it_is_asked_for_or_the_only_one(tmp_path, base)
     only = tmp_path / "only"
     half.save_pretrained(only, variant="fp16")
     known = load_teacher(base).network
-    assert same(load_teacher(both).network, known) and same(load_teacher(Source(str(both), variant="fp16")).network, half.unet)
+    assert same(load_teacher(both).network, known) and same(load_teacher(Source(str(both), variant="fp16")).network,
+                                                            half.unet)
     teacher = load_teacher(only)
-    assert same(teacher.network, half.unet) and same(teacher.parts["text_encoder"], half.text_encoder) and teacher.source.variant == "fp16"
+    assert (same(teacher.network, half.unet) and same(teacher.parts["text_encoder"], half.text_encoder)
+            and teacher.source.variant == "fp16")
     assert same(teacher.pipeline().unet, half.unet)
     with pytest.raises(RequestError, match="has no weights of the variant fp8; it has fp16"):
         load_teacher(Source(str(only), variant="fp8"))
@@ -226,7 +238,8 @@ def test_a_variant_is_read_where_it_is_asked_for_or_the_only_one(tmp_path, base)
 def test_a_pipeline_in_a_part_of_a_folder(tmp_path, base):
     shutil.copytree(base, tmp_path / "outer" / "inner")
     teacher = load_teacher(Source(str(tmp_path / "outer"), subfolder="inner"))
-    assert same(teacher.network, load_teacher(base).network) and teacher.source.place == str(tmp_path / "outer" / "inner")
+    assert (same(teacher.network, load_teacher(base).network)
+            and teacher.source.place == str(tmp_path / "outer" / "inner"))
     with pytest.raises(RequestError, match="subfolder is inner, but owner/name is no folder here"):
         load_teacher(Source("owner/name", subfolder="inner"))
 
@@ -241,8 +254,8 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("device", [None, "meta"])
 def test_a_single_file_without_configs_says_whose_are_missing(file, offline, device):
-    with pytest.raises(RequestError, match="its pipeline's are those of stable-diffusion-v1-5/stable-diffusion-v1-5, which is not in the cache"
-                                           ".*config name a local folder"):
+    with pytest.raises(RequestError, match="its pipeline's are those of stable-diffusion-v1-5/stable-diffusion-v1-5, "
+                                           "which is not in the cache.*config name a local folder"):
         load_teacher(file, device=device)
 
 
@@ -257,21 +270,25 @@ def test_config_names_the_configs_of_a_single_file(file, base, monkeypatch, offl
     source = Source(str(file), config=str(base))
     real, meta = load_teacher(source), load_teacher(source, device="meta")
     assert asked == [(str(file), str(base))] and real.sizes == meta.sizes and real.latent_shape == meta.latent_shape
-    plain = {"method": "lcm", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2, "data": {"images": "shapes", "batch": 2},
+    plain = {"method": "lcm", "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
+             "data": {"images": "shapes", "batch": 2},
              "train": {"updates": 2}}
-    of_file, of_folder = (plan(Recipe.load(plain | {"teacher": teacher})) for teacher in ({"base": str(file), "config": str(base)}, str(base)))
+    of_file, of_folder = (plan(Recipe.load(plain | {"teacher": teacher}))
+                          for teacher in ({"base": str(file), "config": str(base)}, str(base)))
     assert of_file == of_folder
 
 
 def test_config_must_be_of_the_file_s_kind(file, base, tmp_path):
-    with pytest.raises(RequestError, match="holds the configs of a StableDiffusion3Pipeline, but the file .* is a StableDiffusionPipeline"):
+    with pytest.raises(RequestError, match="holds the configs of a StableDiffusion3Pipeline, but the file .* is "
+                       "a StableDiffusionPipeline"):
         load_teacher(Source(str(file), config=str(save_tiny_sd3(tmp_path / "sd3"))))
     with pytest.raises(RequestError, match="the configs of a single .safetensors file, but .* is none"):
         load_teacher(Source(str(base), config=str(base)))
 
 
 def test_a_source_is_a_value(base):
-    assert Source.of(base) == Source(str(base)) and hash(Source("a", loras=(FusedLora("b"),))) == hash(Source("a", loras=(FusedLora("b"),)))
+    assert (Source.of(base) == Source(str(base)) and hash(Source("a", loras=(FusedLora("b"),)))
+            == hash(Source("a", loras=(FusedLora("b"),))))
     assert json.dumps(vars(FusedLora("b", 0.5))) == '{"path": "b", "weight": 0.5}'
 
 
@@ -283,7 +300,8 @@ def test_a_dead_network_and_a_typo_read_differently(monkeypatch):
     """And neither takes longer than a name's look-up: the Hub's library would try again for half a minute."""
     monkeypatch.setattr("stepdistill.models.sources.getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    with pytest.raises(RequestError, match=r"no folder owner/name here, and the Hub cannot be asked .*huggingface.co: Name or service not known.: check the network"):
+    with pytest.raises(RequestError, match=r"no folder owner/name here, and the Hub cannot be asked .*huggingface.co: "
+                       r"Name or service not known.: check the network"):
         index_at(Source("owner/name"))
 
     def absent(source, **options):
@@ -291,5 +309,6 @@ def test_a_dead_network_and_a_typo_read_differently(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: [host])
     monkeypatch.setattr(DiffusionPipeline, "load_config", absent)
-    with pytest.raises(RequestError, match="the Hub did not supply such a pipeline: owner/name is not a valid model identifier"):
+    with pytest.raises(RequestError, match="the Hub did not supply such a pipeline: owner/name is not a valid model "
+                       "identifier"):
         index_at(Source("owner/name"))

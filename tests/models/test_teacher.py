@@ -17,7 +17,8 @@ from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.teacher import family_at, load_teacher
 
 MAKE = {"unet": save_tiny, "sdxl": lambda folder: save_tiny_xl(folder, True), "sd3": save_tiny_sd3,
-        "sd3-t5": lambda folder: save_tiny_sd3(folder, True, {"max_sequence_length": 6}), "toy": lambda folder: write(folder, 2, "flow")}
+        "sd3-t5": lambda folder: save_tiny_sd3(folder, True, {"max_sequence_length": 6}),
+        "toy": lambda folder: write(folder, 2, "flow")}
 
 
 @pytest.fixture(params=MAKE)
@@ -31,10 +32,13 @@ def test_on_the_meta_device_all_has_the_shapes_that_it_has_when_loaded(folder, m
         monkeypatch.setattr(type(real.loaded), "from_pretrained", None)
     meta = load_teacher(folder, device="meta")
     assert {p.device.type for p in meta.network.parameters()} == {"meta"}
-    assert meta.sizes == {name: size for name, size in real.sizes.items()} and meta.schedule == real.schedule and meta.kind == real.kind
-    assert (meta.latent_shape, meta.feature_shapes, meta.default_targets) == (real.latent_shape, real.feature_shapes, real.default_targets)
+    assert (meta.sizes == {name: size for name, size in real.sizes.items()} and meta.schedule == real.schedule
+            and meta.kind == real.kind)
+    assert (meta.latent_shape, meta.feature_shapes, meta.default_targets) == (real.latent_shape, real.feature_shapes,
+                                                                              real.default_targets)
     prompts = ["class 0", ""] if real.name == "toy" else ["a red ring", "a"]
-    for found, known in ((meta.encode(prompts), real.encode(prompts)), (meta.encode(prompts).null, real.encode(prompts).null)):
+    for found, known in ((meta.encode(prompts), real.encode(prompts)),
+                         (meta.encode(prompts).null, real.encode(prompts).null)):
         shapes = [{name: (value.shape, value.dtype) for name, value in cond._tensors()} for cond in (found, known)]
         assert shapes[0] == shapes[1] and all(value.is_meta for _, value in found._tensors())
     assert type(meta.scheduler) is type(real.scheduler) and meta.sampler(meta.stock_call(Inference(4))).nfe == 4
@@ -69,7 +73,8 @@ def test_latents_normalised_by_channel_are_the_pipeline_s(tmp_path):
     torch.testing.assert_close(teacher.decode(latents) / 2 + 0.5, pictures, rtol=1e-4, atol=1e-5)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     z = teacher.codec.network.encode(pixels).latent_dist.mode()
-    known = (z - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None] * teacher.codec.network.config.scaling_factor
+    known = ((z - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+             * teacher.codec.network.config.scaling_factor)
     torch.testing.assert_close(teacher.encode_images(pixels), known)
     moved = latents.clone().requires_grad_()
     teacher.pixels(moved).square().mean().backward()
@@ -78,7 +83,8 @@ def test_latents_normalised_by_channel_are_the_pipeline_s(tmp_path):
 
 def test_a_codec_undoes_itself():
     class Mirror(torch.nn.Module):
-        dtype, device, config = torch.float32, torch.device("cpu"), AutoencoderKL(latents_mean=[1, 2, 3, 4], latents_std=[2, 3, 4, 5]).config
+        dtype, device, config = (torch.float32, torch.device("cpu"),
+                                 AutoencoderKL(latents_mean=[1, 2, 3, 4], latents_std=[2, 3, 4, 5]).config)
 
         def encode(self, x):
             return type("Out", (), {"latent_dist": type("Dist", (), {"mode": staticmethod(lambda: x)})})
@@ -92,8 +98,10 @@ def test_a_codec_undoes_itself():
 
 
 NOISE = {
-    "zero terminal snr": ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: True.*prediction_type: v_prediction"),
-    "trained betas": ({"trained_betas": [0.01] * 999 + [1.0]}, "ends in pure noise.*prediction_type: epsilon.*trained_betas"),
+    "zero terminal snr": ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: True.*prediction_type: "
+                          "v_prediction"),
+    "trained betas": ({"trained_betas": [0.01] * 999 + [1.0]}, "ends in pure noise.*prediction_type: "
+                      "epsilon.*trained_betas"),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, "ends in pure noise.*beta_schedule: squaredcos_cap_v2"),
     "500 times": ({"num_train_timesteps": 500}, "num_train_timesteps: 500"),
 }

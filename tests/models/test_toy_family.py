@@ -20,13 +20,15 @@ def moment(family, count=64):
     toy = Toy(family.source.place)
     x0, labels = toy.points(torch.arange(count))
     t = torch.linspace(0.01, 1, count, dtype=torch.float64)
-    return family.schedule.add_noise(x0, torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0)), t), t, labels
+    return (family.schedule.add_noise(x0, torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0)), t),
+            t, labels)
 
 
 def test_the_teacher_is_the_mixture_itself(family):
     x, t, labels = moment(family)
     cond = family.encode([f"class {label}" for label in labels.tolist()])
-    found, known = Denoiser(family, family.network)(x, t, cond), Toy(family.source.place).law(family.schedule, family.kind)(x, t, cond)
+    found, known = (Denoiser(family, family.network)(x, t, cond),
+                    Toy(family.source.place).law(family.schedule, family.kind)(x, t, cond))
     assert found.kind == family.kind and torch.equal(found.raw, known.raw)
     null = Denoiser(family, family.network)(x, t, cond.null)
     assert not torch.allclose(null.x0, found.x0, atol=1e-3)
@@ -41,7 +43,8 @@ def test_students_begin_as_their_teacher_and_learn(family, setting):
     teacher, student = roles["teacher"](x, t, cond), roles["student"](x, t, cond)
     assert torch.equal(teacher.raw, student.raw) and roles["discriminator"](x, t, cond).shape == (len(x), 1)
     student.raw.square().mean().backward()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in roles.parameters("student")) == isinstance(setting, Full)
+    assert (any(p.grad is not None and p.grad.abs().max() > 0 for p in roles.parameters("student"))
+            == isinstance(setting, Full))
     assert all(p.grad is None for p in family.network.parameters() if not p.requires_grad)
 
 

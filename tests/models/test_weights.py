@@ -80,13 +80,15 @@ def test_names_of_earlier_versions_are_no_fault(unet):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(state):
-        for key in [key for key in state if ".mid_block.attentions.0.to_" in key or key.startswith("mid_block.attentions.0.to_")]:
+        for key in [key for key in state if ".mid_block.attentions.0.to_" in key
+                    or key.startswith("mid_block.attentions.0.to_")]:
             new = next(key.replace(name, before) for name, before in old.items() if f".{name}." in key)
             state[new] = state.pop(key)
 
     known = load_teacher(unet).parts["vae"].state_dict()
     rewritten(unet / "vae/diffusion_pytorch_model.safetensors", rename)
-    rewritten(unet / "text_encoder/model.safetensors", lambda state: state.update({"text_model.embeddings.position_ids": torch.arange(20)[None]}))
+    rewritten(unet / "text_encoder/model.safetensors",
+              lambda state: state.update({"text_model.embeddings.position_ids": torch.arange(20)[None]}))
     assert any("query" in key for key in load_file(unet / "vae/diffusion_pytorch_model.safetensors"))
     found = load_teacher(unet).parts["vae"].state_dict()
     assert found.keys() == known.keys() and all(torch.equal(found[key], known[key]) for key in known)
@@ -116,7 +118,8 @@ def test_a_pipeline_that_was_saved_under_a_lora_says_what_to_call_first(tmp_path
     pipe = tiny_pipeline()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     pipe.save_pretrained(tmp_path / "laid")
-    refused(tmp_path / "laid", device, "the unet of", "was saved while a LoRA lay on it", "attn1.to_q", "call pipe.fuse_lora() and "
+    refused(tmp_path / "laid", device, "the unet of", "was saved while a LoRA lay on it", "attn1.to_q",
+            "call pipe.fuse_lora() and "
             "pipe.unload_lora_weights() before pipe.save_pretrained")
     pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "fused")
@@ -128,7 +131,8 @@ def test_a_pipeline_that_was_saved_under_a_lora_says_what_to_call_first(tmp_path
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("made_by", "said"), [
-    (["pipeline_mine", "MyUNet"], "component unet is a MyUNet of pipeline_mine, which is code beside the pipeline and is never run"),
+    (["pipeline_mine", "MyUNet"], "component unet is a MyUNet of pipeline_mine, which is code beside the pipeline "
+     "and is never run"),
     (["diffusers", "UNetOfTomorrow"], "component unet is a UNetOfTomorrow, which diffusers .* does not have"),
 ])
 def test_code_of_its_own_is_refused_by_its_component(unet, device, made_by, said):

@@ -16,7 +16,8 @@ from stepdistill.recipe import plugins
 
 PAGE = (Path(__file__).parents[2] / "docs/plugins.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`mine/([\w/.]+)`:\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-COMMANDS = [shlex.split(line)[1:] for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+COMMANDS = [shlex.split(line)[1:] for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+            for line in block.splitlines()]
 
 
 @pytest.fixture

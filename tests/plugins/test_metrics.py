@@ -32,7 +32,8 @@ def student() -> Target:
 
 @pytest.fixture
 def marks(mine):
-    stepdistill.register_metric("letters", lambda pixels, prompts: torch.tensor([len(text) for text in prompts]), prompts=True)
+    stepdistill.register_metric("letters", lambda pixels, prompts: torch.tensor([len(text) for text in prompts]),
+                                prompts=True)
     return marked(["contrast", "letters"], Folder.open(mine))
 
 
@@ -43,7 +44,8 @@ def test_each_row_has_the_figures_of_its_own_pictures(student, marks, mine, clip
     real, row = results["rows"]
     ids, prompts = torch.arange(SAMPLES), ShapesSource().prompts(SAMPLES)
     letters = sum(map(len, prompts)) / SAMPLES
-    assert real["metrics"]["contrast"] == pytest.approx(render(scenes(ids, HELD_OUT_SEED)).flatten(1).std(1).mean().item(), rel=1e-6)
+    assert (real["metrics"]["contrast"]
+            == pytest.approx(render(scenes(ids, HELD_OUT_SEED)).flatten(1).std(1).mean().item(), rel=1e-6))
     own = plans(student, [1], [], [], print)[0].images(prompts, ids, 0)
     assert row["metrics"]["contrast"] == pytest.approx(own.flatten(1).std(1).mean().item(), rel=1e-5)
     assert real["metrics"]["letters"] == row["metrics"]["letters"] == pytest.approx(letters)
@@ -56,11 +58,13 @@ def test_each_row_has_the_figures_of_its_own_pictures(student, marks, mine, clip
 
 def test_a_bench_against_the_teacher_has_them_too(student, marks, tmp_path):
     teacher = Target("teacher", tiny_pipeline(), companion=True)
-    results = bench_own([student, teacher], teacher, [1], tmp_path, guidance=[1.0], solvers=["ddim"], prompts=["ab", "abcd"], samples=4,
+    results = bench_own([student, teacher], teacher, [1], tmp_path, guidance=[1.0], solvers=["ddim"],
+                        prompts=["ab", "abcd"], samples=4,
                         say=lambda text: None, metrics=marks)
     row = next(row for row in results["rows"] if row["target"] == "student")
     own = plans(student, [1], [], [], print)[0].images(["ab", "abcd"] * 2, torch.arange(4), 0)
-    assert row["metrics"]["letters"] == 3 and row["metrics"]["contrast"] == pytest.approx(own.flatten(1).std(1).mean().item(), rel=1e-5)
+    assert (row["metrics"]["letters"] == 3 and row["metrics"]["contrast"]
+            == pytest.approx(own.flatten(1).std(1).mean().item(), rel=1e-5))
     assert "contrast" in (tmp_path / "report.html").read_text()
 
 
@@ -73,5 +77,6 @@ def test_what_is_no_metric_is_refused(student, marks, tmp_path):
     stepdistill.register_metric("odd", lambda pixels: pixels.mean())
     teacher = Target("teacher", tiny_pipeline())
     with pytest.raises(RequestError, match="the metric odd should give a tensor of 4 finite numbers, one a picture"):
-        bench_own([student, teacher], teacher, [1], tmp_path, guidance=[1.0], solvers=["ddim"], prompts=["a"], samples=4,
+        bench_own([student, teacher], teacher, [1], tmp_path, guidance=[1.0], solvers=["ddim"],
+                  prompts=["a"], samples=4,
                   say=lambda text: None, metrics=marked(["odd"], None))

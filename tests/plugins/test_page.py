@@ -28,7 +28,8 @@ def test_what_nothing_proves_is_said(mine, tmp_path, monkeypatch):
 def test_a_method_of_this_process_alone_is_not_verified(tmp_path):
     import stepdistill
     stepdistill.register_method("mine", KD, title="x")
-    with pytest.raises(RequestError, match="mine was registered in this process, and others measure it: put it into a folder as methods/mine.py"):
+    with pytest.raises(RequestError, match="mine was registered in this process, and others measure it: put it "
+                       "into a folder as methods/mine.py"):
         verify("mine", out=tmp_path / "out")
 
 
@@ -38,14 +39,17 @@ def test_a_plain_recipe_stands_in_for_the_contract(mine):
     from stepdistill.recipe.plugins import Folder
     Recipe.load("toy/one_leap", {"plugins": str(mine)})
     made = recipe("one_leap", Folder.open(mine))
-    assert made.teacher.base == "assets/shapes-sd" and made.data.kind == "pairs" and made.data.count == 4 and made.plugins.folder == str(mine)
+    assert (made.teacher.base == "assets/shapes-sd" and made.data.kind == "pairs" and made.data.count == 4
+            and made.plugins.folder == str(mine))
 
 
 @pytest.mark.long
 def test_the_page_to_the_letter(stepdistill, mine, tmp_path, tiny_teacher):
     """Each command as it stands there; the run that the bench names is one of a pipeline."""
-    recipe = {"method": "one_leap", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1, "data": {
-        "pairs": {"prompts": "shapes", "steps": 4}, "count": 4, "batch": 2}, "train": {"updates": 2}, "evaluate": {"prompts": ["a red ring"]}}
+    recipe = {"method": "one_leap", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+              "steps": 1, "data": {
+        "pairs": {"prompts": "shapes", "steps": 4}, "count": 4, "batch": 2}, "train": {"updates": 2},
+        "evaluate": {"prompts": ["a red ring"]}}
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     done = stepdistill("train", "tiny.yaml", "--plugins", "mine", "--out", "runs/mine")
     assert done.returncode == 0, done.stderr

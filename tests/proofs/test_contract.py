@@ -46,7 +46,8 @@ def test_a_teacher_that_moves_is_seen(tmp_path):
 def test_a_role_that_stays_is_seen(tmp_path, monkeypatch):
     work = setup(recipe("lcm"), CPU)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
-    assert failed(moves(work, tmp_path / "run")) == ["roles that updates train, or that follow one, and that did not move"]
+    assert failed(moves(work, tmp_path / "run")) == ["roles that updates train, or that follow one, and that "
+                                                     "did not move"]
 
 
 def test_a_resume_that_forgets_is_seen(tmp_path, monkeypatch):
@@ -56,7 +57,8 @@ def test_a_resume_that_forgets_is_seen(tmp_path, monkeypatch):
     def forgetful(folder):
         found = load(folder)
         return found | {drop: {name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else value
-                               for name, value in found[drop].items()}} if "resumed" in str(folder) and "000001" in str(folder) else found
+                               for name, value in found[drop].items()}} if "resumed" in str(
+                                   folder) and "000001" in str(folder) else found
     monkeypatch.setattr(checkpoints, "load", forgetful)
     red = failed(contract("lcm", 3, tmp_path))
     assert red == ["tensors of a run that was stopped and resumed which differ from the whole run's"]

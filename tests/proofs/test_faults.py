@@ -1,7 +1,7 @@
 """The matrix notices: each shared block is broken once, and the rows that it stands under turn red.
 
-`pytest -s` prints which. A fault is put wherever the block was imported to; faults that only a real network can show are
-seen by the contract, in the last tests.
+`pytest -s` prints which. A fault is put wherever the block was imported to; faults that only a real network can show
+are seen by the contract, in the last tests.
 """
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def told_time_off_by_one(m) -> None:
     """Samplers tell the network a time that is one of a thousand late."""
     from stepdistill.diffusion.sampler import Sampler
     original = Sampler._predict
-    m.setattr(Sampler, "_predict", lambda self, role, x, e, cond: original(self, role, x, replace(e, time=e.time - 1e-3, level=e.level - 1e-3), cond))
+    m.setattr(Sampler, "_predict",
+              lambda self, role, x, e, cond: original(self, role, x,
+                                                      replace(e, time=e.time - 1e-3, level=e.level - 1e-3), cond))
 
 
 def noise_reused(m) -> None:

@@ -11,12 +11,14 @@ TRIG = (SPRINT, RCM)
 
 FAULTS = (
     # SANA-Sprint
-    of(SPRINT, "the student is told no scale", "with_scale(batch.cond, w) if self.settings.guidance_embedding else batch.cond",
+    of(SPRINT, "the student is told no scale", "with_scale(batch.cond, w) if self.settings.guidance_embedding else "
+       "batch.cond",
        "batch.cond"),
     of(SPRINT, "guidance_embedding unread", 'reads=("w",) * settings.guidance_embedding', 'reads=("w",)'),
     of(SPRINT, "teacher not guided", "guided(self.teacher, w)(", "guided(self.teacher, 1.0)("),
     of(SPRINT, "noise_share unread", "< self.settings.noise_share", "< 0.5"),
-    of(SPRINT, "pure noise told the time of noised data", "torch.where(pure, self.begins,", "torch.where(~pure, self.begins,"),
+    of(SPRINT, "pure noise told the time of noised data", "torch.where(pure, self.begins,",
+       "torch.where(~pure, self.begins,"),
     of(SPRINT, "one time for both losses", 'step.uniform("judged t")', 'step.uniform("t")'),
     of(SPRINT, "judged_mean unread", "settings.judged_mean,", "0.1,"),
     of(SPRINT, "judged_std unread", "settings.judged_std)", "1.0)", count=1),
@@ -35,7 +37,8 @@ FAULTS = (
     of(RCM, "rollout_steps unread", "* self.settings.rollout_steps)", "* 4)"),
     of(RCM, "rollouts one step longer", 'range(int(step.shared("steps") *', 'range(1 + int(step.shared("steps") *'),
     of(RCM, "times of a rollout that rise", "torch.minimum(t, self.level(", "torch.maximum(t, self.level("),
-    of(RCM, "gradients through the whole rollout", "with torch.no_grad():\n            for i", "with torch.enable_grad():\n            for i"),
+    of(RCM, "gradients through the whole rollout", "with torch.no_grad():\n            for i",
+       "with torch.enable_grad():\n            for i"),
     of(RCM, "noises of a rollout are one", 'f"renoise {i}"', '"start"'),
     of(RCM, "shift unread", "self.settings.shift)(u)", "5.0)(u)"),
     of(RCM, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
@@ -64,7 +67,8 @@ FAULTS = (
     Fault("damping unread", "losses.continuous", "self.settings.damping)", "0.1)", TRIG),
     Fault("always exact", "losses.continuous", 'self.settings.derivative == "exact"', "True", TRIG),
     Fault("warmup unread", "losses.continuous", "progress / self.settings.warmup)", "progress / 0.1)", TRIG),
-    Fault("twice the width", "losses.continuous", "self.settings.width, self.first", "2 * self.settings.width, self.first", TRIG),
+    Fault("twice the width", "losses.continuous", "self.settings.width, self.first",
+          "2 * self.settings.width, self.first", TRIG),
     Fault("a flow's samples at even times", "diffusion.continuous", "shifted(uniform(), SHIFT)", "uniform()", TRIG),
     Fault("the tangent without x", "losses.tangent", "- r * cos * sin * (x + slope)", "- r * cos * sin * slope", TRIG),
     Fault("the tangent not normalised", "losses.tangent", "return g / (g.square()", "return g + 0 * (g.square()", TRIG),

@@ -24,7 +24,8 @@ CHOSEN = "}[settings.loss]"
 SWAPPED, HALVED = 'Follows("student", 1 - settings.target_decay)', 'Follows("student", settings.target_decay / 2)'
 DRAWN = "drawn(self.guidance, step)"
 MIDDLE = "middle(guidance) if settings.guidance_embedding"
-HIGHEST, LOWEST = (f"(guidance if isinstance(guidance, float) else guidance[{i}]) if settings.guidance_embedding" for i in (-1, 0))
+HIGHEST, LOWEST = (f"(guidance if isinstance(guidance, float) else guidance[{i}]) if settings.guidance_embedding"
+                   for i in (-1, 0))
 
 
 def of(method: str, module: str, *changes: tuple[str, str]) -> list[Fault]:
@@ -130,7 +131,8 @@ FAULTS = [
         ("settings.last_nodes, settings.grown)", "settings.last_nodes, 0.5)"),
         ("self.nodes(step.progress)", "self.nodes(0.0)"),
         ("below(t, self.edges)", "below(t, self.edges, 2)"),
-        ("grid(steps * round(self.nodes(step.progress) / steps))", "grid(steps * (1 + round(self.nodes(step.progress) / steps)))"),
+        ("grid(steps * round(self.nodes(step.progress) / steps))", "grid(steps * (1 + round(self.nodes(step.progress) "
+         "/ steps)))"),
         ('if self.settings.bridge == "data"', "if False"),
         ('if self.settings.bridge == "data"', "if True"),
         ("self.settings.eta * squared", "0.75 * squared"),
@@ -240,7 +242,8 @@ FAULTS = [
         ("}[settings.weight]", '}["truncated"]'),
         (MIDDLE, HIGHEST),
         (MIDDLE, LOWEST),
-        ("with_scale(batch.cond, w) if self.settings.guidance_embedding", "with_scale(batch.cond, w - 1) if self.settings.guidance_embedding"),
+        ("with_scale(batch.cond, w) if self.settings.guidance_embedding",
+         "with_scale(batch.cond, w - 1) if self.settings.guidance_embedding"),
         ("if self.settings.guidance_embedding else batch.cond", "if True else batch.cond"),
         ('reads=("w",) * settings.guidance_embedding', "reads=()"),
         (DRAWN, "drawn(self.guidance, step) + 0.5"),
@@ -264,7 +267,8 @@ FAULTS = [
     ),
     *of(
         "progressive", "diffusion.readers",
-        ("_sigma_levels(scheduler, schedule)\n    return _start(scheduler), [", "_sigma_levels(scheduler, schedule)\n    return 1.01, ["),
+        ("_sigma_levels(scheduler, schedule)\n    return _start(scheduler), [",
+         "_sigma_levels(scheduler, schedule)\n    return 1.01, ["),
     ),
     *of(
         "reflow", "methods.trajectory.reflow",

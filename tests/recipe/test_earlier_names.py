@@ -71,6 +71,7 @@ def test_both_names_are_refused(path):
 
 def test_a_stage_has_the_earlier_names_too():
     told = {"settings": {"told": True}}
-    stages = [told | {"method": "guided", "steps": 8}, told | {"method": "progressive", "steps": 4, "teacher": "previous"}]
+    stages = [told | {"method": "guided", "steps": 8},
+              told | {"method": "progressive", "steps": 4, "teacher": "previous"}]
     recipe = Recipe.load(Recipe.load("toy/lcm").resolved() | {"settings": {}, "guidance": [1.0, 3.0], "stages": stages})
     assert [stage.method_settings().guidance_embedding for stage in recipe.stages] == [True, True]

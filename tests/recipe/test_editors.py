@@ -13,7 +13,8 @@ from stepdistill.recipe.catalogue import builtin
 from stepdistill.recipe.yaml import Source
 
 SCHEMA = editors.schema()
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+         "null": type(None)}
 SAYS_NOTHING = {"title", "description", "default", "deprecated", "$schema", "$defs"}
 
 
@@ -33,14 +34,19 @@ def faults(value: Any, schema: dict[str, Any], path: str = "recipe") -> list[str
             "type": lambda: any(is_of(value, kind) for kind in (says if isinstance(says, list) else [says])),
             "enum": lambda: value in says, "const": lambda: value == says,
             "required": lambda: not isinstance(value, dict) or {*says} <= value.keys(),
-            "additionalProperties": lambda: says is not False or not isinstance(value, dict) or value.keys() <= schema["properties"].keys(),
+            "additionalProperties": lambda: says is not False or not isinstance(value, dict)
+            or value.keys() <= schema["properties"].keys(),
             "properties": lambda: not isinstance(value, dict) or not found.extend(
-                fault for name, one in says.items() if name in value for fault in faults(value[name], one, f"{path}.{name}")),
+                fault for name, one in says.items() if name in value
+                for fault in faults(value[name], one, f"{path}.{name}")),
             "items": lambda: not isinstance(value, list) or not found.extend(
                 fault for i, one in enumerate(value) for fault in faults(one, says, f"{path}[{i}]")),
-            "minimum": lambda: not is_of(value, "number") or value >= says, "exclusiveMinimum": lambda: not is_of(value, "number") or value > says,
-            "maximum": lambda: not is_of(value, "number") or value <= says, "exclusiveMaximum": lambda: not is_of(value, "number") or value < says,
-            "minItems": lambda: not isinstance(value, list) or len(value) >= says, "maxItems": lambda: not isinstance(value, list) or len(value) <= says,
+            "minimum": lambda: not is_of(value, "number") or value >= says,
+            "exclusiveMinimum": lambda: not is_of(value, "number") or value > says,
+            "maximum": lambda: not is_of(value, "number") or value <= says,
+            "exclusiveMaximum": lambda: not is_of(value, "number") or value < says,
+            "minItems": lambda: not isinstance(value, list) or len(value) >= says,
+            "maxItems": lambda: not isinstance(value, list) or len(value) <= says,
         }[word]()
         found += [] if holds else [f"{path}: {word} {says!r:.80}"]
     return found
@@ -56,11 +62,13 @@ def test_a_resolved_recipe_is_valid():
         assert faults(Recipe.load(name).resolved(), SCHEMA) == []
 
 
-WHOLE = {"method": "lcm", "teacher": "assets/shapes-sd", "data": {"images": "shapes", "batch": 4}, "train": {"updates": 2}}
+WHOLE = {"method": "lcm", "teacher": "assets/shapes-sd", "data": {"images": "shapes", "batch": 4},
+         "train": {"updates": 2}}
 
 
 @pytest.mark.parametrize("entries", [
-    {"student": "full"}, {"student": {"from": "a.safetensors"}}, {"guidance": [2, 5]}, {"resolution": [832, 1216]}, {"plugins": "mine"},
+    {"student": "full"}, {"student": {"from": "a.safetensors"}}, {"guidance": [2, 5]}, {"resolution": [832, 1216]},
+    {"plugins": "mine"},
     {"teacher": {"base": "a/b", "loras": ["x", {"path": "y", "weight": 0.5}]}}, {"method": "a_method_of_mine"},
     {"stages": [{"steps": [8, 4], "teacher": "previous"}]}, {"critic": {"lora": None, "lr": 1e-5}}])
 def test_what_a_recipe_may_say_is_valid(entries):
@@ -68,20 +76,26 @@ def test_what_a_recipe_may_say_is_valid(entries):
 
 
 @pytest.mark.parametrize("entries", [
-    {"stpes": 2}, {"steps": 0}, {"steps": "4"}, {"student": "half"}, {"guidance": "3"}, {"guidance": [1, 2, 3]}, {"resolution": [1]},
-    {"train": {"updates": 2, "precision": "fp8"}}, {"train": {"lr": 1e-3}}, {"train": {"updates": 2, "trackers": ["comet"]}}, {"stages": []},
-    {"data": {"images": "shapes", "batch": 4, "caption_dropout": 1.0}}, {"stages": [{"teacher": "other"}]}, {"plugins": {"sha256": "x"}}])
+    {"stpes": 2}, {"steps": 0}, {"steps": "4"}, {"student": "half"}, {"guidance": "3"}, {"guidance": [1, 2, 3]},
+    {"resolution": [1]},
+    {"train": {"updates": 2, "precision": "fp8"}}, {"train": {"lr": 1e-3}},
+    {"train": {"updates": 2, "trackers": ["comet"]}}, {"stages": []},
+    {"data": {"images": "shapes", "batch": 4, "caption_dropout": 1.0}}, {"stages": [{"teacher": "other"}]},
+    {"plugins": {"sha256": "x"}}])
 def test_what_a_recipe_refuses_is_not(entries):
     assert faults(WHOLE | entries, SCHEMA)
 
 
 def test_entries_have_their_meanings_and_methods_their_names():
     properties = SCHEMA["properties"]
-    assert properties["method"]["anyOf"][0]["enum"] == [*METHODS] and properties["steps"]["description"] == "network evaluations of the student"
-    described = [entry for table in ({"properties": properties}, *SCHEMA["$defs"].values()) for entry in table["properties"].values()]
+    assert (properties["method"]["anyOf"][0]["enum"] == [*METHODS] and properties["steps"]["description"]
+            == "network evaluations of the student")
+    described = [entry for table in ({"properties": properties}, *SCHEMA["$defs"].values())
+                 for entry in table["properties"].values()]
     assert len([entry for entry in described if entry.get("description")]) > 0.9 * len(described)
 
 
 def test_the_command_prints_it(stepdistill):
     done = stepdistill("recipes", "--schema")
-    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(json.dumps(copy.deepcopy(SCHEMA))), done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(json.dumps(copy.deepcopy(SCHEMA))), (
+        done.stderr)

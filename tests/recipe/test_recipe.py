@@ -82,8 +82,10 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("  images: shapes\n", "", 7, "one source, images, prompts, samples or pairs; found none"),
     ("batch: 4", "batch: 4\n  cache: true", 10, "endless"),
     ("images: shapes", "pairs: {prompts: shapes}", 7, "pairs without a count"),
-    ("images: shapes", "count: 8\n  pairs:\n    prompts: shapes\n    nodes: 2", 11, "data.pairs.nodes is 2, which does not divide the 25 steps"),
-    ("images: shapes", "pairs: {prompts: shapes, ndoes: 5}", 8, "data.pairs.ndoes is no entry of data.pairs; did you mean nodes?"),
+    ("images: shapes", "count: 8\n  pairs:\n    prompts: shapes\n    nodes: 2", 11,
+     "data.pairs.nodes is 2, which does not divide the 25 steps"),
+    ("images: shapes", "pairs: {prompts: shapes, ndoes: 5}", 8, "data.pairs.ndoes is no entry of data.pairs; did "
+     "you mean nodes?"),
     ("images: shapes", "images: shapes\n  pairs: {prompts: shapes}", 7, "found images and pairs"),
     ("updates: 10", "updates: 10\n  accumulate: 3", 12, "does not divide"),
     ("steps: 4", "steps: 4\nsteps: 5", 6, "steps"),
@@ -96,13 +98,18 @@ def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, message):
 
 @pytest.mark.parametrize(("method", "changes", "message"), [
     ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1; found 0"),
-    ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: target_decay must be in [0, 1); found 1.5"),
-    ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a finite number"),
+    ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: target_decay "
+     "must be in [0, 1); found 1.5"),
+    ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a "
+     "finite number"),
     ("sid", {"settings": {"t_range": [0.1, float("nan")]}}, "settings.t_range.1 is nan; it should be a finite number"),
     ("sid", {"settings": {"alpha": -1.0}}, "settings: alpha must not be negative; found -1.0"),
-    ("sid", {"settings": {"critic_guidance": float("inf")}}, "settings.critic_guidance is inf; it should be a finite number"),
-    ("sid", {"settings": {"gan_weight": -0.01}}, "settings: gan_weight must be at least 0, which leaves the discriminator out; found -0.01"),
-    ("sid", {"settings": {"start_time": 625}}, "settings: start_time must be a time from 0.001, the least that a network is told, to 1; found 625"),
+    ("sid", {"settings": {"critic_guidance": float("inf")}}, "settings.critic_guidance is inf; it should be a "
+     "finite number"),
+    ("sid", {"settings": {"gan_weight": -0.01}}, "settings: gan_weight must be at least 0, which leaves the "
+     "discriminator out; found -0.01"),
+    ("sid", {"settings": {"start_time": 625}}, "settings: start_time must be a time from 0.001, the least that "
+     "a network is told, to 1; found 625"),
 ])
 def test_bad_settings_are_refused_at_their_place(method, changes, message):
     with pytest.raises(RequestError) as caught:
@@ -117,19 +124,23 @@ def test_an_entry_that_was_never_written_is_placed_at_what_was_written_of_it():
 
 
 def test_critic_and_discriminator_have_rates_of_their_own(write):
-    path = write("method: lcm", "method: dmd2\ncritic: {lora: {rank: 4}, lr: 5e-4}\ndiscriminator: {features: [mid_block], lr: 2e-4}")
+    path = write("method: lcm", "method: dmd2\ncritic: {lora: {rank: 4}, lr: 5e-4}\ndiscriminator: {features: "
+                 "[mid_block], lr: 2e-4}")
     path.write_text(path.read_text().replace("settings: {nodes: 50}\n", ""))
     recipe = Recipe.load(path)
-    assert learning_rates(recipe) == {"critic": 5e-4, "discriminator": 2e-4} and recipe.discriminator.features == ["mid_block"]
+    assert (learning_rates(recipe) == {"critic": 5e-4, "discriminator": 2e-4} and recipe.discriminator.features
+            == ["mid_block"])
     again = Recipe.load(recipe.resolved())
     assert again.resolved() == recipe.resolved() and learning_rates(again) == learning_rates(recipe)
-    assert learning_rates(Recipe.load(path, {"discriminator": None})) == {"critic": 5e-4, "discriminator": 5e-4}        # the critic's
+    # the critic's
+    assert learning_rates(Recipe.load(path, {"discriminator": None})) == {"critic": 5e-4, "discriminator": 5e-4}
     assert learning_rates(Recipe.load(path, {"discriminator": None, "settings": {"gan_weight": 0}})) == {"critic": 5e-4}
     assert learning_rates(Recipe.load(path, {"critic": "full", "discriminator": None})) == {}
     assert Recipe.load(path, {"critic": "full"}).resolved()["critic"] == "full"
     full = Recipe.load(path, {"critic": {"lora": None}})
     assert full.critic.lora is None and learning_rates(Recipe.load(full.resolved()))["critic"] == 5e-4
-    for old, new, message in (("features: [mid_block]", "features: []", "mine.yaml:3: discriminator.features is []; it should not be empty"),
+    for old, new, message in (("features: [mid_block]", "features: []", "mine.yaml:3: discriminator.features is "
+                               "[]; it should not be empty"),
                            ("lr: 2e-4", "lr: 0", "discriminator.lr is 0; it should be above 0"),
                            ("lr: 5e-4", "lrr: 5e-4", "critic.lrr is no entry of critic; did you mean lr?")):
         text = path.read_text()
@@ -139,12 +150,15 @@ def test_critic_and_discriminator_have_rates_of_their_own(write):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"settings.gan_weight": 0}, "discriminator is given, but with these settings dmd2 trains no discriminator; it trains student, critic"),
-    ({"method": "swiftbrush"}, "discriminator is given, but swiftbrush trains no discriminator; it trains student, critic"),
+    ({"settings.gan_weight": 0}, "discriminator is given, but with these settings dmd2 trains no discriminator; "
+     "it trains student, critic"),
+    ({"method": "swiftbrush"}, "discriminator is given, but swiftbrush trains no discriminator; it trains "
+     "student, critic"),
     ({"method": "lcm"}, "discriminator is given, but lcm trains no discriminator; it trains student"),
 ])
 def test_a_discriminator_that_no_update_trains_is_refused(tiny_teacher, changes, message):
-    made = {"method": "dmd2", "teacher": str(tiny_teacher), "discriminator": {"lr": 1e-4}, "data": {"images": "shapes", "batch": 2},
+    made = {"method": "dmd2", "teacher": str(tiny_teacher), "discriminator": {"lr": 1e-4},
+            "data": {"images": "shapes", "batch": 2},
             "train": {"updates": 1}}
     recipe = Recipe.load(made, changes)
     needs = load_method(recipe.method).needs(recipe.method_settings(), full=False)
@@ -188,7 +202,8 @@ def test_a_dumped_recipe_is_the_same_recipe(write, tmp_path):
 
 
 def test_a_mapping_is_a_recipe_too(tiny_teacher):
-    mapping = {"method": "lcm", "teacher": str(tiny_teacher), "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
+    mapping = {"method": "lcm", "teacher": str(tiny_teacher), "data": {"images": "shapes", "batch": 2},
+               "train": {"updates": 1}}
     assert Recipe.load(mapping).steps == 4
     with pytest.raises(RequestError, match="did you mean batch"):
         Recipe.load({**mapping, "data": {"images": "shapes", "btch": 2}})
@@ -211,14 +226,18 @@ def test_a_refusal_costs_no_torch(write):
 
 
 @pytest.mark.parametrize(("method", "discriminator", "message"), [
-    ("add", {"network": "./nowhere"}, "--set discriminator.network: discriminator.network cannot be used: there is no vision network ./nowhere"),
+    ("add", {"network": "./nowhere"}, "--set discriminator.network: discriminator.network cannot be used: there "
+     "is no vision network ./nowhere"),
     ("add", {"network": "assets/shapes-clip", "features": ["layers.99"]},
-     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read layers.99 of this network"),
+     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read layers.99 "
+     "of this network"),
     ("dmd2", {"features": ["mid_blok"]},
-     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read mid_blok of this network"),
+     "--set discriminator.features: discriminator.features cannot be read: a discriminator cannot read mid_blok "
+     "of this network"),
 ])
 @pytest.mark.parametrize("command", [plan, lambda recipe: setup(recipe, torch.device("cpu"))])
-def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method, discriminator, message):
+def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, command, method,
+                                                                  discriminator, message):
     made = {"method": method, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 1,
             "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
     with pytest.raises(RequestError) as caught:
@@ -226,7 +245,8 @@ def test_what_a_discriminator_cannot_read_is_refused_at_its_place(tiny_teacher, 
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("made", [lambda folder: None, lambda folder: (folder / "model_index.json").write_text('{"_class_name": "Other"}')])
+@pytest.mark.parametrize("made", [lambda folder: None,
+                                  lambda folder: (folder / "model_index.json").write_text('{"_class_name": "Other"}')])
 def test_a_teacher_that_cannot_be_planned_on_is_refused_at_its_line(write, tiny_teacher, tmp_path, made):
     (tmp_path / "empty").mkdir()
     made(tmp_path / "empty")
@@ -256,11 +276,13 @@ def test_merge_keys_are_served(tmp_path):
     path = tmp_path / "merged.yaml"
     path.write_text(MERGED)
     stages = Recipe.load(path).stages
-    assert [(stage.steps, stage.train.lr, stage.train.updates, stage.train.warmup, stage.taught_by_previous) for stage in stages] == [
+    assert [(stage.steps, stage.train.lr, stage.train.updates, stage.train.warmup, stage.taught_by_previous)
+            for stage in stages] == [
         (8, 0.1, 4, 0, False), (4, 0.1, 4, 0, False), (8, 0.5, 4, 1, True)]
 
 
-@pytest.mark.parametrize(("old", "new", "line"), [("lr: 0.1", "lr: fast", 11), ("steps: 4", "steps: four", 13), ("steps: 8", "stpes: 8", 10)])
+@pytest.mark.parametrize(("old", "new", "line"), [("lr: 0.1", "lr: fast", 11), ("steps: 4", "steps: four", 13),
+                                                  ("steps: 8", "stpes: 8", 10)])
 def test_an_error_in_a_merged_entry_is_placed_where_it_was_written(tmp_path, old, new, line):
     path = tmp_path / "merged.yaml"
     path.write_text(MERGED.replace(old, new))
@@ -268,8 +290,10 @@ def test_an_error_in_a_merged_entry_is_placed_where_it_was_written(tmp_path, old
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (f"method: lcm\nteacher: assets/toy\ntrain: {{updates: {'9' * 30}}}", r"mine.yaml:3: train.updates is 99999999999999999999..., a number of 30 digits; it should be below"),
-    (f"method: lcm\ntrain: {{updates: {'9' * 5000}}}", "mine.yaml: no valid YAML"), ("method: &m [*m]", "mine.yaml"), ("[" * 50_000, "mine.yaml: no valid YAML: it is nested too deeply")])
+    (f"method: lcm\nteacher: assets/toy\ntrain: {{updates: {'9' * 30}}}",
+     r"mine.yaml:3: train.updates is 99999999999999999999..., a number of 30 digits; it should be below"),
+    (f"method: lcm\ntrain: {{updates: {'9' * 5000}}}", "mine.yaml: no valid YAML"), ("method: &m [*m]", "mine.yaml"),
+    ("[" * 50_000, "mine.yaml: no valid YAML: it is nested too deeply")])
 def test_what_cannot_be_read_is_one_message(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)

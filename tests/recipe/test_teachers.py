@@ -41,31 +41,39 @@ def changed(path, old, new):
 
 def test_a_table_says_all_of_a_teacher(path, tiny_teacher, tmp_path, monkeypatch):
     recipe = Recipe.load(path)
-    assert named(recipe) == Source(str(tiny_teacher), variant="fp16", loras=(FusedLora("assets/shapes-clip", 0.5), FusedLora("mine.safetensors")))
+    assert named(recipe) == Source(str(tiny_teacher), variant="fp16",
+                                   loras=(FusedLora("assets/shapes-clip", 0.5), FusedLora("mine.safetensors")))
     (tmp_path / "mine.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     asset, mine = source_of(recipe).loras
-    assert asset.path.endswith("/assets/shapes-clip") and asset.path.startswith("/") and mine.path == str(tmp_path / "mine.safetensors")
+    assert (asset.path.endswith("/assets/shapes-clip") and asset.path.startswith("/")
+            and mine.path == str(tmp_path / "mine.safetensors"))
     plain = recipe.resolved()["teacher"]
-    assert plain == {"base": str(tiny_teacher), "variant": "fp16", "loras": [{"path": "assets/shapes-clip", "weight": 0.5},
-                                                                             {"path": str(tmp_path / "mine.safetensors"), "weight": 1.0}]}
+    assert plain == {"base": str(tiny_teacher), "variant": "fp16",
+                     "loras": [{"path": "assets/shapes-clip", "weight": 0.5},
+                                                                             {"path": str(tmp_path
+                                                                                          / "mine.safetensors"),
+                                                                                          "weight": 1.0}]}
     assert Recipe.load(recipe.resolved()).resolved() == recipe.resolved()
 
 
 def test_a_text_is_a_teacher_s_base(path, tiny_teacher, tmp_path):
     other = save_tiny(tmp_path / "other")
-    written = {"method": "lcm", "teacher": str(other), "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
+    written = {"method": "lcm", "teacher": str(other), "data": {"images": "shapes", "batch": 2},
+               "train": {"updates": 1}}
     recipe = Recipe.load(written)
     assert named(recipe) == Source(str(other)) and recipe.resolved()["teacher"] == str(other)
     assert named(Recipe.load(written, {"teacher.variant": "fp16"})) == Source(str(other), variant="fp16")
     assert named(Recipe.load(path, {"teacher": str(other)})) == Source(str(other))
-    assert named(Recipe.load(path, {"teacher": str(other), "teacher.variant": "ema"})) == Source(str(other), variant="ema")
+    assert named(Recipe.load(path, {"teacher": str(other), "teacher.variant": "ema"})) == Source(str(other),
+                                                                                                 variant="ema")
     assert named(Recipe.load(path, {"teacher.base": str(other)})).base == str(other)
     assert named(Recipe.load(path, {"teacher.loras": None or []})).loras == ()
 
 
 def test_revision_where_it_stood_before_is_the_teacher_s(tiny_teacher):
-    written = {"method": "lcm", "teacher": "owner/name", "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}
+    written = {"method": "lcm", "teacher": "owner/name", "data": {"images": "shapes", "batch": 2},
+               "train": {"updates": 1}}
     known = Source("owner/name", "v1")
     for recipe in (Recipe.load(written | {"revision": "v1"}), Recipe.load(written, {"revision": "v1"}),
                    Recipe.load(written | {"teacher": {"base": "owner/name", "revision": "v1"}, "revision": "v1"}),
@@ -74,7 +82,8 @@ def test_revision_where_it_stood_before_is_the_teacher_s(tiny_teacher):
         assert "revision" not in recipe.resolved()
     assert named(Recipe.load(written | {"revision": None})) == Source("owner/name")
     assert named(Recipe.load(written).pinned("abc")) == Source("owner/name", "abc")
-    with pytest.raises(RequestError, match="revision is 'v1', and teacher.revision, where it belongs now, is 'v2': leave one of them out"):
+    with pytest.raises(RequestError, match="revision is 'v1', and teacher.revision, where it belongs now, is 'v2': "
+                       "leave one of them out"):
         Recipe.load(written | {"teacher": {"base": "owner/name", "revision": "v2"}, "revision": "v1"})
     set_ = Recipe.load(written, {"revision": "v1"}).arguments
     assert set_ == f"recipe --set 'teacher.revision={json.dumps('v1')}'"
@@ -100,5 +109,6 @@ def test_no_stage_changes_what_a_teacher_is(path):
     with pytest.raises(RequestError, match="teacher is no entry of a stage: it is the whole recipe's"):
         Recipe.load(path)
     path.write_text(path.read_text().replace("teacher.variant: ema", "teacher: {base: x}"))
-    with pytest.raises(RequestError, match="teacher of a stage is .*it should be base, the recipe's pipeline, or previous"):
+    with pytest.raises(RequestError, match="teacher of a stage is .*it should be base, the recipe's pipeline, "
+                       "or previous"):
         Recipe.load(path)

@@ -24,8 +24,8 @@ TOY = {"method": "lcm", "teacher": "assets/toy", "student": {"lora": {"rank": 2}
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, code: int, from_step: int) -> None:
-    """Every write to the disk of a checkpoint from this step on: the system's own error. Root may write where others may not, so that
-    rights alone would not show it."""
+    """Every write to the disk of a checkpoint from this step on: the system's own error. Root may write where others
+    may not, so that rights alone would not show it."""
     plain = checkpoints.save_file
 
     def save_file(tensors, path, *rest):
@@ -40,9 +40,11 @@ def fails(monkeypatch: pytest.MonkeyPatch, code: int, from_step: int) -> None:
 def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint(tmp_path, monkeypatch, code):
     run = tmp_path / "run"
     fails(monkeypatch, code, 4)
-    with pytest.raises(Stopped, match=f"the checkpoint of step 4 could not be written.*{os.strerror(code)}.*step-000002 is kept"):
+    with pytest.raises(Stopped, match="the checkpoint of step 4 could not be "
+                       f"written.*{os.strerror(code)}.*step-000002 is kept"):
         stepdistill.train(TOY, out=run)
-    assert [path.name for path in checkpoints.found(run)] == ["step-000002"] and checkpoints.load(checkpoints.latest(run))
+    assert ([path.name for path in checkpoints.found(run)] == ["step-000002"]
+            and checkpoints.load(checkpoints.latest(run)))
     assert not [path for path in run.rglob("*") if path.name.startswith(".")]
     monkeypatch.undo()
     assert checkpoints.latest(stepdistill.train(run / "recipe.yaml", out=run, resume=True)).name == "step-000006"
@@ -65,7 +67,8 @@ def pictures(tmp_path: Path, tiny_teacher: Path) -> dict:
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"pictures/{i}.png")
         (tmp_path / f"pictures/{i}.txt").write_text(f"picture {i}")
-    return TOY | {"teacher": str(tiny_teacher), "data": {"images": str(tmp_path / "pictures"), "batch": 4}, "evaluate": {"nfe": [1]}}
+    return TOY | {"teacher": str(tiny_teacher), "data": {"images": str(tmp_path / "pictures"), "batch": 4},
+                  "evaluate": {"nfe": [1]}}
 
 
 def test_a_picture_that_vanishes_keeps_the_last_checkpoint(tmp_path, pictures, monkeypatch):
@@ -77,7 +80,8 @@ def test_a_picture_that_vanishes_keeps_the_last_checkpoint(tmp_path, pictures, m
                 path.unlink()
     with pytest.raises(RequestError, match="cannot be read as an image .*No such file.*Replace or remove it"):
         stepdistill.train(pictures, out=tmp_path / "run", on_step=on_step)
-    assert checkpoints.latest(tmp_path / "run").name == "step-000002" and checkpoints.load(checkpoints.latest(tmp_path / "run"))
+    assert (checkpoints.latest(tmp_path / "run").name == "step-000002"
+            and checkpoints.load(checkpoints.latest(tmp_path / "run")))
 
 
 def test_a_picture_of_12000_by_12000_is_read(tmp_path):
@@ -86,7 +90,8 @@ def test_a_picture_of_12000_by_12000_is_read(tmp_path):
     image.paste(0, (3000, 3000, 9000, 9000))
     image.save(tmp_path / "large.png", compress_level=1)
     found = read_picture(tmp_path / "large.png", 8)
-    assert found.shape == (3, 8, 8) and torch.allclose(found[:, 3:5, 3:5], torch.tensor(-1.0), atol=0.02) and torch.allclose(found[:, 0], torch.tensor(1.0))
+    assert (found.shape == (3, 8, 8) and torch.allclose(found[:, 3:5, 3:5], torch.tensor(-1.0), atol=0.02)
+            and torch.allclose(found[:, 0], torch.tensor(1.0)))
 
 
 WORKER = """
@@ -107,12 +112,15 @@ cli.answer(lambda: stepdistill.train(recipe, out="run", on_step=on_step))
 def test_a_process_of_two_that_dies_ends_the_other_cleanly(tmp_path):
     """Started by hand, with nobody who would end the other one."""
     (tmp_path / "worker.py").write_text(WORKER.format(recipe=TOY, signal=int(signal.SIGKILL)))
-    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611",
+    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": "29611",
               "WORLD_SIZE": "2"}
-    processes = [subprocess.Popen([sys.executable, "worker.py"], cwd=tmp_path, env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+    processes = [subprocess.Popen([sys.executable, "worker.py"], cwd=tmp_path, env=os.environ | common
+                                  | {"RANK": str(i), "LOCAL_RANK": str(i)},
                                   stderr=subprocess.PIPE, text=True) for i in range(2)]
     began, (_, said) = time.perf_counter(), processes[0].communicate(timeout=500)
     processes[1].communicate()
     assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode == 1, said[-3000:]
     assert "another process of this training has ended" in said and "Traceback" not in said, said[-3000:]
-    assert "step-000002 is kept" in said and checkpoints.load(checkpoints.latest(tmp_path / "run")) and time.perf_counter() - began < 500
+    assert ("step-000002 is kept" in said and checkpoints.load(checkpoints.latest(tmp_path / "run"))
+            and time.perf_counter() - began < 500)

@@ -15,8 +15,10 @@ from stepdistill.run.setup import setup
 LORA = {"lora": {"rank": 2}}
 METHODS = {
     "lcm": {"method": "lcm", "guidance": 3.0, "data": {"images": "shapes", "count": 4, "batch": 2}},
-    "lcm, guidance embedding": {"method": "lcm", "guidance": [2.0, 4.0], "data": {"images": "shapes", "count": 4, "batch": 2}},
-    "dmd2": {"method": "dmd2", "critic": LORA, "guidance": 2.0, "settings": {"gan_weight": 0.0}, "data": {"prompts": ["a red ring"], "batch": 2}},
+    "lcm, guidance embedding": {"method": "lcm", "guidance": [2.0, 4.0],
+                                "data": {"images": "shapes", "count": 4, "batch": 2}},
+    "dmd2": {"method": "dmd2", "critic": LORA, "guidance": 2.0, "settings": {"gan_weight": 0.0},
+             "data": {"prompts": ["a red ring"], "batch": 2}},
 }
 
 
@@ -29,7 +31,8 @@ def sd3(tmp_path_factory):
     return save_tiny_sd3(tmp_path_factory.mktemp("sd3"), call={"max_sequence_length": 0})
 
 
-@pytest.mark.parametrize("name, precision, limit", [*((name, "fp32", 1e-4) for name in METHODS), ("lcm", "bf16", 2**-5), ("dmd2", "fp16", 2**-5)])
+@pytest.mark.parametrize("name, precision, limit", [*((name, "fp32", 1e-4) for name in METHODS), ("lcm", "bf16", 2**-5),
+                                                    ("dmd2", "fp16", 2**-5)])
 def test_the_base_is_called_as_the_student_will_be(tiny_teacher, sd3, name, precision, limit):
     for teacher in (tiny_teacher, sd3):
         run = setup(Recipe.load(recipe(teacher, name, precision=precision)), torch.device("cpu"))
@@ -55,7 +58,8 @@ def test_toy_has_no_pipeline():
 def test_a_pipeline_that_is_not_called_as_we_think_is_refused(tiny_teacher):
     run = setup(Recipe.load(recipe(tiny_teacher)), torch.device("cpu"))
     run.teacher.codec.scale *= 1.5
-    with pytest.raises(RequestError, match=r"teacher is .*, whose stock StableDiffusionPipeline, called with .* differs from our sampler by"):
+    with pytest.raises(RequestError, match=r"teacher is .*, whose stock StableDiffusionPipeline, called with .* "
+                       r"differs from our sampler by"):
         check_first_call(run)
 
 

@@ -1,4 +1,5 @@
-"""Healthy runs of every method, their toy recipes shortened, with a seed that no band was recorded of: the doctor says nothing."""
+"""Healthy runs of every method, their toy recipes shortened, with a seed that no band was recorded of: the doctor says
+nothing."""
 from __future__ import annotations
 
 import pytest
@@ -17,6 +18,8 @@ def test_a_healthy_run_raises_nothing(tmp_path, name):
     recipe = Recipe.load(name)
     updates = max(60, round(SHARE * recipe.train.updates))
     every = updates // LOOKS
-    run = api.train(name, out=tmp_path / "run", **{"train.updates": updates, "train.warmup": min(recipe.train.warmup, updates // 5), "train.seed": 7,
+    run = api.train(name, out=tmp_path / "run",
+                    **{"train.updates": updates, "train.warmup": min(recipe.train.warmup, updates // 5),
+                       "train.seed": 7,
                                                    "train.log_every": every, "train.doctor_every": every})
     assert [finding.words for one in health(run) for finding in (*one.now, *one.was)] == []

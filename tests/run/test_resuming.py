@@ -13,7 +13,8 @@ from stepdistill.recipe import Recipe
 from stepdistill.run import folder
 from stepdistill.training import checkpoints
 
-TOY = {"train.updates": 4, "train.checkpoint_every": 2, "train.log_every": 1, "train.warmup": 0, "train.decay": "constant", "data.batch": 16}
+TOY = {"train.updates": 4, "train.checkpoint_every": 2, "train.log_every": 1, "train.warmup": 0,
+       "train.decay": "constant", "data.batch": 16}
 
 
 def trained(out, resume=False, **entries):
@@ -31,15 +32,18 @@ def test_updates_are_raised_on_the_way_and_written_down(whole, tmp_path):
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     one, other = (checkpoints.load(checkpoints.latest(place)) for place in (run, whole))
     assert all(torch.equal(one[part][name], other[part][name]) for part in one for name in one[part])
-    assert Recipe.load(run / "recipe.yaml").train.updates == 4 and [path.name for path in checkpoints.found(run)] == ["step-000004"]
+    assert (Recipe.load(run / "recipe.yaml").train.updates == 4 and [path.name for path in checkpoints.found(run)]
+            == ["step-000004"])
     assert [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()] == [
-        {"step": 3, "entry": "train.updates", "was": 3, "now": 4}, {"step": 3, "entry": "train.keep", "was": None, "now": 1}]
+        {"step": 3, "entry": "train.updates", "was": 3, "now": 4},
+        {"step": 3, "entry": "train.keep", "was": None, "now": 1}]
     assert (run / "samples/step-000003.png").is_file() and not (run / ".lock").exists()
 
 
 @pytest.mark.parametrize(("entries", "message"), [
     ({"train.updates": 3}, "train.updates is 3, and .* was begun with 4: they can be raised"),
-    ({"train.updates": 9, "train.decay": "cosine"}, "train.decay was 'constant', now 'cosine'.*What may change on the way is train.updates, train.lr"),
+    ({"train.updates": 9, "train.decay": "cosine"}, "train.decay was 'constant', now 'cosine'.*What may change "
+     "on the way is train.updates, train.lr"),
     ({"data.batch": 8, "train.lr": 1.0}, "data.batch was 16, now 8. Resume with"),
     ({"train.seed": 3}, "train.seed was 0, now 3")])
 def test_what_cannot_change_is_refused_and_what_can_is_told(whole, entries, message):

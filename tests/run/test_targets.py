@@ -38,7 +38,8 @@ from stepdistill.run.targets import Opened, call_as_asked, open_target, teachers
 
 
 def test_flows_with_dynamic_shifting_are_served(tmp_path):
-    pipe = StableDiffusion3Pipeline.from_pretrained(save_tiny_sd3(tmp_path / "sd3"), text_encoder_3=None, tokenizer_3=None)
+    pipe = StableDiffusion3Pipeline.from_pretrained(save_tiny_sd3(tmp_path / "sd3"), text_encoder_3=None,
+                                                    tokenizer_3=None)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe.save_pretrained(tmp_path / "dynamic")
     pipe.set_progress_bar_config(disable=True)
@@ -47,7 +48,8 @@ def test_flows_with_dynamic_shifting_are_served(tmp_path):
     assert drawn[0].size == (16, 16)
     target = open_target(tmp_path / "dynamic", "it").target
     call = {"num_inference_steps": 3, "height": 16, "width": 16, "output_type": "pt"}
-    found, known = (p("a red ring", **call, generator=torch.Generator().manual_seed(0)).images for p in (target.pipeline, pipe))
+    found, known = (p("a red ring", **call, generator=torch.Generator().manual_seed(0)).images
+                    for p in (target.pipeline, pipe))
     assert torch.equal(found, known)
 
 
@@ -60,18 +62,23 @@ def test_a_pipeline_that_wants_more_than_a_prompt_is_refused_in_one_message(tmp_
     parts = tiny_pipeline().components
     own = {name: value for name, value in parts["unet"].config.items() if not name.startswith("_")}
     eight = UNet2DConditionModel(**own | {"in_channels": 8})
-    StableDiffusionInstructPix2PixPipeline(**parts | {"unet": eight}, requires_safety_checker=False).save_pretrained(tmp_path / "edit")
-    network = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D",),
+    StableDiffusionInstructPix2PixPipeline(**parts | {"unet": eight},
+                                           requires_safety_checker=False).save_pretrained(tmp_path / "edit")
+    network = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+                          down_block_types=("DownBlock2D",),
                           up_block_types=("UpBlock2D",))
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "alone")
-    for name, said in (("edit", "InstructPix2PixPipeline draws nothing of a prompt alone, as `sample` and `bench` ask it to: `image` input cannot be"),
-                       ("alone", "a network without classes is asked for nothing, by the prompt \"\"; found 'a red ring'")):
+    for name, said in (("edit", "InstructPix2PixPipeline draws nothing of a prompt alone, as `sample` and `bench` "
+                        "ask it to: `image` input cannot be"),
+                       ("alone", "a network without classes is asked for nothing, by the prompt \"\"; found 'a "
+                        "red ring'")):
         with pytest.raises(RequestError, match=said):
             api.sample(tmp_path / name, "a red ring", steps=2)
 
 
 def test_a_kin_that_draws_over_pictures_is_sampled_from_a_prompt(tmp_path):
-    StableDiffusionImg2ImgPipeline(**tiny_pipeline().components, requires_safety_checker=False).save_pretrained(tmp_path / "over")
+    StableDiffusionImg2ImgPipeline(**tiny_pipeline().components,
+                                   requires_safety_checker=False).save_pretrained(tmp_path / "over")
     save_tiny(tmp_path / "plain")
     drawn = [np.asarray(api.sample(tmp_path / name, "a red ring", steps=2)[0]) for name in ("over", "plain")]
     assert np.array_equal(*drawn)
@@ -100,14 +107,17 @@ def test_black_pictures_are_said(tmp_path, capsys):
 def test_a_safety_checker_that_stays_behind_is_said(tmp_path, stepdistill):
     pipe = tiny_pipeline()
     config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=config | {"image_size": 8, "patch_size": 4}, text_config=config, projection_dim=8))
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=config | {"image_size": 8, "patch_size": 4},
+                                                      text_config=config, projection_dim=8))
     pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor(size=8, crop_size=8))
     pipe.save_pretrained(tmp_path / "teacher")
-    run = api.train({"method": "lcm", "teacher": str(tmp_path / "teacher"), "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": 2.0,
+    run = api.train({"method": "lcm", "teacher": str(tmp_path / "teacher"), "student": {"lora": {"rank": 2}},
+                     "steps": 2, "guidance": 2.0,
                      "data": {"images": "shapes", "batch": 2}, "train": {"updates": 1}}, out=tmp_path / "run")
     done = stepdistill("export", run, "--to", "pipeline")
     folder = run / "export" / "pipeline"
-    assert done.returncode == 0 and "without the teacher's safety_checker, which its card says too" in done.stdout, done.stderr
+    assert done.returncode == 0 and "without the teacher's safety_checker, which its card says too" in done.stdout, (
+        done.stderr)
     assert read_settings(folder)["dropped"] == ["safety_checker"]
     assert json.loads((folder / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert f"- not in this folder: `safety_checker` of `{tmp_path / 'teacher'}`" in (folder / "README.md").read_text()
@@ -129,15 +139,18 @@ def test_a_student_is_sampled_in_the_steps_asked_for_or_says_what_it_was_made_fo
     with pytest.raises(RequestError, match="made for 2 steps, which are folded into its weights"):
         call_as_asked(Target("flow map", pipe, "meanflow", FLOW, fixed_steps=True), 4, None, say)
     with pytest.raises(RequestError, match="one was made for 1 steps, at the times"):
-        call_as_asked(Target("one", tiny_pipeline(), "dmd2", {"num_inference_steps": 1, "timesteps": [399]}), 2, None, say)
+        call_as_asked(Target("one", tiny_pipeline(), "dmd2", {"num_inference_steps": 1, "timesteps": [399]}),
+                      2, None, say)
 
 
 def test_a_flow_student_whose_call_takes_no_sigmas_has_its_own_steps_alone():
-    """Its scheduler was made to give the times of that many; a few-step pipeline of others has a scheduler of its own."""
+    """Its scheduler was made to give the times of that many; a few-step pipeline of others has a scheduler of its
+    own."""
     call = {"num_inference_steps": 2, "guidance_scale": 1.0}
     ours, theirs = Target("ours", tiny_sd3(), "lcm", call), Target("theirs", tiny_sd3(), call=call)
     assert call_as_asked(ours, 2, None, pytest.fail) == call
-    with pytest.raises(RequestError, match="ours was made for 2 steps, whose times its scheduler was made to give: it cannot be sampled in 4"):
+    with pytest.raises(RequestError, match="ours was made for 2 steps, whose times its scheduler was made to give: "
+                       "it cannot be sampled in 4"):
         call_as_asked(ours, 4, None, pytest.fail)
     assert call_as_asked(theirs, 4, None, pytest.fail) == call | {"num_inference_steps": 4}
     said = []
@@ -146,8 +159,10 @@ def test_a_flow_student_whose_call_takes_no_sigmas_has_its_own_steps_alone():
 
 def test_a_bench_runs_a_flow_student_at_each_count():
     said = []
-    rows = plans(Target("even", tiny_sd3(), "dmd2", FLOW, given={"max_sequence_length": 0}), [1, 2, 4], [], [], said.append)
-    assert [(row.nfe, row.call["sigmas"]) for row in rows] == [(1, [1.0]), (2, [1.0, 0.5]), (4, [1.0, 0.75, 0.5, 0.25])] and not said
+    rows = plans(Target("even", tiny_sd3(), "dmd2", FLOW, given={"max_sequence_length": 0}), [1, 2, 4], [], [],
+                 said.append)
+    assert [(row.nfe, row.call["sigmas"]) for row in rows] == [(1, [1.0]), (2, [1.0, 0.5]),
+                                                               (4, [1.0, 0.75, 0.5, 0.25])] and not said
     assert [evaluations(row) for row in rows] == [1, 2, 4]
 
 
@@ -156,7 +171,8 @@ def test_guidance_is_what_was_trained_or_a_note():
     student = Target("student", tiny_pipeline(), "lcm", call, trained=3.0)
     assert call_as_asked(student, None, 1.0, said.append) == call and not said
     assert call_as_asked(student, None, 2.0, said.append)["guidance_scale"] == 2.0
-    assert said == ["student was trained in with a guidance scale of 3: 2 guides it once more, at two evaluations a step"]
+    assert said == ["student was trained in with a guidance scale of 3: 2 guides it once more, at two "
+                    "evaluations a step"]
     for w in (-3.0, 0.5, float("nan")):
         with pytest.raises(RequestError, match="should be at least 1, which is none"):
             call_as_asked(student, None, w, said.append)
@@ -165,7 +181,8 @@ def test_guidance_is_what_was_trained_or_a_note():
     reads.register_modules(unet=UNet2DConditionModel(**config | {"time_cond_proj_dim": 256}))
     told = Target("told", reads, "lcm", call, trained=(1.0, 4.0))
     assert call_as_asked(told, None, 4.0, said.append)["guidance_scale"] == 4.0
-    with pytest.raises(RequestError, match="told was trained for a guidance scale of 1 to 4, which its network reads; asked for was 5"):
+    with pytest.raises(RequestError, match="told was trained for a guidance scale of 1 to 4, which its network "
+                       "reads; asked for was 5"):
         call_as_asked(told, None, 5.0, said.append)
 
 
@@ -178,30 +195,36 @@ def test_prompts_that_are_cut_are_counted_in_one_line(tmp_path, capsys):
     assert cut(StableDiffusion3Pipeline, tiny_sd3(t5=True).components, ["a " * 255, "a " * 256], {}) == (1, 256)
     api.sample(folder, [long, "a", long], steps=1)
     said = [line for line in capsys.readouterr().err.splitlines() if "prompts are longer" in line]
-    assert [line[9:] for line in said] == [f"2 of 3 prompts are longer than the {limit} tokens that a StableDiffusionPipeline reads: the rest of "
-                                           "them has no effect"]
+    assert [line[9:] for line in said] == [f"2 of 3 prompts are longer than the {limit} tokens that a "
+                                           "StableDiffusionPipeline reads: the rest of them has no effect"]
 
 
 def test_a_teacher_that_cannot_be_loaded_does_not_refuse_its_student(tmp_path):
-    opened, said = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"), Source(str(tmp_path / "gone")), 2.0), []
-    assert teachers([opened], said.append) == [] and "does not stand beside its student: there is no folder or file" in said[0]
+    opened, said = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"),
+                          Source(str(tmp_path / "gone")), 2.0), []
+    assert (teachers([opened], said.append) == [] and "does not stand beside its student: there is no "
+            "folder or file" in said[0])
 
 
 def test_the_teacher_of_a_student_stands_at_its_best(monkeypatch):
-    """At few evaluations an unguided teacher has twice the steps: at the student's scale alone it would be a strawman."""
+    """At few evaluations an unguided teacher has twice the steps: at the student's scale alone it would be a
+    strawman."""
     asked = []
     opened = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"), Source("there"), 2.0)
     monkeypatch.setattr(api, "open_target", lambda target, called, few_step, say, plugins: opened)
     monkeypatch.setattr(api, "teachers", lambda opened, say: [])
-    monkeypatch.setattr(api.sweep, "bench", lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
+    monkeypatch.setattr(api.sweep, "bench",
+                        lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
     api.bench("here", reference="shapes")
     api.bench("here", reference="shapes", guidance=[3.0])
     assert asked == [(1.0, 2.0), (3.0,)]
 
 
-@pytest.mark.parametrize("scheduler,few", [(LCMScheduler, True), (TCDScheduler, True), (DDIMScheduler, False), (EulerDiscreteScheduler, False)])
+@pytest.mark.parametrize("scheduler,few", [(LCMScheduler, True), (TCDScheduler, True), (DDIMScheduler, False),
+                                           (EulerDiscreteScheduler, False)])
 def test_few_step_pipelines_of_others_keep_their_scheduler(tmp_path, scheduler, few):
-    """Merged LCM and TCD show by their schedulers; of a merged Lightning, whose scheduler is a common one, it must be said."""
+    """Merged LCM and TCD show by their schedulers; of a merged Lightning, whose scheduler is a common one, it must be
+    said."""
     pipe = tiny_pipeline()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "theirs")
@@ -215,5 +238,6 @@ def test_few_step_pipelines_of_others_keep_their_scheduler(tmp_path, scheduler, 
     assert [evaluations(row) for row in rows] == [1, 2, 4]
     call = {"num_inference_steps": 4, "guidance_scale": 1.0}
     drawn = rows[-1].images(["a red ring"], torch.tensor([0]), 0)
-    known = pipe("a red ring", **call, generator=torch.Generator().manual_seed(key(0, "sample", 0)), output_type="pt").images * 2 - 1
+    known = pipe("a red ring", **call, generator=torch.Generator().manual_seed(key(0, "sample", 0)),
+                 output_type="pt").images * 2 - 1
     torch.testing.assert_close(drawn, known, atol=1e-5, rtol=0)

@@ -1,4 +1,5 @@
-"""The benchmark on CIFAR-10, small and on the CPU: its pictures, its two networks, its distances, and its pieces one after another."""
+"""The benchmark on CIFAR-10, small and on the CPU: its pictures, its two networks, its distances, and its pieces one
+after another."""
 from __future__ import annotations
 
 import json
@@ -39,8 +40,10 @@ ROWS = {"classifier", "real", "teacher", "scm 1", "scm 2", "scm 4", "dmd2 1"}
 
 
 def script(*args: object, **environment: object) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in environment.items()}}
-    return subprocess.run(["bash", ROOT / "scripts/gpu/cifar.sh", *map(str, args)], env=env, capture_output=True, text=True, timeout=500)
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+           **{k: str(v) for k, v in environment.items()}}
+    return subprocess.run(["bash", ROOT / "scripts/gpu/cifar.sh", *map(str, args)], env=env, capture_output=True,
+                          text=True, timeout=500)
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:
@@ -59,7 +62,7 @@ def teacher(pictures, tmp_path_factory):
     return folder
 
 
-# -- its pieces ---------------------------------------------------------------------------------------------------------
+# -- its pieces --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.long
 def test_a_tiny_run_goes_on_where_it_stopped(tmp_path):
@@ -77,20 +80,23 @@ def test_a_tiny_run_goes_on_where_it_stopped(tmp_path):
     table = runpy.run_path(str(ROOT / "scripts/make_docs.py"))["cifar_table"](found["figures"]).splitlines()
     assert f"| `scm` | 4 | {few['fd']['value']:.2f} (" in table[-2] and table[-1].startswith("| `dmd2` | 1 |")
     carried = tmp_path / "carried"
-    assert load_file(carried / "teacher/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
+    assert (load_file(carried / "teacher/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype
+            == torch.float16)
 
     done = script("--tiny", "--work", tmp_path / "work", "--teacher-images", 64, "--students", "scm", **places)
     assert done.returncode == 0 and "classifier: update" not in done.stdout, done.stdout + done.stderr[-2000:]
     again = json.loads((tmp_path / "cifar.json").read_text())["figures"]
     assert again["teacher"] | {"seconds": 0, "fd": 0, "device": 0} == found["figures"]["teacher"] | {
         "seconds": 0, "fd": 0, "device": 0, "calls": 2, "teacher_images": 64}
-    assert again["classifier"]["accuracy"] == found["figures"]["classifier"]["accuracy"] and again["real"] == found["figures"]["real"]
+    assert (again["classifier"]["accuracy"] == found["figures"]["classifier"]["accuracy"]
+            and again["real"] == found["figures"]["real"])
     assert again["teacher"]["fd"] != found["figures"]["teacher"]["fd"] and again["scm 1"]["teacher_images"] == 64
 
 
 def test_without_pictures_it_says_where_they_are_wanted(tmp_path):
     done = script("--tiny", "--data", tmp_path / "cifar10-train.parquet", "--work", tmp_path)
-    assert done.returncode == 1 and f"missing: {tmp_path / 'cifar10-train.parquet'} is no file" in done.stderr and "--data PATH" in done.stderr
+    assert (done.returncode == 1 and f"missing: {tmp_path / 'cifar10-train.parquet'} is no file" in done.stderr
+            and "--data PATH" in done.stderr)
 
 
 def test_without_a_card_it_says_so(tmp_path):
@@ -144,14 +150,15 @@ def test_the_alarm_is_ctrl_c_and_is_off_afterwards():
     time.sleep(0.3)
 
 
-# -- its networks -------------------------------------------------------------------------------------------------------
+# -- its networks ------------------------------------------------------------------------------------------------------
 
 def test_what_is_carried_is_small_at_the_real_sizes(tmp_path):
     """On disk, with the files' heads."""
     sizes = training.Sizes()
     network = training.teacher_network(sizes)
     training.save_teacher(network, tmp_path / "teacher", training.Progress())
-    state = {name: value.half() if value.is_floating_point() else value for name, value in training.Classifier(sizes.classifier).state_dict().items()}
+    state = {name: value.half() if value.is_floating_point() else value
+             for name, value in training.Classifier(sizes.classifier).state_dict().items()}
     training.save_file(state, tmp_path / "classifier.safetensors")
     assert cifar.parameters(network) <= 7e6
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 12e6
@@ -188,11 +195,13 @@ def test_weights_that_are_not_finite_are_not_written(teacher):
         network.conv_in.bias[0] = float("nan")
     with pytest.raises(SystemExit, match="not finite after 9 pictures"):
         training.save_teacher(network, teacher, training.Progress(images=9))
-    assert (teacher / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before and training.Progress.of(teacher).images == 32
+    assert ((teacher / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+            and training.Progress.of(teacher).images == 32)
 
 
 def test_the_loss_is_that_of_edm():
-    """lambda(sigma) |D(x + n) - x|^2 with lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, of a network that says cos of what it reads."""
+    """lambda(sigma) |D(x + n) - x|^2 with lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, of a network that
+    says cos of what it reads."""
     seen = []
 
     def network(scaled, noise, labels, return_dict):
@@ -204,7 +213,8 @@ def test_the_loss_is_that_of_edm():
     sigma = (noise / 250).exp()[:, None, None, None]
     noised = scaled * (sigma ** 2 + 0.25).sqrt()
     denoised = noised * 0.25 / (sigma ** 2 + 0.25) + sigma * 0.5 / (sigma ** 2 + 0.25).sqrt() * scaled.cos()
-    torch.testing.assert_close(found, ((sigma ** 2 + 0.25) / (sigma * 0.5) ** 2 * (denoised - x) ** 2).mean(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(found, ((sigma ** 2 + 0.25) / (sigma * 0.5) ** 2 * (denoised - x) ** 2).mean(),
+                               rtol=2e-3, atol=0)
     assert noise.std() / 250 == pytest.approx(1.2, rel=0.25) and noise.mean() / 250 == pytest.approx(-1.2, abs=0.5)
 
 
@@ -217,7 +227,7 @@ def test_the_average_has_the_half_life_that_it_says():
     assert not first.weight.grad_fn
 
 
-# -- its pictures -------------------------------------------------------------------------------------------------------
+# -- its pictures ------------------------------------------------------------------------------------------------------
 
 def test_pictures_of_a_parquet_and_of_an_npz_are_the_same(tmp_path, pictures):
     pa = pytest.importorskip("pyarrow")
@@ -259,7 +269,7 @@ def test_the_folder_holds_the_pictures_by_class(pictures, tmp_path):
     assert np.array_equal(found, pictures.pixels[17].permute(1, 2, 0).numpy())
 
 
-# -- its distances ------------------------------------------------------------------------------------------------------
+# -- its distances -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def features(pictures):
@@ -270,7 +280,8 @@ def features(pictures):
 def test_of_equal_sets_the_distance_is_0(features):
     once = measure._moments(features, torch.ones(len(features), dtype=torch.float64))
     torch.testing.assert_close(once.covariance, Moments.of(features).covariance)
-    assert frechet(once.mean, once.covariance, Moments.of(features)).item() == pytest.approx(0, abs=1e-6 * once.covariance.trace().item())
+    assert (frechet(once.mean, once.covariance, Moments.of(features)).item()
+            == pytest.approx(0, abs=1e-6 * once.covariance.trace().item()))
 
 
 def test_of_gaussians_of_the_features_the_distance_is_the_closed_form(features):
@@ -307,7 +318,8 @@ def test_the_ratios_interval_holds_the_true_ratio_19_times_in_20(monkeypatch, pa
         held += found.low < truth < found.high
         values.append(found.value)
         halves.append((found.high - found.low) / 2)
-    assert held >= 52                                    # of 60: 57 are expected, and fewer than 52 come once in 100 such tests
+    # of 60: 57 are expected, and fewer than 52 come once in 100 such tests
+    assert held >= 52
     spread = torch.tensor(values).std().item()
     assert sum(halves) / trials / 1.96 == pytest.approx(spread, rel=0.3)
 

@@ -14,12 +14,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 SMOKE = ("test_draws_are_the_cpus", "test_a_student_is_sampled_as_on_the_cpu", "test_methods_train[dmd2-fp16]",
          "test_a_resumed_run_is_the_same_run_to_the_bit[lcm-bf16]")
-FIGURES = {"smoke": set(SMOKE), "memory": {"tiny lcm lora", "tiny dmd2 lora"}, "throughput": {"tiny lcm", "tiny dmd2"}, "world": {"lcm 0"}}
+FIGURES = {"smoke": set(SMOKE), "memory": {"tiny lcm lora", "tiny dmd2 lora"}, "throughput": {"tiny lcm", "tiny dmd2"},
+           "world": {"lcm 0"}}
 
 
 def script(name: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(["bash", ROOT / "scripts/gpu" / f"{name}.sh", *args], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(["bash", ROOT / "scripts/gpu" / f"{name}.sh", *args], env=env, capture_output=True, text=True,
+                          timeout=300)
 
 
 @pytest.mark.long
@@ -49,7 +51,8 @@ def test_the_tiny_config_makes_a_network_of_its_size():
     assert sum(p.numel() for p in network.parameters()) == config["parameters"]
 
 
-@pytest.mark.parametrize("name", ["sd15", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd35-medium", "flux2-klein-4b", "z-image"))])
+@pytest.mark.parametrize("name", ["sd15", *(pytest.param(name, marks=pytest.mark.long)
+                                            for name in ("sd35-medium", "flux2-klein-4b", "z-image"))])
 def test_a_folder_of_a_real_model_is_planned(name, tmp_path, monkeypatch):
     """Its encoders are thin and of the right width: conditions have the published shapes."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts/gpu"))

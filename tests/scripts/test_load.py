@@ -19,10 +19,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.long
 def test_it_measures_both(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "STEPDISTILL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "scripts/load.py", "--prompts", "400", "--pictures", "60", "--updates", "6"], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, "scripts/load.py", "--prompts", "400", "--pictures", "60", "--updates", "6"],
+                          cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=580)
     lines = done.stdout.splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["400 prompts", "60 pictures"] and "first update after" in lines[1], done.stderr[-2000:]
+    assert [line.split(": ")[0] for line in lines] == ["400 prompts", "60 pictures"] and "first update after" in lines[
+        1], done.stderr[-2000:]
 
 
 def test_very_many_prompts_are_encoded_as_they_come_and_named_by_a_digest(tmp_path, monkeypatch):
@@ -30,7 +32,8 @@ def test_very_many_prompts_are_encoded_as_they_come_and_named_by_a_digest(tmp_pa
 
     def encode(texts: list[str]) -> Condition:
         asked.append(len(texts))
-        return Condition(label=torch.tensor([len(one) for one in texts]), null=Condition(label=torch.zeros(1, dtype=torch.int64)))
+        return Condition(label=torch.tensor([len(one) for one in texts]),
+                         null=Condition(label=torch.zeros(1, dtype=torch.int64)))
 
     many = tuple(f"number {i}" for i in range(200_000))
     found = text.stored_text(many, encode, "encoder", Cache(tmp_path))

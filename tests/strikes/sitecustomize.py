@@ -1,7 +1,9 @@
-"""Imported by every Python whose PYTHONPATH names this folder: it dies, as of SIGKILL, at one call that brings something to the disk.
+"""Imported by every Python whose PYTHONPATH names this folder: it dies, as of SIGKILL, at one call that brings
+something to the disk.
 
-STRIKE="fsync 7" kills the process at its seventh os.fsync: what is written aside is not whole yet; "replace 2" at its second os.replace
-or rename, before the new file takes its name; "rmtree 1" at a removal. STRIKES=FILE leaves there how many of each there were.
+STRIKE="fsync 7" kills the process at its seventh os.fsync: what is written aside is not whole yet; "replace 2" at its
+second os.replace or rename, before the new file takes its name; "rmtree 1" at a removal. STRIKES=FILE leaves there how
+many of each there were.
 """
 from __future__ import annotations
 

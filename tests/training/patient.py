@@ -19,7 +19,8 @@ from stepdistill.training.doctor import Doctor, Orders, Patient
 from .toy import ToyRoles
 
 SHAPE, PROMPTS, EACH, SIZE = (2, 4, 4), 4, 4, 32
-Taught = Callable[[Tensor, Tensor, float], Tensor]         # noise (B, ...), label (B,), progress -> what the student is to give
+# noise (B, ...), label (B,), progress -> what the student is to give
+Taught = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def right(noise: Tensor, label: Tensor, progress: float = 0.0) -> Tensor:
@@ -36,7 +37,8 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.own, self.told = nn.Linear(SIZE, SIZE), nn.Embedding.from_pretrained(0.5 * patterns().flatten(1), freeze=False)
+        self.own, self.told = nn.Linear(SIZE, SIZE), nn.Embedding.from_pretrained(0.5 * patterns().flatten(1),
+                                                                                  freeze=False)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
         return (self.own(noise.flatten(1)) + self.told(label)).reshape(noise.shape)
@@ -81,7 +83,8 @@ class Base:
         return Prediction(self.network(x_t.flatten(1)).reshape(x_t.shape), x_t, t, self.schedule, "x0")
 
 
-def small_run(folder: Path, taught: Taught = right, then: str = "warn", facts: dict | None = None, bands: dict | None = None, updates: int = 60,
+def small_run(folder: Path, taught: Taught = right, then: str = "warn", facts: dict | None = None,
+              bands: dict | None = None, updates: int = 60,
               every: int = 4, **config) -> tuple[Trainer, Doctor]:
     """A trainer that has a doctor. Its teacher is `right`, its base a network that nobody is to touch."""
     folder.mkdir(exist_ok=True)
@@ -92,9 +95,11 @@ def small_run(folder: Path, taught: Taught = right, then: str = "warn", facts: d
     trainer = Trainer(Showing({"taught": taught}, roles, 1.0, None), roles, Labels(), config, folder)
     label = torch.arange(PROMPTS).repeat_interleave(EACH)
     noise = torch.randn(EACH, *SHAPE, generator=torch.Generator().manual_seed(2)).repeat(PROMPTS, 1, 1, 1)
-    patient = Patient(PROMPTS, noise, Condition(label=label), sample=lambda: roles["student"](noise, label).detach(), teacher=lambda: right(noise, label),
+    patient = Patient(PROMPTS, noise, Condition(label=label), sample=lambda: roles["student"](noise, label).detach(),
+                      teacher=lambda: right(noise, label),
                       base=Base(roles["teacher"]), frozen=list(roles["teacher"].parameters()))
-    orders = Orders(every, then, bands or {}, {"updates": updates, "guidance": 1.0, "train.lr": config.lr} | (facts or {}))
+    orders = Orders(every, then, bands or {}, {"updates": updates, "guidance": 1.0, "train.lr": config.lr}
+                    | (facts or {}))
     doctor = Doctor(trainer, patient, orders)
     trainer.hear(doctor, doctor.start)
     return trainer, doctor

@@ -17,10 +17,13 @@ ROLES = ("student", "critic", "discriminator", "ema")
 
 
 def recipe(teacher, **changes):
-    made = {"method": "dmd2", "teacher": str(teacher), "student": {"lora": {"rank": 4}}, "critic": {"lora": {"rank": 2}, "lr": 5e-3},
+    made = {"method": "dmd2", "teacher": str(teacher), "student": {"lora": {"rank": 4}},
+            "critic": {"lora": {"rank": 2}, "lr": 5e-3},
             "discriminator": {"features": ["up_blocks.0", "mid_block"], "lr": 2e-3}, "guidance": 2.0, "steps": 2,
-            "settings": {"critic_steps": 2, "gan_weight": 0.1, "critic_gan_weight": 0.1}, "data": {"images": "shapes", "batch": 4},
-            "train": {"updates": 2, "lr": 1e-3, "warmup": 2, "ema": 0.9, "log_every": 1, "gradient_checkpointing": True},
+            "settings": {"critic_steps": 2, "gan_weight": 0.1, "critic_gan_weight": 0.1},
+            "data": {"images": "shapes", "batch": 4},
+            "train": {"updates": 2, "lr": 1e-3, "warmup": 2, "ema": 0.9, "log_every": 1,
+                      "gradient_checkpointing": True},
             "evaluate": {"nfe": [1], "samples": 2}}
     return made | {key: made[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
 
@@ -30,7 +33,8 @@ def states(roles):
 
 
 def moved(before, after):
-    return {name: [key for key in before[name] if not torch.equal(before[name][key], after[name][key])] for name in before}
+    return {name: [key for key in before[name] if not torch.equal(before[name][key], after[name][key])]
+            for name in before}
 
 
 def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkeypatch):
@@ -38,7 +42,8 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
 
     def watched(trainer, update, *rest):
         network = trainer.roles.teacher.network
-        before, base = states(trainer.roles), {key: value.clone() for key, value in network.state_dict().items() if ".lora_" not in key}
+        before, base = states(trainer.roles), {key: value.clone() for key, value in network.state_dict().items()
+                                               if ".lora_" not in key}
         run(trainer, update, *rest)
         changed = moved(before, states(trainer.roles))
         seen.append((update.name, {name: len(keys) / len(before[name]) for name, keys in changed.items() if keys}))
@@ -65,7 +70,8 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
     assert api.open_target(folder, "student").guidance == 2.0
 
 
-@pytest.mark.parametrize("changes", [{"student": "full", "critic": "full"}, {"train": {"precision": "bf16", "accumulate": 2}}],
+@pytest.mark.parametrize("changes",
+                         [{"student": "full", "critic": "full"}, {"train": {"precision": "bf16", "accumulate": 2}}],
                          ids=["full", "lora bf16"])
 def test_a_resumed_run_is_the_same_run(tiny_teacher, tmp_path, changes):
     entries = recipe(tiny_teacher, **changes)
@@ -75,7 +81,8 @@ def test_a_resumed_run_is_the_same_run(tiny_teacher, tmp_path, changes):
     shutil.rmtree(part / "checkpoints/step-000002")
     api.train(entries, out=part, resume=True, **{"train.checkpoint_every": 1})
     one, two = (checkpoints.load(checkpoints.latest(folder)) for folder in (whole, part))
-    assert one.keys() == two.keys() and all(torch.equal(one[name][key], two[name][key]) for name in one for key in one[name])
+    assert one.keys() == two.keys() and all(torch.equal(one[name][key], two[name][key]) for name in one
+                                            for key in one[name])
 
 
 WORKER = """
@@ -88,7 +95,8 @@ with unmagnified():
 
 
 def test_two_processes_train_what_one_does(tiny_teacher, tmp_path):
-    """Adapters of a student and a critic on one base, and heads: what DDP around the whole would refuse at the second update."""
+    """Adapters of a student and a critic on one base, and heads: what DDP around the whole would refuse at the second
+    update."""
     rates = {"train": {"lr": 0.1}, "critic": {"lr": 0.1}, "discriminator": {"lr": 0.1}}
     entries = recipe(tiny_teacher, **rates)
     on_two_processes(WORKER, tmp_path, json.dumps(entries))

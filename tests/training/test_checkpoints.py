@@ -41,14 +41,16 @@ def test_damage_is_named(tmp_path, name, damage):
     if damage == "remove":
         path.unlink()
     else:
-        path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+        path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:-3] + bytes([data[-3] ^ 1])
+                         + data[-2:])
     with pytest.raises(RequestError, match=f"{name} is damaged"):
         checkpoints.load(folder)
 
 
 def test_an_absent_role_is_named(tmp_path):
     folder = checkpoints.save(tmp_path, 20, TENSORS)
-    with pytest.raises(RequestError, match="holds no role-ema.safetensors; it holds optimizer-student.safetensors, role-student"):
+    with pytest.raises(RequestError, match="holds no role-ema.safetensors; it holds optimizer-student.safetensors, "
+                       "role-student"):
         checkpoints.load_role(folder, "ema")
 
 
@@ -67,7 +69,8 @@ def test_a_list_of_checksums_has_a_schema(tmp_path, text, message):
 
 def test_foreign_names_are_left_alone(tmp_path):
     folder = checkpoints.save(tmp_path, 20, TENSORS)
-    for name in ("step-abc", "step-000030.bak", "step-30", "step-0000030", ".step-000040.partial", "damaged-1-step-000050"):
+    for name in ("step-abc", "step-000030.bak", "step-30", "step-0000030", ".step-000040.partial",
+                 "damaged-1-step-000050"):
         (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints/step-000060").write_text("a file")
     assert checkpoints.latest(tmp_path) == folder and checkpoints.found(tmp_path) == [folder]
@@ -82,7 +85,8 @@ def test_the_newest_that_can_be_used_is_taken(tmp_path, caplog):
     use = lambda folder: checkpoints.load_role(folder, "student")
     folder, state = checkpoints.newest(tmp_path, use)
     assert folder.name == "step-000010" and torch.equal(state["a"], TENSORS["role-student"]["a"])
-    assert "step-000030/role-student.safetensors is damaged" in caplog.text and "is of step 20. It is skipped: step-000010 is taken" in caplog.text
+    assert ("step-000030/role-student.safetensors is damaged" in caplog.text and "is of step 20. It is skipped: "
+            "step-000010 is taken" in caplog.text)
     assert checkpoints.newest(tmp_path, use, aside=True)[0] == folder
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "damaged-1-step-000030", "damaged-1-step-000040", "step-000010"]
@@ -97,6 +101,7 @@ def test_the_newest_are_kept(tmp_path):
     for step in (10, 20, 30, 40):
         checkpoints.save(tmp_path, step, TENSORS)
     checkpoints.prune(tmp_path, 30, 2)
-    assert [folder.name for folder in checkpoints.found(tmp_path)] == ["step-000040", "step-000030", "step-000020"], "40 is of nobody here"
+    assert [folder.name for folder in checkpoints.found(tmp_path)] == ["step-000040", "step-000030", "step-000020"], (
+        "40 is of nobody here")
     checkpoints.prune(tmp_path, 40, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000040"]

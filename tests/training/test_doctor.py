@@ -1,5 +1,5 @@
-"""The doctor of a run: each sickness is caused in a small real training and named, a healthy one raises nothing, and training is the
-same to the bit with it and without."""
+"""The doctor of a run: each sickness is caused in a small real training and named, a healthy one raises nothing, and
+training is the same to the bit with it and without."""
 from __future__ import annotations
 
 import json
@@ -16,8 +16,10 @@ from stepdistill.training.tracking import truncate
 from .patient import PROMPTS, right, small_run, with_patient
 
 # of healthy runs of this student: test_healthy holds that it keeps them
-BANDS = {"diversity/student": [0.5, 1.5], "spread/student": [0.5, 1.5], "detail/student": [0.5, 1.5], "following/student": [0.5, 1.0],
-         "offset/student": [0.0, 0.3], "saturation/student": [0.0, 0.1], "moved/student": [0.0, 0.1], "clipped/student": [0.0, 0.9]}
+BANDS = {"diversity/student": [0.5, 1.5], "spread/student": [0.5, 1.5], "detail/student": [0.5, 1.5],
+         "following/student": [0.5, 1.0],
+         "offset/student": [0.0, 0.3], "saturation/student": [0.0, 0.1], "moved/student": [0.0, 0.1],
+         "clipped/student": [0.0, 0.9]}
 
 
 def rows(folder):
@@ -39,7 +41,8 @@ def test_a_healthy_run_raises_nothing(tmp_path, caplog):
     assert said == [] and found == set()
     last = rows(tmp_path)[-1]
     assert [row["step"] for row in rows(tmp_path)] == list(range(0, 61, 4))
-    assert last["diversity/student"] == pytest.approx(1, abs=0.1) and last["following/student"] > 0.98 and last["detail/student"] == pytest.approx(1, abs=0.1)
+    assert (last["diversity/student"] == pytest.approx(1, abs=0.1) and last["following/student"] > 0.98
+            and last["detail/student"] == pytest.approx(1, abs=0.1))
     assert last["leak/teacher"] == last["drift/teacher"] == 0 and last["unheard/student"] == 0
 
 
@@ -67,7 +70,8 @@ def test_a_student_that_is_taught_wrongly(tmp_path, caplog, taught, name):
 
 
 def test_a_slow_collapse_of_diversity_is_said_before_the_band_is_left(tmp_path, caplog):
-    said, _ = treated(tmp_path, caplog, taught=fewer_and_fewer, updates=120, bands=BANDS | {"diversity/student": [0.1, 1.5], "spread/student": [0.1, 1.5]})
+    said, _ = treated(tmp_path, caplog, taught=fewer_and_fewer, updates=120,
+                      bands=BANDS | {"diversity/student": [0.1, 1.5], "spread/student": [0.1, 1.5]})
     assert "diversity falls: " in said[0]
     step = int(said[0].split(":")[0].removeprefix("step "))
     assert next(row for row in rows(tmp_path) if row["step"] == step)["diversity/student"] > 0.1
@@ -94,7 +98,8 @@ def test_a_gradient_that_leaks_into_the_teacher(tmp_path, caplog):
         base = trainer.roles["teacher"].requires_grad_(True)
         loss = trainer.updates[0].loss
         object.__setattr__(trainer.updates[0], "loss", lambda batch, step: loss(batch, step) | {
-            "leak": 0.1 * (base(trainer.roles["student"](step.normal("more", (2, 4, 4)), batch.cond.label).flatten(1))).square().mean()})
+            "leak": 0.1 * (base(trainer.roles["student"](step.normal("more", (2, 4, 4)),
+                                                         batch.cond.label).flatten(1))).square().mean()})
     said, found = treated(tmp_path, caplog, prepare=leak)
     assert "gradients reach the teacher" in found and "the teacher changes" not in found
 
@@ -103,7 +108,8 @@ def test_a_teacher_that_is_trained_with_the_student(tmp_path, caplog):
     def tied(trainer, doctor):
         optimizer = trainer.optimizers["student"]
         optimizer.adamw.add_param_group({"params": list(trainer.roles["teacher"].requires_grad_(True).parameters())})
-        trainer.on_step.insert(0, lambda step: [p.add_(0.01) for p in trainer.roles["teacher"].requires_grad_(False).parameters()])
+        trainer.on_step.insert(0, lambda step: [p.add_(0.01)
+                                                for p in trainer.roles["teacher"].requires_grad_(False).parameters()])
     _, found = treated(tmp_path, caplog, prepare=tied)
     assert "the teacher changes" in found
 
@@ -141,23 +147,27 @@ def test_its_rows_are_cut_to_the_step_that_is_gone_on_from(tmp_path):
     (tmp_path / "parts/checkpoints/step-000016").rename(tmp_path / "gone")
     small_run(tmp_path / "parts", updates=24, checkpoint_every=8)[0].train(resume=True)
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
-    held = ("changed/", "unheard/")                    # against the look before, which the first one after a resumption has not
+    # against the look before, which the first one after a resumption has not
+    held = ("changed/", "unheard/")
     assert [row["step"] for row in whole] == [row["step"] for row in parts] == [0, 4, 8, 12, 16, 20, 24]
     for one, two in zip(whole, parts, strict=True):
-        assert {k: v for k, v in one.items() if not k.startswith(held)} == {k: v for k, v in two.items() if not k.startswith(held)}
+        assert {k: v for k, v in one.items() if not k.startswith(held)} == {k: v for k, v in two.items()
+                                                                            if not k.startswith(held)}
 
 
 def test_the_end_of_a_long_log_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.training.doctor.TAIL", 60)
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": i, "student/match": 0.5}) + "\n" for i in range(1, 9)) + '{"step": 9, "stud')
+    path.write_text("".join(json.dumps({"step": i, "student/match": 0.5}) + "\n" for i in range(1, 9))
+                    + '{"step": 9, "stud')
     assert [row["step"] for row in tail(path)] == [8] and tail(tmp_path / "none") == []
 
 
 # -- what is done about it -------------------------------------------------------------------------------------------
 
 def test_stop(tmp_path, caplog):
-    with pytest.raises(Stopped, match=r"^stopped after step \d+, as train.doctor asks: wrong captions: .*\(since step \d+\). What helps: .* is kept"):
+    with pytest.raises(Stopped, match=r"^stopped after step \d+, as train.doctor asks: wrong captions: .*\(since "
+                       r"step \d+\). What helps: .* is kept"):
         treated(tmp_path, caplog, taught=captions_of_others, then="stop", checkpoint_every=10)
     assert len(rows(tmp_path)) < 16 and checkpoints.latest(tmp_path) is not None
 

@@ -53,7 +53,8 @@ def crash_at(step):
 def test_order_of_updates(tmp_path):
     t = trainer(tmp_path, updates=3, accumulate=2)
     t.train()
-    step = lambda i: ([(i, "critic", repeat, 0, 1, micro, 2) for repeat in (0, 1) for micro in (0, 1)] if i != 1 else []) + [
+    step = lambda i: ([(i, "critic", repeat, 0, 1, micro, 2) for repeat in (0, 1) for micro in (0, 1)] if i != 1
+                      else []) + [
         (i, "student", 0, 0, 1, micro, 2) for micro in (0, 1)]
     assert t.stream.asked == step(0) + step(1) + step(2)
     assert t.roles.followed == ["critic", "critic", "student", "student", "critic", "critic", "student"]
@@ -91,7 +92,8 @@ def test_updates_share_a_batch_and_what_was_kept_of_it(tmp_path):
     t = trainer(tmp_path, method=Sharing, accumulate=2)
     t.step(0)
     seen = t.updates[1].loss.__self__.seen
-    assert [(repeat, shared) for repeat, shared, _ in seen] == [(0, True), (0, True), (1, True), (1, True), (2, False), (2, False)]
+    assert [(repeat, shared) for repeat, shared, _ in seen] == [(0, True), (0, True), (1, True), (1, True),
+                                                                (2, False), (2, False)]
     assert len({noise.flatten()[0].item() for *_, noise in seen}) == 6, "they share the batch, not the noise"
     assert [asked[1:3] for asked in t.stream.asked] == [("student", 0)] * 6 + [("critic", 2)] * 2
 
@@ -184,20 +186,24 @@ def test_learning_rate():
 def test_a_role_may_have_a_rate_of_its_own(tmp_path):
     config = TrainConfig(updates=10, lr=2.0, warmup=2, decay="cosine", rates={"critic": 8.0})
     for i in range(10):
-        assert learning_rate(config, i, "critic") == 4 * learning_rate(config, i, "student") == 4 * learning_rate(config, i)
+        assert (learning_rate(config, i, "critic") == 4 * learning_rate(config, i, "student")
+                == 4 * learning_rate(config, i))
     t = trainer(tmp_path, updates=2, rates={"critic": 0.5}, weight_decay=0.0)
     before = {name: [p.clone() for p in t.roles.parameters(name)] for name in ("student", "critic")}
     t.train()
-    far = {name: max((p - q).abs().max().item() for p, q in zip(t.roles.parameters(name), old)) for name, old in before.items()}
+    far = {name: max((p - q).abs().max().item() for p, q in zip(t.roles.parameters(name), old))
+           for name, old in before.items()}
     assert 0.4 < far["critic"] < 1.1 and far["student"] < 0.021, "a step of AdamW is about its rate"
     assert [(row["lr"], row["lr/critic"]) for row in rows(tmp_path)] == [(1e-2, 0.5)] * 2
-    with pytest.raises(ValueError, match=r"\['discriminator'\] have learning rates, but the updates train \['critic', 'student'\]"):
+    with pytest.raises(ValueError, match=r"\['discriminator'\] have learning rates, but the updates train \['critic', "
+                       r"'student'\]"):
         trainer(tmp_path, rates={"discriminator": 1.0})
     with pytest.raises(ValueError, match=r"train\.lr.*found.*-1"):
         TrainConfig(updates=1, rates={"critic": -1.0})
 
 
-@pytest.mark.parametrize("wrong", [{"updates": 0}, {"accumulate": 0}, {"lr": 0.0}, {"clip": -1.0}, {"warmup": -1}, {"weight_decay": -1.0}, {"checkpoint_every": 0}])
+@pytest.mark.parametrize("wrong", [{"updates": 0}, {"accumulate": 0}, {"lr": 0.0}, {"clip": -1.0}, {"warmup": -1},
+                                   {"weight_decay": -1.0}, {"checkpoint_every": 0}])
 def test_configuration_is_checked(wrong):
     with pytest.raises(ValueError, match=rf"train\.{next(iter(wrong))}.*found"):
         TrainConfig(**{"updates": 1} | wrong)
@@ -211,7 +217,8 @@ def test_deepspeed_is_refused_by_name(monkeypatch):
 
 # -- resuming --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("config", [{}, {"dropout": 0.3, "accumulate": 2}, {"precision": "bf16", "warmup": 5, "decay": "cosine"}])
+@pytest.mark.parametrize("config",
+                         [{}, {"dropout": 0.3, "accumulate": 2}, {"precision": "bf16", "warmup": 5, "decay": "cosine"}])
 def test_a_resumed_run_is_the_same_run(tmp_path, config):
     trainer(tmp_path / "whole", **config).train()
     with pytest.raises(Crash):
@@ -261,19 +268,28 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 def test_damaged_lines_are_named_and_kept_beside(tmp_path, caplog):
     path, text = tmp_path / "metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3, "x": NaN}\n[]\n{"step": 5, "x": 1.5}\n'
     path.write_text(text)
-    assert truncate(path, 5) == [{"step": 1}, {"step": 5, "x": 1.5}] and path.read_text() == '{"step": 1}\n{"step": 5, "x": 1.5}\n'
+    assert (truncate(path, 5) == [{"step": 1}, {"step": 5, "x": 1.5}] and path.read_text() == '{"step": 1}\n{"step": '
+            '5, "x": 1.5}\n')
     assert (tmp_path / "damaged-1-metrics.jsonl").read_text() == text
-    assert "line 2: " in caplog.text and "line 3: it holds NaN" in caplog.text and "damaged-1-metrics.jsonl" in caplog.text
+    assert ("line 2: " in caplog.text and "line 3: it holds NaN" in caplog.text
+            and "damaged-1-metrics.jsonl" in caplog.text)
 
 
 DAMAGES = {
     "a flipped bit": lambda folder: (folder / "role-student.safetensors").write_bytes(
         (folder / "role-student.safetensors").read_bytes()[:-1] + b"!"),
     "a role less": lambda folder: saved_again(folder, lambda found: found.pop("role-critic")),
-    "moments of another shape": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"exp_avg.0": torch.zeros(3)})),
-    "moments of nothing": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"exp_avg.99": torch.zeros(3)})),
-    "other keys": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].update({"weight": torch.zeros(3)})),
-    "half of the moments": lambda folder: saved_again(folder, lambda found: found["optimizer-student"].pop("exp_avg_sq.1")),
+    "moments of another shape": lambda folder: saved_again(folder,
+                                                           lambda found: found["optimizer-student"].update(
+                                                               {"exp_avg.0": torch.zeros(3)})),
+    "moments of nothing": lambda folder: saved_again(folder,
+                                                     lambda found: found["optimizer-student"].update(
+                                                         {"exp_avg.99": torch.zeros(3)})),
+    "other keys": lambda folder: saved_again(folder,
+                                             lambda found: found["optimizer-student"].update(
+                                                 {"weight": torch.zeros(3)})),
+    "half of the moments": lambda folder: saved_again(folder,
+                                                      lambda found: found["optimizer-student"].pop("exp_avg_sq.1")),
 }
 
 
@@ -351,7 +367,8 @@ class Explodes(ToyMethod):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    with pytest.raises(Stopped, match=r"student/match of step 5 is nan.*arises in the loss student/match itself.*step-000004 is kept.*"
+    with pytest.raises(Stopped, match=r"student/match of step 5 is nan.*arises in the loss student/match "
+                       r"itself.*step-000004 is kept.*"
                                       r"--set train.lr=0.005; --set train.clip=0.5\."):
         trainer(tmp_path, method=Explodes, checkpoint_every=2, log_every=20).train()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
@@ -372,7 +389,8 @@ class Far(ToyMethod):
 
 def test_the_module_is_named_in_which_it_arose(tmp_path):
     roles = toy_roles()
-    roles["student"], roles["ema"] = (nn.Sequential(nn.Sequential(nn.Linear(6, 6), Overflows(6, 6)), nn.Linear(6, 6)) for _ in range(2))
+    roles["student"], roles["ema"] = (nn.Sequential(nn.Sequential(nn.Linear(6, 6), Overflows(6, 6)), nn.Linear(6, 6))
+                                      for _ in range(2))
     with pytest.raises(Stopped, match=r"It arises in Sequential\.0\.1 \(Overflows\), with the weights of step-000004"):
         trainer(tmp_path, method=Far, roles=roles, checkpoint_every=2, log_every=20).train()
 
@@ -387,7 +405,8 @@ def test_data_that_are_not_finite_are_named(tmp_path):
         return found
 
     t.stream.batch = damaged
-    with pytest.raises(Stopped, match=r"of step 3 is nan.*The data of samples 21 are not finite. No checkpoint was written yet"):
+    with pytest.raises(Stopped, match=r"of step 3 is nan.*The data of samples 21 are not finite. No checkpoint "
+                       r"was written yet"):
         t.train()
 
 
@@ -397,10 +416,12 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
     def driven(role, step):
         follow(role, step)
-        if t.done == 3:                                    # within the fourth step, whose losses and gradients are finite
+        # within the fourth step, whose losses and gradients are finite
+        if t.done == 3:
             t.roles["student"][0].weight.data[0, 0] = math.inf
     t.roles.follow = driven
-    with pytest.raises(Stopped, match=r"0\.weight of the student is not finite after step 4, which is not saved. .*step-000002 is kept"):
+    with pytest.raises(Stopped, match=r"0\.weight of the student is not finite after step 4, which is not saved. "
+                       r".*step-000002 is kept"):
         t.train()
     assert [folder.name for folder in checkpoints.found(tmp_path)] == ["step-000002"]
 
@@ -422,7 +443,8 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch, error):
         real(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(Stopped, match="step 4 could not be written.*No space left on device.*step-000002 is kept; make room"):
+    with pytest.raises(Stopped, match="step 4 could not be written.*No space left on device.*step-000002 is kept; "
+                       "make room"):
         trainer(tmp_path, checkpoint_every=2).train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.setattr(checkpoints, "save_file", real)

@@ -19,8 +19,10 @@ eight_bits = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip i
 
 
 def stepped(config: TrainConfig, steps: int = 12, saved_at: int | None = None) -> list[torch.Tensor]:
-    """Weights after these steps down a bowl, whose second one is too small for 8 bits; saved and loaded after one of them."""
-    weights = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate([(64, 128), (5,)])]
+    """Weights after these steps down a bowl, whose second one is too small for 8 bits; saved and loaded after one of
+    them."""
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+               for i, shape in enumerate([(64, 128), (5,)])]
     optimizer, scaler = RoleOptimizer(weights, config), GradScaler("cpu", enabled=False)
     for i in range(steps):
         sum((w * w).sum() * (1 + 0.3 * i) for w in weights).backward()
@@ -35,7 +37,8 @@ def stepped(config: TrainConfig, steps: int = 12, saved_at: int | None = None) -
 @eight_bits
 def test_8_bits_step_as_32_do():
     whole, eight = (stepped(TrainConfig(updates=1, optimizer=name, clip=None)) for name in ("adamw", "adamw8bit"))
-    torch.testing.assert_close(eight[1], whole[1], rtol=1e-5, atol=1e-6)                  # below 4096 numbers they are float32
+    # below 4096 numbers they are float32
+    torch.testing.assert_close(eight[1], whole[1], rtol=1e-5, atol=1e-6)
     assert 0 < (eight[0] - whole[0]).abs().max() < 0.02
 
 
@@ -48,7 +51,8 @@ def test_a_saved_optimizer_goes_on_as_if_it_had_not_been(name):
 
 def recipe(teacher, **train) -> dict:
     return {"method": "lcm", "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "steps": 2, "guidance": 3.0,
-            "data": {"images": "shapes", "count": 8, "batch": 2}, "train": {"optimizer": "adamw8bit", "log_every": 1, **train}}
+            "data": {"images": "shapes", "count": 8, "batch": 2},
+            "train": {"optimizer": "adamw8bit", "log_every": 1, **train}}
 
 
 @eight_bits
@@ -56,7 +60,8 @@ def test_a_run_resumes_bit_for_bit(tiny_teacher, tmp_path):
     api.train(recipe(tiny_teacher, updates=4, checkpoint_every=2), out=tmp_path / "whole")
     last = checkpoints.latest(tmp_path / "whole")
     found = checkpoints.load(last)
-    assert found["optimizer-student"]["__bnb_optimizer_quant_state__.state1.0"].numel() and found["optimizer-student"]["step.0"] == 4
+    assert (found["optimizer-student"]["__bnb_optimizer_quant_state__.state1.0"].numel()
+            and found["optimizer-student"]["step.0"] == 4)
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
@@ -69,5 +74,6 @@ def test_a_run_resumes_bit_for_bit(tiny_teacher, tmp_path):
 
 def test_without_bitsandbytes_it_is_refused_before_anything_is_loaded(tiny_teacher, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"train.optimizer is adamw8bit, which wants bitsandbytes, .* stepdistill\[bitsandbytes\]"):
+    with pytest.raises(RequestError, match=r"train.optimizer is adamw8bit, which wants bitsandbytes, .* "
+                       r"stepdistill\[bitsandbytes\]"):
         checks.check(Recipe.load(recipe(tiny_teacher, updates=1)))

@@ -20,7 +20,8 @@ from .toy import ToyMethod, trainer
 
 def recipe(teacher, method: str = "lcm", **changes) -> Recipe:
     data = {"images": "shapes", "count": 8, "batch": 4}
-    return Recipe.load({"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}}, "guidance": 2.0, "steps": 2,
+    return Recipe.load({"method": method, "teacher": str(teacher), "student": {"lora": {"rank": 2}},
+                        "guidance": 2.0, "steps": 2,
                         "data": data, "train": {"updates": 2}}, changes)
 
 
@@ -86,7 +87,8 @@ class Greedy(ToyMethod):
 
 def test_out_of_memory_says_what_was_held_and_keeps_the_last_checkpoint(tmp_path):
     made = trainer(tmp_path, method=Greedy, updates=5, checkpoint_every=2)
-    with pytest.raises(Stopped, match=r"out of memory in step 4: held were, with gradients and moments, .*critic 0.00 GB.*"
+    with pytest.raises(Stopped, match=r"out of memory in step 4: held were, with gradients and moments, "
+                       r".*critic 0.00 GB.*"
                        r"student 0.00 GB.*step-000002 is kept: resume"):
         made.train()
 
@@ -98,8 +100,8 @@ def test_out_of_memory_says_what_helps(tiny_teacher, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("stepdistill.training.loop.Trainer.step", fails)
-    with pytest.raises(Stopped, match="What helps, cheapest first: train.precision: bf16, train.gradient_checkpointing: true, "
-                       "train.accumulate: 4, student: {lora: {rank: 32}}"):
+    with pytest.raises(Stopped, match="What helps, cheapest first: train.precision: bf16, "
+                       "train.gradient_checkpointing: true, train.accumulate: 4, student: {lora: {rank: 32}}"):
         api.train(recipe(tiny_teacher, student="full"), out=tmp_path / "run")
 
 
@@ -120,11 +122,12 @@ def test_a_card_that_is_too_small_is_refused_with_the_switch_that_makes_it_fit(t
     assert peaks[0] > peaks[1] > peaks[-1]
     monkeypatch.setattr(cards, "ROOM", 1.0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card(memory=peaks[1]))
-    with pytest.raises(RequestError, match=f"takes about {peaks[0] / 1e9:.1f} GB .* With train.precision: bf16 the peak is about"):
+    with pytest.raises(RequestError, match=f"takes about {peaks[0] / 1e9:.1f} GB .* With train.precision: bf16 "
+                       "the peak is about"):
         cards.check_card(asked, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card(memory=1e6))
-    with pytest.raises(RequestError, match="Even with train.precision: bf16, train.gradient_checkpointing: true, train.accumulate: 256 "
-                       ".*: take a larger card"):
+    with pytest.raises(RequestError, match="Even with train.precision: bf16, train.gradient_checkpointing: true, "
+                       "train.accumulate: 256 .*: take a larger card"):
         cards.check_card(asked, torch.device("cuda"))
 
 

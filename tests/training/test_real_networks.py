@@ -1,4 +1,5 @@
-"""The trainer with a real pipeline's network: adapters and full weights, told and untold, on checkpointed activations."""
+"""The trainer with a real pipeline's network: adapters and full weights, told and untold, on checkpointed
+activations."""
 import pytest
 import torch
 
@@ -30,7 +31,8 @@ def teacher(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("teacher"), "v_prediction")
 
 
-@pytest.mark.parametrize("setting, guidance_embedding, precision", [(Lora(rank=4), False, "fp32"), (Full(), True, "fp32"), (Lora(rank=4), True, "bf16")])
+@pytest.mark.parametrize("setting, guidance_embedding, precision",
+                         [(Lora(rank=4), False, "fp32"), (Full(), True, "fp32"), (Lora(rank=4), True, "bf16")])
 def test_training_resumes_bit_for_bit(tmp_path, teacher, setting, guidance_embedding, precision):
     def trainer(run_dir, updates, **config):
         family = load_teacher(teacher)
@@ -43,12 +45,14 @@ def test_training_resumes_bit_for_bit(tmp_path, teacher, setting, guidance_embed
 
     whole = trainer(tmp_path / "whole", 4)
     start = {name: [p.detach().clone() for p in whole.roles.parameters(name)] for name in whole.roles.names}
-    base = {name: value.clone() for name, value in whole.roles.teacher.network.state_dict().items() if "lora" not in name}
+    base = {name: value.clone() for name, value in whole.roles.teacher.network.state_dict().items()
+            if "lora" not in name}
     whole.train()
     for name in ("student", "ema"):                       # cond_proj moves once w is told; every weight gets a gradient
         moved = [not torch.equal(p, q) for p, q in zip(whole.roles.parameters(name), start[name], strict=True)]
         assert sum(moved) > 0.9 * len(moved)
-    assert all(torch.equal(value, whole.roles.teacher.network.state_dict()[name]) for name, value in base.items() if "cond_proj" not in name)
+    assert all(torch.equal(value, whole.roles.teacher.network.state_dict()[name]) for name, value in base.items()
+               if "cond_proj" not in name)
 
     trainer(tmp_path / "parts", 2).train()
     (tmp_path / "parts/checkpoints/step-000002").rename(tmp_path / "two")

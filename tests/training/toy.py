@@ -86,7 +86,8 @@ def toy_roles(dropout: float = 0.0) -> ToyRoles:
     return ToyRoles(networks, {"ema": Follows("student", 0.9)})
 
 
-def trainer(run_dir: Path, on_step: Sequence[Callable[[int], None]] = (), on_start: Sequence[Callable[[int], None]] = (), dropout: float = 0.0, roles: ToyRoles | None = None,
+def trainer(run_dir: Path, on_step: Sequence[Callable[[int], None]] = (),
+            on_start: Sequence[Callable[[int], None]] = (), dropout: float = 0.0, roles: ToyRoles | None = None,
             method: type[Method] = ToyMethod, **config) -> Trainer:
     roles = toy_roles(dropout) if roles is None else roles
     config = TrainConfig(**{"updates": 7, "lr": 1e-2, "log_every": 3, "seed": 5} | config)

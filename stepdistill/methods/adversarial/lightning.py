@@ -43,7 +43,7 @@ class Settings:
     starts: int | None = None          # times that the student is trained at; None: its own steps (p: 4 for 1
                                        # and 2 steps)
     discriminator_times: tuple[float, ...] = ()    # noise levels at which the discriminator sees landings on the data,
-    #                  one of them drawn; none: no noise (p: 0.01, 0.25, 0.5, 0.75 for 1 and 2 steps, the first five times over)
+    # one of them drawn; none: no noise (p: 0.01, 0.25, 0.5, 0.75 for 1 and 2 steps, the first five times over)
 
     def __post_init__(self) -> None:
         if self.objective not in ("pair", "single", "mse"):

@@ -7,17 +7,18 @@
     g       <- v - u - k (t - r) du                                                  (k from 0 to 1)
     u       <- u + g / (|g| + c)
 
-At the teacher's flow map g is 0: u is the average velocity of its trajectory from t to r. `eulerian` is MeanFlow's identity
-(Geng et al. 2025, arXiv:2505.13447) with the teacher's v. It is sampled by Euler or DDIM in any number of steps, whose
-landings are folded into the weights at export.
-`trajectory` is TraFlow's sum (Wu et al. 2025, arXiv:2502.16972), without derivatives; x_s, x_0 by steps of the teacher:
+At the teacher's flow map g is 0: u is the average velocity of its trajectory from t to r. `eulerian` is MeanFlow's
+identity (Geng et al. 2025, arXiv:2505.13447) with the teacher's v. It is sampled by Euler or DDIM in any number of
+steps, whose landings are folded into the weights at export. `trajectory` is TraFlow's sum (Wu et al. 2025,
+arXiv:2502.16972), without derivatives; x_s, x_0 by steps of the teacher:
 
     | G(x_t -> r) - G(x_s -> r) |^2 + | G(x_t -> 0) - x_0 |^2 + | u - v |^2
 
-Its last term asks for straight ways, and bends the map where the teacher's are curved. The paper has no code and was read
-in its abstract: the equations and their weights are ours.
+Its last term asks for straight ways, and bends the map where the teacher's are curved. The paper has no code and was
+read in its abstract: the equations and their weights are ours.
 
-Sources of the defaults: (s) sCM, which the paper follows, (2) a re-implementation; the paper has no code. Its k ends at 0.99.
+Sources of the defaults: (s) sCM, which the paper follows, (2) a re-implementation; the paper has no code. Its k ends at
+0.99.
 """
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; found {vars(self)[name]!r}")
         least = min(self.output_weight, self.velocity_weight, self.solver_steps - 1)
         if min(self.std, self.damping, self.width - LEAST) <= 0 or least < 0:
-            raise ValueError(f"std and damping must be above 0, width above {LEAST:g}, solver_steps at least 1, output_weight "
-                             f"and velocity_weight not negative; found {vars(self)}")
+            raise ValueError(f"std and damping must be above 0, width above {LEAST:g}, solver_steps at least 1, "
+                             f"output_weight and velocity_weight not negative; found {vars(self)}")
         if not 0 <= self.warmup <= 1 or not 0 <= self.alike < 1:
             raise ValueError(f"warmup is a share from 0 to 1, alike one below 1; found {self.warmup}, {self.alike}")
 

@@ -15,8 +15,8 @@ are nodes too. A discrete schedule has no more nodes than times.
 d is a distance to a mean only where its c is above what it measures: with the paper's c, errors of noisy targets in few
 dimensions are weighed as their median would be.
 
-Source of the defaults: (p) the paper; as numbers they were read in diffusers' script of consistency training, whose d is
-of single elements.
+Source of the defaults: (p) the paper; as numbers they were read in diffusers' script of consistency training, whose d
+is of single elements.
 """
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SCFlow: Self-Corrected Flow Distillation for Consistent One-Step and Few-Step Text-to-Image Generation. Dao et al. 2024,
-arXiv:2412.16906.
+"""SCFlow: Self-Corrected Flow Distillation for Consistent One-Step and Few-Step Text-to-Image Generation. Dao et al.
+2024, arXiv:2412.16906.
 
     z(x, t)        =  the student's x_0; z' that of its running average
     t              <- uniform, x_t <- noise the data to t
@@ -11,9 +11,9 @@ arXiv:2412.16906.
                       + fool the heads on z_1 = z(e, 1)
     discriminator  <- heads on the frozen teacher's features tell noised data from noised z_1, both at low
 
-It is sampled by Euler's or DDIM's steps, which keep e: where the self-correction holds each of them ends at z_1, so that
-few steps agree with one. It is at odds with consistency where the teacher's ways are curved; the paper's text-to-image
-teacher has been straightened by reflow. Here the student is updated first, and both on one sample.
+It is sampled by Euler's or DDIM's steps, which keep e: where the self-correction holds each of them ends at z_1, so
+that few steps agree with one. It is at odds with consistency where the teacher's ways are curved; the paper's
+text-to-image teacher has been straightened by reflow. Here the student is updated first, and both on one sample.
 
 Sources of the defaults: (c) the authors' code, its CelebA-HQ script where the two differ by data.
 """
@@ -53,7 +53,8 @@ class Settings:
     def __post_init__(self) -> None:
         check(self)
         if not 0 < self.reach <= 1 or not 1 / LEVELS <= self.anchor <= 1:
-            raise ValueError(f"reach must be in (0, 1] and anchor from {1 / LEVELS} to 1; found {self.reach}, {self.anchor}")
+            raise ValueError(f"reach must be in (0, 1] and anchor from {1 / LEVELS} to 1; found {self.reach}, "
+                             f"{self.anchor}")
         if self.warmup_updates < 0 or min(vars(self)[name] for name in WEIGHTS) < 0:
             raise ValueError(f"warmup_updates, {', '.join(WEIGHTS)} must not be negative; found {vars(self)}")
 

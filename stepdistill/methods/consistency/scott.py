@@ -7,14 +7,14 @@
     critic and its heads  <- a copy of the teacher, told t and the prompt, tells the data from f(x_t, t)
     target         <- running average of the student
 
-Fresh noise corrects what the teacher got wrong before, and the student cannot follow it: it learns the mean of all ends,
-which lies within the data. Of data of deviation C the mean of a step from t to r multiplies a deviation by (alpha_r alpha_t
-C^2 + sqrt(sigma_r^2 - fresh^2) sigma_t) / (alpha_t^2 C^2 + sigma_t^2), where the ODE's has sigma_r for the root. All in all
-the student's samples vary by 3 to 5 % less at eta = 0.1, by 20 to 40 % at 0.3, and hardly at all at 1. So eta is small here,
-and the heads, and guidance, have to give back what it takes.
+Fresh noise corrects what the teacher got wrong before, and the student cannot follow it: it learns the mean of all
+ends, which lies within the data. Of data of deviation C the mean of a step from t to r multiplies a deviation by
+(alpha_r alpha_t C^2 + sqrt(sigma_r^2 - fresh^2) sigma_t) / (alpha_t^2 C^2 + sigma_t^2), where the ODE's has sigma_r for
+the root. All in all the student's samples vary by 3 to 5 % less at eta = 0.1, by 20 to 40 % at 0.3, and hardly at all
+at 1. So eta is small here, and the heads, and guidance, have to give back what it takes.
 
-Source of the defaults: (a) accounts of the paper, whose training was not released. They differ on eta: from 0.1 to 0.3 of
-DDIM's, which stands here, or all the noise of the reverse SDE; and on d: squared, or Huber.
+Source of the defaults: (a) accounts of the paper, whose training was not released. They differ on eta: from 0.1 to 0.3
+of DDIM's, which stands here, or all the noise of the reverse SDE; and on d: squared, or Huber.
 """
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ class SCott(Method):
         if self.discriminator is None:
             return losses
         step.kept.update(fake=x.detach(), t=t)
-        return losses | {"gan": self.settings.gan_weight * hinge_generator_loss(self.discriminator(x, t, batch.cond)).mean()}
+        return losses | {"gan": self.settings.gan_weight
+                         * hinge_generator_loss(self.discriminator(x, t, batch.cond)).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         real, fake = (self.discriminator(x, step.kept["t"], batch.cond) for x in (batch.x0, step.kept["fake"]))

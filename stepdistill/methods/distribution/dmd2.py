@@ -42,8 +42,8 @@ class Settings:
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
     shift: float = 3.0                 # of shifted: towards noise above 1
-    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (x: timestep 399,
-                                       # which is 0.4)
+    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (x: timestep
+                                       # 399, which is 0.4)
     gan_weight: float = 5e-3           # of fooling the discriminator; 0 leaves it out, and real images with it (x)
     critic_gan_weight: float = 1e-2    # of telling real from fake, in the critic's update (x)
 

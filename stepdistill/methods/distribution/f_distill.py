@@ -1,4 +1,5 @@
-"""f-distill: One-step Diffusion Models with f-Divergence Distribution Matching. Xu et al. 2025, arXiv:2502.15681, algorithm 1.
+"""f-distill: One-step Diffusion Models with f-Divergence Distribution Matching. Xu et al. 2025, arXiv:2502.15681,
+algorithm 1.
 
     x               <- the student's own sample, at a random step of its sampler
     r               <- exp( discriminator ) at the noised x: teacher's density over the student's
@@ -7,9 +8,9 @@
         critic         <- denoise the student's samples
         discriminator  <- tell noised real from noised fake, on the frozen teacher's features
 
-DMD2's step times a weight that says how much more probable a sample is under the teacher: h is 1 of the reverse KL, which is DMD2, and
-grows with r for divergences that cover modes. The released code divides h by its mean over the batch; here it is divided by h(1), which
-asks no other sample.
+DMD2's step times a weight that says how much more probable a sample is under the teacher: h is 1 of the reverse KL,
+which is DMD2, and grows with r for divergences that cover modes. The released code divides h by its mean over the
+batch; here it is divided by h(1), which asks no other sample.
 
 Sources of the defaults: (c) the authors' released training (ImageNet 64), (d) DMD2's.
 """
@@ -65,7 +66,8 @@ class FDistill(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher"), "discriminator": Heads("teacher")}
+        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher"),
+                "discriminator": Heads("teacher")}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -74,7 +76,8 @@ class FDistill(Method):
     def updates(self) -> list[Update]:
         steps = self.settings.critic_steps
         return [Update(("student",), self.student_loss),
-                Update(("critic", "discriminator"), self.critic_loss, repeat=steps, shares=steps if self.settings.share_rollout else 1)]
+                Update(("critic", "discriminator"), self.critic_loss, repeat=steps, shares=steps
+                       if self.settings.share_rollout else 1)]
 
     # -- losses, in the order of the algorithm -----------------------------------------------------------------------
 
@@ -89,7 +92,8 @@ class FDistill(Method):
         logits = self.discriminator(x_t, t, batch.cond)
         weight = dmd(x.detach(), real) * relative_weight(self.settings.divergence, ratio(logits.detach()))
         losses = {"matching": distribution_matching(x, real, fake, weight).mean()}
-        return losses | ({"gan": self.settings.gan_weight * generator_loss(logits).mean()} if self.settings.gan_weight else {})
+        return losses | ({"gan": self.settings.gan_weight * generator_loss(logits).mean()}
+                         if self.settings.gan_weight else {})
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         x = self.sample(batch, step)
@@ -97,8 +101,10 @@ class FDistill(Method):
         x_t = self.critic.schedule.add_noise(x, eps, t)
         real_t = self.trained(step.uniform("real t"))
         real = self.critic.schedule.add_noise(batch.x0, step.normal("real noise", batch.shape), real_t)
-        separation = discriminator_loss(self.discriminator(real, real_t, batch.cond), self.discriminator(x_t, t, batch.cond))
-        return {"denoising": denoising(self.critic(x_t, t, batch.cond), x, eps).mean(), "discriminator": separation.mean()}
+        separation = discriminator_loss(self.discriminator(real, real_t, batch.cond),
+                                        self.discriminator(x_t, t, batch.cond))
+        return {"denoising": denoising(self.critic(x_t, t, batch.cond), x, eps).mean(),
+                "discriminator": separation.mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 

@@ -94,7 +94,8 @@ class SiD(Method):
     @classmethod
     def refusal(cls, settings: Settings, data: str) -> str | None:
         return None if not settings.gan_weight or data != "prompts" else (
-            f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give data.images, or set gan_weight: 0")
+            f"gan_weight is {settings.gan_weight:g}, and the critic is to tell images from samples: give data.images, "
+            "or set gan_weight: 0")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:

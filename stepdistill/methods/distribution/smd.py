@@ -60,7 +60,8 @@ class Settings:
         if self.source not in ("teacher", "data"):
             raise ValueError(f"source must be 'teacher' or 'data'; found {self.source!r}")
         if not 0 <= self.shares[0] <= self.shares[1] <= 1 or not 0 <= self.none < 1:
-            raise ValueError(f"shares must be an interval in [0, 1] and none in [0, 1); found {self.shares}, {self.none}")
+            raise ValueError(f"shares must be an interval in [0, 1] and none in [0, 1); found {self.shares}, "
+                             f"{self.none}")
 
 
 class SMD(Method):
@@ -118,7 +119,8 @@ class SMD(Method):
     def learned_loss(self, batch: Batch, step: Step) -> Losses:
         x, x_t, t, a = self.noised(batch, step)
         with torch.no_grad():
-            fake, mixed, real = (self.critic(x_t, t, with_share(batch.cond, share)).x0 for share in (0 * a, a, 0 * a + 1))
+            fake, mixed, real = (self.critic(x_t, t, with_share(batch.cond, share)).x0
+                                 for share in (0 * a, a, 0 * a + 1))
         larger = ((squared(real, fake) + SMALL) / (squared(mixed, fake) + SMALL)).sqrt()
         return {"matching": distribution_matching(x, mixed, fake, dmd(x.detach(), real) * larger).mean()}
 

@@ -49,8 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_noise(self)
         if self.langevin_steps < 1 or not 0 < self.noise_rate <= 1 or not 0 <= self.latent_rate < 1:
-            raise ValueError("langevin_steps must be at least 1, noise_rate above 0 and at most 1, latent_rate in [0, 1); "
-                             f"found {self.langevin_steps}, {self.noise_rate}, {self.latent_rate}")
+            raise ValueError("langevin_steps must be at least 1, noise_rate above 0 and at most 1, latent_rate "
+                             f"in [0, 1); found {self.langevin_steps}, {self.noise_rate}, {self.latent_rate}")
 
 
 class EMDistillation(Method):

@@ -64,7 +64,8 @@ class RCM(Method):
 
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)
-        self.teacher, self.student, self.critic = (viewed(roles[name], TRIG) for name in ("teacher", "student", "critic"))
+        self.teacher, self.student, self.critic = (viewed(roles[name], TRIG)
+                                                   for name in ("teacher", "student", "critic"))
         self.consistency = Continuous(roles["student"], settings)
         self.begins = trig_time(roles["student"].schedule, sampler.times[:1])
 

@@ -1,4 +1,5 @@
-"""Network families: what differs from one kind of pipeline to another, one file each. What they share is `models.teacher`'s."""
+"""Network families: what differs from one kind of pipeline to another, one file each. What they share is
+`models.teacher`'s."""
 from __future__ import annotations
 
 import difflib
@@ -42,10 +43,12 @@ FAMILIES: dict[str, str | Family] = {              # pipeline class -> module of
     "WanPipeline": "wan",
     "Toy": "toy",                                  # no pipeline of diffusers: a mixture in the plane, in closed form
 }
-KIN = {"DDIMPipeline": "DDPMPipeline"}             # a pipeline class -> one of the same parts that calls them alike, and takes more schedulers
+# a pipeline class -> one of the same parts that calls them alike, and takes more schedulers
+KIN = {"DDIMPipeline": "DDPMPipeline"}
 Shape = tuple[int, ...]                            # channels, height, width; of videos channels, frames, height, width
 Parts = Mapping[str, Any]                          # the components of a pipeline by name, and what else its index says
-Size = tuple[int, ...] | None                      # height, width in pixels, of videos their frames; None: the network's own
+# height, width in pixels, of videos their frames; None: the network's own
+Size = tuple[int, ...] | None
 
 
 def family_of(class_name: str) -> Family:
@@ -55,19 +58,21 @@ def family_of(class_name: str) -> Family:
 
 
 def register_family(pipeline: str, family: Family) -> None:
-    """Makes the family of a pipeline class of diffusers known in this process. RequestError for a class that one of ours is for, and
-    for one that diffusers has not."""
+    """Makes the family of a pipeline class of diffusers known in this process. RequestError for a class that one of
+    ours is for, and for one that diffusers has not."""
     if isinstance(FAMILIES.get(pipeline), str):
         raise RequestError(f"{pipeline} has a family of stepdistill's own, which is not replaced")
     if not isinstance(family, Family):
         raise RequestError(f"the family of {pipeline} should be a stepdistill.models.families.Family; found {family!r}")
     if pipeline not in dir(diffusers):
-        raise RequestError(f"diffusers {diffusers.__version__} has no {pipeline}: a family is registered for a class of its pipelines")
+        raise RequestError(f"diffusers {diffusers.__version__} has no {pipeline}: a family is registered for a "
+                           "class of its pipelines")
     FAMILIES[pipeline] = family
 
 
 def text_to_image(class_name: str) -> str:
-    """The class that a pipeline is served as: one that draws over pictures has the components of its kin that draws from texts alone."""
+    """The class that a pipeline is served as: one that draws over pictures has the components of its kin that draws
+    from texts alone."""
     kin = KIN.get(class_name) or re.sub("Img2Img|Inpaint", "", class_name)
     return kin if kin in FAMILIES else class_name
 
@@ -132,38 +137,37 @@ def drawn(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
 
 @dataclass(frozen=True)
 class Family:
-    """What a kind of pipeline says of itself. Everything else about a teacher is the same for all, see `models.teacher.Teacher`.
+    """What a kind of pipeline says of itself. Everything else about a teacher is the same for all, see
+    `models.teacher.Teacher`.
 
     name: its module. denoiser: the name of the network that is distilled, among the pipeline's components.
-    schedule, kind: of the teacher's scheduler, the noise schedule and what the network predicts, a key of PARAMETERISATIONS.
-    timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64; timestep_dtype: in which it is told,
-    None for the network's own. weights: the layer whose weights have the network's own dtype, the first that reads the time unless given.
-    scaling: t and the scheduler -> (B,), by what x_t is multiplied before the network sees it.
-    time: where the network embeds it.
-    encode: the condition of prompts without its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt.
-    condition_shapes: name -> shape of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them.
-    inputs: network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first.
-    output: what forward gave and x_t -> the raw prediction, in the shape of x_t.
-    feature_shapes: network, latent_shape -> modules that a discriminator may read, in the order in which they run, with the
-    (C, H, W) of their maps, of videos (C, F, H, W);
-    default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t -> map (B, C, H, W).
-    latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets, those that no network has included. codec: of the components.
-    samples: what they are. video: height, width and frames of a call that names none; None: its samples are no videos.
-    guidance: how a call of a pipeline with this network speaks of it; prompts: and of prompts and pictures.
-    call: the keyword arguments of every call of a pipeline, from the components and the pictures' size.
-    combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps: whether a call's generator reaches the scheduler.
-    noise_dtype: in which a call draws the noise that it starts from, None for that of its text.
-    sigmas: whether a call takes a flow's times; where not, its scheduler makes them of their number.
-    step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a pipeline draws it that packs its
-    latents.
-    arguments: keyword arguments of from_pretrained for a class; optional: components that its class must be told to do without;
-    index: what a saved pipeline's model_index.json is to say, where its class forgets it.
-    refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
-    fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of diffusers: source -> components.
-    vision: the network whose features judge samples, by the name that a recipe gives or the usual one.
-    unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave with.
-    called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it, where that may be another than
-    its own. reads: what a prompt of its network is, a text, a class, or nothing.
+    schedule, kind: of the teacher's scheduler, the noise schedule and what the network predicts, a key of
+    PARAMETERISATIONS. timestep: t (B,) float64 on the CPU, and the scheduler -> what the network is told, float64;
+    timestep_dtype: in which it is told, None for the network's own. weights: the layer whose weights have the network's
+    own dtype, the first that reads the time unless given. scaling: t and the scheduler -> (B,), by what x_t is
+    multiplied before the network sees it. time: where the network embeds it. encode: the condition of prompts without
+    its null, or, `null`, the one that the stock pipeline subtracts; one row a prompt. condition_shapes: name -> shape
+    of one row of it, from configs alone and the keyword arguments of a call, its class's defaults among them. inputs:
+    network, x_t in the network's dtype, timestep, cond -> keyword arguments of its forward, x_t first. output: what
+    forward gave and x_t -> the raw prediction, in the shape of x_t. feature_shapes: network, latent_shape -> modules
+    that a discriminator may read, in the order in which they run, with the (C, H, W) of their maps, of videos (C, F, H,
+    W); default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t ->
+    map (B, C, H, W). latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets,
+    those that no network has included. codec: of the components. samples: what they are. video: height, width and
+    frames of a call that names none; None: its samples are no videos. guidance: how a call of a pipeline with this
+    network speaks of it; prompts: and of prompts and pictures. call: the keyword arguments of every call of a pipeline,
+    from the components and the pictures' size. combine: how the pipeline mixes raw outputs, combine(given, without, w).
+    seeded_steps: whether a call's generator reaches the scheduler. noise_dtype: in which a call draws the noise that it
+    starts from, None for that of its text. sigmas: whether a call takes a flow's times; where not, its scheduler makes
+    them of their number. step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a
+    pipeline draws it that packs its latents. arguments: keyword arguments of from_pretrained for a class; optional:
+    components that its class must be told to do without; index: what a saved pipeline's model_index.json is to say,
+    where its class forgets it. refusals: reason -> whether it holds, for pipelines of the class that this row does not
+    translate. fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of
+    diffusers: source -> components. vision: the network whose features judge samples, by the name that a recipe gives
+    or the usual one. unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to
+    leave with. called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it,
+    where that may be another than its own. reads: what a prompt of its network is, a text, a class, or nothing.
     """
 
     name: str
@@ -215,8 +219,8 @@ class Family:
         """
         if self.video is None:
             if frames is not None:
-                raise RequestError(f"a teacher of the family {self.name} makes no videos, and found are {frames} frames: leave "
-                                   "them out")
+                raise RequestError(f"a teacher of the family {self.name} makes no videos, and found are {frames} "
+                                   "frames: leave them out")
             return sides
         *own, usual = self.video
         return *(sides or own), usual if frames is None else frames

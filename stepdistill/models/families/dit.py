@@ -25,14 +25,16 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "nor
 
 
 def read(pipeline: DiTPipeline, prompt: str) -> int:
-    """The class of "class 3", or of a name among the pipeline's labels; of "" the null class. RequestError for any other prompt."""
+    """The class of "class 3", or of a name among the pipeline's labels; of "" the null class. RequestError for any
+    other prompt."""
     if not prompt.strip():
         return NULL
     numbered = re.fullmatch(r"class (\d+)", prompt.strip())
     found = int(numbered[1]) if numbered else pipeline.labels.get(prompt.strip())
     if found is None or found >= NULL:
         some = ", ".join(list(pipeline.labels)[:3]) or "this pipeline has none"
-        raise RequestError(f"a prompt of DiT names a class, as class 0 to class {NULL - 1} or by a label of the pipeline ({some}); found {prompt!r}")
+        raise RequestError(f"a prompt of DiT names a class, as class 0 to class {NULL - 1} or by a label of the "
+                           f"pipeline ({some}); found {prompt!r}")
     return found
 
 
@@ -59,7 +61,8 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config = parts["transformer"].config
     side = config.sample_size * codec_pixels(parts["vae"])
     if size not in (None, (side, side)):
-        raise RequestError(f"its pictures have {side} x {side} pixels, and no call of its pipeline asks for others; found {size[0]} x {size[1]}")
+        raise RequestError(f"its pictures have {side} x {side} pixels, and no call of its pipeline asks for others; "
+                           f"found {size[0]} x {size[1]}")
     return config.in_channels, config.sample_size, config.sample_size
 
 
@@ -67,14 +70,17 @@ def refusals(parts: Parts) -> dict[str, bool]:
     network = parts["transformer"].config
     return {
         **channel_refusals(parts),
-        f"its network knows {network.num_embeds_ada_norm} classes, and its pipeline subtracts class {NULL}": network.num_embeds_ada_norm != NULL,
+        f"its network knows {network.num_embeds_ada_norm} classes, and its pipeline subtracts "
+        f"class {NULL}": network.num_embeds_ada_norm != NULL,
         **discrete_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
     name="dit", denoiser="transformer", targets=TARGETS,
-    time=TimeEmbedding("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", None),       # each block has sinusoids of its own
-    reads=lambda network: "classes", prompts=Prompts("class_labels", read, "np"), index=index, call=lambda parts, size: {},
+    # each block has sinusoids of its own
+    time=TimeEmbedding("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", None),
+    reads=lambda network: "classes", prompts=Prompts("class_labels", read, "np"), index=index,
+    call=lambda parts, size: {},
     encode=encode, condition_shapes=lambda parts, call: {"label": ()}, inputs=inputs,
     latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)

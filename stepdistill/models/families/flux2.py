@@ -1,6 +1,8 @@
-"""FLUX.2 klein, undistilled: Flux2Transformer2DModel, a rectified flow on the latents of an AutoencoderKLFlux2, folded by 2 x 2.
+"""FLUX.2 klein, undistilled: Flux2Transformer2DModel, a rectified flow on the latents of an AutoencoderKLFlux2, folded
+by 2 x 2.
 
-Text is layers of a Qwen3, padded to max_sequence_length, and the padding is attended: a stock call's length is part of the condition.
+Text is layers of a Qwen3, padded to max_sequence_length, and the padding is attended: a stock call's length is part of
+the condition.
 """
 from __future__ import annotations
 
@@ -24,17 +26,20 @@ if TYPE_CHECKING:
 TOKENS, LAYERS = 512, (9, 18, 27)                  # max_sequence_length and text_encoder_out_layers of a stock call
 SIDE = 64                                          # latents on a side of a stock call's picture
 PATCH = 2                                          # the codec's latents on a side of one of these
-# The layers of diffusers' train_dreambooth_lora_flux2_klein.py, those of the text's stream and of feed-forward, and the way in of
-# time: the modulations, which all blocks share.
-TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-           "attn.to_add_out", "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj",
+# The layers of diffusers' train_dreambooth_lora_flux2_klein.py, those of the text's stream and of feed-forward, and the
+# way in of time: the modulations, which all blocks share.
+TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+           "attn.add_v_proj",
+           "attn.to_add_out", "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out",
+           "attn.to_qkv_mlp_proj",
            "attn.to_out", "double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
            "single_stream_modulation.linear", "norm_out.linear")
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), the layers one beside the other. null: the encoding of "", as the stock pipeline subtracts it."""
-    text, _ = teacher.loaded.encode_prompt(prompts, device=teacher.device, max_sequence_length=teacher.call.get("max_sequence_length", TOKENS),
+    text, _ = teacher.loaded.encode_prompt(prompts, device=teacher.device,
+                                           max_sequence_length=teacher.call.get("max_sequence_length", TOKENS),
                                            text_encoder_out_layers=teacher.call.get("text_encoder_out_layers", LAYERS))
     return Condition(text=text)
 
@@ -48,8 +53,10 @@ def inputs(network: Flux2Transformer2DModel, x_t: Tensor, timestep: Tensor, cond
     if cond.text is None:
         raise ValueError("this network is told a text: pass a condition from teacher.encode(prompts)")
     height, width = x_t.shape[2:]
-    return {"hidden_states": x_t.flatten(2).transpose(1, 2), "timestep": timestep / 1000, "encoder_hidden_states": cond.text.to(x_t),
-            "txt_ids": places(x_t, 1, 1, cond.text.shape[1]), "img_ids": places(x_t, height, width, 1), "return_dict": False}
+    return {"hidden_states": x_t.flatten(2).transpose(1, 2), "timestep": timestep / 1000,
+            "encoder_hidden_states": cond.text.to(x_t),
+            "txt_ids": places(x_t, 1, 1, cond.text.shape[1]), "img_ids": places(x_t, height, width, 1),
+            "return_dict": False}
 
 
 def places(x_t: Tensor, height: int, width: int, length: int) -> Tensor:
@@ -65,7 +72,8 @@ def grid(tokens: Tensor, shape: Sequence[int]) -> Tensor:
 
 def step_noise(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     batch, channels, height, width = shape
-    return grid(torch.randn(batch, height * width, channels, generator=generator, dtype=dtype, device=generator.device), shape)
+    return grid(torch.randn(batch, height * width, channels, generator=generator, dtype=dtype, device=generator.device),
+                shape)
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
@@ -76,9 +84,11 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 def refusals(parts: Parts) -> dict[str, bool]:
     network, channels = parts["transformer"].config, PATCH ** 2 * parts["vae"].config.latent_channels
     return {
-        "it is distilled to a few steps already, and ignores guidance: take the undistilled one": parts.get("is_distilled", False),
+        "it is distilled to a few steps already, and ignores guidance: take the "
+        "undistilled one": parts.get("is_distilled", False),
         "its network reads a guidance scale, of which this pipeline says nothing": network.guidance_embeds,
-        f"its network reads tokens of {network.in_channels} numbers, and those of its latents have {channels}": network.in_channels != channels,
+        f"its network reads tokens of {network.in_channels} numbers, and those of its latents have "
+        f"{channels}": network.in_channels != channels,
         f"its network gives {network.out_channels} numbers for {network.in_channels}":
             network.out_channels not in (None, network.in_channels) or network.patch_size != 1,
         **flow_refusals(parts["scheduler"]),
@@ -86,10 +96,13 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 
 FAMILY = Family(
-    name="flux2", denoiser="transformer", targets=TARGETS, schedule=lambda scheduler: RectifiedFlow(), kind=lambda scheduler: "velocity",
-    timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,   # a stock call rounds it to latents' dtype
+    name="flux2", denoiser="transformer", targets=TARGETS, schedule=lambda scheduler: RectifiedFlow(),
+    kind=lambda scheduler: "velocity",
+    # a stock call rounds it to latents' dtype
+    timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,
     time=TimeEmbedding("time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.time_proj"),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, output=lambda found, x_t: grid(found[0], x_t.shape),
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs,
+    output=lambda found, x_t: grid(found[0], x_t.shape),
     feature_shapes=lambda network, shape: dict.fromkeys(stream_blocks(network), (network.inner_dim, *shape[1:])),
     default_features=lambda network: stream_blocks(network, middle=True),
     # A block of two streams returns text and picture, one of one stream both in one.

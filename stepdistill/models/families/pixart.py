@@ -29,7 +29,8 @@ def reads_sizes(parts: Parts) -> bool:
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), mask (B, L); time_ids (B, 3) where the network reads sizes: height, width and their ratio."""
     given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length")}
-    text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False, device=teacher.device, **given)
+    text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False,
+                                                    device=teacher.device, **given)
     if not reads_sizes(teacher.parts):
         return Condition(text=text, mask=mask)
     height, width = (side * codec_pixels(teacher.parts["vae"]) for side in teacher.latent_shape[1:])
@@ -46,13 +47,15 @@ def inputs(network: PixArtTransformer2DModel, x_t: Tensor, timestep: Tensor, con
     if cond.text is None or cond.mask is None:
         raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
     sizes, ratio = (None, None) if cond.time_ids is None else cond.time_ids.to(x_t).split((2, 1), 1)
-    return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "encoder_attention_mask": cond.mask,
+    return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t),
+            "encoder_attention_mask": cond.mask,
             "added_cond_kwargs": {"resolution": sizes, "aspect_ratio": ratio}, "return_dict": False}
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["transformer"].config, codec_pixels(parts["vae"])
-    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels, max(8, pixels * config.patch_size))
+    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels,
+                                             max(8, pixels * config.patch_size))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -60,7 +63,8 @@ def refusals(parts: Parts) -> dict[str, bool]:
     return {
         **channel_refusals(parts),
         **discrete_refusals(parts["scheduler"]),
-        f"its network of sample_size {network.sample_size} reads the sizes of pictures, which PixArtAlphaPipeline tells at 128 alone":
+        f"its network of sample_size {network.sample_size} reads the sizes of pictures, which PixArtAlphaPipeline "
+        "tells at 128 alone":
             reads_sizes(parts) and network.sample_size != 128,
     }
 
@@ -69,5 +73,6 @@ FAMILY = Family(
     name="pixart", denoiser="transformer", targets=TARGETS, seeded_steps=True,
     time=TimeEmbedding("adaln_single.emb.timestep_embedder.linear_1", "adaln_single.emb.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs,
-    call=lambda parts, size: {**sides(parts, size), "use_resolution_binning": False},     # it draws the nearest of a table of sizes, and scales
+    # it draws the nearest of a table of sizes, and scales
+    call=lambda parts, size: {**sides(parts, size), "use_resolution_binning": False},
     latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)

@@ -17,7 +17,8 @@ from .shared import ONE_STREAM, channel_refusals, latent_sides, solved_flow_refu
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-# Attention, the pointwise convolutions that are its feed-forward layer, and the way in of time. The convolution between them is by channel.
+# Attention, the pointwise convolutions that are its feed-forward layer, and the way in of time. The convolution between
+# them is by channel.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "time_embed.linear")
 
 
@@ -27,17 +28,21 @@ def pixels(parts: Parts) -> int:
 
 
 def call(parts: Parts, size: Size) -> dict[str, Any]:
-    """A stock call takes 1024 pixels unless told otherwise, and draws the nearest of a table of sizes, which it then scales."""
+    """A stock call takes 1024 pixels unless told otherwise, and draws the nearest of a table of sizes, which it then
+    scales."""
     own = parts["transformer"].config.sample_size * pixels(parts)
     return {**sides(parts, size or (own, own)), "use_resolution_binning": False}
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
-    """text (B, L, D), mask (B, L). A stock call puts an instruction before its prompts, and none before what it subtracts."""
-    given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length", "complex_human_instruction")}
+    """text (B, L, D), mask (B, L). A stock call puts an instruction before its prompts, and none before what it
+    subtracts."""
+    given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length",
+                                                    "complex_human_instruction")}
     if null:
         given["complex_human_instruction"] = None
-    text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False, device=teacher.device, **given)
+    text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False,
+                                                    device=teacher.device, **given)
     return Condition(text=text, mask=mask)
 
 
@@ -49,7 +54,8 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 def inputs(network: SanaTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.text is None or cond.mask is None:
         raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
-    return {"hidden_states": x_t, "timestep": timestep * network.config.timestep_scale, "encoder_hidden_states": cond.text.to(x_t),
+    return {"hidden_states": x_t, "timestep": timestep * network.config.timestep_scale,
+            "encoder_hidden_states": cond.text.to(x_t),
             "encoder_attention_mask": cond.mask, "return_dict": False}
 
 
@@ -62,7 +68,8 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 def refusals(parts: Parts) -> dict[str, bool]:
     return {
         **channel_refusals(parts),
-        "its network reads a guidance scale, which its pipeline does not say": parts["transformer"].config.guidance_embeds,
+        "its network reads a guidance scale, which its pipeline "
+        "does not say": parts["transformer"].config.guidance_embeds,
         **solved_flow_refusals(parts["scheduler"]),
     }
 
@@ -73,4 +80,5 @@ FAMILY = Family(
     time=TimeEmbedding("time_embed.emb.timestep_embedder.linear_1", "time_embed.emb.time_proj",
                        scale=lambda network: network.config.timestep_scale),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, call=call,
-    latent_shape=latent_shape, codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor), refusals=refusals, **ONE_STREAM)
+    latent_shape=latent_shape, codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor),
+    refusals=refusals, **ONE_STREAM)

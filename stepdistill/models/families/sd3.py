@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from ..teacher import Teacher
 
 T5 = ("text_encoder_3", "tokenizer_3")             # what an SD3 without T5 must be told to do without
-T5_TOKENS = 256                                    # max_sequence_length of a stock call: zeros stand in for a missing T5
-# The attention layers are those of diffusers' train_dreambooth_lora_sd3.py; the feed-forward layers and the way in of time,
-# here the modulations, are what LCM-LoRA adapts in a UNet. No gradient ever reaches add_q_proj of the last block, whose
-# text is not read any more.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2",
+# max_sequence_length of a stock call: zeros stand in for a missing T5
+T5_TOKENS = 256
+# The attention layers are those of diffusers' train_dreambooth_lora_sd3.py; the feed-forward layers and the way in of
+# time, here the modulations, are what LCM-LoRA adapts in a UNet. No gradient ever reaches add_q_proj of the last block,
+# whose text is not read any more.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+           "ff.net.0.proj", "ff.net.2",
            "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear", "norm1_context.linear", "norm_out.linear")
 
 
@@ -47,8 +49,10 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 def inputs(network: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     if cond.text is None or cond.pooled is None:
-        raise ValueError("this network reads a text and its pooled embedding: pass a condition from teacher.encode(prompts)")
-    return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "pooled_projections": cond.pooled.to(x_t),
+        raise ValueError("this network reads a text and its pooled embedding: pass a condition from "
+                         "teacher.encode(prompts)")
+    return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t),
+            "pooled_projections": cond.pooled.to(x_t),
             "return_dict": False}
 
 
@@ -62,7 +66,8 @@ def feature_map(network: SD3Transformer2DModel, output: tuple[Tensor | None, Ten
 def feature_shapes(network: SD3Transformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
     """Its blocks -> (C, H, W) of their picture tokens."""
     sides = (side // network.config.patch_size for side in shape[1:])
-    return dict.fromkeys((f"transformer_blocks.{i}" for i in range(network.config.num_layers)), (network.inner_dim, *sides))
+    return dict.fromkeys((f"transformer_blocks.{i}" for i in range(network.config.num_layers)),
+                         (network.inner_dim, *sides))
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
@@ -87,7 +92,8 @@ FAMILY = Family(
     name="sd3", denoiser="transformer", targets=TARGETS, optional=T5, schedule=lambda scheduler: RectifiedFlow(),
     kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes, feature_map=feature_map,
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
+    feature_map=feature_map,
     default_features=middle_block,
     latent_shape=latent_shape,
     codec=lambda parts: shifted(parts["vae"]), refusals=refusals)

@@ -11,16 +11,18 @@ from ...diffusion.schedule import VariancePreserving
 from ...errors import RequestError
 from . import Parts, Shape
 
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}       # prediction_type of a scheduler -> what its network predicts
+# prediction_type of a scheduler -> what its network predicts
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def latent_sides(size: tuple[int, int] | None, own: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
-    """Height and width of latents: `own` where no size is given. pixels: of a side of one latent; multiple: of which the stock pipeline
-    takes a picture's sides. RequestError for any other."""
+    """Height and width of latents: `own` where no size is given. pixels: of a side of one latent; multiple: of which
+    the stock pipeline takes a picture's sides. RequestError for any other."""
     if size is None:
         return own
     if wrong := [side for side in size if side % multiple]:
-        raise RequestError(f"its pictures have sides of a multiple of {multiple} pixels; found {wrong[0]} of {size[0]} x {size[1]}")
+        raise RequestError(f"its pictures have sides of a multiple of {multiple} pixels; found {wrong[0]} of {size[0]} "
+                           f"x {size[1]}")
     return size[0] // pixels, size[1] // pixels
 
 
@@ -37,9 +39,11 @@ def node(t: Tensor, scheduler: Any) -> Tensor:
 
 
 def token_shapes(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
-    """The blocks of a transformer of one stream -> (C, H, W) of their tokens, of which each is a square of the picture."""
+    """The blocks of a transformer of one stream -> (C, H, W) of their tokens, of which each is a square of the
+    picture."""
     config = network.config
-    width, sides = config.num_attention_heads * config.attention_head_dim, (side // config.patch_size for side in shape[1:])
+    width, sides = (config.num_attention_heads * config.attention_head_dim,
+                    (side // config.patch_size for side in shape[1:]))
     return dict.fromkeys((f"transformer_blocks.{i}" for i in range(config.num_layers)), (width, *sides))
 
 
@@ -53,7 +57,8 @@ def middle_block(network: nn.Module) -> tuple[str, ...]:
 
 
 def without_sigma(raw: tuple[Tensor, ...], x_t: Tensor) -> Tensor:
-    """The channels of the prediction, before those of a variance that the network learned too and its pipeline drops."""
+    """The channels of the prediction, before those of a variance that the network learned too and its pipeline
+    drops."""
     return raw[0][:, :x_t.shape[1]]
 
 
@@ -71,7 +76,8 @@ def unet_blocks(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Shape]:
 
 def bottleneck(network: nn.Module) -> tuple[str, ...]:
     """Of a UNet, where DMD2 (arXiv:2405.14867) puts its head."""
-    return ("mid_block",) if network.config.mid_block_type is not None else (f"down_blocks.{len(network.config.block_out_channels) - 1}",)
+    return (("mid_block",) if network.config.mid_block_type is not None
+            else (f"down_blocks.{len(network.config.block_out_channels) - 1}",))
 
 
 def unet_map(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
@@ -112,14 +118,17 @@ def solved_flow_refusals(scheduler: Any) -> dict[str, bool]:
 
 
 def stream_blocks(network: nn.Module, middle: bool = False) -> tuple[str, ...]:
-    """The blocks of a transformer whose text and picture are two streams at first and one after that, or the one in the middle."""
+    """The blocks of a transformer whose text and picture are two streams at first and one after that, or the one in the
+    middle."""
     config = network.config
-    found = (*(f"transformer_blocks.{i}" for i in range(config.num_layers)), *(f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)))
+    found = (*(f"transformer_blocks.{i}" for i in range(config.num_layers)),
+             *(f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)))
     return (found[len(found) // 2],) if middle else found
 
 
 # Fields of families: of schedulers of discrete times, of a transformer of one stream, and of a UNet.
-DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod), "timestep": node,
+DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod),
+                               "timestep": node,
                                "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}
 ONE_STREAM: Mapping[str, Any] = {"output": without_sigma, "feature_shapes": token_shapes, "feature_map": token_map,
                                  "default_features": middle_block}

@@ -1,4 +1,5 @@
-"""Toy: the closed-form teacher of a mixture in the plane, whose samples are points. There is no stock pipeline to leave with."""
+"""Toy: the closed-form teacher of a mixture in the plane, whose samples are points. There is no stock pipeline to leave
+with."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -66,22 +67,29 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 FAMILY = Family(
-    name="toy", denoiser="network", schedule=schedule, kind=kind, open=open_toy, fresh=fresh, encode=encode, inputs=inputs,
+    name="toy", denoiser="network", schedule=schedule, kind=kind, open=open_toy, fresh=fresh, encode=encode,
+    inputs=inputs,
     timestep=lambda t, scheduler: t, timestep_dtype=torch.float64, latent_shape=latent_shape,
     time=TimeEmbedding("embed", "waves", {"w": StockInput("w_in", 2, {"w_in": True}, WIDTH)}, 2 * WAVES),
-    condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(), guidance=lambda network: Guidance(embedded="guidance_scale"),
-    feature_shapes=lambda network, shape: dict.fromkeys(LAYERS, (WIDTH, 1, 1)), default_features=lambda network: LAYERS[-1:],
-    feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw, targets=tuple(f"{layer}.1" for layer in LAYERS),
+    condition_shapes=lambda parts, call: {"label": ()}, codec=lambda parts: Points(),
+    guidance=lambda network: Guidance(embedded="guidance_scale"),
+    feature_shapes=lambda network, shape: dict.fromkeys(LAYERS, (WIDTH, 1, 1)),
+    default_features=lambda network: LAYERS[-1:],
+    feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw,
+    targets=tuple(f"{layer}.1" for layer in LAYERS),
     samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
     unserved={
         "negative_prompt": f"the teacher is Toy, {NO_TEXT}",
         "guidance_rescale": f"the teacher is Toy, {NO_TEXT}",
         "data.flip": f"{POINTS}, which have no mirror image: leave it off",
         "teacher.quantization": "the teacher is Toy, whose network is small: leave it out",
-        "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` measures them",
-        "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: leave it off",
+        "evaluate.reference": f"figures are of pictures, and {POINTS}: leave it out, and `stepdistill verify` "
+        "measures them",
+        "train.gradient_checkpointing": "the teacher is Toy, whose network has no blocks to compute again: "
+        "leave it off",
         "train.fsdp": "the teacher is Toy, which has no weights to shard: leave it off",
         "train.attention": "the teacher is Toy, whose network has no attention: leave it out",
         "discriminator.network": f"it judges pictures, and {POINTS} with features of their own: leave it out"},
-    no_pipeline="Toy has no pipeline in diffusers, so its students are not sampled, benched or exported: their pictures lie "
-                "in the run's samples/, and `stepdistill verify METHOD` trains and measures a method's recipe")
+    no_pipeline="Toy has no pipeline in diffusers, so its students are not sampled, benched or exported: their "
+                "pictures lie in the run's samples/, and `stepdistill verify METHOD` trains and measures a "
+                "method's recipe")

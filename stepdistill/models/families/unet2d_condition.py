@@ -28,7 +28,8 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["unet"].config, codec_pixels(parts["vae"])
     if config.sample_size is None and size is None:
-        raise RequestError("its network's config says no sample_size: let the recipe's resolution say the pictures' size")
+        raise RequestError("its network's config says no sample_size: let the recipe's resolution say the "
+                           "pictures' size")
     own = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
     return config.in_channels, *latent_sides(size, tuple(own), pixels, max(8, pixels))
 
@@ -37,10 +38,13 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D); SDXL adds pooled (B, D) and time_ids (B, 6). null: the encoding of "", or zeros where an SDXL
     pipeline says so; of a negative prompt where there is one, which clip_skip does not concern."""
     skip = teacher.call.get("clip_skip")
-    if skip is not None and "text_encoder_2" not in teacher.parts and "text_model" not in dir(teacher.parts["text_encoder"]):
-        raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which its stock pipeline looks for "
-                           "where the installed transformers has them no more: leave clip_skip out, or install transformers 4")
-    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null,
+    if (skip is not None and "text_encoder_2" not in teacher.parts
+        and "text_model" not in dir(teacher.parts["text_encoder"])):
+        raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which "
+                           "its stock pipeline looks for where the installed transformers has them no more: leave "
+                           "clip_skip out, or install transformers 4")
+    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1,
+                                         do_classifier_free_guidance=null,
                                          negative_prompt=None if teacher.source.negative_prompt is None else prompts,
                                          clip_skip=skip)[null::2]
     if len(found) == 1:
@@ -56,7 +60,8 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
     text = {"text": (length, config.cross_attention_dim)}
     if config.addition_embed_type != "text_time":
         return text
-    return text | {"pooled": (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,), "time_ids": (6,)}
+    return text | {"pooled": (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,),
+                   "time_ids": (6,)}
 
 
 def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
@@ -64,7 +69,8 @@ def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: C
         raise ValueError("this network reads a text: pass a condition from teacher.encode(prompts)")
     w = None if cond.w is None else moved(embedding("w", cond.w).to(x_t.dtype), x_t.device)
     added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(x_t), "time_ids": cond.time_ids.to(x_t)}
-    return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w, "added_cond_kwargs": added, "return_dict": False}
+    return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w,
+            "added_cond_kwargs": added, "return_dict": False}
 
 
 def guidance(network: UNet2DConditionModel) -> Guidance:
@@ -74,11 +80,13 @@ def guidance(network: UNet2DConditionModel) -> Guidance:
 def refusals(parts: Parts) -> dict[str, bool]:
     unet, vae = parts["unet"].config, parts["vae"].config
     return {
-        f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels != vae.latent_channels,
+        f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels
+        != vae.latent_channels,
         "its network reads a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
         "its network reads classes or images": unet.class_embed_type is not None or unet.num_class_embeds is not None
             or unet.encoder_hid_dim_type is not None or unet.addition_embed_type not in (None, "text_time"),
-        "its latents are shifted by a mean, which its pipeline leaves alone": vae.latents_mean is not None and "text_encoder_2" not in parts,
+        "its latents are shifted by a mean, which its pipeline leaves alone": vae.latents_mean is not None
+        and "text_encoder_2" not in parts,
         **discrete_refusals(parts["scheduler"]),
     }
 
@@ -90,6 +98,8 @@ FAMILY = Family(
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, **UNET,
     latent_shape=latent_shape,
-    codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]), refusals=refusals,
+    codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]),
+    refusals=refusals,
     # The safety checker stays where it is: it is no part of what is distilled.
-    arguments=lambda cls: {"safety_checker": None, "requires_safety_checker": False} if cls == "StableDiffusionPipeline" else {})
+    arguments=lambda cls: {"safety_checker": None, "requires_safety_checker": False}
+    if cls == "StableDiffusionPipeline" else {})

@@ -45,8 +45,8 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     vae, config, (*sides, frames) = parts["vae"].config, parts["transformer"].config, size
     pixels, each = vae.scale_factor_spatial, vae.scale_factor_temporal
     if frames % each != 1:
-        raise RequestError(f"its videos have a multiple of {each} frames and one, such as {each + 1} or {20 * each + 1}; "
-                           f"found {frames}")
+        raise RequestError(f"its videos have a multiple of {each} frames and one, such as {each + 1} or "
+                           f"{20 * each + 1}; found {frames}")
     sides = latent_sides(tuple(sides), (0, 0), pixels, max(16, pixels * max(config.patch_size[1:])))
     return config.in_channels, (frames - 1) // each + 1, *sides
 
@@ -65,8 +65,8 @@ def feature_shapes(network: WanTransformer3DModel, shape: tuple[int, ...]) -> di
 def refusals(parts: Parts) -> dict[str, bool]:
     config, vae = parts["transformer"].config, parts["vae"].config
     return {
-        "it has a second network for the less noisy steps (transformer_2, boundary_ratio), as Wan 2.2 A14B has, and one "
-        "student is trained here: those with one network, such as Wan 2.1 and Wan 2.2 TI2V 5B, are served":
+        "it has a second network for the less noisy steps (transformer_2, boundary_ratio), as Wan 2.2 A14B "
+        "has, and one student is trained here: those with one network, such as Wan 2.1 and Wan 2.2 TI2V 5B, are served":
             parts.get("transformer_2") is not None or parts.get("boundary_ratio") is not None,
         f"its network reads {config.in_channels} channels and its latents have {vae.z_dim}":
             config.in_channels != vae.z_dim,
@@ -87,4 +87,5 @@ FAMILY = Family(
     condition_shapes=lambda parts, call: {"text": (call["max_sequence_length"], parts["transformer"].config.text_dim)},
     feature_map=lambda network, out, x_t: out.transpose(1, 2).unflatten(2, tokens(network, x_t.shape[2:])),
     default_features=lambda network: (f"blocks.{network.config.num_layers // 2}",),
-    latent_shape=latent_shape, codec=lambda parts: video(parts["vae"]), prompts=Prompts(gives="frames"), refusals=refusals)
+    latent_shape=latent_shape, codec=lambda parts: video(parts["vae"]), prompts=Prompts(gives="frames"),
+    refusals=refusals)
