@@ -1,8 +1,8 @@
 """Records what healthy runs look like: trains the toy recipe of every method, and two of pictures, and writes
 stepdistill/training/bands.json.
 
-    python scripts/doctor_bands.py --out /tmp/bands                  # trains what is not there yet, then writes the bands
-    python scripts/doctor_bands.py --out /tmp/bands lcm dmd2         # of these methods; the bands of all that lies there
+    python scripts/doctor_bands.py --out /tmp/bands                # trains what is not there yet, then writes the bands
+    python scripts/doctor_bands.py --out /tmp/bands lcm dmd2       # of these methods; the bands of all that lies there
 
 A band's edge is the farthest that a signal stayed for as many looks in a row as a finding takes, over all runs of a
 method, past the first part of each, and as far again to the side that a rule looks at (half of what is left of a signal

@@ -17,15 +17,15 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from stepdistill.methods import METHODS
-from stepdistill.recipe import catalogue, editors, schema
+from stepdistill.recipe import catalogue, editors, entries, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "teacher": schema.Teacher, "teacher.loras": schema.TeacherLora,
-          "student": schema.RoleChoice,
-          "student.lora, critic.lora": schema.Lora, "critic": schema.Critic, "discriminator": schema.Discriminator,
-          "data": schema.Data, "data.samples": schema.Samples, "data.pairs": schema.Pairs, "train": schema.Train,
-          "evaluate": schema.Evaluate, "plugins": schema.Plugins}
+TABLES = {"": schema.Recipe, "teacher": entries.Teacher, "teacher.loras": entries.TeacherLora,
+          "student": entries.RoleChoice,
+          "student.lora, critic.lora": entries.Lora, "critic": entries.Critic, "discriminator": entries.Discriminator,
+          "data": entries.Data, "data.samples": entries.Samples, "data.pairs": entries.Pairs, "train": entries.Train,
+          "evaluate": entries.Evaluate, "plugins": entries.Plugins}
 WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
@@ -36,19 +36,21 @@ WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 RECIPES = """# Recipe reference
 
-A recipe is a YAML file of choices. This page is written by `scripts/make_docs.py` from the schema that reads recipes. A run's
-`recipe.yaml` shows every value that was used. Each entry can be changed on the command line: `--set train.lr=1e-4`.
+A recipe is a YAML file of choices. This page is written by `scripts/make_docs.py` from the schema that reads recipes. A
+run's `recipe.yaml` shows every value that was used. Each entry can be changed on the command line: `--set
+train.lr=1e-4`.
 
-An editor with a YAML language server completes and checks recipes by their schema: `stepdistill recipes --schema > recipe.schema.json`,
-and `# yaml-language-server: $schema=recipe.schema.json` as a recipe's first line.
+An editor with a YAML language server completes and checks recipes by their schema: `stepdistill recipes --schema >
+recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` as a recipe's first line.
 
-`settings` are the method's own: see [methods](methods.md). `stages` is a list of small tables, each of which changes entries
-for its stage; see [concepts](concepts.md#stages).
+`settings` are the method's own: see [methods](methods.md). `stages` is a list of small tables, each of which changes
+entries for its stage; see [concepts](concepts.md#stages).
 """
 METHOD_PAGE = """# Methods
 
-One paper, one file in `stepdistill/methods/`. This page is written by `scripts/make_docs.py` from those files: the algorithm as each
-file's docstring states it, and its settings with their defaults and sources. `stepdistill methods NAME` prints the same.
+One paper, one file in `stepdistill/methods/`. This page is written by `scripts/make_docs.py` from those files: the
+algorithm as each file's docstring states it, and its settings with their defaults and sources. `stepdistill methods
+NAME` prints the same.
 
 | method | paper | family | best at steps | trains on |
 |---|---|---|---|---|
@@ -56,8 +58,8 @@ file's docstring states it, and its settings with their defaults and sources. `s
 
 GPU = """# One card, eight cards, several nodes
 
-The recipe stays the same. `data.batch` counts the samples of an optimizer step over all processes, so a run gives the same gradients on
-one card and on eight.
+The recipe stays the same. `data.batch` counts the samples of an optimizer step over all processes, so a run gives the
+same gradients on one card and on eight.
 
 ```
 stepdistill train recipe.yaml --out runs/mine                                    # one card
@@ -67,42 +69,43 @@ torchrun --nnodes 4 --node-rank $RANK --nproc-per-node 8 --rdzv-endpoint $HOST:2
          -m stepdistill train recipe.yaml --out /shared/runs/mine               # on each of four nodes
 ```
 
-A run folder and the cache (`$STEPDISTILL_CACHE`) must lie where all processes see them. `--resume` goes on with another number of
-processes, too.
+A run folder and the cache (`$STEPDISTILL_CACHE`) must lie where all processes see them. `--resume` goes on with another
+number of processes, too.
 
 ## What fits
 
-`stepdistill plan recipe.yaml` forecasts memory by role and the peak, before anything is loaded. Training refuses a card that is too
-small, and names the switches that help:
+`stepdistill plan recipe.yaml` forecasts memory by role and the peak, before anything is loaded. Training refuses a card
+that is too small, and names the switches that help:
 
 - LoRA roles share one frozen base: `student: {lora: {rank: 32}}`, and the same for `critic`;
 - `train.precision: bf16` halves the base. A card without bfloat16 takes `fp16`, with a loss scale;
 - `train.gradient_checkpointing: true` computes activations again in backward;
 - `train.accumulate: 4` cuts a batch into four, with the same gradients;
-- `train.fsdp: true` shards the frozen base over the processes (FSDP2). Adapters stay whole on each. Each process still loads the base
-  once before it is sharded. Roles that train all their weights are not sharded, and figures (`evaluate.reference`) are left to `bench`.
+- `train.fsdp: true` shards the frozen base over the processes (FSDP2). Adapters stay whole on each. Each process still
+  loads the base once before it is sharded. Roles that train all their weights are not sharded, and figures
+  (`evaluate.reference`) are left to `bench`.
 
 `train.compile: true` compiles the repeated blocks of the networks. It wants torch 2.11 or newer.
 
 ## Measured
 
 """
-MEMORY = """{device}, driver {driver}, torch {torch}, diffusers {diffusers}; random weights of the published configs, batch 1, bf16.
-Repeat it with `{command}`.
+MEMORY = """{device}, driver {driver}, torch {torch}, diffusers {diffusers}; random weights of the published configs,
+batch 1, bf16. Repeat it with `{command}`.
 
 | model and method | peak by torch | used on the card | forecast by `plan` | seconds an update |
 |---|---|---|---|---|
 """
 NOT_MEASURED = "\nNot measured yet: {}. Each has its command in [scripts/gpu](../scripts/gpu/README.md).\n"
 CIFAR = """
-CIFAR-10 on an {device}: a class-conditional teacher of {parameters:.1f} million parameters has FD {fd} in {nfe} evaluations, and pictures that
-were held out have {real}. The features are those of a classifier with {accuracy:.1%} of the held-out pictures right. Repeat it with
-`scripts/gpu/cifar.sh`, in pieces.
+CIFAR-10 on an {device}: a class-conditional teacher of {parameters:.1f} million parameters has FD {fd} in {nfe}
+evaluations, and pictures that were held out have {real}. The features are those of a classifier with {accuracy:.1%} of
+the held-out pictures right. Repeat it with `scripts/gpu/cifar.sh`, in pieces.
 
 | method | evaluations | FD | its ratio to the teacher's | updates of {batch} | minutes |
 |---|---|---|---|---|---|
 """
-GPU_RECORDS = ("smoke", "memory", "throughput", "world", "cifar")
+GPU_RECORDS = ("smoke", "memory", "throughput", "jvp", "world", "cifar")
 
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
@@ -177,6 +180,10 @@ def gpu_page() -> str:
                   f"updates a second, {row['ratio']:.2f} × a hand-written loop of the same passes "
                   f"(`{found['command']}`).\n"
                   for name, row in found["figures"].items()]
+    if found := records.get("jvp"):
+        parts += [f"\nAttention with its derivative forward, {key.replace(' ', ', ')} tokens, on an {found['device']}: "
+                  f"{row['jvp_ms']:.2f} ms, {row['ratio']:.2f} × the forward alone, {row['added_mb']:.0f} MB beside "
+                  "arguments and results (`scripts/gpu/jvp.sh`).\n" for key, row in found["figures"].items()]
     if found := records.get("smoke"):
         outcomes = [test["outcome"] for test in found["figures"].values()]
         parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} "

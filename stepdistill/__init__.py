@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["RequestError", "bench", "doctor", "export", "extract", "load", "methods", "pairs", "plan", "recipes",
-           "register_data",
-           "register_family", "register_method", "register_metric", "sample", "train", "verify"]
+           "register_data", "register_family", "register_method", "register_metric", "sample", "train", "verify"]
+# others are api's
 ELSEWHERE = {"verify": ".proofs.run", "methods": ".recipe.catalogue", "recipes": ".recipe.catalogue",
-             "register_data": ".data.sources",
-             # others are api's
-             "register_family": ".models.families", "register_method": ".methods",
+             "register_data": ".data.sources", "register_family": ".models.families", "register_method": ".methods",
              "register_metric": ".evaluation.metrics"}
 
 
@@ -34,11 +32,10 @@ class _Export(ModuleType):
 
     def __call__(self, run: str | Path, to: str = "lora", guidance: float | None = None, out: str | Path | None = None,
                  dtype: str | None = None, *, checkpoint: int | None = None,
-                 weights: Literal["ema", "student"] | None = None,
-                 push: str | None = None, public: bool = False) -> Path:
+                 weights: Literal["ema", "student"] | None = None, push: str | None = None,
+                 public: bool = False) -> Path:
         return import_module(".api", "stepdistill").export(run, to, guidance, out, dtype, checkpoint=checkpoint,
-                                                           weights=weights, push=push,
-                                                           public=public)
+                                                           weights=weights, push=push, public=public)
 
 
 class _Methods(ModuleType):

@@ -47,7 +47,7 @@ from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of, located, marked
-from .run.targets import asking, call_as_asked, open_target, ships, teachers
+from .run.targets import Opened, asking, call_as_asked, open_target, ships, teachers
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
 from .training import Trainer, launched
@@ -106,8 +106,7 @@ def _treated(whole: Recipe, number: int, *rest: Any) -> Recipe:
 
 def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run: Path, device: torch.device,
            begun: set[Path], record: MemoryHandler, on_step: Callable[[int], None] | None) -> None:
-    """One stage of the whole recipe, in its own folder of the run. before: the folder of the stage before. begun: the
-    folders that go on."""
+    """One stage, in its own folder of the run. before: the folder of the stage before. begun: folders that go on."""
     number = f"stage {len(recipe.stages)} of {len(whole.stages)}: " if len(whole.stages) > 1 else ""
     log.info(f"{number}{recipe.method}, {recipe.steps} steps; loading the teacher {recipe.teacher.base} on {device}")
     stage = setup(recipe, device, previous=None if before is None else previous_student(recipe, before))
@@ -124,8 +123,8 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
                         recipe.data.caption_dropout)
         say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
-    if recipe.train.fsdp:                              # the data are made by now: whole networks made them
-        shard(stage.roles)
+    if recipe.train.fsdp:
+        shard(stage.roles)                # the data are made by now: whole networks made them
     log.info("encoding the prompts of the pictures to look at")
     trainer = Trainer(stage.method, stage.roles, stream, train_config(recipe), place,
                       [preview := Preview(stage, place), *([] if on_step is None else [on_step])], [preview.start],
@@ -294,11 +293,11 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
 
 @spoken()
 def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
-          out: str | Path = "bench",
-          seed: int = 0, guidance: Sequence[float] | None = None, solvers: Sequence[str] = tuple(SOLVERS),
-          features: FeatureName | FeatureNames | None = None, reference: str | Path | None = None,
-          prompts: Sequence[str] | None = None, reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (),
-          metrics: Sequence[str] = (), plugins: str | Path | None = None) -> dict[str, Any]:
+          out: str | Path = "bench", seed: int = 0, guidance: Sequence[float] | None = None,
+          solvers: Sequence[str] = tuple(SOLVERS), features: FeatureName | FeatureNames | None = None,
+          reference: str | Path | None = None, prompts: Sequence[str] | None = None,
+          reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (), metrics: Sequence[str] = (),
+          plugins: str | Path | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
     features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
@@ -313,31 +312,32 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     """
     outside, spaces = None if plugins is None else Folder.open(plugins), _feature_spaces(features)
     marks = marked(metrics, outside)
-    if reference not in (None, "teacher"):
-        known = [""] if prompts is None else prompts           # before anything is loaded; not every target is told any
-        sweep.admitted(samples or 2000, known, spaces, reference)
+    if reference not in (None, "teacher"):           # before anything is loaded; not every target is told a prompt
+        sweep.admitted(samples or 2000, [""] if prompts is None else prompts, spaces, reference)
     opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside)
               for target in (*targets, *few_step)]
-    if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws "
-                           "some of its frames")
-    own = tuple(dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
-    scales, device, beside = tuple(guidance or own), launched(), teachers(opened, log.info)
+    _refuse_videos(opened)
+    scales = tuple(guidance or dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
+    device, beside = launched(), teachers(opened, log.info)
     every = [*(o.target for o in opened if o.target.call is not None), *beside]
-    for target in every:
-        target.pipeline.to(device)
+    for target in every: target.pipeline.to(device)
     if reference is None:
         reference = "shapes" if all(map(ships, opened)) else "teacher"
         log.info(f"measuring against {'real pictures of Shapes' if reference == 'shapes' else REFERENCE_OF_OWN}")
     told = {"device": device, "say": log.info, "made": folder.moment(device), "metrics": marks}
     if reference == "teacher":
         if len(beside) != 1:
-            raise RequestError("a bench against the teacher's own pictures is of students of one teacher; found "
-                               f"{len(beside)}")
+            raise RequestError(f"against the teacher's own pictures students are of one teacher; found {len(beside)}")
         return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
                          samples=samples or 16, features=None if features is None else spaces, **told)
     return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference,
                        reuse, **told)
+
+
+def _refuse_videos(opened: Sequence[Opened]) -> None:
+    if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
+        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws "
+                           "some of its frames")
 
 
 def _feature_spaces(features: FeatureName | FeatureNames | None) -> list[FeatureName]:

@@ -17,7 +17,18 @@ from rich.markup import escape
 
 from . import __version__
 from .errors import RequestError, Stopped, of_the_system, printable
-from .printing import complain, emit, show, show_extracted, show_plan, show_progress, show_proofs, show_results, table, tell
+from .printing import (
+    complain,
+    emit,
+    show,
+    show_extracted,
+    show_plan,
+    show_progress,
+    show_proofs,
+    show_results,
+    table,
+    tell,
+)
 
 app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -181,12 +192,13 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
                                                                help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0, plugins: Plugins = None,
            out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
+           fast: Annotated[bool, typer.Option("--fast", help="Closed forms and contracts alone.")] = False,
            as_json: Json = False) -> None:
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
     from .proofs.run import verify as prove
     try:
-        found = prove(*methods or (), seed=seed, out=out, done=show_progress, plugins=plugins)
+        found = prove(*methods or (), seed=seed, out=out, fast=fast, done=show_progress, plugins=plugins)
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written but logs", 1)
     emit(found, as_json, lambda: show_proofs(found, out))
@@ -195,9 +207,8 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.",
-                                                       autocompletion=lambda incomplete: _names("methods",
-                                                                                                incomplete))] = None,
+def methods(name: Annotated[str | None, typer.Argument(
+                help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue

@@ -9,7 +9,8 @@ import re
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # Of services that models and code come from, and of what calls itself a secret.
 _TOKEN = re.compile(
-    r"\b(?:hf_|api_org_)[A-Za-z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"\b(?:hf_|api_org_)[A-Za-z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|"
+    r"\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
                     r"|(?<=://)[^\s/@]+:[^\s/@]+(?=@)|(?<=Bearer "
                     r")[\w.~+/=-]{8,}|(?i:(?<=token=)|(?<=secret=)|(?<=password=)|(?<=api_key=))[^\s'\"&,;]{6,}")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)

@@ -83,8 +83,9 @@ def show_proofs(found: dict[str, Any], out: Path) -> None:
     passed = sum(row["passed"] for row in found["rows"])
     for one in found.get("unproved", []):
         tell(f"unproved: {one['method']}, {one['kind']}: {one['why']}")
+    drawn = " and a picture of each method beside it" if any(row["kind"] == "convergence" for row in rows) else ""
     tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
-              f"wrote {out / 'verify.json'} and a picture of each method beside it")
+         f"wrote {out / 'verify.json'}{drawn}")
 
 
 def show_plan(found: dict[str, Any]) -> None:

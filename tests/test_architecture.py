@@ -22,7 +22,7 @@ MAY = {
     "parallel.py": ("diffusion", ""),
     # base: the needs it supplies
     "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors "
-               "huggingface_hub"),
+               "huggingface_hub triton"),
     "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
     "methods": ("methods/base.py diffusion losses", ""),
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard "
@@ -51,7 +51,8 @@ ONLY = {                                         # module -> the one place that 
     "torch.distributed": ("parallel.py",),
     "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py",
                         "proofs/convergence.py"),
-    "pydantic": ("recipe/schema.py",),
+    "pydantic": ("recipe/schema.py", "recipe/entries.py"),
+    "triton": ("models/triton_attention.py",),
     "typer": ("cli.py",),
     "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "evaluation/vitals.py", "proofs/convergence.py"),
 }

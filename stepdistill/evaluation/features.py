@@ -23,7 +23,8 @@ from ..files.whole import checksum
 from ..models.sources import UNLOADABLE
 
 # named by its sha256
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+             "weights-inception-2015-12-05-6726825d.pth")
 HALVES = [0.5] * 3, [0.5] * 3
 TEXTS = 250                       # prompts read at a time
 

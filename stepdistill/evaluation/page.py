@@ -15,16 +15,18 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --faint: #52606d; --ground: #fff; --line: #d3dae2; --real: #1a7343 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6eaee; --faint: #aab4bf; --ground: #14181d; --line: #39424d; --real: #63d196 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 2rem auto; padding: 0 1rem;
-  max-width: 90rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+  margin: 2rem auto; padding: 0 1rem; max-width: 90rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note { color: var(--faint); max-width: 70ch } img { max-width: 100%; height: auto } img.figure { background: #fff }
 img.strip { image-rendering: pixelated; height: 68px; max-width: none; display: block }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+div.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--faint) }
 th button { font: inherit; font-weight: 700; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
-th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
+th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" }
 tr.real td { color: var(--real) } tr.student td { font-weight: 600 }
 label.slide { display: flex; gap: .8rem; align-items: center; flex-wrap: wrap; margin-bottom: .8rem }
 label.slide input { flex: 0 1 20rem; min-width: 12rem } tr[hidden] { display: none }

@@ -203,9 +203,9 @@ def _page(results: Results, figures: Sequence[tuple[str, bytes]], out: Path) -> 
 
 def _also(rows: Sequence[Row], name: str) -> str:
     """The distances of rows in a further feature space, in the order of the table."""
-    return "; ".join(f"{_label(row)} "
-                     f"{fd_of(row['also'][name]) if row['also'][name]['fd'] is not None else format(row['also'][name]['kid'], '.4f')}"
-                     for row in rows)
+    figures = [(row, row["also"][name]) for row in rows]
+    return "; ".join(f"{_label(row)} {format(also['kid'], '.4f') if also['fd'] is None else fd_of(also)}"
+                     for row, also in figures)
 
 
 def _label(row: Row) -> str:

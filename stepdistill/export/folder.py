@@ -17,12 +17,30 @@ from torch import Tensor
 from ..errors import RequestError, first_lines
 from ..files import foreign, records
 from ..files.whole import checksum
-from ..models.adapters import activate, active_adapters, adapter_names, adapter_state, drop_adapter, load_adapter, take_off
+from ..models.adapters import (
+    activate,
+    active_adapters,
+    adapter_names,
+    adapter_state,
+    drop_adapter,
+    load_adapter,
+    take_off,
+)
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
 from ..models.quantized import quantization_of
 from ..models.schedulers import LAW, is_flow
-from ..models.sources import SAMPLING, SETTINGS, SHAPING, UNLOADABLE, FusedLora, Source, absent_parts, check_safetensors, index_at
+from ..models.sources import (
+    SAMPLING,
+    SETTINGS,
+    SHAPING,
+    UNLOADABLE,
+    FusedLora,
+    Source,
+    absent_parts,
+    check_safetensors,
+    index_at,
+)
 from ..models.weights import pipeline_class, scheduler_class, settled
 from .formats import component, loads_loras
 

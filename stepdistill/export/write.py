@@ -36,18 +36,16 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     """Writes `student` as an export folder of the form `to` ("lora", "pipeline" or "comfyui") at `out`.
 
     guidance: the scale of a student with a guidance embedding; a LoRA is folded at it, a pipeline takes it as its
-    default call.
-    dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a pipeline.
-    called: what the card calls the folder, such as the Hub repository that it goes to; its path unless given.
+    default call. dtype: "float16", "bfloat16" or "float32" of the weights; float16 unless given, and float32 of a
+    pipeline. called: what the card calls the folder, such as the Hub repository that it goes to; its path unless given.
     RequestError, with nothing at `out` changed, for what cannot be done and for an export that its proof refutes.
     """
-    out = Path(out)
     check(to, guidance, student.teacher.family, student.reads, student.lora is not None, student.guidance,
           student.teacher.source.quantization)
     if "w" in student.reads and guidance is None and isinstance(student.guidance, (int, float)):
         guidance = student.guidance                        # it has seen one scale
     dtype = chosen(dtype, to)
-    _may_write(out, student)
+    _may_write(out := Path(out), student)
     call, scale = _call(student, to, guidance)
     prepared = prepare(student, to, call, scale, DTYPES[dtype])
     with aside(out) as folder:
@@ -62,12 +60,11 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
         proof = prove(prepared.student, folder, scale)
         rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
         settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher),
-                             "images": samples(student.teacher),
-                             "dtype": "float32", "rounding": rounding}
+                             "images": samples(student.teacher), "dtype": "float32", "rounding": rounding}
         _write(folder / SETTINGS, settings)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
-        (folder / "README.md").write_text(card(settings, called or out.as_posix(), student.results, asked),
-                                          encoding="utf-8")
+        text = card(settings, called or out.as_posix(), student.results, asked)
+        (folder / "README.md").write_text(text, encoding="utf-8")
         if to == "comfyui":
             times, schedule = student.sampler(call).times, student.teacher.schedule
             write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0],

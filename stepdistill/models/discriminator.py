@@ -14,7 +14,18 @@ from ..diffusion.prediction import Prediction
 from ..errors import RequestError
 from ..methods.base import HeadKind
 from .denoiser import Denoiser
-from .heads import Shape, channel_means, head, initialise, prompt_vector, slug, time_vector, token_heads, told_of, uncast
+from .heads import (
+    Shape,
+    channel_means,
+    head,
+    initialise,
+    prompt_vector,
+    slug,
+    time_vector,
+    token_heads,
+    told_of,
+    uncast,
+)
 from .recompute import StopForward
 
 

@@ -356,8 +356,8 @@ def _check_prompts(teacher: Teacher) -> None:
 
 
 def every_call(family: Family, parts: Mapping[str, Any], source: Source,
-               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size,
-                                                                                                    dict[str, Any]]:
+               resolution: int | tuple[int, int] | None = None,
+               frames: int | None = None) -> tuple[Size, dict[str, Any]]:
     """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is
     given)."""
     call = call_of(source)

@@ -19,7 +19,8 @@ from .families import FAMILIES, text_to_image
 from .quantized import saved_as
 from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safetensors, listed
 
-_FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+_FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?"
+                   r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _LAID = re.compile(r"\.base_layer\.|\.lora_[AB]\.")
 DENOISERS = ("unet", "transformer")
 MODULES = dict(zip(LIBRARIES, (diffusers, transformers)))

@@ -12,7 +12,18 @@ from ..diffusion.guidance import drawn
 from ..methods.adversarial.add import ADD, Settings
 from .paths import elsewhere
 from .paths_add import paths
-from .problem import Check, FunctionRole, Problem, condition_error, difference, gradient, largest, off_law, off_zero, stock_times
+from .problem import (
+    Check,
+    FunctionRole,
+    Problem,
+    condition_error,
+    difference,
+    gradient,
+    largest,
+    off_law,
+    off_zero,
+    stock_times,
+)
 
 COUNT, FEW, MANY, STEPS = 256, 5_000, 20_000, 4
 
@@ -22,8 +33,8 @@ class Pictures:
     2)."""
 
     def __init__(self, problem: Problem) -> None:
-        self.decoder, self.first, self.second = problem.normal(3,
-                                                               problem.dim), problem.normal(2, 3), problem.normal(2, 3)
+        self.decoder, self.first = problem.normal(3, problem.dim), problem.normal(2, 3)
+        self.second = problem.normal(2, 3)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents @ self.decoder.to(latents).T

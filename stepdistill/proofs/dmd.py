@@ -71,12 +71,18 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
     yield Check("gradient of the distance where the student is the teacher's flow, over its usual size",
                 (rest.norm() / pulled.norm()).item(), 1e-6)
 
+    yield from of_the_critic(problem, student)
+
+
+def of_the_critic(problem: Problem, student: Affine) -> Iterator[Check]:
+    """The critic's loss, and what each network is told."""
     pupil, batch = OffsetRole(problem.law(*reversed(student.law)), MANY, problem.dim), paired(problem, MANY)
     first, step = problem.step(MANY), problem.step(MANY, "critic")
     method = made(problem, student, pupil)
     method.student_loss(batch, first)
     step.kept.update(first.kept)
-    x, t = student(first.normal("start", batch.shape), t, batch.cond).x0.detach(), method.trained(step.uniform("t"))
+    x = student(first.normal("start", batch.shape), torch.ones(MANY).double(), batch.cond).x0.detach()
+    t = method.trained(step.uniform("t"))
     known = error(pupil, x, step.normal("noise", batch.shape), t, batch.cond, problem.kind).mean()
     yield from pupil.checks(method.critic_loss(batch, step)["denoising"], known)
     yield from role_inputs(problem, lambda student, critic: made(problem, student, critic),

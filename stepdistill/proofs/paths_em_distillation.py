@@ -9,7 +9,21 @@ import torch
 from ..methods.base import Frozen, Trained
 from ..methods.hybrid.em_distillation import EMDistillation
 from .affine import Net
-from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, first, laws, noise_level, output_scale, rolled, rows
+from .paths import (
+    NOISE,
+    Algorithm,
+    Known,
+    Order,
+    Path,
+    Turn,
+    denoised,
+    first,
+    laws,
+    noise_level,
+    output_scale,
+    rolled,
+    rows,
+)
 from .problem import Check, Problem
 
 PATHS = (

@@ -14,7 +14,19 @@ from ..methods.hybrid.rcm import RCM, Settings
 from .paths import elsewhere
 from .paths_rcm import paths
 from .players import OffsetRole, error
-from .problem import Affine, Check, FunctionRole, Problem, difference, evenly, gradient, largest, moments, off_law, off_zero
+from .problem import (
+    Affine,
+    Check,
+    FunctionRole,
+    Problem,
+    difference,
+    evenly,
+    gradient,
+    largest,
+    moments,
+    off_law,
+    off_zero,
+)
 
 COUNT, MANY = 256, 5_000
 

@@ -17,7 +17,19 @@ from ..methods.distribution.smd import SMD, Settings
 from .paths import elsewhere
 from .paths_smd import paths
 from .players import OffsetRole, exits, role_inputs
-from .problem import Affine, Check, FunctionRole, Problem, difference, evenly, gradient, largest, off_law, off_zero, stock_times
+from .problem import (
+    Affine,
+    Check,
+    FunctionRole,
+    Problem,
+    difference,
+    evenly,
+    gradient,
+    largest,
+    off_law,
+    off_zero,
+    stock_times,
+)
 
 COUNT, MANY, STEPS = 256, 5_000, 4
 PLAIN, DATA = Settings(gan_weight=0), Settings(source="data")

@@ -1,12 +1,14 @@
-"""The schema of a recipe for editors: JSON Schema, with each entry's meaning as it stands beside it in schema.py."""
+"""The schema of a recipe for editors: JSON Schema, with each entry's meaning as it stands beside it
+in the source."""
 from __future__ import annotations
 
 import ast
 import inspect
+from itertools import takewhile
 from typing import Any
 
 from ..methods import METHODS
-from . import schema as tables
+from . import entries as tables
 from .schema import Recipe
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -17,7 +19,7 @@ def schema() -> dict[str, Any]:
     found = Recipe.model_json_schema()
     own = {"Recipe": found, **found["$defs"]}
     for name, table in own.items():
-        said = meanings(vars(tables)[name])
+        said = meanings(Recipe if name == "Recipe" else vars(tables)[name])
         for entry, kind in table["properties"].items():
             kind.pop("title", None)
             if said.get(entry):
@@ -35,14 +37,20 @@ def schema() -> dict[str, Any]:
 
 
 def meanings(model: type) -> dict[str, str]:
-    """Entry -> the comment beside it in a table's source."""
+    """Entry -> the comment beside it in a table's source, which may go on below."""
     lines, _ = inspect.getsourcelines(model)
     tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)))
     nodes = [node for node in tree.body[0].body if isinstance(node, ast.AnnAssign)
              and not node.target.id.startswith("_")]
     fields = model.model_fields
-    return {fields[node.target.id].alias or node.target.id: lines[node.end_lineno - 1].partition("  #")[2].strip()
-            for node in nodes}
+    return {fields[node.target.id].alias or node.target.id: _comment(lines[node.end_lineno - 1:]) for node in nodes}
+
+
+def _comment(lines: list[str]) -> str:
+    """Beside the first line, and on those after it that are comments alone and further in than an entry."""
+    below = takewhile(lambda line: line.startswith(" " * 8) and line.lstrip().startswith("#"), lines[1:])
+    parts = (lines[0].partition("  #")[2], *(line.lstrip()[1:] for line in below))
+    return " ".join(part.strip() for part in parts if part.strip())
 
 
 def _stage(entries: dict[str, Any]) -> dict[str, Any]:

@@ -75,9 +75,8 @@ def test_a_dataset_of_the_hub_is_asked_for_by_name_and_revision(monkeypatch, tmp
 
     def given(name, **how):
         asked.update(how, name=name)
-        return datasets.Dataset.from_dict({"image": pictures(RED), "text": ["red"]},
-                                          features=datasets.Features(image=datasets.Image(),
-                                                                                                                  text=datasets.Value("string")))
+        kinds = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+        return datasets.Dataset.from_dict({"image": pictures(RED), "text": ["red"]}, features=kinds)
     monkeypatch.setattr(datasets, "load_dataset", given)
     assert open_images("someone/pictures@abc", 8).captions(torch.tensor([0])) == ["red"]
     assert ((asked["name"], asked["revision"], asked["split"]) == ("someone/pictures", "abc", "train")

@@ -15,7 +15,16 @@ from stepdistill.errors import RequestError
 from stepdistill.evaluation.curve import _distance_panel, best_per_nfe, curve, front, lines
 from stepdistill.evaluation.estimate import share_of
 from stepdistill.evaluation.protocol import Protocol
-from stepdistill.evaluation.report import as_csv, as_markdown, at_its_ease, join, ratio, read_results, table, write_report
+from stepdistill.evaluation.report import (
+    as_csv,
+    as_markdown,
+    at_its_ease,
+    join,
+    ratio,
+    read_results,
+    table,
+    write_report,
+)
 from stepdistill.evaluation.sheets import sheet
 
 

@@ -3,7 +3,13 @@ from math import log
 import pytest
 import torch
 
-from stepdistill.losses.adversarial import discriminator_loss, generator_loss, hinge_discriminator_loss, hinge_generator_loss, r1
+from stepdistill.losses.adversarial import (
+    discriminator_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    r1,
+)
 
 F64 = torch.float64
 

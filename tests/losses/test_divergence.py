@@ -4,7 +4,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepdistill.losses.divergence import DIVERGENCES, elasticity, mixture_logits, mixture_weight, ratio, relative_weight
+from stepdistill.losses.divergence import (
+    DIVERGENCES,
+    elasticity,
+    mixture_logits,
+    mixture_weight,
+    ratio,
+    relative_weight,
+)
 
 R = torch.tensor([0.1, 0.5, 1.0, 3.0, 12.0], dtype=torch.float64)
 

@@ -13,10 +13,10 @@ from stepdistill.methods.distribution.smd import SMD, Settings
 from .players import REAL_MEAN, REAL_VARIANCE, SCHEDULES, affine, few_steps, gaussian, moment, prompts
 
 COUNT, MEAN, DEVIATION, SLOPE = 64, -0.3, 1.2, 0.5
-DATA = Settings(source="data")
+TEACHER, DATA = Settings(), Settings(source="data")
 
 
-def make(schedule="vp", settings=Settings(), critic=None):
+def make(schedule="vp", settings=TEACHER, critic=None):
     s, kind = SCHEDULES[schedule]
     roles = {"student": affine(s, MEAN, DEVIATION), "critic": critic or gaussian(s, MEAN, DEVIATION**2, kind)}
     if settings.source == "teacher":

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,8 @@ PARTS = ("__code__", "__defaults__", "__kwdefaults__")          # of a function,
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` of the module's text replaced by `new`, to be noticed in the rows of each of `methods`.
+    """`old` of the module's text, wherever its lines break, replaced by `new`, to be noticed in the rows of each of
+    `methods`.
 
     module is relative to the package. `old` occurs once unless `count` says otherwise.
     """
@@ -31,6 +33,10 @@ class Fault:
     new: str
     methods: tuple[str, ...]
     count: int = 1
+
+    @property
+    def pattern(self) -> re.Pattern:
+        return re.compile(r"\s+".join(map(re.escape, re.split(r"\s+", self.old))))
 
     def __str__(self) -> str:
         return f"{self.module.rsplit('.', 1)[-1]}: {self.name}"
@@ -47,12 +53,12 @@ def plant(monkeypatch, fault: Fault) -> None:
     AssertionError where the text is no longer there, or where no function changes: write the fault anew.
     """
     module = importlib.import_module(f"stepdistill.{fault.module}")
-    text = inspect.getsource(module)
-    found = text.count(fault.old)
+    text, old = inspect.getsource(module), fault.pattern
+    found = len(old.findall(text))
     assert found == fault.count, f"{fault.name}: {fault.module} has {found} of {fault.old!r}, {fault.count} expected"
     changed = ModuleType(module.__name__)
     changed.__dict__.update(__package__=module.__package__, __file__=module.__file__)
-    exec(compile(text.replace(fault.old, fault.new), module.__file__, "exec"), changed.__dict__)
+    exec(compile(old.sub(lambda _: fault.new, text), module.__file__, "exec"), changed.__dict__)
     after = dict(functions(changed))
     pairs = [(function, after[name]) for name, function in functions(module) if name in after]
     different = [(ours, part, getattr(theirs, part)) for ours, theirs in pairs for part in PARTS

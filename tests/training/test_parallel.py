@@ -25,7 +25,8 @@ parallel.all_reduce_mean_(mine)
 assert mine[0].tolist() == [0.5, 0.5] and mine[1].tolist() == [1.0, 1.0, 1.0]
 assert parallel.gather(torch.tensor([[parallel.rank()]])).tolist() == [[0], [1]]
 made = []
-store = Cache(Path(sys.argv[1], "cache")).store("rows", {}, 5, ("x",), lambda ids: (made.extend(ids.tolist()) or {"x": ids * 2.0}, [f"{i}" for i in ids.tolist()]), 2)
+make = lambda ids: (made.extend(ids.tolist()) or {"x": ids * 2.0}, [f"{i}" for i in ids.tolist()])
+store = Cache(Path(sys.argv[1], "cache")).store("rows", {}, 5, ("x",), make, 2)
 assert made == [[0, 1, 4], [2, 3]][parallel.rank()] and store.rows("x", torch.arange(5)).tolist() == [0, 2, 4, 6, 8]
 with unmagnified():
     trainer(Path(sys.argv[1], "run"), accumulate=2, lr=0.3).train()

@@ -1,6 +1,6 @@
 """Flow maps: Align Your Flow. Sabour et al. 2025, arXiv:2506.14603, AYF-EMD and AYF-LMD.
 
-    t >= r  <- the later and the earlier of two draws, x_t <- noise the data to t     (of a flow, as which any is viewed)
+    t >= r  <- the later and the earlier of two draws, x_t <- noise the data to t    (of a flow, as which any is viewed)
     u       =  the student's velocity at (x_t, t), which reads r: its step lands on G = x_t - (t - r) u
     v       <- the guided teacher's velocity at (x_t, t); lagrangian: at (G, r)
     du      <- d u / dt where dx / dt = v and r stays; lagrangian: -d u / dr where x_t and t stay
@@ -17,8 +17,7 @@ arXiv:2502.16972), without derivatives; x_s, x_0 by steps of the teacher:
 Its last term asks for straight ways, and bends the map where the teacher's are curved. The paper has no code and was
 read in its abstract: the equations and their weights are ours.
 
-Sources of the defaults: (s) sCM, which the paper follows, (2) a re-implementation; the paper has no code. Its k ends at
-0.99.
+Sources of the defaults: (s) sCM, which the paper follows, (2) a re-implementation; it has no code. Its k ends at 0.99.
 """
 from __future__ import annotations
 

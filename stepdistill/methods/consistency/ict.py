@@ -3,7 +3,7 @@
     [data, noise] is cut at the levels of Karras et al., twice as many each time
     t > s  <- neighbours, drawn as ln t ~ N(-1.1, 2^2) falls between them           (t, s: sigma / alpha)
     x_t, x_s  <- the data under one noise at t and at s
-    loss   =  d( f(x_t, t), f(x_s, s) ) / (t - s)             the second with its gradient stopped, under the same dropout
+    loss   =  d( f(x_t, t), f(x_s, s) ) / (t - s)         the second with its gradient stopped, under the same dropout
     d      =  the pseudo-Huber distance of whole samples
 
 No teacher is asked, no target averaged, nothing guided: what is learned is the law of the data under its prompts. The

@@ -2,7 +2,7 @@
 
     t              <- a node of the grid, s <- `skip` nodes nearer to the data
     x_t            <- noise the data to t
-    x_s            <- `substeps` steps of the guided teacher's SDE from x_t to s         (a share eta of their noise is fresh)
+    x_s            <- `substeps` steps of the guided teacher's SDE from x_t to s  (a share eta of their noise is fresh)
     student        <- | f(x_t, t) - target(x_s, s) |^2, with target(x, 0) = x, and fool the heads on f(x_t, t)
     critic and its heads  <- a copy of the teacher, told t and the prompt, tells the data from f(x_t, t)
     target         <- running average of the student
@@ -35,7 +35,21 @@ from ...diffusion.times import discrete
 from ...diffusion.triples import below, grid
 from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from ...losses.regression import DistanceName, distance
-from ..base import Follows, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check, check_fit, middle
+from ..base import (
+    Follows,
+    Frozen,
+    Guidance,
+    Heads,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check,
+    check_fit,
+    middle,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,19 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.matching import denoising, distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
+from ..base import (
+    Frozen,
+    Guidance,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_noise,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

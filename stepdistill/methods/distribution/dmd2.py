@@ -27,7 +27,20 @@ from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.matching import denoising, distribution_matching
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
+from ..base import (
+    Frozen,
+    Guidance,
+    Heads,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_noise,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,20 @@ from ...diffusion.weighting import dmd
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.divergence import DIVERGENCES, DivergenceName, ratio, relative_weight
 from ...losses.matching import denoising, distribution_matching
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
+from ..base import (
+    Frozen,
+    Guidance,
+    Heads,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_noise,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,5 +147,4 @@ class SiD(Method):
         return [each.clamp(-10, 10) for each in self.discriminator(x_t, t, cond)]
 
     def critic_condition(self, cond: Condition, step: Step) -> Condition:
-        """By the critic."""
         return with_exit(cond, self.sampler, step) if self.settings.exit_embedding else cond

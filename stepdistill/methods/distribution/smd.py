@@ -8,13 +8,10 @@
         heads   <- D_a = a r / (a r + 1 - a) makes D_a real + (1 - D_a) fake the score of the mixture: regress it on the
                    fake score at noised x and on the real score at noised data, with weights 1 - a and a
 
-The skewed Jensen-Shannon divergence of all mixtures a p + (1 - a) q of teacher's and student's law at once, a step
-smaller where the student is right already. At a = 1 it is DMD's.
-`source: data` is the paper's training without a teacher, SMT: one critic, which reads a, denoises both parts of each
-mixture, and the student moves by the difference of what it says at a and at 0, made as large as that at 1 and at 0.
-
-The heads judge the frozen teacher's features, where the released ones judge the critic's, which move.
-Source of the defaults: (r) the released training of SMD on ImageNet 64.
+The skewed Jensen-Shannon divergence of all mixtures a p + (1 - a) q at once; at a = 1 it is DMD's. `source: data`, SMT,
+has no teacher: one critic, which reads a, denoises both parts of each mixture, and the student moves by what it says
+at a less what it says at 0, made as large as at 1. The heads judge the frozen teacher's features, the released ones the
+critic's. Source of the defaults: (r) the released training of SMD on ImageNet 64.
 """
 from __future__ import annotations
 
@@ -27,7 +24,6 @@ from torch import Tensor
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided, with_share
-from ...diffusion.prediction import Prediction
 from ...diffusion.rollout import rollout
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
@@ -36,9 +32,20 @@ from ...losses.adversarial import generator_loss
 from ...losses.divergence import mixture_logits, mixture_weight, ratio
 from ...losses.matching import denoising, distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
-
-SMALL = 1e-6                      # of a squared difference of scores (r)
+from ..base import (
+    Frozen,
+    Guidance,
+    Heads,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_noise,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +67,7 @@ class Settings:
         if self.source not in ("teacher", "data"):
             raise ValueError(f"source must be 'teacher' or 'data'; found {self.source!r}")
         if not 0 <= self.shares[0] <= self.shares[1] <= 1 or not 0 <= self.none < 1:
-            raise ValueError(f"shares must be an interval in [0, 1] and none in [0, 1); found {self.shares}, "
-                             f"{self.none}")
+            raise ValueError(f"shares must lie in [0, 1] and none in [0, 1); found {self.shares}, {self.none}")
 
 
 class SMD(Method):
@@ -70,9 +76,8 @@ class SMD(Method):
 
     def __init__(self, settings, roles, guidance, sampler) -> None:
         super().__init__(settings, roles, guidance, sampler)
-        self.student, self.critic = roles["student"], roles["critic"]
+        self.student, self.critic, self.schedule = roles["student"], roles["critic"], roles["student"].schedule
         self.teacher, self.discriminator = roles.get("teacher"), roles.get("discriminator")
-        self.schedule = self.student.schedule
         self.matched, self.trained = (noise_levels(settings, self.schedule, whole) for whole in (False, True))
 
     @classmethod
@@ -88,17 +93,15 @@ class SMD(Method):
 
     def updates(self) -> list[Update]:
         n = self.settings.critic_steps
-        if self.teacher is None:
+        if self.settings.source == "data":
             return [Update(("student",), self.learned_loss), Update(("critic",), self.mixed_loss, repeat=n)]
         return [Update(("student",), self.student_loss),
                 Update(("critic", "discriminator"), self.critic_loss, repeat=n)]
 
-    # -- losses with a teacher, in the order of the algorithm ----------------------------------------------------------
-
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x, x_t, t, a = self.noised(batch, step)
         with torch.no_grad():
-            real, fake = (p.x0 for p in self.scores(x_t, t, batch.cond, step))
+            real, fake = self.scores("x0", x_t, t, batch.cond, step)
         logits = self.discriminator(x_t, t, batch.cond)
         weight = dmd(x.detach(), real) * mixture_weight(a, ratio(logits.detach())).to(x)
         losses, gan = {"matching": distribution_matching(x, real, fake, weight).mean()}, self.settings.gan_weight
@@ -109,36 +112,30 @@ class SMD(Method):
         x_t, data_t = (self.schedule.add_noise(clean, eps, t) for clean in (x, batch.x0))
         of_fake, of_real = (mixture_logits(self.discriminator(y, t, batch.cond), a).sigmoid() for y in (x_t, data_t))
         with torch.no_grad():
-            apart, apart_at_data = (squared(*(p.v for p in self.scores(y, t, batch.cond, step))) for y in (x_t, data_t))
+            apart, apart_at_data = (squared(*self.scores("v", y, t, batch.cond, step)) for y in (x_t, data_t))
         a = a.to(apart)
         mixture = (1 - a) * apart * of_fake.square().mean(1) + a * apart_at_data * (1 - of_real).square().mean(1)
         return {"denoising": denoising(self.critic(x_t, t, batch.cond), x, eps).mean(), "mixture": mixture.mean()}
-
-    # -- losses from data alone --------------------------------------------------------------------------------------
 
     def learned_loss(self, batch: Batch, step: Step) -> Losses:
         x, x_t, t, a = self.noised(batch, step)
         with torch.no_grad():
             fake, mixed, real = (self.critic(x_t, t, with_share(batch.cond, share)).x0
                                  for share in (0 * a, a, 0 * a + 1))
-        larger = ((squared(real, fake) + SMALL) / (squared(mixed, fake) + SMALL)).sqrt()
+        larger = ((squared(real, fake) + 1e-6) / (squared(mixed, fake) + 1e-6)).sqrt()       # the released addition
         return {"matching": distribution_matching(x, mixed, fake, dmd(x.detach(), real) * larger).mean()}
 
     def mixed_loss(self, batch: Batch, step: Step) -> Losses:
         x, t, eps, a = self.drawn(batch, step)
-        cond = with_share(batch.cond, a)
-        of_fake, of_real = (denoising(self.critic(self.schedule.add_noise(clean, eps, t), t, cond), clean, eps)
-                            for clean in (x, batch.x0))
+        say = lambda x_t: self.critic(x_t, t, with_share(batch.cond, a))
+        of_fake, of_real = (denoising(say(self.schedule.add_noise(y, eps, t)), y, eps) for y in (x, batch.x0))
         return {"denoising": ((1 - a.to(of_fake)) * of_fake + a.to(of_real) * of_real).mean()}
-
-    # -- terms -------------------------------------------------------------------------------------------------------
 
     def noised(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The student's sample, noised, its time, and its share a (B,) float64."""
         x, (low, high) = rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.settings.shares
-        t = self.matched(step.uniform("t"))
-        x_t = self.schedule.add_noise(x, step.normal("noise", batch.shape), t)
-        return x, x_t, t, low + (high - low) * step.uniform("share")
+        t, a = self.matched(step.uniform("t")), low + (high - low) * step.uniform("share")
+        return x, self.schedule.add_noise(x, step.normal("noise", batch.shape), t), t, a
 
     @torch.no_grad()
     def drawn(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,6 +144,7 @@ class SMD(Method):
         a = torch.where(step.uniform("none") < self.settings.none, 0.0, step.uniform("share"))
         return x, self.trained(step.uniform("t")), step.normal("noise", batch.shape), a
 
-    def scores(self, x_t: Tensor, t: Tensor, cond: Condition, step: Step) -> tuple[Prediction, Prediction]:
-        """Of the guided teacher and of the critic."""
-        return guided(self.teacher, drawn(self.guidance, step))(x_t, t, cond), self.critic(x_t, t, cond)
+    def scores(self, kind: str, x_t: Tensor, t: Tensor, cond: Condition, step: Step) -> list[Tensor]:
+        """What the guided teacher and the critic say, in a view."""
+        roles = guided(self.teacher, drawn(self.guidance, step)), self.critic
+        return [role(x_t, t, cond).view(kind) for role in roles]

@@ -22,7 +22,19 @@ from ...diffusion.schedule import Schedule, like
 from ...diffusion.times import NoiseLaw
 from ...losses.matching import distribution_matching
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_noise, noise_levels, renoising
+from ..base import (
+    Frozen,
+    Guidance,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_noise,
+    noise_levels,
+    renoising,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
