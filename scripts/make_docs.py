@@ -21,7 +21,8 @@ from stepdistill.recipe import catalogue, editors, entries, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "teacher": entries.Teacher, "teacher.loras": entries.TeacherLora,
+TABLES = {"": schema.Recipe, "resolution": entries.Buckets, "teacher": entries.Teacher,
+          "teacher.loras": entries.TeacherLora,
           "student": entries.RoleChoice,
           "student.lora, critic.lora": entries.Lora, "critic": entries.Critic, "discriminator": entries.Discriminator,
           "data": entries.Data, "data.samples": entries.Samples, "data.pairs": entries.Pairs, "train": entries.Train,
@@ -30,7 +31,7 @@ WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true 
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
-         "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table",
+         "Resolution": "whole number | list | buckets", "Guidance": "number | range", "Plugins": "text | table",
          "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

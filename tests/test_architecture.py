@@ -23,7 +23,7 @@ MAY = {
     # base: the needs it supplies
     "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors "
                "huggingface_hub triton"),
-    "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
+    "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset av"),
     "methods": ("methods/base.py diffusion losses", ""),
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard "
                  "rich psutil"),
