@@ -35,7 +35,8 @@ FIGURE, PAGE = ROOT / "assets/figures/methods.png", ROOT / "docs" / "results.md"
 NFE, SAMPLES, SHIPPED = (1, 2, 4, 8), 2000, 0.9
 SOLVERS = ("ddim", "heun", "dpmpp_2m")
 START, END = "<!-- table of methods: scripts/table.sh -->", "<!-- end of the table -->"
-COLOURS = {"consistency": "#1c7ed6", "trajectory": "#2f9e62", "distribution": "#d9480f", "adversarial": "#9c36b5"}
+COLOURS = {"consistency": "#1c7ed6", "trajectory": "#2f9e62", "distribution": "#d9480f", "adversarial": "#9c36b5",
+           "hybrid": "#e67700"}
 MARKERS = "oDs^vP*X<>"
 
 

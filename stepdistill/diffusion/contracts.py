@@ -20,10 +20,10 @@ class Condition:
 
     text (B, L, D), mask (B, L), pooled (B, D), time_ids (B, 6), label (B,) int64.
     extra: numbers (B,) by name that a student or a critic reads through an embedding of its own: w, the guidance scale
-    (1 is conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1]. `Condition(w=...)`
-    and `cond.replace(w=...)` set them, None takes them away, and cond.w is None where there is none.
-    null is the unconditional counterpart that guidance subtracts; negative, where there is one, what it subtracts in
-    its place: the encoding of a negative prompt, or the null's again for samples that have none.
+    (1 is conditional only) or a critic's exit (1 is the first), r, the time to land on, in [0, 1], share, of the data
+    in a mixture. `Condition(w=...)` and `cond.replace(w=...)` set w and r, None takes them away, and cond.w is None
+    where there is none. null is the unconditional counterpart that guidance subtracts; negative, where there is one,
+    what it subtracts in its place: the encoding of a negative prompt, or the null's again for samples that have none.
     """
 
     text: Tensor | None = None

@@ -26,6 +26,11 @@ def with_scale(cond: Condition | None, w: float | Tensor) -> Condition:
     return cond.replace(w=torch.as_tensor(w, dtype=torch.float64).expand(len(cond)), **beside)
 
 
+def with_share(cond: Condition, share: Tensor) -> Condition:
+    """The condition with the share of data in a mixture, (B,) float64, for a critic that reads it."""
+    return cond.replace(extra={**cond.extra, "share": share})
+
+
 @dataclass(frozen=True)
 class SelfGuided(Wrapper):
     """See `self_guided`. w: the scale that it reads, where it has a guidance embedding."""

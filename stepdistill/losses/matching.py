@@ -19,16 +19,18 @@ def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor)
     return 0.5 * squared(x, aim)
 
 
-def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: Tensor) -> Tensor:
+def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float | Tensor, weight: Tensor) -> Tensor:
     """weight [(1 - alpha) |d|^2 + <d, fake - x>], d = real - fake, over the size of a sample; its value says little.
 
-    real, fake: the teacher's and the critic's x_0 at the noised x; gradients flow through both to x. weight (B,), held
-    fixed. Where fake is E[x | x_t] and the weight a function of t, the expected gradient is, at alpha = 1/2, half of
-    that of E weight |d|^2, the Fisher divergence, and at alpha = 1 the same with the law of x_t held fixed; the
-    expected value is (1 - alpha) E weight |d|^2. Zhou et al. 2024, arXiv:2404.04057.
+    real, fake: the teacher's and the critic's x_0 at the noised x; gradients flow through both to x, and through weight
+    (B,) and alpha, a number or (B,), if these have any. Where fake is E[x | x_t] and the weight a function of t, the
+    expected gradient is, at alpha = 1/2, half of that of E weight |d|^2, the Fisher divergence, and at alpha = 1 the
+    same with the law of x_t held fixed; the expected value is (1 - alpha) E weight |d|^2. Zhou et al. 2024,
+    arXiv:2404.04057.
     """
     d = real - fake
-    error = (d * ((1 - alpha) * d + fake - x)).flatten(1).mean(1)
+    share = 1 - (like(alpha, d) if isinstance(alpha, Tensor) else alpha)
+    error = (d * (share * d + fake - x)).flatten(1).mean(1)
     return like(weight, error) * error
 
 

@@ -34,7 +34,7 @@ class Trained:
     """A role that updates train: an adapter on the network of `start`, or a copy of it, which it equals at first.
 
     reads: names of numbers in `cond.extra` that its network also reads, through an embedding that contributes nothing
-    at first: "w", the guidance scale or a critic's exit, "r", the time to land on.
+    at first: "w", the guidance scale or a critic's exit, "r", the time to land on, "share", of data in a mixture.
     """
 
     start: str = "teacher"

@@ -16,7 +16,7 @@ from .problem import Problem
 class Net:
     """A role whose x_0 is m + (1 + t) S x_t + U text + p t + q w, put as a network of its kind puts it.
 
-    w is 0 where the condition has none.
+    w is the number that the condition holds, a scale, an exit or a share, and 0 where it holds none.
     """
 
     schedule: Schedule
@@ -31,7 +31,7 @@ class Net:
         return cls(problem.schedule, kind or problem.kind, numbers)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        x0 = self._affine(x_t.flatten(1), t, cond.text, cond.w).reshape(x_t.shape)
+        x0 = self._affine(x_t.flatten(1), t, cond.text, next(iter(cond.extra.values()), None)).reshape(x_t.shape)
         eps = (x_t - like(self.schedule.alpha(t), x_t) * x0) / like(self.schedule.sigma(t), x_t)
         return Prediction(truth(x0, eps, t, self.schedule, self.kind), x_t, t, self.schedule, self.kind)
 

@@ -59,7 +59,7 @@ def weighted(problem: Problem, student: Affine, logits: Logits) -> Iterator[Chec
     f''(r)."""
     batch, w, worst = problem.batch(COUNT), problem.w, 0.0
     critic = problem.law(*reversed(student.law))
-    for name, (f, _) in DIVERGENCES.items():
+    for name, (f, *_) in DIVERGENCES.items():
         step = problem.step(COUNT)
         method = made(problem, student, critic, w, logits, replace(PLAIN, divergence=name))
         found = gradient(method.student_loss(batch, step)["matching"], student)

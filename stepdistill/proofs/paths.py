@@ -161,6 +161,7 @@ class Algorithm:
     """A method as its paper has it. roles: a drawn network for each; orders, needs: of settings; known: of a turn.
 
     defaults: the published values of its settings. renoised: its sampler noises x_0 anew at each step; else it is DDIM.
+    times: when the sampler of so many steps asks its network, where these are no even times.
     """
 
     method: type[Method]
@@ -170,6 +171,7 @@ class Algorithm:
     known: Callable[[Turn], Known]
     defaults: Mapping[str, Any]
     renoised: bool = True
+    times: Callable[[Problem, int], Sequence[float]] | None = None
 
 
 def rows(algorithm: Algorithm, problem: Problem, paths: Sequence[Path]) -> Iterator[Check]:
@@ -207,7 +209,9 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     if made != orders or needs != [algorithm.needs(settings)] * 2:
         return float("inf")
     losses = {update.trains: update.loss for update in updates}
-    sample = off_sample(problem, method.sampler, roles["student"], path.steps, algorithm.renoised, first(settings))
+    begun = [first(settings) * (1 - n / path.steps) for n in range(path.steps)]
+    times = begun if algorithm.times is None else algorithm.times(problem, path.steps)
+    sample = off_sample(problem, method.sampler, roles["student"], times, algorithm.renoised)
     return largest(sample, *(of_turn(losses[turn.trains](turn.batch, turn.step), algorithm.known(turn), turn)
                      for turn in turns(problem, path, settings, roles, orders, index)))
 
@@ -302,16 +306,16 @@ def first(settings: Any) -> float:
     return 1.0 if found is None else found
 
 
-def off_sample(problem: Problem, sampler: Sampler, student: Net, steps: int, fresh: bool, begun: float) -> float:
-    """How far the method's sampler ends from even steps by hand, of x_0 that is noised anew or of DDIM; relative.
+def off_sample(problem: Problem, sampler: Sampler, student: Net, times: Sequence[float], fresh: bool) -> float:
+    """How far the method's sampler ends from steps by hand, of x_0 that is noised anew or of DDIM; relative.
 
-    begun: the time of unit noise.
+    times: of its steps, the first that of unit noise.
     """
     start, cond = problem.normal(COUNT, problem.dim), problem.prompts(COUNT)
-    noises = problem.normal(steps, COUNT, problem.dim)
+    noises = problem.normal(len(times), COUNT, problem.dim)
     x = start
-    for i in range(steps):
-        t, r = (torch.full((COUNT,), begun * (1 - n / steps), dtype=torch.float64) for n in (i, i + 1))
+    for i, ends in enumerate(pairwise([*times, 0.0])):
+        t, r = (torch.full((COUNT,), end, dtype=torch.float64) for end in ends)
         x0 = student.x0(x, t, cond.text)
         x = renoised(problem, x0, x, t, r, noises[i]) if fresh else stepped(problem, x0, x, t, r)[0]
     shape = (COUNT, 1, problem.dim, 1)

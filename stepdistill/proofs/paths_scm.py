@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion.continuous import FIRST, INSIDE, start
 from ..diffusion.draws import Step
-from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, Settings, start
+from ..losses.tangent import RADIAN
+from ..methods.consistency.scm import Settings
 from .hand import sites
 from .path_rows import DRAWN, Cast, cast, sampled, table, trained
 from .path_table import Path, all_paths
@@ -55,7 +57,7 @@ def pair(found: Cast, x: Tensor, theta: Tensor) -> Tensor:
 
 def scm_loss(found: Cast) -> Tensor:
     """A loss whose gradient is -2 aim dF, aim = g / (rms + c), g = cos^2 (v - F) - r cos sin (x + dF/dtheta)."""
-    theta = found.method.times(found.step) * torch.pi / 2
+    theta = found.method.consistency.times(found.step.uniform("t")) * torch.pi / 2
     cos, sin = theta.cos()[:, None], theta.sin()[:, None]
     x = cos * found.batch.x0 + sin * found.eps()
     r = min(1.0, found.step.progress / found.settings.warmup) if found.settings.warmup else 1.0
@@ -106,11 +108,17 @@ def scm(problem: Problem) -> Iterator[Check]:
     path = Path("mean and deviation", {"mean": 0.9, "std": 1.1})
     found = cast("scm", path, problem)
     yield Check(f"{path.name}: moments of its times against those of their law, in standard errors",
-                off_law(found.method.times(problem.step(MANY)), published_times(problem, found.settings)), 6)
+                off_law(found.method.consistency.times(problem.step(MANY).uniform("t")),
+                        published_times(problem, found.settings)), 6)
+
+
+def last_trained(problem: Problem) -> float:
+    """Where sampling starts, a tenth of a time inside a table's entry."""
+    return start(problem.schedule) - INSIDE * (problem.name == "vp")
 
 
 def published_times(problem: Problem, settings: Settings) -> Tensor:
     """Of the law, cut off where a network knows no more times and where sampling starts."""
-    ends = torch.tensor([FIRST + INSIDE, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
+    ends = torch.tensor([FIRST + INSIDE, last_trained(problem)], dtype=torch.float64)
     return normal_values(settings.mean,
                          settings.std).exp().atan().clamp(*problem.schedule.angle(ends).tolist()) * RADIAN

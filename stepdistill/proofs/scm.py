@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..diffusion.continuous import FIRST, TRIG
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import self_guided
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
-from ..losses.tangent import trig_difference, trig_pair
-from ..methods.consistency.scm import FIRST, INSIDE, RADIAN, SCM, TRIG, Settings, start
-from .paths_scm import published_times
+from ..losses.tangent import RADIAN, trig_difference, trig_pair
+from ..methods.consistency.scm import SCM, Settings
+from .paths_scm import last_trained, published_times
 from .paths_scm import scm as paths
 from .problem import Check, FunctionRole, Law, Problem, difference, gradient, largest, off_law
 
@@ -88,7 +89,7 @@ def at_the_defaults(problem: Problem) -> Iterator[Check]:
 
 def rest_width(problem: Problem, deviation: float, settings: Settings, count: int = 500) -> float:
     """Of samples, over the data's: `count` noise levels up to where sampling begins."""
-    ends = torch.tensor([FIRST, min(start(problem.schedule), 1 - INSIDE)], dtype=torch.float64)
+    ends = torch.tensor([FIRST, last_trained(problem)], dtype=torch.float64)
     angles = torch.linspace(*problem.schedule.angle(ends).tolist(), count, dtype=torch.float64)
     variance = angles.cos() ** 2 * deviation**2 + angles.sin() ** 2
     velocity = angles.sin() * angles.cos() * (1 - deviation**2) / variance
@@ -120,7 +121,7 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
     batch, begun = problem.batch(COUNT), problem.step(COUNT, progress=0.5)
     student = problem.affine()
     method = made(problem, student, problem.w)
-    t = method.times(begun)
+    t = method.consistency.times(begun.uniform("t"))
     x, seen = TRIG.add_noise(batch.x0, begun.normal("noise", batch.shape), t), viewed(student, TRIG)
     law = Law(TRIG, problem.covariance, "v").of(problem.guided_cond(COUNT, problem.w))
     after, before = (seen(law.flow(x, t, t + h * RADIAN), t + h * RADIAN, batch.cond).x0.detach()
@@ -138,9 +139,10 @@ def arbitrary(problem: Problem) -> Iterator[Check]:
                 worst, 1e-6)
 
     yield Check("moments of its times against those of ln tan theta ~ N(mean, std^2), in standard errors",
-                off_law(method.times(problem.step(MANY)), published_times(problem, method.settings)), 6)
+                off_law(method.consistency.times(problem.step(MANY).uniform("t")),
+                        published_times(problem, method.settings)), 6)
 
     tame = problem.law(problem.drawn_covariance())
-    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).slope(x, t, x, batch.cond)
+    slopes = [made(problem, tame, problem.w, derivative=by, width=TINY).consistency.slope(x, t, x, batch.cond)
               for by in ("difference", "exact")]
     yield Check(f"differences of width {TINY:g} against exact derivatives; relative", difference(*slopes), 1e-3)

@@ -6,15 +6,16 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
+from stepdistill.diffusion.continuous import TRIG, latest, start, trig_time
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.diffusion.draws import Step
 from stepdistill.diffusion.guidance import self_guided
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import VariancePreserving
 from stepdistill.diffusion.views import viewed
-from stepdistill.losses.tangent import exact, trig_difference
+from stepdistill.losses.tangent import RADIAN, exact, trig_difference
 from stepdistill.methods.base import Frozen, Trained
-from stepdistill.methods.consistency.scm import RADIAN, SCM, TRIG, Settings, start
+from stepdistill.methods.consistency.scm import SCM, Settings
 from stepdistill.models.roles import Lora, build_roles
 from stepdistill.models.teacher import load_teacher
 
@@ -78,16 +79,16 @@ def test_a_range_of_scales_is_averaged_and_nobody_is_told():
 def test_times_are_log_normal_and_end_where_the_schedule_does(name):
     settings = Settings(mean=0.5, std=1.2)
     method = SCM(settings, {"teacher": Teacher(*SCHEDULES[name]), "student": Teacher(*SCHEDULES[name])}, 1.0, None)
-    times = method.times(moment(2000))
+    own, times = SCHEDULES[name][0], method.consistency.times(moment(2000).uniform("t"))
     tangents = (times * pi / 2).tan().log()
     assert tangents.median().item() == pytest.approx(0.5, abs=0.1)
     assert (tangents < -0.7).double().mean().item() == pytest.approx(0.159, abs=0.03)
-    last = method.trig(torch.tensor([method.last], dtype=torch.float64)).item()
-    assert method.first < times.min() and times.max() <= last
+    last = trig_time(own, torch.tensor([latest(own)], dtype=torch.float64)).item()
+    assert method.consistency.first < times.min() and times.max() <= last
     at_end = (times > last - 1e-3).double().mean().item()
     # sigma / alpha ends at 14.6: ln 14.6 is 1.8 deviations up
     if name == "vp":
-        assert 0.02 < at_end < 0.06 and last == pytest.approx(RADIAN * 1.5025, abs=1e-3) and method.last == 0.9999
+        assert 0.02 < at_end < 0.06 and last == pytest.approx(RADIAN * 1.5025, abs=1e-3) and latest(own) == 0.9999
     else:
         assert at_end < 0.001 and last == pytest.approx(RADIAN * atan(999), abs=1e-9)
 
@@ -202,7 +203,9 @@ def test_the_derivative_goes_through_adapters_attention_and_recomputation():
 def test_defaults_cover_the_noise_that_sampling_starts_in():
     """One of twenty draws lies within the last fiftieth of a Stable Diffusion schedule, where the first step is."""
     method = SCM(Settings(), {"teacher": Teacher(*SCHEDULES["vp"]), "student": Teacher(*SCHEDULES["vp"])}, 1.0, None)
-    assert (method.times(moment(2000)) > 0.98 * method.trig(torch.ones(1, dtype=torch.float64))).double().mean() > 0.05
+    times, last = (method.consistency.times(moment(2000).uniform("t")),
+                   trig_time(SCHEDULES["vp"][0], torch.ones(1, dtype=torch.float64)))
+    assert (times > 0.98 * last).double().mean() > 0.05
 
 
 @pytest.mark.parametrize("config, index",

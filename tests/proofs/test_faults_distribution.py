@@ -6,9 +6,9 @@ import pytest
 from .planting import Fault, of, shared_out, unseen, whole
 
 DI, DMD, DMD2, SID, SWIFT = "diff_instruct", "dmd", "dmd2", "sid", "swiftbrush"
-TDM, BACK, FD = "tdm", "disback", "f_distill"
-METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM, BACK, FD)
-STARTED = (DI, DMD, DMD2, SID, SWIFT, BACK, FD)                     # what may begin below t = 1
+TDM, BACK, FD, UNI, MIX = "tdm", "disback", "f_distill", "uni_instruct", "smd"
+METHODS = (DI, DMD, DMD2, SID, SWIFT, TDM, BACK, FD, UNI, MIX)
+STARTED = (DI, DMD, DMD2, SID, SWIFT, BACK, FD, UNI, MIX)                     # what may begin below t = 1
 
 FAULTS = (
     # Diff-Instruct
@@ -63,6 +63,55 @@ FAULTS = (
     of(FD, "share_rollout unread", "shares=steps if self.settings.share_rollout else 1", "shares=1"),
     Fault("h not over h(1)", "losses.divergence", "h(r) / h(r.new_ones(()))", "h(r)", (FD,)),
     Fault("the ratio not clipped", "losses.divergence", ".clamp(low, high)", "", (FD,)),
+    # Uni-Instruct
+    of(UNI, "the ratio held fixed", "self.of_ratio(ratio(logits), step)",
+       "self.of_ratio(ratio(logits.detach()), step)"),
+    of(UNI, "ratio_start unread", "step.index >= self.settings.ratio_start", "step.index >= 390"),
+    of(UNI, "always its default", "name = self.settings.divergence", 'name = "js"'),
+    of(UNI, "the law held fixed", "(1 + elasticity(name, r)) / 2", "torch.ones_like(r)"),
+    of(UNI, "alpha of the reverse KL", "(1 + elasticity(name, r)) / 2", "0 * r + 0.5"),
+    of(UNI, "not weighted", "(1 + elasticity(name, r)) / 2, relative_weight(name, r)",
+       "(1 + elasticity(name, r)) / 2, 0 * r + 1"),
+    of(UNI, "the critic held fixed", "real, fake.x0, alpha", "real, fake.x0.detach(), alpha"),
+    of(UNI, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(UNI, "gan_weight unread", "gan_weight = self.settings.gan_weight", "gan_weight = 0.01"),
+    of(UNI, "critic_gan_weight unread", "self.settings.critic_gan_weight * discriminator_loss", "discriminator_loss"),
+    of(UNI, "real and fake swapped in the game", "discriminator_loss(real, fake)", "discriminator_loss(fake, real)"),
+    of(UNI, "data and sample under noises of their own", "self.schedule.add_noise(batch.x0, eps, t)",
+       'self.schedule.add_noise(batch.x0, step.normal("other", batch.shape), t)'),
+    of(UNI, "critic_steps unread", "repeat=self.settings.critic_steps", "repeat=1"),
+    Fault("the elasticity of h upside down", "losses.divergence", "return DIVERGENCES[name][2](r)",
+          "return 1 - DIVERGENCES[name][2](r)", (UNI,)),
+    Fault("one alpha for all", "losses.matching", "(like(alpha, d) if isinstance(alpha, Tensor) else alpha)",
+          "(alpha.mean() if isinstance(alpha, Tensor) else alpha)", (UNI,)),
+    # SMD
+    of(MIX, "shares unread", "(low, high) = rollout(self.sampler, self.student, batch.cond, step, batch.shape), "
+       "self.settings.shares",
+       "(low, high) = rollout(self.sampler, self.student, batch.cond, step, batch.shape), (0.5, 1.0)"),
+    of(MIX, "none unread", '< self.settings.none', "< 0.25"),
+    of(MIX, "source unread in the needs", 'if settings.source == "data"', "if False"),
+    of(MIX, "the ratio at the data's share alone", "mixture_weight(a, ratio", "mixture_weight(0 * a + 1, ratio"),
+    of(MIX, "the ratio upside down", "ratio(logits.detach())", "ratio(-logits.detach())"),
+    of(MIX, "fooled at no share", "generator_loss(mixture_logits(logits, a))", "generator_loss(logits)"),
+    of(MIX, "the shares of a mixture swapped", "(1 - a) * apart * of_fake.square().mean(1) + a *",
+       "a * apart * of_fake.square().mean(1) + (1 - a) *"),
+    of(MIX, "data taken for samples", "(1 - of_real).square()", "of_real.square()"),
+    of(MIX, "gan_weight unread", "gan * generator_loss", "3e-3 * generator_loss"),
+    of(MIX, "SMT: the critic reads one share", "with_share(batch.cond, a))",
+       "with_share(batch.cond, 0 * a))"),
+    of(MIX, "SMT: the parts of a mixture swapped", "(1 - a.to(of_fake)) * of_fake + a.to(of_real) * of_real",
+       "(1 - a.to(of_fake)) * of_real + a.to(of_real) * of_fake"),
+    of(MIX, "SMT: not made larger", "dmd(x.detach(), real) * larger", "dmd(x.detach(), real)"),
+    of(MIX, "SMT: the whole difference", "distribution_matching(x, mixed, fake,",
+       "distribution_matching(x, real, fake,"),
+    of(MIX, "critic_steps unread", "n = self.settings.critic_steps", "n = 5"),
+    of(MIX, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
+    of(MIX, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
+    Fault("odds of a share upside down", "losses.divergence", "share.logit()[:, None]", "(1 - share).logit()[:, None]",
+          (MIX,)),
+    Fault("a mixture's weight of its other part", "losses.divergence", "r / (share * r + 1 - share)",
+          "r / ((1 - share) * r + share)",
+          (MIX,)),
     # DMD2
     of(DMD2, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
     of(DMD2, "critic_steps unread", "repeat=s.critic_steps", "repeat=5"),
@@ -270,8 +319,8 @@ FAULTS = (
     Fault("the match is not held fixed", "losses.matching", "(fake - real)).detach()", "(fake - real))",
           (DI, DMD, DMD2, SWIFT)),
     Fault("twice the match", "losses.matching", "0.5 * squared", "squared", (DI, DMD, DMD2, SWIFT)),
-    Fault("1 + alpha in the identity", "losses.matching", "* ((1 - alpha) * d + fake - x)",
-          "* ((1 + alpha) * d + fake - x)", (SID,)),
+    Fault("1 + alpha in the identity", "losses.matching", "* (share * d + fake - x)",
+          "* ((2 - share) * d + fake - x)", (SID,)),
     Fault("real for fake in the identity", "losses.matching", "* d + fake - x)", "* d + real - x)", (SID,)),
     Fault("denoising in x_0", "losses.matching",
           "squared(prediction.raw, truth(x0, eps, prediction.t, prediction.schedule, prediction.kind))",

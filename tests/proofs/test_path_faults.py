@@ -178,17 +178,23 @@ FAULTS = [
     ),
     *of(
         "scm", "methods.consistency.scm",
+        (DRAWN, "1.0"),
+    ),
+    *of(
+        "scm", "diffusion.continuous",
         ("min(time(1 - i / steps), first)", "time(1 - i / steps)"),
         ("shifted(uniform(), SHIFT)", "uniform()"),
+    ),
+    *of(
+        "scm", "losses.continuous",
         ("settings.mean, settings.std)", "-0.1, settings.std)"),
         ("settings.mean, settings.std)", "settings.mean, 1.6)"),
-        ("min(1.0, step.progress / self.settings.warmup)", "min(1.0, step.progress / 0.1)"),
+        ("min(1.0, progress / self.settings.warmup)", "min(1.0, progress / 0.1)"),
         ("if self.settings.warmup else 1.0", "if self.settings.warmup else 0.0"),
         ("self.settings.damping)", "0.1)"),
         ('self.settings.derivative == "exact"', "True"),
         ("exact(field, x, t, velocity, RADIAN)", "trig_pair(field, x, t, velocity, self.settings.width, self.first)"),
         ("self.settings.width, self.first", "2 * self.settings.width, self.first"),
-        (DRAWN, "1.0"),
     ),
     *of(
         "scm", "losses.tangent",

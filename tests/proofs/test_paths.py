@@ -13,7 +13,7 @@ from stepdistill.proofs.problem import Problem, largest
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.catalogue import builtin
 
-PROVED = [name for name, entry in METHODS.items() if entry.family in ("distribution", "adversarial")]
+PROVED = [name for name, entry in METHODS.items() if entry.family in ("distribution", "adversarial", "hybrid")]
 UNIT_PROOFS: dict[str, tuple[str, ...]] = {}             # settings that a unit test proves in place of a row, by method
 
 
