@@ -240,7 +240,7 @@ def _kept(settings: Mapping[str, Any]) -> str:
     if "negative" not in settings:
         return ""
     return (f", {2 * settings['steps']} in all. The student was trained so, and a negative prompt acts on it, such as "
-            f"{_code('negative_prompt=' + _quoted(settings['negative']))}")
+            f"{code('negative_prompt=' + quoted(settings['negative']))}")
 
 
 def _range(settings: Mapping[str, Any]) -> str:

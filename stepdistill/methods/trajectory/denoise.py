@@ -1,5 +1,5 @@
-"""Denoising, the training of diffusion models itself. Ho et al. 2020, arXiv:2006.11239, algorithm 1, L_simple; of flows
-Lipman et al. 2022, arXiv:2210.02747.
+"""Denoising Diffusion Probabilistic Models, the training of diffusion models itself. Ho et al. 2020, arXiv:2006.11239,
+algorithm 1, L_simple; of flows Lipman et al. 2022, arXiv:2210.02747.
 
     t, eps  <- any time, and noise
     x_t     =  alpha_t x_0 + sigma_t eps
