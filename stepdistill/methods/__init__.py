@@ -74,6 +74,8 @@ METHODS: dict[str, Entry] = {
                          needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 8)),
     "reflow": Entry("trajectory.reflow", "Reflow", "Rectified Flow", "2209.03003", "trajectory",
                     needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
+    "snapfusion": Entry("trajectory.snapfusion", "SnapFusion", "SnapFusion", "2306.00980", "trajectory",
+                        needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 8)),
     "tract": Entry("trajectory.tract", "TRACT", "Transitive Closure Time-Distillation", "2303.04248", "trajectory",
                    needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "diff_instruct": Entry("distribution.diff_instruct", "DiffInstruct", "Diff-Instruct", "2305.18455", "distribution",

@@ -38,6 +38,20 @@ def head(shape: Shape) -> nn.Sequential:
     return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, 1, 1))
 
 
+class NodeHeads(nn.Module):
+    """Feature map (B, C, H, W), of videos (B, C, F, H, W), and t (B,) -> the logits (B, 1, h, w) of the head of the
+    node that is nearest to t, of those at 0, 1 / n .. 1 - 1 / n: n times `head`."""
+
+    def __init__(self, nodes: int, shape: Shape) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(head(shape) for _ in range(nodes))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        count = len(self.each)
+        node = moved((t * count).round().clamp(max=count - 1).long(), x.device)
+        return torch.stack([each(x) for each in self.each], 1)[torch.arange(len(x), device=x.device), node]
+
+
 class TokenHead(nn.Module):
     """Feature map (B, C, H, W), of videos (B, C, F, H, W), and what it is told, (B, D) -> a logit at each position,
     (B, N), N the map's own positions in rows.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..diffusion.contracts import Batch, Condition, Pairs, Role
 from ..diffusion.draws import Step
-from ..diffusion.guidance import self_guided
+from ..diffusion.guidance import guided, self_guided
 from ..methods import load_method
 from ..methods.base import Method
 from ..models.schedulers import StockCall, sampler_of, stock_call, stock_scheduler
@@ -87,7 +87,8 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     learner, average = (Learner(problem, needs["student"].reads) for _ in range(2))
     target = average if path.full or name in AVERAGED else learner
     network, averaged = (FunctionRole(problem.schedule, each.network, problem.kind) for each in (learner, average))
-    teacher = _teacher(problem, path, learner.reads_w)
+    within = "teacher" not in needs or needs["teacher"].within
+    teacher = _teacher(problem, path, learner.reads_w) if path.previous and within else problem.teacher
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
     method = kind(settings, {role: roles[role] for role in needs}, scale, sampler)
@@ -97,10 +98,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
 
 
 def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
-    """The pipeline's network, or a student that is guided within: at the scale that it is told, or has learned."""
-    if not path.previous:
-        return problem.teacher
-
+    """A student that is guided within: at the scale that it is told, or has learned."""
     def x0_of(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.null is None:
             raise ValueError("a teacher that has its guidance within was guided again")
@@ -187,6 +185,7 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
         right = known(found, noise, draws[0])
         role = FunctionRole(problem.schedule, network, problem.kind)
         role = found.method.sampler.telling(role) if "r" in found.learner.reads else role
+        role = role if found.learner.reads_w else guided(role, scale_at_export(found.stock))
         ours = found.method.sampler(role, noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 

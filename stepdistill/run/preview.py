@@ -127,6 +127,8 @@ def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, r
         student = sampler.telling(student)
     if "w" in reads:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
+    elif run.teacher.scale is None:
+        student = guided(student, run.teacher.guidance.scale(run.stock.call))
     return sampler(student, noise("start"), cond, lambda i: noise(f"step {i}"))
 
 
