@@ -63,6 +63,9 @@ METHODS: dict[str, Entry] = {
                   "consistency",
                   needs=("teacher", "student", "critic", "discriminator"), data=("images", "samples", "pairs"),
                   steps=(1, 8)),
+    "accvideo": Entry("trajectory.accvideo", "AccVideo", "AccVideo: Accelerating Video Diffusion Model with Synthetic "
+                      "Dataset", "2503.19462", "trajectory",
+                      needs=("teacher", "student", "discriminator"), data=("pairs",), steps=(4, 10)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
                     "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),

@@ -47,9 +47,12 @@ class NodeHeads(nn.Module):
         self.each = nn.ModuleList(head(shape) for _ in range(nodes))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        count = len(self.each)
-        node = moved((t * count).round().clamp(max=count - 1).long(), x.device)
-        return torch.stack([each(x) for each in self.each], 1)[torch.arange(len(x), device=x.device), node]
+        """A head of no sample at all sees one for nothing, so that all have gradients on all ranks."""
+        node = (t * len(self.each)).round().clamp(max=len(self.each) - 1)
+        rows = [(node == i).nonzero()[:, 0] for i in range(len(self.each))]
+        seen = [each(x[moved(own, x.device)] if len(own) else x[:1])[:len(own)]
+                for each, own in zip(self.each, rows, strict=True)]
+        return torch.cat(seen)[moved(torch.cat(rows).argsort(), x.device)]
 
 
 class TokenHead(nn.Module):
