@@ -66,6 +66,9 @@ METHODS: dict[str, Entry] = {
     "accvideo": Entry("trajectory.accvideo", "AccVideo", "AccVideo: Accelerating Video Diffusion Model with Synthetic "
                       "Dataset", "2503.19462", "trajectory",
                       needs=("teacher", "student", "discriminator"), data=("pairs",), steps=(4, 10)),
+    "boot": Entry("trajectory.boot", "BOOT", "BOOT: Data-free Distillation of Denoising Diffusion Models with "
+                  "Bootstrapping", "2306.05544", "trajectory",
+                  needs=("teacher", "student"), data=("prompts",), steps=(1, 1)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
                     "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),

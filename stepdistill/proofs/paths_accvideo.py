@@ -20,6 +20,7 @@ PATHS = (
     Path("toy/accvideo", {"nodes": 4, "gan_weight": 0.01}, steps=4, nodes=4, guidance=1.0, elsewhere=True),
     Path("2 steps on 4 nodes, critic_steps 3", {"nodes": 2, "critic_steps": 3}, steps=2, nodes=4),
     Path("1 step", {"nodes": 1}, steps=1),
+    Path("1 step, 4 nodes", {"nodes": 4}, steps=1),
     Path("gan_weight 0.7", {"nodes": 2, "gan_weight": 0.7}, steps=2),
     Path("no heads", {"nodes": 2, "gan_weight": 0.0}, steps=2),
     Path("a range of scales", {"nodes": 2}, steps=2, guidance=(1.5, 4.0)),

@@ -206,7 +206,7 @@ FAULTS = (
     of(SCFLOW, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
     # AccVideo
     of(ACC, "one head for all nodes", 'Heads("teacher", nodes=settings.nodes)', 'Heads("teacher")'),
-    of(ACC, "another number of nodes", "if steps != settings.nodes", "if steps == settings.nodes"),
+    of(ACC, "another number of nodes", "settings.nodes % steps", "steps % settings.nodes"),
     of(ACC, "gan_weight unread", "self.settings.gan_weight *", "0.1 *"),
     of(ACC, "critic_steps unread", "count = self.settings.critic_steps", "count = 1"),
     of(ACC, "the landing's own unit", "self.steps**2 * squared", "squared"),

@@ -232,6 +232,16 @@ FAULTS = [
         ("torch.where(alike, t, torch.minimum(one, other))", "torch.minimum(one, other)"),
     ),
     *of(
+        "boot", "methods.trajectory.boot",
+        ("grid(settings.nodes)", "grid(40)"),
+        ("self.settings.solver_steps)", "1)"),
+        ("self.signal(e, t, batch.cond), e,", "self.signal(e, s, batch.cond), e,"),
+        ("squared(self.signal(e, s, batch.cond)", "squared(self.signal(e, t, batch.cond)"),
+        ("torch.ones_like(t), cond.replace(r=t)", "t, cond.replace(r=t)"),
+        (DRAWN, "1.0"),
+        ("with torch.no_grad():", "with torch.enable_grad():"),
+    ),
+    *of(
         "guided", "methods.trajectory.guided",
         ("}[settings.weight]", '}["truncated"]'),
         (MIDDLE, HIGHEST),

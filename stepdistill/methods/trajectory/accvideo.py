@@ -31,8 +31,8 @@ from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Tra
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    nodes: int = 5                 # of the teacher's way, on which a student of as many steps lands (c: every tenth of
-                                   # 50 steps)
+    nodes: int = 5                 # of the teacher's way, each with heads; the student's steps are as many (c: every
+                                   # tenth of 50 steps), or divide them
     gan_weight: float = 0.1        # of fooling the heads; 0 leaves them out (o)
     critic_steps: int = 1          # updates of the heads a step, all on the student's own step (o)
 
@@ -61,9 +61,9 @@ class AccVideo(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        if steps != settings.nodes:
-            raise ValueError(f"accvideo with nodes = {settings.nodes} lands on these in {settings.nodes} steps; found "
-                             f"{steps}")
+        if steps < 1 or settings.nodes % steps:
+            raise ValueError(f"accvideo has heads for each of its nodes, {settings.nodes}, on which a student lands "
+                             f"whose steps divide them; found {steps} steps")
         return Inference(steps)
 
     def updates(self) -> list[Update]:
