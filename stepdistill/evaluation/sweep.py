@@ -12,10 +12,11 @@ from ..data.shapes import attributes_of
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
+from ..models.reading import resized
 from ..models.stock import say_cut
 from .estimate import share_of
 from .fd import too_few
-from .features import dimensions, resized
+from .features import dimensions
 from .means import clip_score, diversity
 from .metrics import Means
 from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans

@@ -69,6 +69,8 @@ METHODS: dict[str, Entry] = {
     "boot": Entry("trajectory.boot", "BOOT", "BOOT: Data-free Distillation of Denoising Diffusion Models with "
                   "Bootstrapping", "2306.05544", "trajectory",
                   needs=("teacher", "student"), data=("prompts",), steps=(1, 1)),
+    "denoise": Entry("trajectory.denoise", "Denoise", "Denoising Diffusion Probabilistic Models", "2006.11239",
+                     "trajectory", needs=("student",), data=("images", "samples"), steps=(20, 100)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
                     "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),
