@@ -6,6 +6,7 @@ t, s: (B,) float64, one pair a sample. s < t is the way to the data; the determi
     by its SDE           bridge(partial(sde_ddim, eta=0.2), ..., n, noise)
     by the data's path   schedule.add_noise(x0, eps, s), with the x0 and the eps that made x_t: no teacher
     to where it ends     anchored(f, x_s, s, t, inside)
+    two steps in one     two_in_one(guided(teacher, w), x_t, t, m, r, cond): an x_0
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Condition, Role
+from .flow_map import ddim_step, secant_target
 from .schedule import where
 from .solvers import Noise, Solver
 
@@ -24,6 +26,12 @@ def bridge(solver: Solver, role: Role, x_t: Tensor, t: Tensor, s: Tensor, cond: 
     """x_s by n sub-steps of a solver, even in time. noise: as solvers take it, for those that are stochastic."""
     shares = torch.arange(1, n, dtype=torch.float64)[:, None] / n
     return solver(role, x_t, torch.cat([t[None], t + (s - t) * shares, s[None]]), cond, noise)
+
+
+def two_in_one(role: Role, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Condition | None = None) -> Tensor:
+    """The x_0 (B, ...) with which one DDIM step from x_t at t lands at r where two of the role's land, by m."""
+    x_m = ddim_step(role(x_t, t, cond), m)
+    return secant_target(x_t, ddim_step(role(x_m, m, cond), r), t, r, role.schedule)
 
 
 def anchored(f: Callable[[Tensor, Tensor], Tensor], x_s: Tensor, s: Tensor, t: Tensor, inside: Tensor) -> Tensor:

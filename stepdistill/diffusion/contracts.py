@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterator, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from .prediction import Prediction
 from .schedule import Schedule, moved
 
@@ -121,6 +122,19 @@ class Pairs:
     noise: Tensor
     nodes: Tensor
     times: Tensor
+
+    def leg(self, j: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each way the step j, (B,) int64 from 0, of as many even ones: where it begins and lands, (B, ...), and
+        when, (B,) float64. RequestError where no such states are kept."""
+        every, left = divmod(self.nodes.shape[1], steps)
+        if left:
+            raise RequestError(f"a student of {steps} steps lands on {steps} evenly spaced states of the teacher's "
+                               f"way, and the pairs keep {self.nodes.shape[1]}: data.pairs.nodes should be a multiple "
+                               f"of {steps}")
+        rows = torch.arange(len(self.noise))
+        states = torch.cat([self.noise[:, None], self.nodes[:, every - 1::every].to(self.noise)], 1)
+        times = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), self.times[:, every - 1::every]], 1)
+        return states[rows, j], states[rows, j + 1], times[rows, j], times[rows, j + 1]
 
     def to(self, *args: Any, **kwargs: Any) -> Pairs:
         """The states moved."""

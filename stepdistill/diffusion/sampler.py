@@ -18,6 +18,7 @@ from .contracts import Condition, Role
 from .prediction import Prediction
 from .readers import READERS, Evaluation
 from .schedule import Schedule
+from .times import trailing
 from .wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class Sampler:
     def landings(self) -> Tensor:
         """Where the step from each evaluation lands, as t: (nfe,) float64."""
         return torch.tensor([e.landing for e in self.evaluations], dtype=torch.float64)
+
+    def doubled(self, schedule: Schedule) -> Tensor:
+        """Its times, and where its last step lands, with one more between any two: (2 nfe + 1,) float64, descending.
+
+        On discrete nodes those between are rounded to one, halves to even, as stock schedulers round.
+        """
+        own, middle = torch.cat([self.times, self.landings[-1:]]), trailing(2 * self.nfe, schedule)[1::2]
+        return torch.cat([torch.stack([own[:-1], middle], 1).flatten(), own[-1:]])
 
     @property
     def nfe(self) -> int:

@@ -63,6 +63,12 @@ METHODS: dict[str, Entry] = {
                   "consistency",
                   needs=("teacher", "student", "critic", "discriminator"), data=("images", "samples", "pairs"),
                   steps=(1, 8)),
+    "accvideo": Entry("trajectory.accvideo", "AccVideo", "AccVideo: Accelerating Video Diffusion Model with Synthetic "
+                      "Dataset", "2503.19462", "trajectory",
+                      needs=("teacher", "student", "discriminator"), data=("pairs",), steps=(4, 10)),
+    "boot": Entry("trajectory.boot", "BOOT", "BOOT: Data-free Distillation of Denoising Diffusion Models with "
+                  "Bootstrapping", "2306.05544", "trajectory",
+                  needs=("teacher", "student"), data=("prompts",), steps=(1, 1)),
     "denoise": Entry("trajectory.denoise", "Denoise", "Denoising Diffusion Probabilistic Models", "2006.11239",
                      "trajectory", needs=("student",), data=("images", "samples"), steps=(20, 100)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
@@ -76,6 +82,8 @@ METHODS: dict[str, Entry] = {
                          needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 8)),
     "reflow": Entry("trajectory.reflow", "Reflow", "Rectified Flow", "2209.03003", "trajectory",
                     needs=("teacher", "student"), data=("pairs",), steps=(1, 4)),
+    "snapfusion": Entry("trajectory.snapfusion", "SnapFusion", "SnapFusion", "2306.00980", "trajectory",
+                        needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 8)),
     "tract": Entry("trajectory.tract", "TRACT", "Transitive Closure Time-Distillation", "2303.04248", "trajectory",
                    needs=("teacher", "student", "target"), data=("images", "samples", "pairs"), steps=(1, 4)),
     "diff_instruct": Entry("distribution.diff_instruct", "DiffInstruct", "Diff-Instruct", "2305.18455", "distribution",

@@ -26,7 +26,13 @@ def due(step: int, every: int | None) -> bool:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The teacher: never trained."""
+    """The teacher: never trained.
+
+    within: as the student of a stage before it has its guidance within, and is not guided again; False: that student
+    keeps its answer to no prompt, and is guided as the base is.
+    """
+
+    within: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,14 @@ class Heads:
     kind: "pooled" gives one logit a feature, (B, K); "tokens" K maps of logits, (B, N) each, one at every position of a
     feature, of heads that are told the prompt and, beside a network of noise levels, t; "channels" the same, but of the
     mean over a feature's channels, which has no weights to train.
+    nodes: pooled heads of a feature; of more than one each judges at a part of time of its own, those nearest to 0,
+    1 / nodes .. 1 - 1 / nodes.
     """
 
     of: str
     pair: bool = False
     kind: HeadKind = "pooled"
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,9 @@ class Inference:
     x_0 noised again to the next time (Luo et al. 2023, arXiv:2310.04378), between them is TCD's gamma. nodes: the even
     grid from which `steps` times are taken; None: steps. times: the times themselves, descending in [0, 1], where they
     are no even grid. end: where the last step lands, 0 the data. shift: of a flow's nodes towards noise. guidance: what
-    the student's guidance embedding reads; None where it has none. kept: the scale at which the pipeline guides a
-    student that keeps its guidance; None: it never does. exact_grid: every step lands where the next begins and the
-    network is asked; False: times may be rounded to those that a discrete schedule has.
+    the student's guidance embedding reads; None where it has none. cfg: the scale at which the pipeline itself guides,
+    at two evaluations a step; 1 where it does not. exact_grid: every step lands where the next begins and the network
+    is asked; False: times may be rounded to those that a discrete schedule has.
     """
 
     steps: int
@@ -129,7 +138,7 @@ class Inference:
     end: float = 0.0
     shift: float = 1.0
     guidance: float | None = None
-    kept: float | None = None
+    cfg: float = 1.0
     exact_grid: bool = True
 
 
@@ -222,6 +231,14 @@ def check_fit(method: str, settings: Any, steps: int, schedule: Schedule) -> Non
     if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
         raise ValueError(f"{method} on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
                          f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
+
+
+def halving(method: str, steps: int, before: int) -> str | None:
+    """Why a student of `before` evaluations cannot teach one of `steps` that takes one step where it takes two."""
+    if before == 2 * steps:
+        return None
+    return (f"its teacher takes two steps where {method}'s student takes one, so the stage before has {2 * steps}. A "
+            f"halving to {steps} begins at a power of two times {steps}")
 
 
 def middle(guidance: Guidance) -> float:

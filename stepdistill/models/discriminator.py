@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..errors import RequestError
 from ..methods.base import HeadKind
 from .denoiser import Denoiser
 from .heads import (
+    NodeHeads,
     Shape,
     channel_means,
     head,
@@ -91,7 +93,7 @@ def paired(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 class Discriminator(nn.Module):
     """discriminator(x_t, t, cond) -> logits, higher is more real; of K features, by the kind of heads:
 
-    "pooled": (B, K), one for each, the mean over its positions.
+    "pooled": (B, K), one for each, the mean over its positions; with `nodes` above 1 that of the head of its t.
     "tokens": K of them, (B, N) each, one at every position, of heads that are told the prompt and t.
     "channels": the same, of the mean over channels, which has no weights.
 
@@ -101,9 +103,10 @@ class Discriminator(nn.Module):
     at zero.
     """
 
-    def __init__(self, role: Denoiser, shapes: Mapping[str, Shape], seed: int = 0, kind: HeadKind = "pooled") -> None:
+    def __init__(self, role: Denoiser, shapes: Mapping[str, Shape], seed: int = 0, kind: HeadKind = "pooled",
+                 nodes: int = 1) -> None:
         super().__init__()
-        self.role, self.features, self.kind = role, tuple(shapes), kind
+        self.role, self.features, self.kind, self.nodes = role, tuple(shapes), kind, nodes
         self.heads = self._heads(shapes, seed)
         self.to(next(role.network.parameters()).device)
 
@@ -113,7 +116,8 @@ class Discriminator(nn.Module):
             width = prompt_vector(teacher.encode([teacher.null_prompt])).shape[-1]
             return token_heads(shapes, width + time_vector(torch.ones(1)).shape[-1], seed)
         with torch.random.fork_rng(devices=[]):
-            made = {slug(name): head(shape) for name, shape in shapes.items()} if self.kind == "pooled" else {}
+            of_feature = head if self.nodes == 1 else partial(NodeHeads, self.nodes)
+            made = {slug(name): of_feature(shape) for name, shape in shapes.items()} if self.kind == "pooled" else {}
         heads = nn.ModuleDict(made)
         initialise(heads, seed)
         return heads
@@ -152,6 +156,7 @@ class Discriminator(nn.Module):
             if self.kind == "channels":
                 return [channel_means(m) for m in maps.values()]
             if self.kind == "pooled":
-                return torch.stack([self.heads[name](m).flatten(1).mean(1) for name, m in maps.items()], dim=1)
+                at = () if self.nodes == 1 else (t,)
+                return torch.stack([self.heads[name](m, *at).flatten(1).mean(1) for name, m in maps.items()], dim=1)
             told = told_of(cond, t)
             return [self.heads[name](m, told) for name, m in maps.items()]

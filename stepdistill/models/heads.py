@@ -38,6 +38,23 @@ def head(shape: Shape) -> nn.Sequential:
     return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, 1, 1))
 
 
+class NodeHeads(nn.Module):
+    """Feature map (B, C, H, W), of videos (B, C, F, H, W), and t (B,) -> the logits (B, 1, h, w) of the head of the
+    node that is nearest to t, of those at 0, 1 / n .. 1 - 1 / n: n times `head`."""
+
+    def __init__(self, nodes: int, shape: Shape) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(head(shape) for _ in range(nodes))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """A head of no sample at all sees one for nothing, so that all have gradients on all ranks."""
+        node = (t * len(self.each)).round().clamp(max=len(self.each) - 1)
+        rows = [(node == i).nonzero()[:, 0] for i in range(len(self.each))]
+        seen = [each(x[moved(own, x.device)] if len(own) else x[:1])[:len(own)]
+                for each, own in zip(self.each, rows, strict=True)]
+        return torch.cat(seen)[moved(torch.cat(rows).argsort(), x.device)]
+
+
 class TokenHead(nn.Module):
     """Feature map (B, C, H, W), of videos (B, C, F, H, W), and what it is told, (B, D) -> a logit at each position,
     (B, N), N the map's own positions in rows.

@@ -94,7 +94,7 @@ class Roles(Mapping[str, Role]):
                                 for name, shapes in features.items()}
         taught = {name: self_guided(self._denoisers[name], "w" in reads[name] or teacher.scale is not None)
                   for name, need in needs.items()
-                  if isinstance(need, Frozen) and (name in networks or self.is_lora(name))}
+                  if isinstance(need, Frozen) and need.within and (name in networks or self.is_lora(name))}
         within = {name: self._within(role) for name, role in self._denoisers.items()}
         self._roles: dict[str, Role] = within | self._discriminators | self.visions | pixels | taught
         self._modules = self.networks | self._discriminators
@@ -108,7 +108,7 @@ class Roles(Mapping[str, Role]):
 
     def _discriminator(self, need: Heads, shapes: Mapping[str, Shape], seed: int) -> Discriminator | PictureHeads:
         if need.of not in self.visions:
-            return Discriminator(self._denoisers[need.of], shapes, seed, need.kind)
+            return Discriminator(self._denoisers[need.of], shapes, seed, need.kind, need.nodes)
         width = prompt_vector(self.teacher.encode([self.teacher.null_prompt])).shape[-1]
         return PictureHeads(shapes, width, seed)
 

@@ -59,7 +59,10 @@ def stock_call(inference: Inference, schedule: Schedule, guidance: Guidance = US
     does it."""
     if inference.steps < 1:
         raise ValueError(f"a sampler takes at least 1 step; found {inference.steps}")
-    spoken = guidance.none if inference.kept is None else guidance.call(inference.kept)
+    if inference.cfg > 1 and (guidance.keyword is None or guidance.within):
+        raise ValueError("its student is guided by its pipeline, against what it says of no prompt, and no call of "
+                         "this teacher's pipeline guides so")
+    spoken = guidance.none if inference.cfg == 1 else guidance.call(inference.cfg)
     call = {"num_inference_steps": inference.steps, **spoken}
     if inference.guidance is not None and guidance.embedded is not None:
         call[guidance.embedded] = inference.guidance

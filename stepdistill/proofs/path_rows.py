@@ -90,12 +90,14 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
     """ValueError where no stock scheduler serves the path on this noise."""
     kind, settings, scale = load_method(name), path.settings_of(name), path.scale(problem)
     inference = kind.inference(settings, path.steps, problem.schedule, scale)
-    exported = stock_call(replace(inference, kept=path.kept), problem.schedule, Guidance(embedded="guidance_scale"))
+    inference = inference if path.kept is None else replace(inference, cfg=path.kept)
+    exported = stock_call(inference, problem.schedule, Guidance(embedded="guidance_scale"))
     needs = kind.needs(settings, path.full)
     learner, average = (Learner(problem, needs["student"].reads) for _ in range(2))
     target = average if path.full or name in AVERAGED else learner
     network, averaged = (FunctionRole(problem.schedule, each.network, problem.kind) for each in (learner, average))
-    teacher = _teacher(problem, path, learner.reads_w)
+    within = "teacher" not in needs or needs["teacher"].within
+    teacher = _teacher(problem, path, learner.reads_w) if path.previous and within else problem.teacher
     roles: dict[str, Role] = {"teacher": teacher, "student": network, "target": averaged}
     sampler = sampler_of(exported, problem.schedule, problem.scheduler)
     method = kind(settings, keeping({role: roles[role] for role in needs}, needs, path.kept), scale, sampler)
@@ -105,10 +107,7 @@ def cast(name: str, path: Path, problem: Problem, **moment: Any) -> Cast:
 
 
 def _teacher(problem: Problem, path: Path, reads_w: bool) -> Role:
-    """The pipeline's network, or a student that is guided within: at the scale that it is told, or has learned."""
-    if not path.previous:
-        return problem.teacher
-
+    """A student that is guided within: at the scale that it is told, or has learned."""
     def x0_of(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.null is None:
             raise ValueError("a teacher that has its guidance within was guided again")
@@ -201,7 +200,7 @@ def sampled(name: str, path: Path, problem: Problem, known: Sampled) -> float:
         right = known(found, noise, draws[0])
         role = FunctionRole(problem.schedule, network, problem.kind)
         role = found.method.sampler.telling(role) if "r" in found.learner.reads else role
-        role = role if path.kept is None else guided(role, path.kept)
+        role = role if found.learner.reads_w else guided(role, scale_at_export(found.stock))
         ours = found.method.sampler(role, noise, cond, draws[1])
     return largest(difference(piped(found, noise, streams[2]), right), difference(ours, right))
 

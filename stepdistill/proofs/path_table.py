@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..methods import load_method
+from ..methods import METHODS, load_method
 from ..methods.base import Guidance
 from ..models.schedulers import stock_call
 from ..recipe import Recipe
@@ -130,6 +130,10 @@ PATHS: dict[str, tuple[Path, ...]] = {
             of("skip 2, gamma 1", skip=2, gamma=1.0),
             of("shift 2, gamma 1, an averaged target", full=True, shift=2.0, gamma=1.0),
             of("Huber, gamma 0, a range of scales", w=RANGE, loss="huber", huber_c=0.3, gamma=0.0)),
+    "boot": (of("a range of scales", 1, RANGE), of("no guidance", 1, 1.0),
+             Path("of the stage before", steps=1, previous=True),
+             of("10 nodes", 1, nodes=10),
+             of("3 solver steps", 1, solver_steps=3)),
     "guided": (GUIDED[0], of("SNR + 1", w=RANGE, weight="v"), of("no guidance embedding", guidance_embedding=False),
                replace(KEPT, settings={"guidance_embedding": False}),
                of("16 steps", 16, RANGE)),
@@ -140,6 +144,13 @@ PATHS: dict[str, tuple[Path, ...]] = {
                     of("guidance embedding, a range of scales", w=RANGE, guidance_embedding=True),
                     Path("of the stage before, guidance embedding", {"guidance_embedding": True}, 8, RANGE,
                          previous=True)),
+    "snapfusion": (*GUIDED,
+                   of("never guided", guided_share=0.0),
+                   of("always guided", guided_share=1.0),
+                   of("always guided, a range of scales, SNR + 1", 2, RANGE, guided_share=1.0, weight="v"),
+                   of("always guided, 16 steps", 16, guided_share=1.0),
+                   of("no denoising", denoising_weight=0.0),
+                   of("much denoising, always guided", denoising_weight=1.5, guided_share=1.0)),
     "reflow": (HUBER, of("distil", distil=True), of("distil, 1 step", 1, distil=True)),
     "tract": (*GUIDED, AFTER, KEPT, of("20 nodes, 1 step", 1, nodes=20), of("2 steps", 2),
               of("a step a node", 4, nodes=4)),
@@ -162,9 +173,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
               "guidance_embedding": False},
     "tcd": {"nodes": 50, "skip": 1, "gamma": 0.2, "loss": "squared", "huber_c": 0.001, "target_decay": 0.95,
             "shift": 1.0},
+    "boot": {"nodes": 40, "solver_steps": 1},
     "guided": {"weight": "truncated", "guidance_embedding": True},
     "kd": {"loss": "squared"},
     "progressive": {"weight": "truncated", "guidance_embedding": False},
+    "snapfusion": {"guided_share": 0.1, "denoising_weight": 0.2, "weight": "truncated"},
     "reflow": {"distil": False, "loss": "squared", "huber_c": 0.001},
     "tract": {"nodes": 40, "target_decay": 0.5},
 }
@@ -189,7 +202,7 @@ def shipped(method: str) -> tuple[Path, ...]:
 
 
 def all_paths(method: str) -> tuple[Path, ...]:
-    return (Path("defaults"), *PATHS[method], *shipped(method))
+    return (Path("defaults", steps=min(4, METHODS[method].steps[1])), *PATHS[method], *shipped(method))
 
 
 def uncovered(method: str, settings: type | None = None) -> list[str]:

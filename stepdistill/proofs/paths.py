@@ -39,7 +39,7 @@ class Path:
     """What a recipe chooses. guidance: None is the problem's own scale, above 1. moments: indices of the steps played.
 
     elsewhere: the row is also measured on the schedules of `siblings`. within: the teacher is the student of a stage
-    before, which has its guidance within.
+    before, which has its guidance within. nodes: of the pairs.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Path:
     moments: tuple[int, ...] = (0,)
     elsewhere: bool = False
     within: bool = False
+    nodes: int = 2
 
 
 class Exact(Step):
@@ -123,11 +124,12 @@ class Known:
     unchecked: Sequence[str] = ()
 
 
-def batch_of(problem: Problem, offset: int) -> Batch:
+def batch_of(problem: Problem, offset: int, count: int = 2) -> Batch:
     """Prompts, data, and pairs whose nodes are anything, all of one sample each."""
     shape = (1, problem.dim, 1)
-    x0, noise, nodes = problem.normal(COUNT, *shape), problem.normal(COUNT, *shape), problem.normal(COUNT, 2, *shape)
-    pairs = Pairs(noise, nodes, torch.tensor([[0.5, 0.0]], dtype=torch.float64).expand(COUNT, -1))
+    x0, noise, nodes = (problem.normal(*size, *shape) for size in ((COUNT,), (COUNT,), (COUNT, count)))
+    times = torch.linspace(1, 0, count + 1, dtype=torch.float64)[1:].expand(COUNT, -1)
+    pairs = Pairs(noise, nodes, times)
     return Batch(torch.arange(offset, offset + COUNT), problem.prompts(COUNT), x0, pairs=pairs)
 
 
@@ -148,7 +150,7 @@ def turns(problem: Problem, path: Path, settings: Any, roles: Mapping[str, Any],
     for order in orders:
         for repeat in range(order.repeat if index >= order.since else 0):
             shared = before if repeat < order.shares else None
-            batch = shared.batch if shared else batch_of(problem, int(problem.uniform(0, 1e6)))
+            batch = shared.batch if shared else batch_of(problem, int(problem.uniform(0, 1e6)), path.nodes)
             kept = shared.step.kept if shared else {}
             step = Exact(problem.seed, index, index / 100, "+".join(order.trains), repeat, batch.ids, kept=kept)
             turn = Turn(problem, settings, path, roles, order.trains, batch, step, shared)

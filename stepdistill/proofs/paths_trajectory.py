@@ -1,4 +1,4 @@
-"""Paths of guided, progressive, tract, kd and reflow: their losses and samplers written out."""
+"""Paths of guided, progressive, snapfusion, tract, kd and reflow: their losses and samplers written out."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .hand import LEVELS, distance
+from ..diffusion.contracts import Condition
+from .hand import LEVELS, distance, guided_mean
 from .path_rows import Cast, rows
 from .problem import Check, Problem
 
@@ -41,6 +42,32 @@ def progressive_loss(found: Cast) -> Tensor:
     x = hand.noised(found.batch.x0, found.eps(), t)
     x_r = hand.ddim(hand.ddim(x, t, m, found.mean), m, r, found.mean)
     return weighted(found, t, hand.secant(x, x_r, t, r), x, found.settings.weight)
+
+
+def snapfusion_loss(found: Cast) -> Tensor:
+    """As progressive's, of a student that is guided as its teacher is in a share of the steps, and the data's x_0."""
+    hand, s, grid = found.hand, found.settings, trailing_times(found, 2 * found.path.steps)
+    i = found.step.integers("step", found.path.steps)
+    t, m, r = (grid[2 * i + j] for j in range(3))
+    x, cond = hand.noised(found.batch.x0, found.eps(), t), found.batch.cond
+    text = guided_mean(cond, found.w if found.step.shared("guided") < s.guided_share else 1.0)
+    aim = hand.secant(x, hand.ddim(hand.ddim(x, t, m, text), m, r, text), t, r)
+    snr = hand.snr(t)
+    factor = snr.clamp(min=1) if s.weight == "truncated" else snr + 1
+    # a network that is affine in its text, guided, is itself at the guided text
+    apart = found.learner.x0(x, t, Condition(text=text)) - aim.detach()
+    off = found.learner.x0(x, t, Condition(text=cond.text)) - found.batch.x0
+    return (factor * (apart.square() + s.denoising_weight * off.square())).mean()
+
+
+def guided_sample(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
+    """As `evenly_sampled`, of a student that its pipeline guides at the middle of the scales."""
+    scale = found.path.scale(found.problem)
+    text = guided_mean(found.batch.cond, scale if isinstance(scale, float) else sum(scale) / 2)[:len(noise)]
+    x0 = lambda x, t: found.learner.x0(x, t, Condition(text=text))
+    times = trailing_times(found, found.path.steps)
+    scaled = not found.hand.flow and LEVELS % found.path.steps
+    return found.hand.deterministic(x0, found.hand.at(times[:1])[1] * noise if scaled else noise, times.tolist())
 
 
 def tract_loss(found: Cast) -> Tensor:
@@ -97,6 +124,10 @@ def guided(problem: Problem) -> Iterator[Check]:
 
 def progressive(problem: Problem) -> Iterator[Check]:
     yield from rows("progressive", problem, progressive_loss, evenly_sampled, 1e-8)
+
+
+def snapfusion(problem: Problem) -> Iterator[Check]:
+    yield from rows("snapfusion", problem, snapfusion_loss, guided_sample, 1e-8)
 
 
 def tract(problem: Problem) -> Iterator[Check]:

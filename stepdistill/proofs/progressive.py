@@ -2,7 +2,7 @@
 and a halving of many steps comes to the exact flow."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,12 +72,18 @@ def nearest(grid: Tensor, t: Tensor) -> Tensor:
 def closed(problem: Problem, steps: int, w: float | None) -> FunctionRole:
     """The student whose one step is two of the teacher guided at w, or at the scale that it is told:
     x_0 = m + (G(t, m) G(m, r) - q) / (alpha_r - q alpha_t) (x_t - alpha_t m), q = sigma_r / sigma_t."""
+    told = lambda cond, count: problem.guided_cond(count, cond.w if w is None else w).text
+    return two_steps(problem, steps, told)
+
+
+def two_steps(problem: Problem, steps: int, told: Callable[[Condition, int], Tensor]) -> FunctionRole:
+    """As `closed`, where the teacher's data have the mean told(cond, B), (B, D)."""
     schedule, axes = problem.schedule, torch.linalg.eigh(problem.covariance).eigenvectors
     grid = grid_of(problem, steps)
 
     def x0_of(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        i = nearest(grid, t)
-        (t, m, r), mean = (grid[i + j] for j in range(3)), problem.guided_cond(len(t), cond.w if w is None else w).text
+        i, mean = nearest(grid, t), told(cond, len(t))
+        t, m, r = (grid[i + j] for j in range(3))
         q = (schedule.sigma(r) / schedule.sigma(t))[:, None]
         factor = (gain(problem, t, m) * gain(problem, m, r) - q) / (schedule.alpha(r)[:, None] - q
                                                                     * schedule.alpha(t)[:, None])

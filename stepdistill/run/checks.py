@@ -17,7 +17,7 @@ from ..evaluation.reference import Source as ReferenceSource
 from ..evaluation.reference import load_source
 from ..evaluation.sweep import admitted
 from ..methods import METHODS, load_method
-from ..methods.base import Features, Heads, Need, Trained
+from ..methods.base import Features, Frozen, Heads, Need, Trained
 from ..models.adapters import named_layers
 from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
@@ -306,6 +306,7 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
     _check_landings(recipe, needs)
     if not recipe.taught_by_previous:
         return
+    _check_within(recipe, needs)
     embeds = "w" in needs_of(before)["student"].reads
     (low, high), (lowest, highest) = (w if isinstance(w, tuple) else (w, w) for w in (recipe.guidance, before.guidance))
     if not lowest <= low <= high <= highest or not embeds and (low, high) != (lowest, highest):
@@ -314,6 +315,15 @@ def _check_succession(recipe: Recipe, needs: Mapping[str, Need], roles: Mapping[
                             f"has learned {before.guidance}" + " and has no guidance embedding" * (not embeds))
     if reason := load_method(recipe.method).succession(recipe.steps, before.steps):
         raise recipe.refuse("steps", f"is {recipe.steps} after {before.steps}: {reason}")
+
+
+def _check_within(recipe: Recipe, needs: Mapping[str, Need]) -> None:
+    """A student that has its guidance within is no teacher that is guided from without, and the other way round."""
+    before, has = recipe.previous, {True: "has its guidance within", False: "is guided by its pipeline"}
+    within, kept = (every.get("teacher", Frozen()).within for every in (needs, needs_of(before)))
+    if within != kept and recipe.guidance != 1:
+        raise recipe.refuse("method", f"is {recipe.method}, whose student {has[within]}, and that of the stage before "
+                            f"{has[kept]}: let teacher be base, or both stages be of one method")
 
 
 def _check_guidance_embedding(recipe: Recipe, needs: Mapping[str, Need]) -> None:

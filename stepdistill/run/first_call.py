@@ -22,7 +22,6 @@ from ..models.stock import pictures
 from ..training.loop import DTYPES
 from .buckets import views
 from .data import preview_prompts
-from .negatives import kept_scale
 from .setup import Run, sampling
 
 STEPS = 2
@@ -45,9 +44,11 @@ def _difference(run: Run) -> float:
     dtype = DTYPES.get(run.recipe.train.precision)
     with whole_float32(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
         stock, sampler = _short(run)
+        reads = run.roles.reads["student"]
+        scale = 1.0 if "w" in reads else run.teacher.guidance.scale(stock.call)      # the base reads none that is told
         call = {**stock.call, **run.teacher.call,
-                **({} if run.teacher.scale is not None else run.teacher.guidance.call(kept_scale(run.recipe) or 1.0))}
-        base = run.called(run.roles.base)
+                **({} if run.teacher.scale is not None else run.teacher.guidance.call(scale))}
+        base = run.called(run.roles.base, reads)
         prompt = preview_prompts(run, 1)[:1]
         theirs, cond = _theirs(run, stock, call, prompt), run.teacher.encode(prompt)
         ours = sampled(run.teacher, sampler, base, cond)

@@ -127,7 +127,7 @@ def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, r
         student = sampler.telling(student)
     if "w" in reads:
         cond = cond.replace(w=torch.full((len(cond),), run.guidance, device=run.device))
-    return sampler(run.called(student), noise("start"), cond, lambda i: noise(f"step {i}"))
+    return sampler(run.called(student, reads), noise("start"), cond, lambda i: noise(f"step {i}"))
 
 
 def base_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, scale: float) -> Tensor:

@@ -2,7 +2,7 @@
 device."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,10 +87,11 @@ class Run:
         """The recipe's guidance scale, of a range its middle."""
         return middle(self.recipe.guidance)
 
-    def called(self, role: Role) -> Role:
-        """A role of the student's as its pipeline calls it: guided, where the student keeps its guidance."""
-        scale = kept_scale(self.recipe)
-        return role if scale is None else guided(role, scale)
+    def called(self, role: Role, reads: Sequence[str] = ()) -> Role:
+        """A role of the student's, which reads these numbers, as its pipeline calls it: guided, where the call guides
+        it."""
+        within = "w" in reads or self.teacher.scale is not None
+        return role if within else guided(role, self.teacher.guidance.scale(self.stock.call))
 
     def scheduler(self) -> SchedulerMixin:
         return stock_scheduler(self.stock.scheduler, self.stock.config, self.teacher.scheduler)
@@ -128,7 +129,12 @@ def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
     method = load_method(recipe.method)
     try:
         inference = method.inference(recipe.method_settings(), recipe.steps, teacher.schedule, recipe.guidance)
-        stock = teacher.stock_call(replace(inference, kept=kept_scale(recipe)))
+        if (kept := kept_scale(recipe)) is not None:
+            if inference.cfg > 1:
+                raise recipe.refuse("negatives", f"are given, but a student of {recipe.method} is guided by its "
+                                                 "pipeline already: leave them out")
+            inference = replace(inference, cfg=kept)
+        stock = teacher.stock_call(inference)
         return stock, teacher.sampler(stock)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error

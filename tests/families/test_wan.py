@@ -202,9 +202,10 @@ def test_pictures_are_videos_of_one_frame(tmp_path, folder):
 @pytest.mark.long
 @pytest.mark.parametrize("method, settings, data", [
     ("reflow", {}, {"pairs": DATA["samples"], "count": 4, "batch": 2}),
+    ("accvideo", {"nodes": 2}, {"pairs": {**DATA["samples"], "nodes": 2}, "count": 4, "batch": 2}),
     ("dmd2", {"gan_weight": 0.0}, {"prompts": PROMPTS, "batch": 2})])
 def test_methods_on_pairs_and_prompts(tmp_path, folder, method, settings, data):
-    """One of even steps without fresh noise, and one that reads no data."""
+    """Some of even steps without fresh noise, one with a head of videos for each node, and one that reads no data."""
     run = api.train(recipe(folder, method, data=data, settings=settings), out=tmp_path / "run")
     proof = json.loads((api.export(run, to="pipeline") / "stepdistill.json").read_text(encoding="utf-8"))["proof"]
     assert proof["difference"] <= 1e-4

@@ -6,7 +6,8 @@ import pytest
 from .planting import Fault, of, shared_out, unseen, whole
 
 ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD = "add", "ladd", "lightning", "pcm", "scflow", "scott", "tscd"
-METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD)
+ACC = "accvideo"
+METHODS = (ADD, LADD, LIGHT, PCM, SCFLOW, SCOTT, TSCD, ACC)
 
 FAULTS = (
     # ADD
@@ -203,6 +204,24 @@ FAULTS = (
     of(SCFLOW, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
     of(SCFLOW, "heads of the student", 'Heads("teacher")', 'Heads("student")'),
     of(SCFLOW, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
+    # AccVideo
+    of(ACC, "one head for all nodes", 'Heads("teacher", nodes=settings.nodes)', 'Heads("teacher")'),
+    of(ACC, "another number of nodes", "settings.nodes % steps", "steps % settings.nodes"),
+    of(ACC, "gan_weight unread", "self.settings.gan_weight *", "0.1 *"),
+    of(ACC, "critic_steps unread", "count = self.settings.critic_steps", "count = 1"),
+    of(ACC, "the landing's own unit", "self.steps**2 * squared", "squared"),
+    of(ACC, "judged against the data", "real=x_r", "real=batch.x0"),
+    of(ACC, "judged where it begins", "r=r)", "r=t)"),
+    of(ACC, "the whole way judged", "fake=x.detach()", "fake=x_t"),
+    of(ACC, "the regression to where it begins", "squared(x, x_r)", "squared(x, x_t)"),
+    of(ACC, "real and fake swapped", "hinge_discriminator_loss(real, fake)", "hinge_discriminator_loss(fake, real)"),
+    of(ACC, "fooled the wrong way", "hinge_generator_loss(self.logits(x, r, batch))",
+       "hinge_generator_loss(-self.logits(x, r, batch))"),
+    of(ACC, "judged without the prompt", "LEVELS), batch.cond)", "LEVELS), batch.cond.null)"),
+    of(ACC, "critic steps on fresh batches", "repeat=count, shares=count", "repeat=count, shares=1"),
+    of(ACC, "a sampler with fresh noise", "return Inference(steps)", "return Inference(steps, noise=1.0)"),
+    Fault("the states between passed over", "diffusion.contracts", "self.nodes[:, every - 1::every]",
+          "self.nodes[:, 0::every]", (ACC,)),
     # SCott
     of(SCOTT, "a bridge one node too long", "self.settings.skip)", "self.settings.skip + 1)"),
     of(SCOTT, "skip unread", "self.settings.skip)", "1)"),

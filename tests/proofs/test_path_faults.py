@@ -238,6 +238,16 @@ FAULTS = [
         ("torch.where(alike, t, torch.minimum(one, other))", "torch.minimum(one, other)"),
     ),
     *of(
+        "boot", "methods.trajectory.boot",
+        ("grid(settings.nodes)", "grid(40)"),
+        ("self.settings.solver_steps)", "1)"),
+        ("self.signal(e, t, batch.cond), e,", "self.signal(e, s, batch.cond), e,"),
+        ("squared(self.signal(e, s, batch.cond)", "squared(self.signal(e, t, batch.cond)"),
+        ("torch.ones_like(t), cond.replace(r=t)", "t, cond.replace(r=t)"),
+        (DRAWN, "1.0"),
+        ("with torch.no_grad():", "with torch.enable_grad():"),
+    ),
+    *of(
         "guided", "methods.trajectory.guided",
         ("}[settings.weight]", '}["truncated"]'),
         (MIDDLE, HIGHEST),
@@ -251,8 +261,11 @@ FAULTS = [
     *of(
         "kd", "methods.trajectory.kd",
         ('"absolute": absolute', '"absolute": squared'),
-        ("pairs.nodes[:, every - 1::every]", "pairs.nodes[:, 0::every]"),
         (CHOSEN, '}["absolute"]'),
+    ),
+    *of(
+        "kd", "diffusion.contracts",
+        ("self.nodes[:, every - 1::every]", "self.nodes[:, 0::every]"),
         ("times[rows, j + 1]", "times[rows, j + 1] / 2"),
     ),
     *of(
@@ -261,9 +274,27 @@ FAULTS = [
         ("with_scale(batch.cond, w) if", "with_scale(batch.cond, w - 1) if"),
         (MIDDLE, HIGHEST),
         ('reads=("w",) * settings.guidance_embedding', "reads=()"),
-        ("trailing(2 * sampler.nfe", "trailing(2 * sampler.nfe + 2"),
-        ("ddim_step(teacher(x_m, m, cond), r)", "ddim_step(self.teacher(x_m, m, cond), r)"),
         ("guided(self.teacher, w)", "self.teacher"),
+    ),
+    *of(
+        "progressive", "diffusion.sampler",
+        ("trailing(2 * self.nfe", "trailing(2 * self.nfe + 2"),
+    ),
+    *of(
+        "progressive", "diffusion.bridges",
+        ("ddim_step(role(x_m, m, cond), r)", "ddim_step(role(x_m, t, cond), r)"),
+    ),
+    *of(
+        "snapfusion", "methods.trajectory.snapfusion",
+        ("< self.settings.guided_share", "< 0.1"),
+        ("< self.settings.guided_share", "< 1 - self.settings.guided_share"),
+        ("losses[\"denoising\"] = self.settings.denoising_weight *", "losses[\"denoising\"] = 0.2 *"),
+        ("}[settings.weight]", '}["truncated"]'),
+        ("two_in_one(guided(self.teacher, w)", "two_in_one(self.teacher"),
+        ("student = guided(self.student, w)", "student = self.student"),
+        ("plain = found if student is self.student else", "plain = found if True else"),
+        ("cfg=middle(guidance)", "cfg=1.0"),
+        (DRAWN, "1.0"),
     ),
     *of(
         "progressive", "diffusion.readers",

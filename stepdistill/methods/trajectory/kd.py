@@ -19,14 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from ...diffusion.contracts import Batch, Pairs
+from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.flow_map import flow_map
 from ...diffusion.schedule import Schedule
-from ...errors import RequestError
 from ...losses.regression import absolute, squared
 from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
 
@@ -65,21 +61,5 @@ class KD(Method):
         return [Update(("student",), self.loss)]
 
     def loss(self, batch: Batch, step: Step) -> Losses:
-        x_t, x_r, t, r = self.leg(batch.pairs, step)
+        x_t, x_r, t, r = batch.pairs.leg(step.integers("leg", self.steps), self.steps)
         return {"regression": self.distance(flow_map(self.student, x_t, t, r, batch.cond), x_r).mean()}
-
-    # -- terms -----------------------------------------------------------------------------------------------------
-
-    def leg(self, pairs: Pairs, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One of the student's steps along each pair: where it begins and is to land, (B, ...), and when, (B,)
-        float64."""
-        every, left = divmod(pairs.nodes.shape[1], self.steps)
-        if left:
-            raise RequestError(f"a student of {self.steps} steps lands on {self.steps} evenly spaced states of the "
-                               "teacher's way, and "
-                               f"the pairs keep {pairs.nodes.shape[1]}: data.pairs.nodes should be a multiple of "
-                               f"{self.steps}")
-        j, rows = step.integers("leg", self.steps), torch.arange(len(pairs.noise))
-        states = torch.cat([pairs.noise[:, None], pairs.nodes[:, every - 1::every].to(pairs.noise)], 1)
-        times = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), pairs.times[:, every - 1::every]], 1)
-        return states[rows, j], states[rows, j + 1], times[rows, j], times[rows, j + 1]

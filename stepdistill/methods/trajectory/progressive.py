@@ -23,16 +23,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...diffusion.bridges import two_in_one
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
-from ...diffusion.flow_map import ddim_step, secant_target
 from ...diffusion.guidance import drawn, guided, with_scale
-from ...diffusion.sampler import Sampler
 from ...diffusion.schedule import Schedule, VariancePreserving, like
-from ...diffusion.times import LEVELS, trailing
+from ...diffusion.times import LEVELS
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, halving, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +54,12 @@ class Progressive(Method):
         super().__init__(settings, roles, guidance, sampler)
         self.teacher, self.student = roles["teacher"], roles["student"]
         self.schedule = self.student.schedule
-        self.grid = doubled(sampler, self.schedule)
+        self.grid = sampler.doubled(self.schedule)
         self.weight = {"truncated": truncated_snr, "v": snr_plus_one}[settings.weight]
 
     @classmethod
     def succession(cls, steps: int, before: int) -> str | None:
-        if before == 2 * steps:
-            return None
-        return ("its teacher takes two steps where progressive's student takes one, so the stage before has "
-                f"{2 * steps}. A halving "
-                f"to {steps} begins at a power of two times {steps}")
+        return halving("progressive", steps, before)
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -93,15 +88,4 @@ class Progressive(Method):
     def target(self, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Condition, w: float | Tensor) -> Tensor:
         """The x_0 that takes x_t at t to r in one step as the teacher goes there in two, by m. Times (B,),
         descending."""
-        teacher = guided(self.teacher, w)
-        x_m = ddim_step(teacher(x_t, t, cond), m)
-        return secant_target(x_t, ddim_step(teacher(x_m, m, cond), r), t, r, self.schedule)
-
-
-def doubled(sampler: Sampler, schedule: Schedule) -> Tensor:
-    """Times of the student's own sampler, as the network reads them, and where its last step lands, with one more
-    between any two: (2 steps + 1,) float64, descending. On discrete nodes those between are rounded to one, halves to
-    even, as stock schedulers round."""
-    own = torch.cat([sampler.times, sampler.landings[-1:]])
-    middle = trailing(2 * sampler.nfe, schedule)[1::2]
-    return torch.cat([torch.stack([own[:-1], middle], 1).flatten(), own[-1:]])
+        return two_in_one(guided(self.teacher, w), x_t, t, m, r, cond)
