@@ -34,6 +34,7 @@ from .models.families import stock_prompts
 from .models.sharded import shard
 from .models.sources import Source
 from .models.stock import as_pil, pictures, say_cut
+from .models.with_teacher import with_teacher
 from .recipe import Recipe
 from .recipe.plugins import Folder
 from .run import folder
@@ -50,6 +51,7 @@ from .run.sources import base_of, located, marked
 from .run.targets import Opened, asking, call_as_asked, open_target, ships, teachers
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
+from .run.with_teacher import Asked, called, helped
 from .training import Trainer, launched
 from .training.doctor import Relapse
 
@@ -58,7 +60,7 @@ CLIP = "assets/shapes-clip"
 REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a "
                     "folder of real pictures of what it was trained on, and `features`")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train"]
+__all__ = ["bench", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "with_teacher"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -248,19 +250,25 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
 @spoken()
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
            guidance: float | None = None, out: str | Path | None = None, checkpoint: int | None = None,
-           weights: Literal["ema", "student"] | None = None,
-           plugins: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+           weights: Literal["ema", "student"] | None = None, plugins: str | Path | None = None,
+           with_teacher: str | None = None,
+           x0: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline
     of videos the frames of each, written as a sheet with a row a video.
 
     steps and guidance are the student's own, and a pipeline's defaults, unless given. A picture depends on the seed and
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
     checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has
-    both. plugins: a folder with the family of a pipeline.
+    both. plugins: a folder with the family of a pipeline. with_teacher: "diversity", "distillation_pp" or "adaptive",
+    with options as in "diversity,teacher_steps=2"; x0: where to draw what each of its evaluations made of the pictures.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if out is not None and Path(out).suffix.lower() not in PICTURES:
-        raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
+    for file in (file for file in (out, x0) if file is not None and Path(file).suffix.lower() not in PICTURES):
+        raise RequestError(f"the picture {file} should be a {', '.join(PICTURES)} file")
+    if x0 is not None and with_teacher is None:
+        raise RequestError("a sheet of x_0 is drawn beside a teacher: --with-teacher diversity,handover=0 is the "
+                           "student alone")
+    asked = None if with_teacher is None else Asked.of(with_teacher)
     opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins),
                          checkpoint=checkpoint,
                          weights=weights)
@@ -269,7 +277,8 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
-    with asking(pipeline), torch.random.fork_rng():
+    with asking(pipeline), torch.random.fork_rng(), called(opened, call, texts, asked, x0, pipeline.device,
+                                                           log.info) as call:
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
     check_pictures(pixels, target)
@@ -297,7 +306,7 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
           solvers: Sequence[str] = tuple(SOLVERS), features: FeatureName | FeatureNames | None = None,
           reference: str | Path | None = None, prompts: Sequence[str] | None = None,
           reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (), metrics: Sequence[str] = (),
-          plugins: str | Path | None = None) -> dict[str, Any]:
+          plugins: str | Path | None = None, with_teacher: str | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
     features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
@@ -308,8 +317,10 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     students stand in the table too, at `guidance`, or without guidance and at the scale that the student was trained
     for: of the two the better one at each count is what a student should be held against. few_step: further targets,
     few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: figures of
-    plugins, by name; plugins: a folder with them, or with the families of pipelines.
+    plugins, by name; plugins: a folder with them, or with the families of pipelines. with_teacher: as of `sample`;
+    beside the rows of each student stand those with its teacher's help, at the evaluations of both.
     """
+    asked = None if with_teacher is None else Asked.of(with_teacher)
     outside, spaces = None if plugins is None else Folder.open(plugins), _feature_spaces(features)
     marks = marked(metrics, outside)
     if reference not in (None, "teacher"):           # before anything is loaded; not every target is told a prompt
@@ -319,7 +330,9 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     _refuse_videos(opened)
     scales = tuple(guidance or dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
     device, beside = launched(), teachers(opened, log.info)
-    every = [*(o.target for o in opened if o.target.call is not None), *beside]
+    students = [o for o in opened if o.target.call is not None]
+    aided = [] if asked is None else [helped(o, asked, beside, device) for o in students]
+    every = [*(o.target for o in students), *aided, *beside]
     for target in every: target.pipeline.to(device)
     if reference is None:
         reference = "shapes" if all(map(ships, opened)) else "teacher"

@@ -49,6 +49,9 @@ Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _scale("--guidance", scale))]
+WithTeacher = Annotated[str | None, typer.Option("--with-teacher", metavar="NAME[,OPTION=VALUE...]",
+                                                 help="A student's teacher helps: diversity, distillation_pp or "
+                                                 "adaptive; see docs/with_teacher.md.")]
 # how `--resume auto` is handed on: an option cannot be both a switch and a choice
 RESUME_AUTO = "--resume-auto"
 MANY = 10_000_000                      # of anything that is counted: beyond it a number is a slip
@@ -100,12 +103,14 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            out: Annotated[Path, typer.Option(metavar="PNG",
                                              help="The picture, or a sheet of them.")] = Path("sample.png"),
            checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None,
+           with_teacher: WithTeacher = None,
+           x0: Annotated[Path | None, typer.Option("--x0", metavar="PNG", help="With a teacher: a sheet of what each "
+                                                   "evaluation makes of the pictures.")] = None,
            as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
     drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint,
-                       weights=weights,
-                       plugins=plugins)
+                       weights=weights, plugins=plugins, with_teacher=with_teacher, x0=x0)
     first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
     emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
          lambda: tell(f"wrote {out}"))
@@ -135,7 +140,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
           metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A figure of a plugin; may be given "
                                                            "several times.")] = None,
-          plugins: Plugins = None, seed: Seed = 0, as_json: Json = False) -> None:
+          plugins: Plugins = None, with_teacher: WithTeacher = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     api = working()
@@ -144,7 +149,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
                         solvers=solvers.split(","),
                         features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
-                        metrics=metric or (), plugins=plugins)
+                        metrics=metric or (), plugins=plugins, with_teacher=with_teacher)
     emit(results, as_json, lambda: show_results(results, out))
 
 

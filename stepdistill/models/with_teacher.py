@@ -7,9 +7,9 @@ it with itself, whatever the scale. So each turn costs the evaluations that it n
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -152,34 +152,81 @@ def with_teacher(pipe: DiffusionPipeline, name: str, call: Mapping[str, Any], *,
     has weights of its own or its LoRA is fused. score, below: of `adaptive`: pictures that score less go back to the
     teacher. RequestError for what does not fit together.
     """
-    family, k = _family(pipe, call), call["num_inference_steps"]
-    network, schedule = pipe.components[family.denoiser], family.schedule(pipe.scheduler)
-    kind = family.kind(pipe.scheduler)
+    family = _family(pipe, call)
+    network = pipe.components[family.denoiser]
     if teacher is not None:
         _check_teacher(teacher, pipe, family)
-    try:
-        sampler = Sampler.of_call(pipe.scheduler, k, schedule, call)
-    except ValueError as error:
-        raise RequestError(f"the student's sampler cannot be shared with a teacher: {error}") from error
-    together = system(name, sampler, schedule, guidance, **options)
-    off = nullcontext if teacher is not None else _switch(network, adapter)
-    decode = family.codec(pipe.components | settings_of(pipe.config)).pixels
-    scheduler = TurnScheduler(together, schedule, kind, pipe.scheduler, _judge(name, score, below, decode))
+    together = collaboration(pipe, name, call, guidance, **options)
+    decode = lambda latents: family.codec(pipe.components | settings_of(pipe.config)).pixels(latents)
+    scheduler = TurnScheduler(together, family.schedule(pipe.scheduler), family.kind(pipe.scheduler), pipe.scheduler,
+                              _judge(name, score, below, decode))
     doubled = any(turn.passes == 2 for turn in together.turns)
-    own, before = pipe.scheduler, vars(network).get("forward")
+    off = nullcontext if teacher is not None else _switch(network, adapter)
     asked = network.forward if teacher is None else teacher.components[family.denoiser]
     denoiser = TurnDenoiser(scheduler, network.forward, asked, off, doubled)
     shaped = {key: value for key, value in call.items() if key not in SHAPING}
     called = {**shaped, "num_inference_steps": len(together.turns),
               **family.guidance(network).call(guidance if doubled else 1.0)}
+    with _in_place(pipe, network, scheduler, denoiser):
+        yield Together(called, together.turns, together.nfe(), denoiser, decode)
+
+
+def collaboration(pipe: DiffusionPipeline, name: str, call: Mapping[str, Any], guidance: float, **options: Any
+                  ) -> Collaboration:
+    """The turns that `with_teacher` takes with these. RequestError for what does not fit together."""
+    schedule = _family(pipe, call).schedule(pipe.scheduler)
+    try:
+        sampler = Sampler.of_call(pipe.scheduler, call["num_inference_steps"], schedule, call)
+    except ValueError as error:
+        raise RequestError(f"the student's sampler cannot be shared with a teacher: {error}") from error
+    return system(name, sampler, schedule, guidance, **options)
+
+
+@contextmanager
+def _in_place(pipe: DiffusionPipeline, network: nn.Module, scheduler: TurnScheduler, denoiser: TurnDenoiser
+              ) -> Iterator[None]:
+    own, before = pipe.scheduler, vars(network).get("forward")
     pipe.scheduler, network.forward = scheduler, denoiser
     try:
-        yield Together(called, together.turns, together.nfe(), denoiser, decode)
+        yield
     finally:
         pipe.scheduler = own
         del network.forward
         if before is not None:
             network.forward = before
+
+
+@dataclass(frozen=True)
+class Help:
+    """How a teacher helps in every call of a student's pipeline: the arguments of `with_teacher`.
+
+    beside: what a guided call of the teacher is given as well. score: pixels (B, 3, H, W) in [-1, 1] and their prompts
+    -> (B,). share: of the pictures that score less than `below`, where it was measured.
+    """
+
+    name: str
+    guidance: float
+    teacher: DiffusionPipeline
+    options: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    score: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    below: float | None = None
+    share: float = 1.0
+
+    def turns(self, pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Collaboration:
+        """What a call is made of. RequestError where the student would have no turn."""
+        together = collaboration(pipe, self.name, call, self.guidance, **self.options)
+        if all(turn.role == "teacher" for turn in together.turns):
+            raise RequestError("the teacher would draw alone: a student of more steps, or a smaller handover, has a "
+                               "turn")
+        return together
+
+    def of(self, pipe: DiffusionPipeline, call: Mapping[str, Any], prompts: Sequence[str]
+           ) -> AbstractContextManager[Together]:
+        """`with_teacher` for a call of these prompts."""
+        score = None if self.score is None else lambda pixels: self.score(pixels, prompts)
+        return with_teacher(pipe, self.name, {**call, **self.beside}, guidance=self.guidance, teacher=self.teacher,
+                            score=score, below=self.below, **self.options)
 
 
 def _family(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Family:

@@ -13,8 +13,9 @@ from families.sana import tiny_sana
 from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
+from stepdistill.evaluation.counting import counted
 from stepdistill.evaluation.fd import least_samples
-from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, solver_scheduler
+from stepdistill.evaluation.plans import Plan, Target, evaluations, plans, solver_scheduler
 from stepdistill.evaluation.report import METRICS, read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
 from stepdistill.files.lock import locked
