@@ -19,6 +19,7 @@ from stepdistill.evaluation.plans import Plan, Target, evaluations, plans, solve
 from stepdistill.evaluation.report import METRICS, read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
 from stepdistill.files.lock import locked
+from stepdistill.models.with_teacher import Help
 
 from .conftest import DIM
 
@@ -160,6 +161,37 @@ def test_a_guided_student_pays_for_its_guidance(student):
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
+def test_rows_with_the_teacher_s_help_count_both_networks(teacher, student, clip_folder, tmp_path):
+    """Beside the student's own rows; one step leaves it no turn."""
+    told = []
+    aided = replace(student, name="student + teacher (diversity)", identity="both",
+                    help=Help("diversity", 2.0, teacher.pipeline))
+    rows = plans(aided, [1, 2, 4], [1.0], ["ddim"], told.append)
+    assert [(row.steps, row.nfe, row.guidance) for row in rows] == [(2, 3, 2.0), (4, 5, 2.0)]
+    assert told == ["student + teacher (diversity) is not run at 1 steps: the teacher would draw alone: a student of "
+                    "more steps, or a smaller handover, has a turn"]
+    assert [evaluations(row) for row in rows] == [3, 5]
+    found = {(row["target"], row["nfe"]): row for row in
+             run([student, aided], clip_folder, tmp_path / "out", nfe=(2,))["rows"]}
+    assert found.keys() == {("real", 0), ("student", 2), ("student + teacher (diversity)", 3)}
+    assert found["student + teacher (diversity)", 3]["made"] == {"evaluations": 3.0}
+    assert (tmp_path / "out/samples/student + teacher (diversity)-nfe3-w2.png").is_file()
+
+
+def test_a_judge_s_share_is_planned_and_its_verdicts_are_counted(teacher, student, clip_folder, tmp_path):
+    help = Help("adaptive", 2.0, teacher.pipeline, {"teacher_steps": 2}, share=0.5, below=0.0,
+                score=lambda pixels, prompts: torch.tensor([float(len(prompt) % 2) - 0.5 for prompt in prompts]))
+    row, = plans(replace(student, name="both", help=help), [4], [1.0], ["ddim"], quiet)
+    assert row.nfe == 6
+    for prompts, sent in ((["a ring", "a disc"], 2), (["a ring", "discs"], 1), (["rings", "a"], 0)):
+        with counted(*row.networks) as passed:
+            row.images(prompts, torch.arange(2), 0)
+        assert passed[0] == 2 * 4 + 4 * sent
+        row.check_count(passed[0], 2)
+    with pytest.raises(RuntimeError, match="both was planned with 6 network evaluations per image but took 9"):
+        row.check_count(18, 2)
+
+
 def test_a_sample_depends_on_its_id_and_not_on_its_batch(teacher, student, name):
     target = {"teacher": teacher, "student": student}[name]           # LCM draws noise at every step
     plan = plans(target, [2], [1.0], ["euler"], quiet)[0]

@@ -2,10 +2,12 @@
 says."""
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from diffusers import (
@@ -16,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
+from PIL import Image
 
 from stepdistill.diffusion.collaboration import system
 from stepdistill.errors import RequestError
@@ -23,6 +26,7 @@ from stepdistill.evaluation.counting import counted
 from stepdistill.export import Student, export_student, open_export
 from stepdistill.export.proof import SEED, sampled
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.schedulers import StockCall
 from stepdistill.models.stock import pictures
 from stepdistill.models.with_teacher import with_teacher
 
@@ -256,6 +260,30 @@ def test_a_pipeline_that_guides_otherwise_is_refused(opened):
                        "StableDiffusionPipeline"):
         with with_teacher(tiny_dit(), "diversity", {"num_inference_steps": 4}, guidance=W):
             pass
+
+
+@pytest.mark.parametrize("kind,more", [("epsilon", {"guidance": 2.5}), ("sd3", {"guidance": (2.0, 4.0)})])
+def test_the_card_says_how_and_its_snippet_runs(make, tmp_path, monkeypatch, kind, more):
+    """From the folder where the export was made, as it stands; the picture is the one that the function draws."""
+    export_student(make(kind, **more), "lora", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert "## With the teacher's help" in card and f"guidance={2.5 if kind == 'epsilon' else 3:g})" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})                                      # noqa: S102
+    pipe, call = open_export(tmp_path / "out", fused=False)
+    torch.manual_seed(0)
+    with with_teacher(pipe, "diversity", call, guidance=2.5 if kind == "epsilon" else 3.0) as together:
+        drawn = pipe("a large red ring", generator=torch.Generator().manual_seed(0), **together.call).images[0]
+    found, known = (numpy.asarray(image).astype(int) for image in (Image.open("with_teacher.png"), drawn))
+    assert abs(found - known).max() <= 1
+
+
+@pytest.mark.parametrize("to,change", [("comfyui", {}), ("lora", {"num_inference_steps": 1})])
+def test_a_card_is_silent_where_the_base_cannot_help(make, tmp_path, to, change):
+    stock = StockCall("LCMScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0, **change})
+    export_student(make(stock=stock), to, tmp_path / "out")
+    assert "With the teacher's help" not in (tmp_path / "out/README.md").read_text()
 
 
 FAULTS = {
