@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stepdistill.data.cache import Cache  # noqa: E402
 from stepdistill.data.datasets import Encoders, cached_images  # noqa: E402
 from stepdistill.data.images import ShapesImages  # noqa: E402
-from stepdistill.data.stream import Stream, permuted  # noqa: E402
+from stepdistill.data.stream import Stream  # noqa: E402
+from stepdistill.data.walk import permuted  # noqa: E402
 from stepdistill.diffusion.draws import Step, key  # noqa: E402
 from stepdistill.methods.base import Follows  # noqa: E402
 from stepdistill.methods.consistency.lcm import LCM, Settings  # noqa: E402

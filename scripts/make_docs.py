@@ -21,7 +21,8 @@ from stepdistill.recipe import catalogue, editors, entries, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = {"": schema.Recipe, "teacher": entries.Teacher, "teacher.loras": entries.TeacherLora,
+TABLES = {"": schema.Recipe, "resolution": entries.Buckets, "teacher": entries.Teacher,
+          "teacher.loras": entries.TeacherLora,
           "student": entries.RoleChoice,
           "student.lora, critic.lora": entries.Lora, "critic": entries.Critic, "discriminator": entries.Discriminator,
           "data": entries.Data, "data.samples": entries.Samples, "data.pairs": entries.Pairs, "train": entries.Train,
@@ -30,7 +31,7 @@ WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true 
          "RoleChoice": "full | table",
          "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Prompts": "text | list",
-         "Resolution": "whole number | list", "Guidance": "number | range", "Plugins": "text | table",
+         "Resolution": "whole number | list | buckets", "Guidance": "number | range", "Plugins": "text | table",
          "Trackers": "list of tensorboard, wandb",
          "TeacherLora": "text | table", "Teacher": "text | table", "tuple": "range", "Any": "value"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -107,7 +108,7 @@ the held-out pictures right. Repeat it with `scripts/gpu/cifar.sh`, in pieces.
 | method | evaluations | FD | its ratio to the teacher's | updates of {batch} | minutes |
 |---|---|---|---|---|---|
 """
-GPU_RECORDS = ("smoke", "memory", "throughput", "world", "cifar")
+GPU_RECORDS = ("smoke", "memory", "throughput", "jvp", "world", "cifar")
 
 
 def entries(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
@@ -182,6 +183,10 @@ def gpu_page() -> str:
                   f"updates a second, {row['ratio']:.2f} × a hand-written loop of the same passes "
                   f"(`{found['command']}`).\n"
                   for name, row in found["figures"].items()]
+    if found := records.get("jvp"):
+        parts += [f"\nAttention with its derivative forward, {key.replace(' ', ', ')} tokens, on an {found['device']}: "
+                  f"{row['jvp_ms']:.2f} ms, {row['ratio']:.2f} × the forward alone, {row['added_mb']:.0f} MB beside "
+                  "arguments and results (`scripts/gpu/jvp.sh`).\n" for key, row in found["figures"].items()]
     if found := records.get("smoke"):
         outcomes = [test["outcome"] for test in found["figures"].values()]
         parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} "

@@ -1,4 +1,4 @@
-"""The functions that commands and notebooks call: train, doctor, pairs, export, sample, bench, plan, load."""
+"""The functions that commands and notebooks call: train, undistil, doctor, pairs, export, sample, bench, plan, load."""
 from __future__ import annotations
 
 import logging
@@ -15,13 +15,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from . import parallel, resources
+from . import parallel
 from .data.cache import Cache
 from .data.stream import Stream
 from .diffusion.draws import key
 from .errors import RequestError, Stopped
-from .evaluation import sweep
-from .evaluation.own import bench_own
 from .evaluation.plans import SOLVERS
 from .evaluation.progress import meter
 from .evaluation.sheets import sheet
@@ -37,30 +35,31 @@ from .models.stock import as_pil, pictures, say_cut
 from .models.with_teacher import with_teacher
 from .recipe import Recipe
 from .recipe.plugins import Folder
-from .run import folder
+from .run import benching, composing, folder
 from .run.cards import advice, check_card, fit_stage
-from .run.checks import check, needs_of
+from .run.checks import check as check_recipe
+from .run.checks import needs_of
 from .run.data import dataset, fill_pairs, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
 from .run.health import Health, attend, go_back, health, note
+from .run.lora_check import Checked, check_lora
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
 from .run.setup import open_run, previous_student, sampling, setup, train_config
-from .run.sources import base_of, located, marked
-from .run.targets import Opened, asking, call_as_asked, open_target, ships, teachers
+from .run.sources import base_of, located
+from .run.targets import asking, call_as_asked, open_target
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
-from .run.with_teacher import Asked, called, helped
+from .run.undistil import TO, undistilling, write_card
+from .run.with_teacher import Asked, called
 from .training import Trainer, launched
 from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
-CLIP = "assets/shapes-clip"
-REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a "
-                    "folder of real pictures of what it was trained on, and `features`")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "with_teacher"]
+__all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "undistil",
+           "with_teacher"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -83,7 +82,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     with spoken(), recorded() as record, folder.alone(run):
         log.info(f"checking {recipe.name}")
         for stage in recipe.stages:
-            check(stage)
+            check_recipe(stage)
         check_card(recipe, device)
         if going_on:
             write_down(run, recipe)
@@ -219,13 +218,31 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     opened = open_run(run, checkpoint, weights)
     student = Student.of(opened.roles, opened.sampling_role, opened.stock, opened.recipe.method, run.resolve().name,
                          guidance=opened.recipe.guidance, base_model=(base := base_of(opened)),
-                         results=folder.results_of(run), prompts=tuple(preview_prompts(opened)), step=opened.step)
+                         results=folder.results_of(run), prompts=tuple(preview_prompts(opened)), step=opened.step,
+                         sizes=opened.sizes)
     export_student(student, to, out, guidance, dtype, push)
     if push is not None:
         if Path(base.base).is_absolute():
             log.warning(f"the card names the teacher by its folder here, {base.base}: who reads it elsewhere has none")
         log.info(f"uploaded to {hub.push(out, push, public)}")
     return out
+
+
+@spoken()
+def undistil(turbo: str | Path, *, prompts: str | Path | Sequence[str] | None = None, updates: int = 2000,
+             samples: int = 1000, rank: int = 32, steps: int | None = None, to: str = "diffusers",
+             out: str | Path | None = None, resume: bool | Literal["auto"] = False, **overrides: Any) -> Path:
+    """The adapter with which style LoRAs are trained on a few-step model: a LoRA, trained by plain denoising of the
+    model's own samples. Returns its export, in the run's folder.
+
+    turbo: an export, or a few-step pipeline; steps: its own, where no file says them. to: "diffusers", "kohya" or
+    "ai-toolkit". out, resume, overrides: of the run, as of `train`. RequestError: see `run.undistil.undistilling`.
+    """
+    found, recipe = undistilling(turbo, prompts, updates, samples, rank, steps, to, overrides)
+    run = train(recipe, out=out, resume=resume)
+    if parallel.rank() == 0:
+        write_card(export(run, TO[to], out=run / "export" / to), found, to, recipe)
+    return run / "export" / to
 
 
 def doctor(run: str | Path) -> list[Health]:
@@ -245,6 +262,23 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
     result says which share of each layer's squared difference the LoRA holds, and what no LoRA reaches.
     """
     return extract_lora(located(Source.of(turbo)), located(Source.of(base)), rank, out, dtype)
+
+
+@spoken()
+def check(lora: str | Path, base: str | Path, *, out: str | Path | None = None, prompts: Sequence[str] | None = None,
+          samples: int = 1000, seed: int = 0, guidance: float | None = None,
+          features: FeatureName | None = None) -> Checked:
+    """Finds how a few-step LoRA of anybody's is called best on its base, and writes that to the folder `out`, which
+    `load` accepts.
+
+    What it says of itself is believed unless its pictures say otherwise: they are held against the base's own, in many
+    steps at its good `guidance`. samples: pictures of the calls in the last round; features: as of `bench`, one kind,
+    those of Shapes for what ships. RequestError for what is no LoRA, for one of another base, and for one that is
+    better than the base in no few steps.
+    """
+    return check_lora(lora, Source.of(base), out=out, prompts=prompts, samples=samples, seed=seed, guidance=guidance,
+                      features=None if features is None else benching.feature_spaces(features)[0], device=launched(),
+                      say=log.info)
 
 
 @spoken()
@@ -306,7 +340,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
           solvers: Sequence[str] = tuple(SOLVERS), features: FeatureName | FeatureNames | None = None,
           reference: str | Path | None = None, prompts: Sequence[str] | None = None,
           reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (), metrics: Sequence[str] = (),
-          plugins: str | Path | None = None, with_teacher: str | None = None) -> dict[str, Any]:
+          plugins: str | Path | None = None, compose: Sequence[str | Path] = (),
+          scales: Sequence[float] | None = None, with_teacher: str | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
     features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
@@ -316,46 +351,22 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     same noise, of 16 samples: shapes for what ships and the teacher for all else, unless given. The teachers of
     students stand in the table too, at `guidance`, or without guidance and at the scale that the student was trained
     for: of the two the better one at each count is what a student should be held against. few_step: further targets,
-    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: figures of
-    plugins, by name; plugins: a folder with them, or with the families of pipelines. with_teacher: as of `sample`;
-    beside the rows of each student stand those with its teacher's help, at the evaluations of both.
+    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: what
+    people prefer ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with
+    them, or with the families of pipelines. Videos are measured beside their teacher's own. with_teacher: as of
+    `sample`; beside the rows of each student stand those with its teacher's help, at the evaluations of both.
+
+    compose: other LoRAs (folders, .safetensors files or Hub ids) that one student wears, each at the strengths
+    `scales`: instead of the above, the student in its own steps and its teacher are drawn with and without each, and a
+    verdict says whether its style and the variety of seeds are kept. `guidance` is then that of the student, and
+    `samples` are 64 unless given.
     """
-    asked = None if with_teacher is None else Asked.of(with_teacher)
-    outside, spaces = None if plugins is None else Folder.open(plugins), _feature_spaces(features)
-    marks = marked(metrics, outside)
-    if reference not in (None, "teacher"):           # before anything is loaded; not every target is told a prompt
-        sweep.admitted(samples or 2000, [""] if prompts is None else prompts, spaces, reference)
-    opened = [open_target(target, Path(target).resolve().name, target in few_step, log.info, outside)
-              for target in (*targets, *few_step)]
-    _refuse_videos(opened)
-    scales = tuple(guidance or dict.fromkeys((1.0, *(o.guidance for o in opened if o.guidance is not None))))
-    device, beside = launched(), teachers(opened, log.info)
-    students = [o for o in opened if o.target.call is not None]
-    aided = [] if asked is None else [helped(o, asked, beside, device) for o in students]
-    every = [*(o.target for o in students), *aided, *beside]
-    for target in every: target.pipeline.to(device)
-    if reference is None:
-        reference = "shapes" if all(map(ships, opened)) else "teacher"
-        log.info(f"measuring against {'real pictures of Shapes' if reference == 'shapes' else REFERENCE_OF_OWN}")
-    told = {"device": device, "say": log.info, "made": folder.moment(device), "metrics": marks}
-    if reference == "teacher":
-        if len(beside) != 1:
-            raise RequestError(f"against the teacher's own pictures students are of one teacher; found {len(beside)}")
-        return bench_own(every, beside[0], nfe, Path(out), guidance=scales, solvers=solvers, seed=seed, prompts=prompts,
-                         samples=samples or 16, features=None if features is None else spaces, **told)
-    return sweep.bench(every, nfe, samples or 2000, out, scales, solvers, seed, prompts, spaces, reference,
-                       reuse, **told)
-
-
-def _refuse_videos(opened: Sequence[Opened]) -> None:
-    if videos := [o.target.name for o in opened if stock_prompts(o.target.pipeline).gives == "frames"]:
-        raise RequestError(f"{videos[0]} makes videos, and figures are of pictures: `stepdistill sample` draws "
-                           "some of its frames")
-
-
-def _feature_spaces(features: FeatureName | FeatureNames | None) -> list[FeatureName]:
-    asked = [CLIP] if features is None else [features] if isinstance(features, FeatureName) else features
-    return [name if isinstance(name, torch.nn.Module) else resources.locate(name) or name for name in asked]
+    told = {"samples": samples, "out": out, "seed": seed, "guidance": guidance, "solvers": solvers,
+            "features": features, "prompts": prompts, "metrics": metrics, "plugins": plugins}
+    beside = {"reference": reference, "reuse": reuse, "few_step": few_step, "with_teacher": with_teacher}
+    if compose:
+        return composing.compose(targets, compose, scales=scales, unused=beside, **told)
+    return benching.bench(targets, nfe=nfe, **beside, **told)
 
 
 def quiet() -> None:

@@ -21,6 +21,7 @@ from .printing import (
     complain,
     emit,
     show,
+    show_checked,
     show_extracted,
     show_plan,
     show_progress,
@@ -35,23 +36,21 @@ app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_en
                   help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
                        "evaluations.")
 
-RecipeName = Annotated[str,
-                       typer.Argument(metavar="RECIPE", autocompletion=lambda incomplete: _names("recipes", incomplete),
-                                           help="A YAML file, or a built-in name such as shapes/lcm.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in name such as shapes/lcm.",
+                                           autocompletion=lambda incomplete: _names("recipes", incomplete))]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
                                                 help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
-Checkpoint = Annotated[int | None,
-                       typer.Option(metavar="STEP", min=1, help="Of a run: another checkpoint than the last.")]
+Checkpoint = Annotated[int | None, typer.Option(metavar="STEP", min=1, help="Of a run: another than the last.")]
 Weights = Annotated[str | None, typer.Option(metavar="ema|student", help="Of a run that has both; ema unless given.")]
 Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and "
                                              "data of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _scale("--guidance", scale))]
-WithTeacher = Annotated[str | None, typer.Option("--with-teacher", metavar="NAME[,OPTION=VALUE...]",
-                                                 help="A student's teacher helps: diversity, distillation_pp or "
-                                                 "adaptive; see docs/with_teacher.md.")]
+WithTeacher = Annotated[str | None, typer.Option(metavar="NAME[,OPTION=VALUE...]", help="A student's teacher helps: "
+                                                 "diversity, distillation_pp or adaptive.")]
+X0 = Annotated[Path | None, typer.Option("--x0", metavar="PNG", help="With a teacher: what each evaluation draws.")]
 # how `--resume auto` is handed on: an option cannot be both a switch and a choice
 RESUME_AUTO = "--resume-auto"
 MANY = 10_000_000                      # of anything that is counted: beyond it a number is a slip
@@ -100,12 +99,9 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            steps: Annotated[int | None,
                             typer.Option(min=1, max=MANY, help="Steps; a student's own number unless given.")] = None,
            seed: Seed = 0, guidance: Guidance = None,
-           out: Annotated[Path, typer.Option(metavar="PNG",
-                                             help="The picture, or a sheet of them.")] = Path("sample.png"),
+           out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet.")] = Path("sample.png"),
            checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None,
-           with_teacher: WithTeacher = None,
-           x0: Annotated[Path | None, typer.Option("--x0", metavar="PNG", help="With a teacher: a sheet of what each "
-                                                   "evaluation makes of the pictures.")] = None,
+           with_teacher: WithTeacher = None, x0: X0 = None,
            as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
@@ -126,10 +122,9 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
                                                                              "unless given.")] = None,
           solvers: Annotated[str, typer.Option(metavar="NAME,...",
                                                help="Of the teacher.")] = "ddim,euler,heun,dpmpp_2m",
-          features: Annotated[list[str] | None, typer.Option(help="A CLIPModel's or Dinov2Model's folder, or "
-                                                                  "inception; several times for distances in several. "
-                                                                  "That of Shapes unless given, and none against "
-                                                                  "the teacher.")] = None,
+          features: Annotated[list[str] | None, typer.Option(
+              help="A CLIPModel's or Dinov2Model's folder, or inception; several times for distances in several. That "
+                   "of Shapes unless given, and none against the teacher.")] = None,
           reference: Annotated[str | None,
                                typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
                                                              "given, shapes for what ships and teacher for "
@@ -138,16 +133,22 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; "
                                                              "may be given several times.")] = None,
           out: Annotated[Path, typer.Option(help="Folder of results.json and curve.png.")] = Path("bench"),
-          metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A figure of a plugin; may be given "
-                                                           "several times.")] = None,
+          metric: Annotated[list[str] | None, typer.Option(
+              metavar="NAME[=FOLDER]", help="What people prefer (pickscore, hpsv2=FOLDER), or a figure of a plugin; "
+                                            "may be given several times.")] = None,
+          compose: Annotated[list[str] | None, typer.Option(
+              metavar="LORA", help="Does the student go with this LoRA? A bench of its own; may be given several "
+                                   "times.")] = None,
+          scales: Annotated[str, typer.Option(metavar="S,...", help="Strengths of --compose.")] = "0.5,0.75,1",
           plugins: Plugins = None, with_teacher: WithTeacher = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
-    counts, scales = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
+    counts, guided = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
+    strengths = _numbers("--scales", scales, float, "0.5,1", least=0)
     api = working()
-    from .data.prompts import all_captions, open_prompts
-    texts = None if prompts is None else all_captions(open_prompts(prompts))
-    results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=scales,
-                        solvers=solvers.split(","),
+    from .data.prompts import texts_of
+    texts = texts_of(prompts)
+    results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=guided,
+                        solvers=solvers.split(","), compose=compose or (), scales=strengths,
                         features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
                         metrics=metric or (), plugins=plugins, with_teacher=with_teacher)
     emit(results, as_json, lambda: show_results(results, out))
@@ -193,16 +194,53 @@ def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
 
 
 @app.command()
+def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetensors file, or an export folder.")],
+          base: Annotated[str, typer.Option(help="The pipeline that it is for: a folder or Hub id.")],
+          out: Out = None, prompts: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
+          samples: Annotated[int, typer.Option(min=10, max=MANY, help="Pictures of the best calls.")] = 1000,
+          seed: Seed = 0, guidance: Guidance = None,
+          features: Annotated[str | None,
+                              typer.Option(help="A CLIPModel's folder; that of Shapes unless given.")] = None,
+          as_json: Json = False) -> None:
+    """Find how a few-step LoRA of anybody's is called best."""
+    api = working()
+    from .data.prompts import texts_of
+    found = api.check(lora, base, out=out, prompts=texts_of(prompts), samples=samples, seed=seed, guidance=guidance,
+                      features=features)
+    emit(found.plain, as_json, lambda: show_checked(found))
+
+
+@app.command()
+def undistil(turbo: Annotated[str, typer.Argument(metavar="PIPELINE", help="A few-step pipeline or an export folder.")],
+             prompts: Annotated[str | None, typer.Option(help="Of its samples: a .txt file of one a line.")] = None,
+             updates: Annotated[int, typer.Option(min=1, max=MANY, help="Training steps.")] = 2000,
+             samples: Annotated[int, typer.Option(min=1, max=MANY, help="Its own pictures, to train on.")] = 1000,
+             rank: Annotated[int, typer.Option(min=1, max=16_384, help="Of the adapter.")] = 32,
+             steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Its own, where unrecorded.")] = None,
+             to: Annotated[str, typer.Option(help="diffusers, kohya or ai-toolkit.")] = "diffusers", out: Out = None,
+             resume: Annotated[bool, typer.Option("--resume", help="Go on in --out; `--resume auto`: begin.")] = False,
+             resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, set_: Sets = None,
+             as_json: Json = False) -> None:
+    """Make the adapter with which style LoRAs are trained on a few-step model."""
+    from .recipe.yaml import parse_set
+    folder = working().undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps, to=to,
+                                out=out, resume="auto" if resume_auto else resume, **parse_set(set_ or []))
+    emit({"folder": str(folder)}, as_json, lambda: tell(f"proved and written: {folder}\nits card says how it is used: "
+                                                        f"{folder / 'README.md'}"))
+
+
+@app.command()
 def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD...]",
                                                                help="All of them unless named.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0, plugins: Plugins = None,
            out: Annotated[Path, typer.Option(help="Folder of verify.json, of pictures and of logs.")] = Path("verify"),
+           fast: Annotated[bool, typer.Option("--fast", help="Closed forms and contracts alone.")] = False,
            as_json: Json = False) -> None:
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
     from .proofs.run import verify as prove
     try:
-        found = prove(*methods or (), seed=seed, out=out, done=show_progress, plugins=plugins)
+        found = prove(*methods or (), seed=seed, out=out, fast=fast, done=show_progress, plugins=plugins)
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written but logs", 1)
     emit(found, as_json, lambda: show_proofs(found, out))
@@ -211,9 +249,8 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.",
-                                                       autocompletion=lambda incomplete: _names("methods",
-                                                                                                incomplete))] = None,
+def methods(name: Annotated[str | None, typer.Argument(
+                help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
     from .recipe import catalogue
@@ -343,15 +380,15 @@ def _scale(option: str, number: float | None) -> float | None:
     return number
 
 
-def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
-    """Numbers of at least 1 with commas between."""
+def _numbers(option: str, text: str, kind: type, example: str, least: int = 1) -> list[Any]:
+    """Numbers of at least `least` with commas between."""
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(1 <= number <= MANY for number in found):
-        raise RequestError(f"{option} {text}: should be finite numbers of at least 1, and at most {MANY:,}, with "
-                           f"commas between, such as {example}")
+    if not found or not all(least <= number <= MANY for number in found):
+        raise RequestError(f"{option} {text}: should be finite numbers of at least {least}, and at most {MANY:,}, "
+                           f"with commas between, such as {example}")
     return found
 
 

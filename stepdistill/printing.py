@@ -49,10 +49,21 @@ def _cell(value: Any) -> str:
 
 
 def show_results(results: dict[str, Any], out: Path) -> None:
-    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
+    if "compose" in results:
         own = results["protocol"].get("metrics", {})
         show(table([row | row["metrics"] for row in results["rows"]],
+                   ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own)))
+        for one in results["compose"]:
+            tell(f"{one['lora']} at guidance {one['guidance']:g}: {one['verdict']}")
+        tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and a picture of each LoRA in {out / 'samples'}")
+        return
+    if "dim" not in results["protocol"]:                       # against the teacher's own pictures
+        own = [*(name for name in ("motion", "motion_ratio") if name in results["rows"][0]["metrics"]),
+               *results["protocol"].get("metrics", {})]
+        show(table([row | row["metrics"] for row in results["rows"]],
                    ("target", "nfe", "guidance", "to_teacher", "clip_score", "diversity", *own, "latency_ms")))
+        for sentence in results.get("words", ()):
+            tell(sentence)
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
         return
     from .evaluation import report
@@ -72,6 +83,15 @@ def show_extracted(found: Any) -> None:
     tell(f"wrote {found.folder}; a student begins with it by student: {{from: {found.folder}}}")
 
 
+def show_checked(found: Any) -> None:
+    kind = found.found.best.distance
+    rows = [{"call": str(one.way), "NFE": one.way.nfe, kind: one.figure.value, "low": one.figure.low,
+             "high": one.figure.high,
+             "clip_score": one.clip_score} for one in found.found.last]
+    show(table(rows, tuple(rows[0])))
+    tell(found.words)
+
+
 def show_progress(rows: list[Any]) -> None:
     passed = sum(row.passed for row in rows)
     tell(f"{rows[0].method} {rows[0].kind}: {passed} of {len(rows)} rows pass", complain)
@@ -83,8 +103,9 @@ def show_proofs(found: dict[str, Any], out: Path) -> None:
     passed = sum(row["passed"] for row in found["rows"])
     for one in found.get("unproved", []):
         tell(f"unproved: {one['method']}, {one['kind']}: {one['why']}")
+    drawn = " and a picture of each method beside it" if any(row["kind"] == "convergence" for row in rows) else ""
     tell(f"{passed} of {len(rows)} rows pass on seed {found['seed']}, in {found['seconds']:.0f} s; "
-              f"wrote {out / 'verify.json'} and a picture of each method beside it")
+         f"wrote {out / 'verify.json'}{drawn}")
 
 
 def show_plan(found: dict[str, Any]) -> None:

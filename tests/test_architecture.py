@@ -22,8 +22,8 @@ MAY = {
     "parallel.py": ("diffusion", ""),
     # base: the needs it supplies
     "models": ("diffusion parallel.py methods/base.py", "bitsandbytes diffusers transformers peft safetensors "
-               "huggingface_hub"),
-    "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset"),
+               "huggingface_hub triton"),
+    "data": ("diffusion parallel.py", "safetensors PIL numpy datasets webdataset av"),
     "methods": ("methods/base.py diffusion losses", ""),
     "training": ("methods/base.py models data diffusion parallel.py", "accelerate bitsandbytes safetensors tensorboard "
                  "rich psutil"),
@@ -52,6 +52,7 @@ ONLY = {                                         # module -> the one place that 
     "stepdistill.api": ("cli.py", "demo.py", "__init__.py", "proofs/run.py", "proofs/contract.py",
                         "proofs/convergence.py"),
     "pydantic": ("recipe/schema.py", "recipe/entries.py"),
+    "triton": ("models/triton_attention.py",),
     "typer": ("cli.py",),
     "matplotlib": ("evaluation/curve.py", "evaluation/clouds.py", "evaluation/vitals.py", "proofs/convergence.py"),
 }

@@ -10,12 +10,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -27,6 +30,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from stepdistill.models.sources import FusedLora
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -118,3 +123,18 @@ def save_tiny_sd3(folder: Path, t5: bool = False, call: dict | None = None) -> P
 def reading(needs: dict, *roles: str, numbers: tuple[str, ...] = ("w",)) -> dict:
     """The same needs, where these roles read numbers beside their time."""
     return {name: replace(need, reads=numbers) if name in roles else need for name, need in needs.items()}
+
+
+def style(pipe: DiffusionPipeline, folder: Path, size: float = 1.0, seed: int = 0) -> FusedLora:
+    """A LoRA of rank 2 that changes pictures much."""
+    network = pipe.components["unet" if "unet" in pipe.components else "transformer"]
+    torch.manual_seed(seed)
+    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"]))
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data = size * torch.randn_like(parameter)
+    layers = {"unet_lora_layers" if "unet" in pipe.components
+              else "transformer_lora_layers": get_peft_model_state_dict(network)}
+    type(pipe).save_lora_weights(folder, **layers)
+    network.delete_adapters(["default"])
+    return FusedLora(str(folder))

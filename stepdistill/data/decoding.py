@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from torch import Tensor
+
 from ..errors import RequestError
 from ..files.whole import write_whole
 from .cache import default_root
@@ -24,45 +26,52 @@ def check_count(count: int | None, found: int, where: object) -> None:
                            "it out for all of them.")
 
 
-def readable(key: str, names: Sequence[str], decode: Callable[[int], object], where: str) -> list[int]:
-    """The numbers of the pictures that can be read, of those with these names.
+def readable(key: str, names: Sequence[str], decode: Callable[[int], Tensor], where: str) -> dict[int, tuple[int, int]]:
+    """The numbers of the pictures that can be read, of those with these names, each with its height and width.
 
-    key: changes with any of the files; decode(i): raises RequestError for one that cannot be read. What is skipped is
-    said. RequestError where that is more than SHARE of them.
+    key: changes with any of the files; decode(i): its pixels (..., H, W), or RequestError for one that cannot be read.
+    What is skipped is said. RequestError where that is more than SHARE of them.
     """
     file = default_root() / "decoded" / f"{key}.json"
-    broken = _remembered(file)
-    if broken is None:
-        broken = {names[i]: why for i, why in enumerate(_decoded(len(names), decode)) if why is not None}
-        write_whole(file, json.dumps(broken).encode())
+    found = _remembered(file, len(names))
+    if found is None:
+        found = _decoded(len(names), decode)
+        write_whole(file, json.dumps(found).encode())
+    kept = {i: (seen[0], seen[1]) for i, seen in enumerate(found) if not isinstance(seen, str)}
+    broken = {names[i]: why for i, why in enumerate(found) if isinstance(why, str)}
     if not broken:
-        return list(range(len(names)))
+        return kept
     first = "; ".join(list(broken.values())[:NAMED])
     if len(broken) > SHARE * len(names):
         raise RequestError(f"images: {len(broken):,} of {len(names):,} pictures of '{where}' cannot be read, more "
                            f"than {SHARE:.0%}: {first}")
     say_once(f"images: {len(broken):,} of {len(names):,} pictures of '{where}' are skipped, since they cannot be "
              f"read: {first}")
-    return [i for i, name in enumerate(names) if name not in broken]
+    return kept
 
 
-def _decoded(count: int, decode: Callable[[int], object]) -> list[str | None]:
-    """Why each picture cannot be read; None where it can. PIL decodes outside Python's lock, so that threads do."""
-    def look(i: int) -> str | None:
+def _decoded(count: int, decode: Callable[[int], Tensor]) -> list[str | list[int]]:
+    """Each picture's height and width, or why it cannot be read. PIL decodes outside Python's lock, so that threads
+    do."""
+    def look(i: int) -> str | list[int]:
         try:
-            decode(i)
+            return list(decode(i).shape[-2:])
         except RequestError as error:
             return str(error)
-        return None
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
         return list(threads.map(look, range(count), chunksize=16))
 
 
-def _remembered(file: Path) -> dict[str, str] | None:
-    """name -> why it cannot be read; None where nothing is remembered, or what is can't be read."""
+def _remembered(file: Path, count: int) -> list[str | list[int]] | None:
+    """As `_decoded`; None where nothing is remembered, or what is can't be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    well = isinstance(found, dict) and all(isinstance(why, str) for why in found.values())
+    well = isinstance(found, list) and len(found) == count and all(isinstance(seen, str) or _is_sides(seen)
+                                                                   for seen in found)
     return found if well else None
+
+
+def _is_sides(seen: object) -> bool:
+    return isinstance(seen, list) and len(seen) == 2 and all(isinstance(side, int) for side in seen)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ def picture_files(folder: Path) -> list[Path]:
     """Every picture under a folder and the folders linked there, by name. What is hidden, such as a file browser's
     thumbnails, is none. Files of other kinds are skipped, which is said."""
     found, others = [], Counter()
-    for path in _files(folder):
+    for path in files_in(folder):
         if path.suffix.lower() in SUFFIXES:
             found.append(path)
         elif path.suffix.lower() not in BESIDE:
@@ -38,8 +39,8 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """A folder that is linked twice, or into itself, is gone through once."""
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every file under it that is not hidden. A folder that is linked twice, or into itself, is gone through once."""
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -51,16 +52,16 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if not name.startswith(".") and (path := Path(place, name)).is_file())
 
 
-def captions_of(folder: Path, files: Sequence[Path], reads: Reads = "texts") -> list[str]:
+def captions_of(folder: Path, files: Sequence[Path], reads: Reads = "texts", is_video: bool = False) -> list[str]:
     """One of each file: from the nearest metadata.jsonl or metadata.csv above it, else from the .txt beside it; of
-    "classes" also from the folder that it lies in. RequestError where one is missing, or where a table names a picture
-    that is not there."""
+    "classes" also from the folder that it lies in. Videos may be folders. RequestError where one is missing, or where a
+    table names a picture that is not there."""
     tables = _tables(folder, files)
     if not tables:
         return [_class_of(path, folder) if reads == "classes" else _beside(path) for path in files]
     found: dict[Path, str] = {}
     for table in tables:                          # the nearest comes last, and holds
-        found |= dict(_of_table(table))
+        found |= dict(_of_table(table, set(files) if is_video else None))
     missing = [path for path in files if path not in found]
     if missing:
         raise RequestError(f"images: '{missing[0]}' has no caption: '{tables[0]}' does not list it (images that "
@@ -82,7 +83,7 @@ def _tables(folder: Path, files: Sequence[Path]) -> list[Path]:
             if (table := place / name).is_file()]
 
 
-def _of_table(table: Path) -> Iterator[tuple[Path, str]]:
+def _of_table(table: Path, videos: set[Path] | None) -> Iterator[tuple[Path, str]]:
     for number, row in read_rows(table):
         name = row.get("file_name")
         text = caption_in(row)
@@ -90,10 +91,10 @@ def _of_table(table: Path) -> Iterator[tuple[Path, str]]:
             raise RequestError(f"images: line {number} of '{table}' should give a file_name and a caption "
                                f"({', '.join(CAPTIONS)}); found {_short(row)}")
         path = table.parent / name
-        if (Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file()
-            or path.suffix.lower() not in SUFFIXES):
-            raise RequestError(f"images: line {number} of '{table}' names '{name}', which is not a {KINDS} file "
-                               "of that folder.")
+        known = path in videos if videos is not None else path.is_file() and path.suffix.lower() in SUFFIXES
+        if Path(name).is_absolute() or ".." in Path(name).parts or not known:
+            raise RequestError(f"images: line {number} of '{table}' names '{name}', which is not a "
+                               f"{KINDS if videos is None else 'video'} file of that folder.")
         yield path, checked(text, path, f"{table.name}, line {number}")
 
 
@@ -184,3 +185,13 @@ def _beside(path: Path) -> str:
 
 def _short(row: Mapping[str, Any]) -> str:
     return json.dumps(row, default=str)[:80]
+
+
+def digest_of(files: Sequence[Path], names: Sequence[str], captions: Sequence[str] | None = None) -> str:
+    """Changes with any file's name, size, time of change or caption."""
+    digest = hashlib.blake2b(digest_size=16)
+    for i, (path, name) in enumerate(zip(files, names, strict=True)):
+        stat = path.stat()
+        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns,
+                                  *([] if captions is None else [captions[i]])]).encode())
+    return digest.hexdigest()

@@ -1,8 +1,6 @@
 """Captioned pictures: Shapes, or a folder of images."""
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +13,7 @@ from ..diffusion.toy import Toy, is_toy
 from ..errors import RequestError
 from . import shapes
 from .decoding import check_count, readable
-from .folders import Reads, captions_of, picture_files
+from .folders import Reads, captions_of, digest_of, picture_files
 from .picture import KINDS, Size, read_picture
 from .prompts import Captions
 from .shards import ShardImages
@@ -50,7 +48,8 @@ class ShapesImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """A folder of pictures. They are resized on their shorter side and cropped about the centre.
+    """A folder of pictures. They are scaled to cover their size and cropped about the centre. sides: the height and
+    width of each file.
 
     Captions stand in metadata.jsonl or metadata.csv (file_name, and text, caption or prompt), of the folder or of
     folders in it, or else in a .txt file beside each image. Of a network that is told classes they are, where neither
@@ -60,7 +59,9 @@ class FolderImages:
     size: Size
     files: tuple[Path, ...]
     texts: tuple[str, ...]
-    identity: dict[str, object]
+    sides: tuple[tuple[int, int], ...]
+    name: str
+    key: str
 
     @classmethod
     def open(cls, folder: Path, size: Size, count: int | None = None, reads: Reads = "texts") -> FolderImages:
@@ -77,10 +78,14 @@ class FolderImages:
         check_count(count, len(files), folder)
         files, captions = files[:count], captions[:count]
         names = [path.relative_to(folder).as_posix() for path in files]
-        kept = readable(_digest(files, names), names, lambda i: read_picture(files[i]), str(folder))
+        kept = readable(digest_of(files, names), names, lambda i: read_picture(files[i]), str(folder))
         files, captions, names = ([of[i] for i in kept] for of in (files, captions, names))
-        identity = {"images": folder.name, "files": len(files), "digest": _digest(files, names, captions), "size": size}
-        return cls(size, tuple(files), tuple(captions), identity)
+        return cls(size, tuple(files), tuple(captions), tuple(kept.values()), folder.name,
+                   digest_of(files, names, captions))
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"images": self.name, "files": self.count, "digest": self.key, "size": self.size}
 
     @property
     def count(self) -> int:
@@ -91,16 +96,6 @@ class FolderImages:
 
     def pixels(self, indices: Tensor) -> Tensor:
         return torch.stack([read_picture(self.files[i], self.size) for i in indices.tolist()])
-
-
-def _digest(files: list[Path], names: list[str], captions: list[str] | None = None) -> str:
-    """Changes with any file's name, size, time of change or caption."""
-    digest = hashlib.blake2b(digest_size=16)
-    for i, (path, name) in enumerate(zip(files, names, strict=True)):
-        stat = path.stat()
-        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns,
-                                  *([] if captions is None else [captions[i]])]).encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ class BothWays:
     def pixels(self, indices: Tensor) -> Tensor:
         own, mirrored = self._own(indices)
         pixels = self.images.pixels(own)
-        return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        return torch.where(mirrored.reshape(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
 
     def _own(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The pictures' numbers, and which of them are mirrored."""

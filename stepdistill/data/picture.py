@@ -37,16 +37,25 @@ def read_picture(file: Path | bytes, size: Size | None = None, name: object = No
     or what it holds. RequestError where it cannot be read, which calls it `name`, its path unless given."""
     with named(name or file), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file,
                                          formats=FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            image = Image.fromarray(np.rint(np.array(image).clip(0, 65_535) / 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of no known range; 8 or 16 bits a channel are read")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        return as_tensor(upright(opened), size)
+
+
+def upright(opened: Image.Image) -> Image.Image:
+    """As people see it: RGB, turned, on white."""
+    image = ImageOps.exif_transpose(opened)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.array(image).clip(0, 65_535) / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range; 8 or 16 bits a channel are read")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def as_tensor(image: Image.Image, size: Size | None = None) -> Tensor:
+    """(3, H, W) float32 in [-1, 1] of an RGB image, which is scaled to cover `size` and cropped about its centre."""
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -83,6 +83,11 @@ def all_captions(source: Captions) -> list[str]:
     return source.captions(torch.arange(source.count))
 
 
+def texts_of(path: Path | None) -> list[str] | None:
+    """Every prompt of a file; None without one."""
+    return None if path is None else all_captions(open_prompts(path))
+
+
 def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | None = None) -> Captions:
     """spec: "shapes", "none", a .txt file with one prompt a line, a .csv, .jsonl or .parquet file with a column text,
     caption or prompt, a dataset of the Hub, or a list of prompts. seed and count are those of Shapes."""

@@ -42,6 +42,7 @@ class ShardImages:
     size: Size
     places: tuple[Place, ...]
     texts: tuple[str, ...]
+    sides: tuple[tuple[int, int], ...]
     key: str
 
     @classmethod
@@ -60,7 +61,8 @@ class ShardImages:
         found = found[:count]
         kept = readable(key, [place.name for place, _ in found],
                         lambda i: read_picture(found[i][0].read(), name=found[i][0].name), str(spec))
-        return cls(size, tuple(found[i][0] for i in kept), tuple(_caption(*found[i], reads) for i in kept), key)
+        return cls(size, tuple(found[i][0] for i in kept), tuple(_caption(*found[i], reads) for i in kept),
+                   tuple(kept.values()), key)
 
     @property
     def count(self) -> int:

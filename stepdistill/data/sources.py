@@ -22,7 +22,8 @@ def register_data(name: str, source: Open) -> None:
     """Makes a source of data known by its name, in this process: `data: {images: NAME}`, `data: {prompts: NAME}`.
 
     source(size, seed, count): size in pixels, of a side or height and width, None where captions alone are asked for;
-    seed: the recipe's; count: its data.count, None for all. What it returns has
+    seed: the recipe's; count: its data.count, None for all. Of buckets it is called once for each size. What it
+    returns has
 
         count                 how many samples there are, None where they never end
         identity              a dict that JSON can hold: all that the samples depend on, beside the code
@@ -39,11 +40,13 @@ def register_data(name: str, source: Open) -> None:
 
 @dataclass(frozen=True)
 class Outside:
-    """A source from outside. mark: changes with its code, so that caches of it do."""
+    """A source from outside. mark: changes with its code, so that caches of it do. open: the source again, its pictures
+    of another size."""
 
     name: str
     mark: str | None
     source: Any
+    open: Callable[[Size | None], Any]
 
     @property
     def count(self) -> int | None:
@@ -72,4 +75,5 @@ class Outside:
 
 def open_source(name: str, mark: str | None, size: Size | None, seed: int, count: int | None) -> Captions | Images:
     """A registered source by its name."""
-    return Outside(name, mark, SOURCES[name](size, seed, count))
+    opened = lambda size: SOURCES[name](size, seed, count)
+    return Outside(name, mark, opened(size), opened)

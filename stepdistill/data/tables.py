@@ -44,6 +44,7 @@ class TableImages:
     size: Size
     rows: tuple[int, ...]
     texts: tuple[str, ...]
+    sides: tuple[tuple[int, int], ...]
     key: str
 
     @classmethod
@@ -64,7 +65,7 @@ class TableImages:
         key = f"{table._fingerprint}-{len(texts)}"
         decode = lambda i: read_picture(_held(table, column, i), name=f"{spec}, row {i}")
         kept = readable(key, list(map(str, range(len(texts)))), decode, str(spec))
-        return cls(table, column, size, tuple(kept), tuple(texts[i] for i in kept), key)
+        return cls(table, column, size, tuple(kept), tuple(texts[i] for i in kept), tuple(kept.values()), key)
 
     @property
     def count(self) -> int:

@@ -57,3 +57,11 @@ def jackknife(left_out: Sequence[Tensor]) -> Tensor:
     """
     return sum(((of_set - of_set.mean(0)).square().sum(0) * (len(of_set) - 1) / len(of_set) for of_set in left_out),
                torch.zeros((), dtype=torch.float64))
+
+
+def ratio_of(over: Tensor, under: Tensor) -> Estimate:
+    """mean(over) / mean(under) of n independent pairs (n,), (n,), at least two; what both sides of a pair share
+    cancels. By the jackknife, with n - 1 degrees of freedom."""
+    x, y = over.double().cpu(), under.double().cpu()
+    left_out = (x.sum() - x) / (y.sum() - y)
+    return around((x.sum() / y.sum()).item(), jackknife([left_out]).item(), len(x) - 1)

@@ -211,17 +211,23 @@ def _variance(x: Tensor, here: Moments, reference: Moments, generator: torch.Gen
 
 
 def _influence_variance(x: Tensor, here: Moments, reference: Moments) -> Tensor:
-    """Var(f'(x)), n times the distance's by n of x, for the derivative f'(x) = 2 (m - m_r) . (x - m) + (x - m)^T (1 -
-    T) (x - m) of the distance.
+    """Var(f'(x)), n times the distance's by n of x, for the derivatives f' of `slopes`."""
+    return slopes(x, here, reference).var()
+
+
+def slopes(x: Tensor, here: Moments, reference: Moments) -> Tensor:
+    """The derivative of the distance between two laws towards each point of the first, up to a constant: (n,) float64.
+
+    f'(x) = 2 (m - m_r) . (x - m) + (x - m)^T (1 - T) (x - m). x (n, D), of which `here` are the moments.
 
     T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport map between the two Gaussians.
     """
     values, vectors = torch.linalg.eigh(reference.root @ here.covariance @ reference.root)
     inverse = torch.where(values > 1e-12 * values[-1], values, torch.inf).rsqrt()
     transport = reference.root @ (vectors * inverse) @ vectors.T @ reference.root
-    slopes = []
-    for rows in x.split(CHUNK):
+    found = []
+    for rows in x.cpu().split(CHUNK):
         centred = rows.double() - here.mean
         slope = centred - centred @ transport
-        slopes.append(2 * centred @ (here.mean - reference.mean) + (slope * centred).sum(1))
-    return torch.cat(slopes).var()
+        found.append(2 * centred @ (here.mean - reference.mean) + (slope * centred).sum(1))
+    return torch.cat(found)

@@ -3,29 +3,22 @@ one's own."""
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer, PretrainedConfig
 
 from ..data.shapes import SLOTS
-from ..errors import RequestError, first_lines
+from ..errors import RequestError
 from ..files import foreign
 from ..files.whole import checksum
-from ..models.sources import UNLOADABLE
+from ..models.reading import JUDGE, AttributeClassifier, Reading, digest, preprocessor, readable
 
 # named by its sha256
 INCEPTION = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
              "weights-inception-2015-12-05-6726825d.pth")
-HALVES = [0.5] * 3, [0.5] * 3
 TEXTS = 250                       # prompts read at a time
 
 
@@ -47,39 +40,6 @@ class Features(Protocol):
         """(B, dim) float32 on the CPU; None where the space knows no text."""
 
 
-@dataclass(frozen=True)
-class AttributeClassifier:
-    """Linear heads on image features, one per attribute slot, in the order of SLOTS."""
-
-    heads: tuple[tuple[Tensor, Tensor], ...]
-    id: str
-
-    @classmethod
-    def load(cls, file: Path) -> AttributeClassifier:
-        with _readable(file), safe_open(file, "pt") as saved:
-            slots = json.loads(saved.metadata()["slots"])
-            if slots != {slot: list(values) for slot, values in SLOTS.items()}:
-                raise RequestError(f"{file} classifies the slots {slots}, but Shapes has {SLOTS}: train it anew")
-            heads = tuple((saved.get_tensor(f"{slot}.weight").float(), saved.get_tensor(f"{slot}.bias").float())
-                          for slot in SLOTS)
-        return cls(heads, digest([file]))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """features (B, D) -> (B, 7) int64: the attributes seen."""
-        return torch.stack([(features @ weight.T + bias).argmax(1) for weight, bias in self.heads], 1)
-
-
-@contextmanager
-def _readable(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except UNLOADABLE as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{place} cannot be read as features: {first_lines(error)}. Copy or "
-                           "train it anew") from error
-
-
 class ClipFeatures:
     """The unnormalised projections of a CLIPModel's folder, computed in float32."""
 
@@ -88,7 +48,7 @@ class ClipFeatures:
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
         self.device = device
-        with _readable(folder):
+        with readable(folder):
             self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32,
                                                    use_safetensors=True).to(device).eval().requires_grad_(False)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -96,10 +56,10 @@ class ClipFeatures:
         self.name = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}"
         self.dim = self.model.config.projection_dim
         self.size = self.model.config.vision_config.image_size
-        self.read = _Reading(folder, self.size, device)
+        self.read = Reading(folder, self.size, device)
         self.resize = self.read.name
-        self.attribute_classifier = (AttributeClassifier.load(folder / "judge.safetensors")
-                                     if (folder / "judge.safetensors").is_file() else None)
+        self.attribute_classifier = (AttributeClassifier.load(folder / JUDGE, SLOTS) if (folder / JUDGE).is_file()
+                                     else None)
 
     @torch.inference_mode()
     def images(self, pixels: Tensor) -> Tensor:
@@ -125,12 +85,12 @@ class DinoFeatures:
 
     def __init__(self, folder: Path | str, device: str | torch.device = "cpu") -> None:
         folder = _checked(Path(folder))
-        with _readable(folder):
+        with readable(folder):
             self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                    trust_remote_code=False).to(device).eval().requires_grad_(False)
         self.id = digest([folder / name for name in ("config.json", "model.safetensors")])
         self.name, self.dim = f"{'/'.join(folder.resolve().parts[-2:])}@{self.id[:12]}", self.model.config.hidden_size
-        self.read = _Reading(folder, _crop(folder, self.model.config.image_size), device)
+        self.read = Reading(folder, _crop(folder, self.model.config.image_size), device)
         self.resize = self.read.name
 
     @torch.inference_mode()
@@ -220,38 +180,14 @@ def load_features(name: Path | str | torch.nn.Module, device: str | torch.device
     return (ClipFeatures if _config(Path(name)).model_type == "clip" else DinoFeatures)(name, device)
 
 
-class _Reading:
-    """Pixels (B, 3, H, W) in [-1, 1] as a vision model of transformers reads them: its size, its mean and deviation a
-    channel."""
-
-    def __init__(self, folder: Path, size: int, device: str | torch.device) -> None:
-        mean, deviation = (_preprocessor(folder).get(f"image_{name}", halves)
-                           for name, halves in zip(("mean", "std"), HALVES, strict=True))
-        self.size, self.device = size, device
-        self.name = f"none at {size} px, else antialiased bicubic of the short side and a centre crop"
-        if (mean, deviation) != HALVES:
-            self.name += f"; normalised by {mean} and {deviation}"
-        self.mean, self.deviation = (torch.tensor(numbers, device=device)[:, None, None] for numbers in
-                                     # of pixels in [-1, 1]
-                                     ([2 * m - 1 for m in mean], [2 * s for s in deviation]))
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return (resized(pixels.to(self.device, torch.float32), self.size) - self.mean) / self.deviation
-
-
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    file = folder / "preprocessor_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def _crop(folder: Path, size: int) -> int:
     """The side of the square that a model's processor cuts out; `size`, that of its own grid, without the processor's
     file."""
-    return _preprocessor(folder).get("crop_size", {}).get("height", size)
+    return preprocessor(folder).get("crop_size", {}).get("height", size)
 
 
 def _config(folder: Path) -> PretrainedConfig:
-    with _readable(_checked(folder)):
+    with readable(_checked(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in ("clip", *DINO):
         raise RequestError(f"{folder} is a {config.model_type}; features are of a CLIPModel or a Dinov2Model, or "
@@ -284,25 +220,3 @@ def _inception() -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(INCEPTION, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     return file
-
-
-def resized(pixels: Tensor, size: int) -> Tensor:
-    """The short side brought to `size`, the centre cut out: (B, 3, size, size). Pictures of that size pass
-    untouched."""
-    height, width = pixels.shape[-2:]
-    if height == width == size:
-        return pixels
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-    pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(-1, 1)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return pixels[..., top: top + size, left: left + size]
-
-
-def digest(files: list[Path]) -> str:
-    """sha256 of the bytes of the files that exist, in the order given."""
-    hashed = hashlib.sha256()
-    for file in files:
-        if file.is_file():
-            hashed.update(file.name.encode() + file.read_bytes())
-    return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""Metrics from outside: a figure of one's own in each row of a bench."""
+"""Further metrics: what people prefer, and figures of one's own, in each row of a bench."""
 from __future__ import annotations
 
 import re
@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..models.rewards import REWARDS
+from ..models.stock import some_frames
+from .estimate import mean_of
+from .motion import FIGURES
+from .space import Figures, figures
 
 METRICS: dict[str, Metric] = {}
 OWN = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "diversity", "all_attributes",
-       "to_teacher")
+       "to_teacher", *FIGURES, *REWARDS)
 
 
 @dataclass(frozen=True)
@@ -38,28 +43,39 @@ def register_metric(name: str, metric: Callable[..., Tensor], prompts: bool = Fa
 
 
 def more_metrics(protocol: Mapping[str, Any]) -> list[str]:
-    """The metrics of plugins that rows of results.json have."""
+    """The metrics beside ours that rows of results.json have."""
     return list(protocol.get("metrics", {}))
 
 
 class Means:
-    """Running means of metrics over the pictures of a row. marks: name -> what changes with its code."""
+    """Means of metrics over the pictures of a row. marks: name -> what changes with its code or weights."""
 
     def __init__(self, marks: Mapping[str, str]) -> None:
-        self.names, self.sums, self.count = tuple(marks), dict.fromkeys(marks, 0.0), 0
+        self.values: dict[str, list[Tensor]] = {name: [] for name in marks}
+        self.count = 0
 
     def add(self, pixels: Tensor, prompts: Sequence[str] | None) -> None:
-        """pixels (B, 3, H, W), perhaps none. prompts: those that they were made for, None for none."""
+        """pixels (B, 3, H, W), perhaps none; of videos (B, F, 3, H, W), each the mean over some of its frames. prompts:
+        those that they were made for, None for none."""
         self.count += len(pixels)
-        for name in self.names if len(pixels) else ():
+        for name, values in self.values.items() if len(pixels) else ():
             metric = METRICS[name]
             if not metric.prompts or prompts is not None:
-                self.sums[name] += _values(name, metric, pixels, prompts).double().sum().item()
+                values.append(_values(name, metric, pixels, prompts) if pixels.ndim == 4
+                              else _of_videos(name, metric, pixels, prompts))
 
-    def figures(self, prompted: bool) -> dict[str, float | None]:
-        """prompted: whether the pictures were made for prompts."""
-        return {name: None if METRICS[name].prompts and not prompted else self.sums[name] / self.count
-                for name in self.names}
+    def figures(self, prompted: bool) -> Figures:
+        """With intervals. prompted: whether the pictures were made for prompts."""
+        found: Figures = {}
+        for name, values in self.values.items():
+            found |= figures(name, None if METRICS[name].prompts and not prompted else mean_of(torch.cat(values)))
+        return found
+
+
+def _of_videos(name: str, metric: Metric, videos: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    frames = some_frames(videos)
+    told = None if prompts is None else [prompt for prompt in prompts for _ in range(frames.shape[1])]
+    return _values(name, metric, frames.flatten(0, 1), told).unflatten(0, frames.shape[:2]).mean(1)
 
 
 def _values(name: str, metric: Metric, pixels: Tensor, prompts: Sequence[str] | None) -> Tensor:

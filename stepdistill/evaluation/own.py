@@ -16,10 +16,12 @@ from torch import Tensor
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
+from ..models.stock import FRAMES, some_frames
 from .estimate import Estimate, mean_of
 from .features import Features, load_features
-from .means import clip_score, diversity
+from .means import clip_score, diversity, of_prompts
 from .metrics import Means
+from .motion import displacement, in_words, of_videos
 from .page import write_own_report
 from .plans import Plan, Target, latency, plans
 from .progress import meter
@@ -58,30 +60,36 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
                            f"{len(features)}: name one, or a `reference` of real pictures")
     with locked(out / LOCK, str(out)):
         sweep_leftovers(out)
-        best = _at_its_ease(teacher, guidance[-1], solvers, say)
+        best = teacher_plan(teacher, guidance[-1], solvers, say)
         rows = [best, *(plan for target in targets for plan in plans(target, nfe, guidance, solvers, say))]
         space = None if features is None else load_features(*features, device)
-        return _measured(rows, texts, samples, seed, space, out, made or {}, metrics or {})
+        return _measured(rows, texts, samples, seed, space, out, made or {}, metrics or {}, say)
 
 
 def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: int, space: Features | None, out: Path,
               made: Mapping[str, Any],
-              metrics: Mapping[str, str]) -> Results:
+              metrics: Mapping[str, str], say: Callable[[str], None]) -> Results:
     """The results of these rows, of which the first is the teacher at its ease, once they are on the disk."""
     best, asked = rows[0], [texts[i % len(texts)] for i in range(samples)]
     means = [Means(metrics) for _ in rows]
-    seen = _drawn(rows, asked, seed, space, means)
+    seen = drawn(rows, asked, seed, space, means)
     measured = [_row(plan, found, asked, texts, seed, space) | {"made": {**made, **plan.target.made}}
                 for plan, found in zip(rows, seen, strict=True)]
     for row, plan, own in zip(measured, rows, means, strict=True):
         row["metrics"] |= own.figures(plan.target.prompted)
+    for row, found in zip(measured, seen, strict=True):
+        row["metrics"] |= of_videos(found, seen[0], len(texts), seed) if "moved" in found else {}
     in_space = f"pixels of {COARSE} x {COARSE}" if space is None else space.name
     protocol = {"reference": f"the teacher's own pictures, {best.name}, {best.steps} steps, w = {best.guidance:g}",
                 "samples": samples, "seed": seed,
                 "prompts": list(texts), "features": None if space is None else space.name,
                 "diversity": f"mean distance in {in_space}"} | ({"metrics": dict(metrics)} if metrics else {})
-    results: Results = {"protocol": {"id": fingerprint(protocol), **protocol}, "rows": measured}
-    shown = [found["shown"] for found in seen]
+    words = list(in_words(measured))
+    results: Results = ({"protocol": {"id": fingerprint(protocol), **protocol}, "rows": measured}
+                        | ({"words": words} if words else {}))
+    for sentence in words:
+        say(sentence)
+    shown = [found["shown"][:FRAMES if "moved" in found else SHOWN] for found in seen]
     for row, pictures in zip(measured, shown, strict=True):
         sheet([pictures], out / "samples" / picture_name(row))
     together = sheet(shown, out / "samples" / "together.png", [f"{plan.name}, {plan.nfe} NFE" for plan in rows])
@@ -90,7 +98,7 @@ def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: in
     return results
 
 
-def _at_its_ease(teacher: Target, w: float, solvers: Sequence[str], say: Callable[[str], None]) -> Plan:
+def teacher_plan(teacher: Target, w: float, solvers: Sequence[str], say: Callable[[str], None]) -> Plan:
     """The teacher in STEPS steps of the first solver that its pipeline takes, DPM-Solver++ before others."""
     order = sorted(solvers, key=lambda name: name != "dpmpp_2m")
     found = [plan for plan in plans(teacher, (STEPS, 2 * STEPS), (w,), order, say) if plan.steps == STEPS]
@@ -100,40 +108,54 @@ def _at_its_ease(teacher: Target, w: float, solvers: Sequence[str], say: Callabl
     return min(found, key=lambda plan: order.index(plan.name.partition(":")[2]))
 
 
-def _drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features | None,
-           means: Sequence[Means]) -> list[dict[str, Tensor]]:
+def drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features | None,
+          means: Sequence[Means]) -> list[dict[str, Tensor]]:
     """What is kept of each row's pictures: squared distances to those of the first row (n,), the pictures coarse (n, D)
-    or their features, and the first ones whole. Batches go through all rows, so that no more than a batch is held."""
-    kept: list[dict[str, list[Tensor]]] = [{"apart": [], "seen": [], "shown": []} for _ in rows]
+    or their features, and the first ones whole; of videos the features (n, F, D) of some frames, how far they move
+    (n,), and some frames of the first. Batches go through all rows, so that no more than a batch is held."""
+    kept: list[dict[str, list[Tensor]]] = [{"apart": [], "seen": [], "shown": [], "moved": []} for _ in rows]
     with meter() as report:
         for ids in torch.arange(len(asked)).split(BATCH):
-            drawn = [plan.images([asked[i] for i in ids.tolist()], ids, seed) for plan in rows]
-            for plan, pixels in zip(rows, drawn, strict=True):
+            batch = [plan.images([asked[i] for i in ids.tolist()], ids, seed) for plan in rows]
+            for plan, pixels in zip(rows, batch, strict=True):
                 plan.check_finite(int((~pixels.isfinite().flatten(1).all(1)).sum()), len(pixels))
-            for own, mean, plan, pixels in zip(kept, means, rows, drawn, strict=True):
+            for own, mean, plan, pixels in zip(kept, means, rows, batch, strict=True):
                 mean.add(pixels, [asked[i] for i in ids.tolist()] if plan.target.prompted else None)
-                own["apart"].append(((pixels - drawn[0]) / 2).square().flatten(1).mean(1))
-                own["seen"].append(F.adaptive_avg_pool2d(pixels / 2, COARSE).flatten(1) / (3 * COARSE**2) ** 0.5
-                                   if space is None else space.images(pixels))
-                own["shown"] += [pixels] if ids[0] < SHOWN else []
+                own["apart"].append(((pixels - batch[0]) / 2).square().flatten(1).mean(1))
+                own["seen"].append(_seen(pixels, space))
+                own["moved"] += [displacement(pixels)] if pixels.ndim == 5 else []
+                own["shown"] += ([pixels if pixels.ndim == 4 else some_frames(pixels)[0]]
+                                 if ids[0] < (SHOWN if pixels.ndim == 4 else 1) else [])
             report("images of each row", int(ids[-1]) + 1, len(asked))
-    return [{name: torch.cat(parts)[:SHOWN if name == "shown" else None] for name, parts in own.items()}
-            for own in kept]
+    return [{name: torch.cat(parts) for name, parts in own.items() if parts} for own in kept]
+
+
+def _seen(pixels: Tensor, space: Features | None) -> Tensor:
+    if pixels.ndim == 5:
+        frames = some_frames(pixels)
+        return _seen(frames.flatten(0, 1), space).unflatten(0, frames.shape[:2])
+    return (F.adaptive_avg_pool2d(pixels / 2, COARSE).flatten(1) / (3 * COARSE**2) ** 0.5 if space is None
+            else space.images(pixels))
 
 
 def _row(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: Sequence[str], seed: int,
          space: Features | None) -> dict[str, Any]:
-    """A row of results.json. to_teacher: root mean square over pixels in [0, 1]; None of the teacher's own pictures."""
-    groups = [found["seen"][i::len(texts)] for i in range(min(len(texts), len(asked)))]
-    several = [group for group in groups if len(group) > 1]
+    """A row of results.json."""
+    taken = latency(plan, asked, seed, CALLS)
+    return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
+            "guidance": plan.guidance, "samples": len(asked), "seed": seed,
+            "metrics": looks(plan, found, asked, texts, space), "latency_ms": taken, "images_per_s": 1000 / taken}
+
+
+def looks(plan: Plan, found: Mapping[str, Tensor], asked: Sequence[str], texts: Sequence[str],
+          space: Features | None) -> dict[str, float | None]:
+    """The figures of what `drawn` kept of a row. to_teacher: root mean square over pixels in [0, 1]; None of the
+    teacher's own pictures."""
+    several = [group for group in of_prompts(found["seen"], len(texts)) if len(group) > 1]
     text = None if space is None or not plan.target.prompted else space.texts(list(asked))
     squared = mean_of(found["apart"])
     apart = (Estimate(*(max(end, 0.0) ** 0.5 for end in (squared.value, squared.low, squared.high)))
              if squared.value else None)
     metrics = figures("to_teacher", apart) | figures("clip_score", None if text is None
                                                      else clip_score(found["seen"], text))
-    metrics |= figures("diversity", diversity(several) if several else None)
-    taken = latency(plan, asked, seed, CALLS)
-    return {"target": plan.name, "method": plan.target.method, "nfe": plan.nfe, "steps": plan.steps,
-            "guidance": plan.guidance,
-            "samples": len(asked), "seed": seed, "metrics": metrics, "latency_ms": taken, "images_per_s": 1000 / taken}
+    return metrics | figures("diversity", diversity(several) if several else None)

@@ -25,7 +25,7 @@ from ..diffusion.draws import key
 from ..errors import RequestError
 from ..models.families import stock_guidance, stock_prompts
 from ..models.schedulers import is_flow, stock_scheduler
-from ..models.stock import Guidance, pictures
+from ..models.stock import Guidance, pictures, unknown
 from ..models.with_teacher import Help
 from .counting import counted, denoiser_of
 
@@ -201,7 +201,7 @@ def _teacher(target: Target, nfe: Sequence[int], guidance: Sequence[float], solv
                 if steps == 1 and scheduler.config.get("shift_terminal") is not None:
                     continue                               # it stretches a grid to its end, which one time has not
                 if steps is not None:
-                    asked = call | {"num_inference_steps": steps} | _grid(scheduler, steps)
+                    asked = call | {"num_inference_steps": steps} | _grid(target, scheduler, steps)
                     rows.append(Plan(target, f"{target.name}:{name}", scheduler, asked, n, steps, float(w)))
     return rows
 
@@ -250,11 +250,12 @@ def solver_scheduler(target: Target, solver: str) -> SchedulerMixin:
     return stock_scheduler(kind.__name__, changes, own)
 
 
-def _grid(scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
-    """Euler's own grid of k steps ends at a thousandth, where the last evaluation is wasted; the others have no
-    choice."""
-    return ({"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
-            if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {})
+def _grid(target: Target, scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
+    """Euler's own grid of k steps ends at a thousandth, where the last evaluation is wasted; the others have no choice,
+    nor have pipelines whose call takes no sigmas."""
+    even = {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
+    return (even if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not unknown(type(target.pipeline), even)
+            else {})
 
 
 def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:

@@ -25,7 +25,7 @@ from .protocol import fingerprint
 
 REFERENCE_SEED, HELD_OUT_SEED = 7, 5
 SUBSET, BLOCK = 2_000, 250
-READER = 2                        # raise it when pictures of a folder are read otherwise
+READER = 3                        # raise it when pictures of a folder are read otherwise
 
 
 class Source(Protocol):

@@ -12,11 +12,12 @@ from ..data.shapes import attributes_of
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
+from ..models.reading import resized
 from ..models.stock import say_cut
 from .counting import counted
 from .estimate import share_of
 from .fd import too_few
-from .features import dimensions, resized
+from .features import dimensions
 from .means import clip_score, diversity
 from .metrics import Means
 from .plans import SOLVERS, Plan, Target, latency, plans

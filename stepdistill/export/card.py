@@ -32,11 +32,11 @@ COLUMNS = {"fd": "FD", "to_teacher": "to teacher", "clip_score": "CLIP score", "
 def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | None, asked: str) -> str:
     """README.md. settings: stepdistill.json; folder: its path, as it was asked for; results: results.json or
     None; asked: the argument of a call that asks for a picture."""
-    parts = [_front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
+    parts = [front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
              "![samples](samples.png)",
-             f"## Use\n\n{_block(snippet(settings, folder, asked))}", _facts(settings)]
+             f"## Use\n\n{block(snippet(settings, folder, asked))}", _facts(settings)]
     if _may_be_helped(settings):
-        parts.append(f"## With the teacher's help\n\n{HELP}\n\n{_block(helped_snippet(settings, folder, asked))}")
+        parts.append(f"## With the teacher's help\n\n{HELP}\n\n{block(helped_snippet(settings, folder, asked))}")
     if settings["format"] == "comfyui":
         parts.append(_comfyui(settings))
     if results is not None:
@@ -50,7 +50,8 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
     as DDIM and Euler do."""
     steps, times = settings["steps"], settings["told_times"]
     sampler = sampler_of(settings)
-    simple = all(abs(time - (999 - int(i * 1000 / steps))) <= 1 for i, time in enumerate(times))
+    simple = settings["prediction"] is not None and all(abs(time - (999 - int(i * 1000 / steps))) <= 1
+                                                        for i, time in enumerate(times))
     lines = [f"Put `{settings['weights']}` into `models/loras` and load it by the node *Load LoRA* (`LoraLoader`) "
              "at strength 1, or by *LoraLoaderModelOnly*."
              + "".join(f" Before it, {_code(lora['path'])} at strength {lora['weight']:g}."
@@ -63,7 +64,7 @@ def _comfyui(settings: Mapping[str, Any]) -> str:
              f"{', '.join(f'{t:g}' for t in times)}."]
     if sampler:
         lines.append(f"`{FILE}` holds all of it, with this student's own sigmas: drag it into ComfyUI's window, "
-                     "and choose your checkpoint.")
+                     "and choose your own files.")
     if settings["prediction"] == "v_prediction":
         lines.append("The base predicts v: where its checkpoint does not say so, put *ModelSamplingDiscrete* with "
                      "`v_prediction` before the sampler.")
@@ -85,7 +86,7 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     else:
         name = "" if settings["format"] == "lora" else f", weight_name={_quoted(settings['weights'])}"
         fused = () if "quantization" in settings else FUSED
-        lines += [*_base(base, settings["pipeline"], without),
+        lines += [*base_lines(base, settings["pipeline"], without),
                   *([PEFT.format(settings["denoiser"])] if by_peft
                     else [f"pipe.load_lora_weights(folder{name})", *fused]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
@@ -105,9 +106,10 @@ def helped_snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     guidance = 1.0 if trained is None else trained if isinstance(trained, (int, float)) else sum(trained) / len(trained)
     names = ["AutoencoderKL"] * (base.vae is not None) + [settings["pipeline"]]
     without = "".join(f", {name}=None" for name in settings["without"])
-    drawn = f"pipe({asked}, **together.call, generator=torch.Generator().manual_seed(0))"
+    beside = "".join(f", {key}={value!r}" for key, value in base.guided.items())
+    drawn = f"pipe({asked}, **together.call{beside}, generator=torch.Generator().manual_seed(0))"
     return "\n".join([*_opening(settings, base, folder, names, ["", "import stepdistill"]),
-                      *_base(base, settings["pipeline"], without), "call = stepdistill.load(pipe, folder)",
+                      *base_lines(base, settings["pipeline"], without), "call = stepdistill.load(pipe, folder)",
                       *_global_seed(settings),
                       f'with stepdistill.with_teacher(pipe, "diversity", call, guidance={guidance:g}) as together:',
                       f"    image = {drawn}.images[0]", 'image.save("with_teacher.png")', ""])
@@ -139,7 +141,7 @@ def _is_video(settings: Mapping[str, Any]) -> bool:
     return "num_frames" in settings["call"]
 
 
-def _base(base: Source, pipeline: str, without: str) -> list[str]:
+def base_lines(base: Source, pipeline: str, without: str) -> list[str]:
     """The stock pipeline that a LoRA is for, with all that its teacher had."""
     given = {name: value for name in ("revision", "variant", "config") if (value := vars(base)[name]) is not None}
     options = "".join(f", {name}={_quoted(value)}" for name, value in given.items())
@@ -170,10 +172,10 @@ def _packs(base: Source) -> bool:
     return base.quantization is not None and not base.is_file
 
 
-def _block(code: str) -> str:
-    """Python in Markdown, between more backticks than it holds in a row."""
+def block(code: str, language: str = "python") -> str:
+    """Code in Markdown, between more backticks than it holds in a row."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", code))])
-    return f"{fence}python\n{code}{fence}"
+    return f"{fence}{language}\n{code}{fence}"
 
 
 def _code(text: str) -> str:
@@ -188,7 +190,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _front_matter(settings: Mapping[str, Any]) -> str:
+def front_matter(settings: Mapping[str, Any]) -> str:
     task = "text-to-video" if _is_video(settings) else "text-to-image"
     task = "unconditional-image-generation" if settings["reads"] == "nothing" else task
     tags = ["diffusers", task, "distillation", "stepdistill", settings["method"]]
@@ -200,7 +202,8 @@ def _front_matter(settings: Mapping[str, Any]) -> str:
 
 
 def _what(settings: Mapping[str, Any]) -> str:
-    form = {"lora": "A LoRA", "comfyui": "A LoRA with kohya's keys", "pipeline": "A whole pipeline"}[settings["format"]]
+    form = {"lora": "A LoRA", "comfyui": "A LoRA, with keys that ComfyUI reads,",
+            "pipeline": "A whole pipeline"}[settings["format"]]
     loras = "".join(f" with the LoRA {_code(lora['path'])} at {lora['weight']:g}"
                     for lora in settings.get("teacher_loras", []))
     return (f"{form} that makes {_code(settings['teacher'])}{loras} sample in {settings['steps']} "
@@ -216,7 +219,7 @@ def _facts(settings: Mapping[str, Any]) -> str:
     proof = settings["proof"]
     return (f"## Settings\n\n- scheduler: `{settings['scheduler']}`, as in `scheduler/scheduler_config.json`\n- call: "
             f"{arguments}\n"
-            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_dropped(settings)}"
+            f"- guidance at inference: {_guidance(settings)}\n{_steps(settings)}{_sizes(settings)}{_dropped(settings)}"
             f"- proved at export: a fresh stock pipeline gave the trainer's own images to {proof['difference']:.1e} on "
             f"[0, 1] pixels (at most {proof['tolerance']:.0e}; float32, CPU, {proof['images']} images)\n- "
             f"{_rounding(settings)}")
@@ -233,6 +236,16 @@ def _rounding(settings: Mapping[str, Any]) -> str:
 def _steps(settings: Mapping[str, Any]) -> str:
     return (f"- steps: exactly {settings['steps']}, whose landings are folded into the weights\n"
             if settings["fixed_steps"] else "")
+
+
+def _sizes(settings: Mapping[str, Any]) -> str:
+    """Of a student of buckets: what height and width may be."""
+    if "sizes" not in settings:
+        return ""
+    sizes, proved = ([f"{height} x {width}" for height, width in found]
+                     for found in (settings["sizes"], settings["proof"]["sizes"]))
+    return (f"- trained on pictures of {', '.join(sizes)} (height x width), of which a call may ask any; proved "
+            f"at {' and '.join(proved)}\n")
 
 
 def _dropped(settings: Mapping[str, Any]) -> str:

@@ -127,8 +127,8 @@ def factors(difference: Tensor, rank: int, name: str = "") -> tuple[Tensor, Tens
         u, s, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLES, *matrix.shape), POWERS)
     root, ones = s[:rank].sqrt(), (1,) * (difference.ndim - 2)
     down, up = root[:, None] * v[:, :rank].T, u[:, :rank] * root
-    return down.reshape(rank, *difference.shape[1:]), up.reshape(len(matrix), rank,
-                                                                 *ones), s[:rank].double().square().sum().item()
+    kept = s[:rank].double().square().sum().item()
+    return down.reshape(rank, *difference.shape[1:]), up.reshape(len(matrix), rank, *ones), kept
 
 
 def _lora(state: Mapping[str, Tensor], rank: int) -> Lora:

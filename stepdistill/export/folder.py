@@ -26,6 +26,7 @@ from ..models.adapters import (
     load_adapter,
     take_off,
 )
+from ..models.families import family_of
 from ..models.fused import complaints, traces_of
 from ..models.loading import read_pipeline
 from ..models.quantized import quantization_of
@@ -43,6 +44,7 @@ from ..models.sources import (
 )
 from ..models.weights import pipeline_class, scheduler_class, settled
 from .formats import component, loads_loras
+from .layers import NAMES, Names
 
 AGAIN, MOST = "Export again with `stepdistill export RUN`", 1000         # steps
 PARTS = tuple(f.name for f in fields(Source) if f.name not in ("base", "revision", "loras"))
@@ -243,7 +245,8 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
                 pipe.load_lora_weights(folder,
                                        weight_name=FusedLora(str(Path(folder) / settings["weights"])).file().name,
                                        adapter_name=adapter_name, use_safetensors=True)
-            wrong = _astray(Path(folder) / settings["weights"], adapter_state(network, adapter_name))
+            names = NAMES.get(family_of(settings["pipeline"]).name) if settings["format"] == "comfyui" else None
+            wrong = _astray(Path(folder) / settings["weights"], adapter_state(network, adapter_name), names)
         else:
             wrong = load_adapter(network, folder, adapter_name)
     except UNLOADABLE as error:
@@ -255,13 +258,16 @@ def _load_lora(pipe: DiffusionPipeline, folder: str | Path, settings: dict[str, 
     activate(network, [*active, adapter_name])
 
 
-def _astray(file: Path, landed: Mapping[str, Tensor]) -> list[str]:
+def _astray(file: Path, landed: Mapping[str, Tensor], names: Names | None) -> list[str]:
     """What of a LoRA's file found no layer, and what of the adapter on the network the file does not hold. Modules are
-    compared by their names without dots, as kohya writes them."""
-    flat = lambda key: re.sub(r"^(unet|transformer|lora_unet)[._]", "", key.split(".lora_")[0]).replace(".", "_")
+    compared by their names without dots, as kohya writes them. names: those that the file has for ComfyUI."""
+    flat = lambda key: re.sub(r"^(unet|transformer|lora_unet|diffusion_model)[._]", "",
+                              key.split(".lora_")[0]).replace(".", "_")
+    name = (lambda module: f"unet.{module}") if names is None else names.key
+    found = {flat(name(key.split(".lora_")[0])): key for key in landed}
+    beside = set() if names is None else {names.beside(key.split(".lora_")[0]) for key in landed}
     with safe_open(file, "pt") as tensors:
-        held = {flat(key): key for key in tensors.keys() if ".lora_" in key}
-    found = {flat(f"unet.{key}"): key for key in landed}
+        held = {flat(key): key for key in tensors.keys() if ".lora_" in key and key.split(".lora_")[0] not in beside}
     lost, odd = sorted(held.keys() - found.keys()), sorted(found.keys() - held.keys())
     return ([f"{len(lost)} of its {len(held)} modules are none of this network's, first {held[lost[0]]}"] if lost
             else []) + (

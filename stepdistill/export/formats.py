@@ -16,6 +16,7 @@ from ..models.adapters import save_adapter
 from ..models.sources import LORA_FILE
 from .dtypes import save_pipeline
 from .fold import folded
+from .layers import NAMES, named
 from .student import Lora, Student
 
 if TYPE_CHECKING:
@@ -50,10 +51,18 @@ def save_lora(lora: Lora, cls: type[DiffusionPipeline], denoiser: str, folder: P
 
 
 def write_comfyui(student: Student, pipe: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> str:
-    """kohya's keys on diffusers' module names, which ComfyUI, AUTOMATIC1111 and diffusers itself read."""
+    """Of a UNet kohya's keys on diffusers' module names, which ComfyUI, AUTOMATIC1111 and diffusers itself read; of a
+    transformer those that ComfyUI and diffusers read, see `layers`."""
+    names = NAMES.get(student.teacher.family.name)
+    if names is not None and not loads_loras(pipe):
+        return save_adapter(folder, student.lora.state, student.lora.metadata())
+    state = kohya(student.lora) if names is None else named(student.lora, names)
+    config = None if names is None else {f"{component(pipe)}.{name}": value
+                                         for name, value in student.lora.metadata().items()}
     weights = f"{student.method}-{student.steps}step.safetensors"
-    pipe.write_lora_layers(kohya(student.lora), folder, is_main_process=True, weight_name=weights, save_function=None,
-                           safe_serialization=True)
+    pipe.write_lora_layers(state, folder, is_main_process=True, weight_name=weights, save_function=None,
+                           safe_serialization=True,
+                           lora_adapter_metadata=config)
     return weights
 
 
@@ -79,10 +88,9 @@ def check(to: str, guidance: float | None, family: Family, reads: tuple[str, ...
         raise RequestError(family.no_pipeline)
     if to not in WRITERS:
         raise RequestError(f"there is no export --to {to}; there are {', '.join(WRITERS)}")
-    if to == "comfyui" and family.denoiser != "unet":
-        raise RequestError(f"kohya's LoRA keys are written for UNets; the network of the family {family.name} is a "
-                           f"{family.denoiser}: "
-                           "use --to lora, which ComfyUI reads for transformers")
+    if to == "comfyui" and family.denoiser != "unet" and family.name not in NAMES:
+        raise RequestError(f"ComfyUI's core loads no network of the family {family.name}; it loads UNets and "
+                           f"{', '.join(NAMES)}: use --to lora")
     if to == "comfyui" and family.prompts.keyword != "prompt":
         raise RequestError(f"ComfyUI draws pictures of texts, and a network of the family {family.name} reads none: "
                            "use --to lora or --to pipeline")
@@ -116,9 +124,10 @@ def keeps(to: str, family: Family, reads: tuple[str, ...]) -> bool:
     return to == "pipeline" and "w" in reads and not family.time.own(reads)
 
 
-def adapter(student: Student, call: Call, guidance: float | None) -> Lora:
-    """The student as an adapter on the stock denoiser, the numbers that it reads folded in."""
-    return folded(student, student.sampler(call), guidance) if student.reads else student.lora
+def adapter(to: str, student: Student, call: Call, guidance: float | None) -> Lora:
+    """The student as an adapter on the stock denoiser, the numbers that it reads folded in; for the form `to`."""
+    lora = folded(student, student.sampler(call), guidance) if student.reads else student.lora
+    return lora.unscaled() if to == "comfyui" and student.teacher.family.name in NAMES else lora
 
 
 def kohya(lora: Lora) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from .. import resources
-from .student import Student
+from .student import UNKNOWN, Student
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 ARCHITECTURES = {                                  # class of pipeline -> (architecture, kohya's version of the base)
@@ -30,15 +30,16 @@ def described(student: Student, pipeline: type[DiffusionPipeline], weights: str,
     base = resources.named((student.base_model or student.teacher.source).base)
     architecture, version = _architecture(student, pipeline.__name__)
     prediction = student.scheduler.config.get("prediction_type")
+    guided = student.teacher.guidance.scale(student.call) if scale is None else 1.0
     hint = (f"{student.steps} step{'s' * (student.steps != 1)} of {type(student.scheduler).__name__}, "
-            + ("classifier-free guidance off" if scale is None else f"made for the guidance scale {scale:g}, "
-               "classifier-free guidance off"))
+            + (f"made for the guidance scale {scale:g}, " if scale is not None else "")
+            + (f"classifier-free guidance {guided:g}" if guided > 1 else "classifier-free guidance off"))
+    made = "its call found" if student.method == UNKNOWN else f"trained with {student.method}"
     found: dict[str, Any] = {
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"{Path(base).name} {student.method}, {student.steps} steps",
-        "modelspec.description": f"A LoRA that makes {base} sample in few steps, trained with {student.method} "
-        "by stepdistill.",
+        "modelspec.description": f"A LoRA that makes {base} sample in few steps, {made} by stepdistill.",
         "modelspec.usage_hint": hint, "modelspec.tags": f"distillation, few-step, {student.method}",
         "modelspec.prediction_type": PREDICTIONS.get(prediction),
         "ss_base_model_version": version, "ss_v2": None if version is None else str(version.startswith("sd_v2")),

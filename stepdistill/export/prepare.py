@@ -42,7 +42,7 @@ def prepare(student: Student, to: str, call: Mapping[str, Any], guidance: float 
     if to == "pipeline":
         return _pipeline(student, call, guidance, dtype)
     pipe = student.teacher.pipeline()
-    lora = adapter(student, call, guidance)
+    lora = adapter(to, student, call, guidance)
     if dtype == torch.float32:
         return PreparedExport(replace(student, lora=lora), pipe, None)
     unrounded = reference(student, student.scheduler, call, guidance)

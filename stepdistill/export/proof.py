@@ -29,10 +29,11 @@ COARSE = 2**-5                        # of pixels in [0, 1]: numbers of 16 bits 
 @dataclass(frozen=True)
 class Proof:
     """images: (B, 3, H, W) in [0, 1] of the stock pipeline, of videos (B, F, 3, H, W); difference: max abs against our
-    sampler's."""
+    sampler's, at every size; sizes: height and width of those at which it was proved."""
 
     images: Tensor
     difference: float
+    sizes: tuple[tuple[int, int], ...]
 
 
 @torch.no_grad()
@@ -41,9 +42,10 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
 
     student: with the values that were written, as `prepare.prepare` makes it; its `lora` is None for a pipeline.
     guidance: the scale that a student's guidance embedding reads. Both sides draw from one seeded generator in the same
-    order: first the latents, then the noise of each step, which some pipelines take from the global generator.
-    RequestError if a key is missing or unexpected, or a pixel differs by more than `tolerance`; by as much may those of
-    a LoRA that is fused differ from those of one that is not.
+    order: first the latents, then the noise of each step, which some pipelines take from the global generator. A
+    student of buckets is compared at two of them, whose aspects are farthest apart from the first. RequestError if a
+    key is missing or unexpected, or a pixel differs by more than `tolerance`; by as much may those of a LoRA that is
+    fused differ from those of one that is not.
     """
     settings = read_settings(folder)
     pipe, call = open_export(folder, student.teacher.source, fused=False)
@@ -51,13 +53,18 @@ def prove(student: Student, folder: Path, guidance: float | None) -> Proof:
         _same_adapter(pipe, student.lora)
     if "safety_checker" in pipe.components:
         pipe.safety_checker = None                          # it would paint both sides' doubtful images black
-    stock, ours = _called(pipe, student, call), reference(student, pipe.scheduler, call, guidance)
-    difference = within(stock, ours, f"the stock {type(pipe).__name__} with {settings['scheduler']} and {call}",
-                        tolerance(student.teacher))
+    shown, differences = [], []
+    for view in student.views:
+        asked = {**call, **view.teacher.call}
+        shown.append(_called(pipe, view, asked))
+        differences.append(within(shown[-1], reference(view, pipe.scheduler, asked, guidance),
+                                  f"the stock {type(pipe).__name__} with {settings['scheduler']} and {asked}",
+                                  tolerance(student.teacher)))
     if student.lora is not None and student.teacher.source.quantization is None:
         fuse(pipe)
-        within(_called(pipe, student, call), stock, "with the LoRA fused, as in the card's snippet, the stock pipeline")
-    return Proof(stock, difference)
+        within(_called(pipe, student, call), shown[0], "with the LoRA fused, as in the card's snippet, the "
+               "stock pipeline")
+    return Proof(shown[0], max(differences), tuple((images.shape[-2], images.shape[-1]) for images in shown))
 
 
 def samples(teacher: Teacher) -> int:

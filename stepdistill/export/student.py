@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data.buckets import farthest
 from ..diffusion.contracts import Role
 from ..diffusion.sampler import Sampler
 from ..models.schedulers import StockCall, stock_scheduler
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ..models.roles import Roles
     from ..models.sources import Source
     from ..models.teacher import Teacher
+
+
+UNKNOWN = "unknown"               # the method of a LoRA of others
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,13 @@ class Lora:
                        rank_pattern={tail: rank, **self.rank_pattern},
                        alpha_pattern={tail: scaling * rank, **self.alpha_pattern})
 
+    def unscaled(self) -> Lora:
+        """The same adapter with every layer's scaling in its weights, for files that hold no alpha."""
+        scaled = {key: value * self.scaling(key.rsplit(".lora_", 1)[0]) if ".lora_B." in key else value
+                  for key, value in self.state.items()}
+        return replace(self, state=scaled, alpha=float(self.rank),
+                       alpha_pattern={tail: float(rank) for tail, rank in self.rank_pattern.items()})
+
     def rounded(self, dtype: torch.dtype) -> Lora:
         """The same adapter with its weights in dtype. RequestError where a weight is beyond its range."""
         return replace(self, state=rounded(self.state, dtype))
@@ -90,7 +101,8 @@ class Student:
     time; layers: the weights that read them. scheduler: the stock scheduler of its inference; call: the literal keyword
     arguments of its pipeline call, num_inference_steps and guidance_scale among them. run names the run: an export may
     be replaced by the same run's alone. guidance: what it was trained at, a scale or a range. base_model: what users
-    call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint.
+    call the teacher, its source unless given. results: results.json as read, or None. step: of the checkpoint. sizes:
+    height and width of the buckets that it was trained on, the first that of its call; none without buckets.
     """
 
     teacher: Teacher
@@ -109,6 +121,7 @@ class Student:
     results: Mapping[str, Any] | None = None
     prompts: tuple[str, ...] = ("",)
     step: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, roles: Roles, name: str, stock: StockCall, method: str, run: str, **more: Any) -> Student:
@@ -129,6 +142,11 @@ class Student:
 
     def sampler(self, call: Mapping[str, Any]) -> Sampler:
         return Sampler.of_call(self.scheduler, self.steps, self.teacher.schedule, call)
+
+    @property
+    def views(self) -> list[Student]:
+        """It as it is called, and, of buckets, at the aspect that is farthest from that."""
+        return [self, *([replace(self, teacher=self.teacher.at(farthest(self.sizes)))] if self.sizes else [])]
 
     @property
     def steps(self) -> int:

@@ -13,6 +13,7 @@ from diffusers.utils import make_image_grid
 from safetensors import SafetensorError
 
 from .. import resources
+from ..diffusion.schedule import RectifiedFlow
 from ..errors import RequestError
 from ..files.lock import LOCK, locked
 from ..files.whole import aside_of
@@ -25,7 +26,7 @@ from .dtypes import DTYPES, chosen
 from .folder import SETTINGS, read_settings, weights_of
 from .formats import WRITERS, check, keeps
 from .metadata import described, stamp
-from .prepare import prepare
+from .prepare import PreparedExport, prepare
 from .proof import Proof, prove, samples, tolerance
 from .student import Student
 
@@ -50,27 +51,53 @@ def export_student(student: Student, to: str, out: str | Path, guidance: float |
     prepared = prepare(student, to, call, scale, DTYPES[dtype])
     with aside(out) as folder:
         _may_write(out, student)                                   # now that nobody else does
-        weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
-        if to != "pipeline":
-            stamp(folder / weights, described(prepared.student, type(prepared.pipe), weights, scale))
-        student.scheduler.save_pretrained(folder / "scheduler")
-        settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights)
-        settings |= {"dtype": dtype, "schema": SCHEMA, "sha256": weights_of(folder)}
-        _write(folder / SETTINGS, settings)
-        proof = prove(prepared.student, folder, scale)
-        rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
-        settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher),
-                             "images": samples(student.teacher), "dtype": "float32", "rounding": rounding}
-        _write(folder / SETTINGS, settings)
+        settings, proof = _proved(student, prepared, to, call, scale, dtype, folder)
         asked = student.teacher.family.prompts.written(prepared.pipe, student.prompts[0])
         text = card(settings, called or out.as_posix(), student.results, asked)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if to == "comfyui":
-            times, schedule = student.sampler(call).times, student.teacher.schedule
-            write_workflow(settings, (schedule.sigma(times) / schedule.alpha(times)).tolist(), student.prompts[0],
-                           tuple(proof.images.shape[-2:]), folder)
+            write_workflow(settings, _sigmas(student, call), student.prompts[0], tuple(proof.images.shape[1:]),
+                           student.teacher.latent_shape[0], folder)
         _picture(proof).save(folder / "samples.png")
     return proof
+
+
+def _sigmas(student: Student, call: dict[str, Any]) -> list[float]:
+    """Its noise levels as ComfyUI counts them: sigma / alpha, of a flow its times."""
+    times, schedule = student.sampler(call).times, student.teacher.schedule
+    return (times if isinstance(schedule, RectifiedFlow) else schedule.sigma(times) / schedule.alpha(times)).tolist()
+
+
+def write_found(student: Student, out: str | Path, dtype: str) -> Proof:
+    """Writes a LoRA of others with the call that was found for it as a folder that `load` accepts: the weights, the
+    scheduler and stepdistill.json, without a card. The free folder `out`; dtype and what is raised as of
+    `export_student`."""
+    out = Path(out)
+    may_write_new(out)
+    prepared = prepare(student, "lora", student.call, None, DTYPES[dtype])
+    with aside(out) as folder:
+        may_write_new(out)
+        return _proved(student, prepared, "lora", dict(student.call), None, dtype, folder)[1]
+
+
+def _proved(student: Student, prepared: PreparedExport, to: str, call: dict[str, Any], scale: float | None, dtype: str,
+            folder: Path) -> tuple[dict[str, Any], Proof]:
+    """Fills a folder with weights, scheduler and stepdistill.json, and proves it. Returns what the last of these says,
+    too."""
+    weights = WRITERS[to](prepared.student, prepared.pipe, DTYPES[dtype], folder)
+    if to != "pipeline":
+        stamp(folder / weights, described(prepared.student, type(prepared.pipe), weights, scale))
+    student.scheduler.save_pretrained(folder / "scheduler")
+    settings = _settings(student, type(prepared.pipe).__name__, to, call, scale, weights)
+    settings |= {"dtype": dtype, "schema": SCHEMA, "sha256": weights_of(folder)}
+    _write(folder / SETTINGS, settings)
+    proof = prove(prepared.student, folder, scale)
+    rounding = 0.0 if prepared.unrounded is None else (proof.images - prepared.unrounded).abs().max().item()
+    settings["proof"] = {"difference": proof.difference, "tolerance": tolerance(student.teacher),
+                         "images": samples(student.teacher), "sizes": proof.sizes, "dtype": "float32",
+                         "rounding": rounding}
+    _write(folder / SETTINGS, settings)
+    return settings, proof
 
 
 def _call(student: Student, to: str, guidance: float | None) -> tuple[dict[str, Any], float | None]:
@@ -103,6 +130,7 @@ def _settings(student: Student, pipeline: str, to: str, call: dict[str, Any], sc
             "trained_guidance": student.guidance, "teacher_call": dict(student.teacher.call),
             "without": list(student.teacher.without), "dropped": list(student.teacher.dropped),
             "global_noise": sampler.stochastic and not student.teacher.family.seeded_steps,
+            **({"sizes": student.sizes} if student.sizes else {}),
             "told_times": student.teacher.timestep(sampler.times).tolist(),
             "versions": {name: version(name) for name in ("diffusers", "peft", "torch", "transformers")}}
 

@@ -78,11 +78,26 @@ class Protocol(_Protocol, total=False):
     also: list[str]
 
 
-class Results(TypedDict):
-    """results.json of a bench."""
+class Composed(TypedDict):
+    """Of results.json of a bench under other LoRAs: one of them at one guidance scale. scales: a table of figures for
+    each strength; verdict: what they mean, in words."""
 
+    lora: str
+    guidance: float
+    scales: list[dict[str, float | None]]
+    verdict: str
+
+
+class _Results(TypedDict):
     protocol: Protocol
     rows: list[Row]
+
+
+class Results(_Results, total=False):
+    """results.json of a bench. compose: of one under other LoRAs. words: what was found, in sentences."""
+
+    compose: list[Composed]
+    words: list[str]
 
 
 class Unfinished(TypedDict):
@@ -192,6 +207,12 @@ class _Proof(TypedDict):
     images: int
 
 
+class Proof(_Proof, total=False):
+    """sizes: height and width of the pictures that were compared."""
+
+    sizes: list[list[int]]
+
+
 class _Export(TypedDict):
     format: Literal["lora", "pipeline", "comfyui"]
     pipeline: str
@@ -226,7 +247,8 @@ class Export(_Export, total=False):
     dropped: list[str]
     fixed_steps: bool
     told_times: list[float]
-    proof: _Proof
+    proof: Proof
+    sizes: list[list[int]]
 
 
 class SchedulerConfig(TypedDict):

@@ -63,6 +63,8 @@ METHODS: dict[str, Entry] = {
                   "consistency",
                   needs=("teacher", "student", "critic", "discriminator"), data=("images", "samples", "pairs"),
                   steps=(1, 8)),
+    "denoise": Entry("trajectory.denoise", "Denoise", "Denoising Diffusion Probabilistic Models", "2006.11239",
+                     "trajectory", needs=("student",), data=("images", "samples"), steps=(20, 100)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
                     "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),

@@ -1,5 +1,5 @@
 """Which kernel computes attention: torch's own choice (sdpa), that of xformers, or torch's flash kernel; and attention
-with a JVP.
+with a JVP, by a Triton kernel of ours where there is a GPU for it, else by torch's math kernel.
 
 A network of diffusers computes attention in processors, and there are two kinds of them. Some ask diffusers'
 dispatcher, which reads their `_attention_backend` (Flux, Qwen-Image, Wan); others call a kernel themselves (UNets, SD3,
@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial, wraps
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import (
@@ -31,6 +33,7 @@ from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ..errors import RequestError
 
@@ -40,6 +43,7 @@ DISPATCHER = {"sdpa": AttentionBackendName.NATIVE, "xformers": AttentionBackendN
 HALF = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256                                       # of torch's flash kernel on CUDA
 OLDEST = (8, 0)                                         # the compute capability that it takes
+TRITON = ("cuda",) if find_spec("triton") else ()       # where attention with a JVP is one kernel
 
 
 def _flash(x: Tensor) -> AbstractContextManager:
@@ -97,9 +101,10 @@ def set_attention(network: nn.Module, backend: str) -> None:
 
 @contextmanager
 def differentiable(network: nn.Module) -> Iterator[None]:
-    """Within, the network has a derivative forward, torch.func.jvp: attention is computed as it is written, by torch's
-    math kernel. The kernels of flash and of xformers have none, and that of group norms has none for a transposed view,
-    which attention over pixels makes. The chosen backend comes back afterwards."""
+    """Within, the network has a derivative forward, torch.func.jvp: attention and its tangent are computed by the
+    Triton kernel, or as they are written, by torch's math kernel. The kernels of flash and of xformers have no
+    derivative forward, and that of group norms has none for a transposed view, which attention over pixels makes. The
+    chosen backend comes back afterwards."""
     chosen = {layer: layer.processor for layer in _attentions(network)}
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     try:
@@ -107,13 +112,37 @@ def differentiable(network: nn.Module) -> Iterator[None]:
             layer.set_processor(_other(processor, "sdpa") or processor)
         for norm in norms:
             norm.forward = partial(_laid_out, norm.forward)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _Tangents():
             yield
     finally:
         for norm in norms:
             del norm.forward
         for layer, processor in chosen.items():
             layer.set_processor(processor)
+
+
+class _Tangents(TorchFunctionMode):
+    """Attention that is differentiated forward goes to the Triton kernel, where it serves its arguments."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return _with_tangent(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _with_tangent(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+                  is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    """As scaled_dot_product_attention, with its tangent."""
+    given = (query, key, value)
+    if query.device.type not in TRITON or dropout_p or is_causal or enable_gqa or not has_tangent(*given):
+        return F.scaled_dot_product_attention(*given, attn_mask, dropout_p, is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
+    from . import triton_attention as fused
+    if query.dtype not in fused.DTYPES or not query.shape[-1] == value.shape[-1] <= fused.WIDEST:
+        return F.scaled_dot_product_attention(*given, attn_mask, scale=scale)
+    primals, tangents = zip(*(forward_ad.unpack_dual(tensor) for tensor in given), strict=True)
+    tangents = [torch.zeros_like(p) if d is None else d for p, d in zip(primals, tangents, strict=True)]
+    return forward_ad.make_dual(*fused.attention_jvp(*primals, *tangents, attn_mask, scale))
 
 
 def _laid_out(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

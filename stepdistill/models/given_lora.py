@@ -2,6 +2,8 @@
 formats."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -36,6 +38,26 @@ def given_lora(teacher: Teacher, path: str) -> Weights:
         down, up = _padded(layer, rank, name)
         state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * (layer.scale / scale)}
     return Weights(Lora(rank, rank * scale, targets), state)
+
+
+def wearing(network: nn.Module, weights: Weights) -> Callable[[float], None]:
+    """A function that gives the network an adapter at a weight, from its own weights anew each time; at 0 it is the
+    base again.
+
+    weights: of `given_lora`. A sum costs a pass nothing, where an adapter beside the weights does.
+    """
+    lora, layers = weights.setting, {}
+    for name, module in named_layers(network, lora.targets).items():
+        down, up = weights.state[f"{name}.lora_A.weight"], weights.state[f"{name}.lora_B.weight"]
+        added = (lora.alpha / lora.rank) * (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+        layers[name] = module.weight, module.weight.detach().clone(), added.to(module.weight)
+
+    @torch.no_grad()
+    def wear(weight: float) -> None:
+        for parameter, own, added in layers.values():
+            parameter.copy_(own + weight * added)
+
+    return wear
 
 
 def _read(teacher: Teacher, path: str) -> dict[str, LoraPair]:

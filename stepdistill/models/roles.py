@@ -273,9 +273,9 @@ def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig
     return bank
 
 
-def _discriminator_inputs(teacher: Teacher, needs: Mapping[str, Need],
-                          settings: Mapping[str, Setting]) -> tuple[dict[str, dict[str, Shape]],
-                                                                    dict[str, Vision | PlaneFeatures]]:
+def _discriminator_inputs(
+    teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting],
+) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
     """What each discriminator's heads lie on, and the vision networks among that."""
     features: dict[str, dict[str, Shape]] = {}
     visions: dict[str, Vision | PlaneFeatures] = {}

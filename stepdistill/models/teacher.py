@@ -3,6 +3,7 @@ again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ class Teacher:
     @property
     def name(self) -> str:
         return self.family.name
+
+    def shape_at(self, sides: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of its latents at another height and width in pixels. RequestError for sides that it does not
+        draw."""
+        return self.family.latent_shape(self.parts, self.family.size(sides, self.frames))
+
+    def at(self, sides: tuple[int, int]) -> Teacher:
+        """This teacher, its networks and all, as one whose samples have another height and width in pixels.
+        RequestError as `shape_at`."""
+        shape = self.shape_at(sides)
+        other = copy(self)
+        other.latent_shape, other.resolution, other._null = shape, sides, None
+        other.call = {**self.call, **self.family.call(self.parts, self.family.size(sides, self.frames))}
+        other.feature_shapes = self.family.feature_shapes(self.network, shape)
+        return other
 
     @property
     def combine(self) -> Combine:
@@ -356,8 +372,8 @@ def _check_prompts(teacher: Teacher) -> None:
 
 
 def every_call(family: Family, parts: Mapping[str, Any], source: Source,
-               resolution: int | tuple[int, int] | None = None, frames: int | None = None) -> tuple[Size,
-                                                                                                    dict[str, Any]]:
+               resolution: int | tuple[int, int] | None = None,
+               frames: int | None = None) -> tuple[Size, dict[str, Any]]:
     """(the size of a pipeline's samples, None for its network's own; the keyword arguments that every call of it is
     given)."""
     call = call_of(source)

@@ -33,8 +33,8 @@ class Pictures:
     2)."""
 
     def __init__(self, problem: Problem) -> None:
-        self.decoder, self.first, self.second = problem.normal(3,
-                                                               problem.dim), problem.normal(2, 3), problem.normal(2, 3)
+        self.decoder, self.first = problem.normal(3, problem.dim), problem.normal(2, 3)
+        self.second = problem.normal(2, 3)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents @ self.decoder.to(latents).T

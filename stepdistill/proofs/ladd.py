@@ -65,9 +65,8 @@ def game(problem: Problem) -> Iterator[Check]:
 
     blind = made(problem, student, lambda x, t, cond: [0 * x[:, :2]])
     losses = blind.student_loss(batch, step), blind.critic_loss(batch, step)
-    yield Check("losses where the heads cannot tell, from 0 and 2", largest(abs(losses[0]["gan"].item()),
-                                                                       abs(losses[1]["discriminator"].item() - 2)),
-                1e-9)
+    off = largest(abs(losses[0]["gan"].item()), abs(losses[1]["discriminator"].item() - 2))
+    yield Check("losses where the heads cannot tell, from 0 and 2", off, 1e-9)
 
     method = made(problem, student, lambda x, t, cond: [x @ heads.T])
     t = method.law(step.uniform("t"))

@@ -151,8 +151,8 @@ def shown(problem: Problem, x_r: Tensor, r: Tensor, at: tuple[float, ...], step:
     s = torch.tensor(at or (0.001,), dtype=torch.float64)[(step.uniform("judged s") * max(len(at), 1)).long()]
     noisy = (r == 0) & bool(at)
     kept, added = torch.where(noisy, problem.schedule.alpha(s), 1), torch.where(noisy, problem.schedule.sigma(s), 0)
-    return like(kept, x_r) * x_r + like(added, x_r) * step.normal("judged noise",
-                                                                  x_r.shape[1:]), torch.where(r > 0, r, s), kept
+    noised = like(kept, x_r) * x_r + like(added, x_r) * step.normal("judged noise", x_r.shape[1:])
+    return noised, torch.where(r > 0, r, s), kept
 
 
 def unrest(problem: Problem, objective: str) -> float:

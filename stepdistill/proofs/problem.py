@@ -89,8 +89,8 @@ def off_law(drawn: Tensor, values: Tensor, shares: Tensor | None = None) -> floa
 
     values (M,), each with probability shares (M,), which sum to 1; None: all alike.
     """
-    powers, shares = torch.stack([values, values**2]), torch.full_like(values,
-                                                                       1 / len(values)) if shares is None else shares
+    powers = torch.stack([values, values**2])
+    shares = torch.full_like(values, 1 / len(values)) if shares is None else shares
     mean = powers @ shares
     errors = (((powers - mean[:, None]) ** 2) @ shares / len(drawn)).sqrt()
     return ((torch.stack([drawn, drawn**2]).mean(1) - mean).abs() / errors).max().item()

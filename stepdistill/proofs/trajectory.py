@@ -72,9 +72,8 @@ class Trajectory:
 
     def carried(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """x_r of x_t (B, D); t, r (B,) on the grid."""
-        mean, schedule, axes = self.problem.guided_cond(len(t),
-                                                        self.problem.w).text, self.problem.schedule, self.problem.axes[
-                                                            1]
+        mean, schedule = self.problem.guided_cond(len(t), self.problem.w).text, self.problem.schedule
+        axes = self.problem.axes[1]
         along = (x_t - like(schedule.alpha(t), x_t) * mean) @ axes * (self._at(t) / self._at(r))
         return like(schedule.alpha(r), x_t) * mean + along @ axes.T
 

@@ -41,8 +41,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
         yield Check(f"roots of the {steps}-segment loss of students on the guided teacher's DDIM steps, at every r and "
                     "at the start", largest(anywhere.item(), to_start.item()), 1e-9)
         found = made(problem, student, steps).sampler(student, noise, batch.cond)
-        before = made(problem, path.segmented(2 * steps), steps, landing="start").student_loss(batch,
-                                                                                               step)["consistency"]
+        twice = made(problem, path.segmented(2 * steps), steps, landing="start")
+        before = twice.student_loss(batch, step)["consistency"]
         yield Check(f"the latter over that of a student of {2 * steps} segments, which has them to merge",
                     (to_start / before.sqrt()).item(), 1e-8)
         yield Check(f"its sample in {steps} steps against the teacher's in {NODES}; relative",

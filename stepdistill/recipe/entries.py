@@ -93,11 +93,20 @@ class Discriminator(Strict):
     lr: float | None = Field(None, gt=0, le=1e30) # none: train.lr
 
 
-Resolution = Annotated[int | tuple[int, int], PlainValidator(read_resolution, json_schema_input_type=int
-                                                             | Annotated[list[int], Field(min_length=2, max_length=2)])]
-Guidance = Annotated[float | tuple[float, float], PlainValidator(read_guidance, json_schema_input_type=float
-                                                                 | Annotated[list[float],
-                                                                             Field(min_length=2, max_length=2)])]
+TWO = Field(min_length=2, max_length=2)
+
+
+class Buckets(Strict):
+    """Sizes of pictures. Every batch is of one of them."""
+
+    buckets: list[list[int]] = Field(min_length=2, max_length=64)    # [height, width] each, the usual one first
+
+
+Resolution = Annotated[int | tuple[int, int] | str | dict[str, Any],
+                       PlainValidator(read_resolution, json_schema_input_type=int | Annotated[list[int], TWO]
+                                      | Literal["buckets"] | Buckets)]
+Guidance = Annotated[float | tuple[float, float],
+                     PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], TWO])]
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
 Choice = Annotated[RoleChoice, BeforeValidator(full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
 
@@ -106,9 +115,10 @@ class Samples(Strict):
     """The teacher's own pictures, made once with a solver of diffusion/solvers.py and kept."""
 
     prompts: Prompts                             # shapes, a .txt file of one prompt a line, a list, or none
-    solver: str = "dpmpp_2m"                     # of diffusion/solvers.py
+    solver: str = "dpmpp_2m"                     # of diffusion/solvers.py; own: the pipeline's own scheduler and `call`
     steps: int = Field(25, ge=1, le=10_000)      # of the solver
     guidance: float | None = Field(None, ge=1, le=1000)  # guidance scale; none: the recipe's, of a range its middle
+    call: dict[str, Any] | None = None           # of solver own: its keyword arguments, {num_inference_steps: 4}
 
 
 class Pairs(Strict):

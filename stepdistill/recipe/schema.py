@@ -59,7 +59,8 @@ class Recipe(Strict):
     method: str                                  # a name of `stepdistill methods`
     teacher: Annotated[Teacher, BeforeValidator(under("base"), json_schema_input_type=str | Teacher)]
         # a folder, a Hub id, a file; or a table
-    resolution: Resolution | None = None         # pixels: 768, or [height, width]; none: the teacher's own
+    resolution: Resolution | None = None         # pixels: 768, [height, width], buckets, or {buckets: [[height, width],
+                                                 # ...]}; none: the teacher's own
     frames: int | None = Field(None, ge=1, le=10_000)    # of a video; none: as many as the teacher's pipeline makes
     student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
     critic: Annotated[Critic, BeforeValidator(full_or_lora, json_schema_input_type=Literal["full"]

@@ -26,12 +26,15 @@ from ..models.roles import Full, Lora, Places, Setting, Weights
 from ..models.teacher import Teacher, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
+from ..recipe.values import size_of
 from ..training.loop import DTYPES
+from .buckets import check_buckets
 from .sources import source_of
 from .teacher_checks import (
     check_asked,
     check_family,
     check_guided,
+    check_own_call,
     check_quantization,
     check_times,
     check_videos,
@@ -53,6 +56,7 @@ class Checked:
 def check(recipe: Recipe) -> Checked:
     """RequestError for what cannot work, in this stage and between it and the one before."""
     check_family(recipe)
+    check_buckets(recipe, family(recipe))
     settings, method = recipe.method_settings(), load_method(recipe.method)
     if reason := method.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")
@@ -154,7 +158,7 @@ def student_setting(recipe: Recipe) -> Lora | Full:
     if recipe.student.begins_with is None:
         return role_setting(recipe.student)
     with recipe.blaming("teacher", "cannot be loaded"):
-        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution)
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=size_of(recipe.resolution))
     return begun_with(recipe, teacher).setting
 
 
@@ -272,6 +276,8 @@ def check_embeddings(recipe: Recipe, needs: Mapping[str, Need], within: bool) ->
 
 def _check_solver(recipe: Recipe) -> None:
     data = recipe.data
+    if data.samples is not None and (data.samples.solver == "own" or data.samples.call is not None):
+        return check_own_call(recipe)
     serving = [name for name in SOLVERS if data.kind == "samples" or name not in STOCHASTIC]
     if data.made is not None and data.made.solver not in serving:
         why = " (a noise has a picture of its own only where no other noise is drawn)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import resources
+from ..data.buckets import Bucketed
 from ..data.cache import Cache, Report, StoreSpec, contents, fingerprint, silent
 from ..data.datasets import (
     SAMPLES_PER_FILE,
@@ -24,14 +25,17 @@ from ..data.datasets import (
 from ..data.images import BothWays, Uncaptioned, open_images
 from ..data.prompts import Captions, open_prompts
 from ..data.sources import open_source
+from ..data.videos import VideoImages
 from ..diffusion.draws import key
 from ..diffusion.guidance import guided
 from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..diffusion.times import even
 from ..methods.base import due
-from ..models.stock import say_cut
+from ..models.stock import pictures, say_cut
 from ..models.teacher import Teacher
 from ..recipe import plugins
+from ..training.loop import DTYPES
+from .buckets import bucketed
 from .checks import found
 from .setup import Run
 from .sources import is_outside
@@ -54,6 +58,8 @@ def _opened(run: Run) -> Captions:
         source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher),
                              seed, data.count)
         return Uncaptioned(source) if reads == "nothing" else source
+    if data.kind == "images" and run.teacher.frames not in (None, 1):
+        return VideoImages.open(Path(found(data.images)), pixels_of(run.teacher), run.teacher.frames, data.count)
     if data.kind == "images":
         return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
     named = data.prompts if data.made is None else data.made.prompts
@@ -66,9 +72,11 @@ def _opened(run: Run) -> Captions:
     return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 
-def dataset(run: Run, report: Report = silent) -> Dataset:
+def dataset(run: Run, report: Report = silent) -> Dataset | Bucketed:
     """What batches come from; whatever is to be kept on disk is made here, by all ranks together."""
     data, cache, encoders = run.recipe.data, Cache(report=report), _encoders(run)
+    if run.sizes:
+        return bucketed(run.recipe, run.teacher, captions(run), encoders, cache)
     if data.kind == "images":
         images = captions(run)
         return (cached_images if data.cache else live_images)(BothWays(images) if data.flip else images,
@@ -77,7 +85,8 @@ def dataset(run: Run, report: Report = silent) -> Dataset:
         return prompts_only(captions(run), encoders, cache)
     if data.kind == "pairs":
         return _pairs(run, cache)
-    return teacher_samples(captions(run), data.count, partial(_generate, run), _made_by(run), encoders, cache)
+    make = _generate if data.samples.call is None else _by_its_own_call
+    return teacher_samples(captions(run), data.count, partial(make, run), _made_by(run), encoders, cache)
 
 
 def preview_prompts(run: Run, count: int = 4) -> list[str]:
@@ -150,6 +159,21 @@ def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> T
                                 lambda i, _: noises(run, SAMPLE, i, ids), seen)
 
 
+@torch.no_grad()
+def _by_its_own_call(run: Run, ids: Tensor, texts: list[str]) -> Tensor:
+    """Latents of the pictures that the stock pipeline draws under its own scheduler: encoded, as pictures of a user
+    are."""
+    teacher, dtype = run.teacher, DTYPES.get(run.recipe.train.precision)
+    generators = [torch.Generator().manual_seed(key(run.recipe.train.seed, SAMPLE, "start", i)) for i in ids.tolist()]
+    teacher.loaded.set_progress_bar_config(disable=True)
+    with torch.random.fork_rng(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
+        # of those that keep the generator to themselves
+        torch.manual_seed(key(run.recipe.train.seed, SAMPLE, "pipeline", ids[0].item()))
+        drawn = pictures(teacher.loaded, teacher.family.prompts, texts, generator=generators,
+                         **run.recipe.data.samples.call)
+    return teacher.encode_images(drawn * 2 - 1)
+
+
 def _generate_pairs(run: Run, ids: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
     """The noises of those samples, and the states that are kept of the ways from there: (B, ...), (B, n, ...)."""
     made, nodes = run.recipe.data.pairs, []
@@ -167,6 +191,8 @@ def noises(run: Run, use: str, name: object, ids: Tensor) -> Tensor:
 def _made_by(run: Run) -> dict[str, Any]:
     """All that the teacher's samples or pairs depend on, beside the teacher and the prompts."""
     made = run.recipe.data.made.model_dump(exclude={"prompts", "path"})
+    # which caches of old do not know
+    made = {name: value for name, value in made.items() if (name, value) != ("call", None)}
     student = {"student": run.previous} if run.previous is not None and run.recipe.taught_by_previous else {}
     return made | {"guidance": _guidance(run), "seed": run.recipe.train.seed} | student
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..export.proof import COARSE, SEED, sampled, tolerance
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.stock import pictures
 from ..training.loop import DTYPES
+from .buckets import views
 from .data import preview_prompts
 from .setup import Run, sampling
 
@@ -27,18 +29,23 @@ STEPS = 2
 
 def check_first_call(run: Run) -> float | None:
     """The largest difference of a pixel in [0, 1] between the teacher's stock pipeline, called as the student will be,
-    and our sampler, for one prompt; None for what has no pipeline. The call takes 2 steps, or as many as are served;
-    its network is the base, which an untrained student is.
+    and our sampler, for one prompt, of buckets at two aspects; None for what has no pipeline. The call takes 2 steps,
+    or as many as are served; its network is the base, which an untrained student is.
 
     RequestError where the pipeline refuses the call, or differs by more than 1e-4 in float32. In 16 bits the limit is
     three times what another attention kernel changes, and at least 2^-5.
     """
     if run.teacher.loaded is None:
         return None
+    return max(_difference(replace(run, teacher=teacher)) for teacher in views(run.teacher, run.sizes))
+
+
+def _difference(run: Run) -> float:
     dtype = DTYPES.get(run.recipe.train.precision)
     with whole_float32(), torch.autocast(run.device.type, dtype, dtype is not None, cache_enabled=False):
         stock, sampler = _short(run)
-        call = {**stock.call, **({} if run.teacher.scale is not None else run.teacher.guidance.none)}
+        call = {**stock.call, **run.teacher.call,
+                **({} if run.teacher.scale is not None else run.teacher.guidance.none)}
         prompt = preview_prompts(run, 1)[:1]
         theirs, cond = _theirs(run, stock, call, prompt), run.teacher.encode(prompt)
         ours = sampled(run.teacher, sampler, run.roles.base, cond)

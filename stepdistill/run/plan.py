@@ -14,6 +14,7 @@ from ..models.quantized import packed_bytes
 from ..models.sources import cached_file
 from ..models.teacher import Teacher
 from ..recipe import Recipe
+from .buckets import at_largest
 from .checks import vision_network
 from .passes import count_passes, tensors_in
 from .setup import Previous, Run, setup, student_weights
@@ -28,9 +29,9 @@ META = torch.device("meta")
 def plan(recipe: Recipe) -> dict[str, Any]:
     """{roles: {name: {parameters, trained, bytes}}, bytes, peak, passes, disk, downloads}; bytes as plain numbers.
 
-    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate. No weights are read. Of
-    several stages roles, bytes and peak are those of the largest, passes a mean over all their steps, disk the sum, and
-    `stages` has each. RequestError for what training would refuse.
+    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate, of buckets at the largest. No
+    weights are read. Of several stages roles, bytes and peak are those of the largest, passes a mean over all their
+    steps, disk the sum, and `stages` has each. RequestError for what training would refuse.
     """
     found: list[dict[str, Any]] = []
     previous: Previous | None = None
@@ -39,7 +40,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             raise stage.refuse("teacher", f"is {stage.teacher.base}, a Toy, which there is nothing to plan of: "
                                           "its recipes train within a "
                                "minute, by `stepdistill train`; plans are made of pipelines, such as assets/shapes-sd")
-        run = setup(stage, META, previous=previous, attention="auto")
+        run = setup(at_largest(stage, family(stage)), META, previous=previous, attention="auto")
         found.append(_stage(run))
         previous = Previous(student_weights(stage, run.roles.state_dict(run.sampling_role)), "")
     if len(found) == 1:

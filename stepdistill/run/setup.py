@@ -21,8 +21,10 @@ from ..models.roles import Roles, Weights, build_roles
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe
+from ..recipe.values import size_of
 from ..training import TrainConfig, checkpoints
 from . import folder
+from .buckets import Sides, bucket_sizes
 from .checks import (
     Checked,
     begun_with,
@@ -68,6 +70,11 @@ class Run:
         return self.role or sampling_role(self.recipe)
 
     @property
+    def sizes(self) -> tuple[Sides, ...]:
+        """Height and width of the recipe's buckets, the teacher's own first; none without buckets."""
+        return bucket_sizes(self.recipe, self.teacher)
+
+    @property
     def step(self) -> int | None:
         """Of the checkpoint."""
         return None if self.checkpoint is None else checkpoints.step_of(self.checkpoint)
@@ -92,7 +99,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     check_attention(recipe, attention, device)
     with recipe.blaming("teacher", "cannot be loaded"):
         teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance),
-                               recipe.resolution, recipe.frames)
+                               size_of(recipe.resolution), recipe.frames)
     check_embeddings(recipe, checked.needs, teacher.guidance.within)
     if dtype is None and recipe.train.precision == "fp16" and _frozen(recipe):
         half_(teacher.network)                         # alone: codecs overflow in float16

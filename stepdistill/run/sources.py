@@ -5,11 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from .. import resources
 from ..data import sources as data
+from ..data.shapes import SLOTS, attributes_of
 from ..errors import RequestError
-from ..evaluation.metrics import METRICS
+from ..evaluation.metrics import METRICS, Metric
 from ..models.families import FAMILIES
+from ..models.rewards import REWARDS, Reward, load_reward
 from ..models.sources import FusedLora, Source
 from ..recipe import Recipe, plugins
 from ..recipe.messages import unknown
@@ -63,14 +67,33 @@ def is_outside(recipe: Recipe, path: str, name: object) -> bool:
     return name in data.SOURCES
 
 
-def marked(metrics: Sequence[str], folder: plugins.Folder | None) -> dict[str, str]:
-    """Name -> what changes with its code, of metrics that plugins have. RequestError for one that none has."""
-    for name in metrics:
+def marked(metrics: Sequence[str], folder: plugins.Folder | None, device: str | torch.device = "cpu") -> dict[str, str]:
+    """Name -> what changes with its code or weights, of metrics: a reward, by NAME or NAME=FOLDER, or one that a plugin
+    has, by name.
+
+    RequestError for others, and for a reward whose weights cannot be had.
+    """
+    marks: dict[str, str] = {}
+    for asked in metrics:
+        name, given, _ = asked.partition("=")
+        if name in REWARDS:
+            reward = reward_of(asked, device)
+            METRICS[name] = Metric(reward, prompts=True)
+            marks[name] = f"sha256 {reward.id}, licence of the weights: {REWARDS[name].licence}"
+            continue
         plugins.load("metrics", name, METRICS, folder)
         if name not in METRICS:
-            raise RequestError(f"the metric {name} " + unknown(name, [*METRICS, *plugins.names("metrics", folder)],
-                                                               "metric of a plugin"))
-    return {name: plugins.mark_of("metrics", name) or "registered in this process" for name in metrics}
+            known = [*METRICS, *REWARDS, *plugins.names("metrics", folder)]
+            raise RequestError(f"the metric {name} " + unknown(name, known, "metric"))
+        if given:
+            raise RequestError(f"the metric {asked} is a plugin's, which takes no weights: name it {name}")
+        marks[name] = plugins.mark_of("metrics", name) or "registered in this process"
+    return marks
+
+
+def reward_of(asked: str, device: str | torch.device = "cpu") -> Reward:
+    """A reward by NAME or NAME=PLACE, as `load_reward`."""
+    return load_reward(asked, SLOTS, attributes_of, device)
 
 
 def _with_paths(source: Source, path: Callable[[str], str]) -> Source:

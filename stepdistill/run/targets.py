@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError
 
 from .. import resources
@@ -23,6 +23,7 @@ from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_guidance, stock_prompts, text_to_image
 from ..models.loading import caller
 from ..models.sources import Source, cached_file, call_of, class_at, index_at
+from ..models.stock import Guidance
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
 from ..recipe.plugins import Folder
@@ -31,6 +32,7 @@ from .setup import Run, open_run
 from .sources import bring_family, located
 
 FEW = 4                                            # steps of a few-step generator of others that does not say its own
+SIZE = ("height", "width", "num_frames")
 FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
 
 
@@ -69,11 +71,11 @@ def open_target(name: str | Path | Source, called: str, few_step: bool = False, 
     source = settled(source, index_at(source))        # as a run of it names it
     pipeline = _pipeline(source)
     given = _given(pipeline, source)
-    if not few_step and (sign := _few_step_sign(pipeline)):
+    if not few_step and (sign := few_step_sign(pipeline.scheduler)):
         say(f"{called} has {sign}: it is called as the few-step generator that this makes it, under its own scheduler "
             f"and in {FEW} steps unless told otherwise")
         few_step = True
-    call = few_step_call(pipeline) if few_step else None
+    call = few_step_call(stock_guidance(pipeline), type(pipeline).__name__) if few_step else None
     return Opened(Target(called, pipeline, call=call, given=given, guided=source.guided,
                          identity=fingerprint(source.place),
                          made=made_of(source)), source)
@@ -92,20 +94,20 @@ def made_of(source: Source, lora: str | None = None) -> dict[str, Any]:
         {} if lora is None else {"lora": lora}) | ({"teacher_loras": "fused"} if source.loras else {})
 
 
-def _few_step_sign(pipeline: DiffusionPipeline) -> str | None:
-    """What shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring their schedulers,
-    SD-Turbo and SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none of their own."""
-    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+def few_step_sign(scheduler: SchedulerMixin) -> str | None:
+    """What of its scheduler shows that a pipeline was distilled: LCM, TCD, Hyper-SD, sCM and consistency models bring
+    their own, SD-Turbo and SDXL-Turbo an ancestral one on trailing steps. Lightning and DMD2 bring none."""
+    kind, config = type(scheduler).__name__, scheduler.config
     if kind in FEW_STEP or kind == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing":
         return f"an {kind}" + " on trailing steps" * (kind not in FEW_STEP)
     return None
 
 
-def few_step_call(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """How few-step generators are meant to be called: without classifier-free guidance; one whose network reads a
-    scale, at its pipeline's own."""
-    reads = stock_guidance(pipeline).within or "LatentConsistency" in type(pipeline).__name__
-    return {"num_inference_steps": FEW} | ({} if reads else stock_guidance(pipeline).none)
+def few_step_call(spoken: Guidance, pipeline: str) -> dict[str, Any]:
+    """How few-step generators of a pipeline class are meant to be called: without classifier-free guidance; one whose
+    network reads a scale, at its pipeline's own. spoken: how a call says its guidance."""
+    reads = spoken.within or "LatentConsistency" in pipeline
+    return {"num_inference_steps": FEW} | ({} if reads else dict(spoken.none))
 
 
 def student_target(run: Run, name: str) -> Target:
@@ -130,9 +132,17 @@ def teachers(opened: Sequence[Opened], say: Callable[[str], None] = print) -> li
         except RequestError as error:
             say(f"the teacher {source} does not stand beside its student: {error}")
     name = lambda source: "teacher" if len(pipelines) == 1 else Path(source.place).name
-    return [Target(name(source), pipeline, given=_given(pipeline, source), guided=source.guided,
-                   companion=source in made,
+    return [Target(name(source), pipeline, given=_given(pipeline, source) | _sizes(opened, source),
+                   guided=source.guided, companion=source in made,
                    identity=fingerprint(source.place), made=made_of(source)) for source, pipeline in pipelines.items()]
+
+
+def _sizes(opened: Sequence[Opened], teacher: Source) -> dict[str, Any]:
+    """The size that the students of a teacher draw, which is a recipe's to choose: it stands beside them at that. None
+    where they differ."""
+    asked = [{name: o.target.call[name] for name in SIZE if name in o.target.call} for o in opened
+             if o.teacher == teacher and o.target.call]
+    return asked[0] if asked and all(one == asked[0] for one in asked) else {}
 
 
 def call_as_asked(target: Target, steps: int | None, guidance: float | None,

@@ -2,9 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from .. import resources
+from ..data.videos import KINDS, check_decoder, video_files
 from ..diffusion.schedule import RectifiedFlow, VariancePreserving
 from ..diffusion.toy import is_toy
 from ..methods import load_method
@@ -17,6 +22,7 @@ from ..models.sources import class_at, index_at
 from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
+from ..recipe.values import size_of
 from .sources import bring_family, is_outside, source_of
 
 
@@ -49,11 +55,16 @@ def check_family(recipe: Recipe) -> None:
 
 
 def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
-    """RequestError for what is made for pictures alone, where the teacher makes videos."""
+    """RequestError for what is made for pictures alone, where the teacher makes videos, and for films that nothing here
+    decodes."""
     if recipe.data.kind == "images" and recipe.frames != 1:
-        raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos, and a picture "
-                            "is a video of one frame: let frames be 1, or take prompts, samples or pairs, which "
-                            "need no data of yours")
+        folder = resources.locate(recipe.data.images)
+        if folder is None or not Path(folder).is_dir() or not (videos := video_files(Path(folder))):
+            raise recipe.refuse("data.images", f"is {recipe.data.images}, but the teacher makes videos: name a "
+                                f"folder of {KINDS}, or let frames be 1, since a picture is a video of one frame, "
+                                "or take prompts, samples or pairs, which need no data of yours")
+        with recipe.blaming("data.images", f"is {recipe.data.images}"):
+            check_decoder(videos)
     if recipe.evaluate.reference is not None:
         raise recipe.refuse("evaluate.reference", f"is {recipe.evaluate.reference}, but figures are of pictures, "
                             "and the teacher makes videos: leave it out")
@@ -144,6 +155,27 @@ def check_guided(recipe: Recipe, settings: Any) -> None:
                                           "it: give a scale above 1, such as guidance: 5.0")
 
 
+def check_own_call(recipe: Recipe) -> None:
+    """RequestError for samples by the pipeline's own call that cannot be made so."""
+    samples, served = recipe.data.samples, family(recipe)
+    if samples.solver != "own" or samples.call is None:
+        raise recipe.refuse("data.samples", f"have solver: {samples.solver} and call: {samples.call}, but a call "
+                            "is of solver: own, and that wants one: solver: own, call: {num_inference_steps: 4, "
+                            "guidance_scale: 1.0}")
+    if served.no_pipeline:
+        raise recipe.refuse("data.samples.solver", "is own, but the teacher is Toy, which has no pipeline: take "
+                            "another, such as ddim")
+    if samples.guidance is not None:
+        raise recipe.refuse("data.samples.guidance", f"is {samples.guidance:g}, but the pipeline is called as "
+                            "data.samples.call says, its guidance too: leave it out")
+    if recipe.train.precision == "fp16":
+        raise recipe.refuse("train.precision", "is fp16, in which the pipeline itself cannot be called to make "
+                            "data.samples: take bf16 or fp32")
+    taken = signature(getattr(diffusers, kind := class_at(source_of(recipe))).__call__).parameters
+    if names := [name for name in samples.call if name not in taken]:
+        raise recipe.refuse("data.samples.call", f"names {', '.join(names)}, which a call of {kind} does not take")
+
+
 ANY_NOISE = (RectifiedFlow(), VariancePreserving.of([1 - i / 1001 for i in range(1, 1001)]))       # one of each kind
 
 
@@ -172,7 +204,8 @@ def check_times(recipe: Recipe, settings: Any) -> None:
 def _check_start(recipe: Recipe, settings: Any) -> None:
     """As `check_times`, where the settings name the first time: by the teacher's configs alone."""
     with recipe.blaming("teacher", "cannot be loaded"):
-        teacher = load_teacher(source_of(recipe), device="meta", resolution=recipe.resolution, frames=recipe.frames)
+        teacher = load_teacher(source_of(recipe), device="meta", resolution=size_of(recipe.resolution),
+                               frames=recipe.frames)
     try:
         inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.schedule, recipe.guidance)
         teacher.sampler(teacher.stock_call(inference))

@@ -204,7 +204,7 @@ RULES = (
     Rule("wrong captions", "following/student", "low", "what a prompt changes in its samples has a correlation "
          "of {value:.2f} with what it changes in the teacher's, where {edge:.2f} is the least that is healthy",
          _same("look whether the captions of the data are those of their pictures, and whether "
-                                                                          "the student is told its prompt")),
+               "the student is told its prompt")),
     Rule("guidance too high", "saturation/teacher", "high", "{value:.0%} of the guided teacher's values lie beyond "
          "all that it gives without guidance, where {edge:.0%} is healthy", unguided, limit=0.1),
     Rule("guidance too high", "spread/teacher", "high", "the guided teacher's samples are {value:.2f} times as "

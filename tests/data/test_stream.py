@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stepdistill.data.datasets import Samples
-from stepdistill.data.stream import Stream, permuted
+from stepdistill.data.stream import Stream
+from stepdistill.data.walk import permuted
 from stepdistill.diffusion.contracts import Condition
 from stepdistill.errors import RequestError
 

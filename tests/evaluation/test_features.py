@@ -14,7 +14,7 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model
 from stepdistill.data.shapes import SLOTS, captions, render, scenes
 from stepdistill.errors import RequestError
 from stepdistill.evaluation.fd import Moments, frechet
-from stepdistill.evaluation.features import dimensions, load_features, resized
+from stepdistill.evaluation.features import dimensions, load_features
 from stepdistill.evaluation.kernels import kid
 from stepdistill.evaluation.means import clip_score
 from stepdistill.evaluation.reference import (
@@ -26,6 +26,7 @@ from stepdistill.evaluation.reference import (
     reference_key,
     ship_reference,
 )
+from stepdistill.models.reading import resized
 
 from .conftest import DIM
 

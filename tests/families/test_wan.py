@@ -174,8 +174,21 @@ def test_a_student_of_a_unipc_teacher_leaves_with_its_own_times(tmp_path):
     with pytest.raises(RequestError, match="made for 4 steps, whose times its scheduler was made to give: it cannot "
                        "be sampled in 2"):
         api.sample(exported, PROMPTS, steps=2)
-    with pytest.raises(RequestError, match="figures are of pictures"):
-        api.bench(exported, nfe=[4], samples=100, out=tmp_path / "bench")
+    row = next(row for row in api.bench(exported, nfe=[4], samples=2, prompts=PROMPTS, out=tmp_path / "bench")["rows"]
+               if row["target"] == "lora")
+    assert row["nfe"] == 4 and row["metrics"]["motion"] > 0 and row["metrics"]["motion_ratio"] > 0
+
+
+def test_a_bench_is_beside_the_teachers_own_videos(folder, tmp_path, capsys):
+    results = api.bench(folder, nfe=[4], samples=4, prompts=PROMPTS, out=tmp_path / "bench")
+    assert ([row["target"] for row in results["rows"]][0].startswith("teacher:") and "against the teacher's "
+            "own pictures" in capsys.readouterr().err)
+    assert all(row["metrics"]["motion"] > 0 and "fd_frames" in row["metrics"] for row in results["rows"])
+    assert all(row["metrics"]["motion_ratio"] > 0 for row in results["rows"][1:])
+    for more in ({"reference": "shapes"}, {"few_step": ["assets/shapes-sd"]}):
+        with pytest.raises(RequestError, match="makes videos, which are measured beside their teacher's own: leave "
+                           "--reference and targets that"):
+            api.bench(folder, nfe=[4], samples=100, prompts=PROMPTS, out=tmp_path / "other", **more)
 
 
 @pytest.mark.long

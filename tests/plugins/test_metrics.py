@@ -69,7 +69,7 @@ def test_a_bench_against_the_teacher_has_them_too(student, marks, tmp_path):
 
 
 def test_what_is_no_metric_is_refused(student, marks, tmp_path):
-    with pytest.raises(RequestError, match="the metric contrats is no metric of a plugin; did you mean contrast?"):
+    with pytest.raises(RequestError, match="the metric contrats is no metric; did you mean contrast?"):
         marked(["contrats"], None)
     for name in ("fd", "Contrast"):
         with pytest.raises(RequestError, match="a metric is named by small letters"):

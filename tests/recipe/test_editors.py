@@ -68,6 +68,7 @@ WHOLE = {"method": "lcm", "teacher": "assets/shapes-sd", "data": {"images": "sha
 
 @pytest.mark.parametrize("entries", [
     {"student": "full"}, {"student": {"from": "a.safetensors"}}, {"guidance": [2, 5]}, {"resolution": [832, 1216]},
+    {"resolution": "buckets"}, {"resolution": {"buckets": [[1024, 1024], [832, 1216]]}},
     {"plugins": "mine"},
     {"teacher": {"base": "a/b", "loras": ["x", {"path": "y", "weight": 0.5}]}}, {"method": "a_method_of_mine"},
     {"stages": [{"steps": [8, 4], "teacher": "previous"}]}, {"critic": {"lora": None, "lr": 1e-5}}])
@@ -77,7 +78,8 @@ def test_what_a_recipe_may_say_is_valid(entries):
 
 @pytest.mark.parametrize("entries", [
     {"stpes": 2}, {"steps": 0}, {"steps": "4"}, {"student": "half"}, {"guidance": "3"}, {"guidance": [1, 2, 3]},
-    {"resolution": [1]},
+    {"resolution": [1]}, {"resolution": "bucket"}, {"resolution": {"buckets": [[1024, 1024]]}},
+    {"resolution": {"bucket": []}},
     {"train": {"updates": 2, "precision": "fp8"}}, {"train": {"lr": 1e-3}},
     {"train": {"updates": 2, "trackers": ["comet"]}}, {"stages": []},
     {"data": {"images": "shapes", "batch": 4, "caption_dropout": 1.0}}, {"stages": [{"teacher": "other"}]},

@@ -83,8 +83,7 @@ def test_stages_are_the_same_however_often_they_are_killed(tmp_path, seed):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("method", "seed"), [("lcm", 0), ("dmd2", 1)])
-def test_pipelines_are_the_same_however_often_they_are_killed(tmp_path, tiny_teacher, clip_folder, monkeypatch,
-                                                              method,  # noqa: F811
+def test_pipelines_are_the_same_however_often_they_are_killed(tmp_path, tiny_teacher, clip_folder, monkeypatch, method,  # noqa: F811
                                                               seed):
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "tiny.yaml"

@@ -56,8 +56,7 @@ def test_too_few_samples_are_told_before_training(tmp_path, tiny_teacher, clip_f
 
 
 @pytest.mark.parametrize("captions", [True, False])
-def test_a_folder_is_a_reference_with_its_captions_or_the_datas(tmp_path, tiny_teacher, clip_folder,
-                                                                monkeypatch,  # noqa: F811
+def test_a_folder_is_a_reference_with_its_captions_or_the_datas(tmp_path, tiny_teacher, clip_folder, monkeypatch,  # noqa: F811
                                                                 captions):
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     pictures = render(scenes(torch.arange(110)))

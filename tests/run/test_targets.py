@@ -34,6 +34,7 @@ from stepdistill.evaluation.plans import Target, evaluations, plans, serve
 from stepdistill.export import read_settings
 from stepdistill.models.sources import Source
 from stepdistill.models.stock import cut
+from stepdistill.run import benching
 from stepdistill.run.targets import Opened, call_as_asked, open_target, teachers
 
 
@@ -211,9 +212,9 @@ def test_the_teacher_of_a_student_stands_at_its_best(monkeypatch):
     strawman."""
     asked = []
     opened = Opened(Target("student", tiny_pipeline(), "lcm", {}), Source("here"), Source("there"), 2.0)
-    monkeypatch.setattr(api, "open_target", lambda target, called, few_step, say, plugins: opened)
-    monkeypatch.setattr(api, "teachers", lambda opened, say: [])
-    monkeypatch.setattr(api.sweep, "bench",
+    monkeypatch.setattr(benching, "open_target", lambda target, called, few_step, say, plugins: opened)
+    monkeypatch.setattr(benching, "teachers", lambda opened, say: [])
+    monkeypatch.setattr(benching.sweep, "bench",
                         lambda targets, nfe, samples, out, scales, *more, **others: asked.append(scales))
     api.bench("here", reference="shapes")
     api.bench("here", reference="shapes", guidance=[3.0])
@@ -241,3 +242,13 @@ def test_few_step_pipelines_of_others_keep_their_scheduler(tmp_path, scheduler, 
     known = pipe("a red ring", **call, generator=torch.Generator().manual_seed(key(0, "sample", 0)),
                  output_type="pt").images * 2 - 1
     torch.testing.assert_close(drawn, known, atol=1e-5, rtol=0)
+
+
+def test_a_teacher_stands_beside_its_students_at_their_size(monkeypatch):
+    monkeypatch.setattr("stepdistill.run.targets._pipeline", lambda source: tiny_pipeline())
+    student = lambda name, **call: Opened(Target(name, tiny_pipeline(), "lcm", call), Source(name),
+                                          Source("there"), 2.0)
+    size = {"height": 8, "width": 24}
+    assert teachers([student("one", **size), student("two", **size, num_inference_steps=4)])[0].given == size
+    assert teachers([student("one", **size), student("two", height=8, width=8)])[0].given == {}
+    assert teachers([student("one")])[0].given == {}

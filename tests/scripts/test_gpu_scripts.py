@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ("test_draws_are_the_cpus", "test_a_student_is_sampled_as_on_the_cpu", "test_methods_train[dmd2-fp16]",
          "test_a_resumed_run_is_the_same_run_to_the_bit[lcm-bf16]")
 FIGURES = {"smoke": set(SMOKE), "memory": {"tiny lcm lora", "tiny dmd2 lora"}, "throughput": {"tiny lcm", "tiny dmd2"},
-           "world": {"lcm 0"}}
+           "world": {"lcm 0"}, "jvp": {"fp16 40", "fp32 40"}}
 
 
 def script(name: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
@@ -33,6 +33,9 @@ def test_a_tiny_run_writes_a_record(name, tmp_path):
     assert set(found["figures"]) == FIGURES[name] and {"device", "driver", "versions", "command", "date"} <= set(found)
     if name == "smoke":
         assert {each["outcome"] for each in found["figures"].values()} == {"passed"}
+    if name == "jvp":
+        errors = [max(row["error"], row["tangent_error"]) for row in found["figures"].values()]
+        assert errors[0] < 2e-3 and errors[1] < 1e-5
     if name == "throughput":
         assert all(0.3 < each["ratio"] < 3 for each in found["figures"].values())
 

@@ -152,22 +152,25 @@ class Family:
     forward gave and x_t -> the raw prediction, in the shape of x_t. feature_shapes: network, latent_shape -> modules
     that a discriminator may read, in the order in which they run, with the (C, H, W) of their maps, of videos (C, F, H,
     W); default_features: those that it reads unless told otherwise; feature_map: network, a module's output and x_t ->
-    map (B, C, H, W). latent_shape: of one sample, from the components and the pictures' size. targets: LoRA targets,
-    those that no network has included. codec: of the components. samples: what they are. video: height, width and
-    frames of a call that names none; None: its samples are no videos. guidance: how a call of a pipeline with this
-    network speaks of it; prompts: and of prompts and pictures. call: the keyword arguments of every call of a pipeline,
-    from the components and the pictures' size. combine: how the pipeline mixes raw outputs, combine(given, without, w).
-    seeded_steps: whether a call's generator reaches the scheduler. noise_dtype: in which a call draws the noise that it
-    starts from, None for that of its text. sigmas: whether a call takes a flow's times; where not, its scheduler makes
-    them of their number. step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a
-    pipeline draws it that packs its latents. arguments: keyword arguments of from_pretrained for a class; optional:
-    components that its class must be told to do without; index: what a saved pipeline's model_index.json is to say,
-    where its class forgets it. refusals: reason -> whether it holds, for pipelines of the class that this row does not
-    translate. fresh: network, entries of its config -> a new one without values. open: for what is no pipeline of
-    diffusers: source -> components. vision: the network whose features judge samples, by the name that a recipe gives
-    or the usual one. unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to
-    leave with. called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it,
-    where that may be another than its own. reads: what a prompt of its network is, a text, a class, or nothing.
+    map (B, C, H, W). latent_shape: of one sample, from the components and the pictures' size; multiple: of how many
+    pixels the sides of its pictures are, None where it draws one size alone. targets: LoRA targets, those that no
+    network has included. codec: of the components. samples: what they are. video: height, width and frames of a call
+    that names none; None: its samples are no videos. guidance: how a call of a pipeline with this network speaks of it;
+    prompts: and of prompts and pictures. call: the keyword arguments of every call of a pipeline, from the components
+    and the pictures' size. combine: how the pipeline mixes raw outputs, combine(given, without, w). seeded_steps:
+    whether a call's generator reaches the scheduler. noise_dtype: in which a call draws the noise that it starts from,
+    None for that of its text. sigmas: whether a call takes a flow's times; where not, its scheduler makes them of their
+    number. step_noise: shape (B, ...), a generator and a dtype -> what the scheduler adds in a step, as a pipeline
+    draws it that packs its latents. arguments: keyword arguments of from_pretrained for a class; optional: components
+    that its class must be told to do without; index: what a saved pipeline's model_index.json is to say, where its
+    class forgets it. refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
+    sized: a condition and what is told of its pictures' sizes, (B, 6) as `data.buckets.told` says -> the condition with
+    it, where its network reads such. fresh: network, entries of its config -> a new one without values. open: for what
+    is no pipeline of diffusers: source -> components. vision: the network whose features judge samples, by the name
+    that a recipe gives or the usual one. unserved: entries of a recipe that it does not serve -> why not. no_pipeline:
+    why there is none to leave with. called_by: the index of a pipeline and its network's config -> the class of
+    pipelines that calls it, where that may be another than its own. reads: what a prompt of its network is, a text, a
+    class, or nothing.
     """
 
     name: str
@@ -196,6 +199,8 @@ class Family:
     call: Callable[[Parts, Size], Mapping[str, Any]] = sides
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
+    multiple: Callable[[Parts], int] | None = None
+    sized: Callable[[Condition, Tensor], Condition] = lambda cond, rows: cond
     noise_dtype: torch.dtype | None = None
     sigmas: bool = True
     step_noise: Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor] = drawn

@@ -73,10 +73,14 @@ def feature_shapes(network: FluxTransformer2DModel, shape: tuple[int, ...]) -> d
     return dict.fromkeys(stream_blocks(network), (network.inner_dim, *[side // PATCH for side in shape[1:]]))
 
 
+def multiple(parts: Parts) -> int:
+    return codec_pixels(parts["vae"]) * PATCH
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     pixels = codec_pixels(parts["vae"])
     return (parts["transformer"].config.in_channels // PATCH ** 2,
-            *latent_sides(size, (SIDE, SIDE), pixels, pixels * PATCH))
+            *latent_sides(size, (SIDE, SIDE), pixels, multiple(parts)))
 
 
 def guidance(network: FluxTransformer2DModel) -> Guidance:
@@ -109,5 +113,5 @@ FAMILY = Family(
     default_features=lambda network: stream_blocks(network, middle=True),
     # a block returns its text tokens and its picture tokens
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),
-    latent_shape=latent_shape, codec=lambda parts: shifted(parts["vae"]), guidance=guidance,
+    latent_shape=latent_shape, multiple=multiple, codec=lambda parts: shifted(parts["vae"]), guidance=guidance,
     step_noise=packed_noise, refusals=refusals)

@@ -76,9 +76,12 @@ def step_noise(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.
                 shape)
 
 
+def multiple(parts: Parts) -> int:
+    return codec_pixels(parts["vae"]) * PATCH
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
-    pixels = codec_pixels(parts["vae"]) * PATCH
-    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE, SIDE), pixels, pixels)
+    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE, SIDE), multiple(parts), multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -107,4 +110,5 @@ FAMILY = Family(
     default_features=lambda network: stream_blocks(network, middle=True),
     # A block of two streams returns text and picture, one of one stream both in one.
     feature_map=lambda network, output, x_t: grid(output if isinstance(output, Tensor) else output[1], x_t.shape),
-    latent_shape=latent_shape, codec=lambda parts: folded(parts["vae"]), step_noise=step_noise, refusals=refusals)
+    latent_shape=latent_shape, multiple=multiple, codec=lambda parts: folded(parts["vae"]), step_noise=step_noise,
+    refusals=refusals)

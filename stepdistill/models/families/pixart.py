@@ -38,6 +38,15 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     return Condition(text=text, mask=mask, time_ids=sizes.expand(len(prompts), 3))
 
 
+def sized(cond: Condition, rows: Tensor) -> Condition:
+    """It is told the size that a picture has, and its ratio, as a call of its pipeline says them."""
+    if cond.time_ids is None:
+        return cond
+    height, width = rows[:, 4:].to(cond.time_ids).unbind(1)
+    ids = torch.stack([height, width, height / width], 1)
+    return cond.replace(time_ids=ids, null=cond.null.replace(time_ids=ids))
+
+
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tokens, sizes = call["max_sequence_length"], {"time_ids": (3,)} if reads_sizes(parts) else {}
     return {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,), **sizes}
@@ -52,10 +61,13 @@ def inputs(network: PixArtTransformer2DModel, x_t: Tensor, timestep: Tensor, con
             "added_cond_kwargs": {"resolution": sizes, "aspect_ratio": ratio}, "return_dict": False}
 
 
+def multiple(parts: Parts) -> int:
+    return max(8, codec_pixels(parts["vae"]) * parts["transformer"].config.patch_size)
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["transformer"].config, codec_pixels(parts["vae"])
-    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels,
-                                             max(8, pixels * config.patch_size))
+    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels, multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -75,4 +87,5 @@ FAMILY = Family(
     encode=encode, condition_shapes=condition_shapes, inputs=inputs,
     # it draws the nearest of a table of sizes, and scales
     call=lambda parts, size: {**sides(parts, size), "use_resolution_binning": False},
-    latent_shape=latent_shape, codec=lambda parts: scaled(parts["vae"]), refusals=refusals, **DISCRETE, **ONE_STREAM)
+    latent_shape=latent_shape, multiple=multiple, sized=sized, codec=lambda parts: scaled(parts["vae"]),
+    refusals=refusals, **DISCRETE, **ONE_STREAM)

@@ -83,10 +83,18 @@ def made(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     return new
 
 
+def codec_side(parts: Parts) -> int:
+    """Pixels of a side of one latent."""
+    return 2 ** len(parts["vae"].config.temperal_downsample)
+
+
+def multiple(parts: Parts) -> int:
+    return PATCH * codec_side(parts)
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
-    pixels = 2 ** len(parts["vae"].config.temperal_downsample)
     channels = parts["transformer"].config.in_channels // PATCH**2
-    return channels, *latent_sides(size, (SIDE, SIDE), pixels, PATCH * pixels)
+    return channels, *latent_sides(size, (SIDE, SIDE), codec_side(parts), multiple(parts))
 
 
 def feature_shapes(network: QwenImageTransformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
@@ -121,5 +129,5 @@ FAMILY = Family(
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),       # a block gives text, then picture tokens
     default_features=middle_block,
-    latent_shape=latent_shape, codec=lambda parts: framed(parts["vae"]), refusals=refusals,
+    latent_shape=latent_shape, multiple=multiple, codec=lambda parts: framed(parts["vae"]), refusals=refusals,
     unserved={"train.compile": "texts of each length would be compiled anew: leave it off"})

@@ -59,10 +59,13 @@ def inputs(network: SanaTransformer2DModel, x_t: Tensor, timestep: Tensor, cond:
             "encoder_attention_mask": cond.mask, "return_dict": False}
 
 
+def multiple(parts: Parts) -> int:
+    return max(32, pixels(parts) * parts["transformer"].config.patch_size)
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config = parts["transformer"].config
-    side = max(32, pixels(parts) * config.patch_size)
-    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels(parts), side)
+    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels(parts), multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -80,5 +83,5 @@ FAMILY = Family(
     time=TimeEmbedding("time_embed.emb.timestep_embedder.linear_1", "time_embed.emb.time_proj",
                        scale=lambda network: network.config.timestep_scale),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, call=call,
-    latent_shape=latent_shape, codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor),
-    refusals=refusals, **ONE_STREAM)
+    latent_shape=latent_shape, multiple=multiple,
+    codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor), refusals=refusals, **ONE_STREAM)

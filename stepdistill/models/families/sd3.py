@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import RectifiedFlow
+from ...errors import RequestError
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from . import Family, Parts, Size
@@ -70,10 +71,17 @@ def feature_shapes(network: SD3Transformer2DModel, shape: tuple[int, ...]) -> di
                          (network.inner_dim, *sides))
 
 
+def multiple(parts: Parts) -> int:
+    return codec_pixels(parts["vae"]) * parts["transformer"].config.patch_size
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["transformer"].config, codec_pixels(parts["vae"])
-    own = config.sample_size, config.sample_size
-    return config.in_channels, *latent_sides(size, own, pixels, pixels * config.patch_size)
+    sides = latent_sides(size, (config.sample_size, config.sample_size), pixels, multiple(parts))
+    if max(sides) > (most := config.pos_embed_max_size * config.patch_size):
+        raise RequestError(f"its network has positions for sides of {most * pixels} pixels at most; found {size[0]} "
+                           f"x {size[1]}")
+    return config.in_channels, *sides
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -95,5 +103,5 @@ FAMILY = Family(
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
     feature_map=feature_map,
     default_features=middle_block,
-    latent_shape=latent_shape,
+    latent_shape=latent_shape, multiple=multiple,
     codec=lambda parts: shifted(parts["vae"]), refusals=refusals)

@@ -25,13 +25,17 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 
 
+def multiple(parts: Parts) -> int:
+    return max(8, codec_pixels(parts["vae"]))
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["unet"].config, codec_pixels(parts["vae"])
     if config.sample_size is None and size is None:
         raise RequestError("its network's config says no sample_size: let the recipe's resolution say the "
                            "pictures' size")
     own = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
-    return config.in_channels, *latent_sides(size, tuple(own), pixels, max(8, pixels))
+    return config.in_channels, *latent_sides(size, tuple(own), pixels, multiple(parts))
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
@@ -53,6 +57,15 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     size = tuple(side * teacher.loaded.vae_scale_factor for side in teacher.latent_shape[1:])
     ids = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=text.device)
     return Condition(text=text, pooled=pooled, time_ids=ids.expand(len(prompts), 6))
+
+
+def sized(cond: Condition, rows: Tensor) -> Condition:
+    """SDXL is told each picture's own size, where it was cropped, and the size that it has: arXiv:2307.01952, section
+    2.2."""
+    if cond.time_ids is None:
+        return cond
+    ids = rows.to(cond.time_ids)
+    return cond.replace(time_ids=ids, null=cond.null.replace(time_ids=ids))
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -97,7 +110,7 @@ FAMILY = Family(
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, **UNET,
-    latent_shape=latent_shape,
+    latent_shape=latent_shape, multiple=multiple, sized=sized,
     codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]),
     refusals=refusals,
     # The safety checker stays where it is: it is no part of what is distilled.

@@ -41,13 +41,17 @@ def inputs(network: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, cond: 
     return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
 
 
+def multiple(parts: Parts) -> int:
+    return max(16, parts["vae"].config.scale_factor_spatial * max(parts["transformer"].config.patch_size[1:]))
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     vae, config, (*sides, frames) = parts["vae"].config, parts["transformer"].config, size
     pixels, each = vae.scale_factor_spatial, vae.scale_factor_temporal
     if frames % each != 1:
         raise RequestError(f"its videos have a multiple of {each} frames and one, such as {each + 1} or "
                            f"{20 * each + 1}; found {frames}")
-    sides = latent_sides(tuple(sides), (0, 0), pixels, max(16, pixels * max(config.patch_size[1:])))
+    sides = latent_sides(tuple(sides), (0, 0), pixels, multiple(parts))
     return config.in_channels, (frames - 1) // each + 1, *sides
 
 
@@ -87,5 +91,5 @@ FAMILY = Family(
     condition_shapes=lambda parts, call: {"text": (call["max_sequence_length"], parts["transformer"].config.text_dim)},
     feature_map=lambda network, out, x_t: out.transpose(1, 2).unflatten(2, tokens(network, x_t.shape[2:])),
     default_features=lambda network: (f"blocks.{network.config.num_layers // 2}",),
-    latent_shape=latent_shape, codec=lambda parts: video(parts["vae"]), prompts=Prompts(gives="frames"),
-    refusals=refusals)
+    latent_shape=latent_shape, multiple=multiple, codec=lambda parts: video(parts["vae"]),
+    prompts=Prompts(gives="frames"), refusals=refusals)

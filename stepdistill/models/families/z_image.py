@@ -71,9 +71,13 @@ def feature_shapes(network: ZImageTransformer2DModel, shape: tuple[int, ...]) ->
     return {f"layers.{i}": size for i in range(network.config.n_layers)}
 
 
+def multiple(parts: Parts) -> int:
+    return PATCH * codec_pixels(parts["vae"])
+
+
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     pixels = codec_pixels(parts["vae"])
-    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE // pixels,) * 2, pixels, PATCH * pixels)
+    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE // pixels,) * 2, pixels, multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -94,4 +98,4 @@ FAMILY = Family(
     guidance=lambda network: Guidance(offset=1.0), encode=encode, condition_shapes=condition_shapes, inputs=inputs,
     output=output, feature_shapes=feature_shapes, feature_map=feature_map,
     default_features=lambda network: (f"layers.{network.config.n_layers // 2}",),              # the block in the middle
-    latent_shape=latent_shape, codec=lambda parts: shifted(parts["vae"]), refusals=refusals)
+    latent_shape=latent_shape, multiple=multiple, codec=lambda parts: shifted(parts["vae"]), refusals=refusals)
