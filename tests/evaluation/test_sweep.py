@@ -160,7 +160,6 @@ def test_a_guided_student_pays_for_its_guidance(student):
     assert [(row.nfe, row.steps) for row in plans(guided, [1, 2, 4], [], [], quiet)] == [(2, 1), (4, 2)]
 
 
-@pytest.mark.parametrize("name", ["teacher", "student"])
 def test_rows_with_the_teacher_s_help_count_both_networks(teacher, student, clip_folder, tmp_path):
     """Beside the student's own rows; one step leaves it no turn."""
     told = []
@@ -192,6 +191,7 @@ def test_a_judge_s_share_is_planned_and_its_verdicts_are_counted(teacher, studen
         row.check_count(18, 2)
 
 
+@pytest.mark.parametrize("name", ["teacher", "student"])
 def test_a_sample_depends_on_its_id_and_not_on_its_batch(teacher, student, name):
     target = {"teacher": teacher, "student": student}[name]           # LCM draws noise at every step
     plan = plans(target, [2], [1.0], ["euler"], quiet)[0]
