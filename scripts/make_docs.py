@@ -54,6 +54,8 @@ One paper, one file in `stepdistill/methods/`. This page is written by `scripts/
 algorithm as each file's docstring states it, and its settings with their defaults and sources. `stepdistill methods
 NAME` prints the same.
 
+What helps a finished student while it samples, and trains nothing, has [a page of its own](with_teacher.md).
+
 | method | paper | family | best at steps | trains on |
 |---|---|---|---|---|
 """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import RequestError
 
 if TYPE_CHECKING:
-    from .api import bench, check, doctor, export, extract, load, pairs, plan, sample, train, undistil
+    from .api import bench, check, doctor, export, extract, load, pairs, plan, sample, train, undistil, with_teacher
     from .data.sources import register_data
     from .evaluation.metrics import register_metric
     from .methods import register_method
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["RequestError", "bench", "check", "doctor", "export", "extract", "load", "methods", "pairs", "plan",
            "recipes", "register_data", "register_family", "register_method", "register_metric", "sample", "train",
-           "undistil", "verify"]
+           "undistil", "verify", "with_teacher"]
 # others are api's
 ELSEWHERE = {"verify": ".proofs.run", "methods": ".recipe.catalogue", "recipes": ".recipe.catalogue",
              "register_data": ".data.sources", "register_family": ".models.families", "register_method": ".methods",

@@ -32,6 +32,7 @@ from .models.families import stock_prompts
 from .models.sharded import shard
 from .models.sources import Source
 from .models.stock import as_pil, pictures, say_cut
+from .models.with_teacher import with_teacher
 from .recipe import Recipe
 from .recipe.plugins import Folder
 from .run import benching, composing, folder
@@ -52,12 +53,14 @@ from .run.targets import asking, away_from, call_as_asked, open_target
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
 from .run.undistil import TO, undistilling, write_card
+from .run.with_teacher import Asked, called
 from .training import Trainer, launched
 from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-__all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "undistil"]
+__all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "undistil",
+           "with_teacher"]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | None = None,
@@ -283,7 +286,8 @@ def check(lora: str | Path, base: str | Path, *, out: str | Path | None = None, 
 def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | None = None, seed: int = 0,
            guidance: float | None = None, out: str | Path | None = None, checkpoint: int | None = None,
            weights: Literal["ema", "student"] | None = None, plugins: str | Path | None = None,
-           negative: str | None = None) -> list[Image.Image] | list[list[Image.Image]]:
+           negative: str | None = None, with_teacher: str | None = None,
+           x0: str | Path | None = None) -> list[Image.Image] | list[list[Image.Image]]:
     """Pictures of a run, an export or any pipeline, one a prompt; written to `out`, several as a sheet. Of a pipeline
     of videos the frames of each, written as a sheet with a row a video.
 
@@ -291,10 +295,16 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     on its place in the list; where a pipeline's scheduler draws from the global generator, on the list's length too.
     checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has
     both. plugins: a folder with the family of a pipeline. negative: a negative prompt, where the call is guided.
+    with_teacher: "diversity", "distillation_pp" or "adaptive", with options as in "diversity,teacher_steps=2"; x0:
+    where to draw what each of its evaluations made of the pictures.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if out is not None and Path(out).suffix.lower() not in PICTURES:
-        raise RequestError(f"the picture {out} should be a {', '.join(PICTURES)} file")
+    for file in (file for file in (out, x0) if file is not None and Path(file).suffix.lower() not in PICTURES):
+        raise RequestError(f"the picture {file} should be a {', '.join(PICTURES)} file")
+    if x0 is not None and with_teacher is None:
+        raise RequestError("a sheet of x_0 is drawn beside a teacher: --with-teacher diversity,handover=0 is the "
+                           "student alone")
+    asked = None if with_teacher is None else Asked.of(with_teacher)
     opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins),
                          checkpoint=checkpoint,
                          weights=weights)
@@ -303,7 +313,8 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
-    with asking(pipeline), torch.random.fork_rng():
+    with asking(pipeline), torch.random.fork_rng(), called(opened, call, texts, asked, x0, pipeline.device,
+                                                           log.info) as call:
         torch.manual_seed(key(seed, "pipeline"))
         pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
     check_pictures(pixels, target)
@@ -332,7 +343,7 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
           reference: str | Path | None = None, prompts: Sequence[str] | None = None,
           reuse: Sequence[str | Path] = (), few_step: Sequence[str | Path] = (), metrics: Sequence[str] = (),
           plugins: str | Path | None = None, compose: Sequence[str | Path] = (),
-          scales: Sequence[float] | None = None) -> dict[str, Any]:
+          scales: Sequence[float] | None = None, with_teacher: str | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
     features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
@@ -344,7 +355,8 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     for: of the two the better one at each count is what a student should be held against. few_step: further targets,
     few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: what
     people prefer ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with
-    them, or with the families of pipelines. Videos are measured beside their teacher's own.
+    them, or with the families of pipelines. Videos are measured beside their teacher's own. with_teacher: as of
+    `sample`; beside the rows of each student stand those with its teacher's help, at the evaluations of both.
 
     compose: other LoRAs (folders, .safetensors files or Hub ids) that one student wears, each at the strengths
     `scales`: instead of the above, the student in its own steps and its teacher are drawn with and without each, and a
@@ -353,7 +365,7 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
     """
     told = {"samples": samples, "out": out, "seed": seed, "guidance": guidance, "solvers": solvers,
             "features": features, "prompts": prompts, "metrics": metrics, "plugins": plugins}
-    beside = {"reference": reference, "reuse": reuse, "few_step": few_step}
+    beside = {"reference": reference, "reuse": reuse, "few_step": few_step, "with_teacher": with_teacher}
     if compose:
         return composing.compose(targets, compose, scales=scales, unused=beside, **told)
     return benching.bench(targets, nfe=nfe, **beside, **told)

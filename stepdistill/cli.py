@@ -36,20 +36,21 @@ app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_en
                   help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
                        "evaluations.")
 
-RecipeName = Annotated[str,
-                       typer.Argument(metavar="RECIPE", autocompletion=lambda incomplete: _names("recipes", incomplete),
-                                           help="A YAML file, or a built-in name such as shapes/lcm.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in name such as shapes/lcm.",
+                                           autocompletion=lambda incomplete: _names("recipes", incomplete))]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
                                                 help="Change one entry, such as train.lr=1e-4.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
-Checkpoint = Annotated[int | None,
-                       typer.Option(metavar="STEP", min=1, help="Of a run: another checkpoint than the last.")]
+Checkpoint = Annotated[int | None, typer.Option(metavar="STEP", min=1, help="Of a run: another than the last.")]
 Weights = Annotated[str | None, typer.Option(metavar="ema|student", help="Of a run that has both; ema unless given.")]
 Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and "
                                              "data of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
                                                 callback=lambda scale: _scale("--guidance", scale))]
+WithTeacher = Annotated[str | None, typer.Option(metavar="NAME[,OPTION=VALUE...]", help="A student's teacher helps: "
+                                                 "diversity, distillation_pp or adaptive.")]
+X0 = Annotated[Path | None, typer.Option("--x0", metavar="PNG", help="With a teacher: what each evaluation draws.")]
 # how `--resume auto` is handed on: an option cannot be both a switch and a choice
 RESUME_AUTO = "--resume-auto"
 MANY = 10_000_000                      # of anything that is counted: beyond it a number is a slip
@@ -98,15 +99,15 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
            steps: Annotated[int | None,
                             typer.Option(min=1, max=MANY, help="Steps; a student's own number unless given.")] = None,
            seed: Seed = 0, guidance: Guidance = None,
-           out: Annotated[Path, typer.Option(metavar="PNG",
-                                             help="The picture, or a sheet of them.")] = Path("sample.png"),
+           out: Annotated[Path, typer.Option(metavar="PNG", help="The picture, or a sheet.")] = Path("sample.png"),
            negative: Annotated[str | None, typer.Option(help="A negative prompt, where the call is guided.")] = None,
            checkpoint: Checkpoint = None, weights: Weights = None, plugins: Plugins = None,
+           with_teacher: WithTeacher = None, x0: X0 = None,
            as_json: Json = False) -> None:
     """Draw pictures with a student or a teacher."""
     api = working()
     drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint,
-                       weights=weights, plugins=plugins, negative=negative)
+                       weights=weights, plugins=plugins, negative=negative, with_teacher=with_teacher, x0=x0)
     first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
     emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
          lambda: tell(f"wrote {out}"))
@@ -140,7 +141,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
               metavar="LORA", help="Does the student go with this LoRA? A bench of its own; may be given several "
                                    "times.")] = None,
           scales: Annotated[str, typer.Option(metavar="S,...", help="Strengths of --compose.")] = "0.5,0.75,1",
-          plugins: Plugins = None, seed: Seed = 0, as_json: Json = False) -> None:
+          plugins: Plugins = None, with_teacher: WithTeacher = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
     counts, guided = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
     strengths = _numbers("--scales", scales, float, "0.5,1", least=0)
@@ -150,7 +151,7 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=guided,
                         solvers=solvers.split(","), compose=compose or (), scales=strengths,
                         features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
-                        metrics=metric or (), plugins=plugins)
+                        metrics=metric or (), plugins=plugins, with_teacher=with_teacher)
     emit(results, as_json, lambda: show_results(results, out))
 
 

@@ -18,8 +18,9 @@ from stepdistill.diffusion.solvers import heun
 from stepdistill.diffusion.times import karras
 from stepdistill.errors import RequestError, Stopped
 from stepdistill.evaluation import sweep
+from stepdistill.evaluation.counting import counted, denoiser_of
 from stepdistill.evaluation.fd import Moments, Reference, frechet, frechet_infinity
-from stepdistill.evaluation.plans import Plan, counted, denoiser_of
+from stepdistill.evaluation.plans import Plan
 from stepdistill.evaluation.sheets import sheet
 from stepdistill.export.dtypes import save_pipeline
 from stepdistill.models.compiled import compile_blocks

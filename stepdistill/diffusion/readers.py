@@ -87,6 +87,9 @@ def _strategic(history: list[Prediction], r: Tensor, noise: Tensor | None, throu
     return x_s if noise is None else p.schedule.renoise(x_s, noise, s, r)
 
 
+MULTISTEP = (_heun, _dpmpp_2m)                      # rules that look back at the evaluation before
+
+
 # Readers: (scheduler with its grid set, schedule) -> (start scale, evaluations) --------------------------------------
 def _demand(scheduler: SchedulerMixin, **wanted: Any) -> None:
     for key, value in wanted.items():

@@ -46,7 +46,8 @@ def mean_of(values: Tensor) -> Estimate:
 def share_of(share: float, n: int) -> Estimate:
     """A share seen in n independent cases, with Wilson's interval."""
     centre, half = share + Z * Z / (2 * n), Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
-    return Estimate(share, (centre - half) / (1 + Z * Z / n), (centre + half) / (1 + Z * Z / n))
+    low, high = ((centre + side) / (1 + Z * Z / n) for side in (-half, half))
+    return Estimate(share, min(low, share), max(high, share))   # which at 0 and 1 rounding would cross
 
 
 def jackknife(left_out: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -26,6 +26,8 @@ from ..errors import RequestError
 from ..models.families import stock_guidance, stock_prompts
 from ..models.schedulers import is_flow, stock_scheduler
 from ..models.stock import Guidance, pictures, unknown
+from ..models.with_teacher import Help
+from .counting import counted, denoiser_of
 
 
 def _each(n: int) -> int:
@@ -63,7 +65,7 @@ class Target:
     of the pipeline is given beside; guided: and what a guided one is. companion: nobody asked for it; where it cannot
     be run, its rows are left out. identity: changes with its weights. trained: the guidance scale, or the range of
     scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights. made: what
-    results.json says of its weights, such as where they lie.
+    results.json says of its weights, such as where they lie. help: of the teacher, in each of a student's calls.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Target:
     trained: float | tuple[float, float] | None = None
     fixed_steps: bool = False
     made: Mapping[str, Any] = field(default_factory=dict)
+    help: Help | None = None
 
     def __post_init__(self) -> None:
         if ":" in self.name or self.name == "real":
@@ -114,10 +117,40 @@ class Plan:
         pipeline, spelled = self.target.pipeline, stock_prompts(self.target.pipeline)
         asked = prompts if self.target.prompted else [spelled.any(pipeline)] * len(prompts)
         generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in ids.tolist()]
-        with torch.random.fork_rng(), _scheduler(pipeline, self.scheduler):
+        with torch.random.fork_rng(), _scheduler(pipeline, self.scheduler), self._called(asked) as call:
             # for pipelines that keep the generator to themselves
             torch.manual_seed(key(seed, "pipeline", ids[0].item()))
-            return pictures(pipeline, spelled, asked, generator=generators, **self.call) * 2 - 1
+            return pictures(pipeline, spelled, asked, generator=generators, **call) * 2 - 1
+
+    @contextmanager
+    def _called(self, prompts: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """The keyword arguments of the call, with the teacher at hand where it helps."""
+        if self.target.help is None:
+            yield self.call
+        else:
+            with self.target.help.of(self.target.pipeline, self.call, prompts) as together:
+                yield together.call
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """Whose evaluations are counted."""
+        helper = self.target.help
+        return [denoiser_of(one) for one in (self.target.pipeline, *(() if helper is None else (helper.teacher,)))]
+
+    def counts(self, evaluated: float) -> dict[str, float]:
+        """What results.json says of the evaluations of an image, where a judge may have sent it back."""
+        return {} if self.target.help is None else {"evaluations": evaluated}
+
+    def check_count(self, evaluated: int, drawn: int) -> None:
+        """RuntimeError where the networks were evaluated another number of times than was planned. Of a judge's
+        verdicts only the share is planned, so there it lies between none and all."""
+        least = most = self.nfe
+        if self.target.help is not None:
+            turns = self.target.help.turns(self.target.pipeline, self.call)
+            least, most = ((self.nfe,) * 2 if turns.nfe(0.0) == turns.nfe() else (turns.nfe(0.0), turns.nfe()))
+        if not least * drawn <= evaluated <= most * drawn:
+            raise RuntimeError(f"{self.name} was planned with {self.nfe} network evaluations per image but took "
+                               f"{evaluated / drawn:g}")
 
     def check_finite(self, broken: int, drawn: int) -> None:
         """RequestError where some of the pictures drawn have pixels that are no finite number."""
@@ -133,7 +166,8 @@ def plans(target: Target, nfe: Sequence[int], guidance: Sequence[float], solvers
     that is said, and it has no rows."""
     target.pipeline.set_progress_bar_config(disable=True)
     try:
-        rows = _teacher(target, nfe, guidance, solvers, say) if target.call is None else _student(target, nfe, say)
+        rows = (_teacher(target, nfe, guidance, solvers, say) if target.call is None else
+                _student(target, nfe, say) if target.help is None else _helped(target, nfe, say))
         if not rows:
             raise RequestError(f"{target.name} can be run at none of nfe={list(nfe)} with "
                                f"guidance={list(guidance)} and solvers={list(solvers)}: a guided step takes two "
@@ -242,6 +276,20 @@ def _student(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> 
     return rows
 
 
+def _helped(target: Target, nfe: Sequence[int], say: Callable[[str], None]) -> list[Plan]:
+    """The student's rows with what the teacher adds to them; of a judge's verdicts as many as it was made to find
+    poor."""
+    rows = []
+    for row in _student(replace(target, help=None), nfe, say):
+        try:
+            count = target.help.turns(target.pipeline, row.call).nfe(target.help.share)
+        except RequestError as error:
+            say(f"{target.name} is not run at {row.steps} steps: {error}")
+            continue
+        rows.append(replace(row, target=target, nfe=round(count), guidance=target.help.guidance))
+    return rows
+
+
 def at_steps(target: Target, steps: int) -> dict[str, Any]:
     """A student's call at this number of steps, and at its own number the call as it is. Even sigmas of a flow are made
     anew.
@@ -308,7 +356,7 @@ def at_guidance(target: Target, w: float, say: Callable[[str], None]) -> dict[st
 def evaluations(plan: Plan) -> int:
     """Network evaluations per image, counted in a call: a guided step shows as two, whatever the pipeline's
     conventions."""
-    with counted(denoiser_of(plan.target.pipeline)) as count:
+    with counted(*plan.networks) as count:
         plan.images([stock_prompts(plan.target.pipeline).any(plan.target.pipeline)], torch.tensor([0]), seed=0)
     return count[0]
 
@@ -324,33 +372,6 @@ def latency(plan: Plan, prompts: Sequence[str], seed: int, calls: int = 5) -> fl
         plan.images([prompts[i % len(prompts)]], torch.tensor([i]), seed)
         times.append(1000 * (time.perf_counter() - begin))
     return median(times[1:])
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
-    for name in ("unet", "transformer"):
-        if name in pipeline.components:
-            return pipeline.components[name]
-    raise RequestError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose evaluations could "
-                       "be counted")
-
-
-@contextmanager
-def counted(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Yields [samples that passed the network so far]."""
-    count, own = [0], network.__dict__.get("forward")
-    forward = network.forward
-
-    def counting(*args, **kwargs):
-        count[0] += len(next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
-        return forward(*args, **kwargs)
-
-    network.forward = counting
-    try:
-        yield count
-    finally:
-        del network.forward
-        if own is not None:
-            network.forward = own
 
 
 @contextmanager

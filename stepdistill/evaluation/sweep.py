@@ -14,12 +14,13 @@ from ..files.lock import LOCK, locked
 from ..files.whole import sweep as sweep_leftovers
 from ..models.reading import resized
 from ..models.stock import say_cut
+from .counting import counted
 from .estimate import share_of
 from .fd import too_few
 from .features import dimensions
 from .means import clip_score, diversity
 from .metrics import Means
-from .plans import SOLVERS, Plan, Target, counted, denoiser_of, latency, plans
+from .plans import SOLVERS, Plan, Target, latency, plans
 from .progress import meter
 from .protocol import Protocol, fingerprint
 from .reference import Source, load_source
@@ -129,8 +130,7 @@ class Evaluation:
         """One row of results.json, and its first pictures, (SHOWN, 3, H, W). on_images hears how many were drawn so
         far."""
         features, shown, seconds, broken, means = [], None, 0.0, 0, Means(self.metrics)
-        network = denoiser_of(plan.target.pipeline)
-        with counted(network) as evaluations:
+        with counted(*plan.networks) as evaluations:
             for ids, prompts in self._calls(batch):
                 begin = time.perf_counter()
                 pixels = plan.images(prompts, ids, self.seed)
@@ -145,9 +145,7 @@ class Evaluation:
         found = list(map(torch.cat, zip(*features, strict=True)))
         drawn = len(found[0])
         plan.check_finite(broken, drawn)
-        if evaluations[0] != plan.nfe * drawn:
-            raise RuntimeError(f"{plan.name} was planned with {plan.nfe} network evaluations per image but took "
-                               f"{evaluations[0] / drawn:g}")
+        plan.check_count(evaluations[0], drawn)
         images, others = ([own[: self.samples] for own in found],
                           found[0][self.samples:].unflatten(0, (self.groups, EACH - 1)))
         alike = torch.cat([images[0][: self.groups, None], others], 1)
@@ -156,7 +154,7 @@ class Evaluation:
                 "samples": self.samples, "seed": self.seed,
                 **self.measure(images, alike, plan.target.prompted, means),
                 "latency_ms": latency(plan, self.prompts, self.seed), "images_per_s": drawn / seconds,
-                "made": {**self.made, **plan.target.made}}, shown
+                "made": {**self.made, **plan.target.made, **plan.counts(evaluations[0] / drawn)}}, shown
 
     @property
     def images_per_row(self) -> int:

@@ -15,6 +15,7 @@ from ..errors import printable, redacted, unmarked
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
 from ..models.sources import Source
+from ..models.with_teacher import SERVED
 from .comfyui import FILE, sampler_of
 from .folder import base_of
 
@@ -22,6 +23,9 @@ FUSED = ("pipe.fuse_lora()                      # into the weights: a call then 
          "pipe.unload_lora_weights()            # without these two lines its weight can be set, and others added")
 # of pipelines that load no LoRA
 PEFT = "pipe.{0} = PeftModel.from_pretrained(pipe.{0}, folder).merge_and_unload()"
+HELP = ("The base takes the student's first step, and pictures of one prompt differ as its own do (arXiv:2503.10637); "
+        "it is the same network without the LoRA, so nothing more is loaded. Other systems: `distillation_pp`, "
+        "`adaptive`.")
 COLUMNS = {"fd": "FD", "to_teacher": "to teacher", "clip_score": "CLIP score", "all_attributes": "all attributes"}
 
 
@@ -31,6 +35,8 @@ def card(settings: Mapping[str, Any], folder: str, results: Mapping[str, Any] | 
     parts = [front_matter(settings), f"# {settings['method']}, {settings['steps']} steps", _what(settings),
              "![samples](samples.png)",
              f"## Use\n\n{block(snippet(settings, folder, asked))}", _facts(settings)]
+    if _may_be_helped(settings):
+        parts.append(f"## With the teacher's help\n\n{HELP}\n\n{block(helped_snippet(settings, folder, asked))}")
     if settings["format"] == "comfyui":
         parts.append(_comfyui(settings))
     if results is not None:
@@ -75,13 +81,7 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     names = ["AutoencoderKL"] * (base.vae is not None and not whole) + names
     names = ["BitsAndBytesConfig", "PipelineQuantizationConfig"] * _packs(base) + names
     by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
-    half = ("bfloat16" if "transformer" in inspect.signature(getattr(diffusers, settings["pipeline"])).parameters
-            else "float16")
-    lines = ["import torch", f"from diffusers import {', '.join(names)}", *by_peft, "",
-             *(['device, dtype = "cuda", torch.bfloat16'] if _packs(base) else [
-                 'device = "cuda" if torch.cuda.is_available() else "cpu"',
-                 f'dtype = torch.{half} if device == "cuda" else torch.float32']),
-             f"folder = {quoted(folder)}          # where this card lies"]
+    lines = _opening(settings, base, folder, names, by_peft)
     if whole:
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder, torch_dtype=dtype{without}).to(device)"]
     else:
@@ -91,8 +91,7 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
                   *([PEFT.format(settings["denoiser"])] if by_peft
                     else [f"pipe.load_lora_weights(folder{name})", *fused]),
                   f"pipe.scheduler = {settings['scheduler']}.from_pretrained(folder, subfolder=\"scheduler\")"]
-    if settings["global_noise"]:
-        lines += ["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
+    lines += _global_seed(settings)
     drawn = f"pipe({asked}{call}, generator=torch.Generator().manual_seed(0))"
     if _is_video(settings):
         lines[1:1] = ["from diffusers.utils import export_to_video"]
@@ -100,6 +99,43 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     else:
         lines += [f"image = {drawn}.images[0]", 'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def helped_snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
+    """Python that makes with_teacher.png, with the base's help in the first step."""
+    base, trained = base_of(settings), settings["trained_guidance"]
+    guidance = 1.0 if trained is None else trained if isinstance(trained, (int, float)) else sum(trained) / len(trained)
+    names = ["AutoencoderKL"] * (base.vae is not None) + [settings["pipeline"]]
+    without = "".join(f", {name}=None" for name in settings["without"])
+    beside = "".join(f", {key}={value!r}" for key, value in base.guided.items())
+    drawn = f"pipe({asked}, **together.call{beside}, generator=torch.Generator().manual_seed(0))"
+    return "\n".join([*_opening(settings, base, folder, names, ["", "import stepdistill"]),
+                      *base_lines(base, settings["pipeline"], without), "call = stepdistill.load(pipe, folder)",
+                      *_global_seed(settings),
+                      f'with stepdistill.with_teacher(pipe, "diversity", call, guidance={guidance:g}) as together:',
+                      f"    image = {drawn}.images[0]", 'image.save("with_teacher.png")', ""])
+
+
+def _may_be_helped(settings: Mapping[str, Any]) -> bool:
+    """Whether the base can take the first of its steps: of a LoRA that is called without guidance, in several."""
+    return (settings["format"] == "lora" and settings["pipeline"] in SERVED and settings["steps"] > 1
+            and settings["scale"] == 1 and "quantization" not in settings)
+
+
+def _opening(settings: Mapping[str, Any], base: Source, folder: str, names: list[str], more: list[str]) -> list[str]:
+    """What is imported of diffusers and beside, and where things lie."""
+    half = ("bfloat16" if "transformer" in inspect.signature(getattr(diffusers, settings["pipeline"])).parameters
+            else "float16")
+    return ["import torch", f"from diffusers import {', '.join(names)}", *more, "",
+            *(['device, dtype = "cuda", torch.bfloat16'] if _packs(base) else [
+                'device = "cuda" if torch.cuda.is_available() else "cpu"',
+                f'dtype = torch.{half} if device == "cuda" else torch.float32']),
+            f"folder = {quoted(folder)}          # where this card lies"]
+
+
+def _global_seed(settings: Mapping[str, Any]) -> list[str]:
+    return (["torch.manual_seed(0)                  # this pipeline keeps the generator from its scheduler"]
+            if settings["global_noise"] else [])
 
 
 def _is_video(settings: Mapping[str, Any]) -> bool:

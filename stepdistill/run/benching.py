@@ -19,6 +19,7 @@ from . import folder
 from .sources import marked
 from .targets import Opened, open_target, ships, teachers
 from .telling import log
+from .with_teacher import Asked, helped
 
 CLIP = "assets/shapes-clip"
 REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréchet distance give `reference`, a "
@@ -28,8 +29,10 @@ REFERENCE_OF_OWN = ("the teacher's own pictures from the same noise; for a Fréc
 def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | None, out: str | Path, seed: int,
           guidance: Sequence[float] | None, solvers: Sequence[str], features: FeatureName | FeatureNames | None,
           reference: str | Path | None, prompts: Sequence[str] | None, reuse: Sequence[str | Path],
-          few_step: Sequence[str | Path], metrics: Sequence[str], plugins: str | Path | None) -> dict[str, Any]:
+          few_step: Sequence[str | Path], metrics: Sequence[str], plugins: str | Path | None,
+          with_teacher: str | None = None) -> dict[str, Any]:
     """`stepdistill.bench`."""
+    asked = None if with_teacher is None else Asked.of(with_teacher)
     outside, spaces = None if plugins is None else Folder.open(plugins), feature_spaces(features)
     marks = marked(metrics, outside, device := launched())
     if reference not in (None, "teacher"):
@@ -42,7 +45,9 @@ def bench(targets: Sequence[str | Path], *, nfe: Sequence[int], samples: int | N
         raise RequestError(f"{videos[0]} makes videos, which are measured beside their teacher's own: leave "
                            "--reference and targets that make pictures out")
     scales, beside = tuple(guidance or _own_scales(opened)), teachers(opened, log.info)
-    every = [*(o.target for o in opened if o.target.call is not None), *beside]
+    students = [o for o in opened if o.target.call is not None]
+    aided = [] if asked is None else [helped(o, asked, beside, device) for o in students]
+    every = [*(o.target for o in students), *aided, *beside]
     for target in every:
         target.pipeline.to(device)
     if reference is None:

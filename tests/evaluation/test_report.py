@@ -70,6 +70,8 @@ def test_a_distance_of_0_or_less_is_drawn_where_it_is(least, scale):
 def test_share_interval_is_wilsons():
     found = share_of(0.5, 100)
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+    for n in range(1, 400):                       # whatever rounding does, the share lies in its interval
+        assert all(share_of(share, n).low <= share <= share_of(share, n).high for share in (0.0, 1.0))
     assert share_of(1.0, 10).high == pytest.approx(1.0)
 
 

@@ -13,11 +13,13 @@ from families.sana import tiny_sana
 from tiny import tiny_pipeline, tiny_sd3
 
 from stepdistill.errors import RequestError
+from stepdistill.evaluation.counting import counted
 from stepdistill.evaluation.fd import least_samples
-from stepdistill.evaluation.plans import Plan, Target, counted, evaluations, plans, solver_scheduler
+from stepdistill.evaluation.plans import Plan, Target, evaluations, plans, solver_scheduler
 from stepdistill.evaluation.report import METRICS, read_results
 from stepdistill.evaluation.sweep import Evaluation, bench
 from stepdistill.files.lock import locked
+from stepdistill.models.with_teacher import Help
 
 from .conftest import DIM
 
@@ -156,6 +158,37 @@ def test_real_pictures_are_not_held(clip_folder, monkeypatch):
 def test_a_guided_student_pays_for_its_guidance(student):
     guided = Target("guided", student.pipeline, "lcm", CALL | {"guidance_scale": 2.0})
     assert [(row.nfe, row.steps) for row in plans(guided, [1, 2, 4], [], [], quiet)] == [(2, 1), (4, 2)]
+
+
+def test_rows_with_the_teacher_s_help_count_both_networks(teacher, student, clip_folder, tmp_path):
+    """Beside the student's own rows; one step leaves it no turn."""
+    told = []
+    aided = replace(student, name="student + teacher (diversity)", identity="both",
+                    help=Help("diversity", 2.0, teacher.pipeline))
+    rows = plans(aided, [1, 2, 4], [1.0], ["ddim"], told.append)
+    assert [(row.steps, row.nfe, row.guidance) for row in rows] == [(2, 3, 2.0), (4, 5, 2.0)]
+    assert told == ["student + teacher (diversity) is not run at 1 steps: the teacher would draw alone: a student of "
+                    "more steps, or a smaller handover, has a turn"]
+    assert [evaluations(row) for row in rows] == [3, 5]
+    found = {(row["target"], row["nfe"]): row for row in
+             run([student, aided], clip_folder, tmp_path / "out", nfe=(2,))["rows"]}
+    assert found.keys() == {("real", 0), ("student", 2), ("student + teacher (diversity)", 3)}
+    assert found["student + teacher (diversity)", 3]["made"] == {"evaluations": 3.0}
+    assert (tmp_path / "out/samples/student + teacher (diversity)-nfe3-w2.png").is_file()
+
+
+def test_a_judge_s_share_is_planned_and_its_verdicts_are_counted(teacher, student, clip_folder, tmp_path):
+    help = Help("adaptive", 2.0, teacher.pipeline, {"teacher_steps": 2}, share=0.5, below=0.0,
+                score=lambda pixels, prompts: torch.tensor([float(len(prompt) % 2) - 0.5 for prompt in prompts]))
+    row, = plans(replace(student, name="both", help=help), [4], [1.0], ["ddim"], quiet)
+    assert row.nfe == 6
+    for prompts, sent in ((["a ring", "a disc"], 2), (["a ring", "discs"], 1), (["rings", "a"], 0)):
+        with counted(*row.networks) as passed:
+            row.images(prompts, torch.arange(2), 0)
+        assert passed[0] == 2 * 4 + 4 * sent
+        row.check_count(passed[0], 2)
+    with pytest.raises(RuntimeError, match="both was planned with 6 network evaluations per image but took 9"):
+        row.check_count(18, 2)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
