@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import resources
 from .cli import answer, working
-from .printing import show, tell
+from .cli.printing import show, tell
 from .recipe import Recipe
 from .recipe.yaml import parse_set
 

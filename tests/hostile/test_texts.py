@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 import stepdistill
-from stepdistill import cli, printing
+from stepdistill import cli
+from stepdistill.cli import printing
 from stepdistill.data.images import FolderImages
 from stepdistill.data.prompts import open_prompts
 from stepdistill.errors import HIDDEN, RequestError, printable, redacted, unmarked
 from stepdistill.evaluation.curve import curve
 from stepdistill.evaluation.page import Strip, page
 from stepdistill.evaluation.report import as_csv, as_markdown, table
-from stepdistill.export.card import _block, _code, card
+from stepdistill.export.card import _code, block, card
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.yaml import LENGTH, MARKS, Source, parse_set
 from stepdistill.run.telling import spoken
@@ -218,7 +219,7 @@ def test_cards_are_no_markup_but_their_own(world):
     outside = text.split("## Use")[0] + text.split("## Settings")[1]
     plain = [part for i, part in enumerate(outside.split("`")) if i % 2 == 0]
     assert TOKEN not in text and r"\<script\>" in outside and not any("\n# heading" in part for part in plain)
-    assert unmarked("<b>") == r"\<b\>" and _code("a`b") == "``a`b``" and _block("x\n") == "```python\nx\n```"
+    assert unmarked("<b>") == r"\<b\>" and _code("a`b") == "``a`b``" and block("x\n") == "```python\nx\n```"
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import printable
+from ..errors import printable
 
 say = Console()
 complain = Console(stderr=True)
@@ -66,7 +66,7 @@ def show_results(results: dict[str, Any], out: Path) -> None:
             tell(sentence)
         tell(f"wrote {out / 'results.json'}, {out / 'report.html'} and {out / 'samples' / 'together.png'}")
         return
-    from .evaluation import report
+    from ..evaluation import report
     show(report.table(results))
     tell(f"wrote {out / 'results.json'}, {out / 'curve.png'} and {out / 'report.html'}")
 

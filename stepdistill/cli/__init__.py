@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,8 +13,27 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from . import __version__
-from .errors import RequestError, Stopped, of_the_system, printable
+from .. import __version__
+from ..errors import RequestError, Stopped, of_the_system, printable
+from .options import (
+    MANY,
+    RESUME_AUTO,
+    X0,
+    Checkpoint,
+    Guidance,
+    Json,
+    Out,
+    Plugins,
+    RecipeName,
+    Seed,
+    Sets,
+    Target,
+    Weights,
+    WithTeacher,
+    completions,
+    numbers,
+    size_in_bytes,
+)
 from .printing import (
     complain,
     emit,
@@ -36,27 +53,6 @@ app = typer.Typer(name="stepdistill", no_args_is_help=True, pretty_exceptions_en
                   help="Turns a diffusers pipeline into a 1-8 step generator, and shows its quality against network "
                        "evaluations.")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in name such as shapes/lcm.",
-                                           autocompletion=lambda incomplete: _names("recipes", incomplete))]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
-                                                help="Change one entry, such as train.lr=1e-4.")]
-Out = Annotated[Path | None, typer.Option(help="Where to write.")]
-Checkpoint = Annotated[int | None, typer.Option(metavar="STEP", min=1, help="Of a run: another than the last.")]
-Weights = Annotated[str | None, typer.Option(metavar="ema|student", help="Of a run that has both; ema unless given.")]
-Plugins = Annotated[str | None, typer.Option("--plugins", metavar="FOLDER", help="Methods, families, metrics and "
-                                             "data of your own.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.",
-                                                callback=lambda scale: _scale("--guidance", scale))]
-WithTeacher = Annotated[str | None, typer.Option(metavar="NAME[,OPTION=VALUE...]", help="A student's teacher helps: "
-                                                 "diversity, distillation_pp or adaptive.")]
-X0 = Annotated[Path | None, typer.Option("--x0", metavar="PNG", help="With a teacher: what each evaluation draws.")]
-# how `--resume auto` is handed on: an option cannot be both a switch and a choice
-RESUME_AUTO = "--resume-auto"
-MANY = 10_000_000                      # of anything that is counted: beyond it a number is a slip
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
-Target = "A run folder, an export folder, or a diffusers pipeline (folder or Hub id)."
-
 
 @app.command()
 def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
@@ -69,9 +65,9 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     chosen = _chosen(recipe, set_, plugins)
     api = working()
     run = api.train(chosen, out=out, resume="auto" if resume_auto else resume)
-    from .parallel import rank
+    from ..parallel import rank
     if rank() == 0:
-        from .run.teacher_checks import family
+        from ..run.teacher_checks import family
         to = None if family(chosen).no_pipeline else "pipeline" if chosen.student.lora is None else "lora"
         after = None if to is None else f"stepdistill export {quote(str(run))} --to {to}"
         emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
@@ -84,7 +80,7 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None, plugins: Plugi
     """Make and keep the teacher's pairs of noise and picture that a recipe trains on."""
     chosen = _chosen(recipe, set_, plugins)
     found = working().pairs(chosen, out=out)
-    from .parallel import rank
+    from ..parallel import rank
     if rank() == 0:
         news = (f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made
                 else f"{found.count} pairs are there already")
@@ -143,10 +139,10 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           scales: Annotated[str, typer.Option(metavar="S,...", help="Strengths of --compose.")] = "0.5,0.75,1",
           plugins: Plugins = None, with_teacher: WithTeacher = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
-    counts, guided = _numbers("--nfe", nfe, int, "1,2,4,8"), guidance and _numbers("--guidance", guidance, float, "1,3")
-    strengths = _numbers("--scales", scales, float, "0.5,1", least=0)
+    counts, guided = numbers("--nfe", nfe, int, "1,2,4,8"), guidance and numbers("--guidance", guidance, float, "1,3")
+    strengths = numbers("--scales", scales, float, "0.5,1", least=0)
     api = working()
-    from .data.prompts import texts_of
+    from ..data.prompts import texts_of
     texts = texts_of(prompts)
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=guided,
                         solvers=solvers.split(","), compose=compose or (), scales=strengths,
@@ -170,7 +166,7 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     api = working()
     folder = api.export(run, to=to, guidance=guidance, out=out, dtype=dtype, checkpoint=checkpoint, weights=weights,
                         push=push, public=public)
-    from .export import read_settings
+    from ..export import read_settings
     settings = read_settings(folder)
     left = (f"\nwithout the teacher's {', '.join(settings['dropped'])}, which its card says too" if to == "pipeline"
             and settings["dropped"] else "")
@@ -205,7 +201,7 @@ def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetenso
           as_json: Json = False) -> None:
     """Find how a few-step LoRA of anybody's is called best."""
     api = working()
-    from .data.prompts import texts_of
+    from ..data.prompts import texts_of
     found = api.check(lora, base, out=out, prompts=texts_of(prompts), samples=samples, seed=seed, guidance=guidance,
                       features=features)
     emit(found.plain, as_json, lambda: show_checked(found))
@@ -223,7 +219,7 @@ def undistil(turbo: Annotated[str, typer.Argument(metavar="PIPELINE", help="A fe
              resume_auto: Annotated[bool, typer.Option(RESUME_AUTO, hidden=True)] = False, set_: Sets = None,
              as_json: Json = False) -> None:
     """Make the adapter with which style LoRAs are trained on a few-step model."""
-    from .recipe.yaml import parse_set
+    from ..recipe.yaml import parse_set
     folder = working().undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps, to=to,
                                 out=out, resume="auto" if resume_auto else resume, **parse_set(set_ or []))
     emit({"folder": str(folder)}, as_json, lambda: tell(f"proved and written: {folder}\nits card says how it is used: "
@@ -239,7 +235,7 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
            as_json: Json = False) -> None:
     """Prove methods: against closed forms, by training on a mixture of known law, and by their contract."""
     working()
-    from .proofs.run import verify as prove
+    from ..proofs.run import verify as prove
     try:
         found = prove(*methods or (), seed=seed, out=out, fast=fast, done=show_progress, plugins=plugins)
     except KeyboardInterrupt:
@@ -251,10 +247,11 @@ def verify(methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD.
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(
-                help="One method in full.", autocompletion=lambda incomplete: _names("methods", incomplete))] = None,
+                help="One method in full.",
+                autocompletion=lambda incomplete: completions("methods", incomplete))] = None,
             plugins: Plugins = None, as_json: Json = False) -> None:
     """List the methods, or show one with its algorithm, defaults and paper."""
-    from .recipe import catalogue
+    from ..recipe import catalogue
     rows = catalogue.methods(name, plugins)
     if name is None or as_json:
         emit(rows, as_json, lambda: show(table(rows, ("name", "title", "arxiv", "family", "data", "steps"))))
@@ -271,9 +268,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
                               typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
             as_json: Json = False) -> None:
     """List the built-in recipes, or print one."""
-    from .recipe import catalogue
+    from ..recipe import catalogue
     if schema:
-        from .recipe import editors
+        from ..recipe import editors
         emit(editors.schema(), True, None)
         return
     rows = catalogue.recipes(name, plugins)
@@ -288,7 +285,7 @@ def plan(recipe: RecipeName, set_: Sets = None, as_json: Json = False, plugins: 
          gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a card, such as 16GB: does it "
                                                         "fit, and what makes it fit?")] = None) -> None:
     """Say what a run will cost, before anything is loaded."""
-    memory = None if gpu_memory is None else _bytes("--gpu-memory", gpu_memory)
+    memory = None if gpu_memory is None else size_in_bytes("--gpu-memory", gpu_memory)
     found = working().plan(_chosen(recipe, set_, plugins), memory)
     emit(found, as_json, lambda: show_plan(found))
 
@@ -356,46 +353,13 @@ def working() -> Any:
     return api
 
 
-def _names(kind: str, incomplete: str) -> list[str]:
-    """What a shell completes: the methods or recipes that begin so."""
-    from .recipe import catalogue
-    rows = {"methods": catalogue.methods, "recipes": catalogue.recipes}[kind]()
-    return [row["name"] for row in rows if row["name"].startswith(incomplete)]
-
-
 def _chosen(recipe: str, set_: list[str] | None, plugins: str | None) -> Any:
     """The recipe with what was --set, and its plugins."""
-    from .recipe import Recipe
-    from .recipe.yaml import parse_set
+    from ..recipe import Recipe
+    from ..recipe.yaml import parse_set
     return Recipe.load(recipe, parse_set(set_ or []) | ({} if plugins is None else {"plugins": plugins}))
 
 
 def _fail(message: str, status: int) -> NoReturn:
     complain.print(f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
     sys.exit(status)
-
-
-def _scale(option: str, number: float | None) -> float | None:
-    if number is not None and not 1 <= number < math.inf:
-        raise RequestError(f"{option} {number}: should be a finite number, such as 3.0, and at least 1, which is none")
-    return number
-
-
-def _numbers(option: str, text: str, kind: type, example: str, least: int = 1) -> list[Any]:
-    """Numbers of at least `least` with commas between."""
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(least <= number <= MANY for number in found):
-        raise RequestError(f"{option} {text}: should be finite numbers of at least {least}, and at most {MANY:,}, "
-                           f"with commas between, such as {example}")
-    return found
-
-
-def _bytes(option: str, text: str) -> float:
-    """A size such as 16GB or 24 GiB, in bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise RequestError(f"{option} is {text}; expected a size such as 16GB or 24GiB")
-    return float(found[1]) * {"mb": 1e6, "mib": 2**20, "gb": 1e9, "gib": 2**30}[found[2].lower()]
