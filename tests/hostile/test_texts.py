@@ -19,7 +19,7 @@ from stepdistill.errors import HIDDEN, RequestError, printable, redacted, unmark
 from stepdistill.evaluation.curve import curve
 from stepdistill.evaluation.page import Strip, page
 from stepdistill.evaluation.report import as_csv, as_markdown, table
-from stepdistill.export.card import _code, block, card
+from stepdistill.export.card import block, card
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.yaml import LENGTH, MARKS, Source, parse_set
 from stepdistill.run.telling import spoken
@@ -219,7 +219,7 @@ def test_cards_are_no_markup_but_their_own(world):
     outside = text.split("## Use")[0] + text.split("## Settings")[1]
     plain = [part for i, part in enumerate(outside.split("`")) if i % 2 == 0]
     assert TOKEN not in text and r"\<script\>" in outside and not any("\n# heading" in part for part in plain)
-    assert unmarked("<b>") == r"\<b\>" and _code("a`b") == "``a`b``" and block("x\n") == "```python\nx\n```"
+    assert unmarked("<b>") == r"\<b\>" and code("a`b") == "``a`b``" and block("x\n") == "```python\nx\n```"
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
