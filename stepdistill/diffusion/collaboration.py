@@ -173,8 +173,8 @@ def distillation_pp(student: Sampler, schedule: Schedule, guidance: float, weigh
     anew, the teacher denoises it with guidance, and the student goes on from x_0 + weight (x_0 of the teacher - x_0).
 
     That is a step of score distillation, taken on the picture instead of on weights. x_0 is noised to where the
-    student's step lands. The paper's code is not to be had, so the default weight is of our own figures
-    (docs/with_teacher.md). guided_steps: how many of the student's steps, from the first one.
+    student's step lands. Written from the paper's abstract, for its code is not to be had: the default weight, a small
+    one, is ours (figures: docs/with_teacher.md). guided_steps: how many of the student's steps, from the first one.
     """
     _single(student)
     _require(0 <= weight <= 1, f"the weight of the teacher's x_0 is from 0 to 1; found {weight:g}")

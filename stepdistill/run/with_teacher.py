@@ -86,6 +86,7 @@ def helped(opened: Opened, asked: Asked, beside: Sequence[Target], device: torch
     if asked.name == "adaptive":
         help = _judged(replace(help, share=asked.share), opened, device)
     told = {"system": asked.name, "guidance": guidance, **asked.options}
+    told |= {"share": asked.share} if asked.name == "adaptive" else {}
     return replace(target, name=f"{target.name} + teacher ({asked.name})", help=help,
                    identity=f"{target.identity} {teacher.identity} {told}",
                    made={**target.made, "with_teacher": told})
