@@ -19,7 +19,7 @@ from stepdistill.errors import HIDDEN, RequestError, printable, redacted, unmark
 from stepdistill.evaluation.curve import curve
 from stepdistill.evaluation.page import Strip, page
 from stepdistill.evaluation.report import as_csv, as_markdown, table
-from stepdistill.export.card import block, card
+from stepdistill.export.card import block, card, code
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.yaml import LENGTH, MARKS, Source, parse_set
 from stepdistill.run.telling import spoken
