@@ -348,7 +348,7 @@ def working() -> Any:
     """The functions that do the work, with torch and diffusers."""
     tell("loading torch and diffusers", complain)                  # which takes seconds, on a busy machine a minute
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # it speaks while it is being imported
-    from . import api
+    from .. import api
     api.quiet()
     return api
 
