@@ -88,7 +88,9 @@ def latest(path: Path, problem: Problem) -> float:
     found = cast("scm", path, problem, progress=1.0)
     step = Latest(**{**vars(found.step), "ids": found.batch.ids})
     found.method.loss(found.batch, step)
-    trained_at = max(t.max().item() for _, t, _ in found.method.roles["student"].calls)
+    student = found.method.roles["student"]
+    asked = student.calls if path.kept is None else student.role.calls           # that keeps its guidance: within
+    trained_at = max(t.max().item() for _, t, _ in asked)
     return abs(trained_at - found.method.sampler.times[0].item())
 
 
