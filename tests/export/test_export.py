@@ -286,7 +286,7 @@ def test_the_workflow_is_the_students_own_call(make, tmp_path, kind, inference, 
 
 def test_a_schedule_that_ends_in_pure_noise_begins_at_comfyuis_last_sigma():
     settings = {"scheduler": "DDIMScheduler", "teacher": "base", "weights": "x.safetensors",
-                "prediction": "v_prediction", "scale": 1, "pipeline": "StableDiffusionPipeline"}
+                "prediction": "v_prediction", "scale": 1, "pipeline": "StableDiffusionPipeline", "call": {}}
     nodes = {node["class_type"]: node["inputs"] for node in workflow(settings, [float("inf"), 1.0], "a",
                                                                      (8, 16)).values()}
     assert (nodes["ManualSigmas"]["sigmas"] == "4518.760000, 1.000000, 0.000000"

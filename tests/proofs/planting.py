@@ -36,7 +36,9 @@ class Fault:
 
     @property
     def pattern(self) -> re.Pattern:
-        return re.compile(r"\s+".join(map(re.escape, re.split(r"\s+", self.old))))
+        inner = r"\s+".join(map(re.escape, self.old.split()))
+        before, after = self.old[:-len(self.old.lstrip())], self.old[len(self.old.rstrip()):]
+        return re.compile(re.escape(before) + inner + re.escape(after))
 
     def __str__(self) -> str:
         return f"{self.module.rsplit('.', 1)[-1]}: {self.name}"

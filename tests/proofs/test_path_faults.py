@@ -351,7 +351,7 @@ FAULTS = [
     ),
     *of(
         "lcm", "models.schedulers",
-        ("guidance.call(inference.kept)", "guidance.none"),
+        ("guidance.call(inference.cfg)", "guidance.none"),
     ),
     *of(
         "flow_map", "diffusion.guidance",
