@@ -13,7 +13,7 @@ PATHS = (
     Path("the defaults, shapes/diff_instruct", elsewhere=True),
     Path("toy/diff_instruct, not guided", guidance=1.0, elsewhere=True),
     Path("a range of guidance", guidance=(1.5, 4.0)),
-    Path("begun at 0.4", {"start_time": 0.4}, elsewhere=True),
+    Path("begun at 0.375", {"start_time": 0.375}, elsewhere=True),
     Path("mean 0.4", {"mean": 0.4}),
     Path("std 0.6", {"std": 0.6}),
     Path("sigma_data 0.5", {"sigma_data": 0.5}),

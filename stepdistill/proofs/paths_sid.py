@@ -21,7 +21,7 @@ SHAPES = {"alpha": 1.2, "critic_training_guidance": 1.0, "critic_steps": 2}
 PATHS = (
     Path("the defaults", moments=(0, 1), elsewhere=True),
     Path("the defaults at 4 steps", steps=4, moments=MANY),
-    Path("shapes/sid, begun at 0.626, a critic that is not guided", SHAPES | {"start_time": 0.626}, elsewhere=True),
+    Path("shapes/sid, begun at 0.625, a critic that is not guided", SHAPES | {"start_time": 0.625}, elsewhere=True),
     Path("a critic that is not guided", {"critic_training_guidance": 1.0}, elsewhere=True),
     Path("Zero-CFG, a critic without prompts", {"critic_training_guidance": 0.0}, guidance=1.0, moments=(0, 1),
          elsewhere=True),

@@ -65,7 +65,7 @@ def of_student(turn: Turn) -> Known:
     count, K = d.numel(), logits.shape[1]
     pull = at * (teacher.back(of_real, t) + critic.back(of_fake, t)) - weight * h * d
     judged = (within * of_logits.sum(1))[:, None].expand(-1, K) / K / count
-    values: dict[str, Tensor | None] = {"identity": None}       # its parts cancel: the gradient alone is compared
+    values = {"identity": (weight * h * inner).mean()}
     if s.gan_weight:
         values["gan"] = s.gan_weight * softplus(-logits).mean()
         judged = judged - s.gan_weight * torch.sigmoid(-logits) / logits.numel()
