@@ -103,7 +103,7 @@ class SMD(Method):
         with torch.no_grad():
             real, fake = self.scores("x0", x_t, t, batch.cond, step)
         logits = self.discriminator(x_t, t, batch.cond)
-        weight = dmd(x.detach(), real) * mixture_weight(a, ratio(logits.detach())).to(x)
+        weight = dmd(x.detach(), real) * mixture_weight(a.to(logits), ratio(logits.detach())).to(x)
         losses, gan = {"matching": distribution_matching(x, real, fake, weight).mean()}, self.settings.gan_weight
         return losses | ({"gan": gan * generator_loss(mixture_logits(logits, a)).mean()} if gan else {})
 
