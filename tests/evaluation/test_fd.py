@@ -92,6 +92,7 @@ def test_the_finite_reference_is_extrapolated_too():
     assert plain.mean() > margin
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pictures", [130, 400])
 @pytest.mark.parametrize("size", [0.0, 0.4])
 def test_the_interval_against_a_small_reference_covers(size, pictures):

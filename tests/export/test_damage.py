@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.errors import RequestError, unmarked
 from stepdistill.export import export_student, open_export, read_settings
-from stepdistill.export.card import _code
+from stepdistill.export.card import code
 from stepdistill.export.write import aside
 from stepdistill.files.whole import aside_of, checksum
 
@@ -92,4 +92,4 @@ def test_what_killed_exports_left_is_cleared_and_what_they_replaced_put_back(tmp
 def test_names_are_no_markup_in_a_card():
     assert unmarked("teacher:dpmpp_2m") == "teacher:dpmpp_2m"
     assert unmarked("<b>|`x`\n# [a](b) __c__\x1b[31m") == r"\<b\>\|\`x\` \# \[a\](b) \_\_c\_\_\\x1b\[31m"
-    assert _code("a/b") == "`a/b`" and _code("a`b``c") == "```a`b``c```" and _code("`x") == "`` `x ``"
+    assert code("a/b") == "`a/b`" and code("a`b``c") == "```a`b``c```" and code("`x") == "`` `x ``"

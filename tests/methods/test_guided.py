@@ -52,6 +52,7 @@ def test_what_comes_after_is_told_too(tiny_teacher):
     assert check(Recipe.load(recipe(tiny_teacher) | {"stages": [STAGES[0], STAGES[1] | {"guidance": 2.0}]}).stages[1])
 
 
+@pytest.mark.long
 def test_both_stages_on_a_real_pipeline_leave_as_one_lora_at_a_scale(tiny_teacher, tmp_path, monkeypatch):
     """Every stage's teacher is told the scales that its student is told."""
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))

@@ -71,8 +71,8 @@ def plant(monkeypatch, fault: Fault) -> None:
 
 
 def shared_out(faults: Sequence[Fault]) -> list[Any]:
-    """For a test of each: one in three with every push, all of them with the long tests."""
-    return [fault if i % 3 == 0 else pytest.param(fault, marks=pytest.mark.long) for i, fault in enumerate(faults)]
+    """For a test of each: one in six with every push, the others with the long tests."""
+    return [fault if i % 6 == 0 else pytest.param(fault, marks=pytest.mark.long) for i, fault in enumerate(faults)]
 
 
 def functions(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:

@@ -1,6 +1,7 @@
 """What the contract sees on a real pipeline, whole and broken."""
 from __future__ import annotations
 
+import pytest
 import torch
 
 from stepdistill.models.adapters import AdapterBank
@@ -50,6 +51,7 @@ def test_a_role_that_stays_is_seen(tmp_path, monkeypatch):
                                                      "did not move"]
 
 
+@pytest.mark.long
 def test_a_resume_that_forgets_is_seen(tmp_path, monkeypatch):
     """As if a checkpoint did not hold all of what training goes on from."""
     load, drop = checkpoints.load, "optimizer-student"

@@ -93,6 +93,7 @@ def test_on_a_base_of_16_bits_it_is_what_the_stock_loader_reads(root):
     assert all(torch.equal(found[name], given[name].bfloat16().float()) for name in given)
 
 
+@pytest.mark.long
 def test_training_goes_on_from_there_and_one_lora_leaves(root, tmp_path):
     recipe = Recipe.load(written(root, root / "uneven", critic={"lora": {"rank": 1}}, method="dmd2",
                                  settings={"gan_weight": 0.0},

@@ -284,6 +284,7 @@ def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_lora_becomes_full_between_stages_and_is_told_its_scale(recipe, tmp_path, inputs):
     """The full student of stage 2 is what the adapter of stage 1 was; stage 3 goes on from all its weights."""
     full = {"student": "full", "teacher": "previous", "train": {"updates": 1, "lr": 1e-3}}

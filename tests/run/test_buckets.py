@@ -118,6 +118,7 @@ def test_a_teacher_at_another_size_is_the_one_that_is_loaded_for_it(world):
     assert own_sides(other) == (16, 24) and own_sides(of_square) == (16, 16)
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_exactly_and_its_export_is_proved_at_two_sizes(world, tmp_path):
     whole = api.train(table(world), out=tmp_path / "whole", **{"train.checkpoint_every": 2})
     cut = tmp_path / "cut"
@@ -142,6 +143,7 @@ def test_a_run_is_resumed_exactly_and_its_export_is_proved_at_two_sizes(world, t
             and "proved at 16 x 16 and 24 x 16" in card)
 
 
+@pytest.mark.long
 def test_a_plan_is_of_the_largest_bucket(world):
     peak = lambda resolution: plan(Recipe.load(table(world, resolution=resolution)))["peak"]
     assert peak({"buckets": [[16, 16], [24, 16], [16, 32]]}) == peak([16, 32]) > peak([24, 16]) > peak([16, 16])

@@ -26,6 +26,7 @@ with unmagnified():
 """
 
 
+@pytest.mark.long
 def test_two_processes_with_a_shared_base_are_one(tiny_teacher, tmp_path):
     recipe = RECIPE | {"teacher": str(tiny_teacher)}
     on_two_processes(WORKER, tmp_path, json.dumps(recipe))

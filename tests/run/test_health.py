@@ -101,6 +101,7 @@ def test_rollback_ends_where_smaller_rates_do_not_help(tmp_path):
         trained(tmp_path, "toy/lcm", train__lr=2e4, train__doctor="rollback")
 
 
+@pytest.mark.long
 def test_the_command_says_what_ails_a_run(stepdistill, tmp_path):
     run = trained(tmp_path, "toy/lcm", train__lr=0.2)
     done = stepdistill("doctor", run)

@@ -196,11 +196,13 @@ def cheap(root, monkeypatch):
     monkeypatch.setenv("STEPDISTILL_CACHE", str(root / "cache"))
 
 
+@pytest.mark.long
 def test_a_lora_that_gains_nothing_is_refused(root, cheap):
     said = refused(root, root / "even", guidance=2.0)                # of random numbers, on a base of random numbers
     assert said.startswith("no few-step LoRA: at its best, ") and "at no number of them" in said
 
 
+@pytest.mark.long
 def test_the_command_says_what_it_found_and_writes_it(root, cheap, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lora_check, "gains", lambda second, base: [1])
     found = api.check(root / "uneven", root / "base", out=tmp_path / "out", features=Flat(), samples=11, guidance=2.0)

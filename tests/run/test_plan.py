@@ -40,6 +40,7 @@ def test_a_plan_counts_what_training_makes(tmp_path, t5, call, tokens):
     assert kept == 10 * 4 * (16 * 8 * 8 + cond.text.numel() + cond.pooled.numel()) and cond.text.shape[1] == tokens
 
 
+@pytest.mark.long
 def test_a_peak_has_room_for_every_pass_that_gradients_go_back_through(tiny_teacher):
     """A score difference keeps the activations of the student alone, a score identity the teacher's and the critic's
     too."""

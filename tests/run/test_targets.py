@@ -105,6 +105,7 @@ def test_black_pictures_are_said(tmp_path, capsys):
     assert f"all pictures of {folder} are black" in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
+@pytest.mark.long
 def test_a_safety_checker_that_stays_behind_is_said(tmp_path, stepdistill):
     pipe = tiny_pipeline()
     config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

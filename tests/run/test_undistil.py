@@ -127,6 +127,7 @@ def test_caches_of_samples_without_a_call_keep_their_name():
     assert data._made_by(run) == {"solver": "dpmpp_2m", "steps": 25, "guidance": 1.0, "seed": 0}
 
 
+@pytest.mark.long
 def test_the_adapter_leaves_with_a_card_that_says_how_it_is_used(tmp_path, monkeypatch):
     """Its snippet saves the few-step model with the adapter in its weights."""
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))

@@ -94,6 +94,7 @@ with unmagnified():
 """
 
 
+@pytest.mark.long
 def test_two_processes_train_what_one_does(tiny_teacher, tmp_path):
     """Adapters of a student and a critic on one base, and heads: what DDP around the whole would refuse at the second
     update."""
