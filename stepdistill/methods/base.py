@@ -241,6 +241,13 @@ def halving(method: str, steps: int, before: int) -> str | None:
             f"halving to {steps} begins at a power of two times {steps}")
 
 
+def check_halving(method: str, steps: int, schedule: Schedule) -> None:
+    """ValueError where a schedule has too few times for a teacher that takes two steps for each of the student's."""
+    if isinstance(schedule, VariancePreserving) and 2 * steps > LEVELS:
+        raise ValueError(f"the teacher of {method} takes two steps for each, and has {LEVELS} times; found "
+                         f"{steps} steps")
+
+
 def middle(guidance: Guidance) -> float:
     """A scale as it is, of a range its middle."""
     return float(guidance) if isinstance(guidance, int | float) else sum(guidance) / 2

@@ -27,11 +27,10 @@ from ...diffusion.bridges import two_in_one
 from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided, with_scale
-from ...diffusion.schedule import Schedule, VariancePreserving, like
-from ...diffusion.times import LEVELS
+from ...diffusion.schedule import Schedule, like
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, halving, middle
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_halving, halving, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +66,7 @@ class Progressive(Method):
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
-        if isinstance(schedule, VariancePreserving) and 2 * steps > LEVELS:
-            raise ValueError(f"the teacher of progressive takes two steps for each, and has {LEVELS} times; found "
-                             f"{steps} steps")
+        check_halving("progressive", steps, schedule)
         return Inference(steps, guidance=middle(guidance) if settings.guidance_embedding else None, exact_grid=False)
 
     def updates(self) -> list[Update]:
