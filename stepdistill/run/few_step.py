@@ -57,6 +57,11 @@ class Way:
     scale: float = 1.0
     inference: Inference | None = None
 
+    @property
+    def drawn_by(self) -> tuple[SchedulerMixin, str, float]:
+        """All that its pictures depend on: ways that agree in it draw the same."""
+        return self.scheduler, repr(self.call), self.scale
+
     def __str__(self) -> str:
         call = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
                          for name, value in self.call.items())
@@ -292,7 +297,7 @@ class Judge:
         self.prompts = [prompts[i % len(prompts)] for i in range(samples)]
         self.texts = features.texts(self.prompts) if target.prompted else None
         self.seed, self.samples, self.batch = seed, samples, batch
-        self.kept: dict[Way, Tensor] = {}
+        self.kept: dict[tuple[SchedulerMixin, str, float], Tensor] = {}
 
     def __call__(self, way: Way, samples: int) -> Judged:
         seen = self._seen(way, samples)
@@ -306,13 +311,13 @@ class Judge:
 
     def _seen(self, way: Way, samples: int) -> Tensor:
         """Features (samples, D)."""
-        kept = self.kept.get(way, torch.empty(0, self.features.dim))
+        kept = self.kept.get(way.drawn_by, torch.empty(0, self.features.dim))
         if len(kept) < samples:
             self.dress(way.scale)
             name = f"{self.target.name} by {type(way.scheduler).__name__}"
             plan = Plan(self.target, name, way.scheduler, {**self.target.given, **way.call}, way.nfe, way.steps,
                         way.guidance)
-            kept = self.kept[way] = torch.cat([kept, *self._drawn(plan, torch.arange(len(kept), samples))])
+            kept = self.kept[way.drawn_by] = torch.cat([kept, *self._drawn(plan, torch.arange(len(kept), samples))])
         return kept[:samples]
 
     def _drawn(self, plan: Plan, ids: Tensor) -> Iterable[Tensor]:

@@ -198,7 +198,7 @@ def test_pictures_are_drawn_once_and_measured_as_a_bench_does(monkeypatch):
     first, _, last = judge(one, 16), judge(other, 16), judge(one, 40)
     assert drawn == [(0.5, [*range(8)]), (0.5, [*range(8, 16)]), (2.0, [*range(8)]), (2.0, [*range(8, 16)]),
                      (0.5, [*range(16, 24)]), (0.5, [*range(24, 32)]), (0.5, [*range(32, 40)])]
-    seen = judge.kept[one]
+    seen = judge.kept[one.drawn_by]
     assert seen[7].tolist() == [0, 0, 0]                            # a picture of NaN is a grey one
     assert (first.distance, first.figure) == ("kid", kid(seen[:16], real))
     assert (last.distance, last.figure) == ("fd", frechet_infinity(seen, reference, 0))
