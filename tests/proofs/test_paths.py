@@ -68,12 +68,20 @@ def shipped() -> list[tuple[str, str, object, int, float | tuple[float, float]]]
             for name, stage in stages if stage.method in PROVED]
 
 
+def near(ours: object, theirs: object) -> bool:
+    """Equal, but for a start time: a row has one that float32 holds, at most one timestep of 1,000 away."""
+    ours_at, theirs_at = (getattr(settings, "start_time", None) for settings in (ours, theirs))
+    if ours_at is None or theirs_at is None:
+        return ours == theirs
+    return abs(ours_at - theirs_at) <= 1.001e-3 and replace(ours, start_time=theirs_at) == theirs
+
+
 def test_every_shipped_recipe_has_a_row():
     missing = []
     for name, method, settings, steps, guidance in shipped():
         found = by_hand(method)
         kind = found.ALGORITHM.method.Settings
-        paths = [path for path in found.PATHS if kind(**path.settings) == settings and path.steps == steps]
+        paths = [path for path in found.PATHS if near(kind(**path.settings), settings) and path.steps == steps]
         if method != "ladd":
             paths = [path for path in paths if (path.guidance == 1.0) == (guidance == 1.0)]
         if not any(path.elsewhere for path in paths):
