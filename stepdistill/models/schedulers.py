@@ -12,6 +12,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, SchedulerMixin
 
 from ..diffusion.consistency import SIGMA_MIN, TIMESTEP_SCALING
+from ..diffusion.prediction import PARAMETERISATIONS
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import RectifiedFlow, Schedule, TrigFlow, VariancePreserving
 from ..diffusion.times import LEVELS
@@ -30,6 +31,8 @@ UNCLIPPED = {"clip_sample": False, "thresholding": False}
 RHO, FINE = 7.0, 100_001
 # by how much a scheduler's own grid may miss the sigmas that are wanted
 EVEN = 1e-6
+# |alpha b - sigma a| below which x_0 is no more than the network's error
+LEAST = 1e-3
 DIVISORS = tuple(d for d in range(1, LEVELS + 1) if LEVELS % d == 0)
 
 
@@ -212,6 +215,25 @@ def _even_steps(inference: Inference, call: dict[str, Any]) -> StockCall:
         raise ValueError(f"DDIMScheduler takes equal steps only where their number divides its {LEVELS} times; "
                          f"found {steps}, and {' or '.join(map(str, near))} would be right")
     return StockCall("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True, **UNCLIPPED}, call)
+
+
+def noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
+    """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
+    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule",
+                                                     "trained_betas")
+            if scheduler.config.get(key) not in (None, False)}
+    if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
+        return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step "
+                f"students are read at {LEVELS} times only: a teacher of {LEVELS} is served"]
+    end = torch.ones(1, dtype=torch.float64)
+    a, b = PARAMETERISATIONS[kind](schedule, end)
+    apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
+    if apart >= LEAST:
+        return []
+    named = ", ".join(f"{key}: {value}" for key, value in config.items())
+    return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a "
+            f"network that predicts noise says nothing about the picture; its scheduler_config.json says {named}. "
+            "A zero terminal signal-to-noise ratio (rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
 
 
 def sampler_of(stock: StockCall, schedule: Schedule, teacher: SchedulerMixin) -> Sampler:

@@ -14,24 +14,22 @@ from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.guidance import with_scale
-from ..diffusion.prediction import PARAMETERISATIONS, Combine, rescaled
+from ..diffusion.prediction import Combine, rescaled
 from ..diffusion.sampler import Sampler
-from ..diffusion.schedule import Schedule, VariancePreserving, like, moved
+from ..diffusion.schedule import like, moved
 from ..diffusion.times import LEVELS
 from ..errors import RequestError
 from ..methods.base import Inference
 from .adapters import matching
+from .encoders import check_prompts
 from .extra_embedding import added, fold, install, reading
 from .families import Family, Size, family_of, served
 from .fused import Trace
 from .loading import Loading, settings_of
-from .schedulers import StockCall, sampler_of, stock_call
+from .schedulers import StockCall, noise_refusals, sampler_of, stock_call
 from .sources import Source, blaming, call_of, class_at, index_at
 from .stock import defaults, unknown
 from .weights import check_files, settled
-
-# |alpha b - sigma a| below which x_0 is no more than the network's error
-LEAST = 1e-3
 
 
 class Teacher:
@@ -45,7 +43,8 @@ class Teacher:
     its class, None for Toy. guidance: how a call of its pipeline speaks of it.
     resolution: of its samples, height and width in pixels; None for its network's own. frames: of its videos; None for
     pictures. scale: what a network that reads its guidance scale by itself is given where a condition says none; None
-    for others. read: the stock pipeline again, with these components; None where there is none.
+    for others. read: the stock pipeline again, with these components; None where there is none. told: the tensors of
+    a condition that its network reads.
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], source: Source, *, scale: float = 1.0,
@@ -70,6 +69,7 @@ class Teacher:
         # Parameters of each component that has any, before adapters lie on the network.
         self.sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()
                       if isinstance(part, nn.Module)}
+        self.told = tuple(family.condition_shapes(parts, self.asked))
         self._null: Condition | None = None
 
     @property
@@ -149,6 +149,14 @@ class Teacher:
         return Condition(**{name: torch.empty(len(prompts), *shape, dtype=dtypes[name], device="meta")
                             for name, shape in shapes.items()})
 
+    def sized(self, cond: Condition, rows: Tensor) -> Condition:
+        """The condition with what is told of each picture's size, (B, 6) as `data.buckets.told` says it, where the
+        network reads such."""
+        if cond.time_ids is None:
+            return cond
+        ids = self.family.sized(rows).to(cond.time_ids)
+        return cond.replace(time_ids=ids, null=cond.null.replace(time_ids=ids))
+
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1], of videos (B, F, 3, H, W), -> latents as the network knows them, float32: the
         posterior's mode, or a sample of it where a generator is given."""
@@ -174,8 +182,8 @@ class Teacher:
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
         """The raw output, in the shape and dtype of x_t (B, ...). Reads the family's fields of cond, and all of
         cond.extra."""
-        if cond is None:
-            raise ValueError("this network reads a text or a class: pass a condition from teacher.encode(prompts)")
+        if lacking := [name for name in self.told if cond is None or vars(cond)[name] is None]:
+            raise ValueError(f"this network reads {', '.join(lacking)}: pass a condition of teacher.encode(prompts)")
         time, dtype = self.family.time, self._dtype_of(network)
         timestep = moved(self.timestep(t).to(self.family.timestep_dtype or dtype), x_t.device)
         seen = x_t if self.family.scaling is None else like(self.family.scaling(t.double().cpu(), self.scheduler),
@@ -286,29 +294,10 @@ def _check(family: Family, parts: Mapping[str, Any], source: Source) -> None:
         asked = " or ".join(source.guided)
         reasons += [f"its network reads its guidance scale by itself, and no {asked}: leave it out"]
     if not reasons:
-        reasons = _noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]),
+        reasons = noise_refusals(family.schedule(parts["scheduler"]), family.kind(parts["scheduler"]),
                                   parts["scheduler"])
     if reasons:
         raise RequestError(f"the teacher {source} cannot be distilled here: {'; '.join(reasons)}")
-
-
-def _noise_refusals(schedule: Schedule, kind: str, scheduler: SchedulerMixin) -> list[str]:
-    """Whatever is predicted, x_0 must follow from it at t = 1, where samplers begin; and stock times must be nodes."""
-    config = {key: scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule",
-                                                     "trained_betas")
-            if scheduler.config.get(key) not in (None, False)}
-    if isinstance(schedule, VariancePreserving) and schedule.nodes != LEVELS:
-        return [f"its scheduler has num_train_timesteps: {schedule.nodes}, and the stock schedulers of few-step "
-                f"students are read at {LEVELS} times only: a teacher of {LEVELS} is served"]
-    end = torch.ones(1, dtype=torch.float64)
-    a, b = PARAMETERISATIONS[kind](schedule, end)
-    apart = abs((schedule.alpha(end) * b - schedule.sigma(end) * a).item())
-    if apart >= LEAST:
-        return []
-    named = ", ".join(f"{key}: {value}" for key, value in config.items())
-    return [f"its scheduler ends in pure noise (alpha is {schedule.alpha(end).item():.1e} at t = 1), of which a "
-            f"network that predicts noise says nothing about the picture; its scheduler_config.json says {named}. "
-            "A zero terminal signal-to-noise ratio (rescale_betas_zero_snr) goes with prediction_type: v_prediction"]
 
 
 # Loading --------------------------------------------------------------------------------------------------------------
@@ -348,7 +337,7 @@ def load_teacher(source: str | Path | Source, dtype: torch.dtype = torch.float32
     teacher = teacher if device is None else teacher.to(device)
     if not meta:
         with blaming("a text encoder", source.place):
-            _check_prompts(teacher)
+            check_prompts(teacher)
     return teacher
 
 
@@ -359,18 +348,6 @@ def _with_weights(loading: Loading, options: Mapping[str, Any]) -> Teacher:
     return Teacher(loading.family, loaded.components | settings_of(loaded.config), loading.source, loaded=loaded,
                    without=loading.without, dropped=loading.dropped, traces=traces, cls=loading.kind,
                    read=lambda parts: loading.pipeline(parts)[0], **options)
-
-
-def _check_prompts(teacher: Teacher) -> None:
-    """RequestError where the order of a prompt's words makes no difference: its tokenizer or its text encoder reads
-    nothing."""
-    if "text" not in teacher.family.condition_shapes(teacher.parts, teacher.asked):
-        return
-    found = teacher.encode(["a red blue", "a blue red"])
-    if all(torch.equal(value[0], value[1]) for _, value in found._tensors()):
-        raise RequestError(f"the teacher {teacher.source} encodes two different prompts alike: its tokenizer knows "
-                           "none of their words, or its text encoder reads none of their tokens. Save or download "
-                           "the teacher anew")
 
 
 def every_call(family: Family, parts: Mapping[str, Any], source: Source,

@@ -1,13 +1,20 @@
 """The network of Toy: the closed-form prediction of a mixture in the plane plus a small network, zero at first."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from ..diffusion.contracts import Condition
 from ..diffusion.draws import key
 from ..diffusion.exact import GaussianMixture
+from ..diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
+from ..diffusion.toy import Toy
+from ..errors import RequestError
 
+SCHEDULERS = {"vp": DDIMScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 WIDTH, DEPTH, WAVES = 128, 3, 8
 LAYERS = tuple(f"hidden.{i}" for i in range(DEPTH))
 
@@ -51,3 +58,22 @@ class ToyNetwork(nn.Module):
         for block in self.hidden:
             h = h + block(h)
         return self.mixture(x_t, t, Condition(label=label)).raw + self.out(nn.functional.silu(h)).reshape(x_t.shape)
+
+
+def noise_of(scheduler: SchedulerMixin) -> Schedule:
+    return VariancePreserving.of(scheduler.alphas_cumprod) if isinstance(scheduler, DDIMScheduler) else RectifiedFlow()
+
+
+def kind_of(scheduler: SchedulerMixin) -> str:
+    """What its mixture predicts, a key of PARAMETERISATIONS."""
+    return "v" if isinstance(scheduler, DDIMScheduler) else "velocity"
+
+
+def open_toy(source: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The components of Toy in its folder. RequestError for another dtype than float32."""
+    if dtype != torch.float32:
+        raise RequestError(f"Toy is computed in float32; found {dtype}: set train.precision to fp32")
+    toy = Toy(source)
+    scheduler = SCHEDULERS[toy.config["noise"]].from_pretrained(source, subfolder="scheduler")
+    network = ToyNetwork(toy.law(noise_of(scheduler), kind_of(scheduler)), int(toy.labels.max()) + 1)
+    return {"network": network, "scheduler": scheduler}

@@ -22,6 +22,8 @@ from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safete
 _FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?"
                    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _LAID = re.compile(r"\.base_layer\.|\.lora_[AB]\.")
+_ADAPTER, _INDEX = "adapter_config.json", "*.safetensors.index*.json"
+_PIECES = "*.model"                                # a vocabulary of sentencepiece, from which any tokenizer is made
 DENOISERS = ("unet", "transformer")
 MODULES = dict(zip(LIBRARIES, (diffusers, transformers)))
 
@@ -90,24 +92,38 @@ def check_components(place: Path, source: Source, index: Index, dropped: Contain
     place: the local folder of the pipeline that `source` names, with its index. dropped: components that are not read
     from it. Those without files of weights are left to from_pretrained.
     """
-    for folder in folders(place, index):
-        if folder.name in dropped:
-            continue
-        kind = class_of(folder.name, *index[folder.name])
+    kinds = {folder: class_of(folder.name, *index[folder.name]) for folder in folders(place, index)
+             if folder.name not in dropped}
+    networks = {folder: kind for folder, kind in kinds.items() if issubclass(kind, nn.Module)}
+    _check_whole(source, networks)
+    for folder, kind in kinds.items():
         if issubclass(kind, PreTrainedTokenizerBase):
             _check_vocabulary(source, folder, kind)
-        if not issubclass(kind, nn.Module):
-            continue
+    for folder, kind in networks.items():
         if saved_as(folder) is not None:
             _check_quantized(source, folder)
             continue                                   # its tensors are compared when it is read
         files, variant = weight_files(folder, source.variant)
         found = {key: shape for file in files for key, shape in _shapes(file).items()}
-        _check_saved_plain(source, folder.name, found)
+        _check_saved_plain(source, folder, found)
         if found and issubclass(kind, ModelMixin):
             _refuse(source, folder.name, *_compared(kind, folder, found))
         elif found:
             _refuse(source, folder.name, *_reported(source, kind, folder, variant))
+
+
+def _check_whole(source: Source, networks: Iterable[Path]) -> None:
+    """RequestError for a network's folder without its config, without weights beside others' weights, or with parts of
+    weights that no index puts together."""
+    held = {folder: weight_files(folder, source.variant)[0] for folder in networks}
+    for folder, files in held.items():
+        lacking = (["config.json"] if not (folder / "config.json").is_file()
+                   else ["weights"] if not files and any(held.values()) and not (folder / _ADAPTER).is_file()
+                   else [f"{_INDEX}, which says what its {len(files)} parts hold"]
+                   if any("-of-" in file.name for file in files) and not [*folder.glob(_INDEX)] else [])
+        if lacking:
+            raise RequestError(f"{source} is not complete: the folder of its {folder.name} has no {lacking[0]}. "
+                               "Save or download the teacher anew")
 
 
 def _check_quantized(source: Source, folder: Path) -> None:
@@ -182,21 +198,26 @@ def _refuse(source: Source, component: str, missing: list[str], unexpected: list
                            f"{'; '.join(wrong)}. Save or download the teacher anew")
 
 
-def _check_saved_plain(source: Source, component: str, keys: Iterable[str]) -> None:
-    if laid := [key for key in keys if _LAID.search(key)]:
-        raise RequestError(f"the {component} of {source} was saved while a LoRA lay on it ({len(laid)} of its tensors "
-                           f"are the LoRA's or under it, first {laid[0]}): call pipe.fuse_lora() and "
-                           "pipe.unload_lora_weights() before pipe.save_pretrained, or name the plain pipeline "
-                           "and the LoRA by loras")
+def _check_saved_plain(source: Source, folder: Path, keys: Iterable[str]) -> None:
+    """An adapter beside a text encoder is loaded with it, on the base that the adapter names, which may be another."""
+    laid = [key for key in keys if _LAID.search(key)]
+    beside = (folder / _ADAPTER).is_file()
+    if laid or beside:
+        signs = (f"{len(laid)} of its tensors are the LoRA's or under it, first {laid[0]}" if laid
+                 else f"{_ADAPTER} lies beside its weights")
+        raise RequestError(f"the {folder.name} of {source} was saved while a LoRA lay on it ({signs}): call "
+                           "pipe.fuse_lora() and pipe.unload_lora_weights() before pipe.save_pretrained, or name the "
+                           "plain pipeline and the LoRA by loras")
 
 
 def _check_vocabulary(source: Source, folder: Path, kind: type[PreTrainedTokenizerBase]) -> None:
     names = dict(kind.vocab_files_names)
     whole = names.pop("tokenizer_file", "tokenizer.json")
-    if (names and not (folder / whole).is_file()
-        and (lacking := [name for name in names.values() if not (folder / name).is_file()])):
-        raise RequestError(f"the {folder.name} of {source} has no vocabulary: there is neither {whole} nor "
-                           f"{' and '.join(lacking)} in its folder. Save or download the teacher anew")
+    if not (folder / whole).is_file() and not [*folder.glob(_PIECES)]:
+        lacking = [name for name in names.values() if not (folder / name).is_file()]
+        if lacking or not names:
+            raise RequestError(f"the {folder.name} of {source} has no vocabulary: there is neither {whole} nor "
+                               f"{' and '.join(lacking) or _PIECES} in its folder. Save or download the teacher anew")
 
 
 def weight_files(folder: Path, variant: str | None) -> tuple[list[Path], str | None]:

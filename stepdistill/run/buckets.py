@@ -121,5 +121,5 @@ def _at(teacher: Teacher, parts: list[tuple[Sides, Samples, Tensor]], own: bool)
 def _telling(teacher: Teacher, samples: Samples, rows: Tensor) -> Samples:
     """The same samples, their conditions told of the sizes."""
     of, text = lambda indices: rows.expand(len(indices), -1) if len(rows) == 1 else rows[indices], samples.text
-    return replace(samples, text=lambda indices: teacher.family.sized(text(indices), of(indices)))
+    return replace(samples, text=lambda indices: teacher.sized(text(indices), of(indices)))
 

@@ -123,7 +123,7 @@ def test_bfloat16_teachers_run(folders):
 def test_a_text_is_required(family):
     x, t = torch.zeros(1, *family.latent_shape), torch.ones(1, dtype=torch.float64)
     for cond in (None, Condition(label=torch.zeros(1, dtype=torch.long))):
-        with pytest.raises(ValueError, match="reads a text"):
+        with pytest.raises(ValueError, match="reads text: pass a condition"):
             Denoiser(family, family.network)(x, t, cond)
 
 

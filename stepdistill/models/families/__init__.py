@@ -164,8 +164,8 @@ class Family:
     draws it that packs its latents. arguments: keyword arguments of from_pretrained for a class; optional: components
     that its class must be told to do without; index: what a saved pipeline's model_index.json is to say, where its
     class forgets it. refusals: reason -> whether it holds, for pipelines of the class that this row does not translate.
-    sized: a condition and what is told of its pictures' sizes, (B, 6) as `data.buckets.told` says -> the condition with
-    it, where its network reads such. fresh: network, entries of its config -> a new one without values. open: for what
+    sized: what is told of pictures' sizes, (B, 6) as `data.buckets.told` says -> time_ids, as its network reads them;
+    None where none of this kind does. fresh: network, entries of its config -> a new one without values. open: for what
     is no pipeline of diffusers: source -> components. vision: the network whose features judge samples, by the name
     that a recipe gives or the usual one. unserved: entries of a recipe that it does not serve -> why not. no_pipeline:
     why there is none to leave with. called_by: the index of a pipeline and its network's config -> the class of
@@ -200,7 +200,7 @@ class Family:
     combine: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     seeded_steps: bool = False
     multiple: Callable[[Parts], int] | None = None
-    sized: Callable[[Condition, Tensor], Condition] = lambda cond, rows: cond
+    sized: Callable[[Tensor], Tensor] | None = None
     noise_dtype: torch.dtype | None = None
     sigmas: bool = True
     step_noise: Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor] = drawn

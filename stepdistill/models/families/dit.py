@@ -1,7 +1,6 @@
 """DiT: DiTTransformer2DModel, which is told a class of ImageNet, on the latents of an AutoencoderKL."""
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
 from . import Family, Parts, Size
-from .shared import DISCRETE, ONE_STREAM, channel_refusals, codec_pixels, discrete_refusals
+from .shared import DISCRETE, ONE_STREAM, class_number, codec_pixels, discrete_refusals, one_size, variance_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -29,8 +28,8 @@ def read(pipeline: DiTPipeline, prompt: str) -> int:
     other prompt."""
     if not prompt.strip():
         return NULL
-    numbered = re.fullmatch(r"class (\d+)", prompt.strip())
-    found = int(numbered[1]) if numbered else pipeline.labels.get(prompt.strip())
+    number = class_number(prompt)
+    found = pipeline.labels.get(prompt.strip()) if number is None else number
     if found is None or found >= NULL:
         some = ", ".join(list(pipeline.labels)[:3]) or "this pipeline has none"
         raise RequestError(f"a prompt of DiT names a class, as class 0 to class {NULL - 1} or by a label of the "
@@ -52,24 +51,19 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def inputs(network: DiTTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.label is None:
-        raise ValueError("this network is told a class: pass a condition from teacher.encode(prompts)")
     return {"hidden_states": x_t, "timestep": timestep, "class_labels": cond.label, "return_dict": False}
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config = parts["transformer"].config
-    side = config.sample_size * codec_pixels(parts["vae"])
-    if size not in (None, (side, side)):
-        raise RequestError(f"its pictures have {side} x {side} pixels, and no call of its pipeline asks for others; "
-                           f"found {size[0]} x {size[1]}")
+    one_size(size, (config.sample_size * codec_pixels(parts["vae"]),) * 2)
     return config.in_channels, config.sample_size, config.sample_size
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
     network = parts["transformer"].config
     return {
-        **channel_refusals(parts),
+        **variance_refusals(parts),
         f"its network knows {network.num_embeds_ada_norm} classes, and its pipeline subtracts "
         f"class {NULL}": network.num_embeds_ada_norm != NULL,
         **discrete_refusals(parts["scheduler"]),

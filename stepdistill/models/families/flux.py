@@ -15,13 +15,13 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow, moved
+from ...diffusion.schedule import moved
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
 from . import Family, Parts, Size
-from .shared import codec_pixels, flow_refusals, latent_sides, stream_blocks
+from .shared import FLOW, codec_pixels, flow_refusals, latent_sides, shift_refusals, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -52,9 +52,6 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 def inputs(network: FluxTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     """The network multiplies the time and the scale by 1000 again, in its own dtype."""
-    if cond.text is None or cond.pooled is None:
-        raise ValueError("this network is told a text and its pooled embedding: pass a condition from "
-                         "teacher.encode(prompts)")
     scale = moved(cond.w.float(), x_t.device) if network.config.guidance_embeds else None
     return {"hidden_states": packed(x_t), "timestep": timestep / 1000, "guidance": scale,
             "encoder_hidden_states": cond.text.to(x_t), "pooled_projections": cond.pooled.to(x_t),
@@ -80,7 +77,7 @@ def multiple(parts: Parts) -> int:
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     pixels = codec_pixels(parts["vae"])
     return (parts["transformer"].config.in_channels // PATCH ** 2,
-            *latent_sides(size, (SIDE, SIDE), pixels, multiple(parts)))
+            *latent_sides(size, SIDE, pixels, multiple(parts)))
 
 
 def guidance(network: FluxTransformer2DModel) -> Guidance:
@@ -97,16 +94,14 @@ def refusals(parts: Parts) -> dict[str, bool]:
             network.in_channels != PATCH ** 2 * vae.latent_channels,
         f"its network gives {network.out_channels} numbers for {network.in_channels}":
             network.out_channels not in (None, network.in_channels) or network.patch_size != 1,
-        "its codec says no shift_factor, which its pipeline adds to latents": vae.shift_factor is None,
+        **shift_refusals(parts["vae"]),
         **flow_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
-    name="flux", denoiser="transformer", targets=TARGETS, schedule=lambda scheduler: RectifiedFlow(),
-    kind=lambda scheduler: "velocity",
-    # a stock call rounds it to latents' dtype
-    timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,
+    name="flux", denoiser="transformer", targets=TARGETS, **FLOW,
+    timestep_dtype=None,                           # a stock call rounds it to latents' dtype
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs,
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,

@@ -14,11 +14,10 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow
 from ..codecs import folded
 from ..extra_embedding import TimeEmbedding
 from . import Family, Parts, Size
-from .shared import codec_pixels, flow_refusals, latent_sides, stream_blocks
+from .shared import FLOW, codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -50,8 +49,6 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 def inputs(network: Flux2Transformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     """The network multiplies the time by 1000 again, in its own dtype."""
-    if cond.text is None:
-        raise ValueError("this network is told a text: pass a condition from teacher.encode(prompts)")
     height, width = x_t.shape[2:]
     return {"hidden_states": x_t.flatten(2).transpose(1, 2), "timestep": timestep / 1000,
             "encoder_hidden_states": cond.text.to(x_t),
@@ -81,7 +78,7 @@ def multiple(parts: Parts) -> int:
 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
-    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE, SIDE), multiple(parts), multiple(parts))
+    return parts["transformer"].config.in_channels, *latent_sides(size, SIDE, multiple(parts), multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
@@ -99,10 +96,8 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 
 FAMILY = Family(
-    name="flux2", denoiser="transformer", targets=TARGETS, schedule=lambda scheduler: RectifiedFlow(),
-    kind=lambda scheduler: "velocity",
-    # a stock call rounds it to latents' dtype
-    timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps, timestep_dtype=None,
+    name="flux2", denoiser="transformer", targets=TARGETS, **FLOW,
+    timestep_dtype=None,                           # a stock call rounds it to latents' dtype
     time=TimeEmbedding("time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs,
     output=lambda found, x_t: grid(found[0], x_t.shape),

@@ -12,7 +12,16 @@ from ...diffusion.contracts import Condition
 from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
 from . import Family, Parts, Size, sides
-from .shared import DISCRETE, ONE_STREAM, channel_refusals, codec_pixels, discrete_refusals, latent_sides
+from .shared import (
+    DISCRETE,
+    ONE_STREAM,
+    codec_pixels,
+    discrete_refusals,
+    latent_sides,
+    masked_text,
+    variance_refusals,
+    whole,
+)
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -28,33 +37,25 @@ def reads_sizes(parts: Parts) -> bool:
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), mask (B, L); time_ids (B, 3) where the network reads sizes: height, width and their ratio."""
-    given = {name: teacher.asked[name] for name in ("clean_caption", "max_sequence_length")}
-    text, mask, _, _ = teacher.loaded.encode_prompt(prompts, do_classifier_free_guidance=False,
-                                                    device=teacher.device, **given)
-    if not reads_sizes(teacher.parts):
-        return Condition(text=text, mask=mask)
-    height, width = (side * codec_pixels(teacher.parts["vae"]) for side in teacher.latent_shape[1:])
-    sizes = torch.tensor([[height, width, height / width]]).to(text)
-    return Condition(text=text, mask=mask, time_ids=sizes.expand(len(prompts), 3))
+    asked = teacher.asked
+    text, mask, _, _ = teacher.loaded.encode_prompt(
+        prompts, do_classifier_free_guidance=False, device=teacher.device, clean_caption=asked["clean_caption"],
+        max_sequence_length=asked["max_sequence_length"])
+    sizes = sized(whole(teacher, text)) if reads_sizes(teacher.parts) else None
+    return Condition(text=text, mask=mask, time_ids=sizes)
 
 
-def sized(cond: Condition, rows: Tensor) -> Condition:
-    """It is told the size that a picture has, and its ratio, as a call of its pipeline says them."""
-    if cond.time_ids is None:
-        return cond
-    height, width = rows[:, 4:].to(cond.time_ids).unbind(1)
-    ids = torch.stack([height, width, height / width], 1)
-    return cond.replace(time_ids=ids, null=cond.null.replace(time_ids=ids))
+def sized(rows: Tensor) -> Tensor:
+    """It is told the size that a picture has, and its ratio, as a call of its pipeline says them: (B, 3)."""
+    height, width = rows[:, 4:].unbind(1)
+    return torch.stack([height, width, height / width], 1)
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    tokens, sizes = call["max_sequence_length"], {"time_ids": (3,)} if reads_sizes(parts) else {}
-    return {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,), **sizes}
+    return masked_text("caption_channels")(parts, call) | ({"time_ids": (3,)} if reads_sizes(parts) else {})
 
 
 def inputs(network: PixArtTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.text is None or cond.mask is None:
-        raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
     sizes, ratio = (None, None) if cond.time_ids is None else cond.time_ids.to(x_t).split((2, 1), 1)
     return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t),
             "encoder_attention_mask": cond.mask,
@@ -67,13 +68,13 @@ def multiple(parts: Parts) -> int:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["transformer"].config, codec_pixels(parts["vae"])
-    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels, multiple(parts))
+    return config.in_channels, *latent_sides(size, config.sample_size, pixels, multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
     network = parts["transformer"].config
     return {
-        **channel_refusals(parts),
+        **variance_refusals(parts),
         **discrete_refusals(parts["scheduler"]),
         f"its network of sample_size {network.sample_size} reads the sizes of pictures, which PixArtAlphaPipeline "
         "tells at 128 alone":

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from ...diffusion.contracts import Condition
 from ...diffusion.prediction import linear
-from ...diffusion.schedule import RectifiedFlow
 from ..codecs import framed
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
 from ..tokens import PATCH, grid, packed, packed_noise, unpacked
 from . import Family, Parts, Size, fresh
-from .shared import flow_refusals, latent_sides, middle_block
+from .shared import FLOW, flow_refusals, latent_sides, masked_text, middle_block
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -44,15 +43,8 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     return Condition(text=F.pad(text, (0, 0, 0, rest)), mask=F.pad(mask, (0, rest)))
 
 
-def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    length = call["max_sequence_length"]
-    return {"text": (length, parts["transformer"].config.joint_attention_dim), "mask": (length,)}
-
-
 def inputs(network: QwenImageTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
     """As in a stock call, which rounds 1000 t to the dtype of latents."""
-    if cond.text is None or cond.mask is None:
-        raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
     text, mask = trimmed(cond.text.to(x_t), cond.mask)
     height, width = (side // PATCH for side in x_t.shape[2:])
     return {"hidden_states": packed(x_t), "timestep": (1000 * timestep).to(x_t.dtype) / 1000,
@@ -94,7 +86,7 @@ def multiple(parts: Parts) -> int:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     channels = parts["transformer"].config.in_channels // PATCH**2
-    return channels, *latent_sides(size, (SIDE, SIDE), codec_side(parts), multiple(parts))
+    return channels, *latent_sides(size, SIDE, codec_side(parts), multiple(parts))
 
 
 def feature_shapes(network: QwenImageTransformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
@@ -120,12 +112,12 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 
 FAMILY = Family(
-    name="qwen_image", denoiser="transformer", targets=TARGETS, schedule=lambda scheduler: RectifiedFlow(),
-    kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t,
+    name="qwen_image", denoiser="transformer", targets=TARGETS,
+    **FLOW | {"timestep": lambda t, scheduler: t},
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     guidance=lambda network: Guidance("true_cfg_scale", beside={"negative_prompt": " "}), null_prompt=" ",
     combine=combine, step_noise=packed_noise,
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, fresh=made,
+    encode=encode, condition_shapes=masked_text("joint_attention_dim"), inputs=inputs, fresh=made,
     output=lambda found, x_t: unpacked(found[0], x_t.shape), feature_shapes=feature_shapes,
     feature_map=lambda network, output, x_t: grid(output[1], x_t.shape),       # a block gives text, then picture tokens
     default_features=middle_block,

@@ -1,18 +1,16 @@
 """Sana: SanaTransformer2DModel, a rectified flow on the latents of an AutoencoderDC, which has no posterior."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow
 from ..codecs import Plain
 from ..extra_embedding import TimeEmbedding
 from . import Family, Parts, Size, sides
-from .shared import ONE_STREAM, channel_refusals, latent_sides, solved_flow_refusals
+from .shared import FLOW, ONE_STREAM, latent_sides, masked_text, solved_flow_refusals, variance_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -46,14 +44,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     return Condition(text=text, mask=mask)
 
 
-def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    tokens = call["max_sequence_length"]
-    return {"text": (tokens, parts["transformer"].config.caption_channels), "mask": (tokens,)}
-
-
 def inputs(network: SanaTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.text is None or cond.mask is None:
-        raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
     return {"hidden_states": x_t, "timestep": timestep * network.config.timestep_scale,
             "encoder_hidden_states": cond.text.to(x_t),
             "encoder_attention_mask": cond.mask, "return_dict": False}
@@ -65,12 +56,12 @@ def multiple(parts: Parts) -> int:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config = parts["transformer"].config
-    return config.in_channels, *latent_sides(size, (config.sample_size,) * 2, pixels(parts), multiple(parts))
+    return config.in_channels, *latent_sides(size, config.sample_size, pixels(parts), multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
     return {
-        **channel_refusals(parts),
+        **variance_refusals(parts),
         "its network reads a guidance scale, which its pipeline "
         "does not say": parts["transformer"].config.guidance_embeds,
         **solved_flow_refusals(parts["scheduler"]),
@@ -78,10 +69,9 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 
 FAMILY = Family(
-    name="sana", denoiser="transformer", targets=TARGETS, seeded_steps=True, schedule=lambda scheduler: RectifiedFlow(),
-    kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
+    name="sana", denoiser="transformer", targets=TARGETS, seeded_steps=True, **FLOW,
     time=TimeEmbedding("time_embed.emb.timestep_embedder.linear_1", "time_embed.emb.time_proj",
                        scale=lambda network: network.config.timestep_scale),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, call=call,
+    encode=encode, condition_shapes=masked_text("caption_channels"), inputs=inputs, call=call,
     latent_shape=latent_shape, multiple=multiple,
     codec=lambda parts: Plain(parts["vae"], parts["vae"].config.scaling_factor), refusals=refusals, **ONE_STREAM)

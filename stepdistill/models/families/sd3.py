@@ -11,12 +11,20 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow
 from ...errors import RequestError
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from . import Family, Parts, Size
-from .shared import codec_pixels, flow_refusals, latent_sides, middle_block
+from .shared import (
+    FLOW,
+    channel_refusals,
+    clip_skip,
+    codec_pixels,
+    flow_refusals,
+    latent_sides,
+    middle_block,
+    shift_refusals,
+)
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -38,7 +46,7 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     text, _, pooled, _ = teacher.loaded.encode_prompt(
         prompts, None, None, device=teacher.device, do_classifier_free_guidance=False,
         max_sequence_length=teacher.call.get("max_sequence_length", T5_TOKENS),
-        clip_skip=None if null else teacher.call.get("clip_skip"))
+        clip_skip=None if null else clip_skip(teacher))
     return Condition(text=text, pooled=pooled)
 
 
@@ -49,9 +57,6 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 
 def inputs(network: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.text is None or cond.pooled is None:
-        raise ValueError("this network reads a text and its pooled embedding: pass a condition from "
-                         "teacher.encode(prompts)")
     return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t),
             "pooled_projections": cond.pooled.to(x_t),
             "return_dict": False}
@@ -77,7 +82,7 @@ def multiple(parts: Parts) -> int:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["transformer"].config, codec_pixels(parts["vae"])
-    sides = latent_sides(size, (config.sample_size, config.sample_size), pixels, multiple(parts))
+    sides = latent_sides(size, config.sample_size, pixels, multiple(parts))
     if max(sides) > (most := config.pos_embed_max_size * config.patch_size):
         raise RequestError(f"its network has positions for sides of {most * pixels} pixels at most; found {size[0]} "
                            f"x {size[1]}")
@@ -85,20 +90,16 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae = parts["transformer"].config, parts["vae"].config
+    network = parts["transformer"].config
     return {
-        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
-            network.in_channels != vae.latent_channels,
-        f"its network gives {network.out_channels} channels for {network.in_channels}":
-            network.out_channels not in (None, network.in_channels),
-        "its codec says no shift_factor, which its pipeline adds to latents": vae.shift_factor is None,
+        **channel_refusals(network.in_channels, network.out_channels, parts["vae"].config.latent_channels),
+        **shift_refusals(parts["vae"]),
         **flow_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
-    name="sd3", denoiser="transformer", targets=TARGETS, optional=T5, schedule=lambda scheduler: RectifiedFlow(),
-    kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
+    name="sd3", denoiser="transformer", targets=TARGETS, optional=T5, **FLOW,
     time=TimeEmbedding("time_text_embed.timestep_embedder.linear_1", "time_text_embed.time_proj"),
     encode=encode, condition_shapes=condition_shapes, inputs=inputs, feature_shapes=feature_shapes,
     feature_map=feature_map,

@@ -1,29 +1,82 @@
 """What several families say alike: sizes of latents, times, maps of features, and pipelines that are not served."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ...diffusion.schedule import VariancePreserving
+from ...diffusion.schedule import RectifiedFlow, VariancePreserving
 from ...errors import RequestError
-from . import Parts, Shape
+from . import Parts, Shape, Size
+
+if TYPE_CHECKING:
+    from ..teacher import Teacher
 
 # prediction_type of a scheduler -> what its network predicts
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
-def latent_sides(size: tuple[int, int] | None, own: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
+def sides_of(own: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width of a config's sample_size, which may be one number for both."""
+    return (own, own) if isinstance(own, int) else tuple(own)
+
+
+def latent_sides(size: Size, own: int | Sequence[int] | None, pixels: int, multiple: int) -> tuple[int, ...]:
     """Height and width of latents: `own` where no size is given. pixels: of a side of one latent; multiple: of which
-    the stock pipeline takes a picture's sides. RequestError for any other."""
+    the stock pipeline takes a picture's sides. RequestError for any other, and where nothing says one."""
+    if size is None and own is None:
+        raise RequestError("its network's config says no sample_size: let the recipe's resolution say the "
+                           "pictures' size")
     if size is None:
-        return own
+        return sides_of(own)
     if wrong := [side for side in size if side % multiple]:
         raise RequestError(f"its pictures have sides of a multiple of {multiple} pixels; found {wrong[0]} of {size[0]} "
                            f"x {size[1]}")
     return size[0] // pixels, size[1] // pixels
+
+
+def one_size(size: Size, own: tuple[int, ...]) -> tuple[int, ...]:
+    """Height and width of pictures that no call of a pipeline can be asked for otherwise. RequestError for others."""
+    if size not in (None, own):
+        raise RequestError(f"its pictures have {own[0]} x {own[1]} pixels, and no call of its pipeline asks for "
+                           f"others; found {size[0]} x {size[1]}")
+    return own
+
+
+def whole(teacher: Teacher, like: Tensor) -> Tensor:
+    """What a network is told of pictures of the teacher's own size, as `data.buckets.told` says it, (B, 6): nothing of
+    them is cut off. like: (B, ...)."""
+    height, width = (side * codec_pixels(teacher.parts["vae"]) for side in teacher.latent_shape[1:])
+    return like.new_tensor([[height, width, 0, 0, height, width]]).expand(len(like), 6)
+
+
+def clip_skip(teacher: Teacher) -> int | None:
+    """Last layers of its CLIP encoders that every call leaves out. RequestError where its stock pipeline cannot."""
+    skip = teacher.call.get("clip_skip")
+    if (skip is not None and "text_encoder_2" not in teacher.parts
+        and "text_model" not in dir(teacher.parts["text_encoder"])):
+        raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which "
+                           "its stock pipeline looks for where the installed transformers has them no more: leave "
+                           "clip_skip out, or install transformers 4")
+    return skip
+
+
+def masked_text(width: str) -> Callable[[Parts, Mapping[str, Any]], dict[str, tuple[int, ...]]]:
+    """The condition_shapes of a text that is padded to max_sequence_length, with its mask. width: of a token, as the
+    config of the network names it."""
+    def shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        length = call["max_sequence_length"]
+        return {"text": (length, parts["transformer"].config[width]), "mask": (length,)}
+    return shapes
+
+
+def class_number(prompt: str) -> int | None:
+    """3 of "class 3"; None of any other prompt."""
+    found = re.fullmatch(r"class (\d+)", prompt.strip())
+    return int(found[1]) if found else None
 
 
 def codec_pixels(vae: nn.Module) -> int:
@@ -85,15 +138,21 @@ def unet_map(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def channel_refusals(parts: Parts) -> dict[str, bool]:
-    """Of a transformer on a codec's latents, which may have learned a variance."""
-    network, vae = parts["transformer"].config, parts["vae"].config
-    return {
-        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
-            network.in_channels != vae.latent_channels,
-        f"its network gives {network.out_channels} channels for {network.in_channels}":
-            network.out_channels not in (None, network.in_channels, 2 * network.in_channels),
-    }
+def channel_refusals(reads: int, gives: int | None, latents: int) -> dict[str, bool]:
+    """Of a network on a codec's latents. gives: None for as many as it reads."""
+    return {f"its network reads {reads} channels and its latents have {latents}": reads != latents,
+            f"its network gives {gives} channels for {reads}": gives not in (None, reads)}
+
+
+def variance_refusals(parts: Parts) -> dict[str, bool]:
+    """Of a transformer on a codec's latents, which may have learned a variance beside its prediction."""
+    reads, gives = parts["transformer"].config.in_channels, parts["transformer"].config.out_channels
+    return channel_refusals(reads, reads if gives == 2 * reads else gives, parts["vae"].config.latent_channels)
+
+
+def shift_refusals(vae: nn.Module) -> dict[str, bool]:
+    """Of a codec whose latents its pipeline shifts."""
+    return {"its codec says no shift_factor, which its pipeline adds to latents": vae.config.shift_factor is None}
 
 
 def discrete_refusals(scheduler: Any) -> dict[str, bool]:
@@ -126,7 +185,9 @@ def stream_blocks(network: nn.Module, middle: bool = False) -> tuple[str, ...]:
     return (found[len(found) // 2],) if middle else found
 
 
-# Fields of families: of schedulers of discrete times, of a transformer of one stream, and of a UNet.
+# Fields of families: of flows, of schedulers of discrete times, of a transformer of one stream, and of a UNet.
+FLOW: Mapping[str, Any] = {"schedule": lambda scheduler: RectifiedFlow(), "kind": lambda scheduler: "velocity",
+                           "timestep": lambda t, scheduler: t * scheduler.config.num_train_timesteps}
 DISCRETE: Mapping[str, Any] = {"schedule": lambda scheduler: VariancePreserving.of(scheduler.alphas_cumprod),
                                "timestep": node,
                                "kind": lambda scheduler: KINDS[scheduler.config.prediction_type]}

@@ -6,43 +6,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
-from ...diffusion.toy import SHAPE, Toy, labels_of
+from ...diffusion.toy import SHAPE, labels_of
 from ...errors import RequestError
 from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding
 from ..stock import Guidance
-from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork
+from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork, kind_of, noise_of, open_toy
 from ..vision import PlaneVisionConfig
 from . import Family, Parts, Size
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-SCHEDULERS = {"vp": DDIMScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 NO_TEXT = "which is guided towards classes and away from no text: leave it out"
 POINTS = "the teacher is Toy, whose samples are points of the plane"
-
-
-def schedule(scheduler: Any) -> Schedule:
-    return VariancePreserving.of(scheduler.alphas_cumprod) if isinstance(scheduler, DDIMScheduler) else RectifiedFlow()
-
-
-def kind(scheduler: Any) -> str:
-    return "v" if isinstance(scheduler, DDIMScheduler) else "velocity"
-
-
-def open_toy(source: str, dtype: torch.dtype) -> dict[str, Any]:
-    if dtype != torch.float32:
-        raise RequestError(f"Toy is computed in float32; found {dtype}: set train.precision to fp32")
-    toy = Toy(source)
-    scheduler = SCHEDULERS[toy.config["noise"]].from_pretrained(source, subfolder="scheduler")
-    network = ToyNetwork(toy.law(schedule(scheduler), kind(scheduler)), int(toy.labels.max()) + 1)
-    return {"network": network, "scheduler": scheduler}
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
@@ -51,8 +31,6 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def inputs(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.label is None:
-        raise ValueError("this network reads a class: pass a condition from teacher.encode(prompts)")
     return {"x_t": x_t, "t": timestep, "label": cond.label, "w": cond.w}
 
 
@@ -67,7 +45,7 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 FAMILY = Family(
-    name="toy", denoiser="network", schedule=schedule, kind=kind, open=open_toy, fresh=fresh, encode=encode,
+    name="toy", denoiser="network", schedule=noise_of, kind=kind_of, open=open_toy, fresh=fresh, encode=encode,
     inputs=inputs,
     timestep=lambda t, scheduler: t, timestep_dtype=torch.float64, latent_shape=latent_shape,
     time=TimeEmbedding("embed", "waves", {"w": StockInput("w_in", 2, {"w_in": True}, WIDTH)}, 2 * WAVES),

@@ -4,18 +4,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
 from ...diffusion.schedule import moved
-from ...errors import RequestError
 from ..codecs import normalised, scaled
 from ..extra_embedding import WIDTH, StockInput, TimeEmbedding, embedding
 from ..stock import Guidance
 from . import Family, Parts, Size
-from .shared import DISCRETE, UNET, codec_pixels, discrete_refusals, latent_sides
+from .shared import DISCRETE, UNET, channel_refusals, clip_skip, codec_pixels, discrete_refusals, latent_sides, whole
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -31,42 +29,19 @@ def multiple(parts: Parts) -> int:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config, pixels = parts["unet"].config, codec_pixels(parts["vae"])
-    if config.sample_size is None and size is None:
-        raise RequestError("its network's config says no sample_size: let the recipe's resolution say the "
-                           "pictures' size")
-    own = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
-    return config.in_channels, *latent_sides(size, tuple(own), pixels, multiple(parts))
+    return config.in_channels, *latent_sides(size, config.sample_size, pixels, multiple(parts))
 
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D); SDXL adds pooled (B, D) and time_ids (B, 6). null: the encoding of "", or zeros where an SDXL
     pipeline says so; of a negative prompt where there is one, which clip_skip does not concern."""
-    skip = teacher.call.get("clip_skip")
-    if (skip is not None and "text_encoder_2" not in teacher.parts
-        and "text_model" not in dir(teacher.parts["text_encoder"])):
-        raise RequestError(f"{teacher.source} is to skip {skip} layers of its text encoder by clip_skip, which "
-                           "its stock pipeline looks for where the installed transformers has them no more: leave "
-                           "clip_skip out, or install transformers 4")
     nothing = teacher.source.negative_prompt is None and prompts == [teacher.family.null_prompt]
-    found = teacher.loaded.encode_prompt(prompts, device=teacher.device, num_images_per_prompt=1,
-                                         do_classifier_free_guidance=null,
-                                         negative_prompt=None if nothing else prompts,
-                                         clip_skip=skip)[null::2]
-    if len(found) == 1:
-        return Condition(text=found[0])
-    text, pooled = found
-    size = tuple(side * teacher.loaded.vae_scale_factor for side in teacher.latent_shape[1:])
-    ids = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=text.device)
-    return Condition(text=text, pooled=pooled, time_ids=ids.expand(len(prompts), 6))
-
-
-def sized(cond: Condition, rows: Tensor) -> Condition:
-    """SDXL is told each picture's own size, where it was cropped, and the size that it has: arXiv:2307.01952, section
-    2.2."""
-    if cond.time_ids is None:
-        return cond
-    ids = rows.to(cond.time_ids)
-    return cond.replace(time_ids=ids, null=cond.null.replace(time_ids=ids))
+    text, *pooled = teacher.loaded.encode_prompt(
+        prompts, device=teacher.device, num_images_per_prompt=1, do_classifier_free_guidance=null,
+        negative_prompt=None if nothing else prompts, clip_skip=clip_skip(teacher))[null::2]
+    if not pooled:
+        return Condition(text=text)
+    return Condition(text=text, pooled=pooled[0], time_ids=whole(teacher, text))
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -79,23 +54,16 @@ def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[i
 
 
 def inputs(network: UNet2DConditionModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.text is None:
-        raise ValueError("this network reads a text: pass a condition from teacher.encode(prompts)")
     w = None if cond.w is None else moved(embedding("w", cond.w).to(x_t.dtype), x_t.device)
     added = None if cond.pooled is None else {"text_embeds": cond.pooled.to(x_t), "time_ids": cond.time_ids.to(x_t)}
     return {"sample": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t), "timestep_cond": w,
             "added_cond_kwargs": added, "return_dict": False}
 
 
-def guidance(network: UNet2DConditionModel) -> Guidance:
-    return Guidance(embedded="guidance_scale", within=network.config.time_cond_proj_dim is not None)
-
-
 def refusals(parts: Parts) -> dict[str, bool]:
     unet, vae = parts["unet"].config, parts["vae"].config
     return {
-        f"its network reads {unet.in_channels} channels and its latents have {vae.latent_channels}": unet.in_channels
-        != vae.latent_channels,
+        **channel_refusals(unet.in_channels, unet.out_channels, vae.latent_channels),
         "its network reads a guidance scale: it is a student already": unet.time_cond_proj_dim is not None,
         "its network reads classes or images": unet.class_embed_type is not None or unet.num_class_embeds is not None
             or unet.encoder_hid_dim_type is not None or unet.addition_embed_type not in (None, "text_time"),
@@ -106,12 +74,14 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 
 FAMILY = Family(
-    name="unet2d_condition", denoiser="unet", targets=TARGETS, guidance=guidance, seeded_steps=True,
-    **DISCRETE,
+    name="unet2d_condition", denoiser="unet", targets=TARGETS, seeded_steps=True, **DISCRETE, **UNET,
+    guidance=lambda network: Guidance(embedded="guidance_scale",
+                                      within=network.config.time_cond_proj_dim is not None),
     time=TimeEmbedding("time_embedding.linear_1", "time_proj",
                        {"w": StockInput("time_embedding.cond_proj", WIDTH, {"time_cond_proj_dim": WIDTH})}),
-    encode=encode, condition_shapes=condition_shapes, inputs=inputs, **UNET,
-    latent_shape=latent_shape, multiple=multiple, sized=sized,
+    encode=encode, condition_shapes=condition_shapes, inputs=inputs, latent_shape=latent_shape, multiple=multiple,
+    # SDXL is told a picture's own size, where it was cropped, and the size that it has: arXiv:2307.01952, section 2.2
+    sized=lambda rows: rows,
     codec=lambda parts: (scaled if parts["vae"].config.latents_mean is None else normalised)(parts["vae"]),
     refusals=refusals,
     # The safety checker stays where it is: it is no part of what is distilled.

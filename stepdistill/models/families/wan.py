@@ -12,13 +12,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow
 from ...errors import RequestError
 from ..codecs import video
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
 from . import Family, Parts, Size
-from .shared import latent_sides, solved_flow_refusals
+from .shared import FLOW, channel_refusals, latent_sides, solved_flow_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -35,10 +34,8 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
 
 
 def inputs(network: WanTransformer3DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.text is None:
-        raise ValueError("this network reads a text: pass a condition from teacher.encode(prompts)")
-    text = cond.text.to(x_t)
-    return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
+    return {"hidden_states": x_t, "timestep": timestep, "encoder_hidden_states": cond.text.to(x_t),
+            "return_dict": False}
 
 
 def multiple(parts: Parts) -> int:
@@ -67,15 +64,12 @@ def feature_shapes(network: WanTransformer3DModel, shape: tuple[int, ...]) -> di
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    config, vae = parts["transformer"].config, parts["vae"].config
+    config = parts["transformer"].config
     return {
         "it has a second network for the less noisy steps (transformer_2, boundary_ratio), as Wan 2.2 A14B "
         "has, and one student is trained here: those with one network, such as Wan 2.1 and Wan 2.2 TI2V 5B, are served":
             parts.get("transformer_2") is not None or parts.get("boundary_ratio") is not None,
-        f"its network reads {config.in_channels} channels and its latents have {vae.z_dim}":
-            config.in_channels != vae.z_dim,
-        f"its network gives {config.out_channels} channels for {config.in_channels}":
-            config.out_channels != config.in_channels,
+        **channel_refusals(config.in_channels, config.out_channels, parts["vae"].config.z_dim),
         "its network reads a picture beside its text": (config.image_dim, config.added_kv_proj_dim) != (None, None),
         **solved_flow_refusals(parts["scheduler"]),
     }
@@ -83,8 +77,7 @@ def refusals(parts: Parts) -> dict[str, bool]:
 
 FAMILY = Family(
     name="wan", denoiser="transformer", targets=TARGETS, video=(480, 832, 81), sigmas=False, noise_dtype=torch.float32,
-    schedule=lambda scheduler: RectifiedFlow(), kind=lambda scheduler: "velocity",
-    timestep=lambda t, scheduler: t * scheduler.config.num_train_timesteps,
+    **FLOW,
     time=TimeEmbedding("condition_embedder.time_embedder.linear_1", "condition_embedder.timesteps_proj"),
     weights="patch_embedding",                         # loaded in 16 bits, it keeps the embedding of time in float32
     encode=encode, inputs=inputs, feature_shapes=feature_shapes,

@@ -5,7 +5,6 @@ without padding.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...diffusion.contracts import Condition
-from ...diffusion.schedule import RectifiedFlow
 from ..codecs import shifted
 from ..extra_embedding import TimeEmbedding
 from ..stock import Guidance
+from ..tokens import PATCH, grid
 from . import Family, Parts, Size
-from .shared import codec_pixels, flow_refusals, latent_sides
+from .shared import FLOW, channel_refusals, codec_pixels, flow_refusals, latent_sides, masked_text, shift_refusals
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-SIDE, PATCH = 1024, 2                              # pixels on a picture's side in a call; latents on a token's side
+SIDE = 1024                                        # pixels on a picture's side in a call
 # The attention layers are those of diffusers' train_dreambooth_lora_z_image.py; the feed-forward layers and the way in
 # of time, here the modulations, are what LCM-LoRA adapts in a UNet.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
@@ -41,28 +40,16 @@ def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     return Condition(text=text, mask=(torch.arange(length, device=text.device) < own).long())
 
 
-def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    length = call["max_sequence_length"]
-    return {"text": (length, parts["transformer"].config.cap_feat_dim), "mask": (length,)}
-
-
 def inputs(network: ZImageTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    if cond.text is None or cond.mask is None:
-        raise ValueError("this network is told a text and its mask: pass a condition from teacher.encode(prompts)")
     # On the meta device there are no values, and the longest captions stand for all.
     lengths = [cond.text.shape[1]] * len(x_t) if cond.mask.is_meta else cond.mask.sum(1).tolist()
     captions = [row[:length] for row, length in zip(cond.text.to(x_t), lengths, strict=True)]
     return {"x": list(x_t[:, :, None].unbind()), "t": timestep, "cap_feats": captions, "return_dict": False}
 
 
-def output(found: tuple[list[Tensor]], x_t: Tensor) -> Tensor:
-    return -torch.stack(found[0])[:, :, 0]
-
-
 def feature_map(network: ZImageTransformer2DModel, output: Tensor, x_t: Tensor) -> Tensor:
     """What a block returned, picture tokens before text tokens (B, N, D), as a map (B, D, H, W)."""
-    sides = [side // PATCH for side in x_t.shape[2:]]
-    return output[:, :prod(sides)].transpose(1, 2).unflatten(2, sides)
+    return grid(output[:, :prod(x_t.shape[2:]) // PATCH**2], x_t.shape)
 
 
 def feature_shapes(network: ZImageTransformer2DModel, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
@@ -77,25 +64,25 @@ def multiple(parts: Parts) -> int:
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     pixels = codec_pixels(parts["vae"])
-    return parts["transformer"].config.in_channels, *latent_sides(size, (SIDE // pixels,) * 2, pixels, multiple(parts))
+    return parts["transformer"].config.in_channels, *latent_sides(size, SIDE // pixels, pixels, multiple(parts))
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network, vae = parts["transformer"].config, parts["vae"].config
+    network = parts["transformer"].config
     return {
-        f"its network reads {network.in_channels} channels and its latents have {vae.latent_channels}":
-            network.in_channels != vae.latent_channels,
+        **channel_refusals(network.in_channels, None, parts["vae"].config.latent_channels),
         "its network is told pictures, too (siglip_feat_dim)": network.siglip_feat_dim is not None,
-        "its codec says no shift_factor, which its pipeline adds to latents": vae.shift_factor is None,
+        **shift_refusals(parts["vae"]),
         **flow_refusals(parts["scheduler"]),
     }
 
 
 FAMILY = Family(
-    name="z_image", denoiser="transformer", targets=TARGETS, schedule=lambda scheduler: RectifiedFlow(),
-    kind=lambda scheduler: "velocity", timestep=lambda t, scheduler: 1 - t,
+    name="z_image", denoiser="transformer", targets=TARGETS,
+    **FLOW | {"timestep": lambda t, scheduler: 1 - t},
     time=TimeEmbedding("t_embedder.mlp.0", None),                  # a static method makes the sinusoids
-    guidance=lambda network: Guidance(offset=1.0), encode=encode, condition_shapes=condition_shapes, inputs=inputs,
-    output=output, feature_shapes=feature_shapes, feature_map=feature_map,
+    guidance=lambda network: Guidance(offset=1.0), encode=encode, condition_shapes=masked_text("cap_feat_dim"),
+    inputs=inputs, output=lambda found, x_t: -torch.stack(found[0])[:, :, 0],
+    feature_shapes=feature_shapes, feature_map=feature_map,
     default_features=lambda network: (f"layers.{network.config.n_layers // 2}",),              # the block in the middle
     latent_shape=latent_shape, multiple=multiple, codec=lambda parts: shifted(parts["vae"]), refusals=refusals)
