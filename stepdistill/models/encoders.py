@@ -2,6 +2,7 @@
 seen in no loss."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +24,15 @@ def check_prompts(teacher: Teacher) -> None:
     if "text" not in teacher.told:
         return
     cond = teacher.encode(PROMPTS)
-    found = {f"the teacher {teacher.source} encodes": [cond.text]}
-    if cond.pooled is not None:
-        found[f"the pooled embedding of {teacher.source} encodes"] = [cond.pooled]
+    found: dict[str, Iterable[Tensor]] = {}
     for name, part in teacher.parts.items():
         tokenizer = teacher.parts.get(name.replace("text_encoder", "tokenizer"))
-        if name.startswith("text_encoder") and isinstance(part, nn.Module) and isinstance(tokenizer,
-                                                                                          PreTrainedTokenizerBase):
+        if name.startswith("text_encoder") and part is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
             found[f"the {name} of {teacher.source} encodes"] = [_read(part, tokenizer, prompt) for prompt in PROMPTS]
-    for what, given in found.items():
-        first, second = given if len(given) == 2 else given[0]
+    found[f"the teacher {teacher.source} encodes"] = cond.text
+    if cond.pooled is not None:
+        found[f"the pooled embedding of {teacher.source} encodes"] = cond.pooled
+    for what, (first, second) in found.items():
         if not (first.isfinite().all() and second.isfinite().all()):
             raise RequestError(f"{what} prompts as numbers that are not finite: NaN or infinities stand among its "
                                "weights. Save or download the teacher anew")

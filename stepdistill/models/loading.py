@@ -14,13 +14,25 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.models.modeling_utils import LegacyModelMixin
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import RequestError, first_lines
 from ..files import foreign
 from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
 from .quantized import quantization_of, quantize_, read_saved, saved_as
-from .sources import UNLOADABLE, Index, Source, absent_parts, blaming, cached_file, configs_of, index_at, listed
+from .sources import (
+    UNLOADABLE,
+    Index,
+    Source,
+    absent_parts,
+    blaming,
+    cached_file,
+    configs_of,
+    index_at,
+    is_processor,
+    listed,
+)
 from .weights import check_components, class_of, scheduler_class, weight_files
 
 
@@ -95,7 +107,7 @@ class Loading:
         dropped = self.family.arguments(self.kind.__name__)
         own = replaced_on_meta(self.source)
         parts = {name: _on_meta(configs, name, *made_by) for name, made_by in listed(index).items()
-                 if name not in (*dropped, *own)} | own
+                 if name not in (*dropped, *own) and not is_processor(name, made_by[1])} | own
         networks = {name: part.to(self.dtype) for name, part in parts.items() if isinstance(part, nn.Module)}
         made = settings_of(index) | networks | {"scheduler": parts["scheduler"]}
         if self.source.loras:
@@ -138,7 +150,10 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
     family = family_of(kind.__name__) if source.quantization is not None and kind.__name__ in FAMILIES else None
     fresh = family is not None and family.denoiser not in parts
     parts = {**parts, **(_saved_quantized(source, family, dtype) if fresh else {})}
-    options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts}
+    tokenizers = {} if source.is_file else _tokenizers(source, parts)
+    # from_pretrained takes no tokenizer in the place of a processor
+    options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts,
+                               **dict.fromkeys(tokenizers)}
     try:
         if source.is_file:
             options |= {} if source.config is None else {"config": source.config}
@@ -151,6 +166,7 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"the pipeline {source} cannot be loaded: {first_lines(error)}") from error
+    pipe.register_modules(**tokenizers)
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
     # earlier diffusers do not know `dtype`; what stays float32 there, stays
@@ -160,6 +176,14 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
     if fresh and family.denoiser not in parts:
         quantize_(pipe.components[family.denoiser], source.quantization, family.time.first)
     return pipe, traces
+
+
+def _tokenizers(source: Source, parts: Mapping[str, Any]) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers of a pipeline's processors, read unless `parts` has them."""
+    names = [name for name, (_, class_name) in listed(index_at(source)).items() if is_processor(name, class_name)]
+    with blaming("a tokenizer", source.place):
+        return {name: parts.get(name) or AutoTokenizer.from_pretrained(
+            source.place, subfolder=name, revision=source.revision, trust_remote_code=False) for name in names}
 
 
 def _supplied(kind: type[DiffusionPipeline], source: Source, options: Mapping[str, Any]) -> str:

@@ -187,6 +187,12 @@ def listed(index: Index) -> dict[str, tuple[str, str]]:
     return {name: (made_by[0], made_by[1]) for name, made_by in found.items()}
 
 
+def is_processor(component: str, class_name: str) -> bool:
+    """Whether a component in a tokenizer's place reads pictures too, as that of FLUX.2 dev. Its tokenizer alone is
+    read: no prompt needs the rest, and that wants torchvision."""
+    return component.startswith("tokenizer") and class_name.endswith("Processor")
+
+
 def _check_library(name: str, library: str, class_name: str) -> None:
     """RequestError for a library that from_pretrained would import by its name. A module of diffusers.pipelines is code
     of diffusers."""

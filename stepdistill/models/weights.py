@@ -12,12 +12,12 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import RequestError, first_lines
 from .families import FAMILIES, text_to_image
 from .quantized import saved_as
-from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safetensors, listed
+from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safetensors, is_processor, listed
 
 _FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?"
                    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
@@ -92,8 +92,9 @@ def check_components(place: Path, source: Source, index: Index, dropped: Contain
     place: the local folder of the pipeline that `source` names, with its index. dropped: components that are not read
     from it. Those without files of weights are left to from_pretrained.
     """
-    kinds = {folder: class_of(folder.name, *index[folder.name]) for folder in folders(place, index)
-             if folder.name not in dropped}
+    kinds = {folder: PreTrainedTokenizerFast if is_processor(folder.name, index[folder.name][1])
+             else class_of(folder.name, *index[folder.name])
+             for folder in folders(place, index) if folder.name not in dropped}
     networks = {folder: kind for folder, kind in kinds.items() if issubclass(kind, nn.Module)}
     _check_whole(source, networks)
     for folder, kind in kinds.items():

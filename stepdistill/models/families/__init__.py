@@ -35,6 +35,7 @@ FAMILIES: dict[str, str | Family] = {              # pipeline class -> module of
     "PixArtSigmaPipeline": "pixart",
     "PixArtAlphaPipeline": "pixart",
     "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2",
     "ZImagePipeline": "z_image",
     "QwenImagePipeline": "qwen_image",

@@ -1,8 +1,9 @@
-"""FLUX.2 klein, undistilled: Flux2Transformer2DModel, a rectified flow on the latents of an AutoencoderKLFlux2, folded
-by 2 x 2.
+"""FLUX.2, dev and undistilled klein: Flux2Transformer2DModel, a rectified flow on the latents of an AutoencoderKLFlux2,
+folded by 2 x 2.
 
-Text is layers of a Qwen3, padded to max_sequence_length, and the padding is attended: a stock call's length is part of
-the condition.
+Dev's network reads its guidance scale beside the time; klein is guided by two calls against "". Text is layers of a
+Mistral3 or a Qwen3, padded to max_sequence_length, and the padding is attended: a stock call's length is part of the
+condition.
 """
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor
 
 from ...diffusion.contracts import Condition
+from ...diffusion.schedule import moved
 from ..codecs import folded
 from ..extra_embedding import TimeEmbedding
+from ..stock import Guidance
 from . import Family, Parts, Size
 from .shared import FLOW, codec_pixels, flow_refusals, latent_sides, stream_blocks
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-TOKENS, LAYERS = 512, (9, 18, 27)                  # max_sequence_length and text_encoder_out_layers of a stock call
 SIDE = 64                                          # latents on a side of a stock call's picture
 PATCH = 2                                          # the codec's latents on a side of one of these
 # The layers of diffusers' train_dreambooth_lora_flux2_klein.py, those of the text's stream and of feed-forward, and the
@@ -37,21 +39,21 @@ TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_p
 
 def encode(teacher: Teacher, prompts: list[str], null: bool) -> Condition:
     """text (B, L, D), the layers one beside the other. null: the encoding of "", as the stock pipeline subtracts it."""
-    text, _ = teacher.loaded.encode_prompt(prompts, device=teacher.device,
-                                           max_sequence_length=teacher.call.get("max_sequence_length", TOKENS),
-                                           text_encoder_out_layers=teacher.call.get("text_encoder_out_layers", LAYERS))
+    given = {name: teacher.asked[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
+    text, _ = teacher.loaded.encode_prompt(prompts, device=teacher.device, **given)
     return Condition(text=text)
 
 
 def condition_shapes(parts: Parts, call: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {"text": (call.get("max_sequence_length", TOKENS), parts["transformer"].config.joint_attention_dim)}
+    return {"text": (call["max_sequence_length"], parts["transformer"].config.joint_attention_dim)}
 
 
 def inputs(network: Flux2Transformer2DModel, x_t: Tensor, timestep: Tensor, cond: Condition) -> dict[str, Any]:
-    """The network multiplies the time by 1000 again, in its own dtype."""
+    """The network multiplies the time and the scale by 1000 again, in its own dtype."""
     height, width = x_t.shape[2:]
+    scale = moved(cond.w.float(), x_t.device) if network.config.guidance_embeds else None
     return {"hidden_states": x_t.flatten(2).transpose(1, 2), "timestep": timestep / 1000,
-            "encoder_hidden_states": cond.text.to(x_t),
+            "encoder_hidden_states": cond.text.to(x_t), "guidance": scale,
             "txt_ids": places(x_t, 1, 1, cond.text.shape[1]), "img_ids": places(x_t, height, width, 1),
             "return_dict": False}
 
@@ -81,12 +83,20 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     return parts["transformer"].config.in_channels, *latent_sides(size, SIDE, multiple(parts), multiple(parts))
 
 
+def guidance(network: Flux2Transformer2DModel) -> Guidance:
+    embeds = network.config.guidance_embeds
+    return Guidance(embedded="guidance_scale" if embeds else None, within=embeds)
+
+
 def refusals(parts: Parts) -> dict[str, bool]:
     network, channels = parts["transformer"].config, PATCH ** 2 * parts["vae"].config.latent_channels
+    klein = "is_distilled" in parts                    # what its class alone says
     return {
         "it is distilled to a few steps already, and ignores guidance: take the "
         "undistilled one": parts.get("is_distilled", False),
-        "its network reads a guidance scale, of which this pipeline says nothing": network.guidance_embeds,
+        "its network reads a guidance scale, of which this pipeline says nothing": klein and network.guidance_embeds,
+        "its network reads no guidance scale, and this pipeline guides by nothing else":
+            not klein and not network.guidance_embeds,
         f"its network reads tokens of {network.in_channels} numbers, and those of its latents have "
         f"{channels}": network.in_channels != channels,
         f"its network gives {network.out_channels} numbers for {network.in_channels}":
@@ -106,4 +116,4 @@ FAMILY = Family(
     # A block of two streams returns text and picture, one of one stream both in one.
     feature_map=lambda network, output, x_t: grid(output if isinstance(output, Tensor) else output[1], x_t.shape),
     latent_shape=latent_shape, multiple=multiple, codec=lambda parts: folded(parts["vae"]), step_noise=step_noise,
-    refusals=refusals)
+    guidance=guidance, refusals=refusals)
