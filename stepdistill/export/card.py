@@ -14,6 +14,7 @@ from .. import resources
 from ..errors import printable, redacted, unmarked
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
+from ..models.quantized import HEAD
 from ..models.sources import Source
 from ..models.with_teacher import SERVED
 from .comfyui import FILE, sampler_of
@@ -81,7 +82,8 @@ def snippet(settings: Mapping[str, Any], folder: str, asked: str) -> str:
     names = ["AutoencoderKL"] * (base.vae is not None and not whole) + names
     names = ["BitsAndBytesConfig", "PipelineQuantizationConfig"] * _packs(base) + names
     by_peft = ["from peft import PeftModel"] if settings["weights"] == PEFT_WEIGHTS else []
-    lines = _opening(settings, base, folder, names, by_peft)
+    packed = ["import transformers"] if _packs(base) and base.components_to_quantize else []
+    lines = _opening(settings, base, folder, names, by_peft + packed)
     if whole:
         lines += [f"pipe = {settings['pipeline']}.from_pretrained(folder, torch_dtype=dtype{without}).to(device)"]
     else:
@@ -155,8 +157,12 @@ def base_lines(base: Source, pipeline: str, without: str) -> list[str]:
     if _packs(base):
         family = family_of(pipeline)
         kind = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if base.quantization == "nf4" else "load_in_8bit=True"
+        encoders = [name for name in base.components_to_quantize or () if name != family.denoiser]
+        packed = [f"{quoted(family.denoiser)}: bits", *(f"{quoted(name)}: encoder_bits" for name in encoders)]
         lines += [f"bits = BitsAndBytesConfig({kind}, llm_int8_skip_modules=[{quoted(family.time.first)}])",
-                  f"bits = PipelineQuantizationConfig(quant_mapping={{{quoted(family.denoiser)}: bits}})"]
+                  *([f"encoder_bits = transformers.BitsAndBytesConfig({kind}, llm_int8_skip_modules=[{quoted(HEAD)}])"]
+                    if encoders else []),
+                  f"bits = PipelineQuantizationConfig(quant_mapping={{{', '.join(packed)}}})"]
         options = f"{options}, quantization_config=bits"
     lines += [f"pipe = {pipeline}.{loader}({quoted(base.place)}, torch_dtype=dtype{options}{without}).to(device)"]
     for lora in base.loras:

@@ -148,7 +148,9 @@ def base_of(settings: dict[str, Any]) -> Source:
     """The teacher of an export, with the LoRAs that were fused into it. settings: its stepdistill.json; exports of
     earlier versions name the base and its revision alone."""
     loras = tuple(FusedLora(row["path"], row["weight"]) for row in settings.get("teacher_loras", []))
-    return Source(settings["teacher"], settings["revision"], loras=loras, **settings.get("teacher_parts", {}))
+    parts = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in settings.get("teacher_parts", {}).items()}
+    return Source(settings["teacher"], settings["revision"], loras=loras, **parts)
 
 
 def open_export(folder: str | Path, teacher: str | Path | Source | None = None,

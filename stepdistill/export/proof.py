@@ -89,7 +89,7 @@ def samples(teacher: Teacher) -> int:
 def tolerance(teacher: Teacher) -> float:
     """How far two samplers of a float32 teacher may be apart, on [0, 1] pixels. Layers of int8 round their inputs,
     where the last digit of a number decides."""
-    return COARSE if teacher.source.quantization == "int8" else TOLERANCE
+    return TOLERANCE if teacher.source.quantization in (None, "nf4") else COARSE
 
 
 def _called(pipe: DiffusionPipeline, student: Student, call: Mapping[str, Any]) -> Tensor:

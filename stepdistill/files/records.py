@@ -127,10 +127,26 @@ class StudentCall(TypedDict, total=False):
     teacher_call: dict[str, Any]
 
 
+class Shaping(TypedDict, total=False):
+    """The keyword arguments of a call that shape its conditions and sizes."""
+
+    max_sequence_length: int
+    height: int
+    width: int
+    num_frames: int
+    clip_skip: int | None
+    complex_human_instruction: list[str] | None
+    use_resolution_binning: bool
+    text_encoder_out_layers: list[int]
+    clean_caption: bool
+    system_prompt: str | None
+    frame_rate: float
+
+
 class TeacherCall(TypedDict):
     """stepdistill.json of a teacher: what every call of it is given."""
 
-    call: dict[str, Any]
+    call: Shaping
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -183,6 +199,7 @@ class _Parts(TypedDict, total=False):
     scheduler: str
     clip_skip: int
     quantization: Literal["nf4", "int8"]
+    components_to_quantize: list[str]
     negative_prompt: str
     guidance_rescale: float
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -20,19 +20,22 @@ from ..errors import RequestError, first_lines
 from ..files import foreign
 from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
-from .quantized import quantization_of, quantize_, read_saved, saved_as
+from .quantized import HEAD, quantization_of, quantize_, read_saved, saved_as
 from .sources import (
+    SETTINGS,
     UNLOADABLE,
     Index,
     Source,
     absent_parts,
     blaming,
     cached_file,
+    call_of,
     configs_of,
     index_at,
     is_processor,
     listed,
 )
+from .stock import unknown
 from .weights import check_components, class_of, scheduler_class, weight_files
 
 
@@ -67,13 +70,32 @@ class Loading:
         for name in ("clip_skip", "negative_prompt", "guidance_rescale"):
             if (value := vars(source)[name]) is not None and name not in signature(self.kind.__call__).parameters:
                 raise RequestError(f"{name} is {value!r}, but a call of {self.kind.__name__} takes none: leave it out")
+        if names := unknown(self.kind, call_of(source)):
+            raise RequestError(f"{source} says in its {SETTINGS} that every call of it is given {', '.join(names)}, "
+                               f"which a call of {self.kind.__name__} does not take: leave it out")
         if len(self.index) > 1:
             self._check_kinds()
+        self._check_packed()
         index = (cached_file(source.place, "model_index.json", source.revision) if not Path(source.place).exists()
                  else Path(source.place) / "model_index.json")
         replaced = [name for name in ("vae", "scheduler") if vars(source)[name] is not None]
         if index is not None and index.is_file():
             check_components(index.parent, source, self.index, {*replaced, *self.family.arguments(self.kind.__name__)})
+
+    def _check_packed(self) -> None:
+        """RequestError for components to quantise that are no denoiser and no text encoder of this pipeline."""
+        asked = self.source.components_to_quantize
+        if asked is None:
+            return
+        absent, denoiser = absent_parts(self.index), self.family.denoiser
+        may = [denoiser, *(name for name in slots(self.kind) if name.startswith("text_encoder") and name not in absent)]
+        wrong = [name for name in asked if name not in may]
+        if self.source.quantization is None or wrong or denoiser not in asked:
+            found = ("quantization says no kind: nf4 or int8" if self.source.quantization is None
+                     else f"it quantises {' and '.join(may)} alone" if wrong
+                     else f"a LoRA lies on its {denoiser}: name that too, or leave the list out")
+            raise RequestError(f"components_to_quantize names {', '.join(asked)} of a {self.kind.__name__}, "
+                               f"but {found}")
 
     def _check_kinds(self) -> None:
         """RequestError for a pipeline without one of its parts, and for an autoencoder or a network of another class
@@ -142,26 +164,23 @@ def slots(kind: type[DiffusionPipeline]) -> list[str]:
 def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dtype,
                   parts: Mapping[str, Any]) -> tuple[DiffusionPipeline, tuple[Trace, ...]]:
     """The stock pipeline of a source with the components `parts`, the others read; and where the LoRAs that were fused
-    into those show. A LoRA is added in float32, whatever the dtype. The denoiser is quantised where the source says so,
-    unless it is given.
+    into those show. A LoRA is added in float32, whatever the dtype. Networks are quantised where the source says so,
+    unless they are given.
 
     RequestError for what cannot be read and for LoRAs that do not fit.
     """
     family = family_of(kind.__name__) if source.quantization is not None and kind.__name__ in FAMILIES else None
-    fresh = family is not None and family.denoiser not in parts
-    parts = {**parts, **(_saved_quantized(source, family, dtype) if fresh else {})}
-    tokenizers = {} if source.is_file else _tokenizers(source, parts)
-    # from_pretrained takes no tokenizer in the place of a processor
-    options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts), **parts,
-                               **dict.fromkeys(tokenizers)}
+    packed = () if family is None else [name for name in source.components_to_quantize or (family.denoiser,)
+                                        if name not in parts]
     try:
-        if source.is_file:
-            options |= {} if source.config is None else {"config": source.config}
-            with _configs_at_hand(source):
-                pipe = kind.from_single_file(source.place, **options)
-        else:
-            options |= {} if source.variant is None else {"variant": source.variant}
-            pipe = kind.from_pretrained(_supplied(kind, source, options), use_safetensors=True, **options)
+        here = source if source.is_file else _supplied(kind, source, parts)
+        if family is not None and family.denoiser in packed:
+            parts = {**parts, **_saved_quantized(here, family, dtype)}
+        tokenizers = {} if source.is_file else _tokenizers(here, parts)
+        # from_pretrained takes no tokenizer in the place of a processor
+        options: dict[str, Any] = {"dtype": torch.float32 if source.loras else dtype, **replaced(source, parts),
+                                   **parts, **dict.fromkeys(tokenizers)}
+        pipe = _read(kind, here, options)
     except UNLOADABLE as error:
         if isinstance(error, RequestError):
             raise
@@ -173,9 +192,21 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part.dtype != dtype and quantization_of(part) is None:
             part.to(dtype)
-    if fresh and family.denoiser not in parts:
-        quantize_(pipe.components[family.denoiser], source.quantization, family.time.first)
+    for name in (name for name in packed if quantization_of(pipe.components[name]) is None):
+        quantize_(pipe.components[name], source.quantization, family.time.first if name == family.denoiser else HEAD)
     return pipe, traces
+
+
+def _read(kind: type[DiffusionPipeline], source: Source, options: Mapping[str, Any]) -> DiffusionPipeline:
+    if source.is_file:
+        with _configs_at_hand(source):
+            return kind.from_single_file(source.place, **options, **({} if source.config is None
+                                                                     else {"config": source.config}))
+    return kind.from_pretrained(source.place, use_safetensors=True, **options, **_variant(source))
+
+
+def _variant(source: Source) -> dict[str, str]:
+    return {} if source.variant is None else {"variant": source.variant}
 
 
 def _tokenizers(source: Source, parts: Mapping[str, Any]) -> dict[str, PreTrainedTokenizerBase]:
@@ -186,13 +217,14 @@ def _tokenizers(source: Source, parts: Mapping[str, Any]) -> dict[str, PreTraine
             source.place, subfolder=name, revision=source.revision, trust_remote_code=False) for name in names}
 
 
-def _supplied(kind: type[DiffusionPipeline], source: Source, options: Mapping[str, Any]) -> str:
-    """The folder of a pipeline; of a Hub id that of the cache, once its files are there and have been looked at."""
+def _supplied(kind: type[DiffusionPipeline], source: Source, parts: Mapping[str, Any]) -> Source:
+    """The source as a folder: of a Hub id that of the cache, once its files are there and have been looked at. parts:
+    components that are not wanted from it."""
     if Path(source.place).is_dir():
-        return source.place
-    folder = kind.download(source.place, revision=source.revision, use_safetensors=True, **options)
+        return source
+    folder = kind.download(source.place, revision=source.revision, use_safetensors=True, **_variant(source), **parts)
     index_at(Source(folder))
-    return folder
+    return replace(source, base=folder, revision=None)
 
 
 def _saved_quantized(source: Source, family: Family, dtype: torch.dtype) -> dict[str, nn.Module]:

@@ -1,9 +1,10 @@
-"""A denoiser whose linear layers hold few bits a weight: NF4 (arXiv:2305.14314) or int8 (arXiv:2208.07339), by
-bitsandbytes.
+"""Networks whose linear layers hold few bits a weight: NF4 (arXiv:2305.14314) or int8 (arXiv:2208.07339), by
+bitsandbytes; and those that were saved so, by torchao too.
 
 Weights are rounded to bfloat16 first, in which pipelines are usually loaded: so a base is the same in training, in an
 export and in a stock call, whatever the precision. Convolutions, norms and the time embedding's first layer stay as
-they are: its dtype is the network's, and numbers that a student reads are folded into it.
+they are: its dtype is the network's, and numbers that a student reads are folded into it. So does the head of a
+language model that encodes texts, which no prompt passes.
 """
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ BYTES = {
     "int8": lambda rows, columns: rows * columns + 4 * rows,
 }
 CLASSES = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
+TORCHAO = "torchao"                                # of a saved network: its tensors know their kind themselves
+HEAD = "lm_head"
 OUTLIER = 6.0                                      # of LLM.int8: columns of an input beyond it stay in 16 bits
 
 
-def check_installed() -> None:
-    """RequestError where the library is missing."""
-    if find_spec("bitsandbytes") is None:
-        raise RequestError("a quantised base wants bitsandbytes, and that is not installed: pip install "
-                           "stepdistill[bitsandbytes]")
+def check_installed(kind: str = "nf4") -> None:
+    """RequestError where the library of this kind is missing."""
+    library, wanted = (TORCHAO, TORCHAO) if kind == TORCHAO else ("bitsandbytes", "stepdistill[bitsandbytes]")
+    if find_spec(library) is None:
+        raise RequestError(f"a quantised base wants {library}, and that is not installed: pip install {wanted}")
 
 
 def layers(network: nn.Module, first: str) -> dict[str, nn.Linear]:
@@ -49,15 +52,21 @@ def layers(network: nn.Module, first: str) -> dict[str, nn.Linear]:
 
 
 def packed_bytes(network: nn.Module, kind: str, first: str) -> tuple[int, int]:
-    """(weights that this quantisation of a plain network packs, the bytes that they take then)."""
-    shapes = [module.weight.shape for module in layers(network, first).values()]
-    return sum(rows * columns for rows, columns in shapes), sum(BYTES[kind](*shape) for shape in shapes)
+    """(weights that this quantisation of a plain network packs, the bytes that they take then). Of torchao, whose kinds
+    are many, as of int8."""
+    shapes, kind = [module.weight.shape for module in layers(network, first).values()], BYTES.get(kind, BYTES["int8"])
+    return sum(rows * columns for rows, columns in shapes), sum(kind(*shape) for shape in shapes)
 
 
 def quantization_of(network: nn.Module) -> str | None:
     """How the layers of a network are quantised; None where they are not."""
-    return next((CLASSES[type(module).__name__] for module in network.modules() if type(module).__name__ in CLASSES),
-                None)
+    return next((kind for module in network.modules() if (kind := _kind(module)) is not None), None)
+
+
+def _kind(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith(TORCHAO):
+        return TORCHAO
+    return CLASSES.get(type(layer).__name__)
 
 
 def quantize_(network: nn.Module, kind: str, first: str) -> None:
@@ -78,7 +87,7 @@ def half_(network: nn.Module) -> None:
 @torch.no_grad()
 def dequantized(network: nn.Module) -> dict[str, Tensor]:
     """The weights of its quantised layers in float32, by the layers' names."""
-    return {path: _plain(module) for path, module in network.named_modules() if type(module).__name__ in CLASSES}
+    return {path: _plain(module) for path, module in network.named_modules() if _kind(module) is not None}
 
 
 def _quantized(layer: nn.Linear, kind: str) -> nn.Linear:
@@ -123,6 +132,8 @@ def _eight_bits(layer: nn.Linear) -> nn.Linear:
 
 
 def _plain(layer: nn.Linear) -> Tensor:
+    if _kind(layer) == TORCHAO:
+        return layer.weight.dequantize().float()
     if type(layer).__name__ == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -145,13 +156,15 @@ def saved_as(folder: Path) -> str | None:
     config = read.get("quantization_config")
     if config is None:
         return None
+    if config.get("quant_method") == TORCHAO:
+        return TORCHAO
     found = config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
     found = "int8" if config.get("load_in_8bit") else found
     if config.get("quant_method") != "bitsandbytes" or found not in BYTES:
         raise RequestError(f"the weights in {folder} are quantised by "
                            f"{config.get('quant_method')}{'' if found is None else f' as {found}'}; a base is "
-                           f"served in {' or '.join(BYTES)} of bitsandbytes: name its plain pipeline, and choose one "
-                           f"by quantization")
+                           f"served in {' or '.join(BYTES)} of bitsandbytes, or by torchao: name its plain pipeline, "
+                           f"and choose one by quantization")
     return found
 
 
@@ -164,7 +177,11 @@ class _WithoutWeights(TorchFunctionMode):
 
 def read_saved(kind: type[ModelMixin], folder: Path, files: list[Path], dtype: torch.dtype, first: str) -> ModelMixin:
     """A network as it was saved quantised. RequestError where its files do not hold what its config says."""
-    check_installed()
+    check_installed(saved_as(folder))
+    if saved_as(folder) == TORCHAO:
+        network = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        _put(network, first, _whole(network.get_submodule(first), dtype))
+        return network
     config = {name: value for name, value in kind.load_config(folder).items() if name != "quantization_config"}
     with _WithoutWeights():
         network = kind.from_config(config)
@@ -179,7 +196,7 @@ def read_saved(kind: type[ModelMixin], folder: Path, files: list[Path], dtype: t
     if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta]:
         raise RequestError(f"the weights in {folder} are not what its config.json says: {len(missing)} missing, first "
                            f"{missing[0]}")
-    if type(layer := network.get_submodule(first)).__name__ in CLASSES:
+    if _kind(layer := network.get_submodule(first)) is not None:
         _put(network, first, _whole(layer, dtype))
     return network
 

@@ -115,7 +115,8 @@ class Source:
     its weights' files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id
     with the configs of a single file. vae, scheduler: folders or Hub ids of components that take the place of the
     base's. clip_skip: last layers of its CLIP encoders that every call leaves out. quantization: of its denoiser's
-    linear layers, nf4 or int8. loras: are fused into the weights. negative_prompt, guidance_rescale: of its guided
+    linear layers, nf4 or int8, or as they were saved; components_to_quantize: of which networks else, None for the
+    denoiser alone. loras: are fused into the weights. negative_prompt, guidance_rescale: of its guided
     calls, none unless given; no others are given them.
     """
 
@@ -128,6 +129,7 @@ class Source:
     scheduler: str | None = None
     clip_skip: int | None = None
     quantization: str | None = None
+    components_to_quantize: tuple[str, ...] | None = None
     loras: tuple[FusedLora, ...] = ()
     negative_prompt: str | None = None
     guidance_rescale: float | None = None
@@ -266,7 +268,27 @@ def call_of(source: Source | str) -> dict[str, Any]:
         where = _ELSEWHERE.get(wrong[0], "no call of a teacher is given it")
         raise RequestError(f"{path} gives every call of this pipeline {wrong[0]}: {call[wrong[0]]!r}, which does "
                            f"not shape what its network is told: {where}. What may stand there is {', '.join(SHAPING)}")
+    if (sides := {"height", "width"} & call.keys()) and len(sides) == 1:
+        raise RequestError(f"{path} gives every call of this pipeline {' '.join(sides)} alone: a size is a height and "
+                           "a width")
+    for name, least in (("height", 1), ("width", 1), ("num_frames", 1), ("clip_skip", 1), ("max_sequence_length", 0)):
+        if (value := call.get(name)) is not None and value < least:
+            raise RequestError(f"{path} gives every call of this pipeline {name}: {value}, which should be {least} or "
+                               "more")
     return call | asked
+
+
+def config_folder(source: Source, component: str) -> Path | None:
+    """Where the config of a component lies: in a local folder, or, of a Hub id, in the cache, to which it is fetched
+    where the Hub can be asked. None where it has none, and for a single file."""
+    if source.is_file or Path(source.place).is_dir():
+        return None if source.is_file else Path(source.place) / component
+    name = f"{component}/config.json"
+    found = cached_file(source.place, name, source.revision)
+    if found is None and unreachable() is None:
+        found = hub_file(source.place, name, revision=source.revision, _raise_exceptions_for_missing_entries=False,
+                         _raise_exceptions_for_connection_errors=False)
+    return None if found is None else Path(found).parent
 
 
 def cached_file(source: str, name: str, revision: str | None) -> Path | None:

@@ -16,8 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from ..errors import RequestError, first_lines
 from .families import FAMILIES, text_to_image
-from .quantized import saved_as
-from .sources import LIBRARIES, UNLOADABLE, Index, Source, blaming, check_safetensors, is_processor, listed
+from .quantized import check_installed, saved_as
+from .sources import (
+    LIBRARIES,
+    UNLOADABLE,
+    Index,
+    Source,
+    blaming,
+    check_safetensors,
+    config_folder,
+    is_processor,
+    listed,
+)
 
 _FILE = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?"
                    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
@@ -29,16 +39,16 @@ MODULES = dict(zip(LIBRARIES, (diffusers, transformers)))
 
 
 def settled(source: Source, index: Index) -> Source:
-    """The source of a local folder with the variant of its weights, where that is the only one there, and with the
-    quantisation that its denoiser was saved in.
+    """The source with the quantisation that its denoiser was saved in; of a local folder also with the variant of its
+    weights, where that is the only one there.
 
     RequestError for a variant that is not there, where there are several and none is asked for, and for another
     quantisation.
     """
-    if not Path(source.place).is_dir():
-        return source
     if text_to_image(index["_class_name"]) in FAMILIES and {*DENOISERS} & index.keys():
         source = _quantized(source, index)
+    if not Path(source.place).is_dir():
+        return source
     held = {folder.name: variants for folder in folders(Path(source.place), index) if (variants := _variants(folder))}
     every = sorted({variant for variants in held.values() for variant in variants if variant is not None})
     if source.variant is not None:
@@ -58,7 +68,8 @@ def settled(source: Source, index: Index) -> Source:
 
 def _quantized(source: Source, index: Index) -> Source:
     denoiser = next(name for name in DENOISERS if name in index)
-    found = saved_as(Path(source.place) / denoiser)
+    folder = config_folder(source, denoiser)
+    found = None if folder is None else saved_as(folder)
     if found is None or source.quantization in (None, found):
         return source if found is None else replace(source, quantization=found)
     raise RequestError(f"quantization is {source.quantization}, but the {denoiser} of {source} was saved quantised as "
@@ -96,13 +107,14 @@ def check_components(place: Path, source: Source, index: Index, dropped: Contain
              else class_of(folder.name, *index[folder.name])
              for folder in folders(place, index) if folder.name not in dropped}
     networks = {folder: kind for folder, kind in kinds.items() if issubclass(kind, nn.Module)}
-    _check_whole(source, networks)
+    if Path(source.place).is_dir():                    # what the Hub has not supplied yet lacks nothing
+        _check_whole(source, networks)
     for folder, kind in kinds.items():
         if issubclass(kind, PreTrainedTokenizerBase):
             _check_vocabulary(source, folder, kind)
     for folder, kind in networks.items():
-        if saved_as(folder) is not None:
-            _check_quantized(source, folder)
+        if (saved := saved_as(folder)) is not None:
+            check_installed(saved)
             continue                                   # its tensors are compared when it is read
         files, variant = weight_files(folder, source.variant)
         found = {key: shape for file in files for key, shape in _shapes(file).items()}
@@ -118,19 +130,15 @@ def _check_whole(source: Source, networks: Iterable[Path]) -> None:
     weights that no index puts together."""
     held = {folder: weight_files(folder, source.variant)[0] for folder in networks}
     for folder, files in held.items():
+        if (folder / _ADAPTER).is_file():
+            continue                                   # which says more of what is wrong
         lacking = (["config.json"] if not (folder / "config.json").is_file()
-                   else ["weights"] if not files and any(held.values()) and not (folder / _ADAPTER).is_file()
+                   else ["weights"] if not files and any(held.values())
                    else [f"{_INDEX}, which says what its {len(files)} parts hold"]
                    if any("-of-" in file.name for file in files) and not [*folder.glob(_INDEX)] else [])
         if lacking:
             raise RequestError(f"{source} is not complete: the folder of its {folder.name} has no {lacking[0]}. "
                                "Save or download the teacher anew")
-
-
-def _check_quantized(source: Source, folder: Path) -> None:
-    if folder.name not in DENOISERS:
-        raise RequestError(f"the {folder.name} of {source} was saved quantised, which is served of a denoiser alone: "
-                           f"name a pipeline whose {folder.name} is plain")
 
 
 def class_of(component: str, library: str, class_name: str) -> type:

@@ -49,6 +49,8 @@ class Teacher(Strict):
                                                          # call of its pipeline
     quantization: Literal["nf4", "int8"] | None = None    # of its denoiser's linear layers (pip install
                                                           # stepdistill[bitsandbytes])
+    components_to_quantize: list[str] | None = Field(None, min_length=1)    # the denoiser and text encoders that it is
+                                                                            # for; none: the denoiser alone
 
     @property
     def plain(self) -> str | dict[str, Any]:

@@ -226,7 +226,8 @@ def _identity(teacher: Teacher, mark: Callable[[str], str] = fingerprint) -> dic
     source, dtype = teacher.source, str(next(teacher.network.parameters()).dtype)
     parts = {name: mark(place) for name in ("vae", "scheduler") if (place := vars(source)[name]) is not None}
     loras = [[mark(lora.path), lora.weight] for lora in source.loras]
-    given = {name: value for name in ("variant", "clip_skip", "quantization", "negative_prompt", "guidance_rescale")
+    given = {name: value for name in ("variant", "clip_skip", "quantization", "components_to_quantize",
+                                      "negative_prompt", "guidance_rescale")
              if (value := vars(source)[name]) is not None}
     given |= {"loras": loras} if loras else {}
     given |= {} if teacher.resolution is None else {"resolution": list(teacher.resolution)}

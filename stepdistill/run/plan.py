@@ -10,8 +10,8 @@ from torch import nn
 
 from .. import resources
 from ..methods.base import Heads, Trained
-from ..models.quantized import packed_bytes
-from ..models.sources import cached_file
+from ..models.quantized import HEAD, packed_bytes, saved_as
+from ..models.sources import cached_file, config_folder
 from ..models.teacher import Teacher
 from ..recipe import Recipe
 from .buckets import at_largest
@@ -89,10 +89,14 @@ def _short(count: float) -> float:
 
 def _bytes(teacher: Teacher, name: str) -> int:
     """Of the weights of a pipeline's network."""
-    size, width, kind = teacher.sizes[name], _width(teacher.parts[name]), teacher.source.quantization
-    if kind is None or name != teacher.family.denoiser:
+    size, width, source, denoiser = (teacher.sizes[name], _width(teacher.parts[name]), teacher.source,
+                                     teacher.family.denoiser)
+    folder = config_folder(source, name)
+    saved = None if folder is None else saved_as(folder)
+    kind = source.quantization if name in (source.components_to_quantize or (denoiser,)) else saved
+    if kind is None:
         return size * width
-    count, held = packed_bytes(teacher.network, kind, teacher.family.time.first)
+    count, held = packed_bytes(teacher.parts[name], kind, teacher.family.time.first if name == denoiser else HEAD)
     return (size - count) * width + held
 
 

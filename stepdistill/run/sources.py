@@ -30,7 +30,8 @@ def source_of(recipe: Recipe) -> Source:
 def named(recipe: Recipe) -> Source:
     """As the recipe names it."""
     teacher = recipe.teacher
-    parts = teacher.model_dump(exclude={"loras"})
+    parts = teacher.model_dump(exclude={"loras", "components_to_quantize"})
+    parts["components_to_quantize"] = teacher.components_to_quantize and tuple(teacher.components_to_quantize)
     guided = {"negative_prompt": recipe.negative_prompt, "guidance_rescale": recipe.guidance_rescale}
     return Source(**parts, **guided, loras=tuple(FusedLora(lora.path, lora.weight) for lora in teacher.loras))
 

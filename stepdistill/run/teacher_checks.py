@@ -111,7 +111,7 @@ def check_quantization(recipe: Recipe, kind: str, settings: Any, roles: Mapping[
     base = f"is {kind}" if asked else f"has a base that was saved as {kind}"
     path = "teacher.quantization" if asked else "teacher"
     with recipe.blaming(path, base):
-        check_installed()
+        check_installed(kind)
     if full := [name for name, setting in roles.items() if isinstance(setting, Full)]:
         raise recipe.refuse(full[0], f"trains all its weights, but the base is quantised ({kind}), whose weights take "
                                      "no updates: let it be a LoRA, such as {lora: {rank: 32}}")

@@ -27,9 +27,30 @@ def test_what_does_not_shape_a_condition_is_refused_by_name(tmp_path, device, na
 
 
 def test_what_shapes_conditions_and_sizes_stays(tmp_path):
-    call = dict.fromkeys(SHAPING, 8)
+    call = {"max_sequence_length": 8, "height": 16, "width": 16, "num_frames": 5, "clip_skip": 1,
+            "complex_human_instruction": ["a"], "use_resolution_binning": False, "text_encoder_out_layers": [1, 2],
+            "clean_caption": True, "system_prompt": "b", "frame_rate": 16.0}
+    assert call.keys() == {*SHAPING}
     (tmp_path / "stepdistill.json").write_text(json.dumps({"call": call}))
     assert call_of(str(tmp_path)) == call
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+@pytest.mark.parametrize(("call", "said"), [
+    ({"height": 16}, "height alone: a size is a height and a width"),
+    ({"height": 0, "width": 16}, "height: 0, which should be 1 or more"),
+    ({"height": 16, "width": -16}, "width: -16, which should be 1 or more"),
+    ({"height": "16", "width": 16}, "call.height is '16', and should be a whole number"),
+    ({"height": 20, "width": 16}, "sides of a multiple of 8 pixels; found 20"),
+    ({"clip_skip": 0}, "clip_skip: 0, which should be 1 or more"),
+    ({"max_sequence_length": 8}, "every call of it is given max_sequence_length, which a call of "
+     "StableDiffusionPipeline does not take: leave it out"),
+    ({"num_frames": 5}, "num_frames, which a call of StableDiffusionPipeline does not take|makes no videos")])
+def test_a_call_that_the_pipeline_cannot_take_is_refused(tmp_path, device, call, said):
+    folder = save_tiny(tmp_path)
+    (folder / "stepdistill.json").write_text(json.dumps({"call": call}))
+    with pytest.raises(RequestError, match=said):
+        load_teacher(folder, device=device)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])

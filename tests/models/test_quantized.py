@@ -2,31 +2,36 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig
+import transformers
+from diffusers import BitsAndBytesConfig, TorchAoConfig, UNet2DConditionModel
 from test_sources import save_lora
 from tiny import save_tiny, tiny_pipeline
 from torch import nn
+from transformers import CLIPTextModel
 
 from stepdistill import api
 from stepdistill.errors import RequestError
 from stepdistill.export import load, read_settings
 from stepdistill.methods.base import Frozen, Trained
-from stepdistill.models import quantized
+from stepdistill.models import quantized, sources
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.quantized import BYTES, dequantized, layers, packed_bytes, quantization_of, quantize_
 from stepdistill.models.roles import Lora, build_roles
-from stepdistill.models.sources import Source
+from stepdistill.models.sources import Source, index_at
 from stepdistill.models.stock import pictures
 from stepdistill.models.teacher import load_teacher
+from stepdistill.models.weights import settled
 from stepdistill.recipe import Recipe
 from stepdistill.run.checks import check
 from stepdistill.run.first_call import check_first_call
 from stepdistill.run.plan import plan
 from stepdistill.run.setup import open_run, setup
+from stepdistill.run.sources import source_of
 
 needs_library = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="wants bitsandbytes: pip install "
                                    "stepdistill[bitsandbytes]")
@@ -107,6 +112,27 @@ def test_a_plan_counts_packed_weights(base, installed, kind):
     saved = sum(4 * rows * columns - BYTES[kind](rows, columns) for rows, columns in linear.values())
     assert (len(linear) == 49 and packed["parameters"] == plain["parameters"]
             and packed["bytes"] == plain["bytes"] - saved)
+
+
+@pytest.mark.parametrize("names, quantization, said", [
+    (["unet", "vae"], "nf4", "it quantises unet and text_encoder alone"),
+    (["unet", "text_encoder_2"], "nf4", "it quantises unet and text_encoder alone"),
+    (["text_encoder"], "nf4", "a LoRA lies on its unet: name that too"),
+    (["unet", "text_encoder"], None, "quantization says no kind: nf4 or int8")])
+def test_components_that_cannot_be_quantised_are_refused(base, installed, names, quantization, said):
+    source = Source(str(base), quantization=quantization, components_to_quantize=tuple(names))
+    with pytest.raises(RequestError, match=f"components_to_quantize names .* of a StableDiffusionPipeline, but {said}"):
+        load_teacher(source, device="meta")
+
+
+def test_a_plan_counts_packed_encoders(base, installed):
+    written = recipe(base)
+    written["teacher"]["components_to_quantize"] = ["unet", "text_encoder"]
+    plain, packed = (plan(Recipe.load(w))["roles"]["text_encoder"] for w in (recipe(base), written))
+    shapes = [module.weight.shape for module in load_teacher(base).parts["text_encoder"].modules()
+              if type(module) is nn.Linear]
+    saved = sum(4 * rows * columns - BYTES["nf4"](rows, columns) for rows, columns in shapes)
+    assert len(shapes) == 6 and packed["bytes"] == plain["bytes"] - saved
 
 
 # -- what is computed --------------------------------------------------------------------------------------------------
@@ -247,8 +273,88 @@ def test_a_folder_that_was_saved_quantised(base, tmp_path, kind):
             "leave it out" in refused(recipe(tmp_path / "saved", other)))
 
 
-@pytest.mark.parametrize("config, said", [({"quant_method": "torchao"}, "are quantised by torchao; a base is served "
-                                           "in nf4 or int8 of bitsandbytes"),
+@needs_library
+@pytest.mark.parametrize("kind", BYTES)
+def test_text_encoders_are_quantised_where_they_are_named(base, tmp_path, kind):
+    written = recipe(base, kind)
+    written["teacher"]["components_to_quantize"] = ["unet", "text_encoder"]
+    teacher = load_teacher(source_of(Recipe.load(written)))
+    encoder, plain = teacher.parts["text_encoder"], load_teacher(base)
+    assert quantization_of(encoder) == quantization_of(teacher.network) == kind
+    known = plain.parts["text_encoder"]
+    known.load_state_dict(known.state_dict() | {f"{path}.weight": w for path, w in dequantized(encoder).items()})
+    ours, theirs = (one.encode(["a red ring", "a blue square"]).text for one in (teacher, plain))
+    assert (ours - theirs).abs().max() <= (1e-5 if kind == "nf4" else 0.02) * theirs.abs().max()
+    run = api.train(written, out=tmp_path / "run")
+    folder = api.export(run)
+    card = (folder / "README.md").read_text()
+    assert 'quant_mapping={"unet": bits, "text_encoder": encoder_bits}' in card and "import transformers" in card
+    assert read_settings(folder)["teacher_parts"]["components_to_quantize"] == ["unet", "text_encoder"]
+
+
+@needs_library
+def test_a_text_encoder_that_was_saved_quantised_is_read_as_it_is(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "saved")
+    bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", quantization_config=bits)
+    shutil.rmtree(folder / "text_encoder")
+    encoder.save_pretrained(folder / "text_encoder")
+    teacher, prompts = load_teacher(folder), ["a red ring", "a blue square"]
+    assert quantization_of(teacher.parts["text_encoder"]) == "nf4" and quantization_of(teacher.network) is None
+    ids = teacher.parts["tokenizer"](prompts, padding="max_length", return_tensors="pt").input_ids
+    torch.testing.assert_close(teacher.encode(prompts).text, encoder(ids)[0].float(), rtol=1e-5, atol=1e-5)
+    assert (plan(Recipe.load(recipe(folder, None)))["roles"]["text_encoder"]["bytes"]
+            < plan(Recipe.load(recipe(base, None)))["roles"]["text_encoder"]["bytes"])
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("library, config", [
+    ("torchao", {"quant_method": "torchao"}),
+    ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_8bit": True})])
+def test_a_saved_kind_whose_library_is_missing_is_named(tmp_path, monkeypatch, part, library, config):
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    path = save_tiny(tmp_path / "saved") / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    with pytest.raises(RequestError, match=f"a quantised base wants {library}, and that is not installed"):
+        load_teacher(tmp_path / "saved")
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="wants torchao")
+def test_a_folder_that_was_saved_by_torchao(base, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+    folder = shutil.copytree(base, tmp_path / "saved")
+    network = UNet2DConditionModel.from_pretrained(base / "unet", dtype=torch.float32,
+                                                   quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    shutil.rmtree(folder / "unet")
+    network.save_pretrained(folder / "unet")
+    teacher, plain = load_teacher(folder), load_teacher(base)
+    assert teacher.source.quantization == quantization_of(teacher.network) == "torchao"
+    weights = dequantized(network)
+    plain.network.load_state_dict(plain.network.state_dict() | {f"{path}.weight": w for path, w in weights.items()})
+    x, cond = torch.randn(2, *teacher.latent_shape), plain.encode(["a red ring", "a blue square"])
+    with torch.no_grad():
+        ours, theirs = (Denoiser(one, one.network)(x, TIMES, cond).raw for one in (teacher, plain))
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    folder = api.export(api.train(recipe(folder, None), out=tmp_path / "run"))
+    assert read_settings(folder)["quantization"] == "torchao"
+
+
+def test_a_base_on_the_hub_that_was_saved_quantised_is_known_by_its_config(tmp_path, monkeypatch):
+    """Here as the cache holds it: no weights are read."""
+    folder = save_tiny(tmp_path / "models--a--b/snapshots/0123")
+    path = folder / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}))
+    asked = []
+    monkeypatch.setattr(sources, "hub_file", lambda place, name, **more: asked.append((place, name)) or str(
+        folder / name))
+    source = Source("a/b")
+    assert settled(source, index_at(Source(str(folder)))).quantization == "nf4"
+    assert asked == [("a/b", "unet/config.json")]
+
+
+@pytest.mark.parametrize("config, said", [({"quant_method": "gptq"}, "are quantised by gptq; a base is served "
+                                           "in nf4 or int8 of bitsandbytes, or by torchao"),
                                           ({"quant_method": "bitsandbytes", "load_in_4bit": True,
                                             "bnb_4bit_quant_type": "fp4"}, "by bitsandbytes as fp4;")])
 def test_other_kinds_of_quantisation_are_refused(tmp_path, config, said):

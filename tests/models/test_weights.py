@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.flux import tiny_flux
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sd3, tiny_pipeline, tiny_sd3
@@ -109,8 +110,77 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(sd3, device):
 def test_a_teacher_that_is_blind_to_prompts_is_refused(unet):
     """Here an encoder of zeros, on real devices; a plan runs no encoder."""
     rewritten(unet / "text_encoder/model.safetensors", lambda state: [value.zero_() for value in state.values()])
-    refused(unet, None, f"the teacher {unet} encodes two different prompts alike")
+    refused(unet, None, f"the text_encoder of {unet} encodes two different prompts alike")
     assert load_teacher(unet, device="meta").name == "unet2d_condition"
+
+
+def test_one_blind_encoder_among_several_is_enough(sd3):
+    for name in ("text_encoder_3", "text_encoder_2"):
+        path = sd3 / name / "model.safetensors"
+        whole = path.read_bytes()
+        rewritten(path, lambda state: [value.zero_() for value in state.values()])
+        refused(sd3, None, f"the {name} of {sd3} encodes two different prompts alike")
+        path.write_bytes(whole)
+
+
+def test_a_pooled_embedding_that_is_blind_to_prompts_is_refused(tmp_path):
+    """The end of a text, of which it is read, stands nowhere in texts where config and tokenizer differ about it."""
+    folder = tmp_path / "flux"
+    tiny_flux(guidance_embeds=True).save_pretrained(folder)
+    path = folder / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 3}))
+    refused(folder, None, f"the pooled embedding of {folder} encodes two different prompts alike")
+
+
+def test_an_encoder_of_nan_is_refused(unet):
+    rewritten(unet / "text_encoder/model.safetensors",
+              lambda state: [value.fill_(float("nan")) for value in state.values()])
+    refused(unet, None, f"the text_encoder of {unet} encodes prompts as numbers that are not finite")
+
+
+def without(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink()
+
+
+def sharded(folder: Path) -> None:
+    without(folder, "unet/*")
+    tiny_pipeline().unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+    without(folder, "unet/*.index.json")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("spoil", "component", "lacks"), [
+    (lambda folder: without(folder, "unet/*.safetensors"), "unet", "weights"),
+    (lambda folder: without(folder, "text_encoder/*.safetensors"), "text_encoder", "weights"),
+    (lambda folder: without(folder, "text_encoder/config.json"), "text_encoder", "config.json"),
+    (sharded, "unet", "*.safetensors.index*.json, which says what its"),
+])
+def test_an_incomplete_folder_says_what_it_lacks(unet, device, spoil, component, lacks):
+    spoil(unet)
+    refused(unet, device, f"{unet} is not complete: the folder of its {component} has no {lacks}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_encoder_that_was_saved_under_a_lora_is_refused(unet, device, alone):
+    """transformers saves the adapter alone, and loads it with the base that it names, wherever that lies."""
+    encoder = tiny_pipeline().text_encoder
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    if alone:
+        without(unet, "text_encoder/*")
+    encoder.save_pretrained(unet / "text_encoder")
+    refused(unet, device, f"the text_encoder of {unet} was saved while a LoRA lay on it",
+            "adapter_config.json lies beside its weights")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [9, 0, -8, "8", 8.0, [8], [8, 16, 8]])
+def test_a_size_that_no_picture_has_is_refused(unet, device, size):
+    path = unet / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+    refused(unet, device, "its pictures have sides of a multiple of 8 pixels; found 18 of 18 x 18" if size == 9
+            else f"its network's config says sample_size: {size!r}, which is no size")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,7 +13,16 @@ from ..codecs import scaled
 from ..extra_embedding import TimeEmbedding
 from ..stock import Prompts
 from . import Family, Parts, Size
-from .shared import DISCRETE, ONE_STREAM, class_number, codec_pixels, discrete_refusals, one_size, variance_refusals
+from .shared import (
+    DISCRETE,
+    ONE_STREAM,
+    class_number,
+    codec_pixels,
+    discrete_refusals,
+    one_size,
+    sides_of,
+    variance_refusals,
+)
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -56,8 +65,9 @@ def inputs(network: DiTTransformer2DModel, x_t: Tensor, timestep: Tensor, cond: 
 
 def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
     config = parts["transformer"].config
-    one_size(size, (config.sample_size * codec_pixels(parts["vae"]),) * 2)
-    return config.in_channels, config.sample_size, config.sample_size
+    sides = sides_of(config.sample_size)
+    one_size(size, tuple(side * codec_pixels(parts["vae"]) for side in sides))
+    return config.in_channels, *sides
 
 
 def refusals(parts: Parts) -> dict[str, bool]:

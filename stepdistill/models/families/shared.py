@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,20 +19,26 @@ if TYPE_CHECKING:
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
-def sides_of(own: int | Sequence[int]) -> tuple[int, ...]:
-    """Height and width of a config's sample_size, which may be one number for both."""
-    return (own, own) if isinstance(own, int) else tuple(own)
+def sides_of(own: Any) -> tuple[int, int]:
+    """Height and width of a config's sample_size, which may be one number for both. RequestError for what is no
+    size."""
+    sides = tuple(own) if isinstance(own, list | tuple) else (own, own)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise RequestError(f"its network's config says sample_size: {own!r}, which is no size: it should be a whole "
+                           "number above 0, or height and width")
+    return sides
 
 
-def latent_sides(size: Size, own: int | Sequence[int] | None, pixels: int, multiple: int) -> tuple[int, ...]:
-    """Height and width of latents: `own` where no size is given. pixels: of a side of one latent; multiple: of which
-    the stock pipeline takes a picture's sides. RequestError for any other, and where nothing says one."""
+def latent_sides(size: Size, own: Any, pixels: int, multiple: int) -> tuple[int, int]:
+    """Height and width of latents: `own` where no size is given. own: as a config's sample_size; pixels: of a side of
+    one latent; multiple: of which the stock pipeline takes a picture's sides. RequestError for any other, and where
+    nothing says one."""
     if size is None and own is None:
         raise RequestError("its network's config says no sample_size: let the recipe's resolution say the "
                            "pictures' size")
     if size is None:
-        return sides_of(own)
-    if wrong := [side for side in size if side % multiple]:
+        size = tuple(side * pixels for side in sides_of(own))
+    if wrong := [side for side in size if side <= 0 or side % multiple]:
         raise RequestError(f"its pictures have sides of a multiple of {multiple} pixels; found {wrong[0]} of {size[0]} "
                            f"x {size[1]}")
     return size[0] // pixels, size[1] // pixels
