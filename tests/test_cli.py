@@ -239,7 +239,7 @@ def test_plan_counts_what_training_makes(stepdistill, recipe, tiny_teacher):
     for weights in tiny_teacher.rglob("*.safetensors"):
         assert weights.stat().st_size
     found = json.loads(stepdistill("plan", recipe, "--json").stdout)
-    assert set(found) == {"roles", "bytes", "peak", "passes", "disk", "downloads"}
+    assert set(found) == {"roles", "bytes", "over_base", "peak", "passes", "disk", "downloads"}
     from stepdistill.methods.base import Frozen, Trained
     from stepdistill.models.roles import Lora, build_roles
     from stepdistill.models.teacher import load_teacher

@@ -122,6 +122,7 @@ def show_plan(found: dict[str, Any]) -> None:
                  "peak": _size(row["peak"]), "disk": _size(row["disk"])} for i, row in enumerate(found["stages"])]
         show(table(rows, tuple(rows[0])))
         tell("in all:")
+    tell(f"the denoiser and all roles on it: {found['over_base']:g} x its own bytes")
     tell(f"peak memory, roughly {_size(found['peak'])}; disk {_size(found['disk'])}")
     tell(f"network evaluations a step: {passes['forward']} forward, {passes['backward']} backward, "
               f"of {passes['batch']} samples each; {passes['updates']:,} steps")

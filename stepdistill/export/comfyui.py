@@ -38,11 +38,13 @@ class Base:
     latent: str = "EmptySD3LatentImage"
 
 
-# family of a transformer -> its base; the names of files are those under which they are published for ComfyUI
+# a transformer's family, or the class of a pipeline that has other encoders -> its base; the names of files are those under which they are published for ComfyUI
 BASES = {
     "sd3": Base(("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"), "sd3", None),
     "flux": Base(("clip_l.safetensors", "t5xxl_fp16.safetensors"), "flux", "ae.safetensors"),
     "flux2": Base(("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors", "EmptyFlux2LatentImage"),
+    "Flux2Pipeline": Base(("mistral_3_small_flux2_bf16.safetensors",), "flux2", "flux2-vae.safetensors",
+                          "EmptyFlux2LatentImage"),
     "z_image": Base(("qwen_3_4b.safetensors",), "lumina2", "ae.safetensors"),
     "qwen_image": Base(("qwen_2.5_vl_7b.safetensors",), "qwen_image", "qwen_image_vae.safetensors"),
     "wan": Base(("umt5_xxl_fp16.safetensors",), "wan", "wan_2.1_vae.safetensors", "EmptyHunyuanLatentVideo"),
@@ -76,7 +78,7 @@ def workflow(settings: Mapping[str, Any], sigmas: Sequence[float], prompt: str, 
     if sampler_of(settings) is None:
         return None
     graph = Graph()
-    add, base = graph.add, BASES.get(family_of(settings["pipeline"]).name)
+    add, base = graph.add, BASES.get(settings["pipeline"], BASES.get(family_of(settings["pipeline"]).name))
     model, clip, vae = _whole(add, settings) if base is None else _parts(add, base, settings)
     for lora in settings.get("teacher_loras", []):
         given = add("LoraLoader", model=model, clip=clip, lora_name=Path(lora["path"]).with_suffix(".safetensors").name,

@@ -27,11 +27,13 @@ META = torch.device("meta")
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """{roles: {name: {parameters, trained, bytes}}, bytes, peak, passes, disk, downloads}; bytes as plain numbers.
+    """{roles: {name: {parameters, trained, bytes}}, bytes, over_base, peak, passes, disk, downloads}; bytes as plain
+    numbers.
 
-    bytes: of all weights; peak: with gradients, optimizers and activations, an estimate, of buckets at the largest. No
-    weights are read. Of several stages roles, bytes and peak are those of the largest, passes a mean over all their
-    steps, disk the sum, and `stages` has each. RequestError for what training would refuse.
+    bytes: of all weights; over_base: those of the denoiser and of all roles on it, by its own; peak: with gradients,
+    optimizers and activations, an estimate, of buckets at the largest. No weights are read. Of several stages roles,
+    bytes and peak are those of the largest, passes a mean over all their steps, disk the sum, and `stages` has each.
+    RequestError for what training would refuse.
     """
     found: list[dict[str, Any]] = []
     previous: Previous | None = None
@@ -63,15 +65,21 @@ def _stage(run: Run) -> dict[str, Any]:
     passes = {"forward": _short(counts.forward), "backward": _short(counts.backward), "batch": run.recipe.data.batch,
               "updates": train.updates}
     peak = LIBRARIES + weights + trained * (GRADIENT + ADAM[train.optimizer]) + counts.held
-    return {"roles": rows, "bytes": weights, "peak": peak, "passes": passes, "disk": disk,
+    base, own = rows[_base(run)]["bytes"], {*run.roles.needs} - {_base(run)}
+    over = 1 + sum(row["bytes"] for name, row in rows.items() if name in own) / base
+    return {"roles": rows, "bytes": weights, "over_base": _short(over), "peak": peak, "passes": passes, "disk": disk,
             "downloads": _downloads(run, rows)}
+
+
+def _base(run: Run) -> str:
+    """The row of the frozen denoiser; "teacher" is a role on it, where that is the student of the stage before."""
+    return "base" if run.recipe.taught_by_previous else "teacher"
 
 
 def _rows(run: Run) -> dict[str, dict[str, int]]:
     """A row for each network of the pipeline, and for each role that has weights of its own."""
     teacher, roles = run.teacher, run.roles
-    base = "base" if run.recipe.taught_by_previous else "teacher"
-    rows = {base if name == teacher.family.denoiser
+    rows = {_base(run) if name == teacher.family.denoiser
             else name: {"parameters": size, "trained": 0, "bytes": _bytes(teacher, name)}
             for name, size in teacher.sizes.items()}
     for name, need in roles.needs.items():

@@ -130,3 +130,25 @@ def test_no_embedding_of_ours_where_the_network_reads_its_scale(tmp_path, method
     with pytest.raises(RequestError, match="an embedding, but the teacher's network reads its guidance scale "
                        "by itself"):
         api.train(recipe | ({"critic": lora} if method == "dmd2" else {}), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_of_a_processor_the_tokenizer_is_enough(tmp_path, device):
+    """The released FLUX.2 dev names a PixtralProcessor, which wants torchvision; prompts read its tokenizer alone."""
+    pipe = flux2.tiny_dev()
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["transformers", "PixtralProcessor"]}))
+    (tmp_path / "tokenizer/processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    call = flux2.CASES["flux2-dev"].call
+    (tmp_path / "stepdistill.json").write_text(json.dumps({"call": dict(call)}))
+    teacher = load_teacher(tmp_path, device=device)
+    shape = (len(PROMPTS), call["max_sequence_length"], 48)
+    assert teacher.encode(PROMPTS).text.shape == shape
+    if device is None:
+        known, _ = pipe.encode_prompt(PROMPTS, max_sequence_length=shape[1], text_encoder_out_layers=(1, 2, 4))
+        torch.testing.assert_close(teacher.encode(PROMPTS).text, known, rtol=1e-5, atol=1e-5)
+        assert type(teacher.pipeline().tokenizer) is type(pipe.tokenizer)
+        (tmp_path / "tokenizer/tokenizer.json").unlink()
+        with pytest.raises(RequestError, match="the tokenizer of .* has no vocabulary"):
+            load_teacher(tmp_path)

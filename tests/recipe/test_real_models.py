@@ -53,6 +53,9 @@ def test_two_loras_on_flux_add_a_tenth_to_the_base(folder_of):
     role = {"lora": {"rank": 32, "targets": attention}}
     recipe = Recipe.load("flux1-dev/dmd2", {"teacher": str(folder_of("flux1-dev")), "data.prompts": ["a red ring"],
                                             "student": role, "critic": role})
-    roles = plan(recipe)["roles"]
+    found = plan(recipe)
+    roles = found["roles"]
+    assert sum(roles[name]["bytes"] for name in ("teacher", "student", "critic")) <= 1.1 * roles["teacher"]["bytes"]
+    assert found["over_base"] <= 1.1
     assert (sum(row["bytes"] + 12 * row["trained"] for row in roles.values() if row["trained"])
             < 0.1 * roles["teacher"]["bytes"])
