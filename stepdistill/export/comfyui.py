@@ -38,7 +38,8 @@ class Base:
     latent: str = "EmptySD3LatentImage"
 
 
-# a transformer's family, or the class of a pipeline that has other encoders -> its base; the names of files are those under which they are published for ComfyUI
+# a transformer's family, or the class of a pipeline that has other encoders -> its base; the names of files are those
+# under which they are published for ComfyUI
 BASES = {
     "sd3": Base(("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"), "sd3", None),
     "flux": Base(("clip_l.safetensors", "t5xxl_fp16.safetensors"), "flux", "ae.safetensors"),

@@ -35,22 +35,21 @@ def test_what_shapes_conditions_and_sizes_stays(tmp_path):
     assert call_of(str(tmp_path)) == call
 
 
-@pytest.mark.parametrize("device", [None, "meta"])
-@pytest.mark.parametrize(("call", "said"), [
-    ({"height": 16}, "height alone: a size is a height and a width"),
-    ({"height": 0, "width": 16}, "height: 0, which should be 1 or more"),
-    ({"height": 16, "width": -16}, "width: -16, which should be 1 or more"),
-    ({"height": "16", "width": 16}, "call.height is '16', and should be a whole number"),
-    ({"height": 20, "width": 16}, "sides of a multiple of 8 pixels; found 20"),
-    ({"clip_skip": 0}, "clip_skip: 0, which should be 1 or more"),
-    ({"max_sequence_length": 8}, "every call of it is given max_sequence_length, which a call of "
-     "StableDiffusionPipeline does not take: leave it out"),
-    ({"num_frames": 5}, "num_frames, which a call of StableDiffusionPipeline does not take|makes no videos")])
-def test_a_call_that_the_pipeline_cannot_take_is_refused(tmp_path, device, call, said):
+def test_a_call_that_the_pipeline_cannot_take_is_refused(tmp_path):
     folder = save_tiny(tmp_path)
-    (folder / "stepdistill.json").write_text(json.dumps({"call": call}))
-    with pytest.raises(RequestError, match=said):
-        load_teacher(folder, device=device)
+    for call, said in (
+        ({"height": 16}, "height alone: a size is a height and a width"),
+        ({"height": 0, "width": 16}, "height: 0, which should be 1 or more"),
+        ({"height": 16, "width": -16}, "width: -16, which should be 1 or more"),
+        ({"height": "16", "width": 16}, "call.height is '16', and should be a whole number"),
+        ({"height": 20, "width": 16}, "sides of a multiple of 8 pixels; found 20"),
+        ({"clip_skip": 0}, "clip_skip: 0, which should be 1 or more"),
+        ({"max_sequence_length": 8}, "every call of it is given max_sequence_length, which a call of "
+         "StableDiffusionPipeline does not take: leave it out"),
+        ({"num_frames": 5}, "num_frames, which a call of StableDiffusionPipeline does not take: leave it out")):
+        (folder / "stepdistill.json").write_text(json.dumps({"call": call}))
+        with pytest.raises(RequestError, match=said):
+            load_teacher(folder, device="meta")
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])
