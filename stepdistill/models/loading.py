@@ -222,7 +222,9 @@ def _supplied(kind: type[DiffusionPipeline], source: Source, parts: Mapping[str,
     components that are not wanted from it."""
     if Path(source.place).is_dir():
         return source
-    folder = kind.download(source.place, revision=source.revision, use_safetensors=True, **_variant(source), **parts)
+    elsewhere = {name: None for name in ("vae", "scheduler") if vars(source)[name] is not None}
+    folder = kind.download(source.place, revision=source.revision, use_safetensors=True, **_variant(source),
+                           **elsewhere | dict(parts))
     index_at(Source(folder))
     return replace(source, base=folder, revision=None)
 

@@ -13,15 +13,14 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file as hub_file
 
 from ..errors import RequestError, first_lines, of_the_system
 from ..files import foreign, records
+from .single_file import class_of_keys, published
 
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
@@ -244,7 +243,7 @@ def configs_of(source: Source) -> str:
     that diffusers takes for such a file."""
     if not source.is_file:
         return source.place
-    return source.config or _published(Path(source.place))
+    return source.config or published(Path(source.place))
 
 
 def call_of(source: Source | str) -> dict[str, Any]:
@@ -318,7 +317,7 @@ def _index_of_folder(folder: Path) -> Index:
 
 def _index_of_file(source: Source) -> Index:
     """With `config`, that of its configs, whose class is that of the file."""
-    class_name = _class_of_file(Path(source.place))
+    class_name = class_of_keys(_keys(Path(source.place)), source.place)
     if source.config is None:
         return {"_class_name": class_name}
     index = (_index_of_folder(Path(source.config)) if Path(source.config).is_dir()
@@ -329,27 +328,10 @@ def _index_of_file(source: Source) -> Index:
     return index
 
 
-def _class_of_file(file: Path) -> str:
-    """Of the checkpoints in one file, SDXL's hold a second text encoder under this name."""
+def _keys(file: Path) -> list[str]:
     if file.suffix != ".safetensors":
         raise RequestError(f"{file} is no .safetensors file: a teacher is a folder, a Hub id or one .safetensors file")
-    keys = check_safetensors(file)
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise RequestError(f"{file} holds no whole Stable Diffusion checkpoint: no tensor's name begins with "
-                           f"model.diffusion_model. (the first is {keys[0] if keys else 'missing'})")
-    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in keys):
-        raise RequestError(f"{file} is a Stable Diffusion 3 in one file, which may or may not hold its text encoders: "
-                           "give its "
-                           "pipeline as a folder or a Hub id, such as stabilityai/stable-diffusion-3-medium-diffusers")
-    xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
-    return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-
-
-def _published(file: Path) -> str:
-    """The Hub repository whose configs diffusers takes for a checkpoint in one file."""
-    with safe_open(file, framework="pt") as tensors:
-        shapes = {key: torch.empty(tensors.get_slice(key).get_shape(), device="meta") for key in tensors.keys()}
-    return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+    return check_safetensors(file)
 
 
 def _index_on_hub(source: str, revision: str | None) -> Index:

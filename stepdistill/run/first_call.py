@@ -57,6 +57,10 @@ def _difference(run: Run) -> float:
             with sdpa_kernel(SDPBackend.MATH):
                 again = sampled(run.teacher, sampler, base, cond)
             limit = max(COARSE, 3 * (again - ours).abs().max().item())
+    if not theirs.isfinite().all():
+        raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)}, called with "
+                                f"{call}, draws a picture of NaN or infinities: such stand among its weights. Save or "
+                                "download it anew. Nothing was trained")
     difference = (theirs - ours).abs().max().item()
     if not difference <= limit:
         raise run.recipe.refuse("teacher", f"is {run.teacher.source}, whose stock {_pipeline(run)}, called with "

@@ -259,6 +259,21 @@ def test_a_single_file_without_configs_says_whose_are_missing(file, offline, dev
         load_teacher(file, device=device)
 
 
+@pytest.mark.parametrize(("keys", "said"), [
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA, .* name the file by loras"),
+    (["transformer.blocks.0.attn.to_q.lora_A.weight"], "is a LoRA"),
+    (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "another network, whose first tensor is "
+     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight. Stable Diffusion 1 and 2 and SDXL are read from one file"),
+    (["double_blocks.0.img_attn.qkv.weight"], "holds no whole Stable Diffusion checkpoint"),
+    (["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"],
+     "is SDXL's refiner")])
+def test_a_single_file_of_something_else_says_what_it_is(tmp_path, keys, said):
+    path = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(2) for key in keys}, path)
+    with pytest.raises(RequestError, match=said):
+        load_teacher(path)
+
+
 def test_config_names_the_configs_of_a_single_file(file, base, monkeypatch, offline):
     asked = []
 

@@ -55,6 +55,14 @@ def test_toy_has_no_pipeline():
     assert check_first_call(setup(Recipe.load("toy/lcm"), torch.device("cpu"))) is None
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_teacher_of_nan_is_refused(tiny_teacher, part):
+    run = setup(Recipe.load(recipe(tiny_teacher)), torch.device("cpu"))
+    next(run.teacher.parts[part].parameters()).data.fill_(float("nan"))
+    with pytest.raises(RequestError, match="draws a picture of NaN or infinities.* Nothing was trained"):
+        check_first_call(run)
+
+
 def test_a_pipeline_that_is_not_called_as_we_think_is_refused(tiny_teacher):
     run = setup(Recipe.load(recipe(tiny_teacher)), torch.device("cpu"))
     run.teacher.codec.scale *= 1.5
