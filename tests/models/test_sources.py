@@ -263,7 +263,7 @@ def test_a_single_file_without_configs_says_whose_are_missing(file, offline, dev
     (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA, .* name the file by loras"),
     (["transformer.blocks.0.attn.to_q.lora_A.weight"], "is a LoRA"),
     (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "another network, whose first tensor is "
-     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight. Stable Diffusion 1 and 2 and SDXL are read from one file"),
+     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight. Stable Diffusion 1 and 2 and SDXL are read from one"),
     (["double_blocks.0.img_attn.qkv.weight"], "holds no whole Stable Diffusion checkpoint"),
     (["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"],
      "is SDXL's refiner")])
