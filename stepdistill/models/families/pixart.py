@@ -72,13 +72,11 @@ def latent_shape(parts: Parts, size: Size) -> tuple[int, ...]:
 
 
 def refusals(parts: Parts) -> dict[str, bool]:
-    network = parts["transformer"].config
+    side = parts["transformer"].config.sample_size
     return {
-        **variance_refusals(parts),
-        **discrete_refusals(parts["scheduler"]),
-        f"its network of sample_size {network.sample_size} reads the sizes of pictures, which PixArtAlphaPipeline "
-        "tells at 128 alone":
-            reads_sizes(parts) and network.sample_size != 128,
+        **variance_refusals(parts), **discrete_refusals(parts["scheduler"]),
+        f"its network of sample_size {side} reads the sizes of pictures, which PixArtAlphaPipeline tells at 128 alone":
+            reads_sizes(parts) and side != 128,
     }
 
 
