@@ -20,7 +20,7 @@ from ..errors import RequestError, first_lines
 from ..files import foreign
 from .families import FAMILIES, Family, family_of, stock_index, text_to_image
 from .fused import Trace, fuse_loras, try_loras
-from .quantized import HEAD, quantization_of, quantize_, read_saved, saved_as
+from .quantized import HEAD, keep_packed_, quantization_of, quantize_, read_saved, saved_as
 from .sources import (
     SETTINGS,
     UNLOADABLE,
@@ -35,7 +35,6 @@ from .sources import (
     is_processor,
     listed,
 )
-from .stock import unknown
 from .weights import check_components, class_of, scheduler_class, weight_files
 
 
@@ -66,11 +65,12 @@ class Loading:
 
     def check(self) -> None:
         """RequestError for components that are not what their configs say, as far as their files are here."""
-        source = self.source
+        source, taken = self.source, signature(self.kind.__call__).parameters
         for name in ("clip_skip", "negative_prompt", "guidance_rescale"):
-            if (value := vars(source)[name]) is not None and name not in signature(self.kind.__call__).parameters:
+            if (value := vars(source)[name]) is not None and name not in taken:
                 raise RequestError(f"{name} is {value!r}, but a call of {self.kind.__name__} takes none: leave it out")
-        if names := unknown(self.kind, call_of(source)):
+        # Some classes take any keyword, and leave those that they do not know alone.
+        if names := [name for name in call_of(source) if name not in taken]:
             raise RequestError(f"{source} says in its {SETTINGS} that every call of it is given {', '.join(names)}, "
                                f"which a call of {self.kind.__name__} does not take: leave it out")
         if len(self.index) > 1:
@@ -189,8 +189,10 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
     pipe.register_to_config(**stock_index(pipe))
     traces = fuse_loras(pipe, source.loras, parts) if source.loras else ()
     # earlier diffusers do not know `dtype`; what stays float32 there, stays
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module) and part.dtype != dtype and quantization_of(part) is None:
+    for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+        if quantization_of(part) is not None:
+            keep_packed_(part)
+        elif part.dtype != dtype:
             part.to(dtype)
     for name in (name for name in packed if quantization_of(pipe.components[name]) is None):
         quantize_(pipe.components[name], source.quantization, family.time.first if name == family.denoiser else HEAD)

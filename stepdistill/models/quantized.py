@@ -106,13 +106,20 @@ def _quantized(layer: nn.Linear, kind: str) -> nn.Linear:
 
 
 def _four_bits(layer: nn.Linear, dtype: torch.dtype, quant_type: str) -> nn.Linear:
-    """Without weights. On processors with 16-bit instructions bitsandbytes packs a weight anew at the first pass
-    without gradients, and from then on the layer gives none: that is left off."""
+    """Without weights."""
     from bitsandbytes.nn import Linear4bit
     new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
                      compress_statistics=False, quant_type=quant_type, device="meta")
-    new.support_avx512bf16_for_cpu = False
+    keep_packed_(new)
     return new
+
+
+def keep_packed_(network: nn.Module) -> None:
+    """On processors with 16-bit instructions bitsandbytes packs a weight anew at the first pass without gradients,
+    where its size allows, and from then on the layer gives none: that is left off."""
+    for module in network.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def _eight_bits(layer: nn.Linear) -> nn.Linear:
