@@ -102,9 +102,12 @@ class Loading:
         than its pipeline's."""
         may_lack = {name for name in self.kind._optional_components if not name.startswith("text_encoder")}
         optional = {*self.family.optional, *may_lack} - {self.family.denoiser}
-        absent = absent_parts(self.index)
-        lacking = [name for name in slots(self.kind) if not name.startswith("tokenizer") and name not in optional
-                   and (name not in self.index or name in absent)]
+        absent, held = absent_parts(self.index), listed(self.index)
+        # a plan needs none, so that one may be left out; an encoder whose tokenizer is null reads nothing
+        needless = lambda name: name.startswith("tokenizer") and (name not in absent or name.replace(
+            "tokenizer", "text_encoder") in absent)
+        lacking = [name for name in slots(self.kind) if name not in optional and name not in held
+                   and not needless(name)]
         if lacking:
             raise RequestError(f"{self.source} is no whole pipeline: its model_index.json names no "
                                f"{', '.join(lacking)}")

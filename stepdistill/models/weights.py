@@ -193,9 +193,13 @@ def _reported(source: Source, kind: type[PreTrainedModel], folder: Path,
     meta device nothing is read but headers."""
     try:
         _, report = kind.from_pretrained(folder, variant=variant, output_loading_info=True, device_map="meta",
-                                         use_safetensors=True)
+                                         use_safetensors=True, ignore_mismatched_sizes=True)
     except UNLOADABLE as error:
         raise RequestError(f"the {folder.name} of {source} does not fit its config: {first_lines(error)}") from error
+    if report["mismatched_keys"]:
+        key, found, known = min(report["mismatched_keys"])
+        raise RequestError(f"the {folder.name} of {source} does not fit its config: {key} should have the shape "
+                           f"{tuple(known)}; found {tuple(found)}")
     return sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
 
 

@@ -49,9 +49,9 @@ def unet(**config) -> UNet2DConditionModel:
     return UNet2DConditionModel(**own | config)
 
 
-def absent(folder: Path, *names: str) -> Path:
+def absent(folder: Path, *names: str, as_: object = (None, None)) -> Path:
     path = save_tiny(folder) / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(names, [None, None])))
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(names, as_)))
     return folder
 
 
@@ -67,6 +67,9 @@ REFUSED = {
                                "the vae of .* is an AsymmetricAutoencoderKL"),
     "class embeddings": (lambda f: swapped(f, unet=unet(num_class_embeds=3)), "its network reads classes or images"),
     "no text encoder": (lambda f: absent(f, "text_encoder"), "its model_index.json names no text_encoder"),
+    "no tokenizer": (lambda f: absent(f, "tokenizer"), "its model_index.json names no tokenizer"),
+    "a denoiser that is null": (lambda f: absent(f, "unet", as_=None), "its model_index.json names no unet"),
+    "a denoiser that is a text": (lambda f: absent(f, "unet", as_="unet"), "its model_index.json names no unet"),
     "no autoencoder": (lambda f: absent(f, "vae"), "its model_index.json names no vae"),
     "no scheduler": (lambda f: absent(f, "scheduler"), "its model_index.json names no scheduler"),
     "a student already": (lambda f: swapped(f, unet=unet(time_cond_proj_dim=256)), "it is a student already"),
