@@ -44,6 +44,7 @@ from .run.first_call import check_first_call
 from .run.health import Health, attend, go_back, health, note
 from .run.lora_check import Checked, check_lora
 from .run.negatives import example
+from .run.pinning import pinned
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
@@ -134,7 +135,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     attend(stage, trainer)
     going_on, recipes = place in begun, {run: whole, place: recipe}
     for new in [new for new in recipes if new not in begun]:
-        folder.begin(new, folder.pinned(recipes[new]), device)
+        folder.begin(new, pinned(recipes[new]), device)
         begun.add(new)
     write_in(run, record)
     log.info(f"training {recipe.train.updates:,} steps of {recipe.data.batch} samples in {place}"

@@ -15,7 +15,7 @@ from ..errors import printable, redacted, unmarked
 from ..models.adapters import PEFT_WEIGHTS
 from ..models.families import family_of
 from ..models.quantized import HEAD
-from ..models.sources import Source
+from ..models.sources import Source, at_revision
 from ..models.with_teacher import SERVED
 from .comfyui import FILE, sampler_of
 from .folder import base_of
@@ -150,8 +150,9 @@ def base_lines(base: Source, pipeline: str, without: str) -> list[str]:
     options = "".join(f", {name}={quoted(value)}" for name, value in given.items())
     lines = []
     if base.vae is not None:
-        inner = ', subfolder="vae"' if (Path(base.vae) / "vae").is_dir() else ""
-        lines, options = ([f"vae = AutoencoderKL.from_pretrained({quoted(base.vae)}{inner}, torch_dtype=dtype)"],
+        place, revision = at_revision(base.vae)
+        inner = ', subfolder="vae"' if (Path(place) / "vae").is_dir() else _at(revision)
+        lines, options = ([f"vae = AutoencoderKL.from_pretrained({quoted(place)}{inner}, torch_dtype=dtype)"],
                           f"{options}, vae=vae")
     loader = "from_single_file" if base.is_file else "from_pretrained"
     if _packs(base):
@@ -166,12 +167,16 @@ def base_lines(base: Source, pipeline: str, without: str) -> list[str]:
         options = f"{options}, quantization_config=bits"
     lines += [f"pipe = {pipeline}.{loader}({quoted(base.place)}, torch_dtype=dtype{options}{without}).to(device)"]
     for lora in base.loras:
-        place, file = lora.find()
-        weights = "" if file is None else f", weight_name={quoted(file)}"
+        place, file, revision = lora.find()
+        weights = ("" if file is None else f", weight_name={quoted(file)}") + _at(revision)
         lines += [f"pipe.load_lora_weights({quoted(place)}{weights})",
                   f"pipe.fuse_lora(lora_scale={lora.weight:g})         # the student was trained on these weights",
                   "pipe.unload_lora_weights()"]
     return lines
+
+
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f", revision={quoted(revision)}"
 
 
 def _packs(base: Source) -> bool:

@@ -27,6 +27,7 @@ from .sources import (
     Index,
     Source,
     absent_parts,
+    at_revision,
     blaming,
     cached_file,
     call_of,
@@ -205,8 +206,8 @@ def read_pipeline(kind: type[DiffusionPipeline], source: Source, dtype: torch.dt
 def _read(kind: type[DiffusionPipeline], source: Source, options: Mapping[str, Any]) -> DiffusionPipeline:
     if source.is_file:
         with _configs_at_hand(source):
-            return kind.from_single_file(source.place, **options, **({} if source.config is None
-                                                                     else {"config": source.config}))
+            config = {} if source.config is None else {"config": source.config}
+            return kind.from_single_file(source.place, revision=source.revision, **options, **config)
     return kind.from_pretrained(source.place, use_safetensors=True, **options, **_variant(source))
 
 
@@ -266,7 +267,8 @@ def replaced(source: Source, parts: Mapping[str, Any]) -> dict[str, Any]:
     if source.vae is not None and "vae" not in parts:
         _check_vae(source, _config_of_vae(source.vae))
         with blaming("vae", source.vae):
-            found["vae"] = AutoencoderKL.from_pretrained(source.vae, use_safetensors=True, **_within(source.vae, "vae"))
+            place, where = _within(source.vae, "vae")
+            found["vae"] = AutoencoderKL.from_pretrained(place, use_safetensors=True, **where)
     if source.scheduler is not None and "scheduler" not in parts:
         found["scheduler"] = _scheduler(source.scheduler)
     return found
@@ -305,24 +307,26 @@ def _pixels(config: Mapping[str, Any]) -> int:
 
 def _config_of_vae(place: str) -> dict[str, Any]:
     with blaming("vae", place):
-        return dict(AutoencoderKL.load_config(place, **_within(place, "vae")))
+        place, where = _within(place, "vae")
+        return dict(AutoencoderKL.load_config(place, **where))
 
 
 def _scheduler(place: str) -> SchedulerMixin:
     with blaming("scheduler", place):
-        where = _within(place, "scheduler")
+        place, where = _within(place, "scheduler")
         name = DDPMScheduler.load_config(place, **where)["_class_name"]        # any scheduler reads the config of any
         return scheduler_class(name).from_pretrained(place, **where)
 
 
-def _within(place: str, component: str) -> dict[str, str]:
-    """Where a component lies in a folder that may be its own or a whole pipeline's. RequestError for a folder of
-    pickles or with code."""
+def _within(place: str, component: str) -> tuple[str, dict[str, str | None]]:
+    """A folder, that may be a component's own or a whole pipeline's, or a Hub id; and where in it the component lies.
+    RequestError for a folder of pickles or with code."""
+    place, revision = at_revision(place)
     folder, whole = Path(place), (Path(place) / component).is_dir()
     if folder.is_dir():
         foreign.check_folder(folder, [component] if whole else [])
         foreign.check_pickles(folder / component if whole else folder)
-    return {"subfolder": component} if whole else {}
+    return place, {"revision": revision} | ({"subfolder": component} if whole else {})
 
 
 # -- the meta device ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ _ELSEWHERE = {                                     # others -> where they belong
     "negative_prompt": "the recipe's negative_prompt says it",
     "guidance_rescale": "the recipe's guidance_rescale says it"}
 LIBRARIES = ("diffusers", "transformers")
+WORDS = {"variant": (r"\w[\w-]*", "fp16"), "revision": (r"\w[\w./-]*", "main, a tag or a commit")}
 Index = Mapping[str, Any]                          # model_index.json: component -> [library, class], and _class_name
 
 UNLOADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError,
@@ -64,42 +65,42 @@ def blaming(component: str, place: str | Path) -> Iterator[None]:
 @dataclass(frozen=True)
 class FusedLora:
     """A LoRA that is added to the weights of a teacher, `weight` times. path: a .safetensors file, a folder, or a Hub
-    id, which the file's name may follow."""
+    id, which the file's name may follow, and then its revision, as in owner/name/file.safetensors@main."""
 
     path: str
     weight: float = 1.0
 
-    def find(self) -> tuple[str, str | None]:
-        """(folder or Hub id, the file's name in it; None where the Hub is to choose). RequestError where a folder
-        leaves it open."""
+    def find(self) -> tuple[str, str | None, str | None]:
+        """(folder or Hub id, the file's name in it, the Hub's revision; None where the Hub is to choose). RequestError
+        where a folder leaves it open."""
         path = Path(self.path)
         if path.is_file():
-            return str(path.parent), path.name
+            return str(path.parent), path.name, None
         if not path.is_dir():
-            owner, *rest = self.path.split("/")
+            name, revision = at_revision(self.path)
+            owner, *rest = name.split("/")
             spelled = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (owner, *rest))
-            if not spelled or not 1 <= len(rest) <= 2 or self.path.endswith(".safetensors") and len(rest) < 2:
+            if not spelled or not 1 <= len(rest) <= 2 or name.endswith(".safetensors") and len(rest) < 2:
                 raise RequestError(f"there is no LoRA {self.path}: it should be a .safetensors file, a folder, "
                                    "or a Hub id such as owner/name or owner/name/file.safetensors")
-            return "/".join((owner, rest[0])), rest[1] if len(rest) == 2 else None
+            return "/".join((owner, rest[0])), rest[1] if len(rest) == 2 else None, revision
         files = sorted(file.name for file in path.glob("*.safetensors"))
         for file in files:
             foreign.check_link(path / file, path)
         if LORA_FILE not in files and len(files) != 1:
             raise RequestError(f"the folder {path} should hold a {LORA_FILE} or one .safetensors file; found "
                                f"{', '.join(files) or 'none'}: name the file")
-        return str(path), LORA_FILE if LORA_FILE in files else files[0]
-
+        return str(path), LORA_FILE if LORA_FILE in files else files[0], None
 
     def file(self) -> Path:
         """The file here, which was looked at; one of the Hub is fetched into its cache. RequestError for what is no
         safetensors file or would make its loader import code, OSError where the Hub does not supply it."""
-        place, name = self.find()
+        place, name, revision = self.find()
         name = name or LORA_FILE
         if not name.endswith(".safetensors"):
             raise RequestError(f"the LoRA {self.path} is no .safetensors file. Other files of weights are pickles "
                                "or may hold one, which can run code, and are never read")
-        file = Path(place) / name if Path(place).is_dir() else Path(hub_file(place, name))
+        file = Path(place) / name if Path(place).is_dir() else Path(hub_file(place, name, revision=revision))
         check_safetensors(file)
         with safe_open(file, "pt") as opened:
             foreign.check_header(opened.metadata(), file)
@@ -113,10 +114,10 @@ class Source:
     base: a pipeline's folder, a Hub id or a .safetensors file. revision: branch, tag or commit of a Hub id. variant: of
     its weights' files, such as fp16. subfolder: of a local base, where the pipeline lies. config: a folder or Hub id
     with the configs of a single file. vae, scheduler: folders or Hub ids of components that take the place of the
-    base's. clip_skip: last layers of its CLIP encoders that every call leaves out. quantization: of its denoiser's
-    linear layers, nf4 or int8, or as they were saved; components_to_quantize: of which networks else, None for the
-    denoiser alone. loras: are fused into the weights. negative_prompt, guidance_rescale: of its guided
-    calls, none unless given; no others are given them.
+    base's; @ and a revision may follow an id. clip_skip: last layers of its CLIP encoders that every call leaves out.
+    quantization: of its denoiser's linear layers, nf4 or int8, or as they were saved; components_to_quantize: of which
+    networks else, None for the denoiser alone. loras: are fused into the weights. negative_prompt, guidance_rescale: of
+    its guided calls, none unless given; no others are given them.
     """
 
     base: str
@@ -202,16 +203,31 @@ def _check_library(name: str, library: str, class_name: str) -> None:
                            f"and is never run: a component is of {' or '.join(LIBRARIES)}")
 
 
+def at_revision(place: str) -> tuple[str, str | None]:
+    """(folder or file, None), or of a Hub id, which @ and a branch, tag or commit may follow, (id, revision).
+    RequestError for what is no name of a revision."""
+    if Path(place).exists():
+        return place, None
+    name, _, revision = place.partition("@")
+    if revision:
+        _check_word("revision", revision)
+    return name, revision or None
+
+
 def _check_spelling(source: Source) -> None:
     """RequestError for entries that would lead out of the folder or the repository that they belong to."""
     if source.subfolder is not None and (Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts):
         raise RequestError(f"subfolder is {source.subfolder}, which leads out of {source.base}: it is a part of "
                            "that folder, such as pipeline")
-    for name, pattern, right in (("variant", r"\w[\w-]*", "fp16"),
-                                 ("revision", r"\w[\w./-]*", "main, a tag or a commit")):
-        value = vars(source)[name]
-        if value is not None and (not re.fullmatch(pattern, value) or ".." in value):
-            raise RequestError(f"{name} is {value[:80]!r}, which is no such name: it should be one such as {right}")
+    for name in WORDS:
+        if (value := vars(source)[name]) is not None:
+            _check_word(name, value)
+
+
+def _check_word(name: str, value: str) -> None:
+    pattern, right = WORDS[name]
+    if not re.fullmatch(pattern, value) or ".." in value:
+        raise RequestError(f"{name} is {value[:80]!r}, which is no such name: it should be one such as {right}")
 
 
 def _index_at(source: Source) -> Index:
@@ -321,7 +337,7 @@ def _index_of_file(source: Source) -> Index:
     if source.config is None:
         return {"_class_name": class_name}
     index = (_index_of_folder(Path(source.config)) if Path(source.config).is_dir()
-             else _index_on_hub(source.config, None))
+             else _index_on_hub(source.config, source.revision))
     if index["_class_name"] != class_name:
         raise RequestError(f"config is {source.config}, which holds the configs of a {index['_class_name']}, but "
                            f"the file {source} is a {class_name}")

@@ -28,7 +28,7 @@ class Strict(BaseModel):
 
 class TeacherLora(Strict):
     path: str                                    # a .safetensors file, a folder, or a Hub id with or without the file's
-                                                 # name
+                                                 # name, which @ and a revision may follow
     weight: float = 1.0                          # lora_scale of fuse_lora
 
 
@@ -43,8 +43,10 @@ class Teacher(Strict):
                                                  # only one in its folder
     subfolder: str | None = None                 # of a local base, where the pipeline lies
     config: str | None = None                    # of a single file: a folder or Hub id with the configs of its pipeline
-    vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id
-    scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id
+    vae: str | None = None                       # another AutoencoderKL of the same latents, a folder or Hub id, which
+                                                 # @ and a revision may follow
+    scheduler: str | None = None                 # a folder with another scheduler_config.json, or a Hub id, which @
+                                                 # and a revision may follow
     clip_skip: int | None = Field(None, ge=1, le=100)    # last layers of its CLIP encoders that are left out, as in a
                                                          # call of its pipeline
     quantization: Literal["nf4", "int8"] | None = None    # of its denoiser's linear layers (pip install

@@ -190,10 +190,6 @@ class Recipe(Strict):
         writer.dump(self.resolved(), text)
         return text.getvalue()
 
-    def pinned(self, revision: str) -> Recipe:
-        """The same recipe with the teacher's revision fixed."""
-        return Recipe.load(self.resolved(), {"teacher.revision": revision})
-
     def _check(self) -> None:
         """What can be known to fail without loading anything but the method of a plugin."""
         self._plugged = self._open_plugins()

@@ -18,12 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import __version__, parallel, resources
+from .. import __version__, parallel
 from ..errors import RequestError, redacted
 from ..evaluation.report import read_results
 from ..files.lock import LOCK, locked
 from ..files.whole import PARTIAL, sweep, write_whole
-from ..models.sources import cached_file
 from ..recipe import Recipe
 from ..recipe.plugins import BROUGHT
 from ..training import checkpoints
@@ -138,15 +137,6 @@ def begin(run: Path, recipe: Recipe, device: torch.device) -> None:
                 path.unlink(missing_ok=True)
         write_whole(run / ENVIRONMENT, (json.dumps(environment(device), indent=1) + "\n").encode())
         write_whole(run / RECIPE, recipe.dump().encode())
-
-
-def pinned(recipe: Recipe) -> Recipe:
-    """The recipe with the commit of a Hub teacher: the one that the cache holds, since it was loaded a moment ago."""
-    teacher = recipe.teacher
-    if resources.locate(teacher.base) is not None:
-        return recipe
-    index = cached_file(teacher.base, "model_index.json", teacher.revision)
-    return recipe if index is None else recipe.pinned(index.parent.name)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

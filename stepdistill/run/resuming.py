@@ -12,6 +12,7 @@ from ..files.whole import write_whole
 from ..recipe import Recipe
 from ..recipe.yaml import Source
 from ..training import checkpoints
+from .pinning import as_begun
 
 RECIPE, CHANGES, STAGES = "recipe.yaml", "changes.jsonl", "stages"
 FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.checkpoint_every", "train.keep",
@@ -22,15 +23,13 @@ FREE = ("train.updates", "train.lr", "train.clip", "train.precision", "train.che
 
 
 def resumed(run: Path, recipe: Recipe) -> Recipe:
-    """The recipe to go on with: as asked, on the teacher's commit that the run was begun on.
+    """The recipe to go on with: as asked, on the commits of its teacher that the run was begun on.
 
     RequestError for a change of an entry that is not FREE, and for a number of updates that the run cannot have. A
     folder of plugins may lie elsewhere now, with the same files.
     """
     begun = _begun(run, recipe)
-    revision = begun.teacher.revision
-    if revision is not None and recipe.teacher.revision is None and recipe.teacher.base == begun.teacher.base:
-        recipe = recipe.pinned(revision)
+    recipe = as_begun(recipe, begun)
     changed = changes(begun, recipe)
     if fixed := [f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items() if not _is_free(key)]:
         raise RequestError(f"{run} was begun with another recipe: {'; '.join(fixed)}. Resume with {run / RECIPE}, "

@@ -157,14 +157,15 @@ def test_a_lora_that_fits_changes_no_shape_on_the_meta_device(tmp_path, base):
 def test_where_a_lora_lies(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "mine.safetensors")
     assert (FusedLora(str(tmp_path / "mine.safetensors")).find() == FusedLora(str(tmp_path)).find()
-            == (str(tmp_path), "mine.safetensors"))
+            == (str(tmp_path), "mine.safetensors", None))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(RequestError, match="found mine.safetensors, other.safetensors: name the file"):
         FusedLora(str(tmp_path)).find()
     save_file({"a": torch.zeros(1)}, tmp_path / FILE)
-    assert FusedLora(str(tmp_path)).find() == (str(tmp_path), FILE)
-    assert FusedLora("owner/name").find() == ("owner/name", None)
-    assert FusedLora("owner/name/a.safetensors").find() == ("owner/name", "a.safetensors")
+    assert FusedLora(str(tmp_path)).find() == (str(tmp_path), FILE, None)
+    assert FusedLora("owner/name").find() == ("owner/name", None, None)
+    assert FusedLora("owner/name/a.safetensors").find() == ("owner/name", "a.safetensors", None)
+    assert FusedLora("owner/name/a.safetensors@v2").find() == ("owner/name", "a.safetensors", "v2")
     for name in ("nowhere.safetensors", "./nowhere/x", "owner/mine.safetensors"):
         with pytest.raises(RequestError, match=f"there is no LoRA {name}"):
             FusedLora(name).find()

@@ -81,7 +81,6 @@ def test_revision_where_it_stood_before_is_the_teacher_s(tiny_teacher):
         assert named(recipe) == known and recipe.resolved()["teacher"] == {"base": "owner/name", "revision": "v1"}
         assert "revision" not in recipe.resolved()
     assert named(Recipe.load(written | {"revision": None})) == Source("owner/name")
-    assert named(Recipe.load(written).pinned("abc")) == Source("owner/name", "abc")
     with pytest.raises(RequestError, match="revision is 'v1', and teacher.revision, where it belongs now, is 'v2': "
                        "leave one of them out"):
         Recipe.load(written | {"teacher": {"base": "owner/name", "revision": "v2"}, "revision": "v1"})
