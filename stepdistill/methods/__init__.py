@@ -116,8 +116,7 @@ METHODS: dict[str, Entry] = {
     "dp_dmd": Entry("distribution.dp_dmd", "DPDMD", "Diversity-Preserved Distribution Matching Distillation",
                     "2602.03139", "distribution",
                     needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"), steps=(2, 8)),
-    "diff_ratio": Entry("distribution.diff_ratio", "DiffRatio", "DiffRatio: Training One-Step Diffusion Models Without "
-                        "Teacher Supervision", "2502.08005", "distribution",
+    "diff_ratio": Entry("distribution.diff_ratio", "DiffRatio", "DiffRatio", "2502.08005", "distribution",
                         needs=("student", "critic", "discriminator"), data=("images", "samples"), steps=(1, 1)),
     "em_distillation": Entry("hybrid.em_distillation", "EMDistillation", "EM Distillation", "2405.16852", "hybrid",
                              needs=("teacher", "student", "critic"), data=("prompts", "images", "samples"),

@@ -1,4 +1,4 @@
-"""DiffRatio beyond its identities: the pull of a classifier of known slope, its own part, what is needed and refused."""
+"""DiffRatio beyond its identities: the pull of a known slope, the classifier's part, what is needed and refused."""
 import pytest
 import torch
 from torch.nn.functional import softplus

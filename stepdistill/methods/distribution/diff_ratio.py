@@ -8,8 +8,8 @@
 The gradient of log p(x_t) - log q(x_t) in x_t is the difference of the scores by which methods with a teacher move
 their student; here one classifier stands for both networks, and no teacher is asked. Other divergences than the reverse
 Kullback-Leibler one weigh the gradient by the ratio itself (see `losses.divergence`). The classifier is a copy of the
-teacher with heads, where the paper has a small network that begins as the teacher's first half; the student begins as
-the teacher, without which the paper's own training fails.
+teacher with heads, where the paper has a lightweight network; the student begins as the teacher, which the paper found
+indispensable.
 
 Sources: the abstract and accounts of the paper, (o) ours; its code was not to be had, and its law and weight of the
 noise levels were not told. Of guidance the student learns what its data have: samples of a guided teacher have it.
