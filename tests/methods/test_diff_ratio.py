@@ -35,7 +35,8 @@ def test_x_moves_up_the_classifiers_slope(schedule, weight, power):
     s = SCHEDULES[schedule][0]
     pull = -SLOPE * s.alpha(t) * (s.sigma(t) / s.alpha(t)) ** power
     assert student.m.grad.item() == pytest.approx(pull.mean().item(), rel=1e-5)
-    assert student.s.grad.item() == pytest.approx((pull * z).mean().item(), rel=1e-5)
+    rounding = 1e-7 * pull.abs().mean().item()                    # of float32 noises, whose pulls cancel each other
+    assert student.s.grad.item() == pytest.approx((pull * z).mean().item(), rel=1e-5, abs=rounding)
 
 
 @pytest.mark.parametrize("divergence, h", [("forward_kl", lambda r: r), ("js", lambda r: 2 * r / (1 + r))])
