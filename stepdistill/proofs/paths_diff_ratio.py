@@ -19,7 +19,7 @@ from .problem import Check, Problem
 MANY = (0, 1, 2, 3)
 PATHS = (
     Path("the defaults", elsewhere=True),
-    Path("shapes/diff_ratio", {"critic_steps": 2}, elsewhere=True),
+    Path("shapes/diff_ratio", {"critic_steps": 2}, guidance=1.0, elsewhere=True),
     Path("toy/diff_ratio, not guided", {"critic_steps": 2, "t_range": (0.02, 0.7)}, guidance=1.0, elsewhere=True),
     Path("a range of guidance, which nothing reads", guidance=(1.5, 4.0)),
     Path("critic_steps 3, fresh samples after the first", {"critic_steps": 3}, steps=2, moments=MANY),
