@@ -12,6 +12,7 @@ from .draws import Step
 from .guidance import with_scale
 from .prediction import Prediction
 from .sampler import Draw, Sampler
+from .times import LEVELS
 
 
 def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...]) -> Tensor:
@@ -54,6 +55,14 @@ def renoising(step: Step, shape: tuple[int, ...]) -> Draw:
 def left_by(sampler: Sampler, step: Step) -> int:
     """The evaluation that `rollout` of this step leaves by, from 0."""
     return int(step.shared("exit") * sampler.nfe)
+
+
+def below_exit(sampler: Sampler, step: Step, share: Tensor) -> Tensor:
+    """Noise levels of what is not yet settled where `rollout` of this step leaves: (B,) float64, on the stock times.
+
+    share: (B,) in [0, 1], of the level of the state at that exit.
+    """
+    return (LEVELS * sampler.levels[left_by(sampler, step)] * share).round().clamp(min=1) / LEVELS
 
 
 def with_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:

@@ -13,7 +13,21 @@ from ..diffusion.prediction import Prediction
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.distribution.dmd2 import DMD2
 from .affine import Net, QuadraticHeads, softplus
-from .paths import NOISE, Algorithm, Known, Order, Path, Turn, denoised, laws, noise_level, output_scale, rolled, rows
+from .paths import (
+    NOISE,
+    Algorithm,
+    Known,
+    Order,
+    Path,
+    Sample,
+    Turn,
+    denoised,
+    laws,
+    noise_level,
+    output_scale,
+    rolled,
+    rows,
+)
 from .problem import Check, Problem
 
 MANY = (0, 1, 2, 3)                     # moments, so that exits differ
@@ -41,6 +55,11 @@ PATHS = (
     Path("gan_weight 0.7", {"gan_weight": 0.7, "critic_steps": 1}),
     Path("critic_gan_weight 0.9", {"critic_gan_weight": 0.9, "critic_steps": 1}),
     Path("t_range from 0.3 to 0.6", {"t_range": (0.3, 0.6), "critic_steps": 1}),
+    Path("decoupled, four exits", {"decoupled": True, "critic_steps": 1}, steps=4, moments=MANY, elsewhere=True),
+    Path("decoupled, a range of guidance, without the discriminator",
+         {"decoupled": True, "critic_steps": 1, "gan_weight": 0.0, "noise_law": "mixture"}, steps=2,
+         guidance=(1.5, 4.0), moments=MANY),
+    Path("decoupled, begun at 0.375", {"decoupled": True, "critic_steps": 1, "start_time": 0.375}),
     Path("t_range to 1", {"t_range": (0.0, 1.0), "critic_steps": 1}),
     *laws(critic_steps=1),
 )
@@ -79,17 +98,29 @@ def of_student(turn: Turn) -> Known:
     s, sample, student, critic = turn.settings, rolled(turn), turn.roles["student"], turn.roles["critic"]
     w, t = sample.exit if s.exit_embedding else None, noise_level(turn, turn.step.uniform("t"))
     x_t = turn.noised(sample.x, t)
-    real = turn.roles["teacher"].x0(x_t, t, turn.guided(turn.scale))
+    real = turn.roles["teacher"].x0(x_t, t, turn.text if s.decoupled else turn.guided(turn.scale))
     fake = critic.x0(x_t, t, turn.text, w)
     pull = (fake - real) / (sample.x - real).abs().mean(1, keepdim=True) / real.numel()
+    values: dict[str, Tensor | None] = {"matching": None}
+    if s.decoupled:
+        pull, values = pull + added(turn, sample), values | {"guidance": None}
     if not s.gan_weight:
-        return Known({"matching": None}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)})
+        return Known(values, {"student": student.slopes(pull, sample.given, sample.t, turn.text)})
     heads, logits = turn.roles["discriminator"].heads, logits_at(turn, x_t, t, w)
     fooled = -s.gan_weight * torch.sigmoid(-logits) / logits.numel()
     pull = pull + turn.problem.schedule.alpha(t)[:, None] * critic.back(heads.back(fooled, fake), t)
     value = s.gan_weight * softplus(-logits).mean()
-    return Known({"matching": None, "gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
+    return Known(values | {"gan": value}, {"student": student.slopes(pull, sample.given, sample.t, turn.text)},
                  unchecked=("critic", "discriminator"))
+
+
+def added(turn: Turn, sample: Sample) -> Tensor:
+    """The pull of what guidance adds, at i / 1000 below the exit's own time."""
+    share = noise_level(turn, turn.step.uniform("guidance t"))
+    t = (1000 * sample.t * share).round().clamp(min=1) / 1000
+    x_t, teacher = turn.noised(sample.x, t, "guidance noise"), turn.roles["teacher"]
+    given, without = (teacher.x0(x_t, t, turn.guided(w)) for w in (turn.scale, 1.0))
+    return (without - given) / (sample.x - given).abs().mean(1, keepdim=True) / given.numel()
 
 
 @torch.no_grad()
@@ -130,7 +161,7 @@ def needs(settings: Any) -> dict[str, Any]:
 
 ALGORITHM = Algorithm(
     DMD2, roles, orders, needs, known,
-    defaults={"critic_steps": 5, "share_rollout": False, "exit_embedding": False, **NOISE,
+    defaults={"critic_steps": 5, "share_rollout": False, "exit_embedding": False, "decoupled": False, **NOISE,
               "gan_weight": 5e-3, "critic_gan_weight": 1e-2},
 )
 

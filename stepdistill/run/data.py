@@ -169,7 +169,7 @@ def _pairs(run: Run, cache: Cache) -> Dataset:
 def _generate(run: Run, ids: Tensor, texts: list[str], seen: Seen = unseen) -> Tensor:
     """The teacher's latents of numbered samples, a function of their numbers."""
     made = run.recipe.data.made
-    teacher = guided(run.roles["teacher"], _guidance(run))
+    teacher = guided(run.roles.get("teacher", run.roles.base), _guidance(run))       # a method need not ask one
     return SOLVERS[made.solver](teacher, noises(run, SAMPLE, "start", ids), even(made.steps), run.teacher.encode(texts),
                                 lambda i, _: noises(run, SAMPLE, i, ids), seen)
 

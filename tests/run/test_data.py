@@ -24,3 +24,16 @@ def test_pictures_of_another_size_are_not_those_in_the_cache(tmp_path, monkeypat
             "settings": {"gan_weight": 0.0}, "data": {**data, "batch": 2}, "train": {"updates": 1}})
         x0, cond = dataset(setup(recipe, torch.device("cpu")))[torch.tensor([0, 1])]
         assert cond.time_ids.tolist() == [told, told] and (x0 is None or x0.shape == (2, 4, *latents))
+
+
+@pytest.mark.parametrize("method", ["ict", "diff_ratio"])
+def test_a_method_that_asks_no_teacher_trains_on_a_guided_ones_pictures(tiny_teacher, method):
+    """They are those that a method with a teacher is shown."""
+    def made(method, settings):
+        recipe = Recipe.model_validate({
+            "method": method, "settings": settings, "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}},
+            "critic": {"lora": {"rank": 2}} if method != "ict" else None, "steps": 1, "train": {"updates": 1},
+            "data": {"samples": {"prompts": ["a", "b"], "steps": 2, "guidance": 2.5}, "count": 2, "batch": 2,
+                     "cache": False}})
+        return dataset(setup(recipe, torch.device("cpu")))[torch.tensor([0, 1])][0]
+    assert torch.equal(made(method, {}), made("dmd2", {"gan_weight": 0.0}))

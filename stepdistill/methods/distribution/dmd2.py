@@ -1,14 +1,15 @@
 """DMD2: Improved Distribution Matching Distillation. Yin et al. 2024, arXiv:2405.14867.
 
     x               <- the student's own sample, at a random step of its sampler     (backward simulation, section 4.5)
-    student         <- x + (real score - fake score), fool the discriminator         (no regression to pairs, section
-    4.1)
+    student         <- x + (real score - fake score), fool the discriminator         (section 4.1: no pairs)
     repeat critic_steps times                                                        (two time scales, section 4.2)
         critic         <- denoise the student's samples
         discriminator  <- tell noised real from noised fake, on the critic's features (section 4.3)
 
-Sources of the defaults: (p) the paper, (x) its released SDXL training. One forward of the critic serves the score and
-the discriminator, and so both see one noise level; the released code draws the discriminator's anew.
+`decoupled` is Decoupled DMD (Liu et al. 2025, arXiv:2511.22677, eq. 8; no code, and no weights told): the unguided
+teacher is matched at all levels, and what guidance adds to it moves x at levels below the exit's, each of one size.
+
+Sources: (p) the paper, (x) its released SDXL training, which draws the discriminator's noise level anew.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from ...diffusion.contracts import Batch, Condition
 from ...diffusion.draws import Step
 from ...diffusion.guidance import drawn, guided
 from ...diffusion.prediction import Prediction
-from ...diffusion.rollout import rollout, with_exit
+from ...diffusion.rollout import below_exit, rollout, with_exit
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import NoiseLaw
 from ...diffusion.weighting import dmd
@@ -47,16 +48,14 @@ from ..base import (
 class Settings:
     critic_steps: int = 5              # critic updates a step (p: 5; 10 for SD 1.5)
     share_rollout: bool = False        # all of them on the student's own sample: cheaper, another estimator
-    exit_embedding: bool = False       # the critic reads by which step the sample left; else it learns the mixture of
-                                       # all steps (p)
-    noise_law: NoiseLaw = "uniform"    # of the levels at which scores are matched and the critic is trained: uniform,
-                                       # lognormal, shifted, mixture (p)
+    exit_embedding: bool = False       # the critic reads the exit; else it learns the mixture of all of them (p)
+    decoupled: bool = False            # what guidance adds acts below the exit's own level
+    noise_law: NoiseLaw = "uniform"    # of student's and critic's levels: uniform, lognormal, shifted, mixture (p)
     t_range: tuple[float, float] = (0.02, 0.98)    # of these, those at which the scores are matched (p)
     mean: float = -1.2                 # of ln(sigma / alpha), of lognormal and mixture
     std: float = 1.2                   # of ln(sigma / alpha), of lognormal and mixture
     shift: float = 3.0                 # of shifted: towards noise above 1
-    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (x: timestep
-                                       # 399, which is 0.4)
+    start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (x: 0.4)
     gan_weight: float = 5e-3           # of fooling the discriminator; 0 leaves it out, and real images with it (x)
     critic_gan_weight: float = 1e-2    # of telling real from fake, in the critic's update (x)
 
@@ -79,8 +78,7 @@ class DMD2(Method):
         if not settings.gan_weight or data != "prompts":
             return None
         return (f"gan_weight is {settings.gan_weight:g}, and the discriminator is shown real images: give data.images, "
-                "or set "
-                "gan_weight: 0 to train on prompts alone")
+                "or set gan_weight: 0 to train on prompts alone")
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
@@ -98,20 +96,19 @@ class DMD2(Method):
                 Update(two if self.discriminator else two[:1], self.critic_loss, repeat=s.critic_steps,
                        shares=s.critic_steps if s.share_rollout else 1)]
 
-    # -- losses, in the order of the algorithm -----------------------------------------------------------------------
-
     def student_loss(self, batch: Batch, step: Step) -> Losses:
         x = rollout(self.sampler, self.student, batch.cond, step, batch.shape)
         cond = self.critic_condition(batch, step)
         step.kept.update(sample=x.detach(), cond=cond)
         t = self.matched(step.uniform("t"))
-        seen = x if self.discriminator else x.detach()        # only to fool it do gradients take the way through the
-                                                              # critic
+        seen = x if self.discriminator else x.detach()        # gradients go through the critic only to fool it
         x_t = self.teacher.schedule.add_noise(seen, step.normal("noise", batch.shape), t)
         with torch.no_grad():
-            real = guided(self.teacher, drawn(self.guidance, step))(x_t, t, batch.cond).x0
+            w = 1.0 if self.settings.decoupled else drawn(self.guidance, step)
+            real = guided(self.teacher, w)(x_t, t, batch.cond).x0
         fake, logits = self.critic_and_logits(x_t, t, cond)
         losses = {"matching": distribution_matching(x, real, fake.x0.detach(), dmd(x.detach(), real)).mean()}
+        losses |= {"guidance": self.augmentation(x, batch, step).mean()} if self.settings.decoupled else {}
         return losses if logits is None else losses | {"gan": self.settings.gan_weight * generator_loss(logits).mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
@@ -126,12 +123,17 @@ class DMD2(Method):
         separation = discriminator_loss(self.discriminator(real, t, cond), logits).mean()
         return losses | {"discriminator": self.settings.critic_gan_weight * separation}
 
-    # -- terms -------------------------------------------------------------------------------------------------------
+    def augmentation(self, x: Tensor, batch: Batch, step: Step) -> Tensor:
+        """(B,), with the gradient of x less what guidance adds to the teacher's x_0, below the exit's level."""
+        t = below_exit(self.sampler, step, self.matched(step.uniform("guidance t")))
+        x_t = self.teacher.schedule.add_noise(x.detach(), step.normal("guidance noise", batch.shape), t)
+        with torch.no_grad():
+            given, without = (guided(self.teacher, w)(x_t, t, batch.cond).x0 for w in (drawn(self.guidance, step), 1.0))
+        return distribution_matching(x, given, without, dmd(x.detach(), given))
 
     @torch.no_grad()
     def sample(self, batch: Batch, step: Step) -> tuple[Tensor, Condition]:
-        """The sample that the student was just trained on, where the batch is shared, or a new one; the condition of
-        the critic."""
+        """The student's sample, the one it was just trained on where the batch is shared; the critic's condition."""
         if "sample" in step.kept:
             return step.kept["sample"], step.kept["cond"]
         return rollout(self.sampler, self.student, batch.cond, step, batch.shape), self.critic_condition(batch, step)
