@@ -118,6 +118,8 @@ METHODS: dict[str, Entry] = {
                              steps=(1, 1)),
     "rcm": Entry("hybrid.rcm", "RCM", "Score-Regularized Continuous-Time Consistency Model", "2510.08431", "hybrid",
                  needs=("teacher", "student", "critic"), data=("images", "samples", "pairs"), steps=(1, 4)),
+    "reward": Entry("hybrid.reward", "RewardFeedback", "Reward Feedback Learning", "2304.05977", "hybrid",
+                    needs=("student", "begun", "decode", "reward"), data=("prompts", "images", "samples"), steps=(1, 8)),
     "sana_sprint": Entry("hybrid.sana_sprint", "SanaSprint", "SANA-Sprint", "2503.09641", "hybrid",
                          needs=("teacher", "student", "discriminator"), data=("images", "samples", "pairs"),
                          steps=(1, 4)),

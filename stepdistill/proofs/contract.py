@@ -80,7 +80,7 @@ def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -
 def moves(work: Run, run: Path) -> Iterator[Check]:
     """Trains it and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
-    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape)
+    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape, prompts=work.judged)
     trainer = Trainer(work.method, roles, stream, train_config(recipe), run)
     # adapters lie on the teacher's network
     own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}
@@ -91,7 +91,7 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
         trainer.step(index)
     moved = {name for name in roles.names if _apart(before[name], roles.state_dict(name))}
     trained = {role for update in trainer.updates for role in update.trains}
-    follow = {name for name, need in roles.needs.items() if isinstance(need, Follows)}
+    follow = {name for name, need in roles.needs.items() if isinstance(need, Follows) and need.moves}
     frozen = {name for name, need in roles.needs.items() if isinstance(need, Frozen)}
     yield Check("roles that updates train, or that follow one, and that did not move",
                 len((trained | follow) - moved), 0)
