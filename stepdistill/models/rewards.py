@@ -166,19 +166,18 @@ def find_reward(asked: str, weights: bool = False) -> Path:
     beside its configs."""
     name, place = where(asked)
     files = (CONFIG, WEIGHTS, PROCESSOR, JUDGE if name == "shapes_reward" else TOKENIZER)
-    lies_here = resources.locate(place) is not None
-    return _folder(name, place, files if weights or lies_here else [file for file in files if file != WEIGHTS])
+    return _folder(name, place, files, [file for file in files if weights or file != WEIGHTS])
 
 
-def _folder(name: str, place: str, files: Sequence[str]) -> Path:
-    """Where a reward's files lie here; those of a Hub id are fetched into its cache. RequestError with what to do where
+def _folder(name: str, place: str, files: Sequence[str], fetched: Sequence[str]) -> Path:
+    """Where a reward's files lie here; of a Hub id some are fetched into its cache. RequestError with what to do where
     they cannot be had, or are not what they should be."""
     found = resources.locate(place)
     if found is None:
         try:
             if not resources.is_hub_id(place):
                 raise OSError("there is no such folder")
-            found = [Path(cached_file(place, file)).parent for file in files][0]
+            found, files = [Path(cached_file(place, file)).parent for file in fetched][0], fetched
         except UNLOADABLE as error:
             raise RequestError(f"the weights of {name} cannot be had from {place}: {first_lines(error)}. Download "
                                f"them where there is a network, and name their folder: {name}=FOLDER with "

@@ -228,9 +228,9 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
 
     A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them
     start at zero. Every role equals its start at first. attention: of all networks, see attention.py. begin: trained
-    and frozen roles that are another run's student at first; a
-    frozen one stays it. reward: what a `Reward` is. seed: of the first values of adapters and heads. ValueError for needs and settings that do not
-    go together, RequestError for LoRA targets and features that the network has not.
+    and frozen roles that are another run's student at first; a frozen one stays it. reward: what a `Reward` is. seed:
+    of the first values of adapters and heads. ValueError for needs and settings that do not go together, RequestError
+    for LoRA targets and features that the network has not.
     """
     _check(needs, settings)
     frozen = {name: weights for name, weights in (begin or {}).items() if isinstance(needs[name], Frozen)}

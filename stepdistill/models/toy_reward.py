@@ -12,8 +12,8 @@ from ..diffusion.toy import Toy, labels_of
 
 
 class ToyReward(nn.Module):
-    """reward(points (B, 2, 1, 1), prompts) -> (B,): log p(class | point) of the mixture itself, at most 0, and 0 for the
-    prompt of all classes. place: of Toy's folder."""
+    """reward(points (B, 2, 1, 1), prompts) -> (B,): log p(class | point) of the mixture itself, at most 0, and 0 for
+    the prompt of all classes. place: of Toy's folder."""
 
     def __init__(self, place: str) -> None:
         super().__init__()

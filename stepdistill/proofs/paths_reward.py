@@ -22,7 +22,7 @@ PATHS = (
     Path("shapes/reward, judged at any of 4 evaluations", {"last": 4}, steps=4, guidance=1.0, elsewhere=True,
          moments=(0, 1, 2)),
     Path("toy/reward", {"last": 4, "weight": 0.02}, steps=4, guidance=1.0, elsewhere=True),
-    Path("toy/hyper", {"weight": 0.02}, steps=8, guidance=1.0, elsewhere=True),
+    Path("toy/hyper", {"weight": 0.02}, guidance=1.0, elsewhere=True),
     Path("of a consistency model, judged at any of 4 evaluations", {"last": 4, "fresh": True}, steps=4,
          moments=(0, 1, 2)),
     Path("judged at 2 of 8 evaluations", {"last": 2}, steps=8, moments=(0, 1, 2)),

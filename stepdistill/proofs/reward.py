@@ -49,7 +49,8 @@ class Linear:
 def made(problem: Problem, judge: Linear, student: Role, begun: Role, steps: int = 1, **settings) -> RewardFeedback:
     chosen = Settings(**settings)
     roles = {"student": student, "begun": begun, "decode": judge.decode, "reward": judge.reward}
-    return RewardFeedback(chosen, roles, 1.0, problem.sampler(RewardFeedback.inference(chosen, steps, problem.schedule)))
+    sampler = problem.sampler(RewardFeedback.inference(chosen, steps, problem.schedule))
+    return RewardFeedback(chosen, roles, 1.0, sampler)
 
 
 def moved(student: Affine, by: Tensor) -> Affine:
@@ -71,7 +72,8 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
 
 
 def prompted(problem: Problem, count: int) -> Batch:
-    return replace(problem.batch(count, data=False), cond=problem.prompts(count), prompts=[f"{i}" for i in range(count)])
+    texts = [f"{i}" for i in range(count)]
+    return replace(problem.batch(count, data=False), cond=problem.prompts(count), prompts=texts)
 
 
 def rest(problem: Problem, judge: Linear, begun: Affine) -> Iterator[Check]:

@@ -13,5 +13,5 @@ def inference_of(recipe: Recipe, schedule: Schedule, steps: int | None = None) -
     said = recipe
     while said.previous is not None and load_method(said.method).as_before:
         said = said.previous
-    return load_method(said.method).inference(said.method_settings(), recipe.steps if steps is None else steps, schedule,
-                                              said.guidance)
+    steps = recipe.steps if steps is None else steps
+    return load_method(said.method).inference(said.method_settings(), steps, schedule, said.guidance)

@@ -29,8 +29,9 @@ def reward_name(recipe: Recipe) -> str:
         return f"{name}={resources.locate(place) or place}" if place else name
     if named_data(recipe)[1] == "shapes":
         return OWN
-    raise recipe.refuse("method", f"is {recipe.method}, which raises a reward, and nothing says which: name one, such as "
-                        "reward: pickscore, which is a download, or reward: hpsv2=FOLDER with the weights of a CLIPModel")
+    raise recipe.refuse("method", f"is {recipe.method}, which raises a reward, and nothing says which: name one, such "
+                        "as reward: pickscore, which is a download, or reward: hpsv2=FOLDER with the weights of a "
+                        "CLIPModel")
 
 
 def check_reward(recipe: Recipe, needs: Mapping[str, Need]) -> None:
@@ -38,8 +39,8 @@ def check_reward(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     read."""
     if not wanted(needs):
         if recipe.reward is not None:
-            raise recipe.refuse("reward", f"is {recipe.reward}, but {recipe.method} raises none: leave it out, or let it "
-                                "be of a stage whose method is reward")
+            raise recipe.refuse("reward", f"is {recipe.reward}, but {recipe.method} raises none: leave it out, or let "
+                                "it be of a stage whose method is reward")
         return
     if recipe.data.caption_dropout:
         raise recipe.refuse("data.caption_dropout", f"is {recipe.data.caption_dropout:g}, but a reward scores each "

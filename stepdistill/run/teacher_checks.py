@@ -72,8 +72,8 @@ def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
         raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but "
                             "the teacher makes videos: ladd and dmd2 judge by the features of its own network")
     if any(isinstance(need, Reward) for need in needs.values()):
-        raise recipe.refuse("method", f"is {recipe.method}, whose reward scores pictures, but the teacher makes videos: "
-                            "take another method")
+        raise recipe.refuse("method", f"is {recipe.method}, whose reward scores pictures, but the teacher makes "
+                            "videos: take another method")
 
 
 def _entry(recipe: Recipe, path: str) -> object:

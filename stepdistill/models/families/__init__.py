@@ -167,10 +167,10 @@ class Family:
     sized: a condition and what is told of its pictures' sizes, (B, 6) as `data.buckets.told` says -> the condition with
     it, where its network reads such. fresh: network, entries of its config -> a new one without values. open: for what
     is no pipeline of diffusers: source -> components. vision: the network whose features judge samples, by the name
-    that a recipe gives or the usual one; reward: its folder -> what scores samples that are no pictures, None where they
-    are. unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave with.
-    called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it, where that may
-    be another than its own. reads: what a prompt of its network is, a text, a class, or nothing.
+    that a recipe gives or the usual one; reward: its folder -> what scores samples that are no pictures, None where
+    they are. unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave
+    with. called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it, where
+    that may be another than its own. reads: what a prompt of its network is, a text, a class, or nothing.
     """
 
     name: str
