@@ -204,7 +204,8 @@ def test_a_plan_counts_the_reward_and_what_is_to_be_fetched(recipe, monkeypatch)
     ({"stages": [LCM, {"settings": {"fresh": True}}]}, "settings.fresh is on, but the student is sampled as that of "
      "the stage before, lcm"),
     ({"guidance": 2.0}, "guidance is 2.0, but reward asks no teacher"),
-    ({"method": "lcm", "reward": "pickscore"}, "reward is pickscore, but lcm raises none: leave it out"),
+    ({"method": "lcm", "reward": "pickscore", "data": {"images": "shapes", "batch": 2}}, "reward is pickscore, but lcm "
+     "raises none: leave it out"),
     ({"teacher": "assets/toy", "data": {"prompts": "assets/toy", "batch": 2}, "student": "full", "reward": "pickscore"},
      "reward is pickscore, but it judges pictures, and the teacher is Toy"),
 ])
