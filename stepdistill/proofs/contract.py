@@ -27,9 +27,11 @@ STEPS, BATCH, COUNT = 2, 2, 4
 
 
 def first(method: str, plugins: Folder | None = None) -> str | dict[str, Any]:
-    """Its first recipe for a shipped pipeline; of a plugin's method that has none, a plain one."""
+    """Its first recipe for a shipped pipeline, that of its own name if there is one; of a plugin's method that has
+    none, a plain one."""
     known = builtin(None if plugins is None else plugins.path)
     names = [name for name, path in known.items() if name.startswith("shapes/") and path.stem.split("-")[0] == method]
+    names.sort(key=lambda name: name != f"shapes/{method}")
     entry = METHODS[method]
     kind = entry.data[0]
     made = {"prompts": "shapes", "steps": 4, "nodes": 4} if kind == "pairs" else {"prompts": "shapes", "steps": 4}
