@@ -24,14 +24,14 @@ from ..diffusion.toy import SHAPE, Toy, write
 from ..evaluation.clouds import cloud, energy_distance, points_of, within
 from ..methods import load_method
 from ..recipe import Recipe
-from ..recipe.catalogue import builtin, method_of
+from ..recipe.catalogue import builtin
 from ..recipe.plugins import Folder
 from ..run.inference import inference_of
 from ..run.setup import Run, open_run
 from .problem import NAMES, Check, Problem
 
 COUNT, SHOWN, WAYS = 20_000, 3000, 24
-LIMITS = {1: 0.03, 2: 0.03, 4: 0.01, 8: 0.01}
+LIMITS = {1: 0.03, 2: 0.03, 4: 0.01}
 # limits at one evaluation of those without a score to match
 GAN_ONLY = {"ladd": 0.05, "lightning": 0.05, "add": 0.05}
 SHOWN_AT = (1, 2, 4)
@@ -39,10 +39,9 @@ DRAWN, IN = "drawn.safetensors", "shown "          # the file, and what the name
 
 
 def recipes(method: str, plugins: Folder | None = None) -> list[str]:
-    """The names of its Toy recipes, of those that ship and of a folder of plugins, those of its name first."""
+    """The names of its Toy recipes, of those that ship and of a folder of plugins."""
     known = builtin(None if plugins is None else plugins.path)
-    found = [name for name, path in known.items() if name.startswith("toy/") and method_of(path) == method]
-    return sorted(found, key=lambda name: not name.startswith(f"toy/{method}"))
+    return [name for name, path in known.items() if name.startswith("toy/") and path.stem.split("-")[0] == method]
 
 
 def loaded(name: str, plugins: Folder | None = None) -> Recipe:

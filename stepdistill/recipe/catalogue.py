@@ -15,7 +15,7 @@ from ..methods import METHODS, REGISTERED
 from . import plugins as outside
 from .yaml import Source
 
-COMPOSED = {"hyper": "tscd"}         # recipes whose stages are a paper's line of methods -> the first of them
+COMPOSED = {"hyper": "tscd"}         # recipes of a paper's line of methods as stages -> the first of these
 
 
 def methods(name: str | None = None, plugins: str | Path | None = None) -> list[dict[str, Any]]:
