@@ -51,8 +51,8 @@ class Clock:
 def measured(name: str, recipe: Recipe) -> str:
     """A line of figures."""
     clock = Clock()
-    for kind, name in ((Trainer, "step"), (Doctor, "start"), (Doctor, "look"), (Doctor, "_watch")):
-        clock.watch(kind, name)
+    for kind, method in ((Trainer, "step"), (Doctor, "start"), (Doctor, "look"), (Doctor, "_watch")):
+        clock.watch(kind, method)
     with tempfile.TemporaryDirectory() as folder:
         api.train(recipe, out=folder)
     step, start, look, watch = (times for times in clock.spent.values())
