@@ -123,7 +123,7 @@ def _train(recipe: Recipe, whole: Recipe, before: Path | None, place: Path, run:
     log.info("preparing the data")
     with meter(parallel.rank() == 0) as report:
         stream = Stream(dataset(stage, report), recipe.data.batch, recipe.train.seed, stage.teacher.latent_shape,
-                        recipe.data.caption_dropout, negatives(stage))
+                        recipe.data.caption_dropout, negatives(stage), stage.judged)
         say_long(stage, log.warning)
         stream.batch(0, "check", world=parallel.world_size(), micros=recipe.train.accumulate)
     if recipe.train.fsdp:

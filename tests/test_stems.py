@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from stepdistill.methods import METHODS
+from stepdistill.recipe.catalogue import builtin, method_of
+from stepdistill.recipe.yaml import Source
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in (ROOT / "stepdistill/methods").glob("*/*.py") if path.stem != "__init__"}
@@ -22,8 +24,6 @@ def test_stem_law(name):
 
 
 def test_every_recipe_is_of_a_method_with_its_name():
-    from stepdistill.recipe.catalogue import builtin
-    from stepdistill.recipe.yaml import Source
     for name, path in builtin().items():
         method = Source.of_file(path).values["method"]
-        assert path.stem.split("-")[0] == method, f"{name} is a recipe of {method}"
+        assert method_of(path) == method, f"{name} is a recipe of {method}"

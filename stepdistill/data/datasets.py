@@ -37,6 +37,9 @@ class Dataset(Protocol):
     def pairs(self, indices: Tensor) -> Pairs | None:
         """The ways that led the teacher to these samples, where they are kept."""
 
+    def prompts(self, indices: Tensor) -> list[str]:
+        """The texts of the conditions."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -52,6 +55,9 @@ class Samples:
 
     def pairs(self, indices: Tensor) -> Pairs | None:
         return None if self.ways is None else self.ways(indices)
+
+    def prompts(self, indices: Tensor) -> list[str]:
+        return self.text.prompts(indices)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Stream:
     Of buckets every batch is of one, and each walks through its own samples. shape: of one sample, for data that are
     prompts only; buckets know theirs. caption_dropout: the share of samples that are shown without their captions,
     drawn anew for each visit. negatives: what they are drawn away from in place of the null, of the same sizes.
+    prompts: whether batches hold their prompts as texts too, for what reads them.
     """
 
     dataset: Dataset | Bucketed
@@ -31,6 +32,7 @@ class Stream:
     shape: tuple[int, ...] | None = None
     caption_dropout: float = 0.0
     negatives: Negatives | None = None
+    prompts: bool = False
 
     def batch(self, step: int, update: str, repeat: int = 0, rank: int = 0, world: int = 1, micro: int = 0,
               micros: int = 1) -> Batch:
@@ -56,4 +58,5 @@ class Stream:
         if self.negatives is not None:
             negative = self.negatives.of(ids, walk)
             cond = cond.replace(negative=negative.replace(time_ids=cond.null.time_ids))
-        return Batch(ids, cond, x0, shape, dataset.pairs(indices))
+        texts = dataset.prompts(indices) if self.prompts else None
+        return Batch(ids, cond, x0, shape, dataset.pairs(indices), texts)

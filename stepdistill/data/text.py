@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Mapping, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,14 @@ MANY = 40_000
 log = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], Condition]                 # a family's text encoder; the condition has its null
-Text = Callable[[Tensor], Condition]                      # indices (B,) -> the conditions of these samples
+
+
+class Text(Protocol):
+    """The prompts of numbered samples. indices: (B,) int64."""
+
+    def __call__(self, indices: Tensor) -> Condition: ...
+    def prompts(self, indices: Tensor) -> list[str]:
+        """As they are written."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,10 @@ class LiveText:
 
     @torch.no_grad()
     def __call__(self, indices: Tensor) -> Condition:
-        return self.encode(self.source.captions(indices))
+        return self.encode(self.prompts(indices))
+
+    def prompts(self, indices: Tensor) -> list[str]:
+        return self.source.captions(indices)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,9 @@ class StoredText:
         rows = self.row[indices]
         fields = {name: moved(self.store.rows(name, rows), self.device) for name in self.store.names}
         return Condition(**fields, null=self.null.map(lambda one: one.expand(len(rows), *one.shape[1:])))
+
+    def prompts(self, indices: Tensor) -> list[str]:
+        return [self.store.texts[row] for row in self.row[indices].tolist()]
 
 
 def stored_text(captions: Sequence[str], encode: Encode, encoder: object, cache: Cache,

@@ -1,7 +1,7 @@
 """The records that pass between layers: a condition, a batch, and what a role is."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Callable, Iterator, Protocol
 
@@ -148,7 +148,7 @@ class Batch:
     ids (B,) int64, distinct within the joined batch: the key of every per-sample draw.
     x0 (B, ...) scaled latents, or None where the data are prompts only. cond: the batch's conditions. shape: of one
     sample, which x0 tells where there is one. pairs: where the data are the teacher's pairs; x0 is then their last
-    node.
+    node. prompts: the B texts of the conditions, where something reads them.
     """
 
     ids: Tensor
@@ -156,6 +156,7 @@ class Batch:
     x0: Tensor | None = None
     shape: tuple[int, ...] | None = None
     pairs: Pairs | None = None
+    prompts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.x0 is not None:

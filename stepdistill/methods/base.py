@@ -51,13 +51,17 @@ class Trained:
 class Follows:
     """The running average of another role after each of its updates: x <- decay x + (1 - decay) leader.
 
-    until: the training step from which on it stays as it is; at decay 0 it is then a record of its leader. None: it
-    follows to the end.
+    until: the training step from which on it stays as it is; at decay 0 it is then a record of its leader, of 0 the
+    leader as it begins. None: it follows to the end.
     """
 
     leader: str
     decay: float
     until: int | None = None
+
+    @property
+    def moves(self) -> bool:
+        return self.until != 0
 
 
 HeadKind = Literal["pooled", "tokens", "channels"]
@@ -95,8 +99,14 @@ class Features:
     """
 
 
-Need = Frozen | Trained | Follows | Heads | Codec | Features
-FIXED = (Frozen, Codec, Features)            # what never changes
+@dataclass(frozen=True)
+class Reward:
+    """A frozen judge: reward(pixels, prompts) -> (B,), higher is better, with gradients to the pixels. Batches then
+    hold their prompts. Which one, the recipe says (`reward`)."""
+
+
+Need = Frozen | Trained | Follows | Heads | Codec | Features | Reward
+FIXED = (Frozen, Codec, Features, Reward)            # what never changes
 
 
 @dataclass(frozen=True)
@@ -265,6 +275,7 @@ class Method(ABC):
     Settings: ClassVar[type]
     data: ClassVar[tuple[str, ...]]               # what it can train on, as in a recipe: "images", "samples", "pairs",
                                                   # "prompts"
+    as_before: ClassVar[bool] = False             # its student is sampled as that of the stage before, if there is one
 
     def __init__(self, settings: Any, roles: Mapping[str, Role], guidance: Guidance, sampler: Sampler) -> None:
         self.settings, self.roles, self.guidance, self.sampler = settings, roles, guidance, sampler

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.utils import cached_file
 
 from .. import resources
@@ -117,6 +117,23 @@ class ShapesReward(nn.Module):
                                  for of_slot, value in zip(logits, wanted, strict=True)]).mean(0)
 
 
+class PlannedReward(nn.Module):
+    """A reward before its weights are read, on the meta device: of the same network, so that it is as large and keeps
+    as much for gradients."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        with readable(folder), torch.device("meta"):
+            self.model = CLIPModel(CLIPConfig.from_pretrained(folder)).float()
+            self.read = Reading(folder, self.model.config.vision_config.image_size, "meta")
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        shown = self.read(pixels)
+        with uncast(shown):
+            return self.model.get_image_features(pixel_values=shown).pooler_output.mean(1)
+
+
 Reward = ClipReward | ShapesReward
 
 
@@ -125,28 +142,42 @@ def load_reward(asked: str, slots: Slots, attributes: Attributes, device: str | 
 
     RequestError for a name that is none, and where the weights cannot be had: never others in their place.
     """
+    name, _ = where(asked)
+    folder = find_reward(asked, weights=True)
+    if name == "shapes_reward":
+        return ShapesReward(folder, slots, attributes, device)
+    return ClipReward(folder, REWARDS[name].scaled, device)
+
+
+def where(asked: str) -> tuple[str, str]:
+    """The name of a reward, and the folder or Hub id of its weights. RequestError for one that is none, or has no place
+    that could be read."""
     name, _, place = asked.partition("=")
     if name not in REWARDS:
         raise RequestError(f"there is no reward {name}: known are {', '.join(REWARDS)}")
     kind = REWARDS[name]
     if name == "imagereward" or not place and kind.published is None and kind.folder is None:
         raise RequestError(f"{name} cannot be loaded: {kind.instead}")
-    if name == "shapes_reward":
-        return ShapesReward(_folder(name, place or kind.folder, (CONFIG, WEIGHTS, PROCESSOR, JUDGE)), slots,
-                            attributes, device)
-    return ClipReward(_folder(name, place or kind.published, (CONFIG, WEIGHTS, PROCESSOR, TOKENIZER)),
-                      kind.scaled, device)
+    return name, place or kind.published or kind.folder
 
 
-def _folder(name: str, place: str, files: Sequence[str]) -> Path:
-    """Where a reward's files lie here; those of a Hub id are fetched into its cache. RequestError with what to do where
+def find_reward(asked: str, weights: bool = False) -> Path:
+    """The folder of a reward's files, as `load_reward` reads them. weights: whether those of a Hub id are fetched too,
+    beside its configs."""
+    name, place = where(asked)
+    files = (CONFIG, WEIGHTS, PROCESSOR, JUDGE if name == "shapes_reward" else TOKENIZER)
+    return _folder(name, place, files, [file for file in files if weights or file != WEIGHTS])
+
+
+def _folder(name: str, place: str, files: Sequence[str], fetched: Sequence[str]) -> Path:
+    """Where a reward's files lie here; of a Hub id some are fetched into its cache. RequestError with what to do where
     they cannot be had, or are not what they should be."""
     found = resources.locate(place)
     if found is None:
         try:
             if not resources.is_hub_id(place):
                 raise OSError("there is no such folder")
-            found = [Path(cached_file(place, file)).parent for file in files][0]
+            found, files = [Path(cached_file(place, file)).parent for file in fetched][0], fetched
         except UNLOADABLE as error:
             raise RequestError(f"the weights of {name} cannot be had from {place}: {first_lines(error)}. Download "
                                f"them where there is a network, and name their folder: {name}=FOLDER with "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..diffusion.guidance import SelfGuided, self_guided
 from ..diffusion.sampler import Sampler
-from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Trained
+from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Reward, Trained
 from .adapters import AdapterBank, LoraConfig, lora_config
 from .attention import set_attention
 from .denoiser import Denoiser
@@ -23,7 +23,7 @@ from .extra_embedding import install
 from .heads import Shape, prompt_vector
 from .recompute import recomputed
 from .teacher import Teacher
-from .vision import PictureHeads, PlaneFeatures, Vision
+from .vision import PictureHeads
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Weights:
     reads: tuple[str, ...] = ()
 
 
-Role = Denoiser | Discriminator | SelfGuided | PictureHeads | Vision | PlaneFeatures | Callable[[Tensor], Tensor]
+Role = Denoiser | Discriminator | SelfGuided | PictureHeads | nn.Module | Callable[[Tensor], Tensor]
 
 
 class Roles(Mapping[str, Role]):
@@ -74,22 +74,22 @@ class Roles(Mapping[str, Role]):
 
     bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen base. A
     frozen role of another run's weights has its guidance within.
-    features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the vision networks, by
-    role.
+    features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the networks that see
+    pictures and are never trained, by role: features of a discriminator, a reward.
     seed: of the heads' first values.
     """
 
     def __init__(self, teacher: Teacher, needs: Mapping[str, Need], reads: Mapping[str, tuple[str, ...]],
                  bank: AdapterBank | None,
                  networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]],
-                 visions: Mapping[str, Vision | PlaneFeatures],
+                 visions: Mapping[str, nn.Module],
                  seed: int) -> None:
         self.teacher, self.needs, self.reads, self.bank, self.networks = (teacher, dict(needs), dict(reads), bank,
                                                                           dict(networks))
         self.visions = dict(visions)
         pixels = {name: teacher.pixels for name, need in needs.items() if isinstance(need, Codec)}
         self._denoisers = {name: self._denoiser(name) for name, need in needs.items()
-                           if not isinstance(need, Heads | Codec | Features)}
+                           if not isinstance(need, Heads | Codec | Features | Reward)}
         self._discriminators = {name: self._discriminator(needs[name], shapes, seed)
                                 for name, shapes in features.items()}
         taught = {name: self_guided(self._denoisers[name], "w" in reads[name] or teacher.scale is not None)
@@ -220,7 +220,7 @@ class Roles(Mapping[str, Role]):
 
 def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting], *,
                 begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False,
-                attention: str = "auto",
+                attention: str = "auto", reward: nn.Module | None = None,
                 seed: int = 0) -> Roles:
     """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
     trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
@@ -228,9 +228,9 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
 
     A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them
     start at zero. Every role equals its start at first. attention: of all networks, see attention.py. begin: trained
-    and frozen roles that are another run's student at first; a
-    frozen one stays it. seed: of the first values of adapters and heads. ValueError for needs and settings that do not
-    go together, RequestError for LoRA targets and features that the network has not.
+    and frozen roles that are another run's student at first; a frozen one stays it. reward: what a `Reward` is. seed:
+    of the first values of adapters and heads. ValueError for needs and settings that do not go together, RequestError
+    for LoRA targets and features that the network has not.
     """
     _check(needs, settings)
     frozen = {name: weights for name, weights in (begin or {}).items() if isinstance(needs[name], Frozen)}
@@ -244,6 +244,7 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
     configs = {name: _config(teacher, setting) for name, setting in made.items() if isinstance(setting, Lora)}
     bank = _bank(teacher, teacher.network, configs, {name: reads[name] for name in configs}, seed) if configs else None
     features, visions = _discriminator_inputs(teacher, needs, settings)
+    visions |= {name: reward for name, need in needs.items() if isinstance(need, Reward)}
     roles = Roles(teacher, needs, reads, bank, networks, features, visions, seed)
     for name, state in states.items():
         roles.load_state_dict(name, state)
@@ -275,10 +276,10 @@ def _bank(teacher: Teacher, network: nn.Module, configs: Mapping[str, LoraConfig
 
 def _discriminator_inputs(
     teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[str, Setting],
-) -> tuple[dict[str, dict[str, Shape]], dict[str, Vision | PlaneFeatures]]:
+) -> tuple[dict[str, dict[str, Shape]], dict[str, nn.Module]]:
     """What each discriminator's heads lie on, and the vision networks among that."""
     features: dict[str, dict[str, Shape]] = {}
-    visions: dict[str, Vision | PlaneFeatures] = {}
+    visions: dict[str, nn.Module] = {}
     for name, need in needs.items():
         if isinstance(need, Heads):
             places = settings.get(name, Places())
@@ -336,7 +337,7 @@ def _check(needs: Mapping[str, Need], settings: Mapping[str, Setting]) -> None:
         raise ValueError(f"{', '.join(lonely)}: the features of pictures are read by one discriminator, whose settings "
                          "say which")
     for name, need in heads.items():
-        if need.of not in needs or need.of in heads or isinstance(needs[need.of], Codec):
+        if need.of not in needs or need.of in heads or isinstance(needs[need.of], Codec | Reward):
             networks = ", ".join(role for role in needs if role not in heads)
             raise ValueError(f"role {name!r} judges features of {need.of!r}, which is no network: {networks} are")
     if "critic" in needs and "student" not in needs:

@@ -27,9 +27,11 @@ STEPS, BATCH, COUNT = 2, 2, 4
 
 
 def first(method: str, plugins: Folder | None = None) -> str | dict[str, Any]:
-    """Its first recipe for a shipped pipeline; of a plugin's method that has none, a plain one."""
+    """Its first recipe for a shipped pipeline, that of its own name if there is one; of a plugin's method that has
+    none, a plain one."""
     known = builtin(None if plugins is None else plugins.path)
     names = [name for name, path in known.items() if name.startswith("shapes/") and path.stem.split("-")[0] == method]
+    names.sort(key=lambda name: name != f"shapes/{method}")
     entry = METHODS[method]
     kind = entry.data[0]
     made = {"prompts": "shapes", "steps": 4, "nodes": 4} if kind == "pairs" else {"prompts": "shapes", "steps": 4}
@@ -80,7 +82,7 @@ def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -
 def moves(work: Run, run: Path) -> Iterator[Check]:
     """Trains it and looks at every tensor of every role, and at the teacher's own network."""
     recipe, roles = work.recipe, work.roles
-    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape)
+    stream = Stream(dataset(work), BATCH, recipe.train.seed, work.teacher.latent_shape, prompts=work.judged)
     trainer = Trainer(work.method, roles, stream, train_config(recipe), run)
     # adapters lie on the teacher's network
     own = {id(parameter) for name in roles.names for parameter in roles.parameters(name)}
@@ -91,7 +93,7 @@ def moves(work: Run, run: Path) -> Iterator[Check]:
         trainer.step(index)
     moved = {name for name in roles.names if _apart(before[name], roles.state_dict(name))}
     trained = {role for update in trainer.updates for role in update.trains}
-    follow = {name for name, need in roles.needs.items() if isinstance(need, Follows)}
+    follow = {name for name, need in roles.needs.items() if isinstance(need, Follows) and need.moves}
     frozen = {name for name, need in roles.needs.items() if isinstance(need, Frozen)}
     yield Check("roles that updates train, or that follow one, and that did not move",
                 len((trained | follow) - moved), 0)

@@ -26,6 +26,7 @@ from ..methods import load_method
 from ..recipe import Recipe
 from ..recipe.catalogue import builtin
 from ..recipe.plugins import Folder
+from ..run.inference import inference_of
 from ..run.setup import Run, open_run
 from .problem import NAMES, Check, Problem
 
@@ -110,8 +111,7 @@ def on(name: str, teacher: Path, seed: int, plugins: Folder | None = None, **cha
 def sampler(work: Run, steps: int) -> Sampler:
     """Of the trained method at another number of evaluations. ValueError where it does not serve it."""
     teacher = work.teacher
-    return teacher.sampler(teacher.stock_call(type(work.method).inference(work.method.settings, steps, teacher.schedule,
-                                                                          work.recipe.guidance)))
+    return teacher.sampler(teacher.stock_call(inference_of(work.recipe, teacher.schedule, steps)))
 
 
 @torch.no_grad()

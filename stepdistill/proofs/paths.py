@@ -25,7 +25,7 @@ from .affine import Net
 from .problem import BEYOND, Check, Elsewhere, Problem, difference, largest
 
 COUNT, TOLERANCE = 24, 1e-7
-FIXED = ("decode", "features")                  # roles without numbers
+FIXED = ("decode", "features", "reward")        # roles without numbers
 
 
 def siblings(problem: Problem) -> list[Elsewhere]:
@@ -130,7 +130,8 @@ def batch_of(problem: Problem, offset: int, count: int = 2) -> Batch:
     x0, noise, nodes = (problem.normal(*size, *shape) for size in ((COUNT,), (COUNT,), (COUNT, count)))
     times = torch.linspace(1, 0, count + 1, dtype=torch.float64)[1:].expand(COUNT, -1)
     pairs = Pairs(noise, nodes, times)
-    return Batch(torch.arange(offset, offset + COUNT), problem.prompts(COUNT), x0, pairs=pairs)
+    ids = torch.arange(offset, offset + COUNT)
+    return Batch(ids, problem.prompts(COUNT), x0, pairs=pairs, prompts=[f"{i}" for i in ids.tolist()])
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def turns(problem: Problem, path: Path, settings: Any, roles: Mapping[str, Any],
 class Algorithm:
     """A method as its paper has it. roles: a drawn network for each; orders, needs: of settings; known: of a turn.
 
-    defaults: the published values of its settings. renoised: its sampler noises x_0 anew at each step; else it is DDIM.
+    defaults: the published values of its settings. renoised: its sampler noises x_0 anew at each step, or of which
+    settings it does; else it is DDIM.
     times: when the sampler of so many steps asks its network, where these are no even times.
     """
 
@@ -172,7 +174,7 @@ class Algorithm:
     needs: Callable[[Any], dict[str, Need]]
     known: Callable[[Turn], Known]
     defaults: Mapping[str, Any]
-    renoised: bool = True
+    renoised: bool | Callable[[Any], bool] = True
     times: Callable[[Problem, int], Sequence[float]] | None = None
 
 
@@ -213,7 +215,8 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     losses = {update.trains: update.loss for update in updates}
     begun = [first(settings) * (1 - n / path.steps) for n in range(path.steps)]
     times = begun if algorithm.times is None else algorithm.times(problem, path.steps)
-    sample = off_sample(problem, method.sampler, roles["student"], times, algorithm.renoised)
+    fresh = algorithm.renoised if isinstance(algorithm.renoised, bool) else algorithm.renoised(settings)
+    sample = off_sample(problem, method.sampler, roles["student"], times, fresh)
     return largest(sample, *(of_turn(losses[turn.trains](turn.batch, turn.step), algorithm.known(turn), turn)
                      for turn in turns(problem, path, settings, roles, orders, index)))
 

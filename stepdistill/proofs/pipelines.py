@@ -85,7 +85,7 @@ def decays(recipe: Recipe, roles: Roles) -> Iterator[Check]:
     for parameter in student:
         parameter.add_(1.0)
     followers = {name: roles.parameters(name) for name, need in roles.needs.items()
-                 if isinstance(need, Follows) and need.leader == "student"}
+                 if isinstance(need, Follows) and need.leader == "student" and need.moves}
     before = {name: [s - f for s, f in zip(student, own)] for name, own in followers.items()}
     roles.follow("student")
     off = [((s - f) / way - known[name]).abs().max().item()

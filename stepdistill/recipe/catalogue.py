@@ -15,6 +15,8 @@ from ..methods import METHODS, REGISTERED
 from . import plugins as outside
 from .yaml import Source
 
+COMPOSED = {"hyper": "tscd"}         # recipes of a paper's line of methods as stages -> the first of these
+
 
 def methods(name: str | None = None, plugins: str | Path | None = None) -> list[dict[str, Any]]:
     """[{name, title, arxiv, family, needs, data, steps}], of one method where a name is given. plugins: a folder, whose
@@ -71,6 +73,12 @@ def find(name: str | Path, plugins: str | Path | None = None) -> Path:
     near = difflib.get_close_matches(str(name), list(builtin(plugins)), n=1)
     raise RequestError(f"there is no recipe '{name}': expected a YAML file or a built-in name; "
                        + (f"did you mean {near[0]}?" if near else f"built in are {', '.join(builtin())}"))
+
+
+def method_of(path: Path) -> str:
+    """Whose recipe a file is, by its name."""
+    name = path.stem.split("-")[0]
+    return COMPOSED.get(name, name)
 
 
 def builtin(plugins: str | Path | None = None) -> dict[str, Path]:

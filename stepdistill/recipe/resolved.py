@@ -41,6 +41,9 @@ def _of_stage(recipe: Recipe) -> dict[str, Any]:
     paths += [(table, name) for table in (plain["data"]["samples"], plain["data"]["pairs"], plain["negatives"])
               if table is not None
               for name in ("prompts", "path") if name in table]
+    if recipe.reward is not None and "=" in recipe.reward:
+        name, _, place = recipe.reward.partition("=")
+        plain["reward"] = f"{name}={resources.portable(place)}"
     for table, name in paths:
         if isinstance(table[name], str) and table[name] not in ("shapes", "inception"):
             table[name] = resources.portable(table[name])

@@ -68,6 +68,8 @@ class Recipe(Strict):
                                               | Critic)] | None = None
         # none: as the student
     discriminator: Discriminator | None = None   # what a discriminator reads, of methods that have one
+    reward: str | None = None                    # that a method raises: pickscore, hpsv2=FOLDER, ...
+                                                 # (measuring.md); none: of Shapes its own
     guidance: Guidance = 1.0                     # scale, or a range [low, high]; 1 is none
     negative_prompt: str | None = None           # that a guided teacher is drawn away from; none: its pipeline's own,
                                                  # mostly an empty text

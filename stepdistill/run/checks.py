@@ -30,6 +30,7 @@ from ..recipe.values import size_of
 from ..training.loop import DTYPES
 from .buckets import check_buckets
 from .negatives import check_negatives, check_unread
+from .rewards import check_reward
 from .sources import source_of
 from .teacher_checks import (
     check_asked,
@@ -76,6 +77,7 @@ def check(recipe: Recipe) -> Checked:
     check_asked(recipe, needs)
     check_guided(recipe, settings)
     check_negatives(recipe, needs)
+    check_reward(recipe, needs)
     if recipe.train.fsdp:
         _check_fsdp(recipe, roles)
     if recipe.evaluate.reference is not None:

@@ -82,7 +82,8 @@ def _held(run: Run, update: Update, batch: Batch, step: Step) -> int:
     for name in run.roles.names:
         for parameter in run.roles.parameters(name):
             parameter.requires_grad_(name in update.trains)
-    own = {id(p) for network in (run.teacher.network, *run.roles.networks.values()) for p in network.parameters()}
+    networks = (run.teacher.network, *run.roles.networks.values(), *run.roles.visions.values())
+    own = {id(p) for network in networks for p in network.parameters()}
     kept: list[Tensor] = []                                 # alive to the end, so that no two storages share an id
 
     def pack(tensor: Tensor) -> Tensor:
@@ -178,7 +179,8 @@ def _batch(run: Run) -> Batch:
     pairs = None
     if data.pairs is not None:
         pairs = Pairs(empty(*shape), empty(data.pairs.nodes, *shape), even(data.pairs.nodes)[1:].expand(count, -1))
-    return Batch(torch.arange(count), run.teacher.encode([run.teacher.null_prompt] * count), x0, shape, pairs)
+    prompts = [run.teacher.null_prompt] * count
+    return Batch(torch.arange(count), run.teacher.encode(prompts), x0, shape, pairs, prompts)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

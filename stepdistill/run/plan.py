@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from .. import resources
-from ..methods.base import Heads, Trained
+from ..methods.base import Heads, Reward, Trained
 from ..models.quantized import HEAD, packed_bytes, saved_as
+from ..models.rewards import where
 from ..models.sources import cached_file, config_folder
 from ..models.teacher import Teacher
 from ..recipe import Recipe
 from .buckets import at_largest
 from .checks import vision_network
 from .passes import count_passes, tensors_in
+from .rewards import reward_name
 from .setup import Previous, Run, setup, student_weights
 from .teacher_checks import family
 
@@ -131,15 +133,18 @@ def _disk(run: Run, rows: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _downloads(run: Run, rows: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Hub networks whose weights are not in the cache yet: the teacher, and what sees pictures for a discriminator."""
+    """Hub networks whose weights are not in the cache yet: the teacher, and what sees pictures for a discriminator or
+    as a reward."""
     source, found = run.teacher.source, []
     whole = f"{run.teacher.family.denoiser}/diffusion_pytorch_model.safetensors"
     if not _here(source.place, source.revision, whole, f"{whole}.index.json"):
         size = sum(row["parameters"] for row in rows.values() if row["trained"] == 0) * FLOAT
         found.append(f"{source} (up to {size / 1e9:.1f} GB)")
     for name in run.roles.visions:
-        if not _here(vision := vision_network(run.recipe).source, None, "model.safetensors"):
-            found.append(f"{vision} (up to {rows[name]['bytes'] / 1e9:.1f} GB)")
+        judge = isinstance(run.roles.needs[name], Reward)
+        place = where(reward_name(run.recipe))[1] if judge else vision_network(run.recipe).source
+        if not _here(place, None, "model.safetensors"):
+            found.append(f"{place} (up to {rows[name]['bytes'] / 1e9:.1f} GB)")
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.prompts import Captions
 from ..diffusion.contracts import Role
@@ -38,7 +38,9 @@ from .checks import (
     network_features,
     student_setting,
 )
+from .inference import inference_of
 from .negatives import keeping, kept_scale
+from .rewards import judge_of, wanted
 from .sources import source_of
 
 
@@ -71,6 +73,11 @@ class Run:
     @property
     def sampling_role(self) -> str:
         return self.role or sampling_role(self.recipe)
+
+    @property
+    def judged(self) -> bool:
+        """Whether its method reads the prompts of a batch, for a reward."""
+        return wanted(self.roles.needs)
 
     @property
     def sizes(self) -> tuple[Sides, ...]:
@@ -106,6 +113,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     """
     checked, attention = check(recipe), attention or recipe.train.attention
     check_attention(recipe, attention, device)
+    reward = judge_of(recipe, checked.needs, device)
     with recipe.blaming("teacher", "cannot be loaded"):
         teacher = load_teacher(source_of(recipe), dtype or _dtype(recipe), device, middle(recipe.guidance),
                                size_of(recipe.resolution), recipe.frames)
@@ -118,7 +126,7 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
     begun = None if previous is None else previous.weights
     if recipe.previous is None and recipe.student.begins_with is not None:
         begun = begun_with(recipe, teacher)
-    roles = _roles(recipe, teacher, checked, begun, attention).to(device)
+    roles = _roles(recipe, teacher, checked, begun, attention, reward).to(device)
     method = load_method(recipe.method)(checked.settings, keeping(roles, roles.needs, kept_scale(recipe)),
                                         recipe.guidance, sampler)
     return Run(recipe, teacher, roles, method, stock, device, None if previous is None else previous.checksum)
@@ -126,9 +134,8 @@ def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
 
 def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
     """How the student is sampled. RequestError for a number of steps that its scheduler does not serve."""
-    method = load_method(recipe.method)
     try:
-        inference = method.inference(recipe.method_settings(), recipe.steps, teacher.schedule, recipe.guidance)
+        inference = inference_of(recipe, teacher.schedule)
         if (kept := kept_scale(recipe)) is not None:
             if inference.cfg > 1:
                 raise recipe.refuse("negatives", f"are given, but a student of {recipe.method} is guided by its "
@@ -196,8 +203,8 @@ def train_config(recipe: Recipe) -> TrainConfig:
     return TrainConfig(**entries, rates=learning_rates(recipe))
 
 
-def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, begun: Weights | None,
-           attention: str) -> Roles:
+def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, begun: Weights | None, attention: str,
+           reward: nn.Module | None) -> Roles:
     needs = dict(checked.needs)
     if any(isinstance(need, Heads) and not isinstance(needs[need.of], Features) for need in needs.values()):
         network_features(recipe, teacher.feature_shapes, teacher.default_features)
@@ -206,7 +213,7 @@ def _roles(recipe: Recipe, teacher: Teacher, checked: Checked, begun: Weights | 
     begins = ("student", "teacher") if recipe.taught_by_previous else ("student",)
     begin: Mapping[str, Weights] = {} if begun is None else dict.fromkeys(begins, begun)
     return build_roles(teacher, needs, checked.roles, begin=begin,
-                       gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention,
+                       gradient_checkpointing=recipe.train.gradient_checkpointing, attention=attention, reward=reward,
                        seed=recipe.train.seed)
 
 

@@ -12,8 +12,7 @@ from .. import resources
 from ..data.videos import KINDS, check_decoder, video_files
 from ..diffusion.schedule import RectifiedFlow, VariancePreserving
 from ..diffusion.toy import is_toy
-from ..methods import load_method
-from ..methods.base import Features, Frozen, Need
+from ..methods.base import Features, Frozen, Need, Reward
 from ..models.families import Family
 from ..models.quantized import check_installed
 from ..models.roles import Full, Setting
@@ -23,6 +22,7 @@ from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
 from ..recipe.values import size_of
+from .inference import inference_of
 from .sources import bring_family, is_outside, source_of
 
 
@@ -38,7 +38,7 @@ def check_family(recipe: Recipe) -> None:
     """RequestError for entries that the teacher's family does not serve, and for data of another kind than its
     samples."""
     served = family(recipe)
-    points, (path, data) = served.samples == "points", _data(recipe)
+    points, (path, data) = served.samples == "points", named_data(recipe)
     is_outside(recipe, path, data)
     if points and not _are_points(data):
         raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: "
@@ -71,6 +71,9 @@ def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
     if any(isinstance(need, Features) for need in needs.values()):
         raise recipe.refuse("method", f"is {recipe.method}, whose discriminator reads features of pictures, but "
                             "the teacher makes videos: ladd and dmd2 judge by the features of its own network")
+    if any(isinstance(need, Reward) for need in needs.values()):
+        raise recipe.refuse("method", f"is {recipe.method}, whose reward scores pictures, but the teacher makes "
+                            "videos: take another method")
 
 
 def _entry(recipe: Recipe, path: str) -> object:
@@ -85,7 +88,7 @@ def data_entry(recipe: Recipe) -> str:
     return f"data.{recipe.data.kind}" + ".prompts" * (recipe.data.made is not None)
 
 
-def _data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
+def named_data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
     """Where the recipe names its images or prompts, and which."""
     data = recipe.data
     return data_entry(recipe), data.images or data.prompts if data.made is None else data.made.prompts
@@ -184,10 +187,10 @@ def check_times(recipe: Recipe, settings: Any) -> None:
     teacher's pipeline takes, and no scheduler makes of their number."""
     if vars(settings).get("start_time") is not None:
         return _check_start(recipe, settings)
-    method, refusals = load_method(recipe.method), []
+    refusals = []
     for schedule in ANY_NOISE:
         try:
-            method.inference(settings, recipe.steps, schedule, recipe.guidance)
+            inference_of(recipe, schedule)
         except ValueError as error:
             refusals.append(error)
     if len(refusals) == len(ANY_NOISE):
@@ -195,8 +198,7 @@ def check_times(recipe: Recipe, settings: Any) -> None:
     if family(recipe).sigmas:
         return
     try:
-        stock_call(method.inference(settings, recipe.steps, RectifiedFlow(), recipe.guidance), RectifiedFlow(),
-                   sigmas=False)
+        stock_call(inference_of(recipe, RectifiedFlow()), RectifiedFlow(), sigmas=False)
     except ValueError as error:
         raise recipe.refuse("steps", f"is {recipe.steps}, which cannot be sampled: {error}") from error
 
@@ -207,8 +209,7 @@ def _check_start(recipe: Recipe, settings: Any) -> None:
         teacher = load_teacher(source_of(recipe), device="meta", resolution=size_of(recipe.resolution),
                                frames=recipe.frames)
     try:
-        inference = load_method(recipe.method).inference(settings, recipe.steps, teacher.schedule, recipe.guidance)
-        teacher.sampler(teacher.stock_call(inference))
+        teacher.sampler(teacher.stock_call(inference_of(recipe, teacher.schedule)))
     except ValueError as error:
         raise recipe.refuse("settings.start_time", f"is {settings.start_time:g}, where no sampling can begin: "
                             f"{error}") from error

@@ -295,7 +295,8 @@ def head(batch: Batch, count: int, device: torch.device) -> Batch:
         pairs = replace(pairs, noise=pairs.noise[:count], nodes=pairs.nodes[:count],
                         times=pairs.times[:count]).to(device)
     x0 = None if batch.x0 is None else batch.x0[:count].to(device)
-    return Batch(batch.ids[:count], batch.cond[:count].to(device), x0, batch.shape, pairs)
+    prompts = None if batch.prompts is None else batch.prompts[:count]
+    return Batch(batch.ids[:count], batch.cond[:count].to(device), x0, batch.shape, pairs, prompts)
 
 
 def tail(path: Path) -> list[dict[str, float]]:

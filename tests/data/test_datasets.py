@@ -108,6 +108,14 @@ def test_endless_prompts_are_encoded_as_they_come(tmp_path, encoders):
     assert x0 is None and same(cond, Text()(prompts.captions(torch.tensor([5, 2**50]))))
 
 
+@pytest.mark.parametrize("named", ["shapes", ["a cat", "a dog", "a cat"]])
+def test_batches_hold_their_prompts_where_they_are_asked_for(tmp_path, encoders, named):
+    data = prompts_only(open_prompts(named), encoders, Cache(tmp_path))
+    batch = Stream(data, 4, seed=0, prompts=True).batch(1, "student")
+    assert len(batch.prompts) == 4 and same(batch.cond, Text()(batch.prompts))
+    assert Stream(data, 4, seed=0).batch(1, "student").prompts is None
+
+
 def test_too_many_prompts_for_the_disk_are_encoded_as_they_come_and_this_is_said(tmp_path, encoders, caplog):
     text = stored_text(["a cat", "a dog"], encoders.text, "t", Cache(tmp_path), limit=50)
     assert isinstance(text, LiveText) and "2 different prompts" in caplog.text

@@ -5,8 +5,8 @@ import pytest
 
 from .planting import Fault, of, shared_out, unseen, whole
 
-SPRINT, RCM, EM = "sana_sprint", "rcm", "em_distillation"
-METHODS = (SPRINT, RCM, EM)
+SPRINT, RCM, EM, REWARD = "sana_sprint", "rcm", "em_distillation", "reward"
+METHODS = (SPRINT, RCM, EM, REWARD)
 TRIG = (SPRINT, RCM)
 
 FAULTS = (
@@ -61,6 +61,25 @@ FAULTS = (
     of(EM, "teacher not guided", "guided(self.teacher, drawn(self.guidance, step))", "self.teacher"),
     of(EM, "critic_steps unread", "repeat=self.settings.critic_steps", "repeat=1"),
     of(EM, "critic at the student's levels", "for whole in (False, True)", "for whole in (False, False)"),
+    # reward feedback
+    of(REWARD, "last unread", "min(s.last, sampler.nfe)", "1"),
+    of(REWARD, "an evaluation early", 'sampler.nfe - 1 - int(step.shared("exit") * last)',
+       'max(0, sampler.nfe - 2 - int(step.shared("exit") * last))'),
+    of(REWARD, "the first evaluations judged", "exit = sampler.nfe - 1 - int(", "exit = int("),
+    of(REWARD, "gradients through the whole rollout", "with torch.no_grad():\n            x_t",
+       "with torch.enable_grad():\n            x_t"),
+    of(REWARD, "margin unread", "-score if s.margin is None else", "-score if True else"),
+    of(REWARD, "the reward lowered", "-score if s.margin is None", "score if s.margin is None"),
+    of(REWARD, "no hinge", "F.relu(s.margin - score)", "s.margin - score"),
+    of(REWARD, "latents judged", "self.reward(self.decode(x), batch.prompts)", "self.reward(x, batch.prompts)"),
+    of(REWARD, "prompts of other samples", "self.decode(x), batch.prompts", "self.decode(x), batch.prompts[::-1]"),
+    of(REWARD, "weight unread", "s.weight * short.mean()", "short.mean()"),
+    of(REWARD, "nearness unread", "s.nearness * squared", "squared"),
+    of(REWARD, "near to itself", "sampler.predict(self.begun,", "sampler.predict(self.student,"),
+    of(REWARD, "gradients to the student as it began", "with torch.no_grad():\n            before",
+       "with torch.enable_grad():\n            before"),
+    of(REWARD, "what follows it is kept near", 'Follows("student", 0.0, until=0)', 'Follows("student", 0.0)'),
+    of(REWARD, "fresh unread", "noise=float(settings.fresh)", "noise=0.0"),
     # what they share
     Fault("the tangent's mean fixed", "losses.continuous", "settings.mean, settings.std)", "0.9, settings.std)", TRIG),
     Fault("the tangent's std fixed", "losses.continuous", "settings.mean, settings.std)", "settings.mean, 1.6)", TRIG),

@@ -13,8 +13,9 @@ No data are seen. `stage: segments`, with as many segments of [0, 1] as the stud
 
 Training is progressive: stages of fewer and fewer segments, then the whole, each begun with the student of the one
 before. A student of segments is sampled by DDIM with as many steps; one of the whole as a consistency model is, between
-the `ends`, with any number of steps. The later version goes on with a reward, distribution matching and a discriminator
-(see dmd2), which are not part of this, and may measure the distance in features of a latent LPIPS.
+the `ends`, with any number of steps. The later version goes on with a reward (a stage of its own, see reward and the
+recipe mlcm-reward), distribution matching and a discriminator (see dmd2), and may measure the distance in features of
+a latent LPIPS.
 
 Source of the defaults: (p) the paper's later version, (a) accounts of it, since no training was released.
 """

@@ -14,8 +14,9 @@ target and step draw apart, the discriminator takes over from the mean squares: 
 student is sampled by DDIM, and only with as many steps as it has segments. The network does not read r, so over a
 whole segment it learns a mean over the places to land on; `landing: start` trains the one where it is sampled to land.
 
-The paper's reward tuning, its score distillation at one step (see dmd2) and its one LoRA of all steps are not part of
-this. Its discriminator is that of SDXL-Lightning: a trained copy of the teacher, whose features heads read.
+The paper's reward tuning and its score distillation are stages of their own, see reward and dmd2; the recipes `hyper`
+have all three, and end with one student of 1 to 8 steps. Its discriminator is that of SDXL-Lightning: a trained copy of
+the teacher, whose features heads read.
 
 Source of the defaults: (c) a community's training, without the discriminator; the authors released none, and the paper
 gives no weights.

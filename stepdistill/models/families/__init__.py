@@ -168,10 +168,10 @@ class Family:
     sized: what is told of pictures' sizes, (B, 6) as `data.buckets.told` says -> time_ids, as its network reads them;
     None where none of this kind does. fresh: network, entries of its config -> a new one without values. open: for what
     is no pipeline of diffusers: source -> components. vision: the network whose features judge samples, by the name
-    that a recipe gives or the usual one. unserved: entries of a recipe that it does not serve -> why not. no_pipeline:
-    why there is none to leave with. called_by: the index of a pipeline and its network's config -> the class of
-    pipelines that calls it, where that may be another than its own. reads: what a prompt of its network is, a text, a
-    class, or nothing.
+    that a recipe gives or the usual one; reward: its folder -> what scores samples that are no pictures, None where
+    they are. unserved: entries of a recipe that it does not serve -> why not. no_pipeline: why there is none to leave
+    with. called_by: the index of a pipeline and its network's config -> the class of pipelines that calls it, where
+    that may be another than its own. reads: what a prompt of its network is, a text, a class, or nothing.
     """
 
     name: str
@@ -212,6 +212,7 @@ class Family:
     fresh: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = fresh
     open: Callable[[str, torch.dtype], Parts] | None = None
     vision: Callable[[str | None], VisionConfig] = published
+    reward: Callable[[str], nn.Module] | None = None
     unserved: Mapping[str, str] = field(default_factory=dict)
     no_pipeline: str | None = None
     scaling: Callable[[Tensor, Any], Tensor] | None = None

@@ -15,6 +15,7 @@ from ..codecs import Points
 from ..extra_embedding import StockInput, TimeEmbedding
 from ..stock import Guidance
 from ..toy_network import LAYERS, WAVES, WIDTH, ToyNetwork, kind_of, noise_of, open_toy
+from ..toy_reward import ToyReward
 from ..vision import PlaneVisionConfig
 from . import Family, Parts, Size
 
@@ -55,7 +56,7 @@ FAMILY = Family(
     default_features=lambda network: LAYERS[-1:],
     feature_map=lambda network, output, x_t: output[:, :, None, None], output=lambda raw, x_t: raw,
     targets=tuple(f"{layer}.1" for layer in LAYERS),
-    samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(),
+    samples="points", seeded_steps=True, vision=lambda name: PlaneVisionConfig(), reward=ToyReward,
     unserved={
         "negative_prompt": f"the teacher is Toy, {NO_TEXT}",
         "guidance_rescale": f"the teacher is Toy, {NO_TEXT}",
@@ -67,7 +68,8 @@ FAMILY = Family(
         "leave it off",
         "train.fsdp": "the teacher is Toy, which has no weights to shard: leave it off",
         "train.attention": "the teacher is Toy, whose network has no attention: leave it out",
-        "discriminator.network": f"it judges pictures, and {POINTS} with features of their own: leave it out"},
+        "discriminator.network": f"it judges pictures, and {POINTS} with features of their own: leave it out",
+        "reward": f"it judges pictures, and {POINTS} with a reward of their own: leave it out"},
     no_pipeline="Toy has no pipeline in diffusers, so its students are not sampled, benched or exported: their "
                 "pictures lie in the run's samples/, and `stepdistill verify METHOD` trains and measures a "
                 "method's recipe")
