@@ -19,6 +19,10 @@ def full_or_lora(value: Any) -> Any:
     raise ValueError("should be full, or {lora: {rank: 32}}")
 
 
+def solver_too(value: Any) -> Any:
+    return SolverChoice() if value == "solver" else full_or_lora(value)
+
+
 Trackers = list[Literal["tensorboard", "wandb"]]
 
 
@@ -79,6 +83,13 @@ class RoleChoice(Strict):
                                                              # .safetensors file, a Hub id
 
 
+class SolverChoice(RoleChoice):
+    """`student: solver`: the network stays as it is, and its sampler's numbers are trained."""
+
+    lora: None = None
+    begins_with: None = Field(None, alias="from")
+
+
 class Critic(Strict):
     """As the student's; all weights with a rate of their own are {lora: null, lr: 1e-5}."""
 
@@ -108,7 +119,8 @@ Resolution = Annotated[int | tuple[int, int] | str | dict[str, Any],
 Guidance = Annotated[float | tuple[float, float],
                      PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], TWO])]
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
-Choice = Annotated[RoleChoice, BeforeValidator(full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
+Choice = Annotated[RoleChoice, BeforeValidator(solver_too, json_schema_input_type=Literal["full", "solver"]
+                                               | RoleChoice)]
 
 
 class Samples(Strict):
