@@ -4,7 +4,7 @@
     y_1 ..  <- the guided teacher's states from there, by `substeps` steps of DDIM for each of the student's
     for each step i of the student's sampler, from t to r:
         o_i     <- the output, eps or x_0, of the same guided teacher at x
-        x       <- DDIM's step of o_i + share_i (o_i - o_(i-1)), no share in the first step
+        x       <- where DDIM's step lands, + share_i (o_i - o_(i-1)) in each step but the first
         loss    +=  | x - y_i |^2, whose slope is that of share_i alone
 
 The network is the teacher's, and stays so: trained are k - 1 numbers, which are the solver's, and hold for one
@@ -17,8 +17,9 @@ be 0, which would draw them to DDIM's.
 On a Gaussian of one variance all that a step can miss is a multiple of o_i - o_(i-1): the shares are exact from the
 second step on. On others they are a compromise, and two or three steps from noise to data have little to look back at.
 
-The shares are in the state's unit: a step's own factor is within. Left out is the released code's share of the first
-step of noise predictors, which takes the noise itself for the output before: on a flow the two are equal.
+The paper's o_i + lambda_i (o_i - o_(i-1)) in the place of o_i is the same: a share is lambda_i times the factor with
+which a step takes o_i, as in the released code. Left out is that code's share of the first step of noise predictors,
+where the noise itself stands for the output before: on a flow the two are equal, and on Toy it changes nothing.
 No config of a stock scheduler holds such numbers (DPM-Solver++'s second order is the shares that its times give): a
 solver is drawn with from its run, and is not exported.
 
