@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .contracts import Condition, Role
+from .contracts import Condition
 from .flow_map import ddim_step
 from .prediction import Prediction
 from .wrapper import Wrapper
@@ -28,8 +28,8 @@ class Mixing(Wrapper):
 
 
 def mixed_step(before: Prediction, here: Prediction, r: Tensor, share: Tensor | float, output: Output) -> Tensor:
-    """DDIM's step from here.t to r, and `share` of the change of the output: x_r = ddim + share (o - o_before). share: a
-    number, () as a tensor."""
+    """DDIM's step from here.t to r, and a share of the change of the output: x_r = ddim + share (o - o_before). share:
+    a number, () as a tensor."""
     return ddim_step(here, r) + share * (here.view(output) - before.view(output))
 
 

@@ -64,8 +64,9 @@ class Target:
     pipeline its scheduler; only the number of steps is varied. method: None of what others made. given: what every call
     of the pipeline is given beside; guided: and what a guided one is. companion: nobody asked for it; where it cannot
     be run, its rows are left out. identity: changes with its weights. trained: the guidance scale, or the range of
-    scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights, or its solver's. made: what
-    results.json says of its weights, such as where they lie. help: of the teacher, in each of a student's calls.
+    scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights, or its
+    solver's. made: what results.json says of its weights, such as where they lie. help: of the teacher, in each of a
+    student's calls.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Schedulers of a solver that no stock class has. They serve our own calls of stock pipelines, and leave in no export."""
+"""Schedulers of a solver that no stock class has. They serve our own calls of stock pipelines, and leave in no
+export."""
 from __future__ import annotations
 
 import torch

@@ -18,9 +18,9 @@ from ..errors import RequestError
 from ..methods import load_method
 from ..methods.base import Features, Follows, Heads, Method, middle
 from ..models.extra_embedding import selectors
+from ..models.own_schedulers import fitted
 from ..models.quantized import half_
 from ..models.roles import Roles, Weights, build_roles
-from ..models.own_schedulers import fitted
 from ..models.schedulers import StockCall, stock_scheduler
 from ..models.teacher import Teacher, load_teacher
 from ..recipe import Recipe

@@ -397,7 +397,7 @@ FAULTS = [
     *of(
         "d_ode", "models.own_schedulers",
         ("self.shares[self.done - 1]", "self.shares[self.done - 2]"),
-        ("self.done, self.before = 0, torch", "self.before = torch"),
+        ("self.done, self.before = self.done + 1, now", "self.done, self.before = 1, now"),
     ),
 ]
 

@@ -19,7 +19,7 @@ second step on. On others they are a compromise, and two or three steps from noi
 
 The paper's o_i + lambda_i (o_i - o_(i-1)) in the place of o_i is the same: a share is lambda_i times the factor with
 which a step takes o_i, as in the released code. Left out is that code's share of the first step of noise predictors,
-where the noise itself stands for the output before: on a flow the two are equal, and on Toy it changes nothing.
+where the noise itself stands for the output before: on a flow the two are equal, and on Toy it changes next to nothing.
 No config of a stock scheduler holds such numbers (DPM-Solver++'s second order is the shares that its times give): a
 solver is drawn with from its run, and is not exported.
 
@@ -28,7 +28,7 @@ Sources of the defaults: (c) the released code, of both kinds of networks; kim-s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from torch import Tensor
 from ...diffusion.contracts import Batch
 from ...diffusion.draws import Step
 from ...diffusion.guidance import guided
-from ...diffusion.mixing import Output, mixed_step
+from ...diffusion.mixing import mixed_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.solvers import ddim
 from ...losses.regression import squared
@@ -45,13 +45,14 @@ from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, U
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    substeps: int = 10             # of the teacher's DDIM for each step of the student's (c)
-    output: Output = "eps"         # what is looked back at (c: eps where networks predict noise, x0 where data)
+    substeps: int = 10                         # of the teacher's DDIM for each step of the student's (c)
+    output: Literal["eps", "x0"] = "eps"       # what is looked back at (c: eps where networks predict noise, x0 where
+                                               # data)
 
     def __post_init__(self) -> None:
         if self.substeps < 2:
             raise ValueError(f"substeps must be at least 2, finer than the student's own; found {self.substeps}")
-        if self.output not in get_args(Output):
+        if self.output not in ("eps", "x0"):
             raise ValueError(f"output must be 'eps' or 'x0'; found {self.output!r}")
 
 
