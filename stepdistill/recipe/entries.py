@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr
 
 from .. import resources
 from ..methods import KINDS
@@ -20,7 +20,11 @@ def full_or_lora(value: Any) -> Any:
 
 
 def solver_too(value: Any) -> Any:
-    return SolverChoice() if value == "solver" else full_or_lora(value)
+    if value != "solver":
+        return full_or_lora(value)
+    choice = RoleChoice(lora=None)
+    choice._solver = True
+    return choice
 
 
 Trackers = list[Literal["tensorboard", "wandb"]]
@@ -81,13 +85,12 @@ class RoleChoice(Strict):
     lora: Lora | None = Lora()                   # a LoRA on the base; none: all weights
     begins_with: str | None = Field(None, alias="from")      # a LoRA of any format that its pipeline loads: a folder, a
                                                              # .safetensors file, a Hub id
+    _solver: bool = PrivateAttr(False)
 
-
-class SolverChoice(RoleChoice):
-    """`student: solver`: the network stays as it is, and its sampler's numbers are trained."""
-
-    lora: None = None
-    begins_with: None = Field(None, alias="from")
+    @property
+    def solver(self) -> bool:
+        """Whether it is no network that is trained, but a solver."""
+        return self._solver
 
 
 class Critic(Strict):

@@ -40,7 +40,6 @@ from .entries import (
     Plugins,
     Resolution,
     RoleChoice,
-    SolverChoice,
     Strict,
     Teacher,
     Train,
@@ -144,7 +143,7 @@ class Recipe(Strict):
     @property
     def trains_solver(self) -> bool:
         """Whether the student is the teacher's own network under a solver that is trained."""
-        return isinstance(self.student, SolverChoice)
+        return self.student.solver
 
     def refuse(self, path: str, message: str) -> RequestError:
         """The error that says where in the recipe a choice was made: `raise recipe.refuse("steps", ...)`."""
