@@ -29,7 +29,8 @@ TABLES = {"": schema.Recipe, "resolution": entries.Buckets, "teacher": entries.T
           "evaluate": entries.Evaluate, "negatives": entries.Negatives, "plugins": entries.Plugins}
 WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "dict": "table",
          "RoleChoice": "full | table",
-         "Choice": "full | table", "Lora": "table", "Critic": "full | table", "Discriminator": "table", "Data": "table",
+         "Choice": "full | solver | table", "Lora": "table",
+         "Critic": "full | table", "Discriminator": "table", "Data": "table",
          "Samples": "table", "Pairs": "table", "Train": "table", "Evaluate": "table", "Negatives": "table",
          "Prompts": "text | list",
          "Resolution": "whole number | list | buckets", "Guidance": "number | range", "Plugins": "text | table",

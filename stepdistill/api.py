@@ -44,6 +44,7 @@ from .run.first_call import check_first_call
 from .run.health import Health, attend, go_back, health, note
 from .run.lora_check import Checked, check_lora
 from .run.negatives import example
+from .run.own_solver import check_leaves
 from .run.pinning import pinned
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
@@ -215,6 +216,7 @@ def export(run: str | Path, to: str = "lora", guidance: float | None = None, out
     run = Path(run)
     out = run / "export" / to if out is None else Path(out)
     recipe = folder.recipe_of(run)
+    check_leaves(recipe)
     check_export(to, guidance, family(recipe), needs_of(recipe)["student"].reads, recipe.student.lora is not None,
                  recipe.guidance, quantization(recipe))
     opened = open_run(run, checkpoint, weights)

@@ -68,8 +68,10 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     from ..parallel import rank
     if rank() == 0:
         from ..run.teacher_checks import family
-        to = None if family(chosen).no_pipeline else "pipeline" if chosen.student.lora is None else "lora"
-        after = None if to is None else f"stepdistill export {quote(str(run))} --to {to}"
+        to, place = "pipeline" if chosen.student.lora is None else "lora", quote(str(run))
+        after = (None if family(chosen).no_pipeline else
+                 f"stepdistill bench {place} --nfe {chosen.steps * (1 + (chosen.guidance > 1))} --out {place}/bench"
+                 if chosen.trains_solver else f"stepdistill export {place} --to {to}")
         emit({"run": str(run), "samples": str(run / "samples"), "log": str(run / "train.log"), "next": after}, as_json,
               lambda: tell(f"trained: {run}\n" + (f"its pictures: {run / 'samples'}" if after is None
                                                   else f"next: {after}")))

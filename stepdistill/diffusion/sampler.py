@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Condition, Role
+from .mixing import Mixing, mixed_rule
 from .prediction import Prediction
 from .readers import READERS, Evaluation
 from .schedule import Schedule
@@ -81,6 +82,21 @@ class Sampler:
     def telling(self, role: Role) -> Role:
         """The role as this sampler calls a flow map: cond.r says where the step from each of its times lands."""
         return _Landing(role, self)
+
+    def fitted(self, role: Role) -> Sampler:
+        """As this role is sampled: with the shares of one that has a solver of its own, as they are now.
+
+        ValueError for a sampler of another number of steps, and for one that adds fresh noise, beside which an output
+        that was made of other noise says nothing.
+        """
+        if not isinstance(role, Mixing):
+            return self
+        if self.stochastic or len(role.shares) != self.nfe - 1:
+            raise ValueError(f"this solver has shares for {len(role.shares) + 1} steps that add no noise; found "
+                             f"{self.nfe} steps" + " with fresh noise" * self.stochastic)
+        first, *others = self.evaluations
+        rules = [partial(mixed_rule, share=share, output=role.output) for share in role.shares.tolist()]
+        return replace(self, evaluations=(first, *(replace(e, rule=rule) for e, rule in zip(others, rules))))
 
     @property
     def times(self) -> Tensor:

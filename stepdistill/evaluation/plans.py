@@ -64,8 +64,9 @@ class Target:
     pipeline its scheduler; only the number of steps is varied. method: None of what others made. given: what every call
     of the pipeline is given beside; guided: and what a guided one is. companion: nobody asked for it; where it cannot
     be run, its rows are left out. identity: changes with its weights. trained: the guidance scale, or the range of
-    scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights. made: what
-    results.json says of its weights, such as where they lie. help: of the teacher, in each of a student's calls.
+    scales, that a student was trained at. fixed_steps: its number of steps is folded into its weights, or its
+    solver's. made: what results.json says of its weights, such as where they lie. help: of the teacher, in each of a
+    student's calls.
     """
 
     name: str
@@ -313,7 +314,7 @@ def _fixed(target: Target) -> str | None:
     """Why a student's number of steps is the one that it was made for; None where others are served."""
     call, sigmas = target.call, target.call.get("sigmas")
     if target.fixed_steps:
-        return "which are folded into its weights"
+        return "which are folded into its weights, or of each of which its solver has a number"
     if "timesteps" in call:
         return f"at the times {call['timesteps']}"
     if target.method is not None and sigmas is None and is_flow(target.pipeline.scheduler):

@@ -71,6 +71,8 @@ METHODS: dict[str, Entry] = {
                   needs=("teacher", "student"), data=("prompts",), steps=(1, 1)),
     "denoise": Entry("trajectory.denoise", "Denoise", "Denoising Diffusion Probabilistic Models", "2006.11239",
                      "trajectory", needs=("student",), data=("images", "samples"), steps=(20, 100)),
+    "d_ode": Entry("trajectory.d_ode", "DODE", "Distilling ODE Solvers of Diffusion Models into Smaller Steps",
+                   "2309.16421", "trajectory", needs=("teacher", "student"), data=("prompts",), steps=(4, 10)),
     "guided": Entry("trajectory.guided", "GuidedDistillation", "On Distillation of Guided Diffusion Models",
                     "2210.03142", "trajectory",
                     needs=("teacher", "student"), data=("images", "samples", "pairs"), steps=(4, 32)),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..diffusion.contracts import Batch, Role
 from ..diffusion.draws import Step
+from ..diffusion.mixing import Output
 from ..diffusion.sampler import Sampler
 from ..diffusion.schedule import Schedule, VariancePreserving
 from ..diffusion.times import LEVELS, NOISE_LAWS, Law, NoiseLaw, noise_law
@@ -41,10 +42,13 @@ class Trained:
 
     reads: names of numbers in `cond.extra` that its network also reads, through an embedding that contributes nothing
     at first: "w", the guidance scale or a critic's exit, "r", the time to land on, "share", of data in a mixture.
+    solver: its network is the teacher's and stays so; trained are the shares of a solver of its own, 0 at first, of
+    this output's changes (`mixing.Mixing`). None: its network is trained.
     """
 
     start: str = "teacher"
     reads: tuple[str, ...] = ()
+    solver: Output | None = None
 
 
 @dataclass(frozen=True)

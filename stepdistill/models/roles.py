@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.guidance import SelfGuided, self_guided
+from ..diffusion.mixing import Mixing
 from ..diffusion.sampler import Sampler
 from ..methods.base import FIXED, Codec, Features, Follows, Frozen, Heads, Need, Reward, Trained
 from .adapters import AdapterBank, LoraConfig, lora_config
@@ -41,6 +42,21 @@ class Full:
 
 
 @dataclass(frozen=True)
+class Solver:
+    """A role as the frozen base under a solver of its own. steps: of its sampler."""
+
+    steps: int
+
+
+class Shares(nn.Module):
+    """What is trained of a `Solver`: (steps - 1,), of the steps after the first."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.zeros(steps - 1))
+
+
+@dataclass(frozen=True)
 class Places:
     """A role as heads on the outputs of these modules of a network, the network's usual ones unless given.
 
@@ -52,7 +68,7 @@ class Places:
     network: str | None = None
 
 
-Setting = Lora | Full | Places
+Setting = Lora | Full | Solver | Places
 
 
 @dataclass(frozen=True)
@@ -65,14 +81,16 @@ class Weights:
     reads: tuple[str, ...] = ()
 
 
-Role = Denoiser | Discriminator | SelfGuided | PictureHeads | nn.Module | Callable[[Tensor], Tensor]
+Role = (Denoiser | Discriminator | SelfGuided | Mixing | PictureHeads | nn.Module
+        | Callable[[Tensor], Tensor])
 
 
 class Roles(Mapping[str, Role]):
     """roles["student"](x_t, t, cond) -> Prediction; roles["discriminator"](x_t, t, cond) -> logits. Made by
     `build_roles`.
 
-    bank holds the adapter roles (None without any), networks the full ones; the other names are the frozen base. A
+    bank holds the adapter roles (None without any), networks the full ones, solvers what is trained of those that are
+    the base under a solver of their own; the other names are the frozen base. A
     frozen role of another run's weights has its guidance within.
     features: role -> the modules on whose outputs its heads lie, and their shapes. visions: the networks that see
     pictures and are never trained, by role: features of a discriminator, a reward.
@@ -82,7 +100,7 @@ class Roles(Mapping[str, Role]):
     def __init__(self, teacher: Teacher, needs: Mapping[str, Need], reads: Mapping[str, tuple[str, ...]],
                  bank: AdapterBank | None,
                  networks: Mapping[str, nn.Module], features: Mapping[str, Mapping[str, Shape]],
-                 visions: Mapping[str, nn.Module],
+                 visions: Mapping[str, nn.Module], solvers: Mapping[str, Shares],
                  seed: int) -> None:
         self.teacher, self.needs, self.reads, self.bank, self.networks = (teacher, dict(needs), dict(reads), bank,
                                                                           dict(networks))
@@ -96,8 +114,10 @@ class Roles(Mapping[str, Role]):
                   for name, need in needs.items()
                   if isinstance(need, Frozen) and need.within and (name in networks or self.is_lora(name))}
         within = {name: self._within(role) for name, role in self._denoisers.items()}
-        self._roles: dict[str, Role] = within | self._discriminators | self.visions | pixels | taught
-        self._modules = self.networks | self._discriminators
+        solved = {name: Mixing(within[name], own.shares, needs[_leader(name, needs)].solver)
+                  for name, own in solvers.items()}
+        self._roles: dict[str, Role] = within | self._discriminators | self.visions | pixels | taught | solved
+        self._modules = self.networks | self._discriminators | dict(solvers)
         self._averages = [(need, name, Ema(self.parameters(name), self.parameters(need.leader), need.decay))
                           for name, need in needs.items() if isinstance(need, Follows)]
 
@@ -149,7 +169,7 @@ class Roles(Mapping[str, Role]):
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """What a checkpoint holds of a role: its adapter or its network (with the layers of the numbers it reads), its
-        heads, or nothing for the base. The tensors are the living ones."""
+        heads, its solver's shares, or nothing for the base. The tensors are the living ones."""
         if self.is_lora(name):
             return self.bank.state_dict(name)
         return dict(self._modules[name].state_dict()) if name in self._modules else {}
@@ -222,8 +242,8 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
                 begin: Mapping[str, Weights] | None = None, gradient_checkpointing: bool = False,
                 attention: str = "auto", reward: nn.Module | None = None,
                 seed: int = 0) -> Roles:
-    """settings: role -> Lora or Full, for each role that a recipe configures; a follower is what its leader is, and a
-    trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
+    """settings: role -> Lora, Full or Solver, for each role that a recipe configures; a follower is what its leader is,
+    and a trained role that is not in `settings` what its `start` is, or the student where that is the teacher. Heads ->
     Places, the family's own unless given.
 
     A role reads the numbers of cond.extra that its need names, and its followers with it; the layers that read them
@@ -245,7 +265,8 @@ def build_roles(teacher: Teacher, needs: Mapping[str, Need], settings: Mapping[s
     bank = _bank(teacher, teacher.network, configs, {name: reads[name] for name in configs}, seed) if configs else None
     features, visions = _discriminator_inputs(teacher, needs, settings)
     visions |= {name: reward for name, need in needs.items() if isinstance(need, Reward)}
-    roles = Roles(teacher, needs, reads, bank, networks, features, visions, seed)
+    solvers = {name: Shares(setting.steps) for name, setting in made.items() if isinstance(setting, Solver)}
+    roles = Roles(teacher, needs, reads, bank, networks, features, visions, solvers, seed)
     for name, state in states.items():
         roles.load_state_dict(name, state)
     for name, need in needs.items():

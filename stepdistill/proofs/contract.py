@@ -70,6 +70,9 @@ def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -
     whole = train(seeded, out=out / "whole")
     yield Check("tensors of a run that was stopped and resumed which differ from the whole run's",
                 resumed(seeded, whole, out / "resumed"), 0)
+    if seeded.trains_solver:
+        yield refused(whole)
+        return
     try:
         scale = middle(seeded.guidance) if "w" in work.roles.reads["student"] else None
         folder = export(whole, "lora" if seeded.student.lora else "pipeline", scale, out / "export")
@@ -77,6 +80,16 @@ def contract(method: str, seed: int, out: Path, plugins: Folder | None = None) -
         yield Check("parts that are missing of an export, which a stock pipeline has reproduced", len(missing), 0)
     except RequestError as error:
         yield Check(f"exports that a stock pipeline does not reproduce ({error})", 1, 0)
+
+
+def refused(run: Path) -> Check:
+    """A solver is in no config of a stock scheduler."""
+    try:
+        export(run, "pipeline")
+        left = 1
+    except RequestError:
+        left = 0
+    return Check("exports of a solver, which no stock pipeline draws with", left, 0)
 
 
 def moves(work: Run, run: Path) -> Iterator[Check]:

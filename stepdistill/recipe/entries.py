@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr
 
 from .. import resources
 from ..methods import KINDS
@@ -17,6 +17,14 @@ def full_or_lora(value: Any) -> Any:
     if isinstance(value, RoleChoice | Critic) or isinstance(value, Mapping) and value:
         return value
     raise ValueError("should be full, or {lora: {rank: 32}}")
+
+
+def solver_too(value: Any) -> Any:
+    if value != "solver":
+        return full_or_lora(value)
+    choice = RoleChoice(lora=None)
+    choice._solver = True
+    return choice
 
 
 Trackers = list[Literal["tensorboard", "wandb"]]
@@ -81,6 +89,12 @@ class RoleChoice(Strict):
     lora: Lora | None = Lora()                   # a LoRA on the base; none: all weights
     begins_with: str | None = Field(None, alias="from")      # a LoRA of any format that its pipeline loads: a folder, a
                                                              # .safetensors file, a Hub id
+    _solver: bool = PrivateAttr(False)
+
+    @property
+    def solver(self) -> bool:
+        """Whether it is no network that is trained, but a solver."""
+        return self._solver
 
 
 class Critic(Strict):
@@ -112,7 +126,8 @@ Resolution = Annotated[int | tuple[int, int] | str | dict[str, Any],
 Guidance = Annotated[float | tuple[float, float],
                      PlainValidator(read_guidance, json_schema_input_type=float | Annotated[list[float], TWO])]
 Prompts = Annotated[str | tuple[str, ...], PlainValidator(read_prompts, json_schema_input_type=str | list[str])]
-Choice = Annotated[RoleChoice, BeforeValidator(full_or_lora, json_schema_input_type=Literal["full"] | RoleChoice)]
+Choice = Annotated[RoleChoice, BeforeValidator(solver_too, json_schema_input_type=Literal["full", "solver"]
+                                               | RoleChoice)]
 
 
 class Samples(Strict):

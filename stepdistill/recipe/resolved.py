@@ -27,13 +27,15 @@ def _of_stage(recipe: Recipe) -> dict[str, Any]:
     for role in ("student", "critic"):
         if plain[role] in ({"lora": None, "begins_with": None}, {"lora": None, "lr": None}):
             plain[role] = "full"
+    if recipe.trains_solver:
+        plain["student"] = "solver"
     plain["teacher"] = recipe.teacher.plain
     if recipe.plugins is not None:
         plain["plugins"] = {"folder": resources.portable(recipe.plugins.folder), "sha256": recipe.plugged.sha256}
     if recipe.student.begins_with is not None:
         given = unwrapped(recipe.student.lora.model_dump(exclude_unset=True))        # the rest is the LoRA's own
         plain["student"] = {"from": resources.portable(recipe.student.begins_with), "lora": given}
-    elif plain["student"] != "full":
+    elif isinstance(plain["student"], dict):
         del plain["student"]["begins_with"]
     paths = [(plain["data"], "images"), (plain["data"], "prompts"), (plain["evaluate"], "reference"),
              (plain["evaluate"], "features")]

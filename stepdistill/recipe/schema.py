@@ -63,7 +63,7 @@ class Recipe(Strict):
     resolution: Resolution | None = None         # pixels: 768, [height, width], buckets, or {buckets: [[height, width],
                                                  # ...]}; none: the teacher's own
     frames: int | None = Field(None, ge=1, le=10_000)    # of a video; none: as many as the teacher's pipeline makes
-    student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, or {from: a LoRA}
+    student: Choice = RoleChoice(lora=Lora())    # full, {lora: {rank: 32}}, {from: a LoRA}, or solver, of d_ode
     critic: Annotated[Critic, BeforeValidator(full_or_lora, json_schema_input_type=Literal["full"]
                                               | Critic)] | None = None
         # none: as the student
@@ -141,6 +141,11 @@ class Recipe(Strict):
     def stages(self) -> tuple[Recipe, ...]:
         """From the first to this one, which is the only one where there are no stages."""
         return (*(() if self.previous is None else self.previous.stages), self)
+
+    @property
+    def trains_solver(self) -> bool:
+        """Whether the student is the teacher's own network under a solver that is trained."""
+        return self.student.solver
 
     def refuse(self, path: str, message: str) -> RequestError:
         """The error that says where in the recipe a choice was made: `raise recipe.refuse("steps", ...)`."""

@@ -98,7 +98,7 @@ def switches(recipe: Recipe) -> Iterator[tuple[str, object, Recipe]]:
             train[name] = value
             yield f"train.{name}", str(value).lower(), Recipe.load(plain)
     for role in ("student", "critic"):
-        if plain[role] is not None and (plain[role] == "full" or plain[role]["lora"] is None):
+        if plain[role] == "full" or isinstance(plain[role], dict) and plain[role]["lora"] is None:
             plain[role] = {"lora": {"rank": 32}}
             yield role, "{lora: {rank: 32}}", Recipe.load(plain)
 

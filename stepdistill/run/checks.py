@@ -22,7 +22,7 @@ from ..models.adapters import named_layers
 from ..models.attention import check_backend
 from ..models.discriminator import Shape, chosen
 from ..models.given_lora import given_lora
-from ..models.roles import Full, Lora, Places, Setting, Weights
+from ..models.roles import Full, Lora, Places, Setting, Solver, Weights
 from ..models.teacher import Teacher, load_teacher
 from ..models.vision import PlaneVisionConfig, VisionConfig
 from ..recipe.schema import Critic, Recipe, RoleChoice
@@ -30,6 +30,7 @@ from ..recipe.values import size_of
 from ..training.loop import DTYPES
 from .buckets import check_buckets
 from .negatives import check_negatives, check_unread
+from .own_solver import check_own_solver
 from .rewards import check_reward
 from .sources import source_of
 from .teacher_checks import (
@@ -68,6 +69,7 @@ def check(recipe: Recipe) -> Checked:
     needs = method.needs(settings, recipe.student.lora is None)
     if family(recipe).video is not None:
         check_videos(recipe, needs)
+    check_own_solver(recipe, needs)
     roles = configured(recipe, needs)
     _check_reads(recipe, needs)
     if any(isinstance(need, Features) for need in needs.values()):
@@ -157,8 +159,10 @@ def role_setting(choice: RoleChoice | Critic) -> Lora | Full:
     return Lora(choice.lora.rank, choice.lora.alpha, None if targets is None else tuple(targets))
 
 
-def student_setting(recipe: Recipe) -> Lora | Full:
+def student_setting(recipe: Recipe) -> Lora | Full | Solver:
     """How the student is trained. One that begins with a LoRA is that LoRA's form."""
+    if recipe.trains_solver:
+        return Solver(recipe.steps)
     if recipe.student.begins_with is None:
         return role_setting(recipe.student)
     with recipe.blaming("teacher", "cannot be loaded"):

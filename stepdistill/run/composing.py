@@ -66,7 +66,8 @@ def _must_have_lora(name: str | Path) -> None:
     place, found, packed = resources.locate(name), "no student", None
     if place is not None and folder.is_run(place):
         recipe = folder.recipe_of(place)
-        found = None if recipe.student.lora is not None else "a run that trained all its weights"
+        found = (None if recipe.student.lora is not None else "a run that trained a solver" if recipe.trains_solver
+                 else "a run that trained all its weights")
         packed = quantization(recipe)
     elif place is not None and is_export(place):
         settings = read_settings(place)

@@ -122,7 +122,8 @@ def figure_prompts(run: Run) -> list[str] | None:
 def student_samples(run: Run, noise: Callable[[str], Tensor], cond: Condition, role: str | None = None) -> Tensor:
     """Latents of the student as it will be sampled; role: of its average, unless given."""
     name = role or run.sampling_role
-    sampler, student, reads = run.method.sampler, run.roles[name], run.roles.reads[name]
+    student, reads = run.roles[name], run.roles.reads[name]
+    sampler = run.method.sampler.fitted(student)
     if "r" in reads:
         student = sampler.telling(student)
     if "w" in reads:

@@ -18,6 +18,7 @@ from ..errors import RequestError
 from ..methods import load_method
 from ..methods.base import Features, Follows, Heads, Method, middle
 from ..models.extra_embedding import selectors
+from ..models.own_schedulers import fitted
 from ..models.quantized import half_
 from ..models.roles import Roles, Weights, build_roles
 from ..models.schedulers import StockCall, stock_scheduler
@@ -101,7 +102,9 @@ class Run:
         return role if within else guided(role, self.teacher.guidance.scale(self.stock.call))
 
     def scheduler(self) -> SchedulerMixin:
-        return stock_scheduler(self.stock.scheduler, self.stock.config, self.teacher.scheduler)
+        """The stock scheduler, or one of our own for a student that is a solver."""
+        stock = stock_scheduler(self.stock.scheduler, self.stock.config, self.teacher.scheduler)
+        return fitted(stock, self.roles[self.sampling_role])
 
 
 def setup(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None, previous: Previous | None = None,
@@ -223,5 +226,6 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 
 
 def _frozen(recipe: Recipe) -> bool:
-    """Whether the base only carries adapters."""
-    return all(role.lora is not None for role in (recipe.student, recipe.critic) if role is not None)
+    """Whether the base only carries adapters, or a solver."""
+    roles = (recipe.student, recipe.critic)
+    return recipe.trains_solver or all(role.lora is not None for role in roles if role is not None)

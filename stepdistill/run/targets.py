@@ -116,7 +116,7 @@ def student_target(run: Run, name: str) -> Target:
     pipeline = run.teacher.pipeline(network.to(run.teacher.codec.dtype), run.scheduler())
     reads = run.roles.reads[run.sampling_role]
     return Target(name, pipeline, run.recipe.method, dict(run.stock.call), trained=run.recipe.guidance,
-                  fixed_steps="r" in reads,
+                  fixed_steps="r" in reads or run.recipe.trains_solver,
                   made={"lora": "merged"} if run.recipe.student.lora is not None else {})
 
 

@@ -374,6 +374,31 @@ FAULTS = [
         "kd", "losses.regression",
         ("(x - y).abs()", "2 * (x - y).abs()"),
     ),
+    *of(
+        "d_ode", "methods.trajectory.d_ode",
+        ("x = here, x.detach()", "x = here, x"),
+        ("/ settings.substeps\n", "/ 10\n"),
+        ("squared(x, aims[i])", "squared(x, aims[i - 1])"),
+        ('solver=settings.output)', 'solver="eps")'),
+        ('guided(roles["teacher"], middle(guidance))', 'guided(roles["teacher"], 1.0)'),
+        ("cfg=middle(guidance)", "cfg=1.0"),
+        ("self.student.shares[i - 1]", "self.student.shares[0]"),
+        ("before, x = here,", "before, x = before or here,"),
+    ),
+    *of(
+        "d_ode", "diffusion.mixing",
+        ("- before.view(output)", "- 0 * before.view(output)"),
+        ("ddim_step(here, r) + share", "ddim_step(here, r) - share"),
+    ),
+    *of(
+        "d_ode", "diffusion.sampler",
+        ("for share in role.shares.tolist()", "for share in role.shares.flip(0).tolist()"),
+    ),
+    *of(
+        "d_ode", "models.own_schedulers",
+        ("self.shares[self.done - 1]", "self.shares[self.done - 2]"),
+        ("self.done, self.before = self.done + 1, now", "self.done, self.before = 1, now"),
+    ),
 ]
 
 
