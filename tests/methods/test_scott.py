@@ -69,7 +69,7 @@ def test_the_heads_see_the_data_and_the_student_s_x0_told_its_time(noise):
     problem, shown = Problem(3, noise), []
     leaf = torch.ones((), dtype=F64, requires_grad=True)
     student = FunctionRole(problem.schedule, lambda x, t, cond: leaf * x / 2, "x0")
-    method = made(problem, student, halved(problem), lambda x, t, cond: shown.append((x, t, cond)) or x[:, :2])
+    method = made(problem, student, halved(problem), lambda x, t, cond: shown.append((x, t, cond)) or [x[:, :2]])
     batch, step = problem.batch(100), problem.step(100)
     losses = method.student_loss(batch, step)
     assert losses.keys() == {"consistency", "gan"} and torch.autograd.grad(losses["gan"], leaf)[0] != 0
@@ -83,7 +83,8 @@ def test_the_heads_see_the_data_and_the_student_s_x0_told_its_time(noise):
 def test_without_weight_there_are_no_heads():
     needs = {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
     assert SCott.needs(Settings(gan_weight=0.0), False) == needs
-    assert SCott.needs(Settings(), True) == needs | {"critic": Trained("teacher"), "discriminator": Heads("critic")}
+    assert SCott.needs(Settings(), True) == needs | {"critic": Trained("teacher"),
+                                                     "discriminator": Heads("critic", kind="tokens")}
     assert SCott.needs(Settings(guidance_embedding=True), True)["student"] == Trained("teacher", ("w",))
     problem = Problem(4, "vp")
     assert [u.trains for u in made(problem, halved(problem)).updates()] == [("student",)]

@@ -33,7 +33,7 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.solvers import sde_ddim
 from ...diffusion.times import discrete
 from ...diffusion.triples import below, grid
-from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens
 from ...losses.regression import DistanceName, distance
 from ..base import (
     Follows,
@@ -90,7 +90,8 @@ class SCott(Method):
         student = Trained("teacher", reads=("w",) * settings.guidance_embedding)
         needs: dict[str, Need] = {"teacher": Frozen(), "student": student,
                                   "target": Follows("student", settings.target_decay)}
-        return needs | ({"critic": Trained("teacher"), "discriminator": Heads("critic")} if settings.gan_weight else {})
+        game: dict[str, Need] = {"critic": Trained("teacher"), "discriminator": Heads("critic", kind="tokens")}
+        return needs | (game if settings.gan_weight else {})
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -118,12 +119,13 @@ class SCott(Method):
         if self.discriminator is None:
             return losses
         step.kept.update(fake=x.detach(), t=t)
-        return losses | {"gan": self.settings.gan_weight
-                         * hinge_generator_loss(self.discriminator(x, t, batch.cond)).mean()}
+        fooled = over_tokens([hinge_generator_loss(each) for each in self.discriminator(x, t, batch.cond)])
+        return losses | {"gan": self.settings.gan_weight * fooled.mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         real, fake = (self.discriminator(x, step.kept["t"], batch.cond) for x in (batch.x0, step.kept["fake"]))
-        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
+        losses = [hinge_discriminator_loss(*pair) for pair in zip(real, fake, strict=True)]
+        return {"discriminator": over_tokens(losses).mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
