@@ -42,6 +42,18 @@ def test_the_heads_pull_the_landing_towards_what_they_call_real():
     assert slope.item() == pytest.approx((-0.3 * c * 0.25 / t).mean().item(), rel=1e-6)
 
 
+def test_a_position_within_its_margin_is_not_outvoted():
+    """Logits 3 and -1 at two positions have a mean beyond its margin; of themselves one is 2 short as real, one 4 as
+    fake."""
+    problem = Problem(3, "flow")
+    heads = lambda x, t, cond: [torch.tensor([3.0, -1.0], dtype=torch.float64).expand(len(x), 2)]
+    method = made(problem, traveller(problem, 4, 1.0), discriminator=heads, gan_weight=0.5)
+    batch, step = problem.paired(16, nodes=4), problem.step(16)
+    assert method.student_loss(batch, step)["gan"].item() == pytest.approx(-0.5 * (3 - 1) / 2)
+    critic = problem.step(16, "discriminator", kept=step.kept)
+    assert method.critic_loss(batch, critic)["discriminator"].item() == pytest.approx((0 + 2) / 2 + (4 + 0) / 2)
+
+
 def test_a_head_of_its_own_judges_each_node(tiny_teacher):
     table = {"method": "accvideo", "teacher": str(tiny_teacher), "student": {"lora": {"rank": 2}}, "steps": 2,
              "settings": {"nodes": 2}, "train": {"updates": 1},

@@ -80,6 +80,18 @@ def test_the_heads_see_the_data_and_the_student_s_x0_told_its_time(noise):
     assert all(torch.equal(u, method.times(step)[0]) for _, u, _ in shown)
 
 
+def test_a_position_within_its_margin_is_not_outvoted():
+    """Logits 3 and -1 at two positions have a mean beyond its margin; of themselves one is 2 short as real, one 4 as
+    fake."""
+    problem = Problem(6, "flow")
+    heads = lambda x, t, cond: [torch.tensor([3.0, -1.0], dtype=F64).expand(len(x), 2)]
+    method, step = made(problem, halved(problem), discriminator=heads), problem.step(16)
+    assert method.student_loss(problem.batch(16), step)["gan"].item() == pytest.approx(-0.5 * (3 - 1) / 2)
+    critic = problem.step(16, "critic+discriminator", kept=step.kept)
+    found = method.critic_loss(problem.batch(16), critic)["discriminator"].item()
+    assert found == pytest.approx((0 + 2) / 2 + (4 + 0) / 2)
+
+
 def test_without_weight_there_are_no_heads():
     needs = {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
     assert SCott.needs(Settings(gan_weight=0.0), False) == needs

@@ -6,8 +6,8 @@
     x_s            <- one DDIM step of the guided teacher from x_t to s
     target         <- one DDIM step of the student from x_s to r, gradient stopped; x_s itself where s is r
     student        <- d( its DDIM step from x_t to r, target ), and fool the heads on it
-    discriminator  <- heads on the frozen teacher's features tell target from step, both noised from r to one place of
-                      the phase
+    discriminator  <- heads on the frozen teacher's features tell target from step at each of their positions, both
+                      noised from r to one place of the phase
 
 Both that the heads are shown have been through the student, so they ask for consistency and no more: no real picture
 is seen. The student is sampled by DDIM, and only with as many steps as it has phases. The released training cuts at

@@ -4,7 +4,8 @@
     x_t            <- noise the data to t
     x_s            <- `substeps` steps of the guided teacher's SDE from x_t to s  (a share eta of their noise is fresh)
     student        <- | f(x_t, t) - target(x_s, s) |^2, with target(x, 0) = x, and fool the heads on f(x_t, t)
-    critic and its heads  <- a copy of the teacher, told t and the prompt, tells the data from f(x_t, t)
+    critic and its heads  <- a copy of the teacher, told t and the prompt, tells the data from f(x_t, t), at each of
+                             the heads' positions
     target         <- running average of the student
 
 Fresh noise corrects what the teacher got wrong before, and the student cannot follow it: it learns the mean of all

@@ -4,7 +4,8 @@
     j              <- one of the student's k steps, from node j, x_t at t, to node j + 1, x_r at r
     x              <- the student's DDIM step from x_t to r
     student        <- k^2 | x - x_r |^2, fool the heads of node j + 1 on x
-    discriminator  <- on the frozen teacher's features at r tell x_r from x: each node has heads of its own
+    discriminator  <- on the frozen teacher's features at r tell x_r from x, at each position: each node has heads of
+                      its own
 
 On a flow the first term is that of the velocity, (x_t - x_r) / (t - r). The stored states are real where they lie: no
 noise is added to what is judged, and no state is asked that the teacher does not visit. They may be of pictures as of
