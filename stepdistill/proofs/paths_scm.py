@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.continuous import FIRST, INSIDE
 from ..diffusion.draws import Step
 from ..losses.tangent import RADIAN
 from ..methods.consistency.scm import Settings
@@ -20,6 +19,7 @@ from .problem import Check, Problem, largest, normal_values, off_law
 
 MANY = 5_000
 SHARES = (0.25, 2.0)                       # of the warm-up: in it and after
+FIRST, INSIDE = 1e-3, 1e-4                 # of the times that are known the first; how far from it they are drawn
 
 
 def field(found: Cast, x: Tensor, theta: Tensor) -> Tensor:

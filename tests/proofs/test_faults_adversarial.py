@@ -255,6 +255,8 @@ FAULTS = (
     of(SCOTT, "fake kept with its gradient", "fake=x.detach()", "fake=x"),
     of(SCOTT, "target_decay unread", "settings.target_decay)", "0.5)"),
     of(SCOTT, "a student that reads no scale", 'reads=("w",) * settings.guidance_embedding', "reads=()"),
+    of(SCOTT, "told the upper end of a range where it is sampled", "scale = middle(guidance) if",
+       "scale = (guidance if isinstance(guidance, float) else guidance[1]) if"),
     of(SCOTT, "an embedding that is never told", "if self.settings.guidance_embedding else batch.cond",
        "if False else batch.cond"),
     of(SCOTT, "nodes unread", "grid(settings.nodes,", "grid(50,"),
