@@ -79,8 +79,8 @@ class Heads:
     kind: "pooled" gives one logit a feature, (B, K); "tokens" K maps of logits, (B, N) each, one at every position of a
     feature, of heads that are told the prompt and, beside a network of noise levels, t; "channels" the same, but of the
     mean over a feature's channels, which has no weights to train.
-    nodes: pooled heads of a feature; of more than one each judges at a part of time of its own, those nearest to 0,
-    1 / nodes .. 1 - 1 / nodes.
+    nodes: heads of a feature, of the kind "tokens"; of more than one each judges at a part of time of its own, those
+    nearest to 0, 1 / nodes .. 1 - 1 / nodes.
     """
 
     of: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ..errors import RequestError
 from ..methods.base import HeadKind
 from .denoiser import Denoiser
 from .heads import (
-    NodeHeads,
     Shape,
     channel_means,
     head,
@@ -93,8 +91,9 @@ def paired(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 class Discriminator(nn.Module):
     """discriminator(x_t, t, cond) -> logits, higher is more real; of K features, by the kind of heads:
 
-    "pooled": (B, K), one for each, the mean over its positions; with `nodes` above 1 that of the head of its t.
-    "tokens": K of them, (B, N) each, one at every position, of heads that are told the prompt and t.
+    "pooled": (B, K), one for each, the mean over its positions.
+    "tokens": K of them, (B, N) each, one at every position, of heads that are told the prompt and t; with `nodes` above
+    1 of the head of its t.
     "channels": the same, of the mean over channels, which has no weights.
 
     role: whose network is read, as far as the last feature, under the role's own adapter; gradients flow to x_t and
@@ -114,10 +113,9 @@ class Discriminator(nn.Module):
         if self.kind == "tokens":
             teacher = self.role.teacher
             width = prompt_vector(teacher.encode([teacher.null_prompt])).shape[-1]
-            return token_heads(shapes, width + time_vector(torch.ones(1)).shape[-1], seed)
+            return token_heads(shapes, width + time_vector(torch.ones(1)).shape[-1], seed, self.nodes)
         with torch.random.fork_rng(devices=[]):
-            of_feature = head if self.nodes == 1 else partial(NodeHeads, self.nodes)
-            made = {slug(name): of_feature(shape) for name, shape in shapes.items()} if self.kind == "pooled" else {}
+            made = {slug(name): head(shape) for name, shape in shapes.items()} if self.kind == "pooled" else {}
         heads = nn.ModuleDict(made)
         initialise(heads, seed)
         return heads
@@ -156,7 +154,6 @@ class Discriminator(nn.Module):
             if self.kind == "channels":
                 return [channel_means(m) for m in maps.values()]
             if self.kind == "pooled":
-                at = () if self.nodes == 1 else (t,)
-                return torch.stack([self.heads[name](m, *at).flatten(1).mean(1) for name, m in maps.items()], dim=1)
-            told = told_of(cond, t)
-            return [self.heads[name](m, told) for name, m in maps.items()]
+                return torch.stack([self.heads[name](m).flatten(1).mean(1) for name, m in maps.items()], dim=1)
+            told = (told_of(cond, t),) if self.nodes == 1 else (told_of(cond, t), t)
+            return [self.heads[name](m, *told) for name, m in maps.items()]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import pi, sqrt
 
 import torch
@@ -38,23 +39,6 @@ def head(shape: Shape) -> nn.Sequential:
     return nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTH), nn.SiLU(), conv(WIDTH, 1, 1))
 
 
-class NodeHeads(nn.Module):
-    """Feature map (B, C, H, W), of videos (B, C, F, H, W), and t (B,) -> the logits (B, 1, h, w) of the head of the
-    node that is nearest to t, of those at 0, 1 / n .. 1 - 1 / n: n times `head`."""
-
-    def __init__(self, nodes: int, shape: Shape) -> None:
-        super().__init__()
-        self.each = nn.ModuleList(head(shape) for _ in range(nodes))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """A head of no sample at all sees one for nothing, so that all have gradients on all ranks."""
-        node = (t * len(self.each)).round().clamp(max=len(self.each) - 1)
-        rows = [(node == i).nonzero()[:, 0] for i in range(len(self.each))]
-        seen = [each(x[moved(own, x.device)] if len(own) else x[:1])[:len(own)]
-                for each, own in zip(self.each, rows, strict=True)]
-        return torch.cat(seen)[moved(torch.cat(rows).argsort(), x.device)]
-
-
 class TokenHead(nn.Module):
     """Feature map (B, C, H, W), of videos (B, C, F, H, W), and what it is told, (B, D) -> a logit at each position,
     (B, N), N the map's own positions in rows.
@@ -79,6 +63,25 @@ class TokenHead(nn.Module):
         return self.last(seen).flatten(1) + projected
 
 
+class NodeHeads(nn.Module):
+    """As a `TokenHead`, and given t (B,) -> what the head of the node that is nearest to t says, of those at 0, 1 / n
+    .. 1 - 1 / n."""
+
+    def __init__(self, nodes: int, shape: Shape, told: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(TokenHead(shape, told) for _ in range(nodes))
+
+    def forward(self, x: Tensor, told: Tensor, t: Tensor) -> Tensor:
+        """A head of no sample at all sees one for nothing, so that all have gradients on all ranks."""
+        node = (t * len(self.each)).round().clamp(max=len(self.each) - 1)
+        rows = [(node == i).nonzero()[:, 0] for i in range(len(self.each))]
+        seen = []
+        for each, own in zip(self.each, rows, strict=True):
+            chosen = moved(own, x.device) if len(own) else slice(1)
+            seen.append(each(x[chosen], told[chosen])[:len(own)])
+        return torch.cat(seen)[moved(torch.cat(rows).argsort(), x.device)]
+
+
 def channel_means(x: Tensor) -> Tensor:
     """A map (B, C, ...) -> a logit at each position, (B, N): a head without weights. Zhou et al. 2024,
     arXiv:2410.14919."""
@@ -97,10 +100,11 @@ def initialise(heads: nn.ModuleDict, seed: int) -> None:
             parameter.zero_()
 
 
-def token_heads(shapes: Mapping[str, Shape], told: int, seed: int) -> nn.ModuleDict:
-    """A `TokenHead` by feature."""
+def token_heads(shapes: Mapping[str, Shape], told: int, seed: int, nodes: int = 1) -> nn.ModuleDict:
+    """A `TokenHead` by feature; of more than one node, `NodeHeads`."""
+    of_feature = TokenHead if nodes == 1 else partial(NodeHeads, nodes)
     with torch.random.fork_rng(devices=[]):
-        heads = nn.ModuleDict({slug(name): TokenHead(shape, told) for name, shape in shapes.items()})
+        heads = nn.ModuleDict({slug(name): of_feature(shape, told) for name, shape in shapes.items()})
     initialise(heads, seed)
     return heads
 

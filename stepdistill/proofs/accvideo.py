@@ -41,7 +41,7 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
 def game(problem: Problem) -> Iterator[Check]:
     """What the heads are shown of a student on another way, and what it is worth where they cannot tell."""
     batch, step, shown = problem.paired(MANY, nodes=STEPS, w=problem.w), problem.step(MANY), []
-    heads = lambda x, t, cond: shown.append((x.detach(), t)) or 0 * x[:, :2]
+    heads = lambda x, t, cond: shown.append((x.detach(), t)) or [0 * x[:, :2]]
     method = made(problem, traveller(problem, STEPS, 1.0), discriminator=heads, gan_weight=0.3)
     losses = method.student_loss(batch, step)
     losses |= method.critic_loss(batch, problem.step(MANY, "discriminator", kept=step.kept))

@@ -104,6 +104,21 @@ def softplus(x: Tensor) -> Tensor:
 TOKENS = (2, 3)
 
 
+@dataclass
+class TokenDiscriminator:
+    """Two quadratic heads of a logit at each of their positions, called as a discriminator on a network's features
+    is."""
+
+    numbers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, problem: Problem) -> TokenDiscriminator:
+        return cls(QuadraticHeads.of(problem, problem.dim, count=sum(TOKENS)).numbers)
+
+    def __call__(self, x_s: Tensor, s: Tensor, cond: Condition) -> list[Tensor]:
+        return list(QuadraticHeads(self.numbers)(x_s.flatten(1), s[:, None], cond).split(TOKENS, 1))
+
+
 def mean_of_tokens(values: Tensor) -> Tensor:
     """Of values at all positions: the mean over those of each head, and then over heads and samples."""
     return torch.stack([of_head.mean() for of_head in values.split(TOKENS, 1)]).mean()

@@ -205,12 +205,12 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     orders, roles = algorithm.orders(settings), algorithm.roles(problem, settings)
     given = roles | ({"teacher": self_guided(roles["teacher"], False)} if path.within else {})
     w = problem.w if path.guidance is None else path.guidance
-    method = algorithm.method(settings, given, w,
-                              problem.sampler(algorithm.method.inference(settings, path.steps, problem.schedule, w)))
+    inference = algorithm.method.inference(settings, path.steps, problem.schedule, w)
+    method = algorithm.method(settings, given, w, problem.sampler(inference))
     updates = method.updates()
     made = [Order(update.trains, update.repeat, update.shares, update.since) for update in updates if update.every == 1]
     needs = [algorithm.method.needs(settings, full) for full in (False, True)]
-    if made != orders or needs != [algorithm.needs(settings)] * 2:
+    if made != orders or needs != [algorithm.needs(settings)] * 2 or inference.guidance != told(settings, w):
         return float("inf")
     losses = {update.trains: update.loss for update in updates}
     begun = [first(settings) * (1 - n / path.steps) for n in range(path.steps)]
@@ -219,6 +219,13 @@ def apart(algorithm: Algorithm, problem: Problem, path: Path, index: int) -> flo
     sample = off_sample(problem, method.sampler, roles["student"], times, fresh)
     return largest(sample, *(of_turn(losses[turn.trains](turn.batch, turn.step), algorithm.known(turn), turn)
                      for turn in turns(problem, path, settings, roles, orders, index)))
+
+
+def told(settings: Any, w: Guidance) -> float | None:
+    """The scale that a student with a guidance embedding is told where it is sampled: of a range its middle."""
+    if not vars(settings).get("guidance_embedding"):
+        return None
+    return w if isinstance(w, float) else sum(w) / 2
 
 
 def of_turn(losses: Mapping[str, Tensor], known: Known, turn: Turn) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.trajectory.accvideo import AccVideo
-from .affine import Net, QuadraticDiscriminator, QuadraticHeads
+from .affine import Net, QuadraticHeads, TokenDiscriminator, mean_of_tokens, token_shares
 from .paths import Algorithm, Known, Order, Path, Turn, rows, stepped
 from .problem import Check, Problem
 
@@ -44,10 +44,10 @@ def landed(turn: Turn) -> tuple[Tensor, Tensor]:
 
 
 def judged(turn: Turn, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The time at which x is judged, and its logits."""
+    """The time at which x is judged, and its logits at all positions."""
     r = r.clamp(min=0.001)
     with torch.no_grad():
-        return r, turn.roles["discriminator"](x, r, Condition(text=turn.text))
+        return r, torch.cat(turn.roles["discriminator"](x, r, Condition(text=turn.text)), 1)
 
 
 def known(turn: Turn) -> Known:
@@ -60,8 +60,8 @@ def of_student(turn: Turn) -> Known:
     values, pull = {"regression": k**2 * off.square().mean()}, k**2 * 2 * off / off.numel()
     if s.gan_weight:
         _, logits = judged(turn, x, r)
-        values["gan"] = -s.gan_weight * logits.mean()
-        even = torch.full_like(logits, -s.gan_weight / logits.numel())
+        values["gan"] = -s.gan_weight * mean_of_tokens(logits)
+        even = -s.gan_weight * token_shares(len(x)).expand_as(logits)
         pull = pull + QuadraticHeads(turn.roles["discriminator"].numbers).back(even, x)
     slopes = turn.roles["student"].slopes(share[:, None] * pull, x_t, t, turn.text)
     return Known(values, {"student": slopes}, unchecked=("discriminator",))
@@ -75,15 +75,15 @@ def of_heads(turn: Turn) -> Known:
     for x, sign in ((x_r, 1), (landed(first)[0], -1)):
         at, logits = judged(turn, x, r)
         short = 1 - sign * logits
-        value = value + short.clamp(min=0).mean()
-        pull = -sign * (short > 0).double() / logits.numel()
+        value = value + mean_of_tokens(short.clamp(min=0))
+        pull = -sign * (short > 0).double() * token_shares(len(x))
         slope = slope + QuadraticHeads(turn.roles["discriminator"].numbers).slopes(pull, x, at[:, None], turn.text)
     return Known({"discriminator": value}, {"discriminator": slope})
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    heads = {"discriminator": QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)}
-    return {name: Net.of(problem) for name in ("teacher", "student")} | (heads if settings.gan_weight else {})
+    found: dict[str, Any] = {name: Net.of(problem) for name in ("teacher", "student")}
+    return found | ({"discriminator": TokenDiscriminator.of(problem)} if settings.gan_weight else {})
 
 
 def orders(settings: Any) -> list[Order]:
@@ -92,7 +92,7 @@ def orders(settings: Any) -> list[Order]:
 
 
 def needs(settings: Any) -> dict[str, Any]:
-    heads = {"discriminator": Heads("teacher", nodes=settings.nodes)} if settings.gan_weight else {}
+    heads = {"discriminator": Heads("teacher", kind="tokens", nodes=settings.nodes)} if settings.gan_weight else {}
     return {"teacher": Frozen(), "student": Trained("teacher"), **heads}
 
 

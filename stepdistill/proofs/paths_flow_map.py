@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..methods.consistency.flow_map import FIRST, INSIDE, LEAST
 from .hand import Hand, column, sites
 from .path_rows import DRAWN, Cast, cast, sampled, table, trained
 from .path_table import Path, all_paths
@@ -15,6 +14,8 @@ from .problem import Check, Problem, largest, off_law
 
 MANY = 5_000
 SHARES = (0.25, 2.0)                       # of the warm-up: in it and after
+FIRST, INSIDE = 1e-3, 1e-4                 # of the times that are known the first; how far from it they are drawn
+LEAST = 1e-4                               # of a difference
 
 
 def own_time(hand: Hand, t: Tensor) -> Tensor:

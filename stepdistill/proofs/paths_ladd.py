@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.adversarial.ladd import LADD
 from ..methods.base import Frozen, Heads, Trained
-from .affine import TOKENS, Net, QuadraticHeads, mean_of_tokens, token_shares
+from .affine import Net, QuadraticHeads, TokenDiscriminator, mean_of_tokens, token_shares
 from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
 
@@ -32,17 +31,6 @@ PATHS = (
     Path("std 0.4", {"std": 0.4}),
     Path("critic_steps 3, all on one sample", {"critic_steps": 3}),
 )
-
-
-@dataclass
-class TokenDiscriminator:
-    """Two quadratic heads of a logit at each of their positions, called as a discriminator on a network's features
-    is."""
-
-    numbers: dict[str, Tensor]
-
-    def __call__(self, x_s: Tensor, s: Tensor, cond: Condition) -> list[Tensor]:
-        return list(QuadraticHeads(self.numbers)(x_s.flatten(1), s[:, None], cond).split(TOKENS, 1))
 
 
 def drawn_from(u: Tensor, shares: Sequence[float]) -> Tensor:
@@ -96,8 +84,7 @@ def known(turn: Turn) -> Known:
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    discriminator = TokenDiscriminator(QuadraticHeads.of(problem, problem.dim, count=sum(TOKENS)).numbers)
-    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": discriminator}
+    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": TokenDiscriminator.of(problem)}
 
 
 ALGORITHM = Algorithm(

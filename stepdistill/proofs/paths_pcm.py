@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.consistency.pcm import PCM
-from .affine import Net, QuadraticDiscriminator, QuadraticHeads
+from .affine import Net, QuadraticHeads, TokenDiscriminator, mean_of_tokens, token_shares
 from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
 from .segments import judged, landings
@@ -52,8 +52,8 @@ def known(turn: Turn) -> Known:
         values = {"consistency": value}
         if s.gan_weight:
             x, _, kept, logits = judged(turn, x_r, r)
-            values["gan"] = s.gan_weight * (1 - logits).clamp(min=0).mean()
-            slope = -s.gan_weight * (logits < 1).double() / logits.numel()
+            values["gan"] = s.gan_weight * mean_of_tokens((1 - logits).clamp(min=0))
+            slope = -s.gan_weight * (logits < 1).double() * token_shares(len(x))
             pull = pull + kept[:, None] * QuadraticHeads(turn.roles["discriminator"].numbers).back(slope, x)
         slopes = turn.roles["student"].slopes(share[:, None] * pull, x_t, t, turn.text)
         return Known(values, {"student": slopes}, unchecked=("discriminator",))
@@ -62,15 +62,15 @@ def known(turn: Turn) -> Known:
     for x_r, sign in ((real, 1), (fake, -1)):
         x, time, _, logits = judged(turn, x_r, r)
         short = 1 - sign * logits                                 # of the margin
-        value = value + short.clamp(min=0).mean()
-        pull = -sign * (short > 0).double() / logits.numel()
+        value = value + mean_of_tokens(short.clamp(min=0))
+        pull = -sign * (short > 0).double() * token_shares(len(x))
         slope = slope + QuadraticHeads(turn.roles["discriminator"].numbers).slopes(pull, x, time[:, None], turn.text)
     return Known({"discriminator": value}, {"discriminator": slope})
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    heads = {"discriminator": QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)}
-    return {"teacher": Net.of(problem), "student": Net.of(problem), **(heads if settings.gan_weight else {})}
+    found: dict[str, Any] = {"teacher": Net.of(problem), "student": Net.of(problem)}
+    return found | ({"discriminator": TokenDiscriminator.of(problem)} if settings.gan_weight else {})
 
 
 ALGORITHM = Algorithm(
@@ -79,7 +79,7 @@ ALGORITHM = Algorithm(
     orders=lambda settings: [Order(("student",)),
                              *([Order(("discriminator",), shares=1)] if settings.gan_weight else [])],
     needs=lambda settings: {"teacher": Frozen(), "student": Trained("teacher"),
-                            **({"discriminator": Heads("teacher")} if settings.gan_weight else {})},
+                            **({"discriminator": Heads("teacher", kind="tokens")} if settings.gan_weight else {})},
     known=known,
     defaults={"nodes": 50, "loss": "huber", "huber_c": 0.001, "gan_weight": 0.1},
     renoised=False,

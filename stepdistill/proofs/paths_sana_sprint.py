@@ -11,10 +11,9 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Frozen, Heads, Trained
 from ..methods.hybrid.sana_sprint import SanaSprint
-from .affine import TOKENS, Net, QuadraticHeads, mean_of_tokens, token_shares
+from .affine import Net, QuadraticHeads, TokenDiscriminator, mean_of_tokens, token_shares
 from .hand import Hand
 from .paths import Algorithm, Known, Order, Path, Turn, rows
-from .paths_ladd import TokenDiscriminator
 from .problem import Check, Problem
 from .tangents import FEW, angles, consistency, latest, noised, sampled, seen
 
@@ -86,8 +85,7 @@ def known(turn: Turn) -> Known:
 
 
 def roles(problem: Problem, settings: Any) -> dict[str, Any]:
-    discriminator = TokenDiscriminator(QuadraticHeads.of(problem, problem.dim, count=sum(TOKENS)).numbers)
-    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": discriminator}
+    return {"teacher": Net.of(problem), "student": Net.of(problem), "discriminator": TokenDiscriminator.of(problem)}
 
 
 def needs(settings: Any) -> dict[str, Any]:

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.continuous import FIRST, INSIDE, start
 from ..diffusion.draws import Step
 from ..losses.tangent import RADIAN
 from ..methods.consistency.scm import Settings
+from . import tangents
 from .hand import sites
 from .path_rows import DRAWN, Cast, cast, sampled, table, trained
 from .path_table import Path, all_paths
-from .paths_consistency import Draw, even_times, moved
+from .paths_consistency import Draw
 from .problem import Check, Problem, largest, normal_values, off_law
 
 MANY = 5_000
 SHARES = (0.25, 2.0)                       # of the warm-up: in it and after
+FIRST, INSIDE = 1e-3, 1e-4                 # of the times that are known the first; how far from it they are drawn
 
 
 def field(found: Cast, x: Tensor, theta: Tensor) -> Tensor:
@@ -70,9 +71,7 @@ def scm_loss(found: Cast) -> Tensor:
 
 def scm_sample(found: Cast, noise: Tensor, draw: Draw) -> Tensor:
     """As a consistency model, from the last time that was trained; a flow's others are moved by 2 towards noise."""
-    even = even_times(found.path.steps)
-    times = moved(torch.tensor(even, dtype=torch.float64), 2.0).tolist() if found.hand.flow else even
-    return found.hand.multistep(found.drawn, noise, [found.method.sampler.times[0].item(), *times[1:]], draw)
+    return found.hand.multistep(found.drawn, noise, tangents.sampled(found.problem, found.path.steps), draw)
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,16 @@ class Latest(Step):
 
 
 def latest(path: Path, problem: Problem) -> float:
-    """How far the time where sampling starts is from the last at which the student was trained."""
+    """How far the time where sampling starts is from where it should, and from the last at which the student was
+    trained."""
     found = cast("scm", path, problem, progress=1.0)
     step = Latest(**{**vars(found.step), "ids": found.batch.ids})
     found.method.loss(found.batch, step)
     student = found.method.roles["student"]
     asked = student.calls if path.kept is None else student.role.calls           # that keeps its guidance: within
     trained_at = max(t.max().item() for _, t, _ in asked)
-    return abs(trained_at - found.method.sampler.times[0].item())
+    first = found.method.sampler.times[0].item()
+    return largest(abs(trained_at - first), abs(tangents.latest(problem) - first))
 
 
 def scm(problem: Problem) -> Iterator[Check]:
@@ -105,8 +106,8 @@ def scm(problem: Problem) -> Iterator[Check]:
                               for place in places for moment in moments)), 1e-6)
         yield Check(f"{path.name}: {DRAWN}, on {len(places)} noises; relative",
                     largest(*(sampled("scm", path, place, scm_sample) for place in places)), 1e-4)
-        yield Check(f"{path.name}: time where sampling starts from the last that was trained",
-                    latest(path, problem), 2e-4)
+        yield Check(f"{path.name}: time where sampling starts from the last that was trained, on {len(places)} noises",
+                    largest(*(latest(path, place) for place in places)), 2e-4)
     path = Path("mean and deviation", {"mean": 0.9, "std": 1.1})
     found = cast("scm", path, problem)
     yield Check(f"{path.name}: moments of its times against those of their law, in standard errors",
@@ -116,7 +117,7 @@ def scm(problem: Problem) -> Iterator[Check]:
 
 def last_trained(problem: Problem) -> float:
     """Where sampling starts, a tenth of a time inside a table's entry."""
-    return start(problem.schedule) - INSIDE * (problem.name == "vp")
+    return tangents.latest(problem) - INSIDE * (problem.name == "vp")
 
 
 def published_times(problem: Problem, settings: Settings) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..diffusion.contracts import Condition
 from ..methods.base import Follows, Frozen, Heads, Trained
 from ..methods.consistency.scott import SCott
-from .affine import Net, QuadraticDiscriminator, QuadraticHeads
+from .affine import Net, QuadraticHeads, TokenDiscriminator, mean_of_tokens, token_shares
 from .path_table import PUBLISHED
 from .paths import Algorithm, Known, Order, Path, Turn, rows
 from .problem import Check, Problem
@@ -79,8 +79,9 @@ def judged(turn: Turn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def logits(turn: Turn, x: Tensor, t: Tensor) -> Tensor:
+    """Of all positions."""
     with torch.no_grad():
-        return turn.roles["discriminator"](x, t, Condition(text=turn.text))
+        return torch.cat(turn.roles["discriminator"](x, t, Condition(text=turn.text)), 1)
 
 
 def known(turn: Turn) -> Known:
@@ -94,9 +95,9 @@ def known(turn: Turn) -> Known:
     pull, values = (2 * off if s.loss == "squared" else off / root) / off.numel(), {"consistency": value}
     if s.gan_weight:
         found = logits(turn, x, t)
-        values["gan"] = -s.gan_weight * found.mean()
+        values["gan"] = -s.gan_weight * mean_of_tokens(found)
         heads = QuadraticHeads(turn.roles["discriminator"].numbers)
-        pull = pull + heads.back(torch.full_like(found, -s.gan_weight / found.numel()), x)
+        pull = pull + heads.back(-s.gan_weight * token_shares(len(x)).expand_as(found), x)
     slopes = turn.roles["student"].slopes(boundary(turn, t)[1] * pull, x_t, t, turn.text, told(turn))
     return Known(values, {"student": slopes}, unchecked=("critic", "discriminator"))
 
@@ -108,9 +109,9 @@ def of_heads(turn: Turn) -> Known:
     for judged_x, sign in ((turn.x0, 1), (x, -1)):
         found = logits(turn, judged_x, t)
         short = 1 - sign * found
-        value = value + short.clamp(min=0).mean()
+        value = value + mean_of_tokens(short.clamp(min=0))
         slope = slope + QuadraticHeads(turn.roles["discriminator"].numbers).slopes(
-            -sign * (short > 0).double() / found.numel(), judged_x, t[:, None], turn.text)
+            -sign * (short > 0).double() * token_shares(len(x)), judged_x, t[:, None], turn.text)
     return Known({"discriminator": value}, {"discriminator": slope}, unchecked=("critic",))
 
 
@@ -118,14 +119,14 @@ def roles(problem: Problem, settings: Any) -> dict[str, Any]:
     found = {name: Net.of(problem) for name in ("teacher", "student", "target")}
     if not settings.gan_weight:
         return found
-    heads = QuadraticDiscriminator(QuadraticHeads.of(problem, problem.dim).numbers)
-    return found | {"critic": Net.of(problem), "discriminator": heads}
+    return found | {"critic": Net.of(problem), "discriminator": TokenDiscriminator.of(problem)}
 
 
 def needs(settings: Any) -> dict[str, Any]:
     found = {"teacher": Frozen(), "student": Trained("teacher", ("w",) if settings.guidance_embedding else ()),
              "target": Follows("student", settings.target_decay)}
-    return found | ({"critic": Trained("teacher"), "discriminator": Heads("critic")} if settings.gan_weight else {})
+    game = {"critic": Trained("teacher"), "discriminator": Heads("critic", kind="tokens")}
+    return found | (game if settings.gan_weight else {})
 
 
 ALGORITHM = Algorithm(

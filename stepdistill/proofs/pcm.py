@@ -47,7 +47,7 @@ def game(problem: Problem, consistent: Role) -> Iterator[Check]:
     batch, step = problem.batch(COUNT), problem.step(COUNT)
     shown: list[Tensor] = []
     seen: list[Tensor] = []
-    heads = lambda x, t, cond: shown.append(x.detach()) or seen.append(t) or 0 * x[:, :2]
+    heads = lambda x, t, cond: shown.append(x.detach()) or seen.append(t) or [0 * x[:, :2]]
     method = made(problem, consistent, discriminator=heads)
     losses = method.student_loss(batch, step)
     losses |= method.critic_loss(batch, problem.step(COUNT, "discriminator", kept=step.kept))
@@ -57,7 +57,7 @@ def game(problem: Problem, consistent: Role) -> Iterator[Check]:
 
     theta = torch.zeros(2, problem.dim, dtype=torch.float64, requires_grad=True)
     seen.clear()
-    linear = lambda x, t, cond: seen.append(t) or x @ theta.T
+    linear = lambda x, t, cond: seen.append(t) or [x @ theta.T]
     method = made(problem, problem.affine().as_network(problem.kind), discriminator=linear)
     method.student_loss(batch, step)
     critic = problem.step(COUNT, "discriminator", kept=step.kept)

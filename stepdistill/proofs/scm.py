@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..diffusion.continuous import FIRST, TRIG
+from ..diffusion.continuous import TRIG
 from ..diffusion.contracts import Condition, Role
 from ..diffusion.guidance import self_guided
 from ..diffusion.schedule import like
 from ..diffusion.views import viewed
 from ..losses.tangent import RADIAN, trig_difference, trig_pair
 from ..methods.consistency.scm import SCM, Settings
-from .paths_scm import last_trained, published_times
+from .paths_scm import FIRST, last_trained, published_times
 from .paths_scm import scm as paths
 from .problem import Check, FunctionRole, Law, Problem, difference, gradient, largest, off_law
 

@@ -65,7 +65,7 @@ def closed_forms(problem: Problem) -> Iterator[Check]:
 def game(problem: Problem, learner: Affine) -> Iterator[Check]:
     """What the heads are shown, and told."""
     shown: list[tuple[Tensor, Tensor]] = []
-    heads = lambda x, t, cond: shown.append((x.detach(), t)) or x[:, :1]
+    heads = lambda x, t, cond: shown.append((x.detach(), t)) or [x[:, :1]]
     method = made(problem, learner.as_network(problem.kind), discriminator=heads)
     batch, step = problem.batch(COUNT), problem.step(COUNT)
     gan = method.student_loss(batch, step)["gan"]

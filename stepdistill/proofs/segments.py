@@ -23,7 +23,7 @@ def landings(turn: Turn, t: Tensor, s: Tensor, r: Tensor) -> tuple[Tensor, ...]:
 
 def judged(turn: Turn, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_r noised to one of the times i / 1000 from r to the end of its segment, which is not among them, the time, how
-    much of x_r that holds, and the logits."""
+    much of x_r that holds, and the logits, of all positions where each has its own."""
     schedule, k = turn.problem.schedule, turn.path.steps
     first = torch.ceil(1000 * r - 1e-6).clamp(min=1)
     last = torch.floor(1000 * ((r * k + 1e-6).floor() + 1) / k - 1 + 1e-6)
@@ -32,4 +32,5 @@ def judged(turn: Turn, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     fresh = (schedule.sigma(time) ** 2 - (kept * schedule.sigma(r)) ** 2).clamp(min=0).sqrt()
     x = kept[:, None] * x_r + fresh[:, None] * turn.noise("judged noise")
     with torch.no_grad():
-        return x, time, kept, turn.roles["discriminator"](x, time, Condition(text=turn.text))
+        logits = turn.roles["discriminator"](x, time, Condition(text=turn.text))
+    return x, time, kept, logits if isinstance(logits, Tensor) else torch.cat(logits, 1)

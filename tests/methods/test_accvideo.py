@@ -36,10 +36,22 @@ def test_the_heads_pull_the_landing_towards_what_they_call_real():
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
     right = traveller(problem, 4, 1.0)
     student = FunctionRole(problem.schedule, lambda x, t, cond: right(x, t, cond).x0 + shift, problem.kind)
-    method = made(problem, student, discriminator=lambda x, t, cond: c * x, gan_weight=0.3)
+    method = made(problem, student, discriminator=lambda x, t, cond: [c * x], gan_weight=0.3)
     slope, = torch.autograd.grad(sum(method.student_loss(batch, step).values()), shift)
     t = 1 - step.integers("leg", 4).double() / 4
     assert slope.item() == pytest.approx((-0.3 * c * 0.25 / t).mean().item(), rel=1e-6)
+
+
+def test_a_position_within_its_margin_is_not_outvoted():
+    """Logits 3 and -1 at two positions have a mean beyond its margin; of themselves one is 2 short as real, one 4 as
+    fake."""
+    problem = Problem(3, "flow")
+    heads = lambda x, t, cond: [torch.tensor([3.0, -1.0], dtype=torch.float64).expand(len(x), 2)]
+    method = made(problem, traveller(problem, 4, 1.0), discriminator=heads, gan_weight=0.5)
+    batch, step = problem.paired(16, nodes=4), problem.step(16)
+    assert method.student_loss(batch, step)["gan"].item() == pytest.approx(-0.5 * (3 - 1) / 2)
+    critic = problem.step(16, "discriminator", kept=step.kept)
+    assert method.critic_loss(batch, critic)["discriminator"].item() == pytest.approx((0 + 2) / 2 + (4 + 0) / 2)
 
 
 def test_a_head_of_its_own_judges_each_node(tiny_teacher):
@@ -51,21 +63,21 @@ def test_a_head_of_its_own_judges_each_node(tiny_teacher):
     judge, x = roles["discriminator"], torch.randn(3, *roles.teacher.latent_shape)
     cond = roles.teacher.encode(["a red ring"] * 3)
     t = torch.tensor([0.001, 0.5, 0.5], dtype=torch.float64)
-    whole = judge(x, t, cond)
+    whole, = judge(x, t, cond)
     states = {node: roles.state_dict("discriminator") for node in range(2)}
     keys = {node: [key for key in states[0] if f".each.{node}." in key] for node in range(2)}
     assert keys[0] and len(keys[0]) == len(keys[1]) and len(states[0]) == 2 * len(keys[0])
     with torch.no_grad():
         for key in keys[1]:
             states[0][key].zero_()
-    blind = judge(x, t, cond)
+    blind, = judge(x, t, cond)
     assert torch.equal(blind[0], whole[0]) and (blind[1:] == 0).all() and (whole[1:] != 0).all()
 
 
 def test_roles_updates_and_steps():
     needs = {"teacher": Frozen(), "student": Trained("teacher")}
     assert AccVideo.needs(Settings(gan_weight=0.0), False) == needs
-    assert AccVideo.needs(Settings(), True) == needs | {"discriminator": Heads("teacher", nodes=5)}
+    assert AccVideo.needs(Settings(), True) == needs | {"discriminator": Heads("teacher", kind="tokens", nodes=5)}
     problem = Problem(0, "flow")
     student = traveller(problem, 4, 1.0)
     assert [u.trains for u in made(problem, student).updates()] == [("student",)]

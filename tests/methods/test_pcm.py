@@ -33,7 +33,7 @@ def test_no_step_of_the_teacher_leaves_its_phase(nodes, steps):
 @pytest.mark.parametrize("noise", NAMES)
 def test_the_heads_are_shown_the_landings_noised_within_their_phase(noise):
     problem, shown = Problem(1, noise), []
-    heads = lambda x, t, cond: shown.append((x, t, cond)) or x[:, :2]
+    heads = lambda x, t, cond: shown.append((x, t, cond)) or [x[:, :2]]
     student = FunctionRole(problem.schedule, lambda x, t, cond: leaf * x / 2, "x0")
     leaf = torch.ones((), dtype=F64, requires_grad=True)
     method, batch, step = made(problem, student, discriminator=heads), problem.batch(4000), problem.step(4000)
@@ -53,6 +53,18 @@ def test_the_heads_are_shown_the_landings_noised_within_their_phase(noise):
     assert torch.allclose(real - again, apart, atol=1e-9)
 
 
+def test_a_position_within_its_margin_is_not_outvoted():
+    """Logits 3 and -1 at two positions have a mean beyond its margin; of themselves one is 2 short as real, one 4 as
+    fake."""
+    problem = Problem(5, "flow")
+    heads = lambda x, t, cond: [torch.tensor([3.0, -1.0], dtype=F64).expand(len(x), 2)]
+    method, step = made(problem, halved(problem), discriminator=heads), problem.step(16)
+    assert method.student_loss(problem.batch(16), step)["gan"].item() == pytest.approx(0.1 * (0 + 2) / 2)
+    critic = problem.step(16, "discriminator", kept=step.kept)
+    found = method.critic_loss(problem.batch(16), critic)["discriminator"].item()
+    assert found == pytest.approx((0 + 2) / 2 + (4 + 0) / 2)
+
+
 def test_at_the_start_of_a_phase_the_teacher_s_step_is_the_target_whatever_the_student_says():
     problem = Problem(2, "flow")
     student = FunctionRole(problem.schedule,
@@ -64,7 +76,7 @@ def test_at_the_start_of_a_phase_the_teacher_s_step_is_the_target_whatever_the_s
 def test_without_weight_there_are_no_heads():
     needs = {"teacher": Frozen(), "student": Trained("teacher")}
     assert PCM.needs(Settings(gan_weight=0.0), False) == needs
-    assert PCM.needs(Settings(), True) == needs | {"discriminator": Heads("teacher")}
+    assert PCM.needs(Settings(), True) == needs | {"discriminator": Heads("teacher", kind="tokens")}
     problem = Problem(3, "vp")
     assert [u.trains for u in made(problem, halved(problem)).updates()] == [("student",)]
     updates = made(problem, halved(problem), discriminator=lambda *_: None).updates()

@@ -69,7 +69,7 @@ def test_the_heads_see_the_data_and_the_student_s_x0_told_its_time(noise):
     problem, shown = Problem(3, noise), []
     leaf = torch.ones((), dtype=F64, requires_grad=True)
     student = FunctionRole(problem.schedule, lambda x, t, cond: leaf * x / 2, "x0")
-    method = made(problem, student, halved(problem), lambda x, t, cond: shown.append((x, t, cond)) or x[:, :2])
+    method = made(problem, student, halved(problem), lambda x, t, cond: shown.append((x, t, cond)) or [x[:, :2]])
     batch, step = problem.batch(100), problem.step(100)
     losses = method.student_loss(batch, step)
     assert losses.keys() == {"consistency", "gan"} and torch.autograd.grad(losses["gan"], leaf)[0] != 0
@@ -80,10 +80,23 @@ def test_the_heads_see_the_data_and_the_student_s_x0_told_its_time(noise):
     assert all(torch.equal(u, method.times(step)[0]) for _, u, _ in shown)
 
 
+def test_a_position_within_its_margin_is_not_outvoted():
+    """Logits 3 and -1 at two positions have a mean beyond its margin; of themselves one is 2 short as real, one 4 as
+    fake."""
+    problem = Problem(6, "flow")
+    heads = lambda x, t, cond: [torch.tensor([3.0, -1.0], dtype=F64).expand(len(x), 2)]
+    method, step = made(problem, halved(problem), discriminator=heads), problem.step(16)
+    assert method.student_loss(problem.batch(16), step)["gan"].item() == pytest.approx(-0.5 * (3 - 1) / 2)
+    critic = problem.step(16, "critic+discriminator", kept=step.kept)
+    found = method.critic_loss(problem.batch(16), critic)["discriminator"].item()
+    assert found == pytest.approx((0 + 2) / 2 + (4 + 0) / 2)
+
+
 def test_without_weight_there_are_no_heads():
     needs = {"teacher": Frozen(), "student": Trained("teacher"), "target": Follows("student", 0.95)}
     assert SCott.needs(Settings(gan_weight=0.0), False) == needs
-    assert SCott.needs(Settings(), True) == needs | {"critic": Trained("teacher"), "discriminator": Heads("critic")}
+    assert SCott.needs(Settings(), True) == needs | {"critic": Trained("teacher"),
+                                                     "discriminator": Heads("critic", kind="tokens")}
     assert SCott.needs(Settings(guidance_embedding=True), True)["student"] == Trained("teacher", ("w",))
     problem = Problem(4, "vp")
     assert [u.trains for u in made(problem, halved(problem)).updates()] == [("student",)]

@@ -12,6 +12,7 @@ from stepdistill.errors import RequestError
 from stepdistill.methods.base import Follows, Frozen, Heads, Trained
 from stepdistill.models.adapters import AdapterBank, lora_config
 from stepdistill.models.discriminator import tap
+from stepdistill.models.heads import told_of
 from stepdistill.models.recompute import StopForward, recomputed
 from stepdistill.models.roles import Full, Lora, Places, build_roles
 from stepdistill.models.teacher import load_teacher
@@ -342,18 +343,18 @@ def test_heads_on_networks_that_nobody_trains(family, inputs, of):
 
 def test_heads_of_nodes_judge_each_its_own_times(family, inputs, perturb):
     """Each head alone, whatever the others are, on the samples that are nearest to its node; all have gradients."""
-    needs = NEEDS | {"discriminator": Heads("critic", nodes=4)}
+    needs = NEEDS | {"discriminator": Heads("critic", kind="tokens", nodes=4)}
     roles = build_roles(family, needs, {"student": Lora(rank=4)})
     perturb(roles.parameters("discriminator"), 3)
     x, _, cond = inputs
     judge, t = roles["discriminator"], torch.tensor([0.5, 0.001, 0.48], dtype=torch.float64)
-    logits = judge(x, t, cond)
+    (logits,), told = judge(x, t, cond), told_of(cond, t)
     (heads,) = judge.heads.values()
     with tap(family.network, judge.features, leave=True) as found:
         judge.role(x, t, cond)
     feature = judge.role.teacher.feature_map(found[judge.features[0]], x).float()
     for i, node in enumerate((2, 0, 2)):
-        torch.testing.assert_close(logits[i, 0], heads.each[node](feature[i:i + 1]).mean())
+        torch.testing.assert_close(logits[i:i + 1], heads.each[node](feature[i:i + 1], told[i:i + 1]))
     logits.sum().backward()
     assert all(p.grad is not None for p in heads.parameters())
     assert [any(p.grad.any() for p in each.parameters()) for each in heads.each] == [True, False, True, False]

@@ -28,6 +28,8 @@ FAULTS = (
     of(SPRINT, "the sample kept with its gradient", 'step.kept["sample"] = x.detach()', 'step.kept["sample"] = x'),
     of(SPRINT, "heads on a fresh batch", "self.critic_loss, shares=1)", "self.critic_loss)"),
     of(SPRINT, "pooled heads", 'Heads("teacher", kind="tokens")', 'Heads("teacher")'),
+    of(SPRINT, "told the upper end of a range where it is sampled", "scale = middle(guidance) if",
+       "scale = (guidance if isinstance(guidance, float) else guidance[1]) if"),
     of(SPRINT, "sampled at even times", "times=sampled_at(steps, schedule), ", ""),
     # rCM
     of(RCM, "the matching from the first step on", "if step.progress < self.settings.warmup:", "if False:"),

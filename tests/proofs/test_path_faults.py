@@ -183,6 +183,8 @@ FAULTS = [
     *of(
         "scm", "diffusion.continuous",
         ("min(time(1 - i / steps), first)", "time(1 - i / steps)"),
+        ("NOISIEST_FLOW if isinstance(schedule, RectifiedFlow) else NOISIEST", "NOISIEST"),
+        ("if discrete and first == 1:", "if discrete:"),
         ("shifted(uniform(), SHIFT)", "uniform()"),
     ),
     *of(

@@ -6,8 +6,8 @@
     x_s            <- one DDIM step of the guided teacher from x_t to s
     target         <- one DDIM step of the student from x_s to r, gradient stopped; x_s itself where s is r
     student        <- d( its DDIM step from x_t to r, target ), and fool the heads on it
-    discriminator  <- heads on the frozen teacher's features tell target from step, both noised from r to one place of
-                      the phase
+    discriminator  <- heads on the frozen teacher's features tell target from step at each of their positions, both
+                      noised from r to one place of the phase
 
 Both that the heads are shown have been through the student, so they ask for consistency and no more: no real picture
 is seen. The student is sampled by DDIM, and only with as many steps as it has phases. The released training cuts at
@@ -32,7 +32,7 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.solvers import ddim
 from ...diffusion.times import LEVELS, discrete, levels
 from ...diffusion.triples import above, among, below, grid
-from ...losses.adversarial import hinge_discriminator_loss
+from ...losses.adversarial import hinge_discriminator_loss, over_tokens
 from ...losses.regression import DistanceName, distance
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check
 
@@ -62,7 +62,7 @@ class PCM(Method):
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
         needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher")}
-        return needs | ({"discriminator": Heads("teacher")} if settings.gan_weight else {})
+        return needs | ({"discriminator": Heads("teacher", kind="tokens")} if settings.gan_weight else {})
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -88,12 +88,13 @@ class PCM(Method):
         if self.discriminator is None:
             return losses
         step.kept.update(real=target, fake=x_r.detach(), r=r)
-        fooled = relu(1 - self.logits(x_r, r, batch, step)).mean()
-        return losses | {"gan": self.settings.gan_weight * fooled}
+        fooled = over_tokens([relu(1 - each) for each in self.logits(x_r, r, batch, step)])
+        return losses | {"gan": self.settings.gan_weight * fooled.mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         real, fake = (self.logits(step.kept[name], step.kept["r"], batch, step) for name in ("real", "fake"))
-        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
+        losses = [hinge_discriminator_loss(*pair) for pair in zip(real, fake, strict=True)]
+        return {"discriminator": over_tokens(losses).mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
@@ -102,8 +103,9 @@ class PCM(Method):
         t = discrete(self.grid[1:])(step.uniform("node"))
         return t, below(t, self.grid), below(t, self.edges)
 
-    def logits(self, x_r: Tensor, r: Tensor, batch: Batch, step: Step) -> Tensor:
-        """Logits (B, K) of a state at r, noised to a time of the phase that begins there, its end not among them."""
+    def logits(self, x_r: Tensor, r: Tensor, batch: Batch, step: Step) -> list[Tensor]:
+        """K maps of logits, (B, N) each, of a state at r, noised to a time of the phase that begins there, its end not
+        among them."""
         end = above(r, self.edges) - 1 / LEVELS
         judged = among(levels(), r, end, step.uniform("judged t"))
         noised = self.schedule.renoise(x_r, step.normal("judged noise", batch.shape), r, judged)

@@ -4,7 +4,8 @@
     x_t            <- noise the data to t
     x_s            <- `substeps` steps of the guided teacher's SDE from x_t to s  (a share eta of their noise is fresh)
     student        <- | f(x_t, t) - target(x_s, s) |^2, with target(x, 0) = x, and fool the heads on f(x_t, t)
-    critic and its heads  <- a copy of the teacher, told t and the prompt, tells the data from f(x_t, t)
+    critic and its heads  <- a copy of the teacher, told t and the prompt, tells the data from f(x_t, t), at each of
+                             the heads' positions
     target         <- running average of the student
 
 Fresh noise corrects what the teacher got wrong before, and the student cannot follow it: it learns the mean of all
@@ -33,7 +34,7 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.solvers import sde_ddim
 from ...diffusion.times import discrete
 from ...diffusion.triples import below, grid
-from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens
 from ...losses.regression import DistanceName, distance
 from ..base import (
     Follows,
@@ -90,7 +91,8 @@ class SCott(Method):
         student = Trained("teacher", reads=("w",) * settings.guidance_embedding)
         needs: dict[str, Need] = {"teacher": Frozen(), "student": student,
                                   "target": Follows("student", settings.target_decay)}
-        return needs | ({"critic": Trained("teacher"), "discriminator": Heads("critic")} if settings.gan_weight else {})
+        game: dict[str, Need] = {"critic": Trained("teacher"), "discriminator": Heads("critic", kind="tokens")}
+        return needs | (game if settings.gan_weight else {})
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -118,12 +120,13 @@ class SCott(Method):
         if self.discriminator is None:
             return losses
         step.kept.update(fake=x.detach(), t=t)
-        return losses | {"gan": self.settings.gan_weight
-                         * hinge_generator_loss(self.discriminator(x, t, batch.cond)).mean()}
+        fooled = over_tokens([hinge_generator_loss(each) for each in self.discriminator(x, t, batch.cond)])
+        return losses | {"gan": self.settings.gan_weight * fooled.mean()}
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         real, fake = (self.discriminator(x, step.kept["t"], batch.cond) for x in (batch.x0, step.kept["fake"]))
-        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
+        losses = [hinge_discriminator_loss(*pair) for pair in zip(real, fake, strict=True)]
+        return {"discriminator": over_tokens(losses).mean()}
 
     # -- terms -------------------------------------------------------------------------------------------------------
 

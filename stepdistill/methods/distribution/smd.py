@@ -11,7 +11,7 @@
 The skewed Jensen-Shannon divergence of all mixtures a p + (1 - a) q at once; at a = 1 it is DMD's. `source: data`, SMT,
 has no teacher: one critic, which reads a, denoises both parts of each mixture, and the student moves by what it says
 at a less what it says at 0, made as large as at 1. The heads judge the frozen teacher's features, the released ones the
-critic's. Source of the defaults: (r) the released training of SMD on ImageNet 64.
+critic's, and its ratio has no bounds. Source of the defaults: (r) the released training of SMD on ImageNet 64.
 """
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ product. The reverse KL, alpha = 1/2, is then SiD's Fisher divergence; the forwa
 identity with the law held fixed, all that the released code has. That code reads r off a loss of the heads that is
 divided by a norm already; here r is what the heads say.
 
-Sources of the defaults: (r) the released training, (i) that of f-distill, for the bounds of r.
+Sources of the defaults: (r) the released training, (i) that of f-distill, for the bounds of r, (o) ours.
 """
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ class Settings:
     critic_steps: int = 1              # critic updates a step (r)
     ratio_start: int = 390             # updates of the student before r is read; it counts as 1 (r: after 100,000
                                        # images, 256 a batch)
-    gan_weight: float = 1e-2           # of being taken for data; 0: the heads are asked for the ratio alone (r)
-    critic_gan_weight: float = 1.0     # of telling data from samples, in the critic's update (r)
+    gan_weight: float = 1e-2           # of being taken for data; 0: the heads are asked for the ratio alone (o; r: 0.01
+                                       # beside 100 of the identity, both sums, and over the same mean distance)
+    critic_gan_weight: float = 1.0     # of telling data from samples, in the critic's update (o; r: 1/2 beside a sum
+                                       # over the numbers of a sample, both under EDM's weight)
     start_time: float | None = None    # at which a one-step student begins, with unit noise; None: t = 1 (r: a sigma of
                                        # 2.5)
     noise_law: NoiseLaw = "uniform"    # of the levels at which student and critic are trained: uniform, lognormal,

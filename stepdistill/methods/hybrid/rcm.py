@@ -11,8 +11,9 @@ Consistency alone piles up errors of its derivative from data to noise; the scor
 way. The levels of rollouts and of the scores have one law, and any number of steps is served: a rollout is not the
 sampler's own grid. Any network is viewed under TrigFlow, flows exactly.
 
-While it warms up the released code scales the tangent's parts by another power of r than sCM; here they are sCM's, and
-alike once it is whole. Sources of the defaults: (r) the released training of Wan 2.1 1.3B, (f) NVlabs/FastGen.
+While it warms up the released code scales the tangent's parts by another power of r than sCM, and lets the critic rest;
+here they are sCM's, and alike once it is whole, and the critic learns from the first step on. Sources of the defaults:
+(r) the released training of Wan 2.1 1.3B, (f) NVlabs/FastGen.
 """
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Settings:
     damping: float = 0.1          # c of the normalisation, against the root mean square of the tangent (r, of its norm)
     derivative: Derivative = "pair"    # of F along the teacher (r: exact); see `losses.continuous.Continuous.slope`
     width: float = 0.03           # of a difference, in radians of theta
-    gan_weight: float = 0.5       # of fooling the heads (r)
+    gan_weight: float = 0.5       # of fooling the heads (r, beside a consistency whose weight is learned)
     noise_share: float = 0.5      # of what the heads judge, made from pure noise (r)
     judged_mean: float = 0.1      # of ln(sigma / alpha) at which they judge (r: -0.6, of latents of deviation 0.5)
     judged_std: float = 1.0       # of ln(sigma / alpha) at which they judge (r)

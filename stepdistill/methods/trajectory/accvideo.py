@@ -4,7 +4,8 @@
     j              <- one of the student's k steps, from node j, x_t at t, to node j + 1, x_r at r
     x              <- the student's DDIM step from x_t to r
     student        <- k^2 | x - x_r |^2, fool the heads of node j + 1 on x
-    discriminator  <- on the frozen teacher's features at r tell x_r from x: each node has heads of its own
+    discriminator  <- on the frozen teacher's features at r tell x_r from x, at each position: each node has heads of
+                      its own
 
 On a flow the first term is that of the velocity, (x_t - x_r) / (t - r). The stored states are real where they lie: no
 noise is added to what is judged, and no state is asked that the teacher does not visit. They may be of pictures as of
@@ -24,7 +25,7 @@ from ...diffusion.draws import Step
 from ...diffusion.flow_map import flow_map
 from ...diffusion.schedule import Schedule
 from ...diffusion.times import LEVELS
-from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens
 from ...losses.regression import squared
 from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check
 
@@ -53,7 +54,8 @@ class AccVideo(Method):
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
         needs: dict[str, Need] = {"teacher": Frozen(), "student": Trained("teacher")}
-        return needs | ({"discriminator": Heads("teacher", nodes=settings.nodes)} if settings.gan_weight else {})
+        heads = {"discriminator": Heads("teacher", kind="tokens", nodes=settings.nodes)}
+        return needs | (heads if settings.gan_weight else {})
 
     @classmethod
     def waypoints(cls, settings: Settings, steps: int) -> int:
@@ -77,13 +79,15 @@ class AccVideo(Method):
         losses = {"regression": self.steps**2 * squared(x, x_r).mean()}
         if self.discriminator is not None:
             step.kept.update(real=x_r, fake=x.detach(), r=r)
-            losses["gan"] = self.settings.gan_weight * hinge_generator_loss(self.logits(x, r, batch)).mean()
+            fooled = over_tokens([hinge_generator_loss(each) for each in self.logits(x, r, batch)])
+            losses["gan"] = self.settings.gan_weight * fooled.mean()
         return losses
 
     def critic_loss(self, batch: Batch, step: Step) -> Losses:
         real, fake = (self.logits(step.kept[name], step.kept["r"], batch) for name in ("real", "fake"))
-        return {"discriminator": hinge_discriminator_loss(real, fake).mean()}
+        losses = [hinge_discriminator_loss(*pair) for pair in zip(real, fake, strict=True)]
+        return {"discriminator": over_tokens(losses).mean()}
 
-    def logits(self, x: Tensor, r: Tensor, batch: Batch) -> Tensor:
-        """Logits (B, K) of states at r."""
+    def logits(self, x: Tensor, r: Tensor, batch: Batch) -> list[Tensor]:
+        """K maps of logits, (B, N) each, of states at r."""
         return self.discriminator(x, r.clamp(min=1 / LEVELS), batch.cond)
