@@ -350,22 +350,23 @@ def bench(*targets: str | Path, nfe: Sequence[int] | None = None, samples: int |
           scales: Sequence[float] | None = None, with_teacher: str | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
-    nfe: the network evaluations, 1, 2, 4 and 8 unless given. features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
-    [-1, 1] -> (B, dim)), or several of them, since one alone misranks: all figures are of the first, distances are in
-    the others too. reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000
-    `samples` in `features`, those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the
-    same noise, of 16 samples: shapes for what ships and the teacher for all else, unless given. The teachers of
-    students stand in the table too, at `guidance`, or without guidance and at the scale that the student was trained
-    for: of the two the better one at each count is what a student should be held against. few_step: further targets,
-    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: what
-    people prefer ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with
-    them, or with the families of pipelines. Videos are measured beside their teacher's own. with_teacher: as of
-    `sample`; beside the rows of each student stand those with its teacher's help, at the evaluations of both.
+    nfe: the network evaluations, 1, 2, 4 and 8 unless given. features: "inception", the folder of a CLIPModel or of
+    a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in [-1, 1] -> (B, dim)), or several of them, since one
+    alone misranks: all figures are of the first, distances are in the others too. reference: "shapes" or a folder
+    of real pictures, against which distances are taken of 2,000 `samples` in `features`, those of
+    assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the same noise, of 16 samples:
+    shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table
+    too, at `guidance`, or without guidance and at the scale that the student was trained for: of the two the better
+    one at each count is what a student should be held against. few_step: further targets, few-step pipelines that
+    others made: they keep their scheduler and are called without guidance. metrics: what people prefer
+    ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with them, or
+    with the families of pipelines. Videos are measured beside their teacher's own. with_teacher: as of `sample`;
+    beside the rows of each student stand those with its teacher's help, at the evaluations of both.
 
     compose: other LoRAs (folders, .safetensors files or Hub ids) that one student wears, each at the strengths
-    `scales`, 0.5, 0.75 and 1 unless given: instead of the above, the student in its own steps and its teacher are drawn with and without each, and a
-    verdict says whether its style and the variety of seeds are kept. `guidance` is then that of the student, and
-    `samples` are 64 unless given.
+    `scales`, 0.5, 0.75 and 1 unless given: instead of the above, the student in its own steps and its teacher are
+    drawn with and without each, and a verdict says whether its style and the variety of seeds are kept. `guidance`
+    is then that of the student, and `samples` are 64 unless given.
     """
     told = {"samples": samples, "out": out, "seed": seed, "guidance": guidance, "solvers": solvers,
             "features": features, "prompts": prompts, "metrics": metrics, "plugins": plugins}

@@ -163,7 +163,7 @@ def diversity(student: Sampler, schedule: Schedule, guidance: float, teacher_ste
     if handover == 0:
         return alone(student)
     end = 0.0 if handover == count else student.evaluations[handover].level
-    _check_times(schedule, student.evaluations[0].level, end, teacher_steps)
+    _check_times(schedule, student.evaluations[0].level, student.evaluations[handover - 1].landing, teacher_steps)
     first = _teachers(schedule, student.evaluations[0].level, end, teacher_steps, guidance)
     return Collaboration(1.0, first + alone(student).turns[handover:])
 
@@ -265,8 +265,8 @@ def _teachers(schedule: Schedule, high: float, low: float, steps: int, guidance:
 def _check_times(schedule: Schedule, high: float, low: float, steps: int) -> None:
     """RequestError for more steps of the teacher than a discrete schedule has times."""
     most = round((high - low) * schedule.nodes) if isinstance(schedule, VariancePreserving) else LEVELS
-    _require(steps <= most, f"the teacher has {most} times from t = {high:.3g} to {low:.3g}, and takes a step from each "
-             f"at most; found teacher_steps = {steps}")
+    _require(steps <= most, f"the teacher has {most} times from t = {high:.3g} to {low:.3g}, and takes a step from "
+             f"each at most; found teacher_steps = {steps}")
 
 
 def _node(schedule: Schedule, t: float) -> float:

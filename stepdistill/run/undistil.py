@@ -72,7 +72,8 @@ def _check_kept(recipe: Recipe, plain: Recipe) -> None:
     """RequestError for overrides that train something else than the adapter, whose card would not be its own. plain:
     without them."""
     kept = {"method": recipe.method == plain.method, "stages": recipe.previous is None,
-            "teacher": recipe.teacher == plain.teacher, "student": recipe.student.lora is not None,
+            "teacher": all(vars(recipe.teacher)[name] == vars(plain.teacher)[name]
+                           for name in ("base", "loras", "scheduler")), "student": recipe.student.lora is not None,
             "data": recipe.data.samples == plain.data.samples}
     if changed := [name for name, same in kept.items() if not same]:
         raise recipe.refuse(changed[0], "is changed, but an adapter is a LoRA on the few-step model itself, trained "

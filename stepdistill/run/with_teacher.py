@@ -22,6 +22,7 @@ from ..evaluation.plans import Plan, Target
 from ..evaluation.sheets import sheet
 from ..models.sources import Source
 from ..models.with_teacher import Help
+from .sources import located
 from .targets import Opened, open_target, ships, teachers
 
 CLIP, CALIBRATED = "assets/shapes-clip", 64         # whose pictures are scored, and how many of them
@@ -62,6 +63,8 @@ class Asked:
             check_options(name, own.get("guidance", 1.0), found)
         except RequestError as error:
             raise RequestError(f"--with-teacher {text}: {error}") from error
+        if "teacher" in own:
+            located(Source.of(own["teacher"]))
         return cls(name, found, **own)
 
 

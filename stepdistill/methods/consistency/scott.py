@@ -48,6 +48,7 @@ from ..base import (
     Update,
     check,
     check_fit,
+    check_told,
     middle,
 )
 
@@ -68,8 +69,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.substeps < 1:
-            raise ValueError(f"substeps must be at least 1; found {self.substeps}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be from 0, no fresh noise, to 1, all of it; found {self.eta}")
 
@@ -95,6 +94,7 @@ class SCott(Method):
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         check_fit("scott", settings, steps, schedule)
+        check_told("scott", settings.nodes * settings.substeps, schedule)
         scale = middle(guidance) if settings.guidance_embedding else None
         return Inference(steps, noise=1.0, nodes=settings.nodes, shift=settings.shift, guidance=scale)
 
