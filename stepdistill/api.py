@@ -248,6 +248,7 @@ def undistil(turbo: str | Path, *, prompts: str | Path | Sequence[str] | None = 
     return run / "export" / to
 
 
+@spoken()
 def doctor(run: str | Path) -> list[Health]:
     """How a finished or a running run is doing, a record a stage: what ails it now, what did before, and what helps.
 

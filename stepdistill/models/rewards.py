@@ -129,8 +129,8 @@ def load_reward(asked: str, slots: Slots, attributes: Attributes, device: str | 
     if name not in REWARDS:
         raise RequestError(f"there is no reward {name}: known are {', '.join(REWARDS)}")
     if given and not place:
-        raise RequestError(f"{asked} names no place: say {name}=FOLDER, or {name} alone for what it is read from unless "
-                           "given")
+        raise RequestError(f"{asked} names no place: say {name}=FOLDER, or {name} alone where its weights are to be "
+                           "those that it has unless given")
     kind = REWARDS[name]
     if name == "imagereward" or not place and kind.published is None and kind.folder is None:
         raise RequestError(f"{name} cannot be loaded: {kind.instead}")

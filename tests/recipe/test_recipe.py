@@ -97,7 +97,8 @@ def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, message):
 
 
 @pytest.mark.parametrize(("method", "changes", "message"), [
-    ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1, and at most 10,000; found 0"),
+    ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1, and at most 10,000; "
+                                   "found 0"),
     ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: target_decay "
      "must be in [0, 1); found 1.5"),
     ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a "

@@ -1,4 +1,4 @@
-"""What cannot work is refused before any weights are read: data, sizes, LoRAs of a bench, options of a teacher's help."""
+"""What cannot work is refused before any weights are read: data, sizes, LoRAs, options of a teacher's help."""
 from __future__ import annotations
 
 import re

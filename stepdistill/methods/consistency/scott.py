@@ -48,7 +48,6 @@ from ..base import (
     Update,
     check,
     check_fit,
-    check_told,
     middle,
 )
 
@@ -94,7 +93,6 @@ class SCott(Method):
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         check_fit("scott", settings, steps, schedule)
-        check_told("scott", settings.nodes * settings.substeps, schedule)
         scale = middle(guidance) if settings.guidance_embedding else None
         return Inference(steps, noise=1.0, nodes=settings.nodes, shift=settings.shift, guidance=scale)
 
