@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from math import isfinite
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,9 +16,7 @@ COLUMNS = 4
 
 def vitals(rows: Sequence[Mapping[str, float | str]], bands: Mapping[str, Sequence[float]],
            marks: Sequence[tuple[int, str]]) -> bytes:
-    """PNG. rows: of signals.jsonl, of which what is finite is drawn. marks: (step, what began there)."""
-    rows = [{name: value for name, value in row.items() if not isinstance(value, str) and isfinite(value)}
-            for row in rows]
+    """PNG. rows: of signals.jsonl. marks: (step, what began there)."""
     names = [name for kind in SHOWN for name in dict.fromkeys(n for row in rows for n in row) if name.startswith(kind)]
     lines = max(1, -(-len(names) // COLUMNS))
     figure = Figure(figsize=(3.1 * COLUMNS, 2.0 * lines + 0.4), dpi=110)
