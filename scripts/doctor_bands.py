@@ -2,7 +2,7 @@
 stepdistill/training/bands.json.
 
     python scripts/doctor_bands.py --out /tmp/bands                # trains what is not there yet, then writes the bands
-    python scripts/doctor_bands.py --out /tmp/bands lcm dmd2       # of these methods; the bands of all that lies there
+    python scripts/doctor_bands.py --out /tmp/bands lcm dmd2       # of these methods; the others keep their bands
 
 A band's edge is the farthest that a signal stayed for as many looks in a row as a finding takes, over all runs of a
 method, past the first part of each, and as far again to the side that a rule looks at (half of what is left of a signal
@@ -57,10 +57,11 @@ def main() -> None:
     rows: dict[str, list[list[dict[str, float]]]] = {}
     for method, run in recorded(args.out):
         rows.setdefault(method, []).append(run)
-    bands = {method: band for method, runs in sorted(rows.items()) if (band := edges(runs))}
-    BANDS.write_text(json.dumps({"command": "python scripts/doctor_bands.py --out DIR", "bands": bands}, indent=1)
-                     + "\n", encoding="utf-8")
-    print(f"wrote {BANDS}: {len(bands)} methods, {sum(map(len, rows.values()))} runs")
+    bands = json.loads(BANDS.read_text(encoding="utf-8"))["bands"] if args.methods else {}
+    bands |= {method: band for method, runs in rows.items() if (band := edges(runs))}
+    BANDS.write_text(json.dumps({"command": "python scripts/doctor_bands.py --out DIR",
+                                 "bands": dict(sorted(bands.items()))}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {BANDS}: {len(bands)} methods, {sum(map(len, rows.values()))} runs recorded")
 
 
 def train(recipe: Recipe, run: Path, methods: list[str], changes: dict[str, int]) -> None:
