@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused(turbo, changes, message):
 
 @pytest.mark.parametrize(("overrides", "entry"), [
     ({"student": "full"}, "student"), ({"method": "lcm"}, "method"), ({"teacher": BASE}, "teacher"),
-    ({"data.samples.call.num_inference_steps": 2}, "data"), ({"data.samples": {"prompts": "shapes"}}, "data"),
+    ({"data.samples.call.num_inference_steps": 2}, "data"), ({"data.samples.solver": "ddim"}, "data"),
     ({"stages": [{"steps": 20}, {"steps": 10}]}, "stages")])
 def test_what_would_make_another_thing_of_it_is_refused_before_anything_is_loaded(monkeypatch, overrides, entry):
     monkeypatch.setattr(undistil, "recognised", None)
