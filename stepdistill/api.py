@@ -39,7 +39,7 @@ from .run import benching, composing, folder
 from .run.cards import advice, check_card, fit_stage
 from .run.checks import check as check_recipe
 from .run.checks import needs_of
-from .run.data import dataset, fill_pairs, negatives, pairs_spec, preview_prompts, say_long
+from .run.data import check_data, dataset, fill_pairs, negatives, pairs_spec, preview_prompts, say_long
 from .run.first_call import check_first_call
 from .run.health import Health, attend, go_back, health, note
 from .run.lora_check import Checked, check_lora
@@ -60,6 +60,7 @@ from .training import Trainer, launched
 from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
+NFE = (1, 2, 4, 8)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "undistil",
            "with_teacher"]
@@ -86,6 +87,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
         log.info(f"checking {recipe.name}")
         for stage in recipe.stages:
             check_recipe(stage)
+        check_data(recipe)
         check_card(recipe, device)
         if going_on:
             write_down(run, recipe)
@@ -249,6 +251,7 @@ def undistil(turbo: str | Path, *, prompts: str | Path | Sequence[str] | None = 
     return run / "export" / to
 
 
+@spoken()
 def doctor(run: str | Path) -> list[Health]:
     """How a finished or a running run is doing, a record a stage: what ails it now, what did before, and what helps.
 
@@ -307,6 +310,8 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     if x0 is not None and with_teacher is None:
         raise RequestError("a sheet of x_0 is drawn beside a teacher: --with-teacher diversity,handover=0 is the "
                            "student alone")
+    if x0 is not None and out is not None and Path(x0).resolve() == Path(out).resolve():
+        raise RequestError(f"{x0} is to be the sheet of x_0 and the picture: name two files")
     asked = None if with_teacher is None else Asked.of(with_teacher)
     opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins),
                          checkpoint=checkpoint,
@@ -340,7 +345,7 @@ def check_pictures(pixels: Tensor, target: str | Path) -> None:
 
 
 @spoken()
-def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int | None = None,
+def bench(*targets: str | Path, nfe: Sequence[int] | None = None, samples: int | None = None,
           out: str | Path = "bench", seed: int = 0, guidance: Sequence[float] | None = None,
           solvers: Sequence[str] = tuple(SOLVERS), features: FeatureName | FeatureNames | None = None,
           reference: str | Path | None = None, prompts: Sequence[str] | None = None,
@@ -349,29 +354,33 @@ def bench(*targets: str | Path, nfe: Sequence[int] = (1, 2, 4, 8), samples: int 
           scales: Sequence[float] | None = None, with_teacher: str | None = None) -> dict[str, Any]:
     """Quality and latency against network evaluations: the table of results.json, written to `out` with report.html.
 
-    features: "inception", the folder of a CLIPModel or of a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in
-    [-1, 1] -> (B, dim)), or several of them, since one alone misranks: all figures are of the first, distances are in
-    the others too. reference: "shapes" or a folder of real pictures, against which distances are taken of 2,000
-    `samples` in `features`, those of assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the
-    same noise, of 16 samples: shapes for what ships and the teacher for all else, unless given. The teachers of
-    students stand in the table too, at `guidance`, or without guidance and at the scale that the student was trained
-    for: of the two the better one at each count is what a student should be held against. few_step: further targets,
-    few-step pipelines that others made: they keep their scheduler and are called without guidance. metrics: what
-    people prefer ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with
-    them, or with the families of pipelines. Videos are measured beside their teacher's own. with_teacher: as of
-    `sample`; beside the rows of each student stand those with its teacher's help, at the evaluations of both.
+    nfe: the network evaluations, 1, 2, 4 and 8 unless given. features: "inception", the folder of a CLIPModel or of
+    a Dinov2Model, a module of one's own (pixels (B, 3, H, W) in [-1, 1] -> (B, dim)), or several of them, since one
+    alone misranks: all figures are of the first, distances are in the others too. reference: "shapes" or a folder
+    of real pictures, against which distances are taken of 2,000 `samples` in `features`, those of
+    assets/shapes-clip unless given; or "teacher", the teacher's own pictures from the same noise, of 16 samples:
+    shapes for what ships and the teacher for all else, unless given. The teachers of students stand in the table
+    too, at `guidance`, or without guidance and at the scale that the student was trained for: of the two the better
+    one at each count is what a student should be held against. few_step: further targets, few-step pipelines that
+    others made: they keep their scheduler and are called without guidance. metrics: what people prefer
+    ("pickscore", "hpsv2=FOLDER", "shapes_reward"), or figures of plugins by name; plugins: a folder with them, or
+    with the families of pipelines. Videos are measured beside their teacher's own. with_teacher: as of `sample`;
+    beside the rows of each student stand those with its teacher's help, at the evaluations of both.
 
     compose: other LoRAs (folders, .safetensors files or Hub ids) that one student wears, each at the strengths
-    `scales`: instead of the above, the student in its own steps and its teacher are drawn with and without each, and a
-    verdict says whether its style and the variety of seeds are kept. `guidance` is then that of the student, and
-    `samples` are 64 unless given.
+    `scales`, 0.5, 0.75 and 1 unless given: instead of the above, the student in its own steps and its teacher are
+    drawn with and without each, and a verdict says whether its style and the variety of seeds are kept. `guidance`
+    is then that of the student, and `samples` are 64 unless given.
     """
     told = {"samples": samples, "out": out, "seed": seed, "guidance": guidance, "solvers": solvers,
             "features": features, "prompts": prompts, "metrics": metrics, "plugins": plugins}
-    beside = {"reference": reference, "reuse": reuse, "few_step": few_step, "with_teacher": with_teacher}
+    beside = {"nfe": nfe, "reference": reference, "reuse": reuse, "few_step": few_step, "with_teacher": with_teacher}
     if compose:
         return composing.compose(targets, compose, scales=scales, unused=beside, **told)
-    return benching.bench(targets, nfe=nfe, **beside, **told)
+    if scales is not None:
+        raise RequestError(f"--scales {','.join(f'{s:g}' for s in scales)}: are the strengths of LoRAs that a student "
+                           "wears: name these by --compose, or leave it out")
+    return benching.bench(targets, **beside | {"nfe": nfe or NFE}, **told)
 
 
 def quiet() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, NoReturn
@@ -113,8 +114,8 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
 
 @app.command()
 def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=Target)],
-          nfe: Annotated[str, typer.Option(metavar="1,2,4,8",
-                                           help="Network evaluations; a guided step is two.")] = "1,2,4,8",
+          nfe: Annotated[str | None, typer.Option(metavar="N,...", help="Network evaluations, 1,2,4,8 unless given; a "
+                                                  "guided step is two.")] = None,
           samples: Annotated[int | None, typer.Option(min=2, max=MANY, help="Pictures a row; 2000, and 16 against "
                                                       "the teacher.")] = None,
           guidance: Annotated[str | None, typer.Option(metavar="W,...", help="Scales of the teacher; the student's own "
@@ -138,11 +139,13 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           compose: Annotated[list[str] | None, typer.Option(
               metavar="LORA", help="Does the student go with this LoRA? A bench of its own; may be given several "
                                    "times.")] = None,
-          scales: Annotated[str, typer.Option(metavar="S,...", help="Strengths of --compose.")] = "0.5,0.75,1",
+          scales: Annotated[str | None, typer.Option(metavar="S,...", help="Strengths of --compose; 0.5,0.75,1 unless "
+                                                     "given.")] = None,
           plugins: Plugins = None, with_teacher: WithTeacher = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
-    counts, guided = numbers("--nfe", nfe, int, "1,2,4,8"), guidance and numbers("--guidance", guidance, float, "1,3")
-    strengths = numbers("--scales", scales, float, "0.5,1", least=0)
+    counts, guided = nfe and numbers("--nfe", nfe, int, "1,2,4,8"), guidance and numbers("--guidance", guidance, float,
+                                                                                      "1,3")
+    strengths = scales and numbers("--scales", scales, float, "0.5,1", least=0)
     api = working()
     from ..data.prompts import texts_of
     texts = texts_of(prompts)
@@ -222,8 +225,12 @@ def undistil(turbo: Annotated[str, typer.Argument(metavar="PIPELINE", help="A fe
              as_json: Json = False) -> None:
     """Make the adapter with which style LoRAs are trained on a few-step model."""
     from ..recipe.yaml import parse_set
-    folder = working().undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps, to=to,
-                                out=out, resume="auto" if resume_auto else resume, **parse_set(set_ or []))
+    sets, api = parse_set(set_ or []), working()
+    if own := [name for name in sets if name in signature(api.undistil).parameters]:
+        raise RequestError(f"--set {own[0]}: undistil says that by an option of its own: see `stepdistill undistil "
+                           "--help`")
+    folder = api.undistil(turbo, prompts=prompts, updates=updates, samples=samples, rank=rank, steps=steps, to=to,
+                                out=out, resume="auto" if resume_auto else resume, **sets)
     emit({"folder": str(folder)}, as_json, lambda: tell(f"proved and written: {folder}\nits card says how it is used: "
                                                         f"{folder / 'README.md'}"))
 

@@ -84,8 +84,13 @@ def all_captions(source: Captions) -> list[str]:
 
 
 def texts_of(path: Path | None) -> list[str] | None:
-    """Every prompt of a file; None without one."""
-    return None if path is None else all_captions(open_prompts(path))
+    """Every prompt of a file; None without one. RequestError for what has no end."""
+    if path is None:
+        return None
+    if is_toy(path):
+        raise RequestError(f"prompts: '{path}' is Toy, whose classes are drawn without end: give a .txt file of one "
+                           "prompt a line")
+    return all_captions(open_prompts(path))
 
 
 def open_prompts(spec: str | Path | Sequence[str], seed: int = 0, count: int | None = None) -> Captions:

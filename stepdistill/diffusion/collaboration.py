@@ -23,6 +23,7 @@ from .prediction import Prediction
 from .readers import MULTISTEP, Evaluation, Rule
 from .sampler import Draw, Sampler
 from .schedule import Schedule, VariancePreserving, where
+from .times import LEVELS
 
 Judge = Callable[[Tensor], Tensor]                  # x_0 (B, ...) -> (B,) bool, those that go back to the teacher
 
@@ -159,10 +160,10 @@ def diversity(student: Sampler, schedule: Schedule, guidance: float, teacher_ste
     count = student.nfe
     _require(0 <= handover <= count, f"the student takes over at one of its evaluations 0 to {count - 1}, or at "
              f"{count} not at all; found handover = {handover}")
-    _require(teacher_steps >= 1, f"the teacher takes at least 1 step; found teacher_steps = {teacher_steps}")
     if handover == 0:
         return alone(student)
     end = 0.0 if handover == count else student.evaluations[handover].level
+    _check_times(schedule, student.evaluations[0].level, student.evaluations[handover - 1].landing, teacher_steps)
     first = _teachers(schedule, student.evaluations[0].level, end, teacher_steps, guidance)
     return Collaboration(1.0, first + alone(student).turns[handover:])
 
@@ -177,7 +178,6 @@ def distillation_pp(student: Sampler, schedule: Schedule, guidance: float, weigh
     one, is ours (figures: docs/with_teacher.md). guided_steps: how many of the student's steps, from the first one.
     """
     _single(student)
-    _require(0 <= weight <= 1, f"the weight of the teacher's x_0 is from 0 to 1; found {weight:g}")
     _require(1 <= guided_steps < student.nfe, "the teacher looks at an x_0 that goes on to another step, so it helps "
              f"in 1 to {student.nfe - 1} of {student.nfe} steps; found guided_steps = {guided_steps}")
     turns: list[Turn] = []
@@ -200,17 +200,18 @@ def adaptive(student: Sampler, schedule: Schedule, guidance: float, teacher_step
     percentile of a score of the student's pictures (`sent_back`); its code goes through pixels, here latents are kept.
     """
     _single(student)
-    _require(0 < strength <= 1, f"the strength is a time above 0 and up to 1; found {strength:g}: at 0 the student's "
-             "picture would stay as it is")
-    _require(teacher_steps >= 1, f"the teacher takes at least 1 step; found teacher_steps = {teacher_steps}")
     *before, last = alone(student).turns
     strength = _node(schedule, strength)
+    _check_times(schedule, strength, 0.0, teacher_steps)
     after = _teachers(schedule, strength, 0.0, teacher_steps, guidance)
     return Collaboration(student.start, (*before, replace(last, back=strength), *after))
 
 
 SYSTEMS: Mapping[str, Callable[..., Collaboration]] = {"diversity": diversity, "distillation_pp": distillation_pp,
                                                        "adaptive": adaptive}
+# of their options, whatever the student is
+LIMITS = {"teacher_steps": (1, LEVELS), "handover": (0, LEVELS), "weight": (0, 1), "guided_steps": (1, LEVELS),
+          "strength": (1 / LEVELS, 1)}
 PAPERS = {"diversity": "2503.10637", "distillation_pp": "2412.08871", "adaptive": "2312.10835"}
 
 
@@ -220,6 +221,12 @@ def system(name: str, student: Sampler, schedule: Schedule, guidance: float, **o
     if name not in SYSTEMS:
         raise RequestError(f"there is no system {name!r} of sampling with the teacher: there are "
                            f"{', '.join(SYSTEMS)}")
+    check_options(name, guidance, options)
+    return SYSTEMS[name](student, schedule, guidance, **options)
+
+
+def check_options(name: str, guidance: float, options: Mapping[str, Any]) -> None:
+    """RequestError for a scale of the teacher, and for options of a system, that are none whatever the student is."""
     _require(1 <= guidance < float("inf"), f"the teacher's guidance scale is at least 1, which is none; found "
              f"{guidance:g}")
     known = options_of(name)
@@ -229,7 +236,8 @@ def system(name: str, student: Sampler, schedule: Schedule, guidance: float, **o
         whole = isinstance(known[key], int)
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise RequestError(f"{key} of {name} is a {'whole ' * whole}number, such as {known[key]}; found {value!r}")
-    return SYSTEMS[name](student, schedule, guidance, **options)
+        low, high = LIMITS[key]
+        _require(low <= value <= high, f"{key} of {name} is from {low:g} to {high:g}; found {key} = {value:g}")
 
 
 def options_of(name: str) -> dict[str, int | float]:
@@ -252,6 +260,13 @@ def _teachers(schedule: Schedule, high: float, low: float, steps: int, guidance:
     times = [high, *inner, low]
     return tuple(Turn("teacher", float(guidance), Evaluation(_node(schedule, t), t, r, _ode))
                  for t, r in zip(times, times[1:], strict=False))
+
+
+def _check_times(schedule: Schedule, high: float, low: float, steps: int) -> None:
+    """RequestError for more steps of the teacher than a discrete schedule has times."""
+    most = round((high - low) * schedule.nodes) if isinstance(schedule, VariancePreserving) else LEVELS
+    _require(steps <= most, f"the teacher has {most} times from t = {high:.3g} to {low:.3g}, and takes a step from "
+             f"each at most; found teacher_steps = {steps}")
 
 
 def _node(schedule: Schedule, t: float) -> float:

@@ -101,7 +101,7 @@ def bench_composed(student: Target, base: Target, styles: Sequence[FusedLora], o
     is drawn, for a LoRA that does not fit and for guidance that the student cannot take.
     """
     texts = list(PROMPTS if prompts is None else prompts)
-    _check(styles, scales, texts, samples, features)
+    check_composed(styles, scales, texts, samples, features)
     called = [_called(student, w, say) for w in _scales(student, guidance)]
     pipelines = base.pipeline, student.pipeline
     for style in styles:
@@ -121,8 +121,10 @@ def name_of(style: FusedLora) -> str:
     return path.parent.name if path.name == LORA_FILE and path.parent.name else path.name.removesuffix(".safetensors")
 
 
-def _check(styles: Sequence[FusedLora], scales: Sequence[float], texts: Sequence[str], samples: int,
-           features: FeatureNames | None) -> None:
+def check_composed(styles: Sequence[FusedLora], scales: Sequence[float], texts: Sequence[str], samples: int,
+                   features: FeatureNames | None) -> None:
+    """RequestError for a composition that cannot be: LoRAs that are not to be had or not told apart, too few samples.
+    The rest as `bench_composed`."""
     for style in styles:
         try:
             style.file()

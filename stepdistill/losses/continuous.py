@@ -16,6 +16,7 @@ from ..diffusion.views import viewed
 from .tangent import RADIAN, exact, normalised, pushed, trig_difference, trig_pair, trig_tangent
 
 Derivative = Literal["exact", "pair", "difference"]
+LEAST = 1e-6                       # of what is divided by
 
 
 class TangentSettings(Protocol):
@@ -35,9 +36,9 @@ class TangentSettings(Protocol):
 
 def check_tangent(settings: TangentSettings) -> None:
     """ValueError for settings that no tangent has."""
-    if settings.std <= 0 or settings.damping <= 0 or settings.width <= 0:
-        raise ValueError("std, damping and width must be above 0; found "
-                         f"{settings.std}, {settings.damping}, {settings.width}")
+    if settings.std <= 0 or settings.damping < LEAST or settings.width < LEAST:
+        raise ValueError(f"std must be above 0, damping and width at least {LEAST:g}, below which float32 divides by "
+                         f"0; found {settings.std}, {settings.damping}, {settings.width}")
     if not 0 <= settings.warmup <= 1:
         raise ValueError(f"warmup is a share of the training, from 0 to 1; found {settings.warmup}")
     if settings.derivative not in get_args(Derivative):

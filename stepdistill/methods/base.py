@@ -215,13 +215,11 @@ def renoising(settings: StartSettings, steps: int) -> Inference:
 # are of the teacher's grid, `triples.grid(nodes, shift)`, with skip nodes from t to s; loss and huber_c those of
 # `regression.distance`; start_time is `renoising`'s.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "nodes": (lambda s: s.nodes >= 1, "at least 1"),
     "skip": (lambda s: 1 <= s.skip <= s.nodes, "from 1 to nodes = {s.nodes}"),
     "shift": (lambda s: s.shift > 0, "above 0, where 1 leaves all uniform"),
     "loss": (lambda s: s.loss in DISTANCES, f"one of {', '.join(DISTANCES)}"),
     "huber_c": (lambda s: s.huber_c > 0, "above 0"),
     "target_decay": (lambda s: 0 <= s.target_decay < 1, "in [0, 1)"),
-    "critic_steps": (lambda s: s.critic_steps >= 1, "at least 1"),
     "drop": (lambda s: 0 <= s.drop < 1, "in [0, 1)"),
     "gan_weight": (lambda s: s.gan_weight >= 0, "at least 0, which leaves the discriminator out"),
     "critic_gan_weight": (lambda s: s.critic_gan_weight >= 0, "at least 0"),
@@ -231,8 +229,22 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+# Entries that count what one update does, or the places of a grid: beyond MOST a number is a slip, and a step without
+# end.
+COUNTS, MOST = ("nodes", "critic_steps", "langevin_steps", "rollout_steps", "solver_steps", "substeps", "state_steps",
+                "ends", "bridge_steps", "first_nodes", "last_nodes", "records"), 10_000
+
+
+def check_counts(settings: Any) -> None:
+    """ValueError for settings with an entry of COUNTS that is none."""
+    for name in COUNTS:
+        if name in vars(settings) and not 1 <= vars(settings)[name] <= MOST:
+            raise ValueError(f"{name} must be at least 1, and at most {MOST:,}; found {vars(settings)[name]}")
+
+
 def check(settings: Any) -> None:
-    """ValueError for settings with an entry of RULES that breaks its rule."""
+    """ValueError for settings with an entry of COUNTS that is none, or one of RULES that breaks its rule."""
+    check_counts(settings)
     for name, (holds, what) in RULES.items():
         if name in vars(settings) and not holds(settings):
             raise ValueError(f"{name} must be {what.format(s=settings)}; found {vars(settings)[name]!r}")
@@ -245,6 +257,13 @@ def check_fit(method: str, settings: Any, steps: int, schedule: Schedule) -> Non
     if isinstance(schedule, VariancePreserving) and (LEVELS % settings.nodes or settings.shift != 1):
         raise ValueError(f"{method} on a variance-preserving teacher wants nodes that divide {LEVELS}, its times, and "
                          f"no shift; found nodes = {settings.nodes}, shift = {settings.shift}")
+
+
+def check_told(method: str, count: int, schedule: Schedule) -> None:
+    """ValueError where so many even steps of the teacher, from noise to data, would tell it times below its first."""
+    if isinstance(schedule, VariancePreserving) and count > LEVELS:
+        raise ValueError(f"{method} asks a variance-preserving teacher at {count:,} even times, and it has {LEVELS}: "
+                         "take fewer nodes, or fewer steps between two of them")
 
 
 def halving(method: str, steps: int, before: int) -> str | None:

@@ -152,9 +152,12 @@ def load_reward(asked: str, slots: Slots, attributes: Attributes, device: str | 
 def where(asked: str) -> tuple[str, str]:
     """The name of a reward, and the folder or Hub id of its weights. RequestError for one that is none, or has no place
     that could be read."""
-    name, _, place = asked.partition("=")
+    name, given, place = asked.partition("=")
     if name not in REWARDS:
         raise RequestError(f"there is no reward {name}: known are {', '.join(REWARDS)}")
+    if given and not place:
+        raise RequestError(f"{asked} names no place: say {name}=FOLDER, or {name} alone where its weights are to be "
+                           "those that it has unless given")
     kind = REWARDS[name]
     if name == "imagereward" or not place and kind.published is None and kind.folder is None:
         raise RequestError(f"{name} cannot be loaded: {kind.instead}")

@@ -39,6 +39,7 @@ from .teacher_checks import (
     check_guided,
     check_own_call,
     check_quantization,
+    check_size,
     check_times,
     check_videos,
     family,
@@ -60,6 +61,7 @@ def check(recipe: Recipe) -> Checked:
     """RequestError for what cannot work, in this stage and between it and the one before."""
     check_family(recipe)
     check_buckets(recipe, family(recipe))
+    check_size(recipe)
     settings, method = recipe.method_settings(), load_method(recipe.method)
     if reason := method.refusal(settings, recipe.data.kind):
         raise recipe.refuse(f"data.{recipe.data.kind}", f"does not suit the settings: {reason}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from .. import resources
 from ..errors import RequestError
-from ..evaluation.compose import SAMPLES, SCALES, bench_composed
+from ..evaluation.compose import SAMPLES, SCALES, bench_composed, check_composed
+from ..evaluation.own import PROMPTS
 from ..evaluation.reference import ShapesSource
 from ..evaluation.report import Results
 from ..evaluation.space import FeatureName, FeatureNames
@@ -24,7 +25,7 @@ from .targets import open_target, ships, teachers
 from .teacher_checks import quantization
 from .telling import log
 
-PROMPTS = 8                                        # captions of Shapes
+CAPTIONS = 8                                       # of Shapes
 
 
 def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scales: Sequence[float] | None,
@@ -34,13 +35,19 @@ def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scale
     """`stepdistill.bench` of the one student among `targets` under other LoRAs, beside its teacher. unused: options
     that this has no use for. told: the rest of `evaluation.compose.bench_composed`'s.
 
-    RequestError for a target that has no LoRA to lay others beside, before it is loaded.
+    RequestError, before anything is loaded, for a target that has no LoRA to lay others beside, for LoRAs that are not
+    to be had, and for a bench that cannot be.
     """
     if wrong := [name.replace("_", "-") for name, value in unused.items() if value]:
-        raise RequestError(f"a bench under other LoRAs is against the student's own teacher: leave --{wrong[0]} out")
+        raise RequestError("a bench under other LoRAs is of a student in its own steps, against its own teacher: leave "
+                           f"--{wrong[0]} out")
     if len(targets) != 1:
         raise RequestError(f"a bench under other LoRAs is of one student at a time; found {len(targets)} targets")
     _must_have_lora(targets[0])
+    styles = [FusedLora(str(resources.locate(lora) or lora)) for lora in loras]
+    scales, samples = SCALES if scales is None else scales, SAMPLES if samples is None else samples
+    asked = None if features is None else feature_spaces(features)
+    check_composed(styles, scales, PROMPTS if prompts is None else prompts, samples, asked)
     outside = None if plugins is None else Folder.open(plugins)
     marks = marked(metrics, outside, device := launched())
     opened = open_target(targets[0], Path(targets[0]).resolve().name, say=log.info, plugins=outside)
@@ -53,11 +60,10 @@ def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scale
     for pipeline in (opened.target.pipeline, beside[0].pipeline):
         pipeline.to(device)
     if prompts is None and ships(opened):
-        prompts = ShapesSource().prompts(PROMPTS)
-    styles = [FusedLora(str(resources.locate(lora) or lora)) for lora in loras]
+        prompts = ShapesSource().prompts(CAPTIONS)
     spaces = feature_spaces(features) if features is not None or ships(opened) else None
-    return bench_composed(opened.target, beside[0], styles, Path(out), scales=scales or SCALES, prompts=prompts,
-                          trained=1.0 if opened.guidance is None else opened.guidance, samples=samples or SAMPLES,
+    return bench_composed(opened.target, beside[0], styles, Path(out), scales=scales, prompts=prompts,
+                          trained=1.0 if opened.guidance is None else opened.guidance, samples=samples,
                           features=spaces, **common(device, marks), **told)
 
 

@@ -35,15 +35,16 @@ from ..diffusion.solvers import SOLVERS, Seen, unseen
 from ..diffusion.times import even
 from ..methods.base import due
 from ..models.stock import pictures, say_cut
-from ..models.teacher import Teacher
-from ..recipe import plugins
+from ..models.teacher import Teacher, load_teacher
+from ..recipe import Recipe, plugins
+from ..recipe.values import size_of
 from ..training.loop import DTYPES
 from .buckets import bucketed
 from .checks import found
 from .negatives import negative_prompts
 from .setup import Run
-from .sources import is_outside
-from .teacher_checks import data_entry
+from .sources import is_outside, source_of
+from .teacher_checks import data_of, family
 
 LOOKED_AT = 20_000                                    # prompts whose length is looked at
 SAMPLE = "teacher sample"                             # what the noises of the teacher's own samples are for
@@ -52,27 +53,37 @@ SAMPLE = "teacher sample"                             # what the noises of the t
 def captions(run: Run) -> Captions:
     """The pictures or prompts that the recipe names. They may be very many, and are looked through once."""
     if "data" not in run.opened:
-        run.opened["data"] = _opened(run)
+        run.opened["data"] = _opened(run.recipe, run.teacher)
     return run.opened["data"]
 
 
-def _opened(run: Run) -> Captions:
-    data, seed, reads = run.recipe.data, run.recipe.train.seed, run.teacher.family.reads(run.teacher.network)
-    if data.kind == "images" and is_outside(run.recipe, "data.images", data.images):
-        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(run.teacher),
-                             seed, data.count)
+def check_data(recipe: Recipe) -> None:
+    """RequestError for pictures or prompts, of any stage, that cannot be read: before any weights of the teacher are.
+    Every picture is decoded once, which is remembered."""
+    for stage in {stage.data.model_dump_json(exclude={"batch"}): stage for stage in recipe.stages}.values():
+        made_here = data_of(stage)[1] == "shapes" or family(stage).samples == "points"
+        if not made_here:
+            with stage.blaming("teacher", "cannot be loaded"):
+                teacher = load_teacher(source_of(stage), device="meta", resolution=size_of(stage.resolution),
+                                       frames=stage.frames)
+            _opened(stage, teacher)
+
+
+def _opened(recipe: Recipe, teacher: Teacher) -> Captions:
+    data, seed, reads = recipe.data, recipe.train.seed, teacher.family.reads(teacher.network)
+    if data.kind == "images" and is_outside(recipe, "data.images", data.images):
+        source = open_source(data.images, plugins.mark_of("data", data.images), pixels_of(teacher), seed, data.count)
         return Uncaptioned(source) if reads == "nothing" else source
-    if data.kind == "images" and run.teacher.frames not in (None, 1):
-        return VideoImages.open(Path(found(data.images)), pixels_of(run.teacher), run.teacher.frames, data.count)
+    if data.kind == "images" and teacher.frames not in (None, 1):
+        return VideoImages.open(Path(found(data.images)), pixels_of(teacher), teacher.frames, data.count)
     if data.kind == "images":
-        return open_images(found(data.images), pixels_of(run.teacher), seed, data.count, reads)
-    named = data.prompts if data.made is None else data.made.prompts
-    if is_outside(run.recipe, data_entry(run.recipe), named):
+        return open_images(found(data.images), pixels_of(teacher), seed, data.count, reads)
+    entry, named = data_of(recipe)
+    if is_outside(recipe, entry, named):
         return open_source(named, plugins.mark_of("data", named), None, seed, None)
     if (named == "none") != (reads == "nothing"):
         right = f"reads {reads}: name some" if named == "none" else "reads neither texts nor classes: let it be none"
-        raise run.recipe.refuse(f"data.{data.kind}" + ".prompts" * (data.made is not None),
-                                f"is {named}, but the teacher {right}")
+        raise recipe.refuse(entry, f"is {named}, but the teacher {right}")
     return open_prompts(found(named) if isinstance(named, str) else list(named), seed)
 
 

@@ -152,15 +152,14 @@ class Health:
     now: list[Finding]
     was: list[Finding]
     signals: Mapping[str, float | str]
-    picture: Path | None
+    picture: Path
 
     @property
     def words(self) -> str:
         verdict = [finding.words for finding in self.now] or ["healthy: every signal is in its band"]
         before = [f"before, until step {finding.found:,}: {finding.name} (since step {finding.since:,}): "
                   f"{finding.says}" for finding in self.was]
-        seen = [] if self.picture is None else [f"its signals: {self.picture}"]
-        return "\n".join([f"{self.folder}, step {self.step:,}", *verdict, *before, *seen])
+        return "\n".join([f"{self.folder}, step {self.step:,}", *verdict, *before, f"its signals: {self.picture}"])
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -168,7 +167,7 @@ class Health:
         return {"folder": str(self.folder), "step": self.step, "healthy": not self.now,
                 "now": [asdict(finding) for finding in self.now],
                 "was": [asdict(finding) for finding in self.was], "signals": dict(self.signals),
-                "picture": None if self.picture is None else str(self.picture)}
+                "picture": str(self.picture)}
 
 
 def health(run: Path) -> list[Health]:
@@ -177,25 +176,32 @@ def health(run: Path) -> list[Health]:
     RequestError for what is no run, and for one that no doctor has looked at.
     """
     recipe = folder.recipe_of(run)
-    pairs = [(stage, place) for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True)
+    looks = [(stage, place, _looks(place / SIGNALS))
+             for stage, place in zip(recipe.stages, folder.stage_folders(recipe, run), strict=True)
              if (place / SIGNALS).is_file()]
-    if not pairs:
-        raise RequestError(f"{run} holds no {SIGNALS}: its training has not begun, train.doctor is off, or the "
-                           f"run is shorter than {PATIENCE} looks; --set train.doctor=warn and train.doctor_every "
-                           "have it looked at from its next step on")
-    return [_health(stage, place) for stage, place in pairs]
+    if not any(rows for *_, rows in looks):
+        raise RequestError(f"{run} holds no {SIGNALS} with a look in it: its training has not begun, train.doctor is "
+                           f"off, or the run is shorter than {PATIENCE} looks; --set train.doctor=warn and "
+                           "train.doctor_every have it looked at from its next step on")
+    return [_health(stage, place, rows) for stage, place, rows in looks if rows]
 
 
-def _health(recipe: Recipe, place: Path) -> Health:
+def _looks(file: Path) -> list[dict[str, Any]]:
+    """What a signals.jsonl holds; lines that no doctor wrote are left out, with a word."""
+    read = [row for _, _, row in records.lines(file.read_bytes(), records.Signals)]
+    rows = [row for row in read if not isinstance(row, ValueError) and isinstance(row.get("step"), int)
+            and all(isinstance(value, str) == (name == "not_finite") for name, value in row.items())]
+    if len(rows) < len(read):
+        log.warning(f"{file}: {len(read) - len(rows)} of {len(read)} lines are damaged, and left out")
+    return rows
+
+
+def _health(recipe: Recipe, place: Path, rows: list[dict[str, Any]]) -> Health:
     from ..evaluation.vitals import vitals  # here, because matplotlib takes a quarter of a second
 
-    rows = [row for _, _, row in records.lines((place / SIGNALS).read_bytes(), records.Signals)
-            if not isinstance(row, ValueError) and isinstance(row.get("step"), int)]
     bands, known = bands_of(recipe.method), facts(recipe)
-    now, picture = judge(rows, bands, known), None
+    now = judge(rows, bands, known)
     names = {finding.name for finding in now}
     was = [finding for finding in history(rows, bands, known) if finding.name not in names]
-    if rows:
-        picture = place / PICTURE
-        write_whole(picture, vitals(rows, bands, [(finding.since, finding.name) for finding in now]))
-    return Health(place, int(rows[-1]["step"]) if rows else 0, now, was, rows[-1] if rows else {}, picture)
+    write_whole(place / PICTURE, vitals(rows, bands, [(finding.since, finding.name) for finding in now]))
+    return Health(place, int(rows[-1]["step"]), now, was, rows[-1], place / PICTURE)

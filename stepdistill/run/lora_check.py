@@ -101,11 +101,12 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     if features is None and not ships:
         raise RequestError(f"{base} does not draw Shapes, whose features are the only ones that ship: name the "
                            "folder of a CLIPModel by --features")
+    texts = prompts_of(ships, prompts, samples)
+    seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
+    check_worn(lora, base)
     teacher, weights = worn(lora, base, guidance, device)
     w = good_guidance(teacher) if guidance is None else guidance
-    seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
-    judge, reference = judging(teacher, weights, seen, w, prompts_of(ships, prompts, samples), samples, seed,
-                               FIRST if ships else 4, say)
+    judge, reference = judging(teacher, weights, seen, w, texts, samples, seed, FIRST if ships else 4, say)
     claim, scales = lora.claim(teacher), sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
     found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples,
                       claim and claim.way, lambda way: replace(way, scale=0.0), say)
@@ -122,21 +123,30 @@ def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None,
     return checked
 
 
+def check_worn(lora: ForeignLora, base: Source) -> None:
+    """RequestError, by configs alone, for a base whose pictures no LoRA's are held against, and where this one does not
+    fit, with the base that would."""
+    teacher = load_teacher(base, device="meta")
+    if teacher.family.no_pipeline:
+        raise RequestError(f"{base} is no pipeline of diffusers, and LoRAs are laid on the networks of these")
+    if teacher.family.video is not None:
+        raise RequestError(f"{base} makes videos, and a call is judged by features of pictures: its LoRAs are called "
+                           "as whoever made them says")
+    try:
+        given_lora(teacher, str(lora.file))
+    except RequestError as error:
+        raise RequestError(f"{error}. {lora.made_for[0].upper()}{lora.made_for[1:]}") from error
+
+
 def worn(lora: ForeignLora, base: Source, guidance: float | None, device: str | torch.device = "cpu") -> tuple[Teacher,
                                                                                                                Weights]:
-    """The base, and the LoRA as an adapter of its network. RequestError where it does not fit, with the base that
-    would."""
+    """The base, and the LoRA as an adapter of its network. RequestError for a base of few bits."""
     teacher = load_teacher(base, device=device, scale=guidance or 1.0)
-    if teacher.loaded is None:
-        raise RequestError(f"{base} is no pipeline of diffusers, and LoRAs are laid on the networks of these")
     if (kind := quantization_of(teacher.network)) is not None:
         raise RequestError(f"the network of {base} is quantised ({kind}), and a LoRA's weight is sought by adding "
                            "it to plain weights: name the plain pipeline")
     teacher.loaded.set_progress_bar_config(disable=True)
-    try:
-        return teacher, given_lora(teacher, str(lora.file))
-    except RequestError as error:
-        raise RequestError(f"{error}. {lora.made_for[0].upper()}{lora.made_for[1:]}") from error
+    return teacher, given_lora(teacher, str(lora.file))
 
 
 def good_guidance(teacher: Teacher) -> float:

@@ -12,7 +12,7 @@ from ..data.prompts import Captions, open_prompts
 from ..diffusion.contracts import Role
 from ..diffusion.guidance import guided
 from ..errors import RequestError
-from ..methods.base import FIXED, Follows, Need
+from ..methods.base import FIXED, Follows, Frozen, Need
 from ..models.sources import class_at
 from ..recipe import Recipe
 from .sources import source_of
@@ -84,6 +84,9 @@ def _check_method(recipe: Recipe, needs: Mapping[str, Need]) -> None:
         raise recipe.refuse("negatives", "are given, but the student reads its guidance scale, and stock pipelines "
                                          "switch guidance off where the network reads one: let "
                                          "guidance_embedding be false")
+    if not needs.get("teacher", Frozen()).within:
+        raise recipe.refuse("negatives", f"are given, but a student of {recipe.method} is guided by its pipeline "
+                                         "already: leave them out")
     others = [name for name, need in needs.items() if name != "student" and not isinstance(need, FIXED + (Follows,))]
     if others:
         raise recipe.refuse("negatives", f"are given, but the {' and the '.join(others)} of {recipe.method} would "

@@ -12,7 +12,7 @@ from ..methods.base import Need, Reward
 from ..models.rewards import PlannedReward, find_reward, where
 from ..recipe.schema import Recipe
 from .sources import reward_of, source_of
-from .teacher_checks import family, named_data
+from .teacher_checks import data_of, family
 
 OWN = "shapes_reward"                                 # the one that ships, of captions of Shapes
 
@@ -27,7 +27,7 @@ def reward_name(recipe: Recipe) -> str:
     if recipe.reward is not None:
         name, _, place = recipe.reward.partition("=")
         return f"{name}={resources.locate(place) or place}" if place else name
-    if named_data(recipe)[1] == "shapes":
+    if data_of(recipe)[1] == "shapes":
         return OWN
     raise recipe.refuse("method", f"is {recipe.method}, which raises a reward, and nothing says which: name one, such "
                         "as reward: pickscore, which is a download, or reward: hpsv2=FOLDER with the weights of a "
@@ -52,7 +52,7 @@ def check_reward(recipe: Recipe, needs: Mapping[str, Need]) -> None:
         return
     with recipe.blaming("reward", f"is {(name := reward_name(recipe))}, which cannot be raised"):
         find_reward(name)
-    path, texts = named_data(recipe)
+    path, texts = data_of(recipe)
     if where(name)[0] == OWN and texts != "shapes" and (
             isinstance(texts, str) or any(attributes_of(text) is None for text in texts)):
         raise recipe.refuse("reward", f"is {name}, which scores captions of Shapes alone, but {path} are "

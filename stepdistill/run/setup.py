@@ -140,9 +140,6 @@ def sampling(recipe: Recipe, teacher: Teacher) -> tuple[StockCall, Sampler]:
     try:
         inference = inference_of(recipe, teacher.schedule)
         if (kept := kept_scale(recipe)) is not None:
-            if inference.cfg > 1:
-                raise recipe.refuse("negatives", f"are given, but a student of {recipe.method} is guided by its "
-                                                 "pipeline already: leave them out")
             inference = replace(inference, cfg=kept)
         stock = teacher.stock_call(inference)
         return stock, teacher.sampler(stock)

@@ -21,7 +21,7 @@ from ..models.sources import class_at, index_at
 from ..models.teacher import family_at, load_teacher
 from ..models.weights import settled
 from ..recipe.schema import Recipe
-from ..recipe.values import size_of
+from ..recipe.values import buckets_of, size_of
 from .inference import inference_of
 from .sources import bring_family, is_outside, source_of
 
@@ -38,7 +38,7 @@ def check_family(recipe: Recipe) -> None:
     """RequestError for entries that the teacher's family does not serve, and for data of another kind than its
     samples."""
     served = family(recipe)
-    points, (path, data) = served.samples == "points", named_data(recipe)
+    points, (path, data) = served.samples == "points", data_of(recipe)
     is_outside(recipe, path, data)
     if points and not _are_points(data):
         raise recipe.refuse(path, f"is {data}, but the teacher is Toy, whose samples are points of the plane: "
@@ -52,6 +52,16 @@ def check_family(recipe: Recipe) -> None:
         value = _entry(recipe, entry)
         if value not in (None, False, "auto") and not (entry.endswith("guidance") and value == 1):
             raise recipe.refuse(entry, f"is {'on' if value is True else value}, but {reason}")
+
+
+def check_size(recipe: Recipe) -> None:
+    """RequestError for a size that the teacher does not draw, by its configs alone. Of buckets see `check_buckets`."""
+    if recipe.resolution is None or buckets_of(recipe.resolution) is not None:
+        return
+    with recipe.blaming("teacher", "cannot be loaded"):
+        teacher = load_teacher(source_of(recipe), device="meta", frames=recipe.frames)
+    with recipe.blaming("resolution", f"is {recipe.resolution}, which the teacher does not draw"):
+        teacher.shape_at((size, size) if isinstance(size := size_of(recipe.resolution), int) else size)
 
 
 def check_videos(recipe: Recipe, needs: Mapping[str, Need]) -> None:
@@ -83,15 +93,11 @@ def _entry(recipe: Recipe, path: str) -> object:
     return found
 
 
-def data_entry(recipe: Recipe) -> str:
-    """Where the recipe names its images or prompts."""
-    return f"data.{recipe.data.kind}" + ".prompts" * (recipe.data.made is not None)
-
-
-def named_data(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
+def data_of(recipe: Recipe) -> tuple[str, str | tuple[str, ...]]:
     """Where the recipe names its images or prompts, and which."""
     data = recipe.data
-    return data_entry(recipe), data.images or data.prompts if data.made is None else data.made.prompts
+    return (f"data.{data.kind}" + ".prompts" * (data.made is not None),
+            data.images or data.prompts if data.made is None else data.made.prompts)
 
 
 def _are_points(data: str | tuple[str, ...]) -> bool:

@@ -21,6 +21,7 @@ from ..models.adapters import PEFT_WEIGHTS
 from ..models.sources import class_at
 from ..models.teacher import load_teacher
 from ..recipe import Recipe
+from .checks import check
 from .sources import located
 from .teacher_checks import family, quantization
 from .telling import log
@@ -39,8 +40,9 @@ def undistilling(turbo: str | Path, prompts: str | Path | Sequence[str] | None, 
                  steps: int | None, to: str, overrides: Mapping[str, Any]) -> tuple[Turbo, Recipe]:
     """The few-step model, and the recipe that trains its adapter: plain denoising of its own few-step samples.
 
-    RequestError, before anything is trained, for what is no few-step model, for a text model without prompts, and for
-    an adapter that could not leave as `to`.
+    RequestError, before anything is trained, for what is no few-step model, for a text model without prompts, for an
+    adapter that could not leave as `to`, and for overrides that would make another thing of it; all but the first
+    before any weights are read.
     """
     if to not in TO:
         raise RequestError(f"--to {to}: an adapter is written for {', '.join(TO)}")
@@ -49,23 +51,39 @@ def undistilling(turbo: str | Path, prompts: str | Path | Sequence[str] | None, 
         raise RequestError(f"--to ai-toolkit: it reads adapters of {' and '.join(AI_TOOLKIT)}, and this is a {kind}: "
                            "use --to diffusers, and train on the model that the adapter's card saves")
     asked = _prompts(found, prompts)
-    found = recognised(found, _first(asked))
-    recipe = Recipe.load({
+    first, table = _first(asked), {
         "method": "denoise", "teacher": _teacher(found), "student": {"lora": {"rank": rank}}, "steps": MANY,
         "data": {"samples": {"prompts": asked, "solver": "own", "call": dict(found.call)}, "count": samples, "batch": 4,
                  "caption_dropout": 0.1},
-        "train": {"updates": updates, "precision": _precision(), **TRAIN}}, overrides)
+        "train": {"updates": updates, "precision": _precision(), **TRAIN}}
+    recipe = Recipe.load(table, overrides)
+    _check_kept(recipe, Recipe.load(table))
     check_export(TO[to], None, family(recipe), (), True, 1.0, quantization(recipe))
     if to == "kohya" and family(recipe).name in TRANSFORMERS:
         raise RequestError(f"--to kohya: kohya's LoRA keys are written for UNets, and this is {family(recipe).name}, "
                            "whose layers its scripts name otherwise: use --to diffusers")
+    check(recipe)
+    found = recognised(found, first)
     log.info(f"{turbo} is a few-step model: {found.known}. Its samples are made by {dict(found.call)}")
     return found, recipe
 
 
+def _check_kept(recipe: Recipe, plain: Recipe) -> None:
+    """RequestError for overrides that train something else than the adapter, whose card would not be its own. plain:
+    without them."""
+    kept = {"method": recipe.method == plain.method, "stages": recipe.previous is None,
+            "teacher": all(vars(recipe.teacher)[name] == vars(plain.teacher)[name]
+                           for name in ("base", "loras", "scheduler")), "student": recipe.student.lora is not None,
+            "data": recipe.data.samples == plain.data.samples}
+    if changed := [name for name, same in kept.items() if not same]:
+        raise recipe.refuse(changed[0], "is changed, but an adapter is a LoRA on the few-step model itself, trained "
+                            "by denoise, in one stage, on samples of its own call: leave it out, and let `stepdistill "
+                            "train` make other things")
+
+
 def _prompts(found: Turbo, asked: str | Path | Sequence[str] | None) -> str | list[str]:
     """As a recipe names them. RequestError for a model that is told something, and no prompts."""
-    if asked is not None:
+    if asked is not None and str(asked) != "none":
         return str(asked) if isinstance(asked, str | Path) else list(asked)
     teacher = load_teacher(located(found.source), device="meta")
     if (reads := teacher.family.reads(teacher.network)) != "nothing":

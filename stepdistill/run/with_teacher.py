@@ -15,13 +15,14 @@ from torch import Tensor
 from .. import resources
 from ..data.cache import fingerprint
 from ..data.shapes import captions, scenes
-from ..diffusion.collaboration import SYSTEMS, options_of, sent_back
+from ..diffusion.collaboration import SYSTEMS, check_options, options_of, sent_back
 from ..errors import RequestError
 from ..evaluation.features import load_features
 from ..evaluation.plans import Plan, Target
 from ..evaluation.sheets import sheet
 from ..models.sources import Source
 from ..models.with_teacher import Help
+from .sources import located
 from .targets import Opened, open_target, ships, teachers
 
 CLIP, CALIBRATED = "assets/shapes-clip", 64         # whose pictures are scored, and how many of them
@@ -52,10 +53,18 @@ class Asked:
             if key not in known or not value:
                 raise RequestError(f"--with-teacher {text}: {one!r} is no option of {name}, which are written "
                                    f"{name},{known[-1]}={options_of(name)[known[-1]]} and may be {', '.join(known)}")
+            if key in found:
+                raise RequestError(f"--with-teacher {text}: {key} is given twice: say it once")
             found[key] = value if key == "teacher" else _number(text, key, value)
         own = {key: found.pop(key) for key in OWN if key in found}
         if not 0 <= own.get("share", 0.5) <= 1:
             raise RequestError(f"--with-teacher {text}: a share of pictures is from 0 to 1")
+        try:
+            check_options(name, own.get("guidance", 1.0), found)
+        except RequestError as error:
+            raise RequestError(f"--with-teacher {text}: {error}") from error
+        if "teacher" in own:
+            located(Source.of(own["teacher"]))
         return cls(name, found, **own)
 
 

@@ -259,10 +259,13 @@ REFUSALS = {
     "diversity has no option weight: it has teacher_steps, handover": ("diversity", {"weight": 0.2}),
     "teacher_steps of diversity is a whole number, such as 1; found 1.5": ("diversity", {"teacher_steps": 1.5}),
     "0 to 3, or at 4 not at all; found handover = 5": ("diversity", {"handover": 5}),
-    "at least 1 step; found teacher_steps = 0": ("diversity", {"teacher_steps": 0}),
-    "from 0 to 1; found 1.5": ("distillation_pp", {"weight": 1.5}),
+    "teacher_steps of diversity is from 1 to 1000; found teacher_steps = 0": ("diversity", {"teacher_steps": 0}),
+    "has 250 times from t = 1 to 0.75, and takes a step from each at most; found teacher_steps = 251":
+        ("diversity", {"teacher_steps": 251}),
+    "has 400 times from t = 0.4 to 0, .*found teacher_steps = 401": ("adaptive", {"teacher_steps": 401}),
+    "from 0 to 1; found weight = 1.5": ("distillation_pp", {"weight": 1.5}),
     "in 1 to 3 of 4 steps; found guided_steps = 4": ("distillation_pp", {"guided_steps": 4}),
-    "above 0 and up to 1; found 0": ("adaptive", {"strength": 0}),
+    "from 0.001 to 1; found strength = 0": ("adaptive", {"strength": 0}),
     "guidance scale is at least 1, which is none; found 0.5": ("diversity", {"guidance": 0.5}),
 }
 

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -5,7 +7,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from stepdistill.diffusion.sampler import Sampler
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import METHODS, load_method
-from stepdistill.methods.base import Inference, Update, middle
+from stepdistill.methods.base import COUNTS, MOST, Inference, Update, middle
 from stepdistill.models.schedulers import DIVISORS, StockCall, sampler_of, stock_call, stock_scheduler
 from stepdistill.models.stock import Guidance
 
@@ -176,3 +178,41 @@ def test_a_pipeline_without_a_guidance_embedding_is_called_without_guidance():
 def test_an_update_is_due_since_its_first_step_and_every_so_many():
     due = lambda **when: [step for step in range(8) if Update(("student",), None, **when).due(step)]
     assert due() == [*range(8)] and due(since=3) == [3, 4, 5, 6, 7] and due(every=2, since=3) == [4, 6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_within_a_step_have_an_end(method):
+    kind = load_method(method).Settings
+    for name in {field.name for field in fields(kind)} & {*COUNTS}:
+        for wrong in (0, MOST + 1):
+            with pytest.raises(ValueError, match=rf"{name} must be at least \d.*; found {wrong}\b"):
+                kind(**{name: wrong})
+
+
+@pytest.mark.parametrize(("method", "settings", "count"), [
+    ("boot", {"nodes": 1001}, 1001), ("boot", {"nodes": 40, "solver_steps": 26}, 1040),
+    ("mlcm", {"stage": "whole", "ends": 8, "bridge_steps": 126}, 1008),
+    ("mlcm", {"nodes": 1001}, 1001)])
+def test_a_discrete_teacher_is_told_no_time_below_its_first(method, settings, count):
+    """Where its network would be told less than 0. A flow has times between any two."""
+    cls = load_method(method)
+    with pytest.raises(ValueError, match=f"{method} asks a variance-preserving teacher at {count:,} even times, and it "
+                       "has 1000: take fewer nodes"):
+        cls.inference(cls.Settings(**settings), 1, SCHEDULES["vp"][0])
+    assert cls.inference(cls.Settings(**settings), 1, SCHEDULES["flow"][0]).steps == 1
+
+
+@pytest.mark.parametrize("wrong", [{"noise_rate": 1e-7}, {"noise_rate": 0.0}, {"noise_rate": 1.1}])
+def test_a_chain_has_noise(wrong):
+    """Below, 1 - (1 - g_e)^n, by which its drift is divided, is 0 to rounding."""
+    kind = load_method("em_distillation").Settings
+    with pytest.raises(ValueError, match=r"noise_rate must be from 1e-06 to 1, .*; found"):
+        kind(**wrong)
+    assert 1 - (1 - kind(noise_rate=1e-6).noise_rate) ** 8 == pytest.approx(8e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["scm", "rcm", "sana_sprint"])
+@pytest.mark.parametrize("wrong", [{"damping": 1e-300}, {"width": 1e-300}])
+def test_what_a_tangent_is_divided_by_is_no_zero_of_float32(method, wrong):
+    with pytest.raises(ValueError, match="damping and width at least 1e-06, below which float32 divides by 0; found"):
+        load_method(method).Settings(**wrong)

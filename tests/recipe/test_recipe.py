@@ -72,7 +72,7 @@ def test_a_good_recipe_is_read_with_its_defaults(write):
     ("guidance: [2.0, 5.0]", "guidance: 0.5", 4, "at least 1"),
     ("student: {lora: {rank: 8}}", "student: lora", 3, "should be full, or {lora: {rank: 32}}"),
     ("nodes: 50", "nodes: many", 6, "settings.nodes is 'many'"),
-    ("nodes: 50", "nodes: 0", 6, "settings: nodes must be at least 1; found 0"),
+    ("nodes: 50", "nodes: 0", 6, "settings: nodes must be at least 1, and at most 10,000; found 0"),
     ("{nodes: 50}", "\n  nodes: 50\n  skip: 51", 8, "settings: skip must be from 1 to nodes = 50; found 51"),
     ("nodes: 50", "huber_c: .nan", 6, "settings.huber_c is nan; it should be a finite number"),
     ("lr: 1e-3", "lr: .inf", 12, "train.lr is inf; it should be a finite number"),
@@ -97,7 +97,8 @@ def test_a_bad_recipe_is_refused_with_its_line(write, old, new, line, message):
 
 
 @pytest.mark.parametrize(("method", "changes", "message"), [
-    ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1; found 0"),
+    ("lcm", {"settings.nodes": 0}, "--set settings.nodes: settings: nodes must be at least 1, and at most 10,000; "
+                                   "found 0"),
     ("lcm", {"settings": {"nodes": 50, "target_decay": 1.5}}, "--set settings.target_decay: settings: target_decay "
      "must be in [0, 1); found 1.5"),
     ("lcm", {"settings.huber_c": "inf"}, "--set settings.huber_c: settings.huber_c is 'inf'; it should be a "

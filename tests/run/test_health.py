@@ -140,3 +140,15 @@ def test_the_doctor_asks_no_more_samples_at_a_time_than_a_micro_batch_holds(tmp_
     assert signals[0].keys() == signals[1].keys()
     for name in ("offset/student", "diversity/student", "drift/teacher"):
         assert signals[0][name] == pytest.approx(signals[1][name], abs=1e-4), name
+
+
+def test_lines_that_no_doctor_wrote_are_left_out_and_a_run_without_a_look_is_not_called_healthy(tmp_path, caplog):
+    run = trained(tmp_path, "toy/lcm", train__updates=6)
+    file, sound = run / "signals.jsonl", rows(run)
+    odd = ['{"step": 6, "moved/student": "nan"}', '{"step": 6, "not_finite": 3}', '{"step": "6"}', "{torn", "\x00"]
+    file.write_text(file.read_text() + "\n".join(odd) + "\n")
+    [one] = health(run)
+    assert one.step == 6 and dict(one.signals) == sound[-1] and "5 of 9 lines are damaged, and left out" in caplog.text
+    file.write_text("\n".join(odd) + "\n")
+    with pytest.raises(RequestError, match="holds no signals.jsonl with a look in it"):
+        health(run)

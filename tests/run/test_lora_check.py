@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,19 @@ def test_what_is_refused(root, tmp_path):
     assert "is not empty" in refused(root, root / "even", out=tmp_path / "full")
     assert "there is no LoRA nowhere.safetensors" in refused(root, Path("nowhere.safetensors"))
     assert "the list of prompts is empty" in refused(root, root / "even", prompts=[])
+
+
+def test_what_is_refused_by_configs_alone(root, monkeypatch):
+    """Nothing with weights is loaded: a base of videos, a LoRA of another base, features that are not there."""
+    monkeypatch.setattr(lora_check, "worn", None)
+    assert "is no folder of a CLIPModel" in refused(root, root / "even", features="nowhere")
+    said = refused(root, STUDENTS / "shapes-lcm")
+    assert "does not fit this StableDiffusionPipeline" in said and "it says that it is for assets/shapes-sd" in said
+    assert "is no pipeline of diffusers" in refused(root, root / "even", Path("assets/toy"))
+    load = lora_check.load_teacher
+    monkeypatch.setattr(lora_check, "load_teacher", lambda *given, **told: SimpleNamespace(
+        family=replace(load(*given, **told).family, video=(16, 16, 5))))
+    assert "makes videos, and a call is judged by features of pictures" in refused(root, root / "even")
 
 
 def test_a_lora_of_another_base_is_refused_with_the_one_that_would_fit(root, tmp_path):

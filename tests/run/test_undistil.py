@@ -17,7 +17,7 @@ from stepdistill.export import open_export
 from stepdistill.models.stock import pictures
 from stepdistill.models.teacher import load_teacher
 from stepdistill.recipe import Recipe
-from stepdistill.run import data
+from stepdistill.run import data, undistil
 from stepdistill.run.checks import check
 from stepdistill.run.setup import setup
 from stepdistill.run.sources import located
@@ -95,6 +95,26 @@ def test_a_model_of_many_steps_is_refused_with_its_figure():
 def test_what_cannot_be_is_refused(turbo, changes, message):
     with pytest.raises(RequestError, match=re.escape(message)):
         asked(turbo, **changes)
+
+
+@pytest.mark.parametrize(("overrides", "entry"), [
+    ({"student": "full"}, "student"), ({"method": "lcm"}, "method"), ({"teacher": BASE}, "teacher"),
+    ({"data.samples.call.num_inference_steps": 2}, "data"), ({"data.samples.solver": "ddim"}, "data"),
+    ({"stages": [{"steps": 20}, {"steps": 10}]}, "stages")])
+def test_what_would_make_another_thing_of_it_is_refused_before_anything_is_loaded(monkeypatch, overrides, entry):
+    monkeypatch.setattr(undistil, "recognised", None)
+    with pytest.raises(RequestError, match=f"{entry} is changed, but an adapter is a LoRA on the few-step model"):
+        asked(TURBO, overrides=overrides)
+
+
+def test_a_recipe_that_cannot_work_is_refused_before_the_model_is_looked_at(monkeypatch):
+    monkeypatch.setattr(undistil, "recognised", None)
+    with pytest.raises(RequestError, match="--to kohya: kohya's LoRA keys"):
+        asked("assets/shapes-sd3", to="kohya")
+    with pytest.raises(RequestError, match="guidance is 2.0, but denoise asks no teacher"):
+        asked(BASE, overrides={"guidance": 2.0})
+    with pytest.raises(RequestError, match="reads texts, and its samples are made of some: give --prompts"):
+        asked(TURBO, prompts="none")
 
 
 def test_a_base_of_few_bits_with_a_lora_in_it_is_refused():

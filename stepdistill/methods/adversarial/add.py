@@ -30,7 +30,20 @@ from ...diffusion.schedule import Schedule, VariancePreserving, like
 from ...diffusion.times import LEVELS, discrete, levels, nodes
 from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens, r1
 from ...losses.regression import squared
-from ..base import Codec, Features, Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
+from ..base import (
+    Codec,
+    Features,
+    Frozen,
+    Guidance,
+    Heads,
+    Inference,
+    Losses,
+    Method,
+    Need,
+    Trained,
+    Update,
+    check_counts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +58,7 @@ class Settings:
     critic_steps: int = 1              # updates of the heads a step, all on the student's own sample
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.critic_steps < 1:
-            raise ValueError(f"nodes and critic_steps must be at least 1; found {self.nodes}, {self.critic_steps}")
+        check_counts(self)
         if self.distillation_weight < 0 or self.r1_weight < 0 or self.noise < 0:
             raise ValueError("the weights and noise must not be negative; found "
                              f"{self.distillation_weight}, {self.r1_weight}, {self.noise}")

@@ -25,7 +25,7 @@ from ...diffusion.draws import Step
 from ...diffusion.schedule import RectifiedFlow, Schedule, VariancePreserving
 from ...diffusion.times import LEVELS, logit_normal, nodes, weighted
 from ...losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, over_tokens
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,10 @@ class Settings:
         if len(self.shares) != len(self.warmup_shares):
             raise ValueError("shares and warmup_shares are of the same nodes, so of one length; found "
                              f"{len(self.shares)} and {len(self.warmup_shares)}")
-        if self.warmup_updates < 0 or self.std <= 0 or self.critic_steps < 1:
-            raise ValueError("warmup_updates must not be negative, std be above 0 and critic_steps at least 1; found "
-                             f"{self.warmup_updates}, {self.std}, {self.critic_steps}")
+        check_counts(self)
+        if self.warmup_updates < 0 or self.std <= 0:
+            raise ValueError("warmup_updates must not be negative, and std be above 0; found "
+                             f"{self.warmup_updates}, {self.std}")
 
 
 class LADD(Method):

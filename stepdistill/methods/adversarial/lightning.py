@@ -32,7 +32,7 @@ from ...diffusion.schedule import Schedule, where
 from ...diffusion.times import LEVELS, discrete
 from ...losses.adversarial import discriminator_loss, generator_loss
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Heads, Inference, Losses, Method, Need, Trained, Update, check_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.objective not in ("pair", "single", "mse"):
             raise ValueError(f"objective must be 'pair', 'single' or 'mse'; found {self.objective!r}")
-        if self.nodes < 1 or self.starts is not None and (self.starts < 1 or self.nodes % self.starts):
-            raise ValueError(f"nodes must be at least 1, and starts divide them; found {self.nodes}, {self.starts}")
+        check_counts(self)
+        if self.starts is not None and (self.starts < 1 or self.nodes % self.starts):
+            raise ValueError(f"starts must divide nodes; found {self.starts} and {self.nodes}")
         if any(not 0 < s <= 1 for s in self.discriminator_times):
             raise ValueError(f"discriminator_times are times above 0 and up to 1; found {self.discriminator_times}")
 

@@ -38,7 +38,7 @@ from ...diffusion.triples import ordered
 from ...diffusion.views import viewed
 from ...losses.regression import squared
 from ...losses.tangent import Field, difference, exact, normalised, pair, pushed
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_counts
 
 FLOW = RectifiedFlow()
 FIRST, INSIDE = 1 / LEVELS, 0.1 / LEVELS      # as in scm: of the times that a network was taught
@@ -65,9 +65,10 @@ class Settings:
         for name, choices in (("form", get_args(Form)), ("derivative", get_args(Derivative))):
             if vars(self)[name] not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; found {vars(self)[name]!r}")
-        least = min(self.output_weight, self.velocity_weight, self.solver_steps - 1)
+        check_counts(self)
+        least = min(self.output_weight, self.velocity_weight)
         if min(self.std, self.damping, self.width - LEAST) <= 0 or least < 0:
-            raise ValueError(f"std and damping must be above 0, width above {LEAST:g}, solver_steps at least 1, "
+            raise ValueError(f"std and damping must be above 0, width above {LEAST:g}, "
                              f"output_weight and velocity_weight not negative; found {vars(self)}")
         if not 0 <= self.warmup <= 1 or not 0 <= self.alike < 1:
             raise ValueError(f"warmup is a share from 0 to 1, alike one below 1; found {self.warmup}, {self.alike}")

@@ -35,7 +35,7 @@ from ...diffusion.times import discrete
 from ...diffusion.triples import below, exponential, grid
 from ...diffusion.weighting import snr_plus_one, truncated_snr
 from ...losses.regression import norm, squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,9 @@ class Settings:
     weight: Literal["v", "truncated"] = "v"         # of the loss: SNR + 1, or max(SNR, 1) (p)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.first_nodes <= self.last_nodes:
-            raise ValueError("first_nodes must be at least 1 and at most last_nodes; found "
+        check_counts(self)
+        if self.first_nodes > self.last_nodes:
+            raise ValueError("first_nodes must be at most last_nodes; found "
                              f"{self.first_nodes} and {self.last_nodes}")
         if not 0 < self.grown <= 1 or self.eta < 0:
             raise ValueError(f"grown must be in (0, 1] and eta not negative; found {self.grown}, {self.eta}")

@@ -38,7 +38,7 @@ from ...diffusion.solvers import ddim
 from ...diffusion.times import LEVELS, discrete, even
 from ...diffusion.triples import below, grid
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,6 @@ class Settings:
         check(self)
         if self.stage not in ("segments", "whole"):
             raise ValueError(f"stage must be 'segments' or 'whole'; found {self.stage!r}")
-        if min(self.state_steps, self.ends, self.bridge_steps) < 1:
-            raise ValueError("state_steps, ends and bridge_steps must be at least 1; found "
-                             f"{self.state_steps}, {self.ends}, {self.bridge_steps}")
 
 
 class MLCM(Method):
@@ -84,6 +81,7 @@ class MLCM(Method):
                 near = ", ".join(str(n) for n in range(1, settings.nodes + 1) if settings.nodes % n == 0)
                 raise ValueError(f"mlcm cuts its nodes, {settings.nodes}, into one segment a step: {steps} steps want "
                                  f"a multiple of {steps} as nodes, and {settings.nodes} nodes one of {near} as steps")
+            check_told("mlcm", settings.nodes, schedule)
             return Inference(steps)
         if not 1 <= steps <= settings.ends:
             raise ValueError(f"mlcm of the whole with ends = {settings.ends} serves 1 to {settings.ends} steps; found "
@@ -91,6 +89,7 @@ class MLCM(Method):
         if isinstance(schedule, VariancePreserving) and LEVELS % settings.ends:
             raise ValueError(f"mlcm of the whole on a variance-preserving teacher wants ends that divide {LEVELS}, its "
                              f"times; found {settings.ends}")
+        check_told("mlcm", settings.ends * settings.bridge_steps, schedule)
         return Inference(steps, noise=1.0, nodes=settings.ends)
 
     def updates(self) -> list[Update]:

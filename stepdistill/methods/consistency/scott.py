@@ -69,8 +69,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.substeps < 1:
-            raise ValueError(f"substeps must be at least 1; found {self.substeps}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be from 0, no fresh noise, to 1, all of it; found {self.eta}")
 

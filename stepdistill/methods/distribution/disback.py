@@ -63,7 +63,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        for name in ("records", "record_every", "interval"):
+        for name in ("record_every", "interval"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1; found {vars(self)[name]}")
         if self.record_guidance is not None and self.record_guidance < 1:

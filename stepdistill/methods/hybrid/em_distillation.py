@@ -43,6 +43,8 @@ from ..base import (
     renoising,
 )
 
+LEAST = 1e-6                   # g_e, below which what is left of a chain's noise is 1 to rounding
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -60,9 +62,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_noise(self)
-        if self.langevin_steps < 1 or not 0 < self.noise_rate <= 1 or not 0 <= self.latent_rate < 1:
-            raise ValueError("langevin_steps must be at least 1, noise_rate above 0 and at most 1, latent_rate "
-                             f"in [0, 1); found {self.langevin_steps}, {self.noise_rate}, {self.latent_rate}")
+        if not LEAST <= self.noise_rate <= 1 or not 0 <= self.latent_rate < 1:
+            raise ValueError(f"noise_rate must be from {LEAST} to 1, latent_rate in [0, 1); found {self.noise_rate}, "
+                             f"{self.latent_rate}")
 
 
 class EMDistillation(Method):

@@ -54,9 +54,8 @@ class Settings:
     def __post_init__(self) -> None:
         check(self)
         check_tangent(self)
-        if self.rollout_steps < 1 or self.matching_weight is not None and self.matching_weight <= 0:
-            raise ValueError("rollout_steps must be at least 1, and matching_weight above 0; found "
-                             f"{self.rollout_steps}, {self.matching_weight}")
+        if self.matching_weight is not None and self.matching_weight <= 0:
+            raise ValueError(f"matching_weight must be above 0; found {self.matching_weight}")
 
 
 class RCM(Method):

@@ -38,8 +38,6 @@ class Settings:
     critic_steps: int = 1          # updates of the heads a step, all on the student's own step (o)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError(f"nodes must be at least 1; found {self.nodes}")
         check(self)
 
 

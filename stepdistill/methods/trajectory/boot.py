@@ -36,7 +36,7 @@ from ...diffusion.solvers import ddim
 from ...diffusion.times import discrete
 from ...diffusion.triples import below, grid
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check, check_told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.solver_steps < 1:
-            raise ValueError(f"solver_steps must be at least 1; found {self.solver_steps}")
 
 
 class BOOT(Method):
@@ -67,6 +65,7 @@ class BOOT(Method):
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
         if steps != 1:
             raise ValueError(f"boot makes students of 1 step, from noise to the data's signal; found {steps}")
+        check_told("boot", settings.nodes * settings.solver_steps, schedule)
         return Inference(1)
 
     def updates(self) -> list[Update]:
