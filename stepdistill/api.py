@@ -305,13 +305,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     where to draw what each of its evaluations made of the pictures.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for file in (file for file in (out, x0) if file is not None and Path(file).suffix.lower() not in PICTURES):
-        raise RequestError(f"the picture {file} should be a {', '.join(PICTURES)} file")
-    if x0 is not None and with_teacher is None:
-        raise RequestError("a sheet of x_0 is drawn beside a teacher: --with-teacher diversity,handover=0 is the "
-                           "student alone")
-    if x0 is not None and out is not None and Path(x0).resolve() == Path(out).resolve():
-        raise RequestError(f"{x0} is to be the sheet of x_0 and the picture: name two files")
+    _check_files(out, x0, with_teacher)
     asked = None if with_teacher is None else Asked.of(with_teacher)
     opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins),
                          checkpoint=checkpoint,
@@ -331,6 +325,17 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(out) if pixels.ndim == 4 and len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn
+
+
+def _check_files(out: str | Path | None, x0: str | Path | None, with_teacher: str | None) -> None:
+    """RequestError where a picture, or the sheet of x_0, cannot be written."""
+    for file in (file for file in (out, x0) if file is not None and Path(file).suffix.lower() not in PICTURES):
+        raise RequestError(f"the picture {file} should be a {', '.join(PICTURES)} file")
+    if x0 is not None and with_teacher is None:
+        raise RequestError("a sheet of x_0 is drawn beside a teacher: --with-teacher diversity,handover=0 is the "
+                           "student alone")
+    if x0 is not None and out is not None and Path(x0).resolve() == Path(out).resolve():
+        raise RequestError(f"{x0} is to be the sheet of x_0 and the picture: name two files")
 
 
 def check_pictures(pixels: Tensor, target: str | Path) -> None:

@@ -125,10 +125,9 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
           features: Annotated[list[str] | None, typer.Option(
               help="A CLIPModel's or Dinov2Model's folder, or inception; several times for distances in several. That "
                    "of Shapes unless given, and none against the teacher.")] = None,
-          reference: Annotated[str | None,
-                               typer.Option(help="shapes, a folder of images, or teacher: its own pictures. Unless "
-                                                             "given, shapes for what ships and teacher for "
-                                                             "your own.")] = None,
+          reference: Annotated[str | None, typer.Option(
+              help="shapes, a folder of images, or teacher: its own pictures. Unless given, shapes for what ships and "
+                   "teacher for your own.")] = None,
           prompts: Annotated[Path | None, typer.Option(help="One prompt a line; the reference's unless given.")] = None,
           few_step: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="A few-step pipeline of others; "
                                                              "may be given several times.")] = None,
@@ -143,8 +142,8 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
                                                      "given.")] = None,
           plugins: Plugins = None, with_teacher: WithTeacher = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Measure quality and latency against network evaluations, with the teacher on the same curve."""
-    counts, guided = nfe and numbers("--nfe", nfe, int, "1,2,4,8"), guidance and numbers("--guidance", guidance, float,
-                                                                                      "1,3")
+    counts = nfe and numbers("--nfe", nfe, int, "1,2,4,8")
+    guided = guidance and numbers("--guidance", guidance, float, "1,3")
     strengths = scales and numbers("--scales", scales, float, "0.5,1", least=0)
     api = working()
     from ..data.prompts import texts_of

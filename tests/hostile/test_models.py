@@ -148,7 +148,7 @@ TEACHERS = {
     "network that is a scheduler": (config("model_index.json", unet=["diffusers", "DDIMScheduler"]),
                                     "which is not served"),
     "scheduler that is a network": (config("model_index.json", scheduler=["diffusers", "UNet2DModel"]),
-                                    "no scheduler|cannot be"),
+                                    "no scheduler|cannot be|of its scheduler has no config.json"),
     "attention of the Hub": (config("text_encoder/config.json", attn_implementation="evil/kernel"),
                              "names code: attn_implementation"),
     # paths

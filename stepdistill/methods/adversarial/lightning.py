@@ -3,8 +3,7 @@
 
     x_t            <- data noised to a node t of the student's grid, and pure noise at t = 1       (section 3.5)
     student        <- its one step from x_t to r fools the discriminator
-    critic and its heads  <- tell the teacher's nodes / steps small steps from x_t to r from the student's one   (eq.
-    20)
+    critic and its heads  <- tell the teacher's nodes / steps small steps from x_t to r from the student's one  (eq. 20)
 
 The critic is a copy of the teacher, trained with the heads on its middle. Told x_t beside the landing ("pair", eq. 22)
 it rejects whatever leaves the teacher's trajectory; shown the landing alone ("single", eq. 23) only what is no likely

@@ -14,10 +14,9 @@ arXiv:2502.16972), without derivatives; x_s, x_0 by steps of the teacher:
 
     | G(x_t -> r) - G(x_s -> r) |^2 + | G(x_t -> 0) - x_0 |^2 + | u - v |^2
 
-Its last term asks for straight ways, and bends the map where the teacher's are curved. The paper has no code and was
-read in its abstract: the equations and their weights are ours.
-
-Sources of the defaults: (s) sCM, which the paper follows, (2) a re-implementation; it has no code. Its k ends at 0.99.
+Its last term asks for straight ways, and bends the map where the teacher's are curved. That paper has no code and was
+read in its abstract: the equations and their weights are ours. Sources of the other defaults: (s) sCM, which the first
+paper follows, (2) a re-implementation; it has no code. Its k ends at 0.99.
 """
 from __future__ import annotations
 
