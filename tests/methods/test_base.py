@@ -121,7 +121,7 @@ def begun(name: str, schedule: str, time: float | None, steps: int = 1) -> Stock
 
 def test_who_begins_in_pure_noise_may_begin_below_its_time():
     assert STARTED == ["diff_instruct", "dmd", "dmd2", "f_distill", "sid", "swiftbrush", "disback",
-                       "uni_instruct", "smd", "em_distillation"]
+                       "uni_instruct", "smd", "diff_ratio", "em_distillation"]
 
 
 @pytest.mark.parametrize("name", STARTED)

@@ -40,7 +40,7 @@ from ...diffusion.mixing import mixed_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.solvers import ddim
 from ...losses.regression import squared
-from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, middle
+from ..base import Frozen, Guidance, Inference, Losses, Method, Need, Trained, Update, check_counts, middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class Settings:
                                                # data)
 
     def __post_init__(self) -> None:
+        check_counts(self)
         if self.substeps < 2:
             raise ValueError(f"substeps must be at least 2, finer than the student's own; found {self.substeps}")
         if self.output not in ("eps", "x0"):
