@@ -35,7 +35,7 @@ from .test_matrix import CASES, folder_of, recorded
 __all__ = ["folder_of"]
 NEGATIVE = "blue square"
 # Of those that subtract no text, some guide with none.
-NONE = ("flux-dev", "flux2-klein", "dit", "dit-eps", *unet2d.CASES)
+NONE = ("flux-dev", "flux2-dev", "flux2-klein", "dit", "dit-eps", *unet2d.CASES)
 SERVED = [name for name in CASES if name not in NONE]
 PROMPTS = ("a red ring", "a blue square")
 

@@ -194,7 +194,7 @@ def test_it_leaves_in_no_export_and_says_what_would(trained):
             api.export(trained, to)
     assert not (trained / "export").exists()
     with pytest.raises(RequestError, match="is a run that trained a solver"):
-        api.bench(trained, nfe=[8], out=trained / "bench", compose=[trained])
+        api.bench(trained, out=trained / "bench", compose=[trained])
 
 
 def test_no_sampler_is_read_off_its_scheduler(tiny_teacher):
