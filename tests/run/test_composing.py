@@ -61,7 +61,7 @@ def test_what_has_no_lora_is_refused_before_it_is_loaded(monkeypatch, tmp_path):
     with pytest.raises(RequestError, match="whole is a whole pipeline, and a bench under other LoRAs"):
         api.bench(whole, compose=["x"])
     monkeypatch.setattr(composing.folder, "is_run", lambda place: True)
-    recipe = SimpleNamespace(student=SimpleNamespace(lora=None))
+    recipe = SimpleNamespace(student=SimpleNamespace(lora=None), trains_solver=False)
     monkeypatch.setattr(composing.folder, "recipe_of", lambda place: recipe)
     monkeypatch.setattr(composing, "quantization", lambda recipe: "nf4")
     with pytest.raises(RequestError, match="is a run that trained all its weights"):
