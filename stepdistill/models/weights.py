@@ -127,13 +127,14 @@ def check_components(place: Path, source: Source, index: Index, dropped: Contain
 
 def _check_whole(source: Source, networks: Iterable[Path]) -> None:
     """RequestError for a network's folder without its config, without weights beside others' weights, or with parts of
-    weights that no index puts together."""
+    weights that no index puts together. A denoiser without weights is left to from_pretrained: plans are made before it
+    is downloaded."""
     held = {folder: weight_files(folder, source.variant)[0] for folder in networks}
     for folder, files in held.items():
         if (folder / _ADAPTER).is_file():
             continue                                   # which says more of what is wrong
         lacking = (["config.json"] if not (folder / "config.json").is_file()
-                   else ["weights"] if not files and any(held.values())
+                   else ["weights"] if not files and any(held.values()) and folder.name not in DENOISERS
                    else [f"{_INDEX}, which says what its {len(files)} parts hold"]
                    if any("-of-" in file.name for file in files) and not [*folder.glob(_INDEX)] else [])
         if lacking:

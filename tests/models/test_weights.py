@@ -151,7 +151,6 @@ def sharded(folder: Path) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("spoil", "component", "lacks"), [
-    (lambda folder: without(folder, "unet/*.safetensors"), "unet", "weights"),
     (lambda folder: without(folder, "text_encoder/*.safetensors"), "text_encoder", "weights"),
     (lambda folder: without(folder, "text_encoder/config.json"), "text_encoder", "config.json"),
     (sharded, "unet", "*.safetensors.index*.json, which says what its"),
