@@ -58,14 +58,15 @@ def main() -> None:
     for method, run in recorded(args.out):
         rows.setdefault(method, []).append(run)
     bands = json.loads(BANDS.read_text(encoding="utf-8"))["bands"] if args.methods else {}
-    bands |= {method: band for method, runs in rows.items() if (band := edges(runs))}
+    bands |= {method: band for method, runs in rows.items()
+              if method in (args.methods or rows) and (band := edges(runs))}
     BANDS.write_text(json.dumps({"command": "python scripts/doctor_bands.py --out DIR",
                                  "bands": dict(sorted(bands.items()))}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {BANDS}: {len(bands)} methods, {sum(map(len, rows.values()))} runs recorded")
 
 
 def train(recipe: Recipe, run: Path, methods: list[str], changes: dict[str, int]) -> None:
-    if methods and recipe.method not in methods or (run / "done").exists():
+    if methods and not {stage.method for stage in recipe.stages} & {*methods} or (run / "done").exists():
         return
     updates = changes["train.updates"]
     every = max(1, updates // LOOKS)
