@@ -60,10 +60,11 @@ def apart(problem: Problem) -> Iterator[Check]:
     student = FunctionRole(problem.schedule, lambda x, t, cond: torch.where(t[:, None] > 0.99, first, others) * x / 2)
     batch, method = problem.batch(COUNT, data=False), made(problem, student, problem.teacher)
     losses = method.student_loss(batch, problem.step(COUNT))
-    slopes = {name: [g.abs().item() for g in torch.autograd.grad(loss, (first, others), retain_graph=True)]
+    slopes = {name: torch.stack(torch.autograd.grad(loss, (first, others), retain_graph=True)).abs()
               for name, loss in losses.items()}
     yield Check("what matching teaches the first step, and its distance the others, over what they teach their own",
-                max(slopes["matching"][0] / slopes["matching"][1], slopes["diversity"][1] / slopes["diversity"][0]), 0)
+                torch.stack([slopes["matching"][0] / slopes["matching"][1],
+                             slopes["diversity"][1] / slopes["diversity"][0]]).max().item(), 0)
 
 
 def at_rest(problem: Problem) -> Iterator[Check]:
