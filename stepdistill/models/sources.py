@@ -25,10 +25,7 @@ from .single_file import class_of_keys, published
 SETTINGS = "stepdistill.json"                      # beside model_index.json
 LORA_FILE = "pytorch_lora_weights.safetensors"     # as save_lora_weights names it
 # keyword arguments of a call that a teacher may set for all its calls
-SHAPING = (
-    "max_sequence_length", "height", "width", "num_frames", "clip_skip", "complex_human_instruction",
-    "use_resolution_binning",
-    "text_encoder_out_layers", "clean_caption", "system_prompt", "frame_rate")
+SHAPING = tuple(records.Shaping.__annotations__)
 SAMPLING = (                                       # further ones that a student's call may be given
     "num_inference_steps", "timesteps", "sigmas", "eta", "guidance_scale", "true_cfg_scale", "guidance_rescale",
     "negative_prompt")
@@ -312,6 +309,12 @@ def cached_file(source: str, name: str, revision: str | None) -> Path | None:
                      _raise_exceptions_for_missing_entries=False,
                      _raise_exceptions_for_connection_errors=False)
     return None if found is None else Path(found)
+
+
+def commit_of(source: str, name: str, revision: str | None) -> str | None:
+    """The commit of a Hub repository of which the cache holds a file; None where it does not."""
+    held = cached_file(source, name, revision)
+    return None if held is None else held.parent.name
 
 
 def _index_of_folder(folder: Path) -> Index:

@@ -1,10 +1,11 @@
 """The commits of what a teacher has from the Hub: a run notes them, and goes on with them."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import resources
-from ..models.sources import LORA_FILE, FusedLora, Source, at_revision, cached_file, configs_of
+from ..models.sources import LORA_FILE, FusedLora, Source, at_revision, commit_of, configs_of
 from ..recipe import Recipe
 from ..recipe.entries import Teacher
 
@@ -29,12 +30,10 @@ def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
     if now.base == was.base and now.revision != was.revision:
         entries["revision"] = was.revision if now.revision is None else _commit_of_base(now)
     for name, file in PARTS.items():
-        if (noted := vars(was)[name]) and (place := vars(now)[name]) and noted != place:
-            entries[name] = noted if noted.startswith(f"{place}@") else _committed(place, file)
+        if (noted := vars(was)[name]) and (place := vars(now)[name]):
+            entries[name] = _as_noted(noted, place, lambda place, file=file: _committed(place, file))
     if len(now.loras) == len(was.loras):
-        entries["loras"] = [lora.model_dump() | {"path": lora.path if lora.path == noted.path else
-                                                 noted.path if noted.path.startswith(f"{lora.path}@")
-                                                 else _lora_committed(lora.path)}
+        entries["loras"] = [lora.model_dump() | {"path": _as_noted(noted.path, lora.path, _lora_committed)}
                             for lora, noted in zip(now.loras, was.loras, strict=True)]
     return _with(recipe, entries)
 
@@ -46,12 +45,16 @@ def _with(recipe: Recipe, entries: dict[str, Any]) -> Recipe:
     return Recipe.load(recipe.resolved(), changed) if changed else recipe
 
 
+def _as_noted(noted: str, place: str, committed: Callable[[str], str]) -> str:
+    """The place that is asked for as its run noted it, where that is the same; else with the commit that is at hand."""
+    return noted if noted == place or noted.startswith(f"{place}@") else committed(place)
+
+
 def _commit_of_base(teacher: Teacher) -> str | None:
     place = configs_of(Source(teacher.base, config=teacher.config))
     if resources.locate(place) is not None:
         return teacher.revision
-    index = cached_file(place, "model_index.json", teacher.revision)
-    return teacher.revision if index is None else index.parent.name
+    return commit_of(place, "model_index.json", teacher.revision) or teacher.revision
 
 
 def _committed(place: str, file: str) -> str:
@@ -59,13 +62,15 @@ def _committed(place: str, file: str) -> str:
     if resources.locate(place) is not None:
         return place
     name, revision = at_revision(place)
-    found = cached_file(name, file, revision)
-    return place if found is None else f"{name}@{found.parent.name}"
+    return _at(place, commit_of(name, file, revision))
 
 
 def _lora_committed(path: str) -> str:
     if resources.locate(path) is not None:
         return path
     place, file, revision = FusedLora(path).find()
-    found = cached_file(place, file or LORA_FILE, revision)
-    return path if found is None else f"{path.partition('@')[0]}@{found.parent.name}"
+    return _at(path, commit_of(place, file or LORA_FILE, revision))
+
+
+def _at(place: str, commit: str | None) -> str:
+    return place if commit is None else f"{place.partition('@')[0]}@{commit}"

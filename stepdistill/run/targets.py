@@ -22,7 +22,7 @@ from ..export.folder import base_of, fresh_pipeline, is_export
 from ..methods.base import middle
 from ..models.families import FAMILIES, family_of, stock_guidance, stock_prompts, text_to_image
 from ..models.loading import caller
-from ..models.sources import Source, cached_file, call_of, class_at, index_at
+from ..models.sources import Source, call_of, class_at, commit_of, index_at
 from ..models.stock import Guidance, defaults, unknown
 from ..models.teacher import every_call, load_teacher
 from ..models.weights import settled
@@ -88,8 +88,8 @@ def ships(opened: Opened) -> bool:
 
 def made_of(source: Source, lora: str | None = None) -> dict[str, Any]:
     """What results.json says of a target's weights. Of a Hub id with the commit, as the cache holds it."""
-    index = None if Path(source.place).exists() else cached_file(source.place, "model_index.json", source.revision)
-    revision = source.revision if index is None else index.parent.name
+    commit = None if Path(source.place).exists() else commit_of(source.place, "model_index.json", source.revision)
+    revision = commit or source.revision
     return {"weights": resources.named(source.place)} | ({} if revision is None else {"revision": revision}) | (
         {} if lora is None else {"lora": lora}) | ({"teacher_loras": "fused"} if source.loras else {})
 
