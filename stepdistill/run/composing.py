@@ -61,7 +61,7 @@ def compose(targets: Sequence[str | Path], loras: Sequence[str | Path], *, scale
         pipeline.to(device)
     if prompts is None and ships(opened):
         prompts = ShapesSource().prompts(CAPTIONS)
-    spaces = feature_spaces(features) if features is not None or ships(opened) else None
+    spaces = feature_spaces(None) if asked is None and ships(opened) else asked
     return bench_composed(opened.target, beside[0], styles, Path(out), scales=scales, prompts=prompts,
                           trained=1.0 if opened.guidance is None else opened.guidance, samples=samples,
                           features=spaces, **common(device, marks), **told)
