@@ -1,6 +1,7 @@
 """The distances against closed forms; the extrapolated one against Gaussians of known distance."""
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -154,7 +155,8 @@ def test_too_few_samples_or_pictures_are_said_with_what_it_takes():
 
 @pytest.mark.long
 def test_fifty_thousand_samples_take_little_more_memory_than_two_thousand(tmp_path):
-    """Peak resident memory of all distances of a row, each count in a process of its own."""
+    """Peak resident memory of all distances of a row, each count in a process of its own. Every tensor is a mapping of
+    its own there, given back at once: what malloc keeps for later is chance, up to hundreds of MiB."""
     script = """
 import resource, sys, torch
 from stepdistill.evaluation.fd import Moments, Reference
@@ -168,6 +170,6 @@ Space(SimpleNamespace(dim=64, clip=True), reference).distances(x, 0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
     few, many = (float(subprocess.run([sys.executable, "-c", script, count], capture_output=True, text=True,
-                                      check=True).stdout)
+                                      check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}).stdout)
                  for count in ("2000", "50000"))
-    assert many - few <= 50, f"{few:.0f} and {many:.0f} MiB"
+    assert many - few <= 25, f"{few:.0f} and {many:.0f} MiB"        # 12 of them are the samples
