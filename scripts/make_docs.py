@@ -9,6 +9,7 @@ import ast
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,23 +182,28 @@ def gpu_page() -> str:
         parts += [f"| {name} | {row['peak_gb']:.2f} GB | {row['card_used_gb']:.2f} GB | {row['forecast_gb']:.2f} GB "
                   f"| {row['seconds_an_update']:.2f} |\n" for name, row in found["figures"].items()]
     if found := records.get("throughput"):
-        parts += [f"\n{name} at batch {row['batch']} on an {found['device']}: {row['updates_per_second']:.2f} "
-                  f"updates a second, {row['ratio']:.2f} × a hand-written loop of the same passes "
-                  f"(`{found['command']}`).\n"
+        parts += [_paragraph(f"{name} at batch {row['batch']} on an {found['device']}: {row['updates_per_second']:.2f} "
+                             f"updates a second, {row['ratio']:.2f} × a hand-written loop of the same passes "
+                             f"(`{found['command']}`).")
                   for name, row in found["figures"].items()]
     if found := records.get("jvp"):
-        parts += [f"\nAttention with its derivative forward, {key.replace(' ', ', ')} tokens, on an {found['device']}: "
-                  f"{row['jvp_ms']:.2f} ms, {row['ratio']:.2f} × the forward alone, {row['added_mb']:.0f} MB beside "
-                  "arguments and results (`scripts/gpu/jvp.sh`).\n" for key, row in found["figures"].items()]
+        parts += [_paragraph(f"Attention with its derivative forward, {key.replace(' ', ', ')} tokens, on an "
+                             f"{found['device']}: {row['jvp_ms']:.2f} ms, {row['ratio']:.2f} × the forward alone, "
+                             f"{row['added_mb']:.0f} MB beside arguments and results (`scripts/gpu/jvp.sh`).")
+                  for key, row in found["figures"].items()]
     if found := records.get("smoke"):
         outcomes = [test["outcome"] for test in found["figures"].values()]
-        parts.append(f"\n{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an {found['device']} "
-                     "(`scripts/gpu/smoke.sh`).\n")
+        parts.append(_paragraph(f"{outcomes.count('passed')} of {len(outcomes)} tests of a card pass on an "
+                                f"{found['device']} (`scripts/gpu/smoke.sh`)."))
     if (found := records.get("cifar")) and "teacher" in found["figures"]:
         parts.append(cifar_table(found["figures"]))
     if missing := [name for name in GPU_RECORDS if name not in records]:
         parts.append(NOT_MEASURED.format(", ".join(missing)))
     return "".join(parts)
+
+
+def _paragraph(text: str) -> str:
+    return f"\n{textwrap.fill(text, 120, break_on_hyphens=False)}\n"
 
 
 def cifar_table(figures: dict[str, Any]) -> str:

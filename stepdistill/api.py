@@ -273,19 +273,20 @@ def extract(turbo: str | Path, base: str | Path, rank: int, out: str | Path, dty
 
 @spoken()
 def check(lora: str | Path, base: str | Path, *, out: str | Path | None = None, prompts: Sequence[str] | None = None,
-          samples: int = 1000, seed: int = 0, guidance: float | None = None,
-          features: FeatureName | None = None) -> Checked:
+          samples: int = 2000, seed: int = 0, guidance: float | None = None,
+          features: FeatureName | None = None, reference: str | Path | None = None) -> Checked:
     """Finds how a few-step LoRA of anybody's is called best on its base, and writes that to the folder `out`, which
     `load` accepts.
 
-    What it says of itself is believed unless its pictures say otherwise: they are held against the base's own, in many
-    steps at its good `guidance`. samples: pictures of the calls in the last round; features: as of `bench`, one kind,
-    those of Shapes for what ships. RequestError for what is no LoRA, for one of another base, and for one that is
-    better than the base in no few steps.
+    What it says of itself is believed unless its pictures say otherwise. They are held against the `reference`: a
+    folder of real pictures, "shapes", or "base", the base's own in many steps at its good `guidance`; shapes for what
+    ships and base for all else, unless given. samples: pictures of the calls in the last round; features: as of
+    `bench`, one kind, those of Shapes for what ships. RequestError for what is no LoRA, for one of another base, and
+    for one that is better than the base in no few steps.
     """
     return check_lora(lora, Source.of(base), out=out, prompts=prompts, samples=samples, seed=seed, guidance=guidance,
-                      features=None if features is None else benching.feature_spaces(features)[0], device=launched(),
-                      say=log.info)
+                      features=None if features is None else benching.feature_spaces(features)[0],
+                      reference=reference, device=launched(), say=log.info)
 
 
 @spoken()

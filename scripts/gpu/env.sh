@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: the checkout first on the path, and $PYTHON, an interpreter that has the dependencies.
+# Sourced by the scripts beside it: the checkout first on the path, and $PYTHON, an interpreter that has the
+# dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false

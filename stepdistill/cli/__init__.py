@@ -198,16 +198,18 @@ def extract(turbo: Annotated[str, typer.Argument(metavar="TURBO",
 def check(lora: Annotated[str, typer.Argument(metavar="LORA", help="A .safetensors file, or an export folder.")],
           base: Annotated[str, typer.Option(help="The pipeline that it is for: a folder or Hub id.")],
           out: Out = None, prompts: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
-          samples: Annotated[int, typer.Option(min=10, max=MANY, help="Pictures of the best calls.")] = 1000,
+          samples: Annotated[int, typer.Option(min=10, max=MANY, help="Pictures of the best calls.")] = 2000,
           seed: Seed = 0, guidance: Guidance = None,
           features: Annotated[str | None,
                               typer.Option(help="A CLIPModel's folder; that of Shapes unless given.")] = None,
+          reference: Annotated[str | None, typer.Option(
+              help="`shapes`, a folder of pictures, or `base`: its own; shapes for what ships.")] = None,
           as_json: Json = False) -> None:
     """Find how a few-step LoRA of anybody's is called best."""
     api = working()
     from ..data.prompts import texts_of
     found = api.check(lora, base, out=out, prompts=texts_of(prompts), samples=samples, seed=seed, guidance=guidance,
-                      features=features)
+                      features=features, reference=reference)
     emit(found.plain, as_json, lambda: show_checked(found))
 
 

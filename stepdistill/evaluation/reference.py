@@ -25,6 +25,7 @@ from .protocol import fingerprint
 
 REFERENCE_SEED, HELD_OUT_SEED = 7, 5
 SUBSET, BLOCK = 2_000, 250
+REFERENCE_FILE = "reference.safetensors"      # beside features that ship
 READER = 3                        # raise it when pictures of a folder are read otherwise
 
 
@@ -160,7 +161,7 @@ def _cached(file: Path, key: str, say: Callable[[str], None]) -> Reference | Non
 
 def ship_reference(features: Features, source: Source, folder: Path, say: Callable[[str], None] = print) -> Path:
     """Writes reference.safetensors into the features' folder, where load_reference looks first."""
-    file = folder / "reference.safetensors"
+    file = folder / REFERENCE_FILE
     save_reference(load_reference(features, source, None, say), file, reference_key(features, source))
     return file
 

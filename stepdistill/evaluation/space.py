@@ -13,7 +13,7 @@ from .fd import Reference, frechet_infinity, too_few
 from .features import Features, load_features
 from .kernels import cmmd, kid
 from .manifolds import manifolds
-from .reference import Source, load_reference
+from .reference import REFERENCE_FILE, Source, load_reference
 
 Figures = dict[str, float | None]
 FeatureName = Path | str | torch.nn.Module        # as `load_features` takes it
@@ -25,6 +25,11 @@ def figures(name: str, estimate: Estimate | None) -> Figures:
     return {name: None} if estimate is None else estimate.named(name)
 
 
+def shipped_reference(name: FeatureName) -> Path | None:
+    """Where a folder of features keeps the statistics of pictures that ship with it."""
+    return None if isinstance(name, torch.nn.Module) or str(name) == "inception" else Path(name) / REFERENCE_FILE
+
+
 @dataclass(frozen=True)
 class Space:
     features: Features
@@ -34,9 +39,7 @@ class Space:
     def load(cls, name: FeatureName, source: Source, device: str | torch.device,
              say: Callable[[str], None]) -> Space:
         features = load_features(name, device)
-        shipped = (None if isinstance(name, torch.nn.Module) or str(name) == "inception"
-                   else Path(name) / "reference.safetensors")
-        return cls(features, load_reference(features, source, shipped, say))
+        return cls(features, load_reference(features, source, shipped_reference(name), say))
 
     def distances(self, images: Tensor, seed: int) -> Figures:
         """images: features (n, D). A Fréchet distance of too few samples would mean nothing: then it is None."""

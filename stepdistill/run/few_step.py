@@ -1,9 +1,9 @@
 """How a few-step generator is called best: a race of calls, by the distance of its pictures to those of its base at its
-ease.
+ease, or to real ones.
 
 Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all calls with few pictures, the best few of each
 number of steps with more, and the best of these with as many as their figures need. No real pictures are wanted: the
-reference is the base's own, in many steps at its good guidance.
+reference is the base's own, in many steps at its good guidance, unless there are real ones.
 """
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)     # of a LoRA whose alpha may be
 STARTS = (0.4, 0.625)
 # of LCM-LoRAs; of TCD's (arXiv:2402.19159); of flows of large pictures
 COARSE_NODES, TCD_NOISE, SHIFT = 50, 0.3, 3.0
-FIRST, SECOND = 32, 120                           # pictures of a call in the first rounds
-KEPT, LAST = 4, 5                                 # calls of a number of steps in the second round; of all in the last
+FIRST, SECOND, THIRD = 32, 120, 500               # pictures of a call in the rounds before the last
+KEPT, WIDE, LAST = 4, 8, 4                        # calls of a number of steps in the second round; of all in the
+                                                  # third and in the last
 GAIN = 0.2                                        # share of its distance by which a base is to be beaten
 # by how much of the best figure a call of fewer evaluations may be worse
 SLACK = 0.05
@@ -137,24 +138,28 @@ Measure = Callable[[Way, int], Judged]
 
 
 def find_call(ways: Sequence[Way], measure: Measure, near: Callable[[Way], Sequence[Way]] = lambda way: (),
-              samples: int = 1000, claimed: Way | None = None, twin: Callable[[Way], Way] | None = None,
-              say: Callable[[str], None] = lambda text: None) -> Found:
+              samples: int = 2000, claimed: Way | None = None, twin: Callable[[Way], Way] | None = None,
+              told: float | None = None, say: Callable[[str], None] = lambda text: None) -> Found:
     """The best of `ways`, of the neighbours of the best of them, and of what is claimed.
 
     measure(way, n): of n samples, of which the first are those that fewer would be; so that nothing is drawn but what
     it draws, the same call gives the same. near: ways that differ from one in what matters less, such as guidance,
-    asked of the leaders alone. samples: of a way in the last round.
+    asked of the leaders alone. samples: of a way in the last round. told: the scale that is likely, whose ways all come
+    into the second round, since few pictures tell little.
     """
-    first, second = min(FIRST, samples), min(SECOND, samples)
+    first, second, third = (min(count, samples) for count in (FIRST, SECOND, THIRD))
     say(f"first round: {len(ways)} calls, {first} pictures each")
     coarse = [measure(way, first) for way in sorted(ways, key=lambda way: way.scale)]
-    kept = [one.way for group in _by_steps(coarse) for one in group[:KEPT]]
+    kept = [one.way for group in _by_steps(coarse) for place, one in enumerate(group)
+            if place < KEPT or one.way.scale == told]
     say(f"second round: {len(kept)} calls and what is near to the best of them, {second} pictures each")
     finer = [measure(way, second) for way in kept]
     leaders = _in_reach([group[0] for group in _by_steps(finer)])
-    finer += [measure(way, second) for leader in leaders for way in near(leader.way)]
+    finer = _different([*finer, *(measure(way, second) for leader in leaders for way in near(leader.way))])
     alike = None if twin is None else lambda one: measure(twin(one.way), second)
-    chosen = [one.way for one in (_finalists(finer) if alike is None else _sound(finer, alike))]
+    chosen = _finalists(finer, WIDE) if alike is None else _sound(finer, alike)
+    say(f"third round: {len(chosen)} calls, {third} pictures each")
+    chosen = [one.way for one in _finalists([measure(one.way, third) for one in chosen], LAST)]
     say(f"last round: {len(chosen)} calls{'' if claimed is None else ' and the one that is claimed'}, {samples} "
         "pictures each")
     last = sorted((measure(way, samples) for way in chosen), key=_order)
@@ -194,31 +199,40 @@ def _by_steps(judged: Iterable[Judged]) -> list[list[Judged]]:
     return [groups[steps] for steps in sorted(groups)]
 
 
+def _different(judged: Iterable[Judged]) -> list[Judged]:
+    """The first of those that drew the same pictures: two grids may name the same timesteps."""
+    found: list[Judged] = []
+    for one in judged:
+        if not any(one.figure == other.figure and torch.equal(one.slopes[0], other.slopes[0]) for other in found):
+            found.append(one)
+    return found
+
+
 def _in_reach(judged: Sequence[Judged]) -> list[Judged]:
     """Those that none of the others beats."""
     best = min(judged, key=_order)
     return [one for one in judged if not best.beats(one)]
 
 
-def _finalists(finer: Sequence[Judged]) -> list[Judged]:
+def _finalists(finer: Sequence[Judged], room: int) -> list[Judged]:
     """The nearest of each number of steps that is in reach, and more of those in reach while there is room."""
     leaders = _in_reach([group[0] for group in _by_steps(finer)])
     others = [one for one in sorted(_in_reach(finer), key=_order) if one not in leaders]
-    return sorted(leaders + others[:max(0, LAST - len(leaders))], key=_order)
+    return sorted(leaders + others[:max(0, room - len(leaders))], key=_order)
 
 
 def _sound(finer: Sequence[Judged], alike: Callable[[Judged], Judged]) -> list[Judged]:
     """The finalists of those that beat the base called alike; of all where none does."""
     left, sound = list(finer), set()
     while left:
-        finalists = _finalists(left)
+        finalists = _finalists(left, WIDE)
         asked = [one for one in finalists if one.way not in sound]
         if not asked:
             return finalists
         good = {one.way for one in asked if one.beats(alike(one))}
         sound |= good
         left = [one for one in left if one.way in good or one not in asked]
-    return _finalists(finer)
+    return _finalists(finer, WIDE)
 
 
 def _cheapest(last: Sequence[Judged]) -> Judged:

@@ -11,12 +11,13 @@ import torch
 from .. import resources
 from ..data.cache import fingerprint
 from ..errors import RequestError
-from ..evaluation.features import Features, load_features
+from ..evaluation.features import load_features
 from ..evaluation.own import PROMPTS, teacher_plan
 from ..evaluation.plans import Target, plans
-from ..evaluation.reference import ShapesSource, load_reference
+from ..evaluation.reference import ShapesSource, load_reference, load_source
+from ..evaluation.reference import Source as Pictures
 from ..evaluation.report import at_its_ease, read_results
-from ..evaluation.space import FeatureName
+from ..evaluation.space import FeatureName, shipped_reference
 from ..export.student import UNKNOWN, Student
 from ..export.write import may_write_new, write_found
 from ..methods.base import Frozen, Trained
@@ -85,37 +86,41 @@ class Checked:
         return "\n".join(lines + ([] if self.folder is None else [f"wrote {self.folder}"]))
 
 
-def check_lora(path: str | Path, base: Source, *, out: str | Path | None = None, prompts: Sequence[str] | None = None,
-               samples: int = 1000,
-               seed: int = 0, guidance: float | None = None, features: FeatureName | None = None,
-               device: str | torch.device = "cpu",
-               say: Callable[[str], None] = print) -> Checked:
+def check_lora(path: str | Path, base: Source, *, out: str | Path | None, prompts: Sequence[str] | None, samples: int,
+               seed: int, guidance: float | None, features: FeatureName | None, reference: str | Path | None,
+               device: str | torch.device, say: Callable[[str], None]) -> Checked:
     """See `api.check`. base: as its user names it."""
     lora, named, base = ForeignLora.open(path), base, located(base)
     if samples < LEAST:
-        raise RequestError(f"{samples} samples are too few for any figure: at least {LEAST}, and 1,000 for "
+        raise RequestError(f"{samples} samples are too few for any figure: at least {LEAST}, and 2,000 for "
                            "narrow intervals")
-    if out is not None:
-        may_write_new(Path(out))
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        may_write_new(folder)
     ships = Path(base.place).is_relative_to(resources.SHARE / "assets")
     if features is None and not ships:
         raise RequestError(f"{base} does not draw Shapes, whose features are the only ones that ship: name the "
                            "folder of a CLIPModel by --features")
-    texts = prompts_of(ships, prompts, samples)
-    seen = load_features(resources.SHARE / "assets/shapes-clip" if features is None else features, device)
+    real = real_pictures(reference, ships)
+    texts = prompts_of(real, ships, prompts, samples)
+    extractor = resources.SHARE / "assets/shapes-clip" if features is None else features
+    seen = load_features(extractor, device)
     check_worn(lora, base)
     teacher, weights = worn(lora, base, guidance, device)
-    w = good_guidance(teacher) if guidance is None else guidance
-    judge, reference = judging(teacher, weights, seen, w, texts, samples, seed, FIRST if ships else 4, say)
+    w, batch = good_guidance(teacher) if guidance is None else guidance, FIRST if ships else 4
+    target = target_of(teacher)
+    pictures = own_pictures(target, w, texts[1], seed, batch, say) if real is None else real
+    against = load_reference(seen, pictures, shipped_reference(extractor), say)
+    judge = Judge(target, seen, against, texts[0], seed, samples, batch, wearing(teacher.network, weights))
     claim, scales = lora.claim(teacher), sorted({*SCALES, *([] if lora.told_scale is None else [lora.told_scale])})
     found = find_call(first_ways(teacher, scales, guidance=w), judge, lambda way: near_ways(teacher, way, w), samples,
-                      claim and claim.way, lambda way: replace(way, scale=0.0), say)
+                      claim and claim.way, lambda way: replace(way, scale=0.0), lora.told_scale or 1.0, say)
     alone = _alone(judge, found, w, say)
     better = tuple(gains(found.second, alone))
     if not better:
         raise RequestError(_none_found(lora, base, found, alone))
-    folder = None if out is None else Path(out)
-    checked = Checked(lora.path, str(named), claim, found, tuple(alone), better, lora.has_alpha, reference, folder)
+    checked = Checked(lora.path, str(named), claim, found, tuple(alone), better, lora.has_alpha, words_of(pictures),
+                      folder)
     if folder is not None:
         method = claim.method if claim is not None and checked.believed == "contract" else UNKNOWN
         write_found(student_of(teacher, weights, checked.way, method, named, judge.prompts[0]), folder, "float16"
@@ -159,31 +164,45 @@ def good_guidance(teacher: Teacher) -> float:
     return teacher.guidance.scale({name: value for name, value in defaults(teacher.cls).items() if value is not None})
 
 
-def prompts_of(ships: bool, prompts: Sequence[str] | None, samples: int) -> tuple[list[str], list[str]]:
-    """Those of the LoRA's pictures, and those of the reference's, which are others where there is no end of them."""
+def real_pictures(reference: str | Path | None, ships: bool) -> Pictures | None:
+    """Against which calls are held: those named, else Shapes for what ships; None where the base's own stand for
+    them."""
+    if reference is None and not ships or str(reference) == "base":
+        return None
+    return load_source("shapes" if reference is None else reference, LEAST)
+
+
+def prompts_of(real: Pictures | None, ships: bool, prompts: Sequence[str] | None,
+               samples: int) -> tuple[list[str], list[str]]:
+    """Those of the LoRA's pictures, and those of the base's, which are others where there is no end of them."""
     if prompts is not None and not prompts:
         raise RequestError("the list of prompts is empty")
+    if prompts is None and real is not None:
+        return real.prompts(samples), []
     if prompts is None and ships:
         texts = ShapesSource().prompts(max(samples, REFERENCE) + REFERENCE)
         return texts[:samples], texts[-REFERENCE:]
     return [*(prompts or PROMPTS)], [*(prompts or PROMPTS)]
 
 
-def judging(teacher: Teacher, weights: Weights, features: Features, w: float,
-            prompts: tuple[Sequence[str], Sequence[str]], samples: int,
-            seed: int, batch: int, say: Callable[[str], None]) -> tuple[Judge, str]:
-    """What measures a LoRA's calls, and the words for what they are measured against: the base's own pictures at the
-    scale w.
-
-    prompts: of the LoRA's pictures, and of the base's. samples: pictures of a call in the last round.
-    """
+def target_of(teacher: Teacher) -> Target:
+    """The base, whose scheduler and call are those of the way that it is drawn by."""
     source = teacher.source
-    target = Target(Path(source.place).name, teacher.loaded, given=teacher.call, guided=source.guided,
-                    identity=fingerprint(source.place))
-    ease = teacher_plan(target, w, SOLVERS, say)
-    reference = load_reference(features, OwnPictures(ease, tuple(prompts[1]), REFERENCE, seed + 1, batch), None, say)
-    judge = Judge(target, features, reference, prompts[0], seed, samples, batch, wearing(teacher.network, weights))
-    return judge, f"{REFERENCE:,} of the base's own pictures, {ease.steps} steps at guidance {w:g}"
+    return Target(Path(source.place).name, teacher.loaded, given=teacher.call, guided=source.guided,
+                  identity=fingerprint(source.place))
+
+
+def own_pictures(target: Target, w: float, prompts: Sequence[str], seed: int, batch: int,
+                 say: Callable[[str], None]) -> OwnPictures:
+    """The base's own at its ease, at the scale w."""
+    return OwnPictures(teacher_plan(target, w, SOLVERS, say), tuple(prompts), REFERENCE, seed + 1, batch)
+
+
+def words_of(pictures: Pictures) -> str:
+    if isinstance(pictures, OwnPictures):
+        plan = pictures.plan
+        return f"{REFERENCE:,} of the base's own pictures, {plan.steps} steps at guidance {plan.guidance:g}"
+    return f"{pictures.count:,} real pictures, {pictures.name}"
 
 
 def _alone(judge: Judge, found: Found, w: float, say: Callable[[str], None]) -> list[Judged]:

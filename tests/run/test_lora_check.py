@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,16 @@ class Flat(torch.nn.Module):
 
     def forward(self, pixels):
         return pixels.mean((2, 3))
+
+
+def save_pictures(folder: Path, caption: str | None = None) -> Path:
+    """24 pictures of one colour each."""
+    folder.mkdir()
+    for i in range(24):
+        Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(folder / f"{i}.png")
+        if caption is not None:
+            (folder / f"{i}.txt").write_text(caption)
+    return folder
 
 
 def bare(file: Path, to: Path, metadata: dict[str, str] | None = None) -> Path:
@@ -172,6 +183,8 @@ def test_what_is_refused(root, tmp_path):
     assert "is not empty" in refused(root, root / "even", out=tmp_path / "full")
     assert "there is no LoRA nowhere.safetensors" in refused(root, Path("nowhere.safetensors"))
     assert "the list of prompts is empty" in refused(root, root / "even", prompts=[])
+    assert "the reference nowhere is neither `shapes`" in refused(root, root / "even", reference="nowhere")
+    assert "says nothing about prompts" in refused(root, root / "even", reference=save_pictures(tmp_path / "mute"))
 
 
 def test_what_is_refused_by_configs_alone(root, monkeypatch):
@@ -200,6 +213,17 @@ def test_a_lora_of_another_base_is_refused_with_the_one_that_would_fit(root, tmp
                                                     "is for sdxl_base_v1-0")
     shapes = refused(root, STUDENTS / "shapes-sd3-dmd2")
     assert "Stable Diffusion 3 or one of its kind, and it says that it is for assets/shapes-sd3" in shapes
+
+
+def test_calls_are_held_against_real_pictures_where_there_are_some(tmp_path):
+    assert lora_check.real_pictures(None, ships=True).name == "shapes:50000@7"
+    assert lora_check.real_pictures(None, ships=False) is None
+    assert lora_check.real_pictures("base", ships=True) is None
+    named = lora_check.real_pictures(save_pictures(tmp_path / "mine", "a ring"), ships=False)
+    assert named.count == 14                                        # ten are held out
+    assert lora_check.prompts_of(named, False, None, 3)[0] == ["a ring"] * 3
+    assert lora_check.prompts_of(named, False, ["a disc"], 3)[0] == ["a disc"]
+    assert lora_check.words_of(named).startswith("14 real pictures, mine:14@")
 
 
 @pytest.fixture
