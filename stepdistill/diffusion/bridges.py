@@ -23,9 +23,14 @@ from .solvers import Noise, Solver
 
 def bridge(solver: Solver, role: Role, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None, n: int = 1,
            noise: Noise | None = None) -> Tensor:
-    """x_s by n sub-steps of a solver, even in time. noise: as solvers take it, for those that are stochastic."""
+    """x_s by n sub-steps of a solver, even in time. noise: as solvers take it, for those that are stochastic.
+
+    A network of discrete times was taught none between the first of them and the data: sub-steps there begin at the
+    first, or at t, where that lies below it.
+    """
     shares = torch.arange(1, n, dtype=torch.float64)[:, None] / n
-    return solver(role, x_t, torch.cat([t[None], t + (s - t) * shares, s[None]]), cond, noise)
+    between = torch.maximum(t + (s - t) * shares, t.clamp(max=role.schedule.first))
+    return solver(role, x_t, torch.cat([t[None], between, s[None]]), cond, noise)
 
 
 def two_in_one(role: Role, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Condition | None = None) -> Tensor:

@@ -50,6 +50,11 @@ class Schedule(ABC):
     def time_at(self, angle: Tensor) -> Tensor:
         """The t whose noise level atan2(sigma, alpha) is `angle`, in [0, pi / 2]: how schedules are matched by SNR."""
 
+    @property
+    def first(self) -> float:
+        """The least time that its networks were taught: of continuous ones the data's, 0."""
+        return 0.0
+
     def angle(self, t: Tensor) -> Tensor:
         """Noise level as an angle: 0 is data, pi / 2 pure noise. Finite at both ends, unlike log SNR."""
         return torch.atan2(self.sigma(t), self.alpha(t))
@@ -92,6 +97,10 @@ class VariancePreserving(Schedule):
     @property
     def nodes(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def first(self):
+        return 1 / self.nodes
 
     @cached_property
     def _angles(self) -> Tensor:

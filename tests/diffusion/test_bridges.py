@@ -40,6 +40,24 @@ def test_sub_steps_of_ddim_multiply_by_their_factors(name, n):
     assert torch.allclose(bridge(ddim, role, x, T, S, n=n), known, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["vp", "flow"])
+def test_no_network_of_discrete_times_is_asked_below_its_first(name):
+    role, x = setting(name)
+    t, asked = torch.tensor([1.0, 2.0, 5.0, 40.0], dtype=F64) / 1000, []
+
+    class Listening:
+        schedule = role.schedule
+
+        def __call__(self, x, t, cond=None):
+            asked.append(t)
+            return role(x, t, cond)
+
+    found = bridge(partial(sde_ddim, eta=0.5), Listening(), x, t, 0 * t, n=3, noise=lambda i, shape: torch.ones(shape))
+    even = t * (1 - torch.arange(3, dtype=F64)[:, None] / 3)
+    assert torch.allclose(torch.stack(asked), even.clamp(min=1e-3) if name == "vp" else even, rtol=1e-12)
+    assert torch.isfinite(found).all()
+
+
 @pytest.mark.parametrize("solver", sorted({*SOLVERS} - {*STOCHASTIC}))
 @pytest.mark.parametrize("name", NAMES)
 def test_each_sample_goes_its_own_way(name, solver):

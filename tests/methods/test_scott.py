@@ -31,8 +31,8 @@ def test_the_teacher_is_asked_at_even_times_from_t_down_to_s_and_the_target_ther
     t, s = method.times(step)
     assert torch.allclose(t - s, t.clamp(max=skip / nodes)) and torch.equal((t * nodes).round() / nodes, t)
     assert len(teacher.calls) == substeps and len(target.calls) == 1
-    for i, (_, asked, _) in enumerate(teacher.calls):
-        assert torch.allclose(asked, t + (s - t) * i / substeps)
+    for i, (_, asked, _) in enumerate(teacher.calls):            # of discrete times none below the first, 1 / 1000
+        assert torch.allclose(asked, (t + (s - t) * i / substeps).clamp(min=1e-3 if noise == "vp" else 0))
     assert torch.equal(target.calls[0][1], torch.where(s > 0, s, t))
 
 

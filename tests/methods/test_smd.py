@@ -127,7 +127,7 @@ def test_who_is_needed():
 
 
 @pytest.mark.parametrize("changes", [{"critic_steps": 0}, {"t_range": (0.5, 0.5)}, {"gan_weight": -1.0},
-                                     {"source": "images"},
+                                     {"source": "images"}, {"source": "data", "gan_weight": 0.1},
                                      {"shares": (0.6, 0.5)}, {"shares": (0.5, 1.1)}, {"none": 1.0}])
 def test_settings_that_cannot_be_meant_are_refused(changes):
     with pytest.raises(ValueError, match="must"):

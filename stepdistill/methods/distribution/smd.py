@@ -9,9 +9,9 @@
                    fake score at noised x and on the real score at noised data, with weights 1 - a and a
 
 The skewed Jensen-Shannon divergence of all mixtures a p + (1 - a) q at once; at a = 1 it is DMD's. `source: data`, SMT,
-has no teacher: one critic, which reads a, denoises both parts of each mixture, and the student moves by what it says
-at a less what it says at 0, made as large as at 1. The heads judge the frozen teacher's features, the released ones the
-critic's, and its ratio has no bounds. Source of the defaults: (r) the released training of SMD on ImageNet 64.
+has no teacher and no heads: one critic, which reads a, denoises both parts, and the student moves by what it says at a
+less what it says at 0, made as large as at 1. Our heads judge the frozen teacher, the released ones the critic, whose
+ratio has no bounds. Source of the defaults: (r) the released SMD of ImageNet 64.
 """
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ class Settings:
         check_noise(self)
         if self.source not in ("teacher", "data"):
             raise ValueError(f"source must be 'teacher' or 'data'; found {self.source!r}")
+        if self.source == "data" and self.gan_weight != Settings.gan_weight:
+            raise ValueError("gan_weight must be left out: `source: data` has no heads")
         if not 0 <= self.shares[0] <= self.shares[1] <= 1 or not 0 <= self.none < 1:
             raise ValueError(f"shares must lie in [0, 1] and none in [0, 1); found {self.shares}, {self.none}")
 
@@ -82,10 +84,9 @@ class SMD(Method):
 
     @classmethod
     def needs(cls, settings: Settings, full: bool) -> dict[str, Need]:
-        if settings.source == "data":
-            return {"student": Trained("teacher"), "critic": Trained("teacher", reads=("share",))}
-        return {"teacher": Frozen(), "student": Trained("teacher"), "critic": Trained("teacher"),
-                "discriminator": Heads("teacher")}
+        trained = Trained("teacher")
+        if settings.source == "data": return {"student": trained, "critic": Trained("teacher", reads=("share",))}
+        return {"teacher": Frozen(), "student": trained, "critic": trained, "discriminator": Heads("teacher")}
 
     @classmethod
     def inference(cls, settings: Settings, steps: int, schedule: Schedule, guidance: Guidance = 1.0) -> Inference:
@@ -120,8 +121,7 @@ class SMD(Method):
     def learned_loss(self, batch: Batch, step: Step) -> Losses:
         x, x_t, t, a = self.noised(batch, step)
         with torch.no_grad():
-            fake, mixed, real = (self.critic(x_t, t, with_share(batch.cond, share)).x0
-                                 for share in (0 * a, a, 0 * a + 1))
+            fake, mixed, real = (self.critic(x_t, t, with_share(batch.cond, b)).x0 for b in (0 * a, a, 0 * a + 1))
         larger = ((squared(real, fake) + 1e-6) / (squared(mixed, fake) + 1e-6)).sqrt()       # the released addition
         return {"matching": distribution_matching(x, mixed, fake, dmd(x.detach(), real) * larger).mean()}
 
@@ -146,5 +146,5 @@ class SMD(Method):
 
     def scores(self, kind: str, x_t: Tensor, t: Tensor, cond: Condition, step: Step) -> list[Tensor]:
         """What the guided teacher and the critic say, in a view."""
-        roles = guided(self.teacher, drawn(self.guidance, step)), self.critic
-        return [role(x_t, t, cond).view(kind) for role in roles]
+        real = guided(self.teacher, drawn(self.guidance, step))
+        return [role(x_t, t, cond).view(kind) for role in (real, self.critic)]
