@@ -22,7 +22,7 @@ from .estimate import Estimate, mean_of
 from .features import Features, load_features
 from .metrics import Means
 from .own import COARSE, PROMPTS, drawn, looks, teacher_plan
-from .page import write_composed_report
+from .page import Drawing, write_composed_report
 from .plans import Plan, Target, at_guidance, evaluations
 from .protocol import fingerprint
 from .report import Results, write_results
@@ -178,7 +178,7 @@ def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[
         "without a style first")
     bare, rows = common.draw("")
     composed: list[dict[str, Any]] = []
-    grids: list[tuple[str, bytes]] = []
+    grids: list[Drawing] = []
     pipelines = [plan.target.pipeline for plan in common.rows[:2]]
     for style in styles:
         name, styled = name_of(style), []
@@ -192,7 +192,7 @@ def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[
                 rows += more
         composed += [_composed(common, name, scales, bare, styled, row) for row in range(1, len(common.rows))]
         words = f"{name}: a column without it and at {', '.join(f'{scale:g}' for scale in scales)}, from the same noise"
-        grids.append((words, _grid(common, [bare, *styled], out / "samples" / f"{name}.png")))
+        grids.append(Drawing(words, _grid(common, [bare, *styled], out / "samples" / f"{name}.png")))
     for one in composed:
         say(f"{one['lora']} at w = {one['guidance']:g}: {one['verdict']}")
     results: Results = {"protocol": _protocol(common), "rows": rows, "compose": composed}

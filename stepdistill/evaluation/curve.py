@@ -20,22 +20,24 @@ STUDENTS = ("#d9480f", "#1c7ed6", "#9c36b5", "#e0a100", "#0b7285", "#c2255c")
 DASHES = {"ddim": (0, ()), "euler": (0, (5, 2)), "heun": (0, (1, 1.4)), "dpmpp_2m": (0, (6, 2, 1, 2))}
 
 
-def curve(rows: Sequence[Row], dim: int) -> bytes:
+def curve(rows: Sequence[Row], dim: int, narrow: bool = False) -> bytes:
     """PNG. Left: FD with its 95 % interval, both axes logarithmic. Right, where attributes were classified: the share
-    of pictures with all of them right."""
-    with_attributes = any(row["metrics"]["all_attributes"] is not None for row in rows)
-    figure = Figure(figsize=(11.5 if with_attributes else 6.4, 4.9), dpi=150)
+    of pictures with all of them right; narrow: below, for a phone."""
+    count = 1 + any(row["metrics"]["all_attributes"] is not None for row in rows)
+    columns, down = (1, count) if narrow else (count, 1)
+    size = (5.0, 4.0) if narrow else (5.75 if count == 2 else 6.4, 4.9)
+    figure = Figure(figsize=(size[0] * columns, size[1] * down), dpi=150)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if with_attributes else 1, squeeze=False)[0]
+    panels = figure.subplots(down, columns, squeeze=False).flat
     _distance_panel(panels[0], rows, dim)
-    if with_attributes:
+    if count == 2:
         _attribute_panel(panels[1], rows)
     handles, labels = panels[0].get_legend_handles_labels()
-    columns = 6 if with_attributes else 3
-    figure.tight_layout(rect=(0, 0.02 + 0.055 * -(-len(labels) // columns), 1, 1), w_pad=3)
-    figure.legend(handles, labels, loc="lower center", ncols=columns,
-                  frameon=False, fontsize=8.5,
-                  columnspacing=1.4, handlelength=2.4)
+    beside = 2 if narrow else 3 * columns
+    lines = -(-len(labels) // beside)
+    figure.tight_layout(rect=(0, (0.1 + 0.27 * lines) / (size[1] * down), 1, 1), w_pad=3)
+    figure.legend(handles, labels, loc="lower center", ncols=beside, frameon=False, fontsize=8.5, columnspacing=1.4,
+                  handlelength=2.4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -158,7 +160,7 @@ def _attribute_panel(axes: Axes, rows: Sequence[Row]) -> None:
         axes.axhspan(low, max(high, low + 0.8), color=REAL, alpha=0.3, lw=0)
     axes.set_ylim(0, 103)
     axes.set_ylabel("pictures with all attributes right, %")
-    real = "".join(f" (real pictures: {metric(row)[0]:.1f} %)" for row in measured if row["target"] == "real")
+    real = "".join(f" (real: {metric(row)[0]:.1f} %)" for row in measured if row["target"] == "real")
     axes.set_title(f"Doing what the prompt says{real}", loc="left", fontsize=11, color=INK, fontweight="bold")
 
 

@@ -67,10 +67,26 @@ class Strip:
     png: bytes
 
 
-def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: Sequence[str],
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, PNG. narrow: the same for a window of a phone's width, where it is another."""
+
+    what: str
+    png: bytes
+    narrow: bytes | None = None
+
+    @property
+    def element(self) -> str:
+        shown = f'<img class="figure" alt="{html.escape(self.what)}" src="{embedded(self.png)}">'
+        if self.narrow is None:
+            return shown
+        return f'<picture><source media="(max-width: 40rem)" srcset="{embedded(self.narrow)}">{shown}</picture>'
+
+
+def page(title: str, note: str, figures: Sequence[Drawing], headings: Sequence[str],
          rows: Sequence[tuple[str, Sequence[str]]],
          strips: Sequence[Strip], facts: Mapping[str, Any], words: Sequence[str] = ()) -> str:
-    """figures: what each shows, and a PNG. rows: (kind, cells), of the kinds real, teacher and student. strips: from
+    """rows: (kind, cells), of the kinds real, teacher and student. strips: from
     the same noise; a slider shows those of one count of evaluations. facts: what the figures depend on. words: what was
     found, in sentences."""
     body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
@@ -80,7 +96,7 @@ def page(title: str, note: str, figures: Sequence[tuple[str, bytes]], headings: 
     shown = "".join(f"<tr data-nfe='{strip.nfe}'><th scope='row'>{html.escape(strip.label)}</th><td><img class='strip' "
                     f"alt='Samples of {html.escape(strip.label)}' src='{embedded(strip.png)}'></td></tr>"
                     for strip in strips)
-    drawn = "".join(f'<img class="figure" alt="{html.escape(what)}" src="{embedded(png)}">' for what, png in figures)
+    drawn = "".join(figure.element for figure in figures)
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in words)
     wide = (lambda name, said, inner: "<div class='wide' role='region' tabindex='0' "
@@ -139,14 +155,15 @@ def write_own_report(results: Mapping[str, Any], together: bytes, out: Path) -> 
             "in [0, 1] to the teacher's own pictures, the first row. Students that are taught the teacher's law "
             "rather than its way from noise to picture may lie far from them and be good.")
     write_whole(out / "report.html", page(
-        "Teacher and student from the same noise", note, [("Pictures of each row, from the same noise", together)],
+        "Teacher and student from the same noise", note,
+        [Drawing("Pictures of each row, from the same noise", together)],
         (*OWN, "ms", *(FIGURES.get(name, name) for name in more)), _own_rows(results, more), [],
         results["protocol"] | made_of(results["rows"]),
         results.get("words", ())).encode())
 
 
-def write_composed_report(results: Mapping[str, Any], grids: Sequence[tuple[str, bytes]], out: Path) -> None:
-    """report.html of a bench under other LoRAs. grids: what each shows, and a PNG."""
+def write_composed_report(results: Mapping[str, Any], grids: Sequence[Drawing], out: Path) -> None:
+    """report.html of a bench under other LoRAs."""
     more, composed = more_metrics(results["protocol"]), results["compose"]
     note = ("Every row is a call of a stock diffusers pipeline, from the same noise and the same prompts. The distance "
             "to the teacher is the root mean square over pixels in [0, 1] to the teacher's picture under the same "

@@ -16,7 +16,7 @@ from ..files import records
 from ..files.whole import write_whole
 from .estimate import Estimate
 from .metrics import more_metrics
-from .page import Strip, made_of, page
+from .page import Drawing, Strip, made_of, page
 from .protocol import demand_same
 
 Row = dict[str, Any]
@@ -58,11 +58,11 @@ def write_report(results: Results, out: Path) -> None:
     from .curve import curve, front  # here, because matplotlib takes a quarter of a second
 
     rows = results["rows"]
-    drawn = curve(rows, results["protocol"]["dim"])
+    drawn, narrow = (curve(rows, results["protocol"]["dim"], narrow) for narrow in (False, True))
     write_whole(out / "curve.png", drawn)
-    figures = [("Distance to real pictures against network evaluations", drawn)]
+    figures = [Drawing("Distance to real pictures against network evaluations", drawn, narrow)]
     if any(row["latency_ms"] is not None for row in rows):
-        figures.append(("Distance to real pictures against the time of a picture", front(rows)))
+        figures.append(Drawing("Distance to real pictures against the time of a picture", front(rows)))
     write_whole(out / "report.html", _page(results, figures, out).encode())
     write_whole(out / "table.csv", as_csv(rows).encode())
     write_whole(out / "table.md", as_markdown(rows).encode())
@@ -188,7 +188,7 @@ NOTE = ("Every row is a call of a stock diffusers pipeline, from the same noise 
         "mean distance in features between samples of one prompt: compare it with that of real pictures.")
 
 
-def _page(results: Results, figures: Sequence[tuple[str, bytes]], out: Path) -> str:
+def _page(results: Results, figures: Sequence[Drawing], out: Path) -> str:
     rows = results["rows"]
     note = NOTE + "".join(f" Distances in {name} too: {_also(rows, name)}."
                           for name in results["protocol"].get("also", ()))

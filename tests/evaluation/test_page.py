@@ -1,7 +1,9 @@
 """report.html for every reader: by its marks, its colours, and in a browser where there is one."""
 from __future__ import annotations
 
+import html
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -11,26 +13,26 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stepdistill.evaluation.page import STYLE, Strip, page
+from stepdistill.evaluation.page import STYLE, Drawing, Strip, page
 
-VOID = {"meta", "img", "input", "br", "hr", "link"}
+VOID = {"meta", "img", "input", "br", "hr", "link", "source"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable",
                                                 "chrome"))), None)
 ROWS = [("real", ["real", "0.10"]), ("teacher", ["teacher:ddim", "–"]), ("student", ["<b>mine</b>", "2.5 [2.4, 2.6]"]),
         ("student", ["other", "10.0"])]
 
 
-def png() -> bytes:
+def png(width: int = 8) -> bytes:
     made = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(made, "PNG")
+    Image.new("RGB", (width, 8), "red").save(made, "PNG")
     return made.getvalue()
 
 
 @pytest.fixture
 def text() -> str:
     strips = [Strip("real", 0, png()), Strip("mine, 1 NFE", 1, png()), Strip("mine, 4 NFE", 4, png())]
-    return page("A title & more", "A note.", [("A curve", png())], ["target", "FD"], ROWS, strips, {"id": "x"},
-                ["slow motion: mine"])
+    return page("A title & more", "A note.", [Drawing("A curve", png(), png(20))], ["target", "FD"], ROWS, strips,
+                {"id": "x"}, ["slow motion: mine"])
 
 
 class Tree(HTMLParser):
@@ -94,6 +96,7 @@ def test_nothing_is_fetched(text):
     tree = Tree(text)
     assert not tree.of("link") and not tree.of("iframe") and not tree.of("a") and "src" not in tree.of("script")[0]
     assert all(attrs["src"].startswith("data:image/png;base64,") for _, attrs, _ in tree.found if "src" in attrs)
+    assert all(attrs["srcset"].startswith("data:image/png;base64,") for attrs in tree.of("source"))
     assert "http" not in text and "url(" not in text and "@import" not in text
 
 
@@ -138,16 +141,73 @@ button.click();
 const fits = document.documentElement.scrollWidth <= window.innerWidth;
 document.title = [document.activeElement === button, first, head.ariaSort, up, body(), fits].join("|");
 </script></body>"""
+SLIDE = """<script>
+const slider = document.querySelector("input[type=range]"), seen = [];
+for (const place of [1, 2, 0]) {
+  slider.value = place;
+  slider.dispatchEvent(new Event("input"));
+  const shown = [...document.querySelectorAll("tr[data-nfe]")].filter(row => !row.hidden).map(row => row.dataset.nfe);
+  seen.push(slider.getAttribute("aria-valuetext") + ": " + shown.join(" "));
+}
+document.title = seen.join("|");
+</script></body>"""
+WINDOWS = [(390, 844), (1440, 900)]
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here: the page is checked by its "
+                                  "marks alone")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here: the page is checked by its marks alone")
-def test_a_table_sorts_in_a_browser(text, tmp_path: Path):
-    file = tmp_path / "report.html"
-    file.write_text(text.replace("</body>", CLICK), encoding="utf-8")
-    shown = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800",
-                            "--dump-dom", file.as_uri()],
-                           capture_output=True, text=True, timeout=60, check=True).stdout
-    focused, first, second, up, down, fits = re.search("<title>(.*?)</title>", shown, re.DOTALL)[1].split("|")
-    assert (focused, first, second, fits) == ("true", "ascending", "descending", "true")
+def browsed(text: str, folder: Path, window: tuple[int, int] = (400, 800), dark: bool = False) -> tuple[str, list[str]]:
+    """The document after its scripts, and what they left on the console."""
+    file = folder / "report.html"
+    file.write_text(text, encoding="utf-8")
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
+                           f"--window-size={window[0]},{window[1]}", scheme, "--enable-logging=stderr", "--dump-dom",
+                           file.as_uri()],
+                          capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def title(shown: str) -> list[str]:
+    return html.unescape(re.search("<title>(.*?)</title>", shown, re.DOTALL)[1]).split("|")
+
+
+@in_a_browser
+@pytest.mark.parametrize("window", WINDOWS, ids=["phone", "desktop"])
+def test_a_table_sorts_in_a_browser(text, tmp_path: Path, window):
+    shown, said = browsed(text.replace("</body>", CLICK), tmp_path, window)
+    focused, first, second, up, down, fits = title(shown)
+    assert (focused, first, second, fits, said) == ("true", "ascending", "descending", "true", [])
     assert (re.sub(r"\s", "", up).startswith("real0.10") and "other10.0" in down
             and down.index("other") < down.index("real"))
+
+
+@in_a_browser
+def test_the_slider_shows_the_pictures_of_one_count_beside_the_real_ones(text, tmp_path):
+    shown, said = browsed(text.replace("</body>", SLIDE), tmp_path)
+    assert title(shown) == ["1 network evaluations: 0 1", "4 network evaluations: 0 4", "all: 0 1 4"] and not said
+
+
+@in_a_browser
+@pytest.mark.parametrize("window, width", [(WINDOWS[0], "20"), (WINDOWS[1], "8")], ids=["phone", "desktop"])
+def test_a_phone_is_shown_the_narrow_drawing(text, tmp_path, window, width):
+    ask = "<script>onload = () => document.title = document.querySelector('picture img').naturalWidth</script></body>"
+    shown, _ = browsed(text.replace("</body>", ask), tmp_path, window)
+    assert title(shown) == [width]
+
+
+AXE = os.environ.get("AXE")                 # axe.min.js of Deque's axe-core
+
+
+@in_a_browser
+@pytest.mark.skipif(AXE is None, reason="AXE names no axe.min.js (npm pack axe-core): no report is searched by it")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("window", WINDOWS, ids=["phone", "desktop"])
+def test_axe_finds_nothing(text, tmp_path, window, dark):
+    code = Path(AXE).read_text(encoding="utf-8").replace("</script>", "<\\/script>")
+    run = ("axe.run(document).then(found => document.title = "
+           "[found.passes.length, ...found.violations.map(one => one.id)].join('|'))")
+    shown, said = browsed(text.replace("</body>", f"<script>{code}</script><script>{run}</script></body>"), tmp_path,
+                          window, dark)
+    passed, *violations = title(shown)
+    assert int(passed) > 10 and not violations and not said
