@@ -35,13 +35,16 @@ RESULT, PAGE = ROOT / "assets/undistil.json", ROOT / "docs/undistil.md"
 START, END = "<!-- table: scripts/undistil_shapes.py -->", "<!-- end of the table -->"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 WORD, GROUND, PATTERN = " night", "navy", "dotted"
-SHOWN, SAMPLES = 500, 1000                                 # pictures of the style that are trained on; of a figure
+SHOWN, SAMPLES = 1000, 1000                                # pictures of the style that are trained on; of a figure
 # numbers of the first picture that is trained on, and of the reference's
 TRAINED, REFERENCE = 0, 1_000_000
 RANK, BATCH, RATE = 32, 16, 3.0e-4
-ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 50, "train.keep": 1,
-           "train.gradient_checkpointing": False}
-STYLE: dict[str, Any] = {"updates": 200, "lr": RATE, "warmup": 20, "checkpoint_every": 50, "keep": 1}
+# of the adapter: updates, and pictures of the few-step model's own
+LONG, OWN = 1500, 2000
+ADAPTER = {"train.lr": RATE, "data.batch": 32, "train.checkpoint_every": 100, "train.keep": 1,
+           "train.decay": "cosine", "train.gradient_checkpointing": False}
+STYLE: dict[str, Any] = {"updates": 800, "lr": RATE, "warmup": 20, "decay": "cosine", "checkpoint_every": 100,
+                         "keep": 1}
 MANY, FEWER = 12, 500                                      # steps in which the adapter itself is looked at, pictures
 MANY_STEPS: dict[str, tuple[str, ...]] = {"base": (), "few-step model": ("turbo",),
                                           "with the adapter": ("turbo", "adapter")}
@@ -55,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     api.quiet()
     pictures, reference = draw(args.out / "night", TRAINED, SHOWN), draw(args.out / "reference", REFERENCE, 2 * SAMPLES)
-    made = api.undistil(TURBO, prompts="shapes", updates=500, samples=1000, rank=RANK, out=args.out / "adapter",
+    made = api.undistil(TURBO, prompts="shapes", updates=LONG, samples=OWN, rank=RANK, out=args.out / "adapter",
                         resume="auto", **ADAPTER)
     loras = {"turbo": Path(TURBO) / WEIGHTS, "adapter": made / WEIGHTS}
     for way, on in WAYS.items():
@@ -127,7 +130,7 @@ def measured(loras: Mapping[str, Path], reference: Path, file: Path) -> dict[str
         write_whole(file, json.dumps(rows).encode())
         print(name, rows[name], flush=True)
     shown = ("samples", "fd", "fd_low", "fd_high", "all_attributes")
-    return {"turbo": TURBO, "pictures": SHOWN, "updates": STYLE["updates"], "batch": BATCH, "adapter_updates": 500,
+    return {"turbo": TURBO, "pictures": SHOWN, "updates": STYLE["updates"], "batch": BATCH, "adapter_updates": LONG,
             "rows": {name: {key: round(row[key], 4) for key in shown if key in row} for name, row in rows.items()}}
 
 

@@ -68,7 +68,7 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("seed", [5, 6])
+@pytest.mark.parametrize("seed", [5, pytest.param(6, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", (DIVERSE, RATIO))
 def test_whole_methods_are_green(method, seed):
     assert whole(method, seed) == []

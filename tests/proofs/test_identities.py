@@ -13,7 +13,7 @@ from stepdistill.proofs.problem import NAMES, Problem
 PROVED = [name for name in METHODS if (Path(proofs.__file__).parent / f"{name}.py").is_file()]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("noise", NAMES)
 @pytest.mark.parametrize("method", PROVED)
 def test_identities(method, noise, seed):
