@@ -251,7 +251,8 @@ def test_bench_writes_the_contract(teacher, student, clip_folder, tmp_path):
     assert results["rows"][1]["latency_ms"] > 0 and results["rows"][1]["images_per_s"] > 0
     assert results["rows"][0]["made"] == results["rows"][-1]["made"] == {"date": "today"}
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + len(results["rows"]) and "http" not in page
+    drawings = ("curve", "narrow curve", "front")
+    assert page.count("data:image/png;base64,") == len(drawings) + len(results["rows"]) and "http" not in page
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,7 +17,7 @@ from stepdistill.data.images import FolderImages
 from stepdistill.data.prompts import open_prompts
 from stepdistill.errors import HIDDEN, RequestError, printable, redacted, unmarked
 from stepdistill.evaluation.curve import curve
-from stepdistill.evaluation.page import Strip, page
+from stepdistill.evaluation.page import Drawing, Strip, page
 from stepdistill.evaluation.report import as_csv, as_markdown, table
 from stepdistill.export.card import block, card, code
 from stepdistill.recipe import Recipe
@@ -194,7 +194,7 @@ ROW = {"target": "<script>alert(1)</script>$\\frac{$|`x`", "method": None, "nfe"
 
 
 def test_pages_tables_and_curves_take_names_as_they_are(capsys):
-    text = page("<b>", "</p><script>", [("\"><script>", b"")], ("<i>",), [("student", [ROW["target"]])],
+    text = page("<b>", "</p><script>", [Drawing("\"><script>", b"", b"")], ("<i>",), [("student", [ROW["target"]])],
                 [Strip("'><script>", 2, b"")], {"<a>": "</dd><script>"})
     assert text.count("<script>") == 1 and "alert(1)</script>" not in text
     assert curve([ROW], 4)[:4] == b"\x89PNG"
