@@ -54,8 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         rows = api.bench(*(ROOT / target for target in TARGETS), nfe=args.nfe, samples=args.samples, out=out,
                          solvers=["dpmpp_2m"], guidance=[1.0])["rows"]
-    wall, share = time.perf_counter() - begun, networks.seconds / (time.perf_counter() - begun)
-    print(f"{len(rows)} rows of {args.samples:,} samples: {wall:.0f} s, {share:.0%} of them in networks")
+    wall = time.perf_counter() - begun
+    print(f"{len(rows)} rows of {args.samples:,} samples: {wall:.0f} s, "
+          f"{networks.seconds / wall:.0%} of them in networks")
 
 
 if __name__ == "__main__":

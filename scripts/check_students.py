@@ -20,9 +20,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from stepdistill import api, resources
-from stepdistill.evaluation.features import load_features
 from stepdistill.evaluation.plans import Target
-from stepdistill.evaluation.reference import ShapesSource, load_reference
+from stepdistill.evaluation.reference import ShapesSource
+from stepdistill.evaluation.space import Space
 from stepdistill.models.given_lora import wearing
 from stepdistill.models.sources import Source
 from stepdistill.run import lora_check
@@ -90,10 +90,10 @@ def _ratio(lora: ForeignLora, base: Source, true: Way, ours: Way) -> float:
     """The Fréchet distance to real pictures at our call over that at the true one, as a bench takes it."""
     teacher, weights = lora_check.worn(lora, base, None)
     folder = resources.SHARE / "assets/shapes-clip"
-    features, source = load_features(folder), ShapesSource()
-    reference = load_reference(features, source, folder / "reference.safetensors")
+    source = ShapesSource()
+    space = Space.load(folder, source, "cpu", print)
     target = Target("base", teacher.loaded, given=teacher.call)
-    judge = Judge(target, features, reference, source.prompts(FIGURES), SEED, FIGURES, 100,
+    judge = Judge(target, space.features, space.reference, source.prompts(FIGURES), SEED, FIGURES, 100,
                   wearing(teacher.network, weights))
     return judge(ours, FIGURES).figure.value / judge(true, FIGURES).figure.value
 
