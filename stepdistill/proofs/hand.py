@@ -51,7 +51,7 @@ class Hand:
         """The inverse of `angle`."""
         if self.flow:
             return angle.sin() / (angle.sin() + angle.cos())
-        below = (torch.searchsorted(self.angles, angle) - 1).clamp(0, LEVELS - 1)
+        below = (torch.searchsorted(self.angles, angle.contiguous()) - 1).clamp(0, LEVELS - 1)
         return (below + (angle - self.angles[below]) / (self.angles[below + 1] - self.angles[below])) / LEVELS
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:

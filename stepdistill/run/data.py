@@ -60,7 +60,7 @@ def captions(run: Run) -> Captions:
 def check_data(recipe: Recipe) -> None:
     """RequestError for pictures or prompts, of any stage, that cannot be read: before any weights of the teacher are.
     Every picture is decoded once, which is remembered."""
-    for stage in {stage.data.model_dump_json(exclude={"batch"}): stage for stage in recipe.stages}.values():
+    for stage in {repr(stage.data.model_dump(exclude={"batch"})): stage for stage in recipe.stages}.values():
         made_here = data_of(stage)[1] == "shapes" or family(stage).samples == "points"
         if not made_here:
             with stage.blaming("teacher", "cannot be loaded"):
