@@ -14,6 +14,8 @@ from .prediction import Prediction
 from .sampler import Draw, Sampler
 from .times import LEVELS
 
+MIDWAY = 1e-6                      # of a timestep: the last bit of a product does not say which of two times is nearer
+
 
 def rollout(sampler: Sampler, role: Role, cond: Condition, step: Step, shape: tuple[int, ...]) -> Tensor:
     """x_0 as `role` predicts it at a random evaluation of its own sampler: (B, *shape), float32.
@@ -60,9 +62,9 @@ def left_by(sampler: Sampler, step: Step) -> int:
 def below_exit(sampler: Sampler, step: Step, share: Tensor) -> Tensor:
     """Noise levels of what is not yet settled where `rollout` of this step leaves: (B,) float64, on the stock times.
 
-    share: (B,) in [0, 1], of the level of the state at that exit.
+    share: (B,) in [0, 1], of the level of the state at that exit. What lies midway of two times goes to the lower.
     """
-    return (LEVELS * sampler.levels[left_by(sampler, step)] * share).round().clamp(min=1) / LEVELS
+    return (LEVELS * sampler.levels[left_by(sampler, step)] * share - MIDWAY).round().clamp(min=1) / LEVELS
 
 
 def with_exit(cond: Condition, sampler: Sampler, step: Step) -> Condition:

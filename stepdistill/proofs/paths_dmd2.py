@@ -119,9 +119,9 @@ def of_student(turn: Turn) -> Known:
 
 
 def added(turn: Turn, sample: Sample) -> Tensor:
-    """The pull of what guidance adds, at i / 1000 below the exit's own time."""
+    """The pull of what guidance adds, at i / 1000 below the exit's own time, of two that are as near the lower."""
     share = noise_level(turn, turn.step.uniform("guidance t"))
-    t = (1000 * sample.t * share).round().clamp(min=1) / 1000
+    t = (1000 * sample.t * share - 1e-6).round().clamp(min=1) / 1000
     x_t, teacher = turn.noised(sample.x, t, "guidance noise"), turn.roles["teacher"]
     given, without = (teacher.x0(x_t, t, turn.guided(w)) for w in (turn.scale, 1.0))
     return (without - given) / (sample.x - given).abs().mean(1, keepdim=True) / given.numel()

@@ -30,7 +30,9 @@ MODULES = [module.name for module in pkgutil.iter_modules([str(Path(__file__).pa
            and not module.name.startswith("test_")]
 CASES: dict[str, Case] = {name: case for module in MODULES
                           for name, case in import_module(f".{module}", __package__).CASES.items()}
-CALLS = [(name, size, scale) for name, case in CASES.items() for size in case.sizes for scale in case.scales]
+CALLS = [pytest.param(name, size, scale, marks=() if (size, scale) == (case.sizes[-1], case.scales[-1])
+                      else pytest.mark.long)
+         for name, case in CASES.items() for size in case.sizes for scale in case.scales]
 TRAINED = [(name, method) for name, case in CASES.items() for method in case.methods]
 
 

@@ -10,13 +10,14 @@ from stepdistill import proofs
 from stepdistill.methods import METHODS
 from stepdistill.proofs.problem import NAMES, Problem
 
+QUICK = "flow"                     # its rows take a third of the others' time
 PROVED = [name for name in METHODS if (Path(proofs.__file__).parent / f"{name}.py").is_file()]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize("noise", NAMES)
+@pytest.mark.parametrize("noise", [pytest.param(name, marks=() if name == QUICK else pytest.mark.long)
+                                   for name in NAMES])
 @pytest.mark.parametrize("method", PROVED)
-def test_identities(method, noise, seed):
-    checks = list(importlib.import_module(f"stepdistill.proofs.{method}").identities(Problem(seed, noise)))
+def test_identities(method, noise):
+    checks = list(importlib.import_module(f"stepdistill.proofs.{method}").identities(Problem(0, noise)))
     failed = [f"{c.name}: {c.figure:.3g} > {c.tolerance:g}" for c in checks if not c.passed]
     assert checks and not failed, failed
