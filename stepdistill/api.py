@@ -83,7 +83,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, *, out: str | Path | 
     before: Path | None = None
     begun = ({place for place in (run, *folder.stage_folders(recipe, run)) if folder.is_run(place)}
              if going_on else set())
-    with spoken(), recorded() as record, folder.alone(run):
+    with spoken(), recorded() as record, parallel.held_by_first(folder.alone(run)):
         log.info(f"checking {recipe.name}")
         for stage in recipe.stages:
             check_recipe(stage)
@@ -303,7 +303,8 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     checkpoint, weights: of a run, the step of another checkpoint than the last, and "ema" or "student", where it has
     both. plugins: a folder with the family of a pipeline. negative: a negative prompt, where the call is guided.
     with_teacher: "diversity", "distillation_pp" or "adaptive", with options as in "diversity,teacher_steps=2"; x0:
-    where to draw what each of its evaluations made of the pictures.
+    where to draw what each of its evaluations made of the pictures. Several ranks share the prompts, without a
+    teacher, and the first one writes.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_files(out, x0, with_teacher)
@@ -315,14 +316,22 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     call = away_from(opened.target, call_as_asked(opened.target, steps, guidance, log.info), negative)
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(key(seed, "sample", i)) for i in range(len(texts))]
-    with asking(pipeline), torch.random.fork_rng(), called(opened, call, texts, asked, x0, pipeline.device,
-                                                           log.info) as call:
-        torch.manual_seed(key(seed, "pipeline"))
-        pixels = pictures(pipeline, stock_prompts(pipeline), texts, generator=generators, **call)
+    first, places = parallel.rank() == 0, range(len(texts))
+
+    def draw(places: Sequence[int]) -> Tensor:
+        own, generators = [texts[i] for i in places], [torch.Generator().manual_seed(key(seed, "sample", i))
+                                                       for i in places]
+        with asking(pipeline), torch.random.fork_rng(), called(opened, call, own, asked, x0 if first else None,
+                                                               pipeline.device, log.info) as told:
+            torch.manual_seed(key(seed, "pipeline"))
+            return pictures(pipeline, stock_prompts(pipeline), own, generator=generators, **told)
+
+    own = parallel.share(places) if asked is None else places
+    pixels = draw(own) if own else torch.empty(0)
+    pixels = torch.stack(parallel.dealt([*pixels.cpu()])) if asked is None else pixels
     check_pictures(pixels, target)
     drawn = as_pil(pixels) if pixels.ndim == 4 else [as_pil(frames) for frames in pixels]
-    if out is not None:
+    if out is not None and first:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(out) if pixels.ndim == 4 and len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from .errors import RequestError
+
+Value = TypeVar("Value")
 _GONE = re.compile(r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out waiting|Socket "
                    r"(Timeout|closed)|connectFullMesh")
 
@@ -48,6 +53,41 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(carried) for _ in range(world_size())]
     dist.all_gather(parts, carried)
     return torch.cat(parts).to(tensor.device)
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """What each rank passes, in rank order: anything small that can be sent."""
+    if not _many():
+        return [value]
+    found: list[Value] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def share(values: Sequence[Value]) -> Sequence[Value]:
+    """This rank's part of what all of them do together. `dealt` joins what came of the parts."""
+    return values[rank()::world_size()]
+
+
+def dealt(own: Sequence[Value]) -> list[Value]:
+    """What came of every rank's `share`, one of each, in the order of the whole."""
+    parts = gather_objects(own)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+@contextmanager
+def held_by_first(held: AbstractContextManager[None]) -> Iterator[None]:
+    """Rank 0 enters it for all. Where it is refused there, the RequestError is raised on every rank."""
+    refused: RequestError | None = None
+    with ExitStack() as stack:
+        if rank() == 0:
+            try:
+                stack.enter_context(held)
+            except RequestError as error:
+                refused = error
+        if refusal := gather_objects(refused)[0]:
+            raise refusal
+        yield
 
 
 def shard_(network: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:

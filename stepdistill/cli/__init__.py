@@ -107,9 +107,11 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
     api = working()
     drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint,
                        weights=weights, plugins=plugins, negative=negative, with_teacher=with_teacher, x0=x0)
-    first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]                # of a video its first frame
-    emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
-         lambda: tell(f"wrote {out}"))
+    from ..parallel import rank
+    if rank() == 0:
+        first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]            # of a video its first frame
+        emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
+             lambda: tell(f"wrote {out}"))
 
 
 @app.command()
@@ -152,7 +154,9 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
                         solvers=solvers.split(","), compose=compose or (), scales=strengths,
                         features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
                         metrics=metric or (), plugins=plugins, with_teacher=with_teacher)
-    emit(results, as_json, lambda: show_results(results, out))
+    from ..parallel import rank
+    if rank() == 0:
+        emit(results, as_json, lambda: show_results(results, out))
 
 
 @app.command()

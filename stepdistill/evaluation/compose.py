@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import parallel
 from ..errors import RequestError
-from ..files.lock import LOCK, locked
-from ..files.whole import sweep as sweep_leftovers
+from ..files.lock import cleared
 from ..models.fused import ADAPTER, load_lora
 from ..models.sources import LORA_FILE, FusedLora
 from .estimate import Estimate, mean_of
@@ -107,8 +107,7 @@ def bench_composed(student: Target, base: Target, styles: Sequence[FusedLora], o
     for style in styles:
         with _worn(pipelines, style):
             say(f"{name_of(style)} fits")
-    with locked(out / LOCK, str(out)):
-        sweep_leftovers(out)
+    with parallel.held_by_first(cleared(out)):
         rows = [teacher_plan(base, trained, solvers, say), *(replace(plan, nfe=evaluations(plan)) for plan in called)]
         space = None if features is None else load_features(*features, device)
         common = Composition(rows, texts, samples, seed, space, metrics or {}, made or {})
@@ -178,7 +177,7 @@ def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[
         "without a style first")
     bare, rows = common.draw("")
     composed: list[dict[str, Any]] = []
-    grids: list[Drawing] = []
+    grids: list[tuple[str, list[list[Seen]]]] = []         # of each style its name and columns
     pipelines = [plan.target.pipeline for plan in common.rows[:2]]
     for style in styles:
         name, styled = name_of(style), []
@@ -191,14 +190,20 @@ def _written(common: Composition, styles: Sequence[FusedLora], scales: Sequence[
                 styled.append(seen)
                 rows += more
         composed += [_composed(common, name, scales, bare, styled, row) for row in range(1, len(common.rows))]
-        words = f"{name}: a column without it and at {', '.join(f'{scale:g}' for scale in scales)}, from the same noise"
-        grids.append(Drawing(words, _grid(common, [bare, *styled], out / "samples" / f"{name}.png")))
+        grids.append((name, [bare, *styled]))
     for one in composed:
         say(f"{one['lora']} at w = {one['guidance']:g}: {one['verdict']}")
     results: Results = {"protocol": _protocol(common), "rows": rows, "compose": composed}
-    write_results(results, out)
-    write_composed_report(results, grids, out)
+    if parallel.rank() == 0:
+        write_results(results, out)
+        write_composed_report(results, [_drawing(common, *grid, scales, out) for grid in grids], out)
     return results
+
+
+def _drawing(common: Composition, name: str, columns: Sequence[Sequence[Seen]], scales: Sequence[float],
+             out: Path) -> Drawing:
+    words = f"{name}: a column without it and at {', '.join(f'{scale:g}' for scale in scales)}, from the same noise"
+    return Drawing(words, _grid(common, columns, out / "samples" / f"{name}.png"))
 
 
 def _composed(common: Composition, name: str, scales: Sequence[float], bare: Sequence[Seen],

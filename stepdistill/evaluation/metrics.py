@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..errors import RequestError
 from ..models.rewards import REWARDS
 from ..models.stock import some_frames
@@ -63,6 +64,11 @@ class Means:
             if not metric.prompts or prompts is not None:
                 values.append(_values(name, metric, pixels, prompts) if pixels.ndim == 4
                               else _of_videos(name, metric, pixels, prompts))
+
+    def join(self) -> None:
+        """With what the other ranks added, in turn with this one."""
+        for values in self.values.values():
+            values[:] = parallel.dealt(values)
 
     def figures(self, prompted: bool) -> Figures:
         """With intervals. prompted: whether the pictures were made for prompts."""

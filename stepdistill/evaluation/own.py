@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import parallel
 from ..errors import RequestError
-from ..files.lock import LOCK, locked
-from ..files.whole import sweep as sweep_leftovers
+from ..files.lock import cleared
 from ..models.stock import FRAMES, some_frames
 from .estimate import Estimate, mean_of
 from .features import Features, load_features
@@ -58,8 +58,7 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
     if features is not None and len(features) != 1:
         raise RequestError("a bench against the teacher's own pictures reads one kind of features; found "
                            f"{len(features)}: name one, or a `reference` of real pictures")
-    with locked(out / LOCK, str(out)):
-        sweep_leftovers(out)
+    with parallel.held_by_first(cleared(out)):
         best = teacher_plan(teacher, guidance[-1], solvers, say)
         rows = [best, *(plan for target in targets for plan in plans(target, nfe, guidance, solvers, say))]
         space = None if features is None else load_features(*features, device)
@@ -69,7 +68,8 @@ def bench_own(targets: Sequence[Target], teacher: Target, nfe: Sequence[int], ou
 def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: int, space: Features | None, out: Path,
               made: Mapping[str, Any],
               metrics: Mapping[str, str], say: Callable[[str], None]) -> Results:
-    """The results of these rows, of which the first is the teacher at its ease, once they are on the disk."""
+    """The results of these rows, of which the first is the teacher at its ease, once they are on the disk. Ranks share
+    the pictures, and the first one writes."""
     best, asked = rows[0], [texts[i % len(texts)] for i in range(samples)]
     means = [Means(metrics) for _ in rows]
     seen = drawn(rows, asked, seed, space, means)
@@ -89,13 +89,18 @@ def _measured(rows: Sequence[Plan], texts: Sequence[str], samples: int, seed: in
                         | ({"words": words} if words else {}))
     for sentence in words:
         say(sentence)
+    if parallel.rank() == 0:
+        _write(results, rows, seen, out)
+    return results
+
+
+def _write(results: Results, rows: Sequence[Plan], seen: Sequence[Mapping[str, Tensor]], out: Path) -> None:
     shown = [found["shown"][:FRAMES if "moved" in found else SHOWN] for found in seen]
-    for row, pictures in zip(measured, shown, strict=True):
+    for row, pictures in zip(results["rows"], shown, strict=True):
         sheet([pictures], out / "samples" / picture_name(row))
     together = sheet(shown, out / "samples" / "together.png", [f"{plan.name}, {plan.nfe} NFE" for plan in rows])
     write_results(results, out)
     write_own_report(results, together, out)
-    return results
 
 
 def teacher_plan(teacher: Target, w: float, solvers: Sequence[str], say: Callable[[str], None]) -> Plan:
@@ -112,22 +117,33 @@ def drawn(rows: Sequence[Plan], asked: Sequence[str], seed: int, space: Features
           means: Sequence[Means]) -> list[dict[str, Tensor]]:
     """What is kept of each row's pictures: squared distances to those of the first row (n,), the pictures coarse (n, D)
     or their features, and the first ones whole; of videos the features (n, F, D) of some frames, how far they move
-    (n,), and some frames of the first. Batches go through all rows, so that no more than a batch is held."""
-    kept: list[dict[str, list[Tensor]]] = [{"apart": [], "seen": [], "shown": [], "moved": []} for _ in rows]
-    with meter() as report:
-        for ids in torch.arange(len(asked)).split(BATCH):
-            batch = [plan.images([asked[i] for i in ids.tolist()], ids, seed) for plan in rows]
-            for plan, pixels in zip(rows, batch, strict=True):
-                plan.check_finite(int((~pixels.isfinite().flatten(1).all(1)).sum()), len(pixels))
-            for own, mean, plan, pixels in zip(kept, means, rows, batch, strict=True):
-                mean.add(pixels, [asked[i] for i in ids.tolist()] if plan.target.prompted else None)
-                own["apart"].append(((pixels - batch[0]) / 2).square().flatten(1).mean(1))
-                own["seen"].append(_seen(pixels, space))
-                own["moved"] += [displacement(pixels)] if pixels.ndim == 5 else []
-                own["shown"] += ([pixels if pixels.ndim == 4 else some_frames(pixels)[0]]
-                                 if ids[0] < (SHOWN if pixels.ndim == 4 else 1) else [])
+    (n,), and some frames of the first. Batches go through all rows, so that no more than a batch is held; ranks share
+    them."""
+    found: list[list[dict[str, Tensor]]] = []              # of each batch, of each row
+    with meter(parallel.rank() == 0) as report:
+        for ids in parallel.share(torch.arange(len(asked)).split(BATCH)):
+            found.append(_of_batch(rows, [asked[i] for i in ids.tolist()], ids, seed, space, means))
             report("images of each row", int(ids[-1]) + 1, len(asked))
-    return [{name: torch.cat(parts) for name, parts in own.items() if parts} for own in kept]
+    whole = parallel.dealt(found)
+    for mean in means:
+        mean.join()
+    return [{name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+            for parts in zip(*whole, strict=True)]
+
+
+def _of_batch(rows: Sequence[Plan], asked: Sequence[str], ids: Tensor, seed: int, space: Features | None,
+              means: Sequence[Means]) -> list[dict[str, Tensor]]:
+    batch, kept = [plan.images(asked, ids, seed) for plan in rows], []
+    for plan, mean, pixels in zip(rows, means, batch, strict=True):
+        plan.check_finite(int((~pixels.isfinite().flatten(1).all(1)).sum()), len(pixels))
+        mean.add(pixels, asked if plan.target.prompted else None)
+        own = {"apart": ((pixels - batch[0]) / 2).square().flatten(1).mean(1), "seen": _seen(pixels, space)}
+        if pixels.ndim == 5:
+            own["moved"] = displacement(pixels)
+        if ids[0] < (SHOWN if pixels.ndim == 4 else 1):
+            own["shown"] = pixels if pixels.ndim == 4 else some_frames(pixels)[0]
+        kept.append(own)
+    return kept
 
 
 def _seen(pixels: Tensor, space: Features | None) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..data.shapes import attributes_of
 from ..errors import RequestError
-from ..files.lock import LOCK, locked
-from ..files.whole import sweep as sweep_leftovers
+from ..files.lock import cleared
 from ..models.reading import resized
 from ..models.stock import say_cut
 from .counting import counted
@@ -178,8 +178,8 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
 
     reuse: earlier results.json of the same protocol; their rows are taken over and not measured again, without their
     timings, which belong to another machine. An `out` that holds results of the same protocol is added to; a bench that
-    was stopped goes on there with the rows that it lacks. metrics: of plugins, as of `Evaluation`. RequestError where
-    another process writes there.
+    was stopped goes on there with the rows that it lacks. metrics: of plugins, as of `Evaluation`. Several ranks share
+    the rows, and the first one writes. RequestError where another process writes there.
     """
     out = Path(out)
     if not nfe or min(nfe) < 1:
@@ -188,8 +188,7 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
         raise RequestError(f"targets need different names, found {[target.name for target in targets]}")
     if prompts is None and not any(target.prompted for target in targets):
         prompts = [""]                                 # none of them is told any
-    with locked(out / LOCK, str(out)):
-        sweep_leftovers(out)
+    with parallel.held_by_first(cleared(out)):
         rows = [plan for target in targets for plan in plans(target, nfe, guidance, solvers, say)]
         context = Evaluation(samples, seed, prompts, features, reference, device, say, made, metrics)
         for target in targets:
@@ -200,28 +199,33 @@ def bench(targets: Sequence[Target], nfe: Sequence[int], samples: int, out: Path
             results = join(results, read_results(out / "results.json"), out)
         results = join(results, taken := _taken(results, [Path(file) for file in reuse]))
         begun = Unfinished.of(out, context.protocol.id, targets, results)
+        parallel.barrier()                             # every rank has read what is there
         known = {row_key(row) for row in taken["rows"]} | begun.measured
         results = _measured(context, [plan for plan in rows if plan.key not in known], results, out, batch, begun, say)
-        write_results(results, out)
-        write_report(results, out)
-        begun.end()
+        if parallel.rank() == 0:
+            write_results(results, out)
+            write_report(results, out)
+            begun.end()
     return results
 
 
 def _measured(context: Evaluation, rows: Sequence[Plan], results: Results, out: Path, batch: int, begun: Unfinished,
               say: Callable[[str], None]) -> Results:
     """The results with these rows, each kept on disk when it is there."""
-    with meter() as report:
+    with meter(parallel.rank() == 0) as report:
         each = context.images_per_row
         after = lambda i: lambda count: report("images of all rows", i * each + count, len(rows) * each)
         if ("real", 0, None) not in {row_key(row) for row in results["rows"]}:
             say(f"real pictures: {context.samples:,} fresh ones of {context.source.name}")
             results = _keep(results, *context.real(), out)
-        for i, plan in enumerate(rows):
-            row, shown = context.row(plan, batch, after(i))
-            say(f"row {i + 1} of {len(rows)}: {in_words(row)}")
-            results = _keep(results, row, shown, out)
-            begun.add(plan)
+        for first in range(0, len(rows), parallel.world_size()):
+            together = rows[first:first + parallel.world_size()]
+            own = [context.row(plan, batch, after(first)) for plan in parallel.share(together)]
+            for i, (row, shown) in enumerate(parallel.dealt(own), first):
+                say(f"row {i + 1} of {len(rows)}: {in_words(row)}")
+                results = _keep(results, row, shown, out)
+                if parallel.rank() == 0:
+                    begun.add(rows[i])
     return results
 
 
@@ -236,10 +240,11 @@ def _taken(results: Results, files: Sequence[Path]) -> Results:
 
 
 def _keep(results: Results, row: dict[str, Any], shown: Tensor, out: Path) -> Results:
-    """Adds a row and saves, so that a stopped bench loses the row at work and no other."""
-    sheet([shown], out / "samples" / picture_name(row))
+    """Adds a row and saves, so that a stopped bench loses the rows at work and no others."""
     results = join(results, {"protocol": results["protocol"], "rows": [row]})
-    write_results(results, out)
+    if parallel.rank() == 0:
+        sheet([shown], out / "samples" / picture_name(row))
+        write_results(results, out)
     return results
 
 

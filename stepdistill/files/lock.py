@@ -16,6 +16,7 @@ from typing import TypedDict
 
 from ..errors import RequestError
 from .records import checked
+from .whole import sweep
 
 LOCK = ".lock"
 POLL = 0.5                             # seconds between two looks at a lock that is waited for
@@ -48,6 +49,14 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
                 folder.rmdir()
             except OSError:            # it holds something by now
                 break
+
+
+@contextmanager
+def cleared(folder: Path) -> Iterator[None]:
+    """Holds a folder that is written into, without what killed writes left there. RequestError as of `locked`."""
+    with locked(folder / LOCK, str(folder)):
+        sweep(folder)
+        yield
 
 
 def _take(path: Path, what: str, wait: bool) -> int:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -89,20 +89,12 @@ def _may_resume(run: Path, recipe: Recipe) -> Recipe:
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """Holds the folder of a run, and clears what killed writes left there. On several ranks the first one holds it for
-    all; RequestError on all where another process does."""
-    refused: RequestError | None = None
-    with ExitStack() as stack:
-        if parallel.rank() == 0:
-            try:
-                stack.enter_context(locked(run / LOCK, str(run)))
-                for place in (run, *run.glob(f"{STAGES}/*")):
-                    for folder in (place, place / "checkpoints", place / SAMPLES):
-                        sweep(folder)
-            except RequestError as error:
-                refused = error
-        if parallel.gather(torch.tensor([float(refused is not None)])).any():
-            raise refused or RequestError(f"{run} is in use by another process")
+    """Holds the folder of a run, and clears what killed writes left there. RequestError where another process holds
+    it."""
+    with locked(run / LOCK, str(run)):
+        for place in (run, *run.glob(f"{STAGES}/*")):
+            for folder in (place, place / "checkpoints", place / SAMPLES):
+                sweep(folder)
         yield
 
 
