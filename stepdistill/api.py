@@ -12,13 +12,11 @@ from typing import Any, Literal
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import parallel
 from .data.cache import Cache
 from .data.stream import Stream
-from .diffusion.draws import key
 from .errors import RequestError, Stopped
 from .evaluation.plans import SOLVERS
 from .evaluation.progress import meter
@@ -28,10 +26,9 @@ from .export import Extracted, Student, export_student, hub, load
 from .export import check as check_export
 from .export import extract as extract_lora
 from .models.compiled import compile_blocks
-from .models.families import stock_prompts
 from .models.sharded import shard
 from .models.sources import Source
-from .models.stock import as_pil, pictures, say_cut
+from .models.stock import as_pil, say_cut
 from .models.with_teacher import with_teacher
 from .recipe import Recipe
 from .recipe.plugins import Folder
@@ -49,19 +46,19 @@ from .run.pinning import pinned
 from .run.plan import plan as plan_recipe
 from .run.preview import Preview
 from .run.resuming import write_down
+from .run.sampling import check_files, check_pictures, draw
 from .run.setup import open_run, previous_student, sampling, setup, train_config
 from .run.sources import base_of, located
-from .run.targets import asking, away_from, call_as_asked, open_target
+from .run.targets import away_from, call_as_asked, open_target
 from .run.teacher_checks import family, quantization
 from .run.telling import log, recorded, spoken, write_in
 from .run.undistil import TO, undistilling, write_card
-from .run.with_teacher import Asked, called
+from .run.with_teacher import Asked
 from .training import Trainer, launched
 from .training.doctor import Relapse
 
 RELAPSES = 3                                       # how often a doctor may send a stage back
 NFE = (1, 2, 4, 8)
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 __all__ = ["bench", "check", "doctor", "export", "extract", "load", "pairs", "plan", "sample", "train", "undistil",
            "with_teacher"]
 
@@ -307,7 +304,7 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     teacher, and the first one writes.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check_files(out, x0, with_teacher)
+    check_files(out, x0, with_teacher)
     asked = None if with_teacher is None else Asked.of(with_teacher)
     opened = open_target(target, "target", say=log.info, plugins=None if plugins is None else Folder.open(plugins),
                          checkpoint=checkpoint,
@@ -316,47 +313,13 @@ def sample(target: str | Path, prompts: str | Sequence[str], *, steps: int | Non
     call = away_from(opened.target, call_as_asked(opened.target, steps, guidance, log.info), negative)
     say_cut(type(pipeline), pipeline.components, texts, call, log.warning)
     pipeline.set_progress_bar_config(disable=True)
-    first, places = parallel.rank() == 0, range(len(texts))
-
-    def draw(places: Sequence[int]) -> Tensor:
-        own, generators = [texts[i] for i in places], [torch.Generator().manual_seed(key(seed, "sample", i))
-                                                       for i in places]
-        with asking(pipeline), torch.random.fork_rng(), called(opened, call, own, asked, x0 if first else None,
-                                                               pipeline.device, log.info) as told:
-            torch.manual_seed(key(seed, "pipeline"))
-            return pictures(pipeline, stock_prompts(pipeline), own, generator=generators, **told)
-
-    own = parallel.share(places) if asked is None else places
-    pixels = draw(own) if own else torch.empty(0)
-    pixels = torch.stack(parallel.dealt([*pixels.cpu()])) if asked is None else pixels
+    pixels = draw(opened, call, texts, seed, asked, x0)
     check_pictures(pixels, target)
     drawn = as_pil(pixels) if pixels.ndim == 4 else [as_pil(frames) for frames in pixels]
-    if out is not None and first:
+    if out is not None and parallel.rank() == 0:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(out) if pixels.ndim == 4 and len(drawn) == 1 else sheet(pixels * 2 - 1, out)
     return drawn
-
-
-def _check_files(out: str | Path | None, x0: str | Path | None, with_teacher: str | None) -> None:
-    """RequestError where a picture, or the sheet of x_0, cannot be written."""
-    for file in (file for file in (out, x0) if file is not None and Path(file).suffix.lower() not in PICTURES):
-        raise RequestError(f"the picture {file} should be a {', '.join(PICTURES)} file")
-    if x0 is not None and with_teacher is None:
-        raise RequestError("a sheet of x_0 is drawn beside a teacher: --with-teacher diversity,handover=0 is the "
-                           "student alone")
-    if x0 is not None and out is not None and Path(x0).resolve() == Path(out).resolve():
-        raise RequestError(f"{x0} is to be the sheet of x_0 and the picture: name two files")
-
-
-def check_pictures(pixels: Tensor, target: str | Path) -> None:
-    """RequestError for pictures that are not finite; a word where all are black. pixels: (B, ..., 3, H, W) in [0,
-    1]."""
-    if not pixels.isfinite().all():
-        raise RequestError(f"the pictures of {target} are not finite (NaN): nothing was written. Weights that "
-                           "training has driven away, or an autoencoder that overflows in half precision, draw such")
-    if not pixels.any():
-        log.warning(f"all pictures of {target} are black: a safety checker paints doubtful ones so, and a network that "
-                    "draws NaN may")
 
 
 @spoken()

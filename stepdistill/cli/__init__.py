@@ -38,6 +38,7 @@ from .options import (
 from .printing import (
     complain,
     emit,
+    first,
     show,
     show_checked,
     show_extracted,
@@ -66,8 +67,7 @@ def train(recipe: RecipeName, set_: Sets = None, out: Out = None,
     chosen = _chosen(recipe, set_, plugins)
     api = working()
     run = api.train(chosen, out=out, resume="auto" if resume_auto else resume)
-    from ..parallel import rank
-    if rank() == 0:
+    if first():
         from ..run.teacher_checks import family
         to, place = "pipeline" if chosen.student.lora is None else "lora", quote(str(run))
         after = (None if family(chosen).no_pipeline else
@@ -83,8 +83,7 @@ def pairs(recipe: RecipeName, set_: Sets = None, out: Out = None, plugins: Plugi
     """Make and keep the teacher's pairs of noise and picture that a recipe trains on."""
     chosen = _chosen(recipe, set_, plugins)
     found = working().pairs(chosen, out=out)
-    from ..parallel import rank
-    if rank() == 0:
+    if first():
         news = (f"{found.made} of {found.count} pairs made in {found.seconds:.0f} s" if found.made
                 else f"{found.count} pairs are there already")
         tell(f"{news}: {found.folder}")
@@ -107,10 +106,9 @@ def sample(target: Annotated[str, typer.Argument(metavar="TARGET", help=Target)]
     api = working()
     drawn = api.sample(target, prompt, steps=steps, seed=seed, guidance=guidance, out=out, checkpoint=checkpoint,
                        weights=weights, plugins=plugins, negative=negative, with_teacher=with_teacher, x0=x0)
-    from ..parallel import rank
-    if rank() == 0:
-        first = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]            # of a video its first frame
-        emit({"picture": str(out), "prompts": prompt, "size": list(first.size), "seed": seed}, as_json,
+    if first():
+        shown = drawn[0][0] if isinstance(drawn[0], list) else drawn[0]            # of a video its first frame
+        emit({"picture": str(out), "prompts": prompt, "size": list(shown.size), "seed": seed}, as_json,
              lambda: tell(f"wrote {out}"))
 
 
@@ -149,13 +147,11 @@ def bench(targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help
     strengths = scales and numbers("--scales", scales, float, "0.5,1", least=0)
     api = working()
     from ..data.prompts import texts_of
-    texts = texts_of(prompts)
     results = api.bench(*targets, nfe=counts, samples=samples, out=out, seed=seed, guidance=guided,
-                        solvers=solvers.split(","), compose=compose or (), scales=strengths,
-                        features=features or None, reference=reference, prompts=texts, few_step=few_step or (),
-                        metrics=metric or (), plugins=plugins, with_teacher=with_teacher)
-    from ..parallel import rank
-    if rank() == 0:
+                        solvers=solvers.split(","), compose=compose or (), scales=strengths, plugins=plugins,
+                        features=features or None, reference=reference, prompts=texts_of(prompts),
+                        few_step=few_step or (), metrics=metric or (), with_teacher=with_teacher)
+    if first():
         emit(results, as_json, lambda: show_results(results, out))
 
 

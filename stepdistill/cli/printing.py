@@ -26,6 +26,12 @@ def show(table: Table) -> None:
     (say if say.is_terminal else Console(width=WIDE)).print(table)
 
 
+def first() -> bool:
+    """Whether this is the only process, or the first of several, which speaks for all."""
+    from ..parallel import rank
+    return rank() == 0
+
+
 def emit(data: Any, as_json: bool, show: Any) -> None:
     if as_json:
         print(json.dumps(data, indent=2))
