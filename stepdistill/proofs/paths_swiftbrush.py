@@ -13,7 +13,7 @@ from .problem import Check, Problem
 
 PATHS = (
     Path("the defaults, shapes/swiftbrush", moments=(0, 1, 2), elsewhere=True),       # so that some prompts are dropped
-    Path("toy/swiftbrush, drop 0, not guided", {"drop": 0.0}, guidance=1.0, elsewhere=True),
+    Path("toy/swiftbrush, drop 0, not guided", {"drop": 0.0, "t_range": (0.02, 0.6)}, guidance=1.0, elsewhere=True),
     Path("a range of guidance", guidance=(1.5, 4.0)),
     Path("drop 0.5", {"drop": 0.5}),
     Path("drop 0, guided", {"drop": 0.0}),
