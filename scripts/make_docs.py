@@ -75,6 +75,9 @@ torchrun --nnodes 4 --node-rank $RANK --nproc-per-node 8 --rdzv-endpoint $HOST:2
          -m stepdistill train recipe.yaml --out /shared/runs/mine               # on each of four nodes
 ```
 
+`pairs`, `bench` and `sample` are launched alike, and share their work: pairs by batches, a bench its rows, or its
+pictures where they are held against the teacher's own, `sample` its prompts.
+
 A run folder and the cache (`$STEPDISTILL_CACHE`) must lie where all processes see them. `--resume` goes on with another
 number of processes, too.
 
