@@ -191,15 +191,16 @@ class Cache:
                 self._prepare(spec, held)
             parallel.barrier()                         # all have looked, and what another process was making is there
             files |= {path: spec.opened(path, rows) for path, rows in spec.files if files[path] is None}
-            missing = [(path, rows) for path, rows in spec.files if files[path] is None]
-            own = missing[parallel.rank()::parallel.world_size()]
+            # as rank 0 has it, and before any rank makes a file: the shares are of one list
+            missing = parallel.gather_objects([(path, rows) for path, rows in spec.files if files[path] is None])[0]
+            own = parallel.share(missing)
             for i, (path, rows) in enumerate(own):
                 tensors, texts = self._make(spec.about["name"], rows, spec.about["count"], make)
                 to_come = len(missing) - i * parallel.world_size()
                 _write(path, save(tensors, {ROWS: json.dumps({"texts": texts, DIGEST: digest(tensors, texts)})}),
                        files_to_come=to_come)
             parallel.barrier()
-        files |= {path: _open(path, len(rows), spec.names) for path, rows in missing}
+        files |= {path: _open(path, len(rows), spec.names) for path, rows in spec.files if files[path] is None}
         return Store(tuple(tensors for tensors, _ in files.values()),
                      tuple(text for _, texts in files.values() for text in texts),
                      spec.about["per_file"])

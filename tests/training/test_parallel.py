@@ -11,10 +11,11 @@ from ..unmagnified import unmagnified
 from .toy import trainer
 
 WORKER = """
+import time
 import torch
 from pathlib import Path
 from stepdistill import parallel
-from stepdistill.data.cache import Cache
+from stepdistill.data.cache import Cache, StoreSpec
 from stepdistill.training import launched
 from tests.training.test_parallel import until
 from tests.training.toy import trainer
@@ -24,7 +25,11 @@ mine = [torch.full((2,), float(parallel.rank())), torch.full((3,), 2.0 * paralle
 parallel.all_reduce_mean_(mine)
 assert mine[0].tolist() == [0.5, 0.5] and mine[1].tolist() == [1.0, 1.0, 1.0]
 assert parallel.gather(torch.tensor([[parallel.rank()]])).tolist() == [[0], [1]]
-made = []
+made, opened = [], StoreSpec.opened
+def late(spec, path, rows):                # one rank has not yet looked when the other makes its first file
+    time.sleep(0.3 * (parallel.rank() == 0))
+    return opened(spec, path, rows)
+StoreSpec.opened = late
 make = lambda ids: (made.extend(ids.tolist()) or {"x": ids * 2.0}, [f"{i}" for i in ids.tolist()])
 store = Cache(Path(sys.argv[1], "cache")).store("rows", {}, 5, ("x",), make, 2)
 assert made == [[0, 1, 4], [2, 3]][parallel.rank()] and store.rows("x", torch.arange(5)).tolist() == [0, 2, 4, 6, 8]
