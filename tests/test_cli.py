@@ -149,6 +149,7 @@ def test_what_cannot_work_is_refused_before_training(stepdistill, recipe, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_damaged_teachers_are_refused(stepdistill, recipe, tmp_path, tiny_teacher):
     (tmp_path / "empty").mkdir()
     assert ("model_index.json" in (done := stepdistill("train", recipe, "--set", "teacher=empty")).stderr
@@ -264,7 +265,8 @@ def test_plan_says_whether_it_fits_a_card_and_what_makes_it_fit(recipe):
 
 
 @pytest.mark.parametrize("size, says", [("16GB", "on a card of 16 GB it fits"),
-                                        ("1MB", "does not fit, not even with --set 'train.precision=bf16'")])
+                                        pytest.param("1MB", "does not fit, not even with --set 'train.precision=bf16'",
+                                                     marks=pytest.mark.long)])
 def test_plan_prints_whether_it_fits(stepdistill, recipe, size, says):
     assert says in stepdistill("plan", recipe, "--gpu-memory", size).stdout
 
@@ -274,6 +276,7 @@ def test_plan_refuses_a_card_of_no_size(stepdistill, recipe):
     assert done.returncode == 2 and "--gpu-memory is large; expected a size such as 16GB" in done.stderr
 
 
+@pytest.mark.long
 def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
     """Means over rollouts of 1 to 4 evaluations, the heads' own passes by the arithmetic of the network's first
     half."""
@@ -305,6 +308,7 @@ def test_plan_of_a_method_with_critic_and_discriminator(tiny_teacher):
         plan(Recipe.load(made | {"steps": 1001}))
 
 
+@pytest.mark.long
 def test_plan_of_stable_diffusion_from_its_configs_alone(stepdistill, recipe, tmp_path):
     """859,520,964 parameters of SD 1.5's UNet; LCM-LoRA of rank 64 ships as 67 million (135 MB in fp16)."""
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel

@@ -47,6 +47,7 @@ def test_the_wheel_is_small(wheel):
     assert wheel.stat().st_size <= 25e6
 
 
+@pytest.mark.long
 def test_a_wheel_says_how_to_get_the_students(site, tmp_path):
     student = "assets/students/shapes-lcm"
     done = installed(site, tmp_path, "-m", "stepdistill", "sample", student, "--prompt", "a red ring")

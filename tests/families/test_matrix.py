@@ -93,6 +93,7 @@ def recorded(stock: Any) -> dict[str, Any]:
     return grid
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_conditions_have_the_shapes_that_plans_count(folder_of, name):
     teacher, meta = load_teacher(folder_of(name)), load_teacher(folder_of(name), device="meta")

@@ -96,7 +96,7 @@ def test_heads_read_the_critic_under_its_own_adapter(family, inputs, perturb):
 
 
 @CRITICS
-@pytest.mark.parametrize("features", [None, ALL], ids=["bottleneck", "all"])
+@pytest.mark.parametrize("features", [pytest.param(None, marks=pytest.mark.long), ALL], ids=["bottleneck", "all"])
 @pytest.mark.parametrize("during", ["student", "critic", None])
 def test_gradients_are_those_without_checkpointing_whatever_role_is_active(folders, inputs, perturb, critic,
                                                                            features, during):

@@ -195,6 +195,7 @@ def test_unsupported_dtypes(copy):
     refused(copy, "bfloat16", dtype=torch.float16)
 
 
+@pytest.mark.long
 def test_a_hub_id_goes_through_from_pretrained_with_its_revision(monkeypatch, copy):
     asked = []
     real_config = StableDiffusionPipeline.load_config

@@ -146,6 +146,7 @@ KIN = {"sd": (save_tiny, (StableDiffusionImg2ImgPipeline, StableDiffusionInpaint
        "sd3": (save_tiny_sd3, (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline))}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KIN)
 def test_a_pipeline_that_draws_over_pictures_is_served_as_its_kin(tmp_path, kind):
     make, classes = KIN[kind]

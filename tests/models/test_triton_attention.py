@@ -12,6 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed, whose interpreter runs the kernel")
 def test_the_kernel_of_attention_and_its_tangent():
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted.py"], cwd=HERE,

@@ -47,7 +47,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [pytest.param(device, marks=pytest.mark.long if device == "meta" else ())
+                                    for device in DEVICES])
 @pytest.mark.parametrize("case", CASES)
 def test_a_tensor_that_is_missing_or_one_too_many_is_refused_by_name(sd3, case, device):
     file, key = CASES[case]

@@ -14,7 +14,7 @@ RECIPES = sorted(f"{path.parent.name}/{path.stem}" for path in (Path(__file__).p
                  if path.parent.name not in ("toy", "shapes", "shapes-sd3"))
 DATA = {"images": {"data.images": "shapes", "data.count": 64}, "prompts": {"data.prompts": ["a red ring"]},
         "samples": {"data.samples.prompts": ["a red ring"]}}
-QUICK = ("sd15/dmd2", "pixart-sigma/lcm")
+QUICK = ("pixart-sigma/lcm",)
 
 
 @pytest.fixture(scope="session")

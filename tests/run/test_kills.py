@@ -47,6 +47,7 @@ def alone(tmp_path_factory):
     return stepdistill.train("toy/lcm", out=tmp_path_factory.mktemp("alone") / "run", **TOY)
 
 
+@pytest.mark.long
 def test_a_run_killed_between_a_checkpoint_and_its_picture_is_the_same_run(alone, tmp_path):
     moments = [kills.Moment(rows=0, checkpoints=4, pictures=0, seconds=0)]            # of step 20, which owes a picture
     began = kills.struck(["toy/lcm", *sets(TOY)], tmp_path / "run", moments)

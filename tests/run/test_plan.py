@@ -25,7 +25,8 @@ def recipe(teacher, rank: int = 2, **data) -> Recipe:
                         "data": {"images": "shapes", "batch": 4, **data}, "train": {"updates": 2}}, {})
 
 
-@pytest.mark.parametrize("t5, call, tokens", [(False, {"max_sequence_length": 0}, 20), (True, None, 276)])
+@pytest.mark.parametrize("t5, call, tokens", [(False, {"max_sequence_length": 0}, 20),
+                                              pytest.param(True, None, 276, marks=pytest.mark.long)])
 def test_a_plan_counts_what_training_makes(tmp_path, t5, call, tokens):
     folder = save_tiny_sd3(tmp_path, t5, call)
     found = plan(recipe(folder))

@@ -71,7 +71,8 @@ def test_each_update_moves_its_roles_and_no_other(tiny_teacher, tmp_path, monkey
 
 
 @pytest.mark.parametrize("changes",
-                         [{"student": "full", "critic": "full"}, {"train": {"precision": "bf16", "accumulate": 2}}],
+                         [{"student": "full", "critic": "full"},
+                          pytest.param({"train": {"precision": "bf16", "accumulate": 2}}, marks=pytest.mark.long)],
                          ids=["full", "lora bf16"])
 def test_a_resumed_run_is_the_same_run(tiny_teacher, tmp_path, changes):
     entries = recipe(tiny_teacher, **changes)

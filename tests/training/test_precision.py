@@ -116,6 +116,7 @@ def test_a_card_without_bfloat16_is_refused_by_name(tiny_teacher, monkeypatch):
     cards.check_card(recipe(tiny_teacher, **{"train.precision": "fp16"}), torch.device("cuda"))
 
 
+@pytest.mark.long
 def test_a_card_that_is_too_small_is_refused_with_the_switch_that_makes_it_fit(tiny_teacher, monkeypatch):
     asked = recipe(tiny_teacher, **{"data.batch": 256})
     peaks = [cards.plan(each)["peak"] for each in (asked, *(smaller for *_, smaller in cards.switches(asked)))]
