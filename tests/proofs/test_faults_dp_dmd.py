@@ -58,7 +58,9 @@ FAULTS = (
        'step.normal("noise", batch.shape)'),
     Fault("guidance at all levels", "diffusion.rollout", "sampler.levels[left_by(sampler, step)] * share", "share",
           (DMD2,)),
-    Fault("guidance off the stock times", "diffusion.rollout", "* share).round()", "* share)", (DMD2,)),
+    Fault("guidance off the stock times", "diffusion.rollout", "* share - MIDWAY).round()", "* share - MIDWAY)",
+          (DMD2,)),
+    Fault("of two times that are as near the upper", "diffusion.rollout", "share - MIDWAY", "share + MIDWAY", (DMD2,)),
     # what they share
     Fault("start_time unread", "methods.base", "times=(settings.start_time,)", "times=(1.0,)", (RATIO,)),
     Fault("the upper end of a range", "diffusion.guidance", 'low + (high - low) * step.uniform("guidance")',
