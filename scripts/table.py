@@ -37,7 +37,7 @@ SOLVERS = ("ddim", "heun", "dpmpp_2m")
 START, END = "<!-- table of methods: scripts/table.sh -->", "<!-- end of the table -->"
 COLOURS = {"consistency": "#1c7ed6", "trajectory": "#2f9e62", "distribution": "#d9480f", "adversarial": "#9c36b5",
            "hybrid": "#e67700"}
-MARKERS = "oDs^vP*X<>"
+MARKERS = "oDs^vP*X<>phd8"
 
 
 def main() -> None:
